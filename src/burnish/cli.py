@@ -1,0 +1,59 @@
+"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from burnish.core.errors import BurnishError
+
+# command: (module holding add_arguments(parser) and main(args), one line of help)
+COMMANDS = {
+    "demos": ("burnish.data.demos_cli", "record expert demonstrations as a LeRobot data set"),
+    "questions": ("burnish.data.questions_cli", "make scene questions with answers from simulator states"),
+    "inspect": ("burnish.data.inspect_cli", "say what a practitioner must know about a data set"),
+    "train": ("burnish.train.cli", "fine-tune a policy as a recipe says"),
+    "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
+    "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
+    "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
+    "report": ("burnish.report.cli", "write the HTML page of a run"),
+    "results": ("burnish.report.results", "write the tables of README and docs from results/"),
+    "bench": ("burnish.bench", "measure burnish against its peers, as JSON"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the module of `command` is imported, so that --help stays quick."""
+    parser = argparse.ArgumentParser(prog="burnish", description="Post-training for vision-language-action policies.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_line) in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name, help=help_line, description=help_line[0].upper() + help_line[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:
+            import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `burnish` command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    parser = build_parser(command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and command not in ("train", "run"):
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    args.overrides = unknown
+    try:
+        return import_module(COMMANDS[args.command][0]).main(args) or 0
+    except BurnishError as error:
+        print(f"burnish {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"burnish {args.command}: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

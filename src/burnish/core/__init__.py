@@ -1,0 +1,1 @@
+"""Types, registry, configuration, errors and seeding. Imports nothing heavier than torch."""

@@ -1,0 +1,19 @@
+"""Errors that a user can mend: one clear line, shown without a stack trace by the command line."""
+
+
+class BurnishError(Exception):
+    """Bad input. Says what was found, what was expected and, where there is one, the command that mends it.
+
+    Args:
+        found: what is wrong, naming the file, key or value.
+        expected: what would have been right.
+        fix: a command or an action that mends it.
+    """
+
+    def __init__(self, found: str, expected: str = "", fix: str = ""):
+        parts = [found]
+        if expected:
+            parts.append(f"expected {expected}")
+        if fix:
+            parts.append(f"try: {fix}")
+        super().__init__("; ".join(parts))

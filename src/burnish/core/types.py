@@ -1,0 +1,72 @@
+"""The few types that every room shares.
+
+Shape legend, used as suffixes (`actions_BTA`): B batch, T steps of a chunk, A action dimension, S tokens,
+D width, L layers, V views, H and W image height and width, N rows of a dataset.
+
+Flow time: t = 1 is noise, t = 0 is data. A batch is a dict with LeRobot's keys, in environment units:
+
+    observation.images.<camera>   float [B, 3, H, W] in [0, 1]
+    observation.state             float [B, state_dim]
+    action                        float [B, T, A]           (training only)
+    action_is_pad                 bool  [B, T]              (training only)
+    task                          list of B instructions
+
+Policies normalise inside their verbs, so nobody else ever sees a normalised action.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor | list[str]]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The randomness of one policy forward, owned by the caller so that two forwards can share it.
+
+    Args:
+        noise: [B, T, A_model] standard normal; A_model is the policy's padded action width.
+        time: [B] flow time in (0, 1]; 1 is noise.
+    """
+
+    noise: Tensor
+    time: Tensor
+
+    def to(self, device: torch.device | str) -> "Draws":
+        return Draws(self.noise.to(device), self.time.to(device))
+
+
+@dataclass
+class PolicyLoss:
+    """What `Policy.loss` returns: `total` is a scalar with gradient, `per_sample` is [B]."""
+
+    total: Tensor
+    per_sample: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LanguageLoss:
+    """What `Policy.language` returns: next-token losses on the answers.
+
+    Args:
+        per_token: [B, S] cross-entropy in nats, zero where `mask` is False.
+        mask: [B, S] True on answer tokens.
+    """
+
+    per_token: Tensor
+    mask: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Scalar: mean over all answer tokens."""
+        return self.per_token.sum() / self.mask.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Actions [B, T, A] in environment units; index 0 is to be executed first."""
+
+    actions: Tensor

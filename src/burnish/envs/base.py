@@ -1,0 +1,131 @@
+"""The protocol that every simulator speaks, and the names under which tasks are asked for.
+
+An environment id is `family`, `family:selector` or `family:selector/task`:
+
+    tabletop:lift          one family of the own tabletop (reach, push, lift, put_on, stack)
+    metaworld:reach-v3     one Meta-World task;  metaworld:mt10  all ten
+    libero:spatial/3       one LIBERO task;      libero:spatial  all ten of a suite
+
+`expand` turns an id into single-task ids; `make_env` builds one of those. Rendering is separate from stepping,
+because a policy that executes chunks needs an image only when it replans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What does not change from episode to episode.
+
+    Args:
+        task_id: single-task id, e.g. "libero:spatial/3".
+        cameras: names of all cameras; the first is the default one.
+        state_names, action_names: one name per dimension.
+        action_low, action_high: [A] limits in environment units.
+        fps: control steps per second.
+        max_steps: episode limit in control steps.
+        num_initial_states: how many fixed initial states there are; None when every integer is one.
+    """
+
+    task_id: str
+    cameras: tuple[str, ...]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    action_low: np.ndarray
+    action_high: np.ndarray
+    fps: int
+    max_steps: int
+    num_initial_states: int | None = None
+
+
+@dataclass
+class Observation:
+    """One moment: `images` [H, W, 3] uint8 upright by camera name, `state` [D] float32, the instruction."""
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    instruction: str
+
+
+class Expert(Protocol):
+    """A scripted policy with access to the simulator's state; raises StopIteration never, only acts."""
+
+    def act(self) -> np.ndarray:
+        """The next action [A] in environment units, float32."""
+        ...
+
+
+class Env(Protocol):
+    """A simulator holding one task. The same `initial_state` and actions give the same episode, bit for bit."""
+
+    spec: EnvSpec
+    image_size: int
+
+    def reset(self, initial_state: int) -> None:
+        """Start the episode with this initial state. Draws nothing from a global generator."""
+        ...
+
+    @property
+    def instruction(self) -> str: ...
+
+    def observe(self, cameras: Sequence[str] = ()) -> Observation:
+        """State and instruction, with an image for each camera named (none named: nothing is rendered)."""
+        ...
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step with action [A]; returns whether the task is now solved."""
+        ...
+
+    def expert(self, seed: int = 0) -> Expert:
+        """A scripted expert for the running episode; `seed` varies its style where it has any."""
+        ...
+
+    def ground_truth(self) -> dict[str, Any]:
+        """JSON-able facts of this moment: at least {"objects": {name: {"position": [3], "quaternion": [4]}}}."""
+        ...
+
+    def geometry(self, camera: str) -> dict[str, np.ndarray]:
+        """{"depth": [H, W] float32 metres, "segmentation": [H, W] int32 object index (-1 nothing), "points": [H, W, 3] world}."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EnvFamily:
+    """How a family is listed and built. `tasks(selector)` returns single-task selectors."""
+
+    tasks: Any  # Callable[[str], list[str]]
+    make: Any  # Callable[[str, int], Env]  (selector, image_size)
+    default_cameras: tuple[str, ...] = field(default=())
+
+
+ENVS: Registry[EnvFamily] = Registry("environment")
+
+
+def _family(env_id: str) -> tuple[EnvFamily, str, str]:
+    import burnish.envs  # noqa: F401  registers the families
+
+    name, _, selector = env_id.partition(":")
+    if not name:
+        raise BurnishError(f"empty environment id '{env_id}'", "something like tabletop:lift")
+    return ENVS.get(name), name, selector
+
+
+def expand(env_id: str) -> list[str]:
+    """All single-task ids that `env_id` stands for, in a fixed order."""
+    family, name, selector = _family(env_id)
+    return [f"{name}:{task}" for task in family.tasks(selector)]
+
+
+def make_env(task_id: str, image_size: int = 128) -> Env:
+    """Build the environment of one single-task id (see `expand`); images are image_size x image_size."""
+    family, _, selector = _family(task_id)
+    return family.make(selector, image_size)

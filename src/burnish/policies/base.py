@@ -1,0 +1,79 @@
+"""The four verbs that every policy speaks, and `capture`. No method may reach round them into a model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss
+
+
+@dataclass
+class Captured:
+    """Hidden states of the forward that ran inside `capture`.
+
+    Args:
+        hidden: layer index to [B, S, D], the output of that backbone layer (0 is the first layer's output).
+        rows: token layout of S: "image", "text", "state" to a bool [B, S] (padding False everywhere).
+        cameras: camera name to the slice of S that holds its image tokens.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    cameras: dict[str, slice] = field(default_factory=dict)
+
+
+class Policy(nn.Module, ABC):
+    """A policy as the rest of burnish sees it.
+
+    Batches are in environment units with raw instructions (see core.types); a policy normalises and tokenises
+    inside its verbs.
+    """
+
+    cameras: tuple[str, ...]
+    chunk_size: int
+    action_dim: int
+    num_layers: int
+
+    @abstractmethod
+    def loss(self, batch: Batch, draws: Draws | None = None) -> PolicyLoss:
+        """Imitation loss of one forward; without `draws` they are drawn by `draw` with the module's generator."""
+
+    @abstractmethod
+    def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
+        """[B] log-probability of `actions` [B, T, A] or its surrogate (higher is likelier), with gradient."""
+
+    @abstractmethod
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
+        """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions it must continue."""
+
+    @abstractmethod
+    def language(self, batch: Batch) -> LanguageLoss:
+        """Answer loss of the very backbone that acts.
+
+        The batch holds "observation.images.<camera>" (one image) [B, 3, H, W] and lists "question", "answer".
+        """
+
+    @abstractmethod
+    def answer(self, batch: Batch, max_new_tokens: int = 8) -> list[str]:
+        """Greedy answers to `batch["question"]`."""
+
+    @abstractmethod
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
+        """Noise and time for `batch_size` samples, on the generator's device."""
+
+    @abstractmethod
+    def capture(self, layers: Sequence[int]) -> AbstractContextManager[Captured]:
+        """Hand out hidden states of the backbone for the forward that runs inside."""
+
+    @abstractmethod
+    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that hold the VLM's knowledge: vision tower, connector, language model."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write an ordinary LeRobot policy folder (config.json, model.safetensors, processors)."""
