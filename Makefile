@@ -1,0 +1,41 @@
+# make quickstart   everything, from nothing to a report (about 20 minutes on 2 cores)
+# make test         the whole test suite (at most 15 minutes on 2 cores)
+# make setup        only the environment in .venv
+
+MUJOCO_GL ?= egl
+OMP_NUM_THREADS ?= 1
+export MUJOCO_GL OMP_NUM_THREADS
+# Nothing here needs a model hub; without this, libraries look for one first and wait for time-outs.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+PY := .venv/bin/python
+READY := .venv/.burnish-ready
+RECIPE := recipes/tabletop/quickstart.yaml
+UPGRADE ?=
+
+.PHONY: quickstart test setup lint results constraints
+.DELETE_ON_ERROR:
+
+quickstart: $(READY)
+	.venv/bin/burnish run $(RECIPE)
+
+test: $(READY)
+	$(PY) -m pytest
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh
+	@touch $@
+
+lint: $(READY)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+# Fill the tables of README and docs from results/*.json.
+results: $(READY)
+	.venv/bin/burnish results
+
+# Names and versions of everything that the package and its extras pull in.
+constraints: $(READY)
+	scripts/constraints.sh $(if $(UPGRADE),--upgrade)
