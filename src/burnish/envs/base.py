@@ -95,6 +95,10 @@ class Env(Protocol):
         """{"depth": [H, W] float32 metres, "segmentation": [H, W] int32 object index (-1 nothing), "points": [H, W, 3] world}."""
         ...
 
+    def project(self, camera: str, points: np.ndarray) -> np.ndarray:
+        """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the upright image) of world points [N, 3]."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -1,0 +1,276 @@
+"""Scene questions with answers, made from simulator states, and the folder they are stored in.
+
+A question folder holds `images.npy` (uint8 [N, H, W, 3]), `questions.jsonl` (one object per line: image, question,
+answer, kind) and `meta.json`. Kinds: where (pointing, in percent of the image), colour, left_of, count, exists,
+holding, nearer, move (which object an instruction moves).
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
+
+KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
+MIN_GAP = 0.09
+"""Pairs closer than this share of the image (12 px of 128) are not asked about: the answer would be a guess."""
+
+
+@dataclass(frozen=True)
+class SceneFacts:
+    """What a question may be asked about at one moment.
+
+    Args:
+        objects: name to {"colour", "shape"} where known (may be empty), for objects inside the image.
+        image_points: name to (u, v) in [0, 1].
+        hand_distance: name to metres from the gripper.
+        instruction, source, held: the sentence, the object it moves, the object in the gripper.
+    """
+
+    objects: dict[str, dict[str, str]]
+    image_points: dict[str, tuple[float, float]]
+    hand_distance: dict[str, float]
+    instruction: str
+    source: str | None
+    held: str | None
+
+
+def scene_facts(env, camera: str) -> SceneFacts:
+    """Read the facts of the running episode through the environment's protocol."""
+    truth = env.ground_truth()
+    names = list(truth["objects"])
+    positions = np.array([truth["objects"][n]["position"] for n in names])
+    points = env.project(camera, positions)
+    inside = [i for i in range(len(names)) if (points[i] > 0.01).all() and (points[i] < 0.99).all()]
+    hand = np.array(truth.get("hand", positions.mean(0)))
+    return SceneFacts(
+        objects={
+            names[i]: {
+                k: truth["objects"][names[i]][k]
+                for k in ("colour", "shape")
+                if k in truth["objects"][names[i]]
+            }
+            for i in inside
+        },
+        image_points={names[i]: tuple(points[i]) for i in inside},
+        hand_distance={names[i]: float(np.linalg.norm(positions[i] - hand)) for i in inside},
+        instruction=env.instruction,
+        source=truth.get("source"),
+        held=truth.get("held"),
+    )
+
+
+def ask(
+    facts: SceneFacts, rng: np.random.Generator, absent: list[tuple[str, str]] = ()
+) -> list[tuple[str, str, str]]:
+    """All (kind, question, answer) of one moment, yes/no questions drawn so that both answers are equally likely.
+
+    Args:
+        absent: (colour, shape) pairs to draw from for objects that are not there.
+    """
+    names = list(facts.objects)
+    out = []
+    for name in names:
+        u, v = facts.image_points[name]
+        out.append(("where", f"where is the {name}?", f"x {int(100 * u)} y {int(100 * v)}"))
+    out += _attribute_questions(facts, rng, absent)
+    out += _pair_questions(facts, rng)
+    out.append(("holding", "what is the gripper holding?", facts.held or "nothing"))
+    if facts.source in facts.objects:
+        out.append(("move", f"task: {facts.instruction}. which object must move?", facts.source))
+    return out
+
+
+def _attribute_questions(
+    facts: SceneFacts, rng: np.random.Generator, absent
+) -> Iterator[tuple[str, str, str]]:
+    shapes = [o["shape"] for o in facts.objects.values() if "shape" in o]
+    for shape in sorted(set(shapes)):
+        yield "count", f"how many {shape}s are there?", str(shapes.count(shape))
+    for attributes in facts.objects.values():
+        shape, colour = attributes.get("shape"), attributes.get("colour")
+        if shapes.count(shape) == 1:
+            yield "colour", f"what colour is the {shape}?", colour
+        if colour:
+            yield "colour", f"what shape is the {colour} object?", shape
+    present = list(facts.objects)
+    missing = [f"{c} {s}" for c, s in absent if f"{c} {s}" not in facts.objects]
+    for _ in range(2 if missing and present else 0):
+        here = rng.random() < 0.5
+        yield "exists", f"is there a {rng.choice(present if here else missing)}?", "yes" if here else "no"
+
+
+def _pair_questions(facts: SceneFacts, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+    names = list(facts.objects)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    for index in rng.permutation(len(pairs))[:4]:
+        a, b = pairs[index] if rng.random() < 0.5 else pairs[index][::-1]
+        gap = facts.image_points[a][0] - facts.image_points[b][0]
+        if abs(gap) > MIN_GAP:
+            yield "left_of", f"is the {a} left of the {b}?", "yes" if gap < 0 else "no"
+        near = facts.hand_distance[a] - facts.hand_distance[b]
+        if abs(near) > 0.04:
+            yield "nearer", f"which is nearer to the gripper, the {a} or the {b}?", a if near < 0 else b
+
+
+def _absent_pairs(env_id: str) -> list[tuple[str, str]]:
+    if not env_id.startswith("tabletop"):
+        return []
+    from burnish.envs.tabletop_scene import COLOURS, SHAPES
+
+    return [(c, s) for c in COLOURS for s in SHAPES]
+
+
+def _work(job: tuple) -> tuple[int, list[list[tuple[str, str, str]]]]:
+    """Render one block of scenes straight into the shared image file; runs in its own process."""
+    from burnish.envs.base import expand, make_env
+
+    env_id, image_size, camera, seed, first, count, per_scene, images_path = job
+    images = np.load(images_path, mmap_mode="r+", allow_pickle=False)
+    envs = [make_env(t, image_size) for t in expand(env_id)]
+    absent, asked = _absent_pairs(env_id), []
+    for scene in range(first, first + count):
+        rng = np.random.default_rng(derive_seed("questions", env_id, seed, scene))
+        env = envs[scene % len(envs)]
+        states = env.spec.num_initial_states
+        env.reset(seed + scene if states is None else int(rng.integers(states)))
+        expert = env.expert(scene)
+        for _ in range(int(rng.integers(0, 15)) if rng.random() < 0.6 else 0):
+            env.step(expert.act())
+        camera = camera or env.spec.cameras[0]
+        images[scene] = env.observe([camera]).images[camera]
+        questions = ask(scene_facts(env, camera), rng, absent)
+        if per_scene:
+            questions = [questions[i] for i in rng.permutation(len(questions))[:per_scene]]
+        asked.append(questions)
+    images.flush()
+    for env in envs:
+        env.close()
+    return first, asked
+
+
+def make_questions(
+    env: str,
+    scenes: int,
+    root: Path | str,
+    *,
+    image_size: int = 96,
+    camera: str = "",
+    per_scene: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Make `scenes` images with their questions and answers under `root`.
+
+    Args:
+        env: environment id; several tasks take turns.
+        camera: empty means the environment's first one.
+        per_scene: how many questions to keep for each image; 0 keeps all.
+        seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
+
+    Raises:
+        BurnishError: `root` exists and holds other questions than asked for.
+    """
+    from tqdm import tqdm
+
+    from burnish.envs.base import expand, make_env
+
+    root = Path(root)
+    probe = make_env(expand(env)[0], image_size)
+    meta = dict(
+        env=env,
+        scenes=scenes,
+        image_size=image_size,
+        camera=camera or probe.spec.cameras[0],
+        per_scene=per_scene,
+        seed=seed,
+        format=1,
+    )
+    probe.close()
+    if (root / "meta.json").exists():
+        found = json.loads((root / "meta.json").read_text())
+        if found != meta:
+            raise BurnishError(f"{root} holds other questions ({found})", f"{meta}", "another --root")
+        return root
+    partial = root.with_name(root.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    images_path = partial / "images.npy"
+    shape = (scenes, image_size, image_size, 3)
+    np.lib.format.open_memmap(images_path, mode="w+", dtype=np.uint8, shape=shape).flush()
+    block = max(1, min(200, scenes // 8))
+    jobs = [
+        (env, image_size, meta["camera"], seed, i, min(block, scenes - i), per_scene, str(images_path))
+        for i in range(0, scenes, block)
+    ]
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    blocks: dict[int, list] = {}
+    with (
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        tqdm(total=scenes, desc="questions", unit="scene", disable=not progress) as bar,
+    ):
+        for first, asked in pool.imap_unordered(_work, jobs):
+            blocks[first] = asked
+            bar.update(len(asked))
+    with open(partial / "questions.jsonl", "w") as lines:
+        for first in sorted(blocks):
+            for offset, questions in enumerate(blocks[first]):
+                for kind, question, answer in questions:
+                    row = {"image": first + offset, "question": question, "answer": answer, "kind": kind}
+                    lines.write(json.dumps(row) + "\n")
+    (partial / "meta.json").write_text(json.dumps(meta))
+    os.replace(partial, root)
+    return root
+
+
+@dataclass(frozen=True)
+class Questions:
+    """An opened question folder: `images` [N, H, W, 3] uint8 (memory-mapped) and one row per question."""
+
+    images: np.ndarray
+    rows: list[dict]
+    camera: str
+
+    def by_image(self) -> list[list[dict]]:
+        """Rows grouped by image, in the order of images."""
+        grouped: list[list[dict]] = [[] for _ in range(len(self.images))]
+        for row in self.rows:
+            grouped[row["image"]].append(row)
+        return grouped
+
+
+def open_questions(root: Path | str) -> Questions:
+    """Open a question folder.
+
+    Raises:
+        BurnishError: a file is missing, cannot be read, is empty, or points outside the images.
+    """
+    root = Path(root)
+    for name in ("meta.json", "images.npy", "questions.jsonl"):
+        if not (root / name).exists():
+            raise BurnishError(
+                f"{root} has no {name}",
+                "a question folder",
+                f"burnish questions --env tabletop --root {root}",
+            )
+    try:
+        meta = json.loads((root / "meta.json").read_text())
+        images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
+        rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+    except ValueError as error:
+        raise BurnishError(
+            f"{root} cannot be read ({error})", "a question folder written by burnish"
+        ) from error
+    if not rows:
+        raise BurnishError(f"{root}/questions.jsonl is empty", "at least one question")
+    if max(r["image"] for r in rows) >= len(images):
+        raise BurnishError(f"{root}/questions.jsonl names an image beyond the {len(images)} in images.npy")
+    return Questions(images, rows, meta["camera"])

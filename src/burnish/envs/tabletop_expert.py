@@ -1,0 +1,94 @@
+"""Scripted expert of the tabletop. It looks only at the present moment, so it recovers from any slip."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from burnish.core.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from burnish.envs.tabletop import Tabletop
+
+TRAVEL_HEIGHT = 0.13
+GRASP_HEIGHT = 0.02
+HOVER_HEIGHT = 0.085
+CLOSED_OPENING = 0.075
+"""Fingers nearer together than this have closed on something (an object is 5.2 cm wide)."""
+
+
+class TabletopExpert:
+    """Acts on object `source` as the family asks; `seed` draws how sloppily it approaches."""
+
+    def __init__(self, env: "Tabletop", source: int, seed: int):
+        self.env, self.source = env, source
+        rng = np.random.default_rng(derive_seed("tabletop expert", seed))
+        # Approaching beside the point and correcting on the way down shows a student how to recover.
+        self.slop = rng.normal(0, 0.012, 2)
+        self.travel = TRAVEL_HEIGHT + rng.uniform(-0.01, 0.02)
+
+    def act(self) -> np.ndarray:
+        """[4] float32 action for this moment."""
+        if self.env.family == "reach":
+            goal, grip = self._hover()
+        elif self.env.family == "push":
+            goal, grip = self._push()
+        else:
+            goal, grip = self._carry()
+        motion = np.clip((goal - self.env.hand_position()) / 0.04, -1, 1)
+        return np.array([*motion, grip], np.float32)
+
+    def _above(self, place: np.ndarray, low: float, tolerance: float = 0.012) -> np.ndarray:
+        """Go over `place` at travel height, then down to `low`, steering all the way."""
+        hand = self.env.hand_position()
+        gap = np.linalg.norm(place - hand[:2])
+        if gap > 0.05:
+            return np.array([*(place + self.slop), self.travel])
+        if gap > tolerance and hand[2] > low + 0.03:
+            return np.array([*place, max(low + 0.05, hand[2] - 0.02)])
+        return np.array([*place, low])
+
+    def _hover(self) -> tuple[np.ndarray, float]:
+        return self._above(self.env.object_position(self.source)[:2], HOVER_HEIGHT), -1.0
+
+    def _push(self) -> tuple[np.ndarray, float]:
+        from burnish.envs.tabletop import DIRECTIONS
+
+        env = self.env
+        way = np.array(DIRECTIONS[env.direction])
+        hand, place = env.hand_position(), env.object_position(self.source)[:2]
+        offset = hand[:2] - place
+        behind, aside = -(offset @ way), np.linalg.norm(offset - (offset @ way) * way)
+        start = place - way * 0.07
+        if hand[2] < 0.05 and behind > 0.02 and aside < 0.02:  # in position: push straight through
+            return np.array([*(place + way * 0.04), 0.03]), 1.0
+        return self._above(start, 0.03), 1.0
+
+    def _carry(self) -> tuple[np.ndarray, float]:
+        """Grasp, lift, and for put_on and stack bring the object over the target and let go."""
+        env = self.env
+        hand, held = env.hand_position(), env.object_position(self.source)
+        opening = float(env.observe().state[3])
+        in_hand = np.linalg.norm((held - hand)[:2]) < 0.025 and abs(held[2] - hand[2]) < 0.03
+        if not in_hand or hand[2] > 0.05 and env.data.ctrl[0] > 0:
+            return self._above(held[:2], GRASP_HEIGHT), -1.0
+        if opening > CLOSED_OPENING:
+            low = hand[2] < GRASP_HEIGHT + 0.012
+            return np.array([*held[:2], GRASP_HEIGHT]), 1.0 if low else -1.0
+        if env.family == "lift":
+            return np.array([hand[0], hand[1], 0.16]), 1.0
+        return self._deliver(hand, held)
+
+    def _deliver(self, hand: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, float]:
+        env = self.env
+        target = env.object_position(env.target)
+        objects = env.layout.objects
+        rest = target[2] + objects[env.target].rest_height + objects[self.source].rest_height
+        gap = np.linalg.norm((target - held)[:2])
+        shift = (target - held)[:2]
+        if gap > 0.012:
+            clear = rest + 0.06
+            if hand[2] < clear - 0.03 and gap > 0.04:
+                return np.array([*hand[:2], clear]), 1.0
+            return np.array([*(hand[:2] + shift), clear]), 1.0
+        lowered = held[2] < rest + 0.008
+        return np.array([*(hand[:2] + shift), hand[2] + rest - held[2]]), -1.0 if lowered else 1.0
