@@ -1,0 +1,130 @@
+"""Statistics of success rates: intervals, paired tests, what n trials can detect. Pure numpy and scipy."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import binom, binomtest, norm
+
+from burnish.core.errors import BurnishError
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate that never travels without its n and its Wilson interval (95 % unless said otherwise)."""
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        return self.successes / self.n
+
+    def to_dict(self) -> dict[str, float]:
+        return {"rate": self.rate, **asdict(self)}
+
+    def __str__(self) -> str:
+        return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Rate:
+    """Success rate with the Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
+
+    Raises:
+        BurnishError: n < 1, or successes outside 0..n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise BurnishError(f"{successes} successes of {n} trials", "n >= 1 and 0 <= successes <= n")
+    z = norm.isf((1 - level) / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Rate(int(successes), int(n), low, high)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact McNemar p-value from the two discordant counts (1 when there is none)."""
+    discordant = only_first + only_second
+    return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Exact two-sided sign-flip test that paired integer differences are symmetric about zero.
+
+    Under the null every difference is as likely to have either sign. The distribution of their sum is built
+    by convolution, so the p-value is exact. For differences in {-1, 0, 1} it equals McNemar's.
+
+    Args:
+        differences: [n] integers, e.g. successes of A minus successes of B on one initial state.
+    """
+    sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.int64)), return_counts=True)
+    mass, offset = np.ones(1), 0  # mass[i] = P(sum = i - offset)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        if size == 0:
+            continue
+        step = np.zeros(2 * size * count + 1)
+        step[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        mass, offset = np.convolve(mass, step), offset + size * count
+    distance = np.abs(np.arange(mass.size) - offset)
+    return float(min(1.0, mass[distance >= abs(int(np.sum(differences)))].sum()))
+
+
+def paired_bootstrap(
+    differences: np.ndarray, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 20_000
+) -> tuple[float, float]:
+    """Percentile interval of the mean paired difference, resampling pairs with replacement.
+
+    Resampling n pairs is a multinomial draw over the distinct differences, so the cost does not grow with n.
+
+    Args:
+        differences: [n] one number for each pair (or each cluster, e.g. an initial state with several seeds).
+        rng: source of the resampling; the same generator state gives the same interval.
+
+    Raises:
+        BurnishError: no pair at all.
+    """
+    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
+    n = int(counts.sum())
+    if n == 0:
+        raise BurnishError("no pairs to resample", "at least one")
+    means = rng.multinomial(n, counts / n, size=resamples) @ values / n
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def minimum_detectable_difference(
+    n: int, discordance: float, *, power: float = 0.8, level: float = 0.95
+) -> float | None:
+    """Smallest true difference of two rates that a paired test on n pairs finds with the given power.
+
+    Solves n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 for d (Connor, Biometrics 43, 1987), where psi is
+    the share of pairs in which the two differ.
+
+    Args:
+        n: number of pairs.
+        discordance: psi, in [0, 1].
+
+    Returns:
+        d in (0, psi], or None when even psi itself would stay undetected.
+    """
+    if n < 1 or not 0 <= discordance <= 1:
+        raise BurnishError(f"{n} pairs with discordance {discordance}", "n >= 1, discordance in [0, 1]")
+    z_a, z_b = norm.isf((1 - level) / 2), norm.isf(1 - power)
+    under_root = z_a**2 * discordance * n - (n + z_b**2) * discordance * (z_a**2 - z_b**2)
+    if discordance == 0 or under_root < 0:
+        return None
+    d = (z_a * math.sqrt(discordance * n) + math.copysign(math.sqrt(under_root), z_b)) / (n + z_b**2)
+    return d if d <= discordance else None
+
+
+def percentiles(values: np.ndarray | list[float]) -> dict[str, float]:
+    """{"p50", "p95", "p99", "mean", "n"} of `values`; empty when there are none."""
+    if len(values) == 0:
+        return {}
+    array = np.asarray(values, dtype=np.float64)
+    p50, p95, p99 = np.percentile(array, [50, 95, 99]).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "mean": float(array.mean()), "n": int(array.size)}
