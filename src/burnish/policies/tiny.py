@@ -1,0 +1,129 @@
+"""Small random-weight VLMs and policies, made on the spot: for tests, for docs, and as the start of a base model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IMAGE_TOKEN = "<image>"
+_SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>", IMAGE_TOKEN,
+    "<end_of_utterance>", "<bos>",
+]
+NANO_TEXTS = (
+    "Question: what colour is the cube?\nAnswer: red", "Question: how many cubes are there?\nAnswer: 2",
+    "Question: is the ball left of the bowl?\nAnswer: yes", "pick up the red cube", "put the green ball on the plate",
+    "open the drawer", "push the blue block to the left", "no yellow purple right",
+)
+_CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+)
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer with SmolVLM's special tokens; numbers are spelt digit by digit.
+
+    Args:
+        texts: the training texts.
+        vocab_size: upper limit; 264 (bytes and special tokens) is the least that makes sense.
+
+    Returns:
+        A transformers PreTrainedTokenizerFast with eos `<end_of_utterance>` and pad `<|im_end|>`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>", unk_token="<|endoftext|>",
+        extra_special_tokens={
+            "image_token": IMAGE_TOKEN, "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>",
+        },
+    )
+
+
+def build_vlm(
+    folder: Path | str,
+    *,
+    texts: Iterable[str] = NANO_TEXTS,
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    vocab_size: int = 384,
+    scale_factor: int = 2,
+    image_size: int = 32,
+    patch_size: int = 8,
+    seed: int = 0,
+) -> Path:
+    """Write a SmolVLM folder with random float32 weights, tokenizer and processor.
+
+    `AutoModelForImageTextToText.from_pretrained(folder)` loads it. An image becomes
+    (image_size / patch_size / scale_factor)^2 tokens.
+
+    Args:
+        folder: where to write; made if missing.
+        texts: what the tokenizer is trained on.
+        vision: fields of SmolVLMVisionConfig that differ from the nano ones.
+        text: fields of LlamaConfig that differ from the nano ones. Keep rope_theta at 10000: SmolVLA's joint forward
+            has that number built in, and another one would make the language verb and the policy disagree.
+        vocab_size: upper limit of the vocabulary.
+        scale_factor: pixel shuffle of the connector, on each side.
+        image_size, patch_size: pixels.
+        seed: of the weights; the global generator is left as it was.
+
+    Returns:
+        The folder.
+    """
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    tokenizer = build_tokenizer(texts, vocab_size)
+    config = SmolVLMConfig(
+        vision_config={
+            "model_type": "smolvlm_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": image_size, "patch_size": patch_size, **(vision or {}),
+        },
+        text_config={
+            "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, **(text or {}), "vocab_size": len(tokenizer),
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        scale_factor=scale_factor,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SmolVLMForConditionalGeneration(config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _build_processor(tokenizer, config, image_size).save_pretrained(folder)
+    return folder
+
+
+def _build_processor(tokenizer: Any, config: Any, image_size: int) -> Any:
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    size = {"longest_edge": image_size}
+    image = SmolVLMImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
+    video = SmolVLMVideoProcessor(
+        size=size, max_image_size=size, video_sampling={"fps": 1, "max_frames": 4}, num_frames=4, fps=1
+    )
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    tokens = (patches // config.scale_factor) ** 2
+    return SmolVLMProcessor(image, tokenizer, video, image_seq_len=tokens, chat_template=_CHAT)
