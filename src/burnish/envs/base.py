@@ -12,7 +12,7 @@ because a policy that executes chunks needs an image only when it replans.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -100,6 +100,30 @@ class Env(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class InstructionSwap(Protocol):
+    """Offered by an environment that can name another object than the one that success is judged on."""
+
+    def alternative_instruction(self, seed: int) -> str:
+        """The sentence that asks for the same task with another object of the running scene."""
+        ...
+
+    def set_instruction(self, text: str) -> None:
+        """Change only what `instruction` says, until the next `reset`."""
+        ...
+
+    def other_success(self) -> bool:
+        """Whether the task of the last `alternative_instruction` is solved now."""
+        ...
+
+
+@runtime_checkable
+class RandomObject(Protocol):
+    """Offered by an environment whose expert can pick its object with closed eyes: what chance alone reaches."""
+
+    def random_object_expert(self, seed: int) -> Expert: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from burnish.core.errors import BurnishError
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate that never travels without its n and its Wilson interval (95 % unless said otherwise)."""
+    """A success rate that never travels without its n and its Wilson interval (95 % unless said)."""
 
     successes: int
     n: int

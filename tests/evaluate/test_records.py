@@ -1,0 +1,106 @@
+"""The journal survives kills at any byte; other tools' files are read; mistakes get one clear line."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.records import EPISODES, Journal, Record, hash_files, read_results, weights_hash, write_json
+
+RECORDS = [Record("t:a", i, 3, i % 2 == 0, 10 + i, (1.5, 2.5), "lift the rød ball") for i in range(3)]
+
+
+def test_round_trip_and_continue(tmp_path):
+    with Journal(tmp_path, {"weights": "x"}) as journal:
+        for record in RECORDS[:2]:
+            journal.append(record)
+    with Journal(tmp_path, {"weights": "x"}) as journal:
+        assert journal.records == RECORDS[:2]
+        journal.append(RECORDS[2])
+    assert read_results(tmp_path) == RECORDS
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_file_cut_at_any_byte_loses_only_the_last_episode(tmp_path_factory, data):
+    whole = "".join(r.to_line() for r in RECORDS).encode()
+    cut = data.draw(st.integers(0, len(whole)))
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / EPISODES).write_bytes(whole[:cut])
+    with Journal(folder, {}) as journal:
+        done = whole[:cut].count(b"\n")
+        assert journal.records == RECORDS[:done]
+        for record in RECORDS[done:]:
+            journal.append(record)
+    assert (folder / EPISODES).read_bytes() == whole
+
+
+def test_other_settings_and_second_writer_are_refused(tmp_path):
+    with Journal(tmp_path, {"weights": "x", "seed": 1}) as journal:
+        journal.append(RECORDS[0])
+        with pytest.raises(BurnishError, match="another evaluation is writing"):
+            Journal(tmp_path, {"weights": "x", "seed": 1})
+    with pytest.raises(BurnishError, match=r"other weights \(weights: x there, y now\)"):
+        Journal(tmp_path, {"weights": "y", "seed": 1})
+    with Journal(tmp_path, {"weights": "x", "seed": 1}) as journal:
+        assert journal.records == RECORDS[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "success"),
+    [
+        ('{"task": "a", "seed": 4, "success": true}', 4, True),
+        ('{"task": "a", "trial": 5, "success": 0, "extra": []}', 5, False),
+        ('{"task": "a", "initial_state": 6, "seed": 1, "success": 1}', 6, True),
+    ],
+)
+def test_reads_other_tools(tmp_path, line, state, success):
+    file = tmp_path / "results.jsonl"
+    file.write_text(line)
+    (record,) = read_results(file)
+    assert (record.task, record.initial_state, record.success, record.steps) == ("a", state, success, -1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no episode"),
+        ('{"task": "a", "seed": 1}\n', ":1 lacks success"),
+        ('{"task": "a", "success": 1}\n', "lacks initial_state, trial or seed"),
+        ('{"task": "a", "seed": 1, "success": "yes"}\n', "success is 'yes'"),
+        ('{"task": "a", "seed": "x", "success": 1}\n', "seed is 'x'"),
+        ('{"seed": 1, "success": 1}\nnonsense\n', ":2 is not JSON"),
+        ("[1]\n", "holds list"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, text, message):
+    file = tmp_path / "r.jsonl"
+    file.write_text(text)
+    with pytest.raises(BurnishError, match=message):
+        read_results(file)
+    with pytest.raises(BurnishError, match="no results at"):
+        read_results(tmp_path / "missing")
+
+
+def test_json_is_replaced_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_hashes_follow_contents(tmp_path):
+    import torch
+
+    module = torch.nn.Linear(2, 3)
+    first = weights_hash(module)
+    assert weights_hash(module) == first
+    with torch.no_grad():
+        module.bias[0] += 1
+    assert weights_hash(module) != first
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / "notes.txt").write_bytes(b"abc")
+    assert weights_hash(tmp_path) == hash_files([tmp_path / "model.safetensors"])
