@@ -12,6 +12,7 @@ COMMANDS = {
     "demos": ("burnish.data.demos_cli", "record expert demonstrations as a LeRobot data set"),
     "questions": ("burnish.data.questions_cli", "make scene questions with answers from simulator states"),
     "inspect": ("burnish.data.inspect_cli", "say what a practitioner must know about a data set"),
+    "pretrain": ("burnish.train.pretrain", "train a small VLM from scratch on scene questions"),
     "train": ("burnish.train.cli", "fine-tune a policy as a recipe says"),
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv and argv[0] in COMMANDS else None
     parser = build_parser(command)
     args, unknown = parser.parse_known_args(argv)
-    if unknown and command not in ("train", "run"):
+    if unknown and command not in ("train", "run", "pretrain"):
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     args.overrides = unknown
     try:

@@ -23,12 +23,13 @@ _CHAT = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """Train a byte-level BPE tokenizer with SmolVLM's special tokens; numbers are spelt digit by digit.
+def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = True) -> Any:
+    """Train a byte-level BPE tokenizer with SmolVLM's special tokens.
 
     Args:
         texts: the training texts.
         vocab_size: upper limit; 264 (bytes and special tokens) is the least that makes sense.
+        split_digits: spell numbers digit by digit; otherwise a frequent number becomes one token.
 
     Returns:
         A transformers PreTrainedTokenizerFast with eos `<end_of_utterance>` and pad `<|im_end|>`.
@@ -37,9 +38,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False,
@@ -66,6 +66,7 @@ def build_vlm(
     scale_factor: int = 2,
     image_size: int = 32,
     patch_size: int = 8,
+    split_digits: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write a SmolVLM folder with random float32 weights, tokenizer and processor.
@@ -82,6 +83,7 @@ def build_vlm(
         vocab_size: upper limit of the vocabulary.
         scale_factor: pixel shuffle of the connector, on each side.
         image_size, patch_size: pixels.
+        split_digits: see `build_tokenizer`.
         seed: of the weights; the global generator is left as it was.
 
     Returns:
@@ -89,7 +91,7 @@ def build_vlm(
     """
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-    tokenizer = build_tokenizer(texts, vocab_size)
+    tokenizer = build_tokenizer(texts, vocab_size, split_digits)
     config = SmolVLMConfig(
         vision_config={
             "model_type": "smolvlm_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -1,0 +1,203 @@
+"""`burnish pretrain`: a small vision-language model from scratch on scene questions, the start of a base policy.
+
+This is ordinary language modelling on a transformers model, so transformers' Trainer runs it; everything after it
+(demonstrations, methods) goes through burnish's own loop.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
+
+
+@dataclass
+class PretrainConfig:
+    output: str = "runs/base_vlm"
+    questions: str = "data/base_questions"
+    held_out: str = ""
+    """Question folder to measure on at the end; empty skips it."""
+    vision: dict[str, Any] = field(default_factory=dict)
+    """Fields of SmolVLMVisionConfig."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """Fields of LlamaConfig."""
+    image_size: int = 96
+    patch_size: int = 12
+    scale_factor: int = 2
+    vocab_size: int = 1024
+    extra_texts: list[str] = field(default_factory=list)
+    """Sentences the tokenizer should also know, such as the instructions of other simulators."""
+    steps: int = 4000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    pointing_turns: int = 3
+    """`where` questions packed after each image."""
+    other_turns: int = 2
+    """Questions of other kinds packed after each image."""
+    seed: int = 0
+    save_every: int = 500
+
+
+class PackedQuestions:
+    """Each item is one image with several of its questions, drawn anew in every epoch by `epoch_of`."""
+
+    def __init__(self, config: PretrainConfig):
+        from burnish.data.questions import open_questions
+
+        self.config = config
+        self.questions = open_questions(config.questions)
+        self.by_image = self.questions.by_image()
+        self._visits = np.zeros(len(self.by_image), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.by_image)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        visit = self._visits[index]
+        self._visits[index] += 1
+        rng = np.random.default_rng(derive_seed("pretrain", self.config.seed, index, visit))
+        rows = self.by_image[index]
+        turns = []
+        for pointing, count in ((True, self.config.pointing_turns), (False, self.config.other_turns)):
+            some = [r for r in rows if (r["kind"] == "where") == pointing]
+            turns += [some[i] for i in rng.permutation(len(some))[:count]]
+        turns = [turns[i] for i in rng.permutation(len(turns))]
+        return {
+            "image": self.questions.images[index],
+            "question": [t["question"] for t in turns],
+            "answer": [t["answer"] for t in turns],
+            "jitter": rng.uniform(0.85, 1.15, 3).astype(np.float32),
+        }
+
+
+def collate(items: list[dict[str, Any]], tokenizer: Any, num_image_tokens: int) -> dict[str, Any]:
+    """Model inputs of a batch: images in [-1, 1] with jittered colour balance, packed turns as labels."""
+    import torch
+
+    from burnish.policies.tiny import IMAGE_TOKEN
+    from burnish.policies.vqa import encode
+
+    encoded = encode(
+        tokenizer, IMAGE_TOKEN, num_image_tokens, [i["question"] for i in items], [i["answer"] for i in items]
+    )
+    images = torch.from_numpy(np.stack([i["image"] for i in items])).permute(0, 3, 1, 2).float() / 255
+    jitter = torch.from_numpy(np.stack([i["jitter"] for i in items]))[:, :, None, None]
+    pixels = (images * jitter).clamp(0, 1) * 2 - 1
+    return {**encoded._asdict(), "pixel_values": pixels[:, None]}
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train and write the VLM folder `<output>/vlm`, which AutoModelForImageTextToText loads."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer, TrainingArguments
+
+    from burnish.policies.tiny import build_vlm
+
+    data = PackedQuestions(config)
+    if data.questions.images.shape[1] != config.image_size:
+        raise BurnishError(
+            f"{config.questions} holds images of {data.questions.images.shape[1]} px", f"{config.image_size} px"
+        )
+    texts = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in data.questions.rows[:100_000]]
+    folder = build_vlm(
+        Path(config.output) / "vlm", texts=texts + config.extra_texts * 200, vision=config.vision, text=config.text,
+        vocab_size=config.vocab_size, scale_factor=config.scale_factor, image_size=config.image_size,
+        patch_size=config.patch_size, split_digits=False, seed=config.seed,
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = (config.image_size // config.patch_size // config.scale_factor) ** 2
+    arguments = TrainingArguments(
+        output_dir=str(Path(config.output) / "trainer"), max_steps=config.steps, learning_rate=config.lr,
+        per_device_train_batch_size=config.batch_size, warmup_steps=config.warmup_steps,
+        lr_scheduler_type="cosine", weight_decay=config.weight_decay, adam_beta2=0.95, max_grad_norm=1.0,
+        logging_steps=50, save_steps=config.save_every, save_total_limit=1, seed=config.seed, report_to=[],
+        remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=False,
+    )
+    trainer = Trainer(
+        model, arguments, train_dataset=data, data_collator=lambda items: collate(items, tokenizer, tokens)
+    )
+    trainer.train()
+    model.save_pretrained(folder)
+    (Path(config.output) / "log.json").write_text(json.dumps(trainer.state.log_history))
+    return folder
+
+
+def measure(folder: Path, questions_root: str, limit: int = 0, batch_size: int = 100) -> dict[str, Any]:
+    """Held-out answers of a VLM folder: exact-match accuracy by kind, and the mean pointing error in percent."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    from burnish.data.questions import open_questions
+    from burnish.policies.tiny import IMAGE_TOKEN
+    from burnish.policies.vqa import decode, encode
+
+    questions = open_questions(questions_root)
+    rows = questions.rows[: limit or None]
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    vision = model.config.vision_config
+    tokens = (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
+    right: dict[str, list[bool]] = {}
+    errors: list[float] = []
+    rows = sorted(rows, key=lambda r: len(tokenizer(r["question"])["input_ids"]))
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        for length, group in _by_length(part, tokenizer).items():
+            encoded = encode(tokenizer, IMAGE_TOKEN, tokens, [r["question"] for r in group], None)
+            images = torch.from_numpy(np.stack([questions.images[r["image"]] for r in group])).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, max_new_tokens=8,
+                    pixel_values=(images.float() / 127.5 - 1)[:, None], do_sample=False,
+                )
+            for row, ids in zip(group, out[:, encoded.input_ids.shape[1] :], strict=True):
+                answer = decode(tokenizer, ids.tolist())
+                right.setdefault(row["kind"], []).append(answer == row["answer"])
+                if row["kind"] == "where":
+                    errors.append(_pointing_error(answer, row["answer"]))
+    everything = [x for values in right.values() for x in values]
+    return {
+        "n": len(everything),
+        "accuracy": float(np.mean(everything)),
+        "by_kind": {k: {"n": len(v), "accuracy": float(np.mean(v))} for k, v in sorted(right.items())},
+        "pointing_error_percent": {"median": float(np.median(errors)), "within_5": float(np.mean(np.array(errors) < 5))},
+    }
+
+
+def _by_length(rows: list[dict], tokenizer: Any) -> dict[int, list[dict]]:
+    groups: dict[int, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(len(tokenizer(row["question"])["input_ids"]), []).append(row)
+    return groups
+
+
+def _pointing_error(answer: str, truth: str) -> float:
+    """Distance in percent of the image; an answer that is no point counts as 100."""
+    numbers = [[int(w) for w in text.split() if w.isdigit()] for text in (answer, truth)]
+    if len(numbers[0]) != 2:
+        return 100.0
+    return float(np.hypot(*(np.array(numbers[0]) - np.array(numbers[1]))))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish pretrain --config recipes/base/vlm_small.yaml --steps=4000"
+    parser.add_argument("--config", required=True, help="recipe file; any field can follow as --field=value")
+
+
+def main(args: argparse.Namespace) -> int:
+    import draccus
+
+    config = draccus.parse(PretrainConfig, config_path=args.config, args=args.overrides)
+    folder = pretrain(config)
+    print(f"VLM folder: {folder}")
+    if config.held_out:
+        figures = measure(folder, config.held_out)
+        (Path(config.output) / "held_out.json").write_text(json.dumps(figures, indent=1))
+        print(json.dumps(figures, indent=1))
+    return 0
