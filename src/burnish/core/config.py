@@ -44,6 +44,8 @@ class DataConfig:
     """Where decoded frames are kept; empty means beside the data set."""
     augment: bool = True
     """Random shift and colour jitter of the training images."""
+    image_size: int = 0
+    """Longest edge of the training images in pixels; 0 keeps the data set's own size."""
 
 
 @dataclass

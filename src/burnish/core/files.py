@@ -1,0 +1,133 @@
+"""Files that are whole or absent: written beside their place, forced to disk, then renamed into it."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from burnish.core.errors import BurnishError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27")
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn "no room" and "not allowed" from any writer inside into one BurnishError that names `target`.
+
+    safetensors and pyarrow raise their own types with the system's words in the message, hence the search for words.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in _FULL or any(word in str(error).lower() for word in _FULL_WORDS)
+        if full:
+            found = f"no room left while writing {target}"
+            raise BurnishError(found, "free disk space", "free some and repeat") from error
+        if isinstance(error, PermissionError):
+            raise BurnishError(f"may not write {target}", "a folder you own") from error
+        raise
+
+
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise BurnishError unless the disk of `folder` has room for `num_bytes` (plus five per cent)."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes * 1.05:
+        raise BurnishError(
+            f"{what} needs {num_bytes / 1e6:.0f} MB but {folder} has {free / 1e6:.0f} MB left",
+            "free disk space",
+            "free some, or write elsewhere",
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to disk, so that a rename in it outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's content to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` at once; a kill leaves the old content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with disk_errors(path), open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of `value` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill the folder that is handed out; on leaving it becomes `target` at once, on an error it vanishes.
+
+    An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.new")
+    temporary.mkdir()
+    try:
+        with disk_errors(target):
+            yield temporary
+            for path in sorted(temporary.rglob("*"), reverse=True):
+                sync_folder(path) if path.is_dir() else sync_file(path)
+            sync_folder(temporary)
+        if target.exists():
+            os.rename(target, target.with_name(f".{target.name}.old"))
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+    remove_folder(target.with_name(f".{target.name}.old"))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill never leaves half of it under its own name."""
+    if not folder.exists():
+        return
+    doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.gone")
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Let the symbolic link `link` show the sibling called `name`, at once."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    os.symlink(name, temporary)
+    os.replace(temporary, link)
+    sync_folder(link.parent)

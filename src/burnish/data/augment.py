@@ -1,0 +1,52 @@
+"""Image augmentation of whole batches: random shift and colour jitter, from a generator, on any device."""
+
+import torch
+from torch import Tensor
+
+SHIFT = 0.04
+"""Largest shift as a share of the image edge; the border is repeated."""
+JITTER = 0.2
+"""Brightness moves by up to half of this (of full scale); contrast and saturation scale by 1 +- this."""
+_GREY = (0.299, 0.587, 0.114)
+
+
+def to_float(images_BHW3: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1]."""
+    return images_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+
+
+def shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image by up to SHIFT of its edges, the border repeated; uint8 [B, H, W, 3] in and out."""
+    batch, height, width, _ = images_BHW3.shape
+    device = images_BHW3.device
+
+    def index(edge: int) -> Tensor:
+        most = round(edge * SHIFT)
+        offset = torch.randint(-most, most + 1, (batch, 1), generator=generator, device=device)
+        return (torch.arange(edge, device=device) + offset).clamp_(0, edge - 1)
+
+    rows_BH, columns_BW = index(height), index(width)
+    flat = torch.arange(batch, device=device)[:, None, None] * (height * width)
+    flat = flat + rows_BH[:, :, None] * width + columns_BW[:, None, :]
+    return images_BHW3.reshape(-1, 3).index_select(0, flat.reshape(-1)).view_as(images_BHW3)
+
+
+def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Random brightness, contrast and saturation for each image, as one 3x3 matrix and offset; float in [0, 1]."""
+    batch, _, height, width = images_B3HW.shape
+    device = images_B3HW.device
+    draws = torch.rand(batch, 3, generator=generator, device=device) * 2 - 1
+    brightness, contrast, saturation = draws[:, 0] * JITTER / 2, 1 + draws[:, 1] * JITTER, 1 + draws[:, 2] * JITTER
+    grey_3 = torch.tensor(_GREY, device=device)
+    keep = saturation[:, None, None] * torch.eye(3, device=device)
+    matrix_B33 = contrast[:, None, None] * (keep + (1 - saturation)[:, None, None] * grey_3.expand(3, 3))
+    flat = images_B3HW.reshape(batch, 3, height * width)
+    mean_grey_B = flat.mean(2) @ grey_3
+    offset_B = (1 - contrast) * mean_grey_B + brightness
+    offset_B31 = offset_B[:, None, None].expand(batch, 3, 1)
+    return torch.baddbmm(offset_B31, matrix_B33, flat).clamp_(0, 1).view_as(images_B3HW)
+
+
+def augment(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W], shifted and colour-jittered."""
+    return colour_jitter(to_float(shift(images_BHW3, generator)), generator)

@@ -1,0 +1,242 @@
+"""Batches for training. Batch k depends on the seed, k and the rank alone, so any run can go on from any step."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed, generator
+from burnish.core.types import Batch
+from burnish.data.augment import augment, to_float
+from burnish.data.frames import load_metadata, open_frames
+
+IMAGES = "observation.images."
+
+
+class Order:
+    """Which rows form batch k: endless shuffled passes, each pass a permutation of its own.
+
+    Args:
+        num_rows: rows to draw from.
+        batch_size: rows for each rank and batch.
+        seed_parts: anything printable; equal parts give equal orders.
+        rank, world: this process and the number of processes; together they read one global batch.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed_parts: tuple, rank: int = 0, world: int = 1):
+        self.num_rows, self.batch_size, self.rank, self.world = num_rows, batch_size, rank, world
+        # Two passes can meet in one batch, and threads prepare several batches at once.
+        self._permutation = lru_cache(maxsize=4)(
+            lambda epoch: np.random.default_rng(derive_seed(*seed_parts, "order", epoch)).permutation(num_rows)
+        )
+
+    def rows(self, k: int) -> np.ndarray:
+        """[batch_size] row numbers of batch k on this rank."""
+        first = (k * self.world + self.rank) * self.batch_size
+        places = np.arange(first, first + self.batch_size)
+        epochs = places // self.num_rows
+        return np.concatenate(
+            [self._permutation(int(e))[places[epochs == e] % self.num_rows] for e in np.unique(epochs)]
+        )
+
+
+class RobotData:
+    """The frames, states and actions of a LeRobotDataset as training batches.
+
+    Args:
+        root: data set folder (v3).
+        cameras: names or full keys of the cameras wanted; empty means all.
+        chunk_size: actions in a chunk; beyond the episode's end the last one is repeated and marked as padding.
+        batch_size, seed, rank, world: see `Order`.
+        episodes: episode numbers to use; empty means all.
+        image_size, cache_dir: see `open_frames`.
+        augmented: shift and jitter the images.
+
+    Raises:
+        BurnishError: no data set there, unknown episode or camera, columns missing, unreadable video.
+    """
+
+    def __init__(
+        self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
+        episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", augmented: bool = True,
+        rank: int = 0, world: int = 1, progress: bool = True,
+    ):  # fmt: skip
+        self.meta = load_metadata(root)
+        self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
+        self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
+        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress)
+        self.actions, self.states, self.task_index, self.episode_index = _columns(root, self.meta)
+        self.tasks = _task_names(self.meta)
+        self._episode_end = _episode_ends(self.meta)
+        chosen = sorted(set(episodes)) or list(range(self.meta.total_episodes))
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < self.meta.total_episodes:
+            raise BurnishError(
+                f"data.episodes names episode {chosen[-1]}", f"0 to {self.meta.total_episodes - 1} in {root}"
+            )
+        self.rows = np.flatnonzero(np.isin(self.episode_index, chosen))
+        if len(self.rows) == 0:
+            raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish demos --help")
+        self.order = Order(len(self.rows), batch_size, (seed, "robot"), rank, world)
+        self.rank = rank
+
+    def _camera_key(self, camera: str) -> str:
+        key = camera if camera.startswith(IMAGES) else IMAGES + camera
+        if key not in self.meta.camera_keys:
+            known = f"one of {', '.join(self.meta.camera_keys)}"
+            raise BurnishError(f"the policy wants camera '{camera}', which {self.root} lacks", known, "record it")
+        return key
+
+    def raw(self, k: int) -> Batch:
+        """Batch k as stored: images still uint8 [B, H, W, 3]."""
+        rows = self.rows[self.order.rows(k)]
+        window_BT = rows[:, None] + np.arange(self.chunk_size)
+        last_B1 = self._episode_end[self.episode_index[rows]][:, None] - 1
+        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][rows]) for key in self.cameras}
+        if self.states is not None:
+            batch["observation.state"] = torch.from_numpy(self.states[rows])
+        batch["action"] = torch.from_numpy(self.actions[np.minimum(window_BT, last_B1)])
+        batch["action_is_pad"] = torch.from_numpy(window_BT > last_B1)
+        batch["index"] = torch.from_numpy(rows.astype(np.int64))
+        batch["episode_index"] = torch.from_numpy(self.episode_index[rows].astype(np.int64))
+        batch["task"] = [self.tasks[i] for i in self.task_index[rows]]
+        return batch
+
+    def finish(self, batch: Batch, k: int) -> Batch:
+        """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are."""
+        device = batch["action"].device
+        draws = generator(self.seed, "augment", k, self.rank, device=str(device)) if self.augmented else None
+        for key in self.cameras:
+            batch[key] = augment(batch[key], draws) if self.augmented else to_float(batch[key])
+        return batch
+
+
+class LanguageData:
+    """Question-answer batches from a question folder (see `burnish questions`).
+
+    Args:
+        root: folder with images.npy, questions.jsonl and meta.json.
+        batch_size, seed, rank, world: see `Order`.
+    """
+
+    def __init__(self, root: Path, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        for name in ("images.npy", "questions.jsonl", "meta.json"):
+            if not (root / name).is_file():
+                raise BurnishError(f"no {name} in {root}", "a question folder", "burnish questions --help")
+        try:
+            self.images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
+            self.questions = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+            camera = json.loads((root / "meta.json").read_text()).get("camera", "front")
+        except ValueError as error:
+            raise BurnishError(
+                f"{root} is no readable question folder ({error})", fix="burnish questions --help"
+            ) from error
+        if not self.questions:
+            raise BurnishError(f"{root} holds no questions", "at least one")
+        self.key = camera if camera.startswith(IMAGES) else IMAGES + camera
+        self.order = Order(len(self.questions), batch_size, (seed, "language"), rank, world)
+
+    def raw(self, k: int) -> Batch:
+        """Batch k: one image for each question, uint8 [B, H, W, 3], and lists "question", "answer"."""
+        chosen = [self.questions[i] for i in self.order.rows(k)]
+        images = torch.from_numpy(self.images[[q["image"] for q in chosen]])
+        return {self.key: images, "question": [q["question"] for q in chosen], "answer": [q["answer"] for q in chosen]}
+
+    def finish(self, batch: Batch, k: int) -> Batch:
+        """Turn the images into floats [B, 3, H, W]; questions about places and colours forbid augmentation."""
+        batch[self.key] = to_float(batch[self.key])
+        return batch
+
+
+class Prefetch:
+    """Runs `make(k)` for k = start, start + 1, ... in threads, ahead of the consumer and in order.
+
+    `waited` is the total of seconds that the consumer stood still.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], start: int, threads: int = 1, ahead: int = 3):
+        self._make, self._next, self.waited = make, start, 0.0
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="burnish-data")
+        self._pending: deque[Future[Batch]] = deque()
+        for _ in range(threads + ahead - 1):
+            self._submit()
+
+    def _submit(self) -> None:
+        self._pending.append(self._pool.submit(self._make, self._next))
+        self._next += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._submit()
+        begin = time.perf_counter()
+        batch = self._pending.popleft().result()
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads; batches under way are dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move all tensors; pinned ones without waiting."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def pin(batch: Batch) -> Batch:
+    """Pin all tensors for a copy to an accelerator that needs no waiting."""
+    return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """actions [N, A], states [N, D] or None, task index [N], episode index [N], in the order of "index"."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = ["index", "episode_index", "task_index", "action"]
+    missing = [c for c in wanted if c not in meta.features]
+    if missing:
+        raise BurnishError(f"{root} has no column '{missing[0]}'", "a data set with actions", f"burnish inspect {root}")
+    if "observation.state" in meta.features:
+        wanted.append("observation.state")
+    try:
+        table = pa.concat_tables([pq.read_table(p, columns=wanted) for p in sorted((root / "data").rglob("*.parquet"))])
+    except (pa.ArrowException, OSError) as error:
+        line = str(error).splitlines()[0]
+        raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=f"burnish inspect {root}") from error
+    table = table.sort_by("index")
+    if table.num_rows != meta.total_frames or table["index"][-1].as_py() != meta.total_frames - 1:
+        raise BurnishError(f"{root} has {table.num_rows} rows", f"{meta.total_frames} as in meta/info.json")
+    actions, states = _matrix(table["action"]), None
+    if "observation.state" in wanted:
+        states = _matrix(table["observation.state"])
+    return actions, states, table["task_index"].to_numpy(), table["episode_index"].to_numpy()
+
+
+def _matrix(column) -> np.ndarray:
+    import pyarrow as pa
+
+    array = column.combine_chunks()
+    nested = pa.types.is_nested(array.type)
+    values = array.flatten().to_numpy(zero_copy_only=False) if nested else array.to_numpy(zero_copy_only=False)
+    return np.ascontiguousarray(values.reshape(len(array), -1), dtype=np.float32)
+
+
+def _task_names(meta) -> dict[int, str]:
+    return {int(index): str(name) for name, index in meta.tasks["task_index"].items()}
+
+
+def _episode_ends(meta) -> np.ndarray:
+    """[E] one past the last row of each episode."""
+    ends = np.zeros(meta.total_episodes, dtype=np.int64)
+    table = meta.episodes.with_format(None)
+    ends[np.array(table["episode_index"])] = np.array(table["dataset_to_index"])
+    return ends
