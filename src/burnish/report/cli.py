@@ -1,0 +1,20 @@
+"""`burnish report`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, help="folder that `burnish run` or `burnish train` wrote")
+    parser.add_argument("--out", type=Path, help="where the page goes (default: RUN_FOLDER/report.html)")
+    parser.epilog = (
+        "The page is one file with everything inside; it shows what the folder holds.\n\n"
+        "example:\n  burnish report runs/quickstart"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    from burnish.report.page import write_report
+
+    print(write_report(args.run_folder, args.out))
+    return 0

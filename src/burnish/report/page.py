@@ -1,0 +1,95 @@
+"""One self-contained page for a run folder."""
+
+import os
+from datetime import datetime
+from html import escape
+from pathlib import Path
+
+from burnish.core.errors import BurnishError
+from burnish.report import sections
+from burnish.report.html import document
+from burnish.report.run_folder import RunFolder, load_run
+
+
+def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
+    """Write the page of a run; it needs no network and no other file.
+
+    Args:
+        run_folder: what `burnish run` (or train and eval by hand) wrote. Every part of it is optional:
+            run.json, recipe.yaml, metrics.jsonl, retention.json, eval/<variant>/{summary.json, *.mp4, *_strip.png}.
+        out: where the page goes; report.html in the run folder when not given.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BurnishError: no such folder, nothing in it to report, a malformed file, or no room to write.
+    """
+    run = load_run(Path(run_folder))
+    page = render(run)
+    target = Path(out) if out else run.path / "report.html"
+    _write(target, page)
+    return target
+
+
+def render(run: RunFolder) -> str:
+    """The page as text."""
+    body = "".join(
+        part(run)
+        for part in (
+            _header,
+            sections.headline,
+            sections.success,
+            sections.recordings,
+            sections.tasks,
+            sections.swap,
+            sections.retention,
+            sections.training,
+            sections.latency,
+            sections.reproduce,
+        )
+    )
+    return document(f"{run.name} · burnish", body)
+
+
+def _header(run: RunFolder) -> str:
+    info = run.info
+    when = str(info.get("date") or info.get("when") or "")
+    if not when:
+        newest = max((file.stat().st_mtime for file in run.path.glob("*.json*")), default=run.path.stat().st_mtime)
+        when = datetime.fromtimestamp(newest).strftime("%Y-%m-%d %H:%M")
+    commit = str(info.get("commit") or "")
+    dirty = " (changed)" if commit.endswith("+") else ""
+    parts = [when, sections.flat(info.get("hardware")), f"commit {commit[:10]}{dirty}" if commit else ""]
+    line = " · ".join(part for part in parts if part)
+    return (
+        f'<header><div class="brand">burnish</div><h1>{escape(run.name)}</h1>'
+        f'<div class="sub">{escape(line)}</div>{_stages(info.get("stages") or [])}</header>'
+    )
+
+
+def _stages(stages: list[dict]) -> str:
+    """A bar that shows where the minutes went."""
+    minutes = [(str(stage.get("name", "")), float(stage.get("minutes") or 0)) for stage in stages]
+    total = sum(length for _, length in minutes)
+    if not total:
+        return ""
+    bars = "".join(f'<i style="flex:{length:.3f}" title="{escape(name)}"></i>' for name, length in minutes)
+    names = "".join(f"<span><i></i>{escape(name)} {length:.1f} min</span>" for name, length in minutes)
+    return f'<div class="stages">{bars}</div><div class="stage-names">{names}</div>'
+
+
+def _write(target: Path, text: str) -> None:
+    """All or nothing: a reader never sees half a page."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise BurnishError(f"cannot write {target} ({error.strerror})") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()

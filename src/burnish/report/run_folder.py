@@ -1,0 +1,156 @@
+"""Reads what a run left behind. Every part is optional: a page is made of whatever is there."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.stats import Rate, wilson
+
+# variant folder under eval/: (how the page calls it, colour)
+VARIANTS = {
+    "tuned": ("Fine-tuned", "tuned"),
+    "base": ("Base, not tuned", "base"),
+    "swap": ("Told another object", "swap"),
+    "expert_random_object": ("Random-object expert", "expert"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated variant of a run.
+
+    Args:
+        overall: all episodes together.
+        tasks: per task.
+        latency_ms: percentile name to milliseconds for one call of the policy.
+        other: for the instruction swap, success on the object that the sentence named instead.
+        summary: the whole summary.json, for anything else.
+    """
+
+    variant: str
+    overall: Rate
+    tasks: dict[str, Rate]
+    latency_ms: dict[str, float]
+    other: Rate | None
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return VARIANTS.get(self.variant, (self.variant.replace("_", " "), "base"))[0]
+
+    @property
+    def role(self) -> str:
+        return VARIANTS.get(self.variant, ("", "base"))[1]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything a report shows. `info` is run.json, `metrics` the rows of metrics.jsonl."""
+
+    path: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    retention: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.info.get("name") or self.path.resolve().name)
+
+
+def load_run(path: Path) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        BurnishError: the folder is missing, holds nothing to report, or a file in it is malformed.
+    """
+    if not path.is_dir():
+        raise BurnishError(f"no run folder at {path}", "a folder that `burnish run` or `burnish train` wrote")
+    recipe = path / "recipe.yaml"
+    run = RunFolder(
+        path=path,
+        info=_read_object(path / "run.json"),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        metrics=read_jsonl(path / "metrics.jsonl"),
+        evaluations=_evaluations(path),
+        retention=_read_object(path / "retention.json"),
+    )
+    if not (run.info or run.metrics or run.evaluations or run.retention):
+        raise BurnishError(
+            f"nothing to report in {path}",
+            "at least one of run.json, metrics.jsonl, retention.json, eval/<variant>/summary.json",
+        )
+    return run
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, [] when it does not exist; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise BurnishError(f"{path} line {number} is not JSON ({error.msg})", "one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise BurnishError(f"{path} line {number} is not a JSON object", "one JSON object per line")
+        rows.append(row)
+    return rows
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BurnishError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BurnishError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _evaluations(path: Path) -> dict[str, Evaluation]:
+    found = {}
+    for file in sorted(path.glob("eval/*/summary.json")):
+        variant = file.parent.name
+        found[variant] = _evaluation(variant, file)
+    known = [name for name in VARIANTS if name in found]
+    return {name: found[name] for name in [*known, *(name for name in found if name not in VARIANTS)]}
+
+
+def _evaluation(variant: str, file: Path) -> Evaluation:
+    summary = _read_object(file)
+    overall = _rate(summary, file)
+    tasks = {str(task): _rate(row, file) for task, row in dict(summary.get("tasks") or {}).items()}
+    other = summary.get("other_successes")
+    return Evaluation(
+        variant=variant,
+        overall=overall,
+        tasks=tasks,
+        latency_ms={str(k): float(v) for k, v in dict(summary.get("latency_ms") or {}).items() if v is not None},
+        other=None if other is None else wilson(int(other), overall.n),
+        folder=file.parent,
+        summary=summary,
+    )
+
+
+def _rate(row: dict[str, Any], file: Path) -> Rate:
+    missing = [key for key in ("n", "successes") if not isinstance(row.get(key), int)]
+    if missing:
+        raise BurnishError(
+            f"{file}: no whole number under {' and '.join(missing)}", "a summary written by `burnish eval`"
+        )
+    rate = wilson(row["successes"], row["n"])
+    interval = row.get("interval")
+    return replace(rate, low=float(interval[0]), high=float(interval[1])) if interval else rate

@@ -1,0 +1,290 @@
+"""The parts of a run's page, each a function of the run folder that returns "" when it has nothing to show."""
+
+import json
+from html import escape
+
+from burnish.evaluate.stats import Rate, wilson
+from burnish.report.html import facts, section, table
+from burnish.report.media import films
+from burnish.report.plots import (
+    IntervalRow,
+    Series,
+    interval_plot,
+    line_plot,
+    percent,
+    percent_range,
+    smooth,
+)
+from burnish.report.run_folder import RunFolder
+
+# column of metrics.jsonl: (title of its chart, logarithmic axis, shown as percent)
+CURVES = {
+    "loss": ("Loss", True, False),
+    "lr": ("Learning rate", False, False),
+    "grad_norm": ("Gradient norm", True, False),
+    "data_wait_share": ("Share of the step spent waiting for data", False, True),
+}
+RETENTION_COLUMNS = ("retention_loss", "retention_accuracy")
+BOOKKEEPING = {"step", "seconds", "minutes", "time", "samples", "epoch"}
+
+
+def headline(run: RunFolder) -> str:
+    """Four large figures."""
+    tiles = []
+    tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
+    if tuned:
+        tiles.append(("main", percent(tuned.overall.rate), f"success: {_count(tuned.overall)}"))
+    if base:
+        tiles.append(("", percent(base.overall.rate), f"base: {_count(base.overall)}"))
+    before, after = _accuracy(run, "base"), _accuracy(run, "tuned")
+    if after:
+        was = f"questions right after\nbefore: {percent(before.rate)}" if before else "questions right"
+        tiles.append(("", percent(after.rate), was))
+    if tuned and "p50" in tuned.latency_ms:
+        tiles.append(("", f"{tuned.latency_ms['p50']:.0f} ms", "median policy call"))
+    elif run.info.get("stages"):
+        minutes = sum(float(stage.get("minutes") or 0) for stage in run.info["stages"])
+        tiles.append(("", f"{minutes:.0f} min", "all stages together"))
+    cells = "".join(
+        f'<div class="tile {kind}"><b>{escape(figure)}</b><span>{escape(text).replace(chr(10), "<br>")}</span></div>'
+        for kind, figure, text in tiles
+    )
+    return f'<div class="tiles">{cells}</div>' if cells else ""
+
+
+def _count(rate: Rate) -> str:
+    return f"{rate.successes} of {rate.n}\n95 %: {percent_range(rate.low, rate.high)}"
+
+
+def success(run: RunFolder) -> str:
+    """The dot-and-interval plot of all variants, and what follows from it."""
+    shown = [run.evaluations[name] for name in run.evaluations if name != "swap"]
+    if not shown:
+        return ""
+    rows = [
+        IntervalRow(one.label, one.overall.rate, one.overall.low, one.overall.high, _note(one.overall), one.role)
+        for one in shown
+    ]
+    lead = "Share of fixed initial states solved in closed loop; the band is the 95 % Wilson interval."
+    return section("Success", interval_plot(rows), _checks(run), lead=lead)
+
+
+def _checks(run: RunFolder) -> str:
+    tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
+    chance = run.evaluations.get("expert_random_object")
+    items = []
+    if tuned and base:
+        above = tuned.overall.low > base.overall.high
+        text = "lies above" if above else "does not lie above"
+        items.append((above, f"The interval {text} that of the base."))
+    if tuned and chance:
+        bar = 3 * chance.overall.rate
+        above = tuned.overall.low > bar
+        text = "lies above" if above else "does not lie above"
+        items.append(
+            (
+                above,
+                f"The interval {text} three times that of the expert that picks its object at random ({percent(bar)}).",
+            )
+        )
+    lines = "".join(f"<li{'' if good else ' class=no'}>{escape(text)}</li>" for good, text in items)
+    return f'<ul class="checks">{lines}</ul>' if lines else ""
+
+
+def tasks(run: RunFolder) -> str:
+    """Success per task, with the base beside it; left out where there is one task only."""
+    tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
+    if not tuned or len(tuned.tasks) < 2:
+        return ""
+    rows = []
+    for task, rate in tuned.tasks.items():
+        row = [f'<span class="task">{escape(task)}</span>', str(rate.n), percent(rate.rate)]
+        row.append(percent_range(rate.low, rate.high))
+        row.append(_mini_bar(rate))
+        if base:
+            before = base.tasks.get(task)
+            row.insert(2, percent(before.rate) if before else "")
+        rows.append(row)
+    head = ["task", "n", "success", "95 %", ""]
+    if base:
+        head.insert(2, "base")
+    return section("Tasks", table(head, rows, numbers=range(1, len(head) - 1)))
+
+
+def _mini_bar(rate: Rate) -> str:
+    low, high, dot = 100 * rate.low, 100 * rate.high, 100 * rate.rate
+    return (
+        '<svg class="intervals role-tuned" width="100%" height="14" style="min-width:90px" aria-hidden="true">'
+        f'<line class="track" x1="1%" x2="99%" y1="7" y2="7"/>'
+        f'<line class="interval" x1="{1 + 0.98 * low:.1f}%" x2="{1 + 0.98 * high:.1f}%" y1="7" y2="7"/>'
+        f'<circle class="dot" cx="{1 + 0.98 * dot:.1f}%" cy="7" r="4.5"/></svg>'
+    )
+
+
+def swap(run: RunFolder) -> str:
+    """Does the sentence steer the policy? Same initial states, the instruction names another object."""
+    tuned, swapped = run.evaluations.get("tuned"), run.evaluations.get("swap")
+    if not swapped:
+        return ""
+    rows = []
+    if tuned:
+        rate = tuned.overall
+        rows.append(IntervalRow("Told A, does A", rate.rate, rate.low, rate.high, _note(rate), "tuned"))
+    rate = swapped.overall
+    rows.append(IntervalRow("Told B, still does A", rate.rate, rate.low, rate.high, _note(rate), "swap"))
+    if swapped.other:
+        rate = swapped.other
+        rows.append(IntervalRow("Told B, does B", rate.rate, rate.low, rate.high, _note(rate), "swap"))
+    lead = (
+        "The same initial states, but the sentence names object B of the scene instead of A. A policy that listens "
+        "does A less often than before; one that ignores language does it as often."
+    )
+    return section("Instruction swap", interval_plot(rows), lead=lead)
+
+
+def retention(run: RunFolder) -> str:
+    """What the language model inside still knows: held-out scene questions before and after."""
+    before, after = run.retention.get("base") or {}, run.retention.get("tuned") or {}
+    parts = []
+    rows = []
+    for name, label in (("base", "Before fine-tuning"), ("tuned", "After fine-tuning")):
+        rate = _accuracy(run, name)
+        if rate:
+            rows.append(IntervalRow(label, rate.rate, rate.low, rate.high, _note(rate), name))
+    if rows:
+        parts.append(interval_plot(rows))
+    p_value = run.retention.get("mcnemar_p")
+    losses = [f"{one['loss']:.3f}" for one in (before, after) if isinstance(one.get("loss"), int | float)]
+    sentences = []
+    if len(losses) == 2:
+        sentences.append(f"Answer loss {losses[0]} before, {losses[1]} after (nats per token).")
+    if isinstance(p_value, int | float):
+        sentences.append(f"Exact McNemar test on the same questions: p = {p_value:.2g}.")
+    if sentences:
+        parts.append(f'<p class="muted after">{escape(" ".join(sentences))}</p>')
+    parts.append(_by_kind(before, after))
+    parts.append(_retention_curves(run))
+    return section("What the language model still knows", *parts, lead="Held-out questions about scenes it never saw.")
+
+
+def _by_kind(before: dict, after: dict) -> str:
+    kinds = [kind for kind in (after.get("by_kind") or {}) if isinstance(after["by_kind"][kind], dict)]
+    if not kinds:
+        return ""
+    rows = []
+    for kind in kinds:
+        old, new = (one.get("by_kind", {}).get(kind, {}) for one in (before, after))
+        cells = [percent(one["accuracy"]) if "accuracy" in one else "" for one in (old, new)]
+        rows.append([escape(kind.replace("_", " ")), str(new.get("n", "")), *cells])
+    inner = table(["kind of question", "n", "before", "after"], rows, numbers=(1, 2, 3))
+    return f"<details><summary>By kind of question</summary>{inner}</details>"
+
+
+def _retention_curves(run: RunFolder) -> str:
+    charts = []
+    for column, title in (("retention_accuracy", "Accuracy during training"), ("retention_loss", "Answer loss")):
+        x, y = _column(run, column)
+        if len(x) > 1:
+            plot = line_plot([Series("", x, y, points=True)], as_percent=column == "retention_accuracy")
+            charts.append(f"<figure><h3>{title}</h3>{plot}</figure>")
+    return f'<div class="two">{"".join(charts)}</div>' if charts else ""
+
+
+def training(run: RunFolder) -> str:
+    """The curves of metrics.jsonl; figures that methods logged come folded at the end."""
+    main, other = [], []
+    named = {key for row in run.metrics for key, value in row.items() if _is_number(value)}
+    for column in [*CURVES, *sorted(named - set(CURVES) - BOOKKEEPING - set(RETENTION_COLUMNS))]:
+        title, log_y, as_percent = CURVES.get(column, (column, False, False))
+        x, y = _column(run, column)
+        if len(x) < 2:
+            continue
+        curves = [Series("", x, y, role="tuned")]
+        if column in ("loss", "grad_norm", "data_wait_share"):
+            curves = [Series("", x, y, role="faint"), Series("", x, smooth(y), role="tuned")]
+        log_y = log_y and min(y) > 0 and max(y) > 3 * min(y)
+        plot = line_plot(curves, log_y=log_y, as_percent=as_percent, from_zero=not log_y and min(y) >= 0)
+        (main if column in CURVES else other).append(f"<figure><h3>{escape(title)}</h3>{plot}</figure>")
+    folded = ""
+    if other:
+        folded = f'<details><summary>Further figures</summary><div class="two">{"".join(other)}</div></details>'
+    return section("Training", f'<div class="two">{"".join(main)}</div>' if main else "", folded)
+
+
+def recordings(run: RunFolder) -> str:
+    """Videos of the tuned policy first, then of the other variants."""
+    parts = []
+    for name, one in run.evaluations.items():
+        figures = films(one.folder, limit=8 if name == "tuned" else 4)
+        if figures:
+            parts.append(f"<h3>{escape(one.label)}</h3>{figures}")
+    return section("Recordings", *parts)
+
+
+def latency(run: RunFolder) -> str:
+    """Percentiles of one policy call, per variant."""
+    rows, names = [], []
+    for one in run.evaluations.values():
+        names += [name for name in one.latency_ms if name.startswith("p") and name not in names]
+    for one in run.evaluations.values():
+        if one.latency_ms:
+            rows.append([escape(one.label), *(_milliseconds(one.latency_ms.get(name)) for name in names)])
+    if not rows:
+        return ""
+    lead = "Milliseconds for one call of the policy, which serves a whole batch of simulators."
+    return section("Latency", table(["", *names], rows, numbers=range(1, len(names) + 1)), lead=lead)
+
+
+def reproduce(run: RunFolder) -> str:
+    """Commands, versions, seeds, the resolved recipe."""
+    info, parts = run.info, []
+    commands = info.get("commands") or ([info["command"]] if info.get("command") else [])
+    if commands:
+        parts.append(f"<pre>{escape(chr(10).join(map(str, commands)))}</pre><p></p>")
+    pairs = [("commit", str(info.get("commit") or "")), ("hardware", flat(info.get("hardware")))]
+    pairs += [("seeds", flat(info.get("seeds")))]
+    parts.append(facts(pairs) if any(value for _, value in pairs) else "")
+    if info.get("versions"):
+        versions = facts([(str(k), str(v)) for k, v in dict(info["versions"]).items()])
+        parts.append(f"<details><summary>Versions</summary>{versions}</details>")
+    if run.recipe:
+        parts.append(f"<details><summary>Resolved recipe</summary><pre>{escape(run.recipe)}</pre></details>")
+    return section("Reproduce", *parts)
+
+
+def _accuracy(run: RunFolder, name: str) -> Rate | None:
+    """Question accuracy of "base" or "tuned" with its interval, None when it was not measured."""
+    part = run.retention.get(name) or {}
+    accuracy, n = part.get("accuracy"), part.get("n")
+    if not _is_number(accuracy) or not n:
+        return None
+    rate = wilson(round(accuracy * n), int(n))
+    low, high = part.get("interval") or (rate.low, rate.high)
+    return Rate(rate.successes, rate.n, float(low), float(high))
+
+
+def _column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one column of metrics.jsonl, where it holds a number."""
+    rows = [row for row in run.metrics if _is_number(row.get(name)) and _is_number(row.get("step"))]
+    return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _note(rate: Rate) -> str:
+    return f"{percent(rate.rate)}  ({rate.successes}/{rate.n})"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def flat(value: object) -> str:
+    """A string as it is; a mapping or list as one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {flat(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(flat(v) for v in value)
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
