@@ -1,20 +1,35 @@
 """Small random-weight VLMs and policies, made on the spot: for tests, for docs, and as the start of a base model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from burnish.core.errors import BurnishError
+
 IMAGE_TOKEN = "<image>"
 _SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>", IMAGE_TOKEN,
-    "<end_of_utterance>", "<bos>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    IMAGE_TOKEN,
+    "<end_of_utterance>",
+    "<bos>",
 ]
 NANO_TEXTS = (
-    "Question: what colour is the cube?\nAnswer: red", "Question: how many cubes are there?\nAnswer: 2",
-    "Question: is the ball left of the bowl?\nAnswer: yes", "pick up the red cube", "put the green ball on the plate",
-    "open the drawer", "push the blue block to the left", "no yellow purple right",
+    "Question: what colour is the cube?\nAnswer: red",
+    "Question: how many cubes are there?\nAnswer: 2",
+    "Question: is the ball left of the bowl?\nAnswer: yes",
+    "pick up the red cube",
+    "put the green ball on the plate",
+    "open the drawer",
+    "push the blue block to the left",
+    "no yellow purple right",
 )
 _CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
@@ -42,16 +57,23 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=_SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end_of_utterance>",
-        pad_token="<|im_end|>", unk_token="<|endoftext|>",
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
         extra_special_tokens={
-            "image_token": IMAGE_TOKEN, "fake_image_token": "<fake_token_around_image>",
-            "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>",
+            "image_token": IMAGE_TOKEN,
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
         },
     )
 
@@ -94,14 +116,29 @@ def build_vlm(
     tokenizer = build_tokenizer(texts, vocab_size, split_digits)
     config = SmolVLMConfig(
         vision_config={
-            "model_type": "smolvlm_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": image_size, "patch_size": patch_size, **(vision or {}),
+            "model_type": "smolvlm_vision",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            **(vision or {}),
         },
         text_config={
-            "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
-            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
-            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, **(text or {}), "vocab_size": len(tokenizer),
+            "model_type": "llama",
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "max_position_embeddings": 1024,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **(text or {}),
+            "vocab_size": len(tokenizer),
         },
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         scale_factor=scale_factor,
@@ -129,3 +166,153 @@ def _build_processor(tokenizer: Any, config: Any, image_size: int) -> Any:
     patches = config.vision_config.image_size // config.vision_config.patch_size
     tokens = (patches // config.scale_factor) ** 2
     return SmolVLMProcessor(image, tokenizer, video, image_seq_len=tokens, chat_template=_CHAT)
+
+
+def default_statistics(state_dim: int, action_dim: int) -> dict[str, dict[str, torch.Tensor]]:
+    """LeRobot statistics that are neither zero nor one, so that a forgotten normalisation shows."""
+
+    def one(width: int) -> dict[str, torch.Tensor]:
+        mean, spread = torch.linspace(-0.4, 0.6, width), torch.linspace(0.5, 1.5, width)
+        return {
+            "mean": mean, "std": spread, "min": mean - 3 * spread, "max": mean + 3 * spread,
+            "q01": mean - 2 * spread, "q99": mean + 2 * spread, "q10": mean - spread, "q90": mean + spread,
+        }  # fmt: skip
+
+    return {"observation.state": one(state_dim), "action": one(action_dim)}
+
+
+def make_tiny(
+    type: str,
+    folder: Path | str,
+    *,
+    cameras: Sequence[str] = ("top",),
+    state_dim: int = 7,
+    action_dim: int = 7,
+    image_size: int = 32,
+    dataset_stats: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a policy folder with small random weights, which `load_policy` loads.
+
+    LeRobot itself loads a tiny smolvla as it is; for pi0 and pi05 its sizes are fixed, so that needs `small_pi`.
+
+    Args:
+        type: smolvla, pi0 or pi05.
+        folder: where to write.
+        cameras: names of the cameras.
+        state_dim, action_dim: at most 8 unless `overrides` raises max_state_dim and max_action_dim.
+        image_size: pixels of the images in the declared features.
+        dataset_stats: LeRobot statistics; made up when not given.
+        overrides: fields of the LeRobot config.
+        seed: of the weights; the global generator is left as it was.
+
+    Returns:
+        The folder.
+    """
+    from lerobot.configs.types import FeatureType, PolicyFeature
+
+    features = {
+        **{f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size)) for c in cameras},
+        "observation.state": PolicyFeature(FeatureType.STATE, (state_dim,)),
+        "action": PolicyFeature(FeatureType.ACTION, (action_dim,)),
+    }
+    stats = dataset_stats or default_statistics(state_dim, action_dim)
+    config = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, **(overrides or {})}
+    makers = {"smolvla": _make_smolvla, "pi0": _make_pi, "pi05": _make_pi}
+    if type not in makers:
+        raise BurnishError(f"policy type '{type}'", f"one of {', '.join(makers)}")
+    folder = Path(folder)
+    makers[type](type, folder, features, stats, config, seed)
+    return folder
+
+
+def _make_smolvla(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from tempfile import TemporaryDirectory
+
+    from burnish.policies.smolvla import create_policy
+
+    with TemporaryDirectory() as vlm:
+        build_vlm(vlm, seed=seed)
+        create_policy(vlm, features, stats, {"num_steps": 3, **overrides}, generator_seed=seed).save(folder)
+
+
+PI_SIZES = {
+    "gemma_2b": {"width": 48, "depth": 3, "mlp_dim": 64, "num_heads": 8, "num_kv_heads": 1, "head_dim": 8},
+    "gemma_300m": {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 8, "num_kv_heads": 1, "head_dim": 8},
+    "vision": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+}
+
+
+def _make_pi(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from burnish.policies import folder as folders
+    from burnish.policies.pi import TOKENIZER_FOLDER, Pi
+
+    tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
+    raw = {
+        "type": type,
+        "image_resolution": [28, 28],
+        "num_inference_steps": 3,
+        "push_to_hub": False,
+        "tokenizer_max_length": 96,
+        **overrides,
+    }
+    config = folders.decode_config(raw, "the tiny config", features, "cpu")
+    policy = folders.build(config, seed, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        if ".dense." in name:  # adaptive norms start as zero gates, which would shut images and text out
+            with torch.no_grad():
+                parameter.normal_(0.0, 0.5, generator=generator)
+    with small_pi(sizes, folder / TOKENIZER_FOLDER):
+        processors = folders.new_processors(config, stats)
+    Pi(policy, *processors, sizes=sizes).save(folder)
+
+
+@contextmanager
+def small_pi(sizes: dict[str, Any], tokenizer: Path | None = None) -> Iterator[None]:
+    """Inside, LeRobot builds pi0 and pi05 in the sizes of a tiny policy (its `tiny.json`) instead of its only ones.
+
+    Args:
+        sizes: as PI_SIZES, with "vocab_size".
+        tokenizer: folder that stands in for the tokenizer on the hub.
+    """
+    from lerobot.policies.pi0 import modeling_pi0
+    from lerobot.policies.pi05 import modeling_pi05
+    from lerobot.processor import tokenizer_processor
+
+    def pali_gemma(plain: Any) -> Any:
+        def build(config: Any) -> Any:
+            for name, value in sizes["vision"].items():
+                setattr(config.vision_config, name, value)
+            config.vision_config.projection_dim = config.text_config.hidden_size
+            config.text_config.vocab_size = sizes["vocab_size"]
+            config.image_token_id = sizes["vocab_size"] - 1
+            return plain(config=config)
+
+        return build
+
+    def gemma(plain: Any) -> Any:
+        def build(config: Any) -> Any:
+            config.vocab_size = sizes["vocab_size"]
+            return plain(config=config)
+
+        return build
+
+    with ExitStack() as stack:
+        for module in (modeling_pi0, modeling_pi05):
+            changes = {
+                "get_gemma_config": lambda variant, m=module: m.GemmaConfig(**sizes[variant]),
+                "PaliGemmaForConditionalGenerationWithPiGemma": pali_gemma(
+                    module.PaliGemmaForConditionalGenerationWithPiGemma
+                ),
+                "PiGemmaForCausalLM": gemma(module.PiGemmaForCausalLM),
+            }
+            stack.enter_context(patch.multiple(module, **changes))
+        if tokenizer is not None:
+            plain = tokenizer_processor.AutoTokenizer.from_pretrained
+            local = type("LocalTokenizer", (), {"from_pretrained": staticmethod(lambda *_: plain(tokenizer))})
+            stack.enter_context(patch.object(tokenizer_processor, "AutoTokenizer", local))
+        yield

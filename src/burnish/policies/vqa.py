@@ -109,7 +109,8 @@ def _check_turns(turns: list[list[str]], replies: list[list[str]] | None, tokeni
     elif [len(turn) for turn in turns] != [len(reply) for reply in replies]:
         raise BurnishError(
             f"{sum(map(len, turns))} questions on {len(turns)} images and "
-            f"{sum(map(len, replies))} answers on {len(replies)} images", "as many answers as questions"
+            f"{sum(map(len, replies))} answers on {len(replies)} images",
+            "as many answers as questions",
         )
     if not turns or not all(turns):
         raise BurnishError("an image without questions", "at least one question for each image")

@@ -1,0 +1,42 @@
+"""Policies: `load_policy` for a LeRobot folder or a shipped base, `create_policy` for a new SmolVLA on a VLM."""
+
+from pathlib import Path
+from typing import Any
+
+from burnish.policies.base import Captured, Policy
+
+__all__ = ["Captured", "Policy", "create_policy", "load_policy"]
+
+
+def load_policy(
+    path: Path | str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dataset_stats: dict[str, Any] | None = None,
+    features: dict[str, Any] | None = None,
+) -> Policy:
+    """Load a LeRobot policy folder (type smolvla, pi0 or pi05), or a base shipped with burnish by its bare name.
+
+    Args:
+        path: the folder, or e.g. "small".
+        overrides: fields of the LeRobot config to change before the model is built.
+        device: torch device.
+        dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
+        features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
+
+    Raises:
+        BurnishError: missing or left-over tensors, missing statistics, dimensions that do not fit, in one line.
+    """
+    from burnish.policies.folder import load
+
+    return load(path, overrides=overrides, device=device, dataset_stats=dataset_stats, features=features)
+
+
+def create_policy(
+    vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, **options: Any
+) -> Policy:
+    """A new SmolVLA on a VLM folder; see `burnish.policies.smolvla.create_policy`."""
+    from burnish.policies.smolvla import create_policy as create
+
+    return create(vlm_folder, features, dataset_stats, overrides, **options)

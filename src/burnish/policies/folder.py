@@ -1,0 +1,339 @@
+"""Policy folders: read LeRobot's unchanged, with every mistake named, and write ones that LeRobot reads.
+
+Paths. LeRobot stores the path of the VLM's files (SmolVLA) or the tokenizer's name (pi0, pi05) in config.json and
+policy_preprocessor.json, and takes them literally. We keep those files inside the policy folder and store their
+absolute path, so that LeRobot's own commands work from anywhere. burnish looks inside the folder first and so does
+not mind when it is moved or renamed; for LeRobot's commands, `point_at` mends a moved folder.
+"""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.policies.pi import SIZES_FILE, TOKENIZER_FOLDER, Pi
+from burnish.policies.smolvla import VLM_FOLDER, SmolVLA
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ADAPTERS = {"smolvla": SmolVLA, "pi0": Pi, "pi05": Pi}
+_STATS = {
+    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
+}  # fmt: skip
+
+
+def load(
+    path: Path | str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dataset_stats: dict[str, Any] | None = None,
+    features: dict[str, Any] | None = None,
+) -> SmolVLA | Pi:
+    """Load a LeRobot policy folder.
+
+    Args:
+        path: the folder, or the bare name of a base that ships with burnish ("small").
+        overrides: fields of the LeRobot config to change before the model is built.
+        device: torch device.
+        dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
+        features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
+
+    Raises:
+        BurnishError: anything missing, left over or not fitting, in one line.
+    """
+    folder = resolve(path)
+    raw = _read_json(folder / CONFIG)
+    if raw.get("type") not in ADAPTERS:
+        raise BurnishError(f"policy type {raw.get('type')!r} in {folder / CONFIG}", f"one of {', '.join(ADAPTERS)}")
+    raw.update(_known(overrides or {}, raw["type"]))
+    if raw["type"] == "smolvla":
+        raw["load_vlm_weights"] = False  # all weights are in model.safetensors
+        if (folder / VLM_FOLDER).is_dir():
+            raw["vlm_model_name"] = str(folder / VLM_FOLDER)
+    config = decode_config(raw, str(folder / CONFIG), features, device)
+    sizes = _read_json(folder / SIZES_FILE) if (folder / SIZES_FILE).is_file() else None
+    processors = _load_processors(config, folder, dataset_stats)
+    policy = build(config, 0, sizes)
+    load_tensors(policy, _read_tensors(policy, folder / WEIGHTS), str(folder / WEIGHTS))
+    policy.to(device).eval()
+    return SmolVLA(policy, *processors) if raw["type"] == "smolvla" else Pi(policy, *processors, sizes=sizes)
+
+
+def resolve(path: Path | str) -> Path:
+    """The folder behind a path or the name of a shipped base."""
+    folder = Path(path)
+    if not folder.is_dir() and len(folder.parts) == 1 and (ASSETS / folder).is_dir():
+        folder = ASSETS / folder
+    if not (folder / CONFIG).is_file():
+        shipped = sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG}"))
+        also = f" or a shipped base ({', '.join(shipped)})" if shipped else ""
+        raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}")
+    return folder
+
+
+def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | None, device: str) -> Any:
+    """LeRobot's config object from its JSON form (with "type"), checked; `source` names it in errors."""
+    import draccus
+    from lerobot.configs.types import FeatureType
+    from lerobot.policies.factory import get_policy_class
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise BurnishError(f"device {device}", "one that this machine has", "device cpu")
+    raw = {**raw, "device": device}
+    config_class = get_policy_class(raw.pop("type")).config_class
+    try:
+        config = draccus.decode(config_class, raw)
+    except (draccus.ParsingError, ValueError, TypeError, NotImplementedError) as error:
+        raise BurnishError(
+            f"{source} cannot be read: {_one_line(error)}", f"fields of {config_class.__name__}"
+        ) from error
+    if features is not None:
+        config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
+        config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
+    _check_features(config, source)
+    return config
+
+
+def build(config: Any, seed: int, sizes: dict | None = None) -> nn.Module:
+    """LeRobot's policy with random weights of `seed`; the global generator is left as it was."""
+    from lerobot.policies.factory import get_policy_class
+
+    if sizes is not None:
+        from burnish.policies.tiny import small_pi
+    with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), small_pi(sizes) if sizes else nullcontext():
+        torch.manual_seed(seed)
+        try:
+            return get_policy_class(config.type)(config)
+        except OSError as error:  # transformers: no such folder and no hub
+            raise BurnishError(
+                f"the VLM files at '{getattr(config, 'vlm_model_name', '')}' cannot be read: {_one_line(error)}",
+                f"config, tokenizer and processor of the VLM there or in {VLM_FOLDER}/ of the policy folder",
+            ) from error
+
+
+def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra_allowed: bool = False) -> None:
+    """Copy `state` into `module`: every tensor of the module must be there, in its shape, and (unless allowed) no other.
+
+    A tensor that shares its memory with one that is there (tied weights) may be absent.
+    """
+    own = module.state_dict()
+    present = {own[key].data_ptr() for key in own if key in state}
+    missing = [k for k in own if k not in state and own[k].data_ptr() not in present]
+    extra = [] if extra_allowed else [k for k in state if k not in own]
+    if missing or extra:
+        said = [
+            f"{len(keys)} {what} ({_first(keys)})" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys
+        ]
+        raise BurnishError(
+            f"tensors of {source} do not match the config: {', '.join(said)}",
+            f"exactly the {len(own)} tensors of the model",
+            "the config.json that belongs to the weights",
+        )
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+        raise BurnishError(
+            f"{len(wrong)} tensors of {source} have other shapes ({wrong[0]}: {shapes})",
+            "the shapes of config.json",
+            "the config.json that belongs to the weights",
+        )
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any]:
+    """LeRobot's default pipelines for `config`, checked for their statistics."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    pre, post = make_pre_post_processors(config, dataset_stats=dataset_stats)
+    _check_statistics(config, pre, post, "the data set's statistics")
+    return pre, post
+
+
+def write(
+    policy: SmolVLA | Pi, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write a LeRobot policy folder; making that atomic is the caller's business.
+
+    Args:
+        policy: what to write.
+        folder: where; made if missing.
+        home: where the folder will be in the end, when it is written elsewhere and renamed. Its absolute path is
+            what LeRobot's own commands will look for.
+        dtype: store floating tensors so (e.g. torch.float16); None keeps them.
+        state_dict: weights to store instead of the policy's own (a moving average), with the names of
+            `policy.policy.state_dict()`.
+    """
+    state = policy.policy.state_dict() if state_dict is None else state_dict
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    plain = dtype is None and state_dict is None
+    policy.policy.save_pretrained(folder, state_dict=None if plain else state)
+    policy.preprocessor.save_pretrained(folder)
+    policy.postprocessor.save_pretrained(folder)
+    policy.write_extras(folder, Path(home or folder).absolute())
+
+
+def point_at(folder: Path, target: str) -> None:
+    """Store `target` as the place of the VLM's or the tokenizer's files, unless a hub name is stored.
+
+    Args:
+        folder: a policy folder.
+        target: e.g. the absolute path of its `vlm/`, after the folder was moved.
+    """
+    config, pre = _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR)
+    if "vlm_model_name" in config and not _is_hub_name(config["vlm_model_name"]):
+        config["vlm_model_name"] = target
+    for step in pre["steps"]:
+        name = step.get("config", {}).get("tokenizer_name")
+        if name is not None and not _is_hub_name(name):
+            step["config"]["tokenizer_name"] = target
+    (folder / CONFIG).write_text(json.dumps(config, indent=4))
+    (folder / PREPROCESSOR).write_text(json.dumps(pre, indent=2))
+
+
+def _is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BurnishError(f"{file} cannot be read: {_one_line(error)}", "a JSON file as LeRobot writes it") from error
+
+
+def _known(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
+    from lerobot.policies.factory import get_policy_class
+
+    known = {field.name for field in dataclasses.fields(get_policy_class(policy_type).config_class)}
+    wrong = sorted(set(overrides) - known)
+    if wrong:
+        raise BurnishError(f"config field '{wrong[0]}' for {policy_type}", f"one of {', '.join(sorted(known))}")
+    return overrides
+
+
+def _check_features(config: Any, source: str) -> None:
+    state, action = config.robot_state_feature, config.action_feature
+    if state is None or action is None or not config.image_features:
+        found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
+        raise BurnishError(
+            f"features {found} in {source}", "a camera, observation.state and action", "give features= of the data set"
+        )
+    for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
+        if feature.shape[0] > getattr(config, limit):
+            raise BurnishError(
+                f"{name} of {feature.shape[0]} dimensions",
+                f"at most {limit} = {getattr(config, limit)}",
+                f"a policy trained with a larger {limit}",
+            )
+
+
+def _read_tensors(policy: nn.Module, file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BurnishError(f"{file} cannot be read: {_one_line(error)}", "the weights of the policy") from error
+    if policy.config.type in ("pi0", "pi05") and not set(policy.state_dict()) >= set(state):
+        # Names of openpi's own conversions, mapped as LeRobot's from_pretrained does.
+        state = policy._fix_pytorch_state_dict_keys(state, policy.config)
+        state = {key if key.startswith("model.") else f"model.{key}": value for key, value in state.items()}
+    return state
+
+
+def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) -> tuple[Any, Any]:
+    """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    lacking = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
+    inside = {"smolvla": folder / VLM_FOLDER}.get(config.type, folder / TOKENIZER_FOLDER)
+    if lacking and stats is not None:
+        return new_processors(config, stats)
+    if lacking:
+        raise BurnishError(
+            f"no {lacking[0]} in {folder}, so no normalisation statistics",
+            "LeRobot's processor files",
+            "give dataset_stats= of the data set that it was trained on",
+        )
+    changes: dict[str, dict[str, Any]] = {
+        "device_processor": {"device": config.device},
+        "normalizer_processor": {"features": {**config.input_features, **config.output_features},
+                                 "norm_map": config.normalization_mapping},
+    }  # fmt: skip
+    back = {"unnormalizer_processor": {"features": config.output_features, "norm_map": config.normalization_mapping}}
+    if stats is not None:
+        changes["normalizer_processor"]["stats"] = back["unnormalizer_processor"]["stats"] = stats
+    if inside.is_dir():
+        changes["tokenizer_processor"] = {"tokenizer_name": str(inside)}
+    try:
+        pre, post = make_pre_post_processors(
+            config,
+            str(folder),
+            preprocessor_overrides=_only(changes, folder / PREPROCESSOR),
+            postprocessor_overrides=_only(back, folder / POSTPROCESSOR),
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BurnishError(
+            f"the processors in {folder} cannot be loaded: {_one_line(error)}",
+            "LeRobot's processor files and a tokenizer that can be found",
+            f"put the tokenizer's files into {inside}",
+        ) from error
+    _check_statistics(config, pre, post, str(folder))
+    return pre, post
+
+
+def _only(changes: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
+    """Those changes whose step the pipeline has; LeRobot refuses others."""
+    steps = {step.get("registry_name") for step in _read_json(file).get("steps", [])}
+    return {name: change for name, change in changes.items() if name in steps}
+
+
+def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
+    """LeRobot passes values on unnormalised where statistics are missing; we do not."""
+    from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+    def stored(steps: Iterable[Any], kind: type) -> dict[str, Tensor]:
+        return {key: value for step in steps if isinstance(step, kind) for key, value in step.state_dict().items()}
+
+    before, after = stored(pre.steps, NormalizerProcessorStep), stored(post.steps, UnnormalizerProcessorStep)
+    needed = [("observation.state", config.robot_state_feature, before),
+              ("action", config.action_feature, before), ("action", config.action_feature, after)]  # fmt: skip
+    for key, feature, found in needed:
+        mode = config.normalization_mapping.get(feature.type.value)
+        for statistic in _STATS.get(mode.name if mode else "IDENTITY", ()):
+            value = found.get(f"{key}.{statistic}")
+            if value is None:
+                raise BurnishError(
+                    f"no statistic '{statistic}' of {key} in {source} (it has {_first(found) or 'none'})",
+                    f"what normalisation {mode.name} needs",
+                    "give dataset_stats= of the data set",
+                )
+            if value.numel() != feature.shape[0]:
+                raise BurnishError(
+                    f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
+                    f"{feature.shape[0]}, as the features declare",
+                    "give dataset_stats= of the same data set as features=",
+                )
+
+
+def _first(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

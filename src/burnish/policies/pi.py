@@ -1,0 +1,88 @@
+"""pi0 and pi05: PaliGemma reads images and text; the state enters the expert (pi0) or the text (pi05)."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from burnish.policies import language
+from burnish.policies.flow import TOKEN_MASK, TOKENS, FlowPolicy
+
+TOKENIZER_FOLDER = "tokenizer"
+SIZES_FILE = "tiny.json"
+
+
+class Pi(FlowPolicy):
+    """burnish's verbs over lerobot's PI0Policy and PI05Policy.
+
+    The language verbs attend in both directions inside image and question, as PaliGemma was trained, and causally
+    after that.
+    """
+
+    def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any, sizes: dict | None = None):
+        self.sizes = sizes
+        super().__init__(policy, preprocessor, postprocessor)
+        # LeRobot's sampler switches to eager attention on its first call; doing so from the start keeps the
+        # language verb bit for bit the same before and after.
+        self.backbone.text_model.config._attn_implementation = "eager"
+
+    @property
+    def vlm(self) -> nn.Module:
+        return self.policy.model.paligemma_with_expert.paligemma
+
+    @property
+    def tokenizer(self) -> Any:
+        from lerobot.processor import TokenizerProcessorStep
+
+        return next(s for s in self.preprocessor.steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
+
+    @property
+    def backbone(self) -> language.Backbone:
+        inner = self.policy.model.paligemma_with_expert
+        return language.Backbone(
+            text_model=inner.paligemma.model.language_model,
+            head=inner.paligemma.lm_head,
+            embed_text=inner.embed_language_tokens,
+            tokenizer=self.tokenizer,
+            bos=True,
+            see_prompt=True,
+        )
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        return self.policy.model.paligemma_with_expert.embed_image(image)
+
+    def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.policy._preprocess_images(batch)
+
+    def model_inputs(self, prepared: dict[str, Any]) -> list[Any]:
+        images, masks = self.prepare_images(prepared)
+        inputs = [images, masks, prepared[TOKENS], prepared[TOKEN_MASK]]
+        return inputs if self.config.type == "pi05" else [*inputs, self.policy.prepare_state(prepared)]
+
+    def image_tokens(self, image: Tensor) -> int:
+        patch = self.vlm.config.vision_config.patch_size
+        return (image.shape[-2] // patch) * (image.shape[-1] // patch)
+
+    def time_shape(self) -> tuple[float, float, float, float]:
+        c = self.config
+        return c.time_sampling_beta_alpha, c.time_sampling_beta_beta, c.time_sampling_scale, c.time_sampling_offset
+
+    def unused_parameters(self) -> list[str]:
+        """Both heads, the language model's final norm, and what follows keys and values in its last layer."""
+        pattern = re.compile(
+            r"policy\.model\.paligemma_with_expert\.(gemma_expert\.lm_head\.|paligemma\.(lm_head\.|"
+            rf"model\.language_model\.(norm\.|layers\.{self.num_layers - 1}\."
+            r"(self_attn\.(q|o)_proj|post_attention_layernorm|mlp)\.)))"
+        )
+        return [name for name, _ in self.named_parameters() if pattern.match(name)]
+
+    def write_extras(self, folder: Path, home: Path) -> None:
+        """The tokenizer's files; LeRobot itself only knows a hub name for it."""
+        from burnish.policies.folder import point_at
+
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+        point_at(folder, str(home / TOKENIZER_FOLDER))
+        if self.sizes is not None:
+            (folder / SIZES_FILE).write_text(json.dumps(self.sizes, indent=2))

@@ -1,0 +1,152 @@
+"""SmolVLA: the language model reads images, text and state; the expert reads its keys and values."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.policies import hidden, language
+from burnish.policies.base import Captured
+from burnish.policies.flow import STATE, TOKEN_MASK, TOKENS, FlowPolicy
+
+VLM_FOLDER = "vlm"
+
+
+class SmolVLA(FlowPolicy):
+    """burnish's verbs over lerobot's SmolVLAPolicy. The language verbs use the very VLM of the policy, which LeRobot
+    cuts down to `num_vlm_layers`.
+    """
+
+    state_rows = 1
+
+    @property
+    def vlm(self) -> nn.Module:
+        return self.policy.model.vlm_with_expert.vlm
+
+    @property
+    def backbone(self) -> language.Backbone:
+        inner = self.policy.model.vlm_with_expert
+        return language.Backbone(
+            text_model=inner.vlm.model.text_model,
+            head=inner.vlm.lm_head,
+            embed_text=inner.embed_language_tokens,
+            tokenizer=inner.processor.tokenizer,
+        )
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        return self.policy.model.vlm_with_expert.embed_image(image)
+
+    def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.policy.prepare_images(batch)
+
+    def model_inputs(self, prepared: dict[str, Any]) -> list[Any]:
+        if self.config.adapt_to_pi_aloha:  # LeRobot converts in place
+            prepared = self.policy._prepare_batch({**prepared, STATE: prepared[STATE].clone()})
+        images, masks = self.prepare_images(prepared)
+        return [images, masks, prepared[TOKENS], prepared[TOKEN_MASK], self.policy.prepare_state(prepared)]
+
+    def model_actions(self, actions: Tensor) -> Tensor:
+        return self.policy._pi_aloha_encode_actions_inv(actions.clone()) if self.config.adapt_to_pi_aloha else actions
+
+    def policy_actions(self, actions: Tensor) -> Tensor:
+        return self.policy._pi_aloha_encode_actions(actions) if self.config.adapt_to_pi_aloha else actions
+
+    def image_tokens(self, image: Tensor) -> int:
+        config = self.vlm.config
+        patch = config.vision_config.patch_size
+        return (image.shape[-2] // patch) * (image.shape[-1] // patch) // config.scale_factor**2
+
+    def _note_rows(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
+        hidden.note_rows(
+            captured,
+            parts,
+            text_mask,
+            state_rows=self.state_rows,
+            width=self.config.prefix_length,
+            around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0),
+        )
+
+    def unused_parameters(self) -> list[str]:
+        """The head, the final norm, and what follows keys and values in the last layer that an expert layer reads."""
+        inner = self.policy.model.vlm_with_expert
+        stride = inner.num_vlm_layers // inner.num_expert_layers
+        last = (inner.num_vlm_layers - 1) // stride * stride
+        layer = r"model\.text_model\.layers\."
+        beyond = "|".join(str(i) for i in range(last + 1, inner.num_vlm_layers)) or "none"
+        pattern = re.compile(
+            rf"lm_head\.|model\.text_model\.norm\.|{layer}({beyond})\.|"
+            rf"{layer}{last}\.(self_attn\.(q|o)_proj|post_attention_layernorm|mlp)\."
+        )
+        prefix = "policy.model.vlm_with_expert.vlm."
+        return [n for n, _ in self.named_parameters() if n.startswith(prefix) and pattern.match(n.removeprefix(prefix))]
+
+    def write_extras(self, folder: Path, home: Path) -> None:
+        """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
+        from burnish.policies.folder import point_at
+
+        inner = self.policy.model.vlm_with_expert
+        inner.config.save_pretrained(folder / VLM_FOLDER)
+        inner.processor.save_pretrained(folder / VLM_FOLDER)
+        point_at(folder, str(home / VLM_FOLDER))
+
+
+def create_policy(
+    vlm_folder: Path | str,
+    features: dict[str, Any],
+    dataset_stats: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    *,
+    type: str = "smolvla",
+    generator_seed: int = 0,
+    device: str = "cpu",
+) -> SmolVLA:
+    """A new SmolVLA on a VLM: its weights in float32, the action expert random.
+
+    Args:
+        vlm_folder: SmolVLM folder with weights, tokenizer and processor.
+        features: LeRobot PolicyFeatures of inputs and outputs by key, e.g. "observation.images.top".
+        dataset_stats: LeRobot statistics by key.
+        overrides: fields of SmolVLAConfig. Images are resized to the VLM's own size and everything is trainable
+            unless given otherwise.
+        type: only "smolvla".
+        generator_seed: of the expert's weights; the global generator is left as it was.
+        device: torch device.
+
+    Raises:
+        BurnishError: not a SmolVLM folder, or features that do not fit.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from burnish.policies import folder as folders
+
+    vlm_folder = Path(vlm_folder)
+    if type != "smolvla":
+        raise BurnishError(f"a new policy of type '{type}'", "smolvla", "load a checkpoint of that type instead")
+    if not (vlm_folder / "config.json").is_file():
+        raise BurnishError(f"no VLM in {vlm_folder}", "a folder with config.json")
+    vlm_config = AutoConfig.from_pretrained(vlm_folder)
+    if vlm_config.model_type != "smolvlm":
+        raise BurnishError(
+            f"a VLM of type '{vlm_config.model_type}' in {vlm_folder}", "smolvlm, which SmolVLA is made of"
+        )
+    size = vlm_config.vision_config.image_size
+    raw = {
+        "type": type,
+        "resize_imgs_with_padding": [size, size],
+        "freeze_vision_encoder": False,
+        "train_expert_only": False,
+        "push_to_hub": False,
+        **(overrides or {}),
+        "vlm_model_name": str(vlm_folder),
+        "load_vlm_weights": False,
+    }
+    config = folders.decode_config(raw, str(vlm_folder), features, device)
+    policy = folders.build(config, generator_seed)
+    vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
+    target = policy.model.vlm_with_expert.vlm
+    folders.load_tensors(target, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
+    processors = folders.new_processors(config, dataset_stats)
+    return SmolVLA(policy.to(device), *processors)

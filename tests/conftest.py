@@ -1,0 +1,46 @@
+"""Fixtures that every room shares. The environment is set before anything heavy is imported."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def nano_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a nano SmolVLM with random weights, tokenizer and processor. Do not write into it."""
+    from burnish.policies.tiny import build_vlm
+
+    return build_vlm(tmp_path_factory.mktemp("nano") / "vlm")
+
+
+def _tiny(kind: str, factory: pytest.TempPathFactory) -> Path:
+    from burnish.policies.tiny import make_tiny
+
+    return make_tiny(kind, factory.mktemp("tiny") / kind, cameras=("top", "wrist"))
+
+
+@pytest.fixture(scope="session")
+def tiny_smolvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LeRobot policy folder: cameras top and wrist (32 px), state 7, action 7, chunk 8. Do not write into it."""
+    return _tiny("smolvla", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_pi0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_smolvla`, of type pi0."""
+    return _tiny("pi0", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_pi05(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_smolvla`, of type pi05."""
+    return _tiny("pi05", tmp_path_factory)
