@@ -148,6 +148,7 @@ class Journal:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
+        self.settings = settings
         self.path = folder / EPISODES
         self._file = self.path.open("r+b" if self.path.exists() else "w+b")
         try:

@@ -37,7 +37,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Rate:
     """
     if n < 1 or not 0 <= successes <= n:
         raise BurnishError(f"{successes} successes of {n} trials", "n >= 1 and 0 <= successes <= n")
-    z = norm.isf((1 - level) / 2)
+    z = float(norm.isf((1 - level) / 2))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -113,7 +113,7 @@ def minimum_detectable_difference(
     """
     if n < 1 or not 0 <= discordance <= 1:
         raise BurnishError(f"{n} pairs with discordance {discordance}", "n >= 1, discordance in [0, 1]")
-    z_a, z_b = norm.isf((1 - level) / 2), norm.isf(1 - power)
+    z_a, z_b = float(norm.isf((1 - level) / 2)), float(norm.isf(1 - power))
     under_root = z_a**2 * discordance * n - (n + z_b**2) * discordance * (z_a**2 - z_b**2)
     if discordance == 0 or under_root < 0:
         return None

@@ -32,10 +32,20 @@ class Policy(nn.Module, ABC):
 
     Batches are in environment units with raw instructions (see core.types); a policy normalises and tokenises
     inside its verbs.
+
+    Attributes:
+        cameras: names of its cameras.
+        chunk_size: T, actions in a chunk.
+        n_action_steps: actions of a chunk to execute before asking again.
+        image_size: side of the images it was trained on, in pixels.
+        action_dim: A.
+        num_layers: layers of the backbone.
     """
 
     cameras: tuple[str, ...]
     chunk_size: int
+    n_action_steps: int
+    image_size: int
     action_dim: int
     num_layers: int
 

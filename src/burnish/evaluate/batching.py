@@ -1,0 +1,103 @@
+"""The policy's side of an evaluation: observations in, chunks out, one padded batch at a time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
+from burnish.core.types import Batch, Draws
+from burnish.envs.base import EnvSpec, Observation
+from burnish.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a batch: what the policy sees, and what its noise is derived from."""
+
+    observation: Observation
+    task: str
+    initial_state: int
+    replan: int
+
+
+class BatchedPolicy:
+    """Calls `policy.act` on batches of one fixed width, so that a result does not depend on who shares the batch.
+
+    A matrix product may differ in its last bit between batch widths, and a last bit can decide an episode: rows
+    that are missing are filled with copies of the last one. Noise is drawn for every row by itself.
+
+    Args:
+        policy: the policy; put into evaluation mode.
+        cameras: the policy's camera name to the environment's.
+        seed: seed of the policy's noise.
+        width: rows of every call.
+        n_action_steps: how many actions of each chunk are executed.
+    """
+
+    def __init__(self, policy: Policy, cameras: dict[str, str], seed: int, width: int, n_action_steps: int):
+        if not 1 <= n_action_steps <= policy.chunk_size:
+            raise BurnishError(f"{n_action_steps} action steps", f"1 to {policy.chunk_size}, the policy's chunk size")
+        self.policy = policy.eval()
+        self.cameras = cameras
+        self.seed, self.width, self.n_action_steps = seed, width, n_action_steps
+        parameter = next(policy.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self._warm = False
+
+    def act(self, requests: Sequence[Request]) -> tuple[np.ndarray, float]:
+        """Actions [n, n_action_steps, A] for n <= width requests, and the milliseconds that the call took."""
+        rows = [*requests, *[requests[-1]] * (self.width - len(requests))]
+        batch = self._batch([row.observation for row in rows])
+        draws = self._draws(rows)
+        if not self._warm:  # the first call allocates and compiles; it would distort the latency
+            self.policy.act(batch, draws)
+            self._warm = True
+        self._synchronise()
+        start = time.perf_counter()
+        actions = self.policy.act(batch, draws).actions
+        self._synchronise()
+        elapsed = 1000 * (time.perf_counter() - start)
+        actions = actions[: len(requests), : self.n_action_steps].float().cpu().numpy()
+        if not np.isfinite(actions).all():
+            raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
+        return actions, elapsed
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _batch(self, observations: list[Observation]) -> Batch:
+        batch: Batch = {
+            "observation.state": torch.from_numpy(np.stack([o.state for o in observations])).to(self.device),
+            "task": [o.instruction for o in observations],
+        }
+        for name, camera in self.cameras.items():
+            images = torch.from_numpy(np.stack([o.images[camera] for o in observations])).to(self.device)
+            batch[f"observation.images.{name}"] = images.permute(0, 3, 1, 2).float() / 255
+        return batch
+
+    def _draws(self, rows: list[Request]) -> Draws:
+        each = [self.policy.draw(1, generator(self.seed, row.task, row.initial_state, row.replan)) for row in rows]
+        draws = Draws(torch.cat([d.noise for d in each]), torch.cat([d.time for d in each]))
+        return draws.to(self.device)
+
+
+def match_cameras(policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None) -> dict[str, str]:
+    """The policy's camera names to the environment's: by order where `cameras` is given, by name otherwise.
+
+    Raises:
+        BurnishError: an unknown camera, or names that do not match.
+    """
+    chosen = tuple(cameras) if cameras else policy.cameras
+    unknown = [c for c in chosen if c not in spec.cameras]
+    if unknown or len(chosen) != len(policy.cameras):
+        raise BurnishError(
+            f"cameras {', '.join(chosen)} for a policy that sees {', '.join(policy.cameras)}",
+            f"one of {', '.join(spec.cameras)} for each camera of the policy",
+            "--cameras with the environment's cameras in the policy's order",
+        )
+    return dict(zip(policy.cameras, chosen, strict=True))

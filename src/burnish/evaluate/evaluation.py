@@ -1,0 +1,79 @@
+"""What an evaluation found: rates with n and interval, latency, videos."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from burnish.evaluate.records import Record
+from burnish.evaluate.stats import Rate, percentiles, wilson
+
+
+def video_path(task: str, initial_state: int) -> Path:
+    """Where the video of an episode lies inside the evaluation folder; its film strip is the .png beside it."""
+    return Path("videos") / f"{task.replace(':', '_').replace('/', '_')}_{initial_state}.mp4"
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found. Printing it gives the table with n and Wilson interval on every rate."""
+
+    output: Path
+    settings: dict[str, Any]
+    records: list[Record]
+    seconds: float = 0.0
+    """Wall time of this run, without episodes that were there already."""
+    new_episodes: int = 0
+
+    @property
+    def overall(self) -> Rate:
+        return wilson(sum(r.success for r in self.records), len(self.records))
+
+    @property
+    def per_task(self) -> dict[str, Rate]:
+        tasks = dict.fromkeys(r.task for r in self.records)
+        groups = {t: [r.success for r in self.records if r.task == t] for t in tasks}
+        return {t: wilson(sum(g), len(g)) for t, g in groups.items()}
+
+    @property
+    def other(self) -> Rate | None:
+        """Under an instruction swap: how often the newly named object's task was solved."""
+        flags = [r.other_success for r in self.records if r.other_success is not None]
+        return wilson(sum(flags), len(flags)) if flags else None
+
+    @property
+    def latency_ms(self) -> dict[str, float]:
+        """Percentiles of the policy call over all replans, in milliseconds."""
+        return percentiles([ms for r in self.records for ms in r.latency_ms])
+
+    def to_dict(self) -> dict[str, Any]:
+        videos = [
+            {"task": r.task, "initial_state": r.initial_state, "success": r.success, "video": name}
+            | {"film_strip": str(Path(name).with_suffix(".png"))}
+            for r in self.records
+            if (self.output / (name := str(video_path(r.task, r.initial_state)))).exists()
+        ]
+        return {
+            "overall": self.overall.to_dict(),
+            "per_task": {task: rate.to_dict() for task, rate in self.per_task.items()},
+            "other": self.other.to_dict() if self.other else None,
+            "mean_steps": sum(r.steps for r in self.records) / len(self.records),
+            "latency_ms": self.latency_ms,
+            "settings": self.settings,
+            "commits": sorted({r.commit for r in self.records}),
+            "videos": videos,
+            "seconds": self.seconds,
+            "new_episodes": self.new_episodes,
+        }
+
+    def __str__(self) -> str:
+        width = max(len("overall"), *(len(t) for t in self.per_task))
+        lines = [f"{task:<{width}}  {rate}" for task, rate in self.per_task.items()]
+        if len(lines) > 1:
+            lines.append(f"{'overall':<{width}}  {self.overall}")
+        if self.other:
+            lines.append(f"solved the newly named object's task instead: {self.other}")
+        if self.latency_ms:
+            lines.append(
+                "policy call p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} ms ({n} replans)".format(**self.latency_ms)
+            )
+        return "\n".join(lines)

@@ -1,0 +1,276 @@
+"""Closed-loop evaluation: a batched policy over parallel simulator processes, on fixed initial states.
+
+An episode is decided by (policy, task, initial state, seed): the noise of every replan is derived from these alone,
+and every policy call has the same number of rows, so batch neighbours, the number of workers and the order in which
+episodes end do not enter. Between different batch sizes last bits may differ; `batch_size` is therefore recorded.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
+from burnish.envs.base import EnvSpec, expand, make_env
+from burnish.evaluate.evaluation import Evaluation, video_path
+from burnish.evaluate.records import SUMMARY, Journal, commit, weights_hash, write_json
+from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
+
+if TYPE_CHECKING:
+    from burnish.evaluate.batching import BatchedPolicy
+    from burnish.policies.base import Policy
+
+VIDEOS_PER_TASK = 2
+EPISODES_PER_WORKER = 4
+
+Trial = tuple[EnvSpec, int]
+
+
+def evaluate(
+    policy: "Policy | Path | str",
+    env: str,
+    *,
+    episodes: int = 100,
+    output: Path | str,
+    first_state: int = 1_000_000,
+    seed: int = 0,
+    workers: int = 0,
+    batch_size: int = 0,
+    max_steps: int = 0,
+    image_size: int | None = None,
+    cameras: Sequence[str] | None = None,
+    n_action_steps: int | None = None,
+    instruction_swap: bool = False,
+    video: bool = True,
+    progress: bool = True,
+    make: MakeEnv = make_env,
+) -> Evaluation:
+    """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
+
+    Called again with the same arguments it continues after the episodes that are there. In a script, call it
+    under `if __name__ == "__main__":`, because simulator processes import the script again.
+
+    With `instruction_swap` the policy is told to do the task with another object. `success` keeps its meaning (the
+    original object), `other` says how often the newly named object's task was solved; the first of the two ends
+    the episode. A policy that listens drops on the first and succeeds on the second.
+
+    Args:
+        policy: a policy or its LeRobot folder.
+        env: environment id, see `burnish.envs.base`.
+        episodes: for each task; at most the number of its fixed initial states.
+        output: folder of this evaluation.
+        first_state: first initial state where the environment has unlimited ones, otherwise 0 is the first.
+        seed: of the policy's noise.
+        workers: simulator processes; 0 means one for each core.
+        batch_size: episodes in flight, 0 means four for each worker; the policy is called on half of them.
+        max_steps: limit in control steps; 0 means the environment's own.
+        image_size: side of the images in pixels; None means what the policy was trained on.
+        cameras: the environment's cameras in the policy's order; None means those of the same names.
+        n_action_steps: actions executed of each chunk; None means the policy's own number.
+        instruction_swap: name another object, where the environment offers it.
+        video: film the first two initial states of every task.
+        progress: show a bar on stderr.
+        make: builds a simulator from a single-task id and an image size; importable by name.
+
+    Raises:
+        BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
+    """
+    from burnish.evaluate.batching import BatchedPolicy, match_cameras
+
+    weights = weights_hash(policy)
+    if isinstance(policy, str | Path):
+        from burnish.policies import load_policy
+
+        policy = load_policy(policy)
+    job = _Job(
+        env,
+        episodes,
+        first_state,
+        seed,
+        *_parallel(workers, batch_size),
+        max_steps,
+        image_size or policy.image_size,
+        video,
+        progress,
+        make,
+        instruction_swap,
+    )
+
+    def prepare(spec: EnvSpec) -> BatchedPolicy:
+        if policy.action_dim != len(spec.action_names):
+            raise BurnishError(
+                f"a policy with {policy.action_dim} action dimensions", f"{len(spec.action_names)} for {spec.task_id}"
+            )
+        width = (job.batch_size + 1) // 2
+        matched = match_cameras(policy, spec, cameras)
+        return BatchedPolicy(policy, matched, seed, width, n_action_steps or policy.n_action_steps)
+
+    return job.run(Path(output), weights, prepare)
+
+
+def evaluate_expert(
+    env: str,
+    *,
+    episodes: int = 100,
+    output: Path | str,
+    which: str = "expert",
+    first_state: int = 1_000_000,
+    seed: int = 0,
+    workers: int = 0,
+    max_steps: int = 0,
+    image_size: int = 128,
+    video: bool = False,
+    progress: bool = True,
+    make: MakeEnv = make_env,
+) -> Evaluation:
+    """Measure a scripted expert on the same initial states, with the same files as `evaluate`.
+
+    Args:
+        which: "expert", or "random_object" for the one that picks its object with closed eyes: what a policy that
+            does not listen can reach at best.
+
+    The other arguments are those of `evaluate`.
+    """
+    if which not in ("expert", "random_object"):
+        raise BurnishError(f"unknown expert '{which}'", "expert or random_object")
+    workers, in_flight = _parallel(workers, 0)
+    job = _Job(
+        env,
+        episodes,
+        first_state,
+        seed,
+        workers,
+        in_flight,
+        max_steps,
+        image_size,
+        video,
+        progress,
+        make,
+        actor=which,
+    )
+    return job.run(Path(output), which, lambda spec: None)
+
+
+def _parallel(workers: int, batch_size: int) -> tuple[int, int]:
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers < 1 or batch_size < 0:
+        raise BurnishError(f"{workers} workers and a batch of {batch_size}", "positive numbers, or 0 for the default")
+    batch_size = batch_size or EPISODES_PER_WORKER * workers
+    return min(workers, batch_size), batch_size
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `evaluate` and `evaluate_expert` share; see there."""
+
+    env: str
+    episodes: int
+    first_state: int
+    seed: int
+    workers: int
+    batch_size: int
+    max_steps: int
+    image_size: int
+    video: bool
+    progress: bool
+    make: MakeEnv
+    swap: bool = False
+    actor: str = "policy"
+
+    def run(self, output: Path, weights: str, prepare: "Callable[[EnvSpec], BatchedPolicy | None]") -> Evaluation:
+        """`prepare` returns the batched policy (None for an expert) once a simulator has said what it offers."""
+        start = time.perf_counter()
+        with SimulatorPool(self.workers, self.make, self.image_size) as pool:
+            specs = pool.describe(expand(self.env))
+            policy = prepare(specs[0])
+            cameras = tuple(policy.cameras.values()) if policy else ()
+            plan = self.plan(specs)
+            settings = self.settings(weights, cameras, policy.n_action_steps if policy else 0)
+            with Journal(output, settings) as journal:
+                before = len(journal.records)
+                self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output), len(plan))
+                records = {r.key: r for r in journal.records}
+        evaluation = Evaluation(
+            output,
+            settings,
+            [records[spec.task_id, state] for spec, state in plan],
+            time.perf_counter() - start,
+            len(records) - before,
+        )
+        write_json(output / SUMMARY, evaluation.to_dict())
+        return evaluation
+
+    def plan(self, specs: Sequence[EnvSpec]) -> list[Trial]:
+        """Every episode, task by task. The same initial state twice would be the same trial twice."""
+        if self.episodes < 1:
+            raise BurnishError(f"{self.episodes} episodes", "at least one for each task")
+        trials: list[Trial] = []
+        for spec in specs:
+            if spec.num_initial_states is None:
+                trials += [(spec, self.first_state + i) for i in range(self.episodes)]
+            else:
+                trials += [(spec, i) for i in range(min(self.episodes, spec.num_initial_states))]
+        return trials
+
+    def settings(self, weights: str, cameras: Sequence[str], n_action_steps: int) -> dict[str, Any]:
+        return {
+            "env": self.env,
+            "actor": self.actor,
+            "weights": weights,
+            "variant": "instruction_swap" if self.swap else "plain",
+            "seed": self.seed,
+            "first_state": self.first_state,
+            "max_steps": self.max_steps,
+            "image_size": self.image_size,
+            "cameras": list(cameras),
+            "n_action_steps": n_action_steps,
+            "batch_size": self.batch_size if self.actor == "policy" else 0,
+        }
+
+    def missing(self, plan: list[Trial], journal: Journal, cameras: tuple[str, ...], output: Path) -> list[Episode]:
+        """The episodes that the journal does not hold yet."""
+        done = {r.key for r in journal.records}
+        filmed: dict[str, int] = {}
+        episodes = []
+        for spec, state in plan:
+            filmed[spec.task_id] = filmed.get(spec.task_id, 0) + 1
+            video = self.video and filmed[spec.task_id] <= VIDEOS_PER_TASK
+            if (spec.task_id, state) not in done:
+                path = output / video_path(spec.task_id, state) if video else None
+                episodes.append(self.episode(spec, state, cameras, path))
+        return episodes
+
+    def episode(self, spec: EnvSpec, state: int, cameras: tuple[str, ...], video: Path | None) -> Episode:
+        return Episode(
+            task=spec.task_id,
+            initial_state=state,
+            max_steps=self.max_steps or spec.max_steps,
+            cameras=cameras or (spec.cameras[:1] if video else ()),
+            actor=self.actor,
+            actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31,
+            swap=self.swap,
+            video=video,
+        )
+
+    def fill(
+        self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int
+    ) -> None:
+        from tqdm import tqdm
+
+        from burnish.evaluate.scheduler import Scheduler
+
+        stamp = {
+            "seed": self.seed,
+            "weights": journal.settings["weights"],
+            "commit": commit(),
+            "variant": journal.settings["variant"],
+        }
+        done = total - len(todo)
+        with tqdm(
+            total=total, initial=done, desc=self.env, unit="ep", disable=not self.progress, file=sys.stderr
+        ) as bar:
+            Scheduler(pool, todo, self.batch_size, journal, stamp).run(policy, bar)

@@ -1,0 +1,295 @@
+"""Simulator processes: each holds a few episodes, executes whole chunks and renders only when asked to replan.
+
+Imports no torch, so that a process starts quickly. Started with the spawn method, because a rendering context does
+not survive a fork; a script that evaluates therefore needs the usual `if __name__ == "__main__":`.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject
+
+MakeEnv = Callable[[str, int], Env]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a simulator process needs to know to run one episode.
+
+    Args:
+        max_steps: limit in control steps.
+        cameras: rendered whenever the policy replans.
+        actor: "policy" (chunks come from outside), "expert" or "random_object".
+        actor_seed: seed of the expert, or of the choice of the other object in an instruction swap.
+        swap: name another object in the instruction.
+        video: path of the mp4 to write, rendered at every control step; a film strip is put beside it.
+    """
+
+    task: str
+    initial_state: int
+    max_steps: int
+    cameras: tuple[str, ...] = ()
+    actor: str = "policy"
+    actor_seed: int = 0
+    swap: bool = False
+    video: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.task}, initial state {self.initial_state}"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The episode of `slot` needs its next chunk for this observation."""
+
+    slot: int
+    observation: Observation
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The episode of `slot` is over."""
+
+    slot: int
+    success: bool
+    steps: int
+    instruction: str
+    other_success: bool | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A user error inside the simulator process, forwarded as its text."""
+
+    message: str
+
+
+Reply = Waiting | Finished | Failed
+
+
+@dataclass
+class _Running:
+    """One episode in progress inside a simulator process."""
+
+    env: Env
+    episode: Episode
+    expert: Expert | None = None
+    instruction: str = ""
+    steps: int = 0
+    success: bool = False
+    other_success: bool | None = None
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    def begin(self) -> None:
+        env, episode = self.env, self.episode
+        env.reset(episode.initial_state)
+        if episode.swap:
+            if not isinstance(env, InstructionSwap):
+                raise BurnishError(f"{episode.task} offers no instruction swap", "for instance tabletop:lift")
+            env.set_instruction(env.alternative_instruction(episode.actor_seed))
+            self.other_success = False
+        if episode.actor == "expert":
+            self.expert = env.expert(episode.actor_seed)
+        elif episode.actor == "random_object":
+            if not isinstance(env, RandomObject):
+                raise BurnishError(f"{episode.task} offers no expert that picks its object at random")
+            self.expert = env.random_object_expert(episode.actor_seed)
+        self.instruction = env.instruction
+        self._film()
+
+    @property
+    def over(self) -> bool:
+        return self.success or bool(self.other_success) or self.steps >= self.episode.max_steps
+
+    def execute(self, actions: np.ndarray) -> None:
+        """Take the chunk [T, A] step by step; whatever is left when the episode ends is dropped."""
+        for action in actions:
+            if self.over:
+                return
+            self.step(action)
+
+    def step(self, action: np.ndarray) -> None:
+        self.success = bool(self.env.step(action))
+        self.steps += 1
+        if self.episode.swap:
+            assert isinstance(self.env, InstructionSwap)
+            self.other_success = bool(self.env.other_success())
+        self._film()
+
+    def finish_with_expert(self) -> None:
+        while not self.over:
+            self.step(self.expert.act())
+
+    def _film(self) -> None:
+        if self.episode.video is not None:
+            images = self.env.observe(self.episode.cameras).images
+            self.frames.append(np.concatenate([images[c] for c in self.episode.cameras], axis=1))
+
+    def end(self, slot: int) -> Finished:
+        if self.episode.video is not None:
+            from burnish.evaluate.video import write_film_strip, write_video
+
+            self.episode.video.parent.mkdir(parents=True, exist_ok=True)
+            write_video(self.episode.video, self.frames, self.env.spec.fps)
+            write_film_strip(self.episode.video.with_suffix(".png"), self.frames)
+        return Finished(slot, self.success, self.steps, self.instruction, self.other_success)
+
+
+class _Server:
+    """The loop of one simulator process. Simulators are kept and reused for later episodes of their task."""
+
+    def __init__(self, connection: Connection, make: MakeEnv, image_size: int):
+        self.connection, self.make, self.image_size = connection, make, image_size
+        self.running: dict[int, _Running] = {}
+        self.idle: list[Env] = []
+
+    def take_env(self, task: str) -> Env:
+        """An idle simulator of this task, or a new one in the place of the idle one of another task."""
+        for i, env in enumerate(self.idle):
+            if env.spec.task_id == task:
+                return self.idle.pop(i)
+        while self.idle:
+            self.idle.pop().close()
+        return self.make(task, self.image_size)
+
+    def describe(self, task: str) -> None:
+        env = self.take_env(task)
+        self.idle.append(env)
+        self.connection.send(env.spec)
+
+    def start(self, slot: int, episode: Episode) -> None:
+        run = self.running[slot] = _Running(self.take_env(episode.task), episode)
+        run.begin()
+        if run.expert is not None:
+            run.finish_with_expert()
+        self.reply(slot)
+
+    def act(self, slot: int, actions: np.ndarray) -> None:
+        self.running[slot].execute(actions)
+        self.reply(slot)
+
+    def reply(self, slot: int) -> None:
+        run = self.running[slot]
+        if run.over:
+            del self.running[slot]
+            self.idle.append(run.env)
+            self.connection.send(run.end(slot))
+        else:
+            self.connection.send(Waiting(slot, run.env.observe(run.episode.cameras)))
+
+    def serve(self) -> None:
+        while (command := self.connection.recv()) is not None:
+            name, *arguments = command
+            {"describe": self.describe, "start": self.start, "act": self.act}[name](*arguments)
+        for env in [*self.idle, *(run.env for run in self.running.values())]:
+            env.close()
+
+
+def _main(connection: Connection, make: MakeEnv, image_size: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    try:
+        _Server(connection, make, image_size).serve()
+    except BurnishError as error:
+        connection.send(Failed(str(error)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone, so there is nobody left to work for
+
+
+class SimulatorPool:
+    """Simulator processes behind numbered slots; slot s lives in process s modulo their number.
+
+    Args:
+        workers: number of processes.
+        make: builds a simulator from a single-task id and an image size; must be importable by name.
+        image_size: side of the square images, in pixels.
+    """
+
+    def __init__(self, workers: int, make: MakeEnv, image_size: int):
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        self._busy: dict[int, Episode] = {}
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_main, args=(theirs, make, image_size), daemon=True)
+            process.start()
+            theirs.close()  # so that a dead process shows as the end of its pipe
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def describe(self, tasks: Iterable[str]) -> list[EnvSpec]:
+        """Specs of single-task ids, asked of all processes at once. Only before the first `start`."""
+        asked = [(task, i % len(self._processes)) for i, task in enumerate(tasks)]
+        for task, worker in asked:
+            self._send(worker, ("describe", task))
+        return [self._receive(worker, task) for task, worker in asked]
+
+    def start(self, slot: int, episode: Episode) -> None:
+        """Begin an episode in a free slot."""
+        self._busy[slot] = episode
+        self._send(slot % len(self._processes), ("start", slot, episode))
+
+    def act(self, slot: int, actions: np.ndarray) -> None:
+        """Hand the waiting episode of `slot` its next actions [T, A]."""
+        self._send(slot % len(self._processes), ("act", slot, actions))
+
+    def poll(self) -> list[Waiting | Finished]:
+        """Wait for at least one reply and return all that are there."""
+        ready = wait(self._connections)
+        return [self._receive(self._connections.index(connection)) for connection in ready]
+
+    def _send(self, worker: int, message: tuple) -> None:
+        try:
+            self._connections[worker].send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self._receive(worker)  # says why it stopped, where it still could
+            self._died(worker)
+
+    def _receive(self, worker: int, task: str = ""):
+        try:
+            reply = self._connections[worker].recv()
+        except (EOFError, ConnectionResetError):
+            self._died(worker, task)
+        if isinstance(reply, Failed):
+            raise BurnishError(reply.message)
+        if isinstance(reply, Finished):
+            self._busy.pop(reply.slot)
+        return reply
+
+    def _died(self, worker: int, task: str = "") -> None:
+        process = self._processes[worker]
+        process.join(5)
+        held = [str(e) for slot, e in self._busy.items() if slot % len(self._processes) == worker]
+        raise BurnishError(
+            f"simulator process {worker} ended with exit code {process.exitcode} "
+            f"while it held {'; '.join(held) or task or 'nothing'}",
+            fix="the same command continues after the finished episodes; fewer --workers if memory ran out",
+        )
+
+    def close(self) -> None:
+        """Stop all processes, also those in the middle of an episode."""
+        for connection in self._connections:
+            try:
+                connection.send(None)
+            except (BrokenPipeError, ConnectionResetError):
+                continue
+        for process in self._processes:
+            process.join(2)
+            if process.is_alive():
+                process.terminate()
+                process.join()
+        for connection in self._connections:
+            connection.close()
+
+    def __enter__(self) -> "SimulatorPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
