@@ -1,0 +1,255 @@
+"""Two arms measured on the same initial states: is one better, by how much, and what could have been seen at all."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.records import Record, read_results
+from burnish.evaluate.stats import (
+    Rate,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    sign_flip,
+    wilson,
+)
+
+Key = tuple[str, int]
+Run = dict[Key, Record]
+Paths = Path | str | Sequence[Path | str]
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """A and B on `n` shared initial states; `difference` is B minus A.
+
+    With one run in each arm every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
+    `p` is McNemar's. With several runs an initial state is a cluster: intervals come from a bootstrap over initial
+    states and `p` from the exact sign-flip test on the per-state differences.
+
+    Args:
+        low, high: 95 % bootstrap interval of the difference.
+        only_a, only_b: initial states on which A, or B, did better.
+        detectable: smallest difference that n such pairs find with 80 % power; None when there is none.
+    """
+
+    n: int
+    rate_a: Rate
+    rate_b: Rate
+    difference: float
+    low: float
+    high: float
+    only_a: int
+    only_b: int
+    p: float
+    detectable: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "rate_a": self.rate_a.to_dict(), "rate_b": self.rate_b.to_dict()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. Printing it gives the whole table."""
+
+    names: tuple[str, str]
+    runs: tuple[int, int]
+    overall: PairedResult
+    per_task: dict[str, PairedResult]
+    unpaired: tuple[list[Key], list[Key]]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def clustered(self) -> bool:
+        return max(self.runs) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "a": self.names[0],
+            "b": self.names[1],
+            "runs": list(self.runs),
+            "test": "sign flip over initial states" if self.clustered else "McNemar",
+            "overall": self.overall.to_dict(),
+            "per_task": {task: result.to_dict() for task, result in self.per_task.items()},
+            "unpaired": {"a": [list(k) for k in self.unpaired[0]], "b": [list(k) for k in self.unpaired[1]]},
+            "warnings": self.warnings,
+        }
+
+    def __str__(self) -> str:
+        r, (name_a, name_b) = self.overall, self.names
+        test = "exact sign-flip test over initial states" if self.clustered else "exact McNemar test"
+        lines = [
+            f"A  {name_a}{_runs(self.runs[0])}: {r.rate_a}",
+            f"B  {name_b}{_runs(self.runs[1])}: {r.rate_b}",
+            f"B - A  {100 * r.difference:+.1f} points, 95 % interval [{100 * r.low:+.1f}, {100 * r.high:+.1f}] "
+            f"(paired bootstrap over {r.n} initial states)",
+            f"{test}: p = {r.p:.3g}; only A better {r.only_a}, only B better {r.only_b}",
+            _detectable(r),
+        ]
+        lines += [
+            f"left out, only in {arm}: {len(keys)} ({', '.join(f'{t} {s}'.strip() for t, s in keys[:3])}"
+            f"{', ...' if len(keys) > 3 else ''})"
+            for arm, keys in zip("AB", self.unpaired, strict=True)
+            if keys
+        ]
+        if len(self.per_task) > 1:
+            lines += ["", *_table(self.per_task)]
+        return "\n".join([*lines, *(f"WARNING: {w}" for w in self.warnings)])
+
+
+def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0) -> Comparison:
+    """Compare two arms, paired on (task, initial state).
+
+    Args:
+        a, b: evaluation folder or JSONL file; or several of them, the runs of one arm (say, three seeds).
+        task_regex: keep only tasks in which this is found.
+        seed: of the bootstrap.
+
+    Raises:
+        BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
+    """
+    names = (_name(a), _name(b))
+    arms = [_load(arm, task_regex) for arm in (a, b)]
+    keys = [list(dict.fromkeys(key for run in arm for key in run)) for arm in arms]
+    shared = set(keys[0]) & set(keys[1])
+    if not shared:
+        raise BurnishError(
+            f"no trial of {names[0]} has a partner in {names[1]} ({_example(keys[0])} against {_example(keys[1])})",
+            "evaluations of the same tasks on the same initial states",
+        )
+    paired = [key for key in keys[0] if key in shared]
+    tasks = list(dict.fromkeys(task for task, _ in paired))
+    overall = _result(arms, paired, seed)
+    return Comparison(
+        names,
+        (len(arms[0]), len(arms[1])),
+        overall,
+        {task: _result(arms, [k for k in paired if k[0] == task], seed) for task in tasks},
+        tuple([k for k in some if k not in shared] for some in keys),
+        _warnings(arms, overall),
+    )
+
+
+def _name(paths: Paths) -> str:
+    return str(paths) if isinstance(paths, str | Path) else ", ".join(str(p) for p in paths)
+
+
+def _example(keys: list[Key]) -> str:
+    return f"{len(keys)} trials such as task '{keys[0][0]}' state {keys[0][1]}" if keys else "none"
+
+
+def _load(paths: Paths, task_regex: str | None) -> list[Run]:
+    """The runs of one arm; a file that holds several seeds of the same initial states is several runs."""
+    try:
+        wanted = re.compile(task_regex or "")
+    except re.error as error:
+        raise BurnishError(f"task pattern '{task_regex}' ({error})", "a regular expression") from None
+    runs: list[Run] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        records = [r for r in read_results(path) if wanted.search(r.task)]
+        if len({r.key for r in records}) == len(records):
+            groups = [records]
+        else:
+            groups = [[r for r in records if r.seed == s] for s in sorted({r.seed for r in records})]
+        for group in groups:
+            run = {r.key: r for r in group}
+            if len(run) < len(group):
+                seen: set[Key] = set()
+                twice = next(r.key for r in group if r.key in seen or seen.add(r.key))
+                raise BurnishError(
+                    f"{path} holds task '{twice[0]}', initial state {twice[1]} more than once",
+                    "each trial once for each seed",
+                )
+            runs.append(run)
+    if not any(runs):
+        raise BurnishError(f"no task in {_name(paths)} matches '{task_regex}'")
+    return [run for run in runs if run]
+
+
+def _result(arms: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
+    successes = [np.array([sum(run[k].success for run in arm if k in run) for k in keys]) for arm in arms]
+    trials = [np.array([sum(k in run for run in arm) for k in keys]) for arm in arms]
+    # Whole numbers, so that the exact test stays exact: the difference of shares times their common denominator.
+    denominator = math.lcm(*np.concatenate(trials).tolist())
+    scaled = successes[1] * (denominator // trials[1]) - successes[0] * (denominator // trials[0])
+    n, difference = len(keys), scaled / denominator
+    only_a, only_b = int((scaled < 0).sum()), int((scaled > 0).sum())
+    single = max(len(arm) for arm in arms) == 1
+    low, high = paired_bootstrap(difference, np.random.default_rng(seed))
+    rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
+    # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
+    discordance = (float((difference**2).sum()) + 1) / (n + 2)
+    return PairedResult(
+        n,
+        *rates,
+        float(difference.mean()),
+        low,
+        high,
+        only_a,
+        only_b,
+        mcnemar(only_a, only_b) if single else sign_flip(scaled),
+        minimum_detectable_difference(n, discordance),
+    )
+
+
+def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) -> Rate:
+    total, n = int(successes.sum()), int(trials.sum())
+    if single:
+        return wilson(total, n)
+    low, high = paired_bootstrap(successes / trials, np.random.default_rng(seed))
+    return Rate(total, n, low, high)
+
+
+def _warnings(arms: list[list[Run]], overall: PairedResult) -> list[str]:
+    warnings = [
+        f"runs {i + 1} and {j + 1} of arm {name} are trial-for-trial identical; they count as one"
+        for name, arm in zip("AB", arms, strict=True)
+        for (i, x), (j, y) in combinations(enumerate(arm), 2)
+        if identical(x, y)
+    ]
+    if any(identical(x, y) for x, y in product(*arms)):
+        warnings.append(
+            "A and B are trial-for-trial identical: is it the same policy, or was the change without effect?"
+        )
+    elif overall.only_a + overall.only_b == 0:
+        warnings.append("A and B succeeded on the same initial states, so the bootstrap interval has no width")
+    variants = [{r.variant for run in arm for r in run.values()} for arm in arms]
+    if variants[0] != variants[1]:
+        warnings.append(f"A holds {', '.join(sorted(variants[0]))} episodes, B {', '.join(sorted(variants[1]))}")
+    return warnings
+
+
+def identical(x: Run, y: Run) -> bool:
+    """Whether two runs agree on every shared trial, in their steps too where both say how many there were."""
+    shared = x.keys() & y.keys()
+    return bool(shared) and all(
+        x[k].success == y[k].success and (x[k].steps == y[k].steps or -1 in (x[k].steps, y[k].steps)) for k in shared
+    )
+
+
+def _runs(count: int) -> str:
+    return f" ({count} runs)" if count > 1 else ""
+
+
+def _detectable(r: PairedResult) -> str:
+    if r.detectable is None:
+        return f"{r.n} pairs that differ this rarely cannot show any difference"
+    return f"smallest difference that {r.n} such pairs find with 80 % power: {100 * r.detectable:.1f} points"
+
+
+def _table(per_task: dict[str, PairedResult]) -> list[str]:
+    width = max(len("task"), *(len(task) for task in per_task))
+    lines = [f"{'task':<{width}}  {'A':>28}  {'B':>28}  {'B - A':>7}  only A/B  p"]
+    for task, r in per_task.items():
+        lines.append(
+            f"{task:<{width}}  {r.rate_a!s:>28}  {r.rate_b!s:>28}  {100 * r.difference:>+7.1f}  "
+            f"{r.only_a:>4}/{r.only_b:<3}  {r.p:.3g}"
+        )
+    return lines

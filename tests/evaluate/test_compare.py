@@ -1,0 +1,106 @@
+"""Paired comparison: known tables, leftovers, identical runs, several seeds, refusals, the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from burnish.cli import main
+from burnish.core.errors import BurnishError
+from burnish.evaluate.compare import compare
+from burnish.evaluate.stats import mcnemar
+
+
+def write(path, successes, task="t", first=0, **extra):
+    lines = [
+        json.dumps({"task": task, "seed": first + i, "success": bool(s), **extra}) for i, s in enumerate(successes)
+    ]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def test_known_table(tmp_path):
+    a = write(tmp_path / "a.jsonl", [1] * 10 + [1] * 2 + [0] * 9 + [0] * 4)
+    b = write(tmp_path / "b.jsonl", [1] * 10 + [0] * 2 + [1] * 9 + [0] * 4 + [1] * 3)
+    found = compare(a, b)
+    r = found.overall
+    assert (r.n, r.only_a, r.only_b, r.rate_a.successes, r.rate_b.successes) == (25, 2, 9, 12, 19)
+    assert r.difference == pytest.approx(7 / 25) and r.low < 7 / 25 < r.high
+    assert r.p == pytest.approx(mcnemar(2, 9)) and r.p == pytest.approx(0.0654296875)
+    assert [k[1] for k in found.unpaired[1]] == [25, 26, 27] and not found.unpaired[0]
+    text = str(found)
+    assert "left out, only in B: 3 (t 25, t 26, t 27)" in text and "+28.0 points" in text
+    back = compare(b, a).overall
+    assert (back.difference, back.p) == (-r.difference, r.p)
+
+
+def test_tasks_and_pattern(tmp_path):
+    def both(name, first, second):
+        one, two = write(tmp_path / "1", first, "x"), write(tmp_path / "2", second, "y")
+        (tmp_path / name).write_text(one.read_text() + two.read_text())
+        return tmp_path / name
+
+    a, b = both("a", [0, 0, 0, 1], [1, 1]), both("b", [1, 1, 1, 1], [1, 0])
+    found = compare(a, b)
+    assert [(t, r.only_a, r.only_b) for t, r in found.per_task.items()] == [("x", 0, 3), ("y", 1, 0)]
+    assert "only A/B" in str(found)
+    assert compare(a, b, task_regex="^y$").overall.n == 2
+    with pytest.raises(BurnishError, match="matches 'z'"):
+        compare(a, b, task_regex="z")
+    with pytest.raises(BurnishError, match="regular expression"):
+        compare(a, b, task_regex="(")
+
+
+def test_identical_runs_are_flagged_by_steps_where_there_are_any(tmp_path):
+    a = write(tmp_path / "a", [1, 1, 0], steps=5)
+    same = write(tmp_path / "same", [1, 1, 0], steps=5)
+    other = write(tmp_path / "other", [1, 1, 0], steps=6)
+    silent = write(tmp_path / "silent", [1, 1, 0])
+    assert any("identical" in w for w in compare(a, same).warnings)
+    assert any("identical" in w for w in compare(a, silent).warnings)
+    assert not any("identical" in w for w in compare(a, other).warnings)
+    assert any("no width" in w for w in compare(a, other).warnings)
+    assert compare(a, other).overall.p == 1
+    assert any("runs 1 and 2 of arm B" in w for w in compare(a, [other, other]).warnings)
+
+
+def test_several_runs_are_clusters_of_their_initial_state(tmp_path):
+    rng = np.random.default_rng(0)
+    outcomes = rng.random(60) < 0.5
+    better = outcomes | (rng.random(60) < 0.25)
+    a = [write(tmp_path / f"a{i}", outcomes) for i in range(4)]
+    b = [write(tmp_path / f"b{i}", better) for i in range(4)]
+    one, four = compare(a[0], b[0]).overall, compare(a, b).overall
+    assert four.difference == pytest.approx(one.difference) and four.n == 60
+    # Copies of a run add nothing: interval and p-value stay those of the single one.
+    assert (four.low, four.high) == pytest.approx((one.low, one.high))
+    assert four.p == pytest.approx(one.p)
+    assert four.rate_a.n == 240 and four.rate_a.high - four.rate_a.low > 0.2
+
+
+def test_seeds_in_one_file_are_runs_and_duplicates_are_refused(tmp_path):
+    def lines(rows):
+        return "".join(
+            json.dumps({"task": "t", "initial_state": i, "seed": s, "success": v}) + "\n" for i, s, v in rows
+        )
+
+    (tmp_path / "two").write_text(lines([(0, 0, 1), (1, 0, 0), (0, 1, 1), (1, 1, 1)]))
+    (tmp_path / "one").write_text(lines([(0, 7, 0), (1, 7, 0)]))
+    found = compare(tmp_path / "one", tmp_path / "two")
+    assert found.runs == (1, 2) and found.overall.difference == pytest.approx(0.75)
+    (tmp_path / "twice").write_text(lines([(0, 0, 1), (0, 0, 1)]))
+    with pytest.raises(BurnishError, match="initial state 0 more than once"):
+        compare(tmp_path / "twice", tmp_path / "one")
+    with pytest.raises(BurnishError, match="has a partner"):
+        compare(write(tmp_path / "x", [1]), write(tmp_path / "y", [1], first=5))
+
+
+def test_command(tmp_path, capsys):
+    a, b = write(tmp_path / "a", [0, 1, 0, 0]), write(tmp_path / "b", [1, 1, 1, 0])
+    assert main(["compare", str(a), str(b), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["overall"]["only_b"] == 2 and content["test"] == "McNemar"
+    assert main(["compare", str(a), str(b), "--b", str(b)]) == 0
+    assert "WARNING: runs 1 and 2 of arm B" in capsys.readouterr().out
+    assert main(["compare", str(a), str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
