@@ -23,6 +23,23 @@ class DemosConfig:
 
 
 @dataclass
+class QuestionsConfig:
+    """Held-out scene questions for retention; made by `burnish run` where the folder is missing."""
+
+    root: str = ""
+    """Question folder; empty means retention is not measured."""
+    env: str = ""
+    """Environment id; empty means the one of `demos`."""
+    scenes: int = 200
+    per_scene: int = 5
+    """Questions kept for each image."""
+    limit: int = 1000
+    """Questions measured."""
+    seed: int = 5_000_000
+    """First initial state."""
+
+
+@dataclass
 class PolicyConfig:
     path: str = ""
     """A LeRobot policy folder to start from, or a name of a shipped base ("small")."""
@@ -115,8 +132,7 @@ class EvalConfig:
     """Episodes in flight; 0 means four for each worker."""
     max_steps: int = 0
     """Episode limit; 0 means the environment's own."""
-    questions: str = ""
-    """Held-out question folder for retention; empty means none is measured."""
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     instruction_swap: bool = True
     """Also run with the instruction of another object (where the environment offers one)."""
     random_object_expert: bool = False

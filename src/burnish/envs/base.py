@@ -3,6 +3,7 @@
 An environment id is `family`, `family:selector` or `family:selector/task`:
 
     tabletop:lift          one family of the own tabletop (reach, push, lift, put_on, stack)
+    tabletop:reach,push    two of them;              tabletop  all five
     metaworld:reach-v3     one Meta-World task;  metaworld:mt10  all ten
     libero:spatial/3       one LIBERO task;      libero:spatial  all ten of a suite
 

@@ -28,12 +28,12 @@ LIFT_HEIGHT = 0.07
 
 
 def tasks(selector: str) -> list[str]:
-    """All five families for an empty selector, otherwise the one named."""
-    if not selector:
-        return list(FAMILIES)
-    if selector not in FAMILIES:
-        raise BurnishError(f"unknown tabletop family '{selector}'", f"one of {', '.join(FAMILIES)}")
-    return [selector]
+    """All five families for an empty selector, otherwise those named, separated by commas."""
+    names = selector.split(",") if selector else list(FAMILIES)
+    for name in names:
+        if name not in FAMILIES:
+            raise BurnishError(f"unknown tabletop family '{name}'", f"one of {', '.join(FAMILIES)}")
+    return names
 
 
 def make(selector: str, image_size: int) -> "Tabletop":

@@ -1,0 +1,61 @@
+"""`burnish bench NAME`: one JSON object of figures, measured against peers side by side in one run.
+
+A bench is a module here with `run(args) -> dict`, holding name, device, versions, n, figures (flat) and detail.
+"""
+
+import argparse
+import json
+import os
+import platform
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+# name: the bounds that the figures are meant to keep, shown beside them
+BENCHES: dict[str, dict[str, str]] = {
+    "data": {
+        "tabletop_demos_per_cpu_min": ">= 250",
+        "metaworld_demos_per_cpu_min": ">= 200",
+        "libero_goal_demos_per_cpu_min": ">= 25",
+    },
+    "eval": {"speedup_over_lerobot_eval": ">= 5", "outcomes_equal": "true"},
+    "train": {"data_wait_share": "<= 0.05", "loop_overhead": "<= 0.03"},
+}
+
+
+def machine() -> dict[str, str]:
+    """Device and versions that every bench and result names."""
+    import torch
+
+    cores = os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ("burnish", "lerobot", "torch", "transformers", "mujoco")
+    return {
+        "device": f"{cores} CPU cores ({platform.machine()}), {gpu}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish bench train --json --output results/bench_train.json"
+    parser.add_argument("name", choices=sorted(BENCHES))
+    parser.add_argument("--json", action="store_true", help="print the whole JSON object instead of a table")
+    parser.add_argument("--output", default="", help="also write the JSON object to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
+
+
+def main(args: argparse.Namespace) -> int:
+    outcome = import_module(f"burnish.bench.{args.name}").run(args)
+    outcome["targets"] = BENCHES[args.name]
+    text = json.dumps(outcome, indent=1)
+    if args.output:
+        from burnish.core.files import write_text
+
+        write_text(Path(args.output), text + "\n")
+    if args.json:
+        print(text)
+    else:
+        for figure, value in outcome["figures"].items():
+            print(f"{figure:32s} {value!s:>12.12s}   {BENCHES[args.name].get(figure, '')}")
+    return 0
