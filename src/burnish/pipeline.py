@@ -1,0 +1,230 @@
+"""`burnish run RECIPE`: demonstrations, training, measurement and report, as one recipe says.
+
+Every stage continues where a killed run left it, so the same command can always be given again.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
+
+if TYPE_CHECKING:
+    from burnish.evaluate.evaluation import Evaluation
+    from burnish.evaluate.retention import Retention
+
+RESULT_LABELS = {
+    "tuned": "fine-tuned",
+    "base": "base, not tuned",
+    "swap": "fine-tuned, told another object",
+    "expert_random_object": "expert that picks its object at random",
+}
+
+
+@dataclass
+class Outcome:
+    """What a run found; `evaluations` by variant, `retention` by "base" and "tuned"."""
+
+    folder: Path
+    report: Path | None = None
+    evaluations: "dict[str, Evaluation]" = field(default_factory=dict)
+    retention: "dict[str, Retention]" = field(default_factory=dict)
+
+
+class Stages:
+    """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time."""
+
+    def __init__(self, file: Path, facts: dict[str, Any]):
+        import json
+
+        self.file = file
+        self.content = json.loads(file.read_text()) if file.exists() else {"stages": []}
+        self.content |= facts
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            minutes = (time.monotonic() - start) / 60
+            earlier = next((s for s in self.content["stages"] if s["name"] == name), None)
+            if earlier:
+                earlier["minutes"] += minutes
+            else:
+                self.content["stages"].append({"name": name, "minutes": minutes})
+            self.write()
+
+    @property
+    def minutes(self) -> float:
+        return sum(s["minutes"] for s in self.content["stages"])
+
+    def write(self) -> None:
+        from burnish.evaluate.records import write_json
+
+        write_json(self.file, self.content)
+
+
+def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None = None) -> Outcome:
+    """Do everything that `recipe` asks for; finished stages of an earlier call are not repeated.
+
+    Args:
+        command: the command line to show in the report.
+        result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
+    """
+    from burnish.bench import machine
+    from burnish.core.recipe import run_folder, save_recipe
+    from burnish.evaluate.records import commit
+    from burnish.report import write_report
+
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / "recipe.yaml")
+    versions = machine()
+    facts = {
+        "name": recipe.name,
+        "commands": [command] if command else [],
+        "commit": commit(),
+        "hardware": versions.pop("device"),
+        "versions": versions,
+        "seeds": {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    stages = Stages(folder / "run.json", facts)
+    outcome = Outcome(folder)
+    _make_data(recipe, stages)
+    _train(recipe, stages)
+    _measure(recipe, stages, outcome)
+    with stages.stage("report"):
+        outcome.report = write_report(folder)
+    if result:
+        _write_result(recipe, stages, outcome, result)
+    return outcome
+
+
+def _make_data(recipe: RecipeConfig, stages: Stages) -> None:
+    from burnish.core.recipe import demos_root
+
+    demos = recipe.demos
+    if demos.env and not recipe.data.root:
+        from burnish.data.demos import make_demos
+
+        with stages.stage("demonstrations"):
+            summary = make_demos(
+                demos.env, demos.episodes, demos_root(recipe), image_size=demos.image_size,
+                cameras=tuple(demos.cameras), seed=demos.seed, workers=demos.workers,
+            )  # fmt: skip
+            print(summary, file=sys.stderr)
+    questions = recipe.eval.questions
+    if questions.root and not Path(questions.root).exists():
+        from burnish.data.questions import make_questions
+
+        with stages.stage("held-out questions"):
+            make_questions(
+                questions.env or demos.env, questions.scenes, questions.root, image_size=demos.image_size,
+                per_scene=questions.per_scene, seed=questions.seed,
+            )  # fmt: skip
+
+
+def _train(recipe: RecipeConfig, stages: Stages) -> None:
+    from burnish.train.loop import train
+
+    with stages.stage("training"):
+        train(recipe)
+
+
+def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
+    from burnish.evaluate.rollout import evaluate, evaluate_expert
+
+    settings, tuned = recipe.eval, outcome.folder / "policy"
+    env = settings.env or recipe.demos.env
+    if env:
+        common = dict(
+            episodes=settings.episodes, first_state=settings.first_state, seed=settings.seed,
+            workers=settings.workers, max_steps=settings.max_steps,
+        )  # fmt: skip
+        policy_only = dict(batch_size=settings.batch_size)
+        variants: dict[str, Callable[[Path], Evaluation]] = {
+            "tuned": lambda to: evaluate(tuned, env, output=to, **common, **policy_only),
+        }
+        if settings.base and recipe.policy.path:
+            variants["base"] = lambda to: evaluate(recipe.policy.path, env, output=to, **common, **policy_only)
+        if settings.instruction_swap:
+            variants["swap"] = lambda to: evaluate(
+                tuned, env, output=to, instruction_swap=True, **common, **policy_only
+            )
+        if settings.random_object_expert:
+            variants["expert_random_object"] = lambda to: evaluate_expert(
+                env, which="random_object", output=to, **common
+            )
+        for variant, measure in variants.items():
+            with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
+                outcome.evaluations[variant] = measure(outcome.folder / "eval" / variant)
+                print(outcome.evaluations[variant], file=sys.stderr)
+    if settings.questions.root:
+        with stages.stage("question retention"):
+            _measure_retention(recipe, outcome)
+
+
+def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
+    from burnish.evaluate.records import write_json
+    from burnish.evaluate.retention import compare_retention, retention
+    from burnish.policies import load_policy
+
+    paths = {"tuned": outcome.folder / "policy"}
+    if recipe.policy.path:
+        paths["base"] = recipe.policy.path
+    for name, path in paths.items():
+        outcome.retention[name] = retention(
+            load_policy(path), recipe.eval.questions.root, limit=recipe.eval.questions.limit, progress=True
+        )
+    content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
+    if len(outcome.retention) == 2:
+        content["mcnemar_p"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
+    write_json(outcome.folder / "retention.json", content)
+
+
+def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: Path) -> None:
+    from burnish.report.results import result_row, write_result
+
+    rows, metrics = [], {}
+    for variant, found in outcome.evaluations.items():
+        rows.append(result_row(RESULT_LABELS[variant], found.overall.successes, found.overall.n))
+        if found.other:
+            rows.append(result_row("… solved the object it was told", found.other.successes, found.other.n))
+    for name, found in outcome.retention.items():
+        metrics[f"question_accuracy_{name}"] = found.to_dict()
+    facts = stages.content
+    write_result(
+        path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
+        date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish run recipes/tabletop/quickstart.yaml --train.steps=500"
+    parser.add_argument("recipe", help="recipe file; any field can follow as --section.field=value")
+    parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
+
+
+def main(args: argparse.Namespace) -> int:
+    from burnish.core.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not recipe.demos.env and not recipe.data.root:
+        raise BurnishError(f"{args.recipe} names neither demos.env nor data.root", "one of them")
+    command = shlex.join(["burnish", "run", args.recipe, *args.overrides])
+    outcome = run_recipe(recipe, command=command, result=Path(args.result) if args.result else None)
+    for variant, found in outcome.evaluations.items():
+        print(f"{RESULT_LABELS[variant]}: {found.overall}")
+    print(f"report: {outcome.report}")
+    return 0
