@@ -79,7 +79,7 @@ def resolve(path: Path | str) -> Path:
         shipped = sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG}"))
         also = f" or a shipped base ({', '.join(shipped)})" if shipped else ""
         raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}")
-    return folder
+    return folder.absolute()
 
 
 def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | None, device: str) -> Any:
@@ -123,7 +123,7 @@ def build(config: Any, seed: int, sizes: dict | None = None) -> nn.Module:
 
 
 def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra_allowed: bool = False) -> None:
-    """Copy `state` into `module`: every tensor of the module must be there, in its shape, and (unless allowed) no other.
+    """Copy `state` into `module`: each of its tensors must be there, in its shape, and (unless allowed) no other.
 
     A tensor that shares its memory with one that is there (tied weights) may be absent.
     """

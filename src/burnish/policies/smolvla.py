@@ -122,7 +122,7 @@ def create_policy(
 
     from burnish.policies import folder as folders
 
-    vlm_folder = Path(vlm_folder)
+    vlm_folder = Path(vlm_folder).absolute()
     if type != "smolvla":
         raise BurnishError(f"a new policy of type '{type}'", "smolvla", "load a checkpoint of that type instead")
     if not (vlm_folder / "config.json").is_file():

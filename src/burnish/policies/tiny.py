@@ -245,11 +245,14 @@ PI_SIZES = {
 
 
 def _make_pi(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from lerobot.processor import TokenizerProcessorStep
+
     from burnish.policies import folder as folders
     from burnish.policies.pi import TOKENIZER_FOLDER, Pi
 
     tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
-    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    tokenizer_folder = (folder / TOKENIZER_FOLDER).absolute()
+    tokenizer.save_pretrained(tokenizer_folder)
     sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
     raw = {
         "type": type,
@@ -266,9 +269,10 @@ def _make_pi(type: str, folder: Path, features: dict, stats: dict, overrides: di
         if ".dense." in name:  # adaptive norms start as zero gates, which would shut images and text out
             with torch.no_grad():
                 parameter.normal_(0.0, 0.5, generator=generator)
-    with small_pi(sizes, folder / TOKENIZER_FOLDER):
-        processors = folders.new_processors(config, stats)
-    Pi(policy, *processors, sizes=sizes).save(folder)
+    with small_pi(sizes, tokenizer_folder):
+        pre, post = folders.new_processors(config, stats)
+    next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
+    Pi(policy, pre, post, sizes=sizes).save(folder)
 
 
 @contextmanager
