@@ -6,17 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-
-def write_video(path: Path, frames: np.ndarray, fps: int = 20) -> None:
-    """h264 video of frames [T, H, W, 3] uint8."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("h264", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+from burnish.evaluate.stats import wilson
+from burnish.evaluate.video import write_film_strip, write_video
 
 
 def moving_square(rng: np.random.Generator, count: int = 40, size: int = 128) -> np.ndarray:
@@ -68,40 +59,45 @@ def make_run(folder: Path, seed: int = 0) -> Path:
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     for variant, rate in {"tuned": 0.83, "base": 0.03, "swap": 0.18, "expert_random_object": 0.21}.items():
         _evaluation(folder / "eval" / variant, rate, rng, swap=variant == "swap")
-    for index in range(4):
-        frames = moving_square(rng)
-        outcome = "failure" if index == 3 else "success"
-        write_video(folder / f"eval/tuned/put_on_{1_000_000 + index}_{outcome}.mp4", frames)
-    _strip(folder / "eval/base/put_on_1000000_failure_strip.png", moving_square(rng))
     kinds = {"colour": 0.95, "left_of": 0.78, "count": 0.66, "existence": 0.9, "which_moves": 0.88}
-    (folder / "retention.json").write_text(json.dumps({
-        name: {
-            "loss": 0.41 + shift, "accuracy": 0.834 - shift, "n": 1000, "interval": [0.81 - shift, 0.856 - shift],
-            "by_kind": {kind: {"n": 200, "accuracy": value - shift} for kind, value in kinds.items()},
-        }
-        for name, shift in (("base", 0.0), ("tuned", 0.03))
-    } | {"mcnemar_p": 0.021}))  # fmt: skip
+    content = {}
+    for name, shift in (("base", 0.0), ("tuned", 0.03)):
+        by_kind = {kind: wilson(round(200 * (share - shift)), 200) for kind, share in kinds.items()}
+        total = wilson(sum(rate.successes for rate in by_kind.values()), 1000)
+        by_kind = {kind: rate.to_dict() for kind, rate in by_kind.items()}
+        content[name] = {"loss": 0.41 + shift, "accuracy": total.to_dict(), "by_kind": by_kind}
+    content["comparison"] = {
+        "n": 1000, "difference": -0.03, "low": -0.052, "high": -0.009, "forgotten": 71, "learned": 41, "p": 0.0063,
+        "loss_difference": 0.03,
+    }  # fmt: skip
+    (folder / "retention.json").write_text(json.dumps(content))
     return folder
 
 
 def _evaluation(folder: Path, rate: float, rng: np.random.Generator, swap: bool) -> None:
-    folder.mkdir(parents=True)
-    summary: dict = {"variant": folder.name, "tasks": {}}
-    total = 0
+    (folder / "videos").mkdir(parents=True)
+    per_task, films = {}, []
     for task in ("tabletop:put_on", "tabletop:stack"):
-        successes = int(rng.binomial(60, rate))
-        summary["tasks"][task] = {"n": 60, "successes": successes}
-        total += successes
-    summary |= {"n": 120, "successes": total, "latency_ms": {"p50": 41.2, "p95": 55.0, "p99": 80.1}}
-    if swap:
-        summary["other_successes"] = 78
+        per_task[task] = wilson(int(rng.binomial(60, rate)), 60)
+        for state in (1_000_000, 1_000_001):
+            name = f"videos/{task.replace(':', '_')}_{state}"
+            film = {"task": task, "initial_state": state, "success": bool(rng.random() < rate)}
+            films.append(film | {"video": f"{name}.mp4", "film_strip": f"{name}.png"})
+            if folder.name == "tuned":
+                write_video(folder / f"{name}.mp4", moving_square(rng), 20)
+            if folder.name == "base" and len(films) == 1:
+                write_film_strip(folder / f"{name}.png", moving_square(rng))
+    total = wilson(sum(rate.successes for rate in per_task.values()), 120)
+    summary = {
+        "overall": total.to_dict(),
+        "per_task": {task: rate.to_dict() for task, rate in per_task.items()},
+        "other": wilson(78, 120).to_dict() if swap else None,
+        "latency_ms": {}
+        if "expert" in folder.name
+        else {"p50": 41.2, "p95": 55.0, "p99": 80.1, "mean": 42.0, "n": 900},
+        "videos": films,
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def _strip(path: Path, frames: np.ndarray) -> None:
-    from PIL import Image
-
-    Image.fromarray(np.concatenate(list(frames[::5]), axis=1)).save(path)
 
 
 @pytest.fixture(scope="session")

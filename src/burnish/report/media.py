@@ -3,8 +3,10 @@
 import io
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from burnish.report.html import data_uri, file_uri, png_uri
+from burnish.report.run_folder import Evaluation
 
 MAX_VIDEO_BYTES = 1_500_000
 MAX_PAGE_BYTES = 16_000_000
@@ -12,53 +14,48 @@ MAX_STRIP_WIDTH = 1600
 STRIP_FRAMES = 8
 
 
-def films(folder: Path, limit: int = 8) -> str:
-    """Figures of the recordings in one evaluation folder, at most `limit`, failures and successes as named.
+def films(one: Evaluation, limit: int = 8) -> str:
+    """Figures of what was filmed in one evaluation, at most `limit`, as evenly over the tasks as they come.
 
     A small video is put in as it is, a large one as a strip of its frames.
     """
-    videos = {file.stem: file for file in sorted(folder.rglob("*.mp4"))}
-    strips = {file.stem.removesuffix("_strip"): file for file in sorted(folder.rglob("*_strip.png"))}
     figures, used = [], 0
-    for stem in sorted({*videos, *strips}):
+    for film in one.films:
         if len(figures) == limit or used > MAX_PAGE_BYTES:
             break
-        video, strip = videos.get(stem), strips.get(stem)
-        if video and video.stat().st_size <= MAX_VIDEO_BYTES:
-            body = f'<video src="{file_uri(video)}" controls muted loop playsinline preload="metadata"></video>'
-            wide = ""
-        else:
-            source = _shrunk(strip) if strip else _strip_of(video)
-            if not source:
-                continue
-            body, wide = f'<img src="{source}" alt="{escape(_title(stem))}">', ' class="wide"'
+        body = _body(one.folder / str(film.get("video")), one.folder / str(film.get("film_strip")))
         used += len(body)
-        figures.append(f"<figure{wide}>{body}<figcaption>{_caption(stem)}</figcaption></figure>")
+        if body:
+            wide = ' class="wide"' if body.startswith("<img") else ""
+            figures.append(f"<figure{wide}>{body}<figcaption>{_caption(film)}</figcaption></figure>")
     return f'<div class="films">{"".join(figures)}</div>' if figures else ""
 
 
-def _title(stem: str) -> str:
-    return stem.replace("_", " ").strip()
+def _body(video: Path, strip: Path) -> str:
+    """The element that shows a recording, "" when nothing of it can be read."""
+    if video.is_file() and video.stat().st_size <= MAX_VIDEO_BYTES:
+        return f'<video src="{file_uri(video)}" controls muted loop playsinline preload="metadata"></video>'
+    source = _shrunk(strip) if strip.is_file() else _strip_of(video) if video.is_file() else ""
+    return f'<img src="{source}" alt="film strip">' if source else ""
 
 
-def _caption(stem: str) -> str:
-    """The file's name as words; success or failure becomes a coloured mark."""
-    words = _title(stem).split()
-    for name, mark in (("success", "ok"), ("solved", "ok"), ("failure", "fail"), ("failed", "fail")):
-        if name in words:
-            words.remove(name)
-            return f'<span class="{mark}">{name}</span> · {escape(" ".join(words))}'
-    return escape(" ".join(words))
+def _caption(film: dict[str, Any]) -> str:
+    solved = bool(film.get("success"))
+    mark = f'<span class="{"ok" if solved else "fail"}">{"solved" if solved else "failed"}</span>'
+    return f"{mark} · {escape(str(film.get('task', '')))} · state {film.get('initial_state', '')}"
 
 
 def _shrunk(strip: Path) -> str:
     """A film strip as a data URI; a very wide one is scaled down."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(strip) as image:
-        if image.width <= MAX_STRIP_WIDTH and strip.stat().st_size < MAX_VIDEO_BYTES:
-            return file_uri(strip)
-        small = image.convert("RGB")
+    try:
+        with Image.open(strip) as image:
+            if image.width <= MAX_STRIP_WIDTH and strip.stat().st_size < MAX_VIDEO_BYTES:
+                return file_uri(strip)
+            small = image.convert("RGB")
+    except (UnidentifiedImageError, OSError):
+        return ""
     small.thumbnail((MAX_STRIP_WIDTH, MAX_STRIP_WIDTH))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)

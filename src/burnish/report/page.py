@@ -28,7 +28,7 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
     run = load_run(Path(run_folder))
     page = render(run)
     target = Path(out) if out else run.path / "report.html"
-    _write(target, page)
+    write_page(target, page)
     return target
 
 
@@ -79,8 +79,8 @@ def _stages(stages: list[dict]) -> str:
     return f'<div class="stages">{bars}</div><div class="stage-names">{names}</div>'
 
 
-def _write(target: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a page."""
+def write_page(target: Path, text: str) -> None:
+    """Write a page, all or nothing: a reader never sees half of it."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

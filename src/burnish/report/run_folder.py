@@ -1,7 +1,7 @@
 """Reads what a run left behind. Every part is optional: a page is made of whatever is there."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Evaluation:
         tasks: per task.
         latency_ms: percentile name to milliseconds for one call of the policy.
         other: for the instruction swap, success on the object that the sentence named instead.
-        summary: the whole summary.json, for anything else.
+        films: what was filmed: {"task", "initial_state", "success", "video", "film_strip"}, paths within `folder`.
     """
 
     variant: str
@@ -35,7 +35,7 @@ class Evaluation:
     latency_ms: dict[str, float]
     other: Rate | None
     folder: Path
-    summary: dict[str, Any]
+    films: list[dict[str, Any]]
 
     @property
     def label(self) -> str:
@@ -131,26 +131,22 @@ def _evaluations(path: Path) -> dict[str, Evaluation]:
 
 def _evaluation(variant: str, file: Path) -> Evaluation:
     summary = _read_object(file)
-    overall = _rate(summary, file)
-    tasks = {str(task): _rate(row, file) for task, row in dict(summary.get("tasks") or {}).items()}
-    other = summary.get("other_successes")
+    where = f"{file}: "
     return Evaluation(
         variant=variant,
-        overall=overall,
-        tasks=tasks,
-        latency_ms={str(k): float(v) for k, v in dict(summary.get("latency_ms") or {}).items() if v is not None},
-        other=None if other is None else wilson(int(other), overall.n),
+        overall=read_rate(summary.get("overall"), f"{where}overall"),
+        tasks={
+            task: read_rate(row, f"{where}per_task {task}") for task, row in (summary.get("per_task") or {}).items()
+        },
+        latency_ms={name: float(value) for name, value in (summary.get("latency_ms") or {}).items()},
+        other=read_rate(summary["other"], f"{where}other") if summary.get("other") else None,
         folder=file.parent,
-        summary=summary,
+        films=[film for film in summary.get("videos") or [] if isinstance(film, dict)],
     )
 
 
-def _rate(row: dict[str, Any], file: Path) -> Rate:
-    missing = [key for key in ("n", "successes") if not isinstance(row.get(key), int)]
-    if missing:
-        raise BurnishError(
-            f"{file}: no whole number under {' and '.join(missing)}", "a summary written by `burnish eval`"
-        )
-    rate = wilson(row["successes"], row["n"])
-    interval = row.get("interval")
-    return replace(rate, low=float(interval[0]), high=float(interval[1])) if interval else rate
+def read_rate(row: Any, where: str) -> Rate:
+    """A rate as `Rate.to_dict` wrote it; the interval is computed anew from the counts."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in ("n", "successes")):
+        raise BurnishError(f"{where} has no whole numbers n and successes", "what `burnish eval` writes")
+    return wilson(row["successes"], row["n"])

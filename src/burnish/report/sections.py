@@ -2,8 +2,9 @@
 
 import json
 from html import escape
+from typing import Any
 
-from burnish.evaluate.stats import Rate, wilson
+from burnish.evaluate.stats import Rate
 from burnish.report.html import facts, section, table
 from burnish.report.media import films
 from burnish.report.plots import (
@@ -15,7 +16,7 @@ from burnish.report.plots import (
     percent_range,
     smooth,
 )
-from burnish.report.run_folder import RunFolder
+from burnish.report.run_folder import RunFolder, read_rate
 
 # column of metrics.jsonl: (title of its chart, logarithmic axis, shown as percent)
 CURVES = {
@@ -25,7 +26,7 @@ CURVES = {
     "data_wait_share": ("Share of the step spent waiting for data", False, True),
 }
 RETENTION_COLUMNS = ("retention_loss", "retention_accuracy")
-BOOKKEEPING = {"step", "seconds", "minutes", "time", "samples", "epoch"}
+BOOKKEEPING = {"step", "minutes"}
 
 
 def headline(run: RunFolder) -> str:
@@ -153,13 +154,17 @@ def retention(run: RunFolder) -> str:
             rows.append(IntervalRow(label, rate.rate, rate.low, rate.high, _note(rate), name))
     if rows:
         parts.append(interval_plot(rows))
-    p_value = run.retention.get("mcnemar_p")
-    losses = [f"{one['loss']:.3f}" for one in (before, after) if isinstance(one.get("loss"), int | float)]
     sentences = []
-    if len(losses) == 2:
-        sentences.append(f"Answer loss {losses[0]} before, {losses[1]} after (nats per token).")
-    if isinstance(p_value, int | float):
-        sentences.append(f"Exact McNemar test on the same questions: p = {p_value:.2g}.")
+    if _is_number(before.get("loss")) and _is_number(after.get("loss")):
+        sentences.append(f"Answer loss {before['loss']:.3f} before, {after['loss']:.3f} after (nats per token).")
+    paired = run.retention.get("comparison") or run.retention.get("mcnemar_p")
+    if isinstance(paired, dict):
+        low, high = 100 * paired["low"], 100 * paired["high"]
+        sentences.append(
+            f"On the same questions: {paired['forgotten']} forgotten, {paired['learned']} learned, a difference of "
+            f"{100 * paired['difference']:+.1f} points (95 %: {low:+.1f} to {high:+.1f}), "
+            f"exact McNemar p = {paired['p']:.2g}."
+        )
     if sentences:
         parts.append(f'<p class="muted after">{escape(" ".join(sentences))}</p>')
     parts.append(_by_kind(before, after))
@@ -167,16 +172,18 @@ def retention(run: RunFolder) -> str:
     return section("What the language model still knows", *parts, lead="Held-out questions about scenes it never saw.")
 
 
-def _by_kind(before: dict, after: dict) -> str:
-    kinds = [kind for kind in (after.get("by_kind") or {}) if isinstance(after["by_kind"][kind], dict)]
-    if not kinds:
-        return ""
+def _by_kind(before: dict[str, Any], after: dict[str, Any]) -> str:
     rows = []
-    for kind in kinds:
-        old, new = (one.get("by_kind", {}).get(kind, {}) for one in (before, after))
-        cells = [percent(one["accuracy"]) if "accuracy" in one else "" for one in (old, new)]
-        rows.append([escape(kind.replace("_", " ")), str(new.get("n", "")), *cells])
-    inner = table(["kind of question", "n", "before", "after"], rows, numbers=(1, 2, 3))
+    for kind, row in (after.get("by_kind") or {}).items():
+        new = read_rate(row, f"retention.json: {kind}")
+        old = (before.get("by_kind") or {}).get(kind)
+        was = percent(read_rate(old, f"retention.json: {kind}").rate) if old else ""
+        rows.append(
+            [escape(kind.replace("_", " ")), str(new.n), was, percent(new.rate), percent_range(new.low, new.high)]
+        )
+    if not rows:
+        return ""
+    inner = table(["kind of question", "n", "before", "after", "95 %"], rows, numbers=(1, 2, 3, 4))
     return f"<details><summary>By kind of question</summary>{inner}</details>"
 
 
@@ -194,6 +201,8 @@ def training(run: RunFolder) -> str:
     """The curves of metrics.jsonl; figures that methods logged come folded at the end."""
     main, other = [], []
     named = {key for row in run.metrics for key, value in row.items() if _is_number(value)}
+    if len([name for name in named if name.startswith("loss_")]) == 1:
+        named -= {"loss_policy"}  # the only term is the loss itself
     for column in [*CURVES, *sorted(named - set(CURVES) - BOOKKEEPING - set(RETENTION_COLUMNS))]:
         title, log_y, as_percent = CURVES.get(column, (column, False, False))
         x, y = _column(run, column)
@@ -215,7 +224,7 @@ def recordings(run: RunFolder) -> str:
     """Videos of the tuned policy first, then of the other variants."""
     parts = []
     for name, one in run.evaluations.items():
-        figures = films(one.folder, limit=8 if name == "tuned" else 4)
+        figures = films(one, limit=8 if name == "tuned" else 4)
         if figures:
             parts.append(f"<h3>{escape(one.label)}</h3>{figures}")
     return section("Recordings", *parts)
@@ -253,14 +262,9 @@ def reproduce(run: RunFolder) -> str:
 
 
 def _accuracy(run: RunFolder, name: str) -> Rate | None:
-    """Question accuracy of "base" or "tuned" with its interval, None when it was not measured."""
-    part = run.retention.get(name) or {}
-    accuracy, n = part.get("accuracy"), part.get("n")
-    if not _is_number(accuracy) or not n:
-        return None
-    rate = wilson(round(accuracy * n), int(n))
-    low, high = part.get("interval") or (rate.low, rate.high)
-    return Rate(rate.successes, rate.n, float(low), float(high))
+    """Question accuracy of "base" or "tuned", None when it was not measured."""
+    part = run.retention.get(name)
+    return read_rate(part.get("accuracy"), f"retention.json: {name}") if isinstance(part, dict) else None
 
 
 def _column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
