@@ -140,7 +140,8 @@ def make_policy(listens: bool = True, slow: float = 0.0):
             image = batch["observation.images.front"]
             assert image.shape[1:] == (3, 8, 8) and float(image.max()) <= 1
             self.widths.append(len(image))
-            seen = image.flatten(1) @ self.weight
+            longest = max(len(t) for t in batch["task"])
+            seen = image.flatten(1) @ self.weight + 1e-9 * min(longest, 48)  # as padding to the longest text does
             way = torch.tensor([1.0 if not listens or t == "go right" else -1.0 for t in batch["task"]])
             return Chunk((0.35 * way[:, None, None] + 0.7 * draws.noise + 0.01 * seen[:, None]).detach())
 

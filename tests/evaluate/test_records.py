@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import EPISODES, Journal, Record, hash_files, read_results, weights_hash, write_json
+from burnish.evaluate.records import EPISODES, Journal, Record, read_results, weights_hash, write_json
 
 RECORDS = [Record("t:a", i, 3, i % 2 == 0, 10 + i, (1.5, 2.5), "lift the rød ball") for i in range(3)]
 
@@ -101,6 +101,11 @@ def test_hashes_follow_contents(tmp_path):
     with torch.no_grad():
         module.bias[0] += 1
     assert weights_hash(module) != first
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    (tmp_path / "notes.txt").write_bytes(b"abc")
-    assert weights_hash(tmp_path) == hash_files([tmp_path / "model.safetensors"])
+    first_folder, second_folder = tmp_path / "1", tmp_path / "2"
+    for folder in (first_folder, second_folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"abc")
+        (folder / "config.json").write_text(json.dumps({"vlm_model_name": str(folder), "num_steps": 3}))
+    assert weights_hash(first_folder) == weights_hash(second_folder)
+    (second_folder / "config.json").write_text(json.dumps({"vlm_model_name": "", "num_steps": 4}))
+    assert weights_hash(first_folder) != weights_hash(second_folder)

@@ -13,6 +13,9 @@ from burnish.core.types import Batch, Draws
 from burnish.envs.base import EnvSpec, Observation
 from burnish.policies.base import Policy
 
+# A sentence that every tokenizer cuts at its limit. Its row makes all texts of a batch as long as they can get.
+RULER = "go " * 400
+
 
 @dataclass(frozen=True)
 class Request:
@@ -28,13 +31,15 @@ class BatchedPolicy:
     """Calls `policy.act` on batches of one fixed width, so that a result does not depend on who shares the batch.
 
     A matrix product may differ in its last bit between batch widths, and a last bit can decide an episode: rows
-    that are missing are filled with copies of the last one. Noise is drawn for every row by itself.
+    that are missing are filled with copies of the last one. The same holds for the length to which texts are padded,
+    where a policy pads to the longest of the batch: one more row, whose text is as long as can be, settles it.
+    Noise is drawn for every row by itself.
 
     Args:
         policy: the policy; put into evaluation mode.
         cameras: the policy's camera name to the environment's.
         seed: seed of the policy's noise.
-        width: rows of every call.
+        width: requests in a call; it has one more row.
         n_action_steps: how many actions of each chunk are executed.
     """
 
@@ -50,8 +55,9 @@ class BatchedPolicy:
 
     def act(self, requests: Sequence[Request]) -> tuple[np.ndarray, float]:
         """Actions [n, n_action_steps, A] for n <= width requests, and the milliseconds that the call took."""
-        rows = [*requests, *[requests[-1]] * (self.width - len(requests))]
+        rows = [*requests, *[requests[-1]] * (self.width + 1 - len(requests))]
         batch = self._batch([row.observation for row in rows])
+        batch["task"][-1] = RULER
         draws = self._draws(rows)
         if not self._warm:  # the first call allocates and compiles; it would distort the latency
             self.policy.act(batch, draws)

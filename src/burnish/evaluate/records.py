@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -206,27 +205,27 @@ class Journal:
         self.close()
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """First 16 hex digits of the SHA-256 over names and contents."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+# Places and machines, which do not change what a policy does.
+_NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
 
 
 def weights_hash(policy: Any) -> str:
-    """Hash of a policy folder (weights, config, processors) or of a module's parameters and buffers.
+    """16 hex digits over a policy folder (its tensors, statistics and config) or a module's parameters and buffers.
 
-    The two do not agree with each other: continue an evaluation with what it was started with.
+    A moved folder keeps its hash. Folder and module do not agree with each other: continue an evaluation with what
+    it was started with.
     """
+    digest = hashlib.sha256()
     if isinstance(policy, str | Path):
-        folder = Path(policy)
-        return hash_files([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        for path in sorted(Path(policy).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        config = json.loads((Path(policy) / "config.json").read_text(encoding="utf-8"))
+        kept = {k: v for k, v in config.items() if k not in _NOT_HASHED}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
     import torch
 
-    digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().flatten()

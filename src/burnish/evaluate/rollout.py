@@ -44,6 +44,7 @@ def evaluate(
     image_size: int | None = None,
     cameras: Sequence[str] | None = None,
     n_action_steps: int | None = None,
+    device: str = "cpu",
     instruction_swap: bool = False,
     video: bool = True,
     progress: bool = True,
@@ -59,7 +60,7 @@ def evaluate(
     the episode. A policy that listens drops on the first and succeeds on the second.
 
     Args:
-        policy: a policy or its LeRobot folder.
+        policy: a policy, its LeRobot folder, or the name of a shipped base.
         env: environment id, see `burnish.envs.base`.
         episodes: for each task; at most the number of its fixed initial states.
         output: folder of this evaluation.
@@ -71,6 +72,7 @@ def evaluate(
         image_size: side of the images in pixels; None means what the policy was trained on.
         cameras: the environment's cameras in the policy's order; None means those of the same names.
         n_action_steps: actions executed of each chunk; None means the policy's own number.
+        device: torch device that a policy folder is loaded to.
         instruction_swap: name another object, where the environment offers it.
         video: film the first two initial states of every task.
         progress: show a bar on stderr.
@@ -81,11 +83,13 @@ def evaluate(
     """
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
 
-    weights = weights_hash(policy)
     if isinstance(policy, str | Path):
-        from burnish.policies import load_policy
+        from burnish.policies.folder import load, resolve
 
-        policy = load_policy(policy)
+        folder = resolve(policy)
+        weights, policy = weights_hash(folder), load(folder, device=device)
+    else:
+        weights = weights_hash(policy)
     job = _Job(
         env,
         episodes,

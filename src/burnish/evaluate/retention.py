@@ -1,0 +1,164 @@
+"""What the backbone of a policy still knows: losses and greedy answers on held-out scene questions."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.stats import Rate, mcnemar, paired_bootstrap, wilson
+
+if TYPE_CHECKING:
+    from burnish.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Answers of one policy to one fixed set of questions.
+
+    Args:
+        loss: mean next-token loss over all answer tokens, in nats.
+        interval: share of exact answers with n and Wilson interval.
+        by_kind: the same for each kind of question.
+        correct: one flag for each question, in the order of the set.
+    """
+
+    loss: float
+    interval: Rate
+    by_kind: dict[str, Rate]
+    correct: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        return self.interval.rate
+
+    @property
+    def n(self) -> int:
+        return self.interval.n
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "accuracy": self.interval.to_dict(),
+            "by_kind": {kind: rate.to_dict() for kind, rate in self.by_kind.items()},
+            "correct": self.correct,
+        }
+
+    def __str__(self) -> str:
+        return f"answer loss {self.loss:.3f}, exact answers {self.interval}"
+
+
+def retention(
+    policy: "Policy", questions_root: Path | str, *, limit: int = 1000, batch_size: int = 64, progress: bool = False
+) -> Retention:
+    """Loss and exact-match accuracy of the policy's backbone on a question folder (see `burnish questions`).
+
+    Args:
+        policy: left in the mode that it was in.
+        questions_root: folder with images.npy uint8 [N, H, W, 3], questions.jsonl and meta.json.
+        limit: at most so many questions, drawn without a seed: always the same ones; 0 means all.
+        batch_size: questions in a batch.
+        progress: show a bar on stderr.
+
+    Raises:
+        BurnishError: a folder that is not a question folder.
+    """
+    import torch
+    from tqdm import tqdm
+
+    questions, images, camera = _read(Path(questions_root))
+    chosen = _subset(questions, limit)
+    was_training = policy.training
+    policy.eval()
+    total, tokens, correct = 0.0, 0, []
+    try:
+        with torch.no_grad(), tqdm(total=len(chosen), desc="questions", disable=not progress, file=sys.stderr) as bar:
+            for rows in _batches(chosen, batch_size):
+                batch = _batch(rows, images, camera, policy)
+                loss = policy.language(batch)
+                total += float((loss.per_token * loss.mask).sum())
+                tokens += int(loss.mask.sum())
+                answers = policy.answer(batch, max_new_tokens=16)
+                correct += [_same(a, row["answer"]) for a, row in zip(answers, rows, strict=True)]
+                bar.update(len(rows))
+    finally:
+        policy.train(was_training)
+    kinds = sorted({row["kind"] for row in chosen})
+    flags = {kind: [c for c, row in zip(correct, chosen, strict=True) if row["kind"] == kind] for kind in kinds}
+    by_kind = {kind: wilson(sum(some), len(some)) for kind, some in flags.items()}
+    return Retention(total / max(tokens, 1), wilson(sum(correct), len(correct)), by_kind, correct)
+
+
+def compare_retention(base: Retention, tuned: Retention, *, seed: int = 0) -> dict[str, Any]:
+    """Paired test of two policies on the same questions; `difference` is tuned minus base, with a 95 % interval.
+
+    Raises:
+        BurnishError: they answered different numbers of questions.
+    """
+    if base.n != tuned.n:
+        raise BurnishError(f"{base.n} and {tuned.n} answers", "both policies on the same questions")
+    before, after = np.array(base.correct, dtype=int), np.array(tuned.correct, dtype=int)
+    low, high = paired_bootstrap(after - before, np.random.default_rng(seed))
+    forgotten, learned = int((before > after).sum()), int((after > before).sum())
+    return {
+        "n": base.n,
+        "difference": float((after - before).mean()),
+        "low": low,
+        "high": high,
+        "forgotten": forgotten,
+        "learned": learned,
+        "p": mcnemar(forgotten, learned),
+        "loss_difference": tuned.loss - base.loss,
+    }
+
+
+def _read(root: Path) -> tuple[list[dict[str, Any]], np.ndarray, str]:
+    files = [root / name for name in ("images.npy", "questions.jsonl", "meta.json")]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise BurnishError(f"{root} lacks {', '.join(missing)}", "a question folder", "burnish questions --help")
+    try:
+        with files[1].open(encoding="utf-8") as lines:
+            questions = [json.loads(line) for line in lines if line.strip()]
+        camera = json.loads(files[2].read_text(encoding="utf-8"))["camera"]
+        images = np.load(files[0], mmap_mode="r", allow_pickle=False)
+    except (ValueError, KeyError) as error:
+        raise BurnishError(f"{root} cannot be read: {error!r}", "what `burnish questions` writes") from None
+    if not questions:
+        raise BurnishError(f"{root} holds no question")
+    return questions, images, camera
+
+
+def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """The same `limit` questions every time, spread over the whole folder, in its order."""
+    if not 0 < limit < len(questions):
+        return questions
+    chosen = np.random.default_rng(0).permutation(len(questions))[:limit]
+    return [questions[i] for i in sorted(chosen.tolist())]
+
+
+def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _batch(rows: list[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
+    import torch
+
+    pixels = torch.from_numpy(np.stack([images[row["image"]] for row in rows]))
+    parameter = next(policy.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device
+    return {
+        f"observation.images.{camera}": pixels.to(device).permute(0, 3, 1, 2).float() / 255,
+        "question": [row["question"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+    }
+
+
+def _same(given: str, expected: str) -> bool:
+    """Exact match but for case, blanks around it and a full stop."""
+    return given.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower()

@@ -1,0 +1,73 @@
+"""SIGKILL at random instants loses no finished episode, leaves no process, and changes no outcome."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import evaluation_fakes as fakes
+
+from burnish.evaluate.records import EPISODES, SUMMARY, read_results
+from burnish.evaluate.rollout import evaluate
+
+SCRIPT = Path(__file__).with_name("killed_evaluation.py")
+KILLS = 5
+
+
+def lines(folder: Path) -> int:
+    file = folder / EPISODES
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, SCRIPT, folder], start_new_session=True)
+
+
+def kill_after(process: subprocess.Popen, folder: Path, more: int, extra: float) -> None:
+    """SIGKILL the evaluation itself (not its simulators) `extra` seconds after `more` further episodes."""
+    goal, deadline = lines(folder) + more, time.monotonic() + 300
+    while lines(folder) < goal and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(extra)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def group_is_empty(group: int) -> bool:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_killed_evaluation_equals_the_uninterrupted_one(tmp_path):
+    chance = random.Random(0)
+    folder, seen = tmp_path / "killed", 0
+    for kill in range(KILLS):
+        process = start(folder)
+        kill_after(process, folder, more=kill, extra=chance.uniform(0, 0.15))
+        assert group_is_empty(process.pid)
+        assert lines(folder) >= seen
+        seen = lines(folder)
+    assert not (folder / SUMMARY).exists()
+    assert start(folder).wait(600) == 0
+    fakes.register()
+    whole = evaluate(
+        fakes.make_policy(), "line", episodes=20, output=tmp_path / "whole", workers=2, batch_size=4, progress=False,
+        video=False, make=fakes.make_env,
+    )  # fmt: skip
+    order = {r.key: i for i, r in enumerate(whole.records)}
+    found = sorted(read_results(folder), key=lambda r: order[r.key])
+    assert [replace(r, latency_ms=()) for r in found] == [replace(r, latency_ms=()) for r in whole.records]
+    summary = json.loads((folder / SUMMARY).read_text())
+    assert summary["overall"]["n"] == 40 and len(summary["videos"]) == 4
+    assert not [p for p in folder.rglob(".*")], "no partial file is left"
