@@ -165,7 +165,7 @@ def test_missing_statistics(copied):
         ({"features": features(cameras=())}, "expected a camera"),
         ({"overrides": {"chunk_sise": 3}}, "config field 'chunk_sise'"),
         ({"overrides": {"chunk_size": "many"}}, "cannot be read"),
-        ({"overrides": {"n_action_steps": 99}}, "cannot be read"),
+        ({"overrides": {"n_action_steps": 99}}, "cannot be read: .*99"),
     ],
 )
 def test_bad_options(folder, options, said):

@@ -96,7 +96,7 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
         config = draccus.decode(config_class, raw)
     except (draccus.ParsingError, ValueError, TypeError, NotImplementedError) as error:
         raise BurnishError(
-            f"{source} cannot be read: {_one_line(error)}", f"fields of {config_class.__name__}"
+            f"{source} cannot be read: {_one_line(error.__cause__ or error)}", f"fields of {config_class.__name__}"
         ) from error
     if features is not None:
         config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
