@@ -1,0 +1,143 @@
+"""`burnish inspect`."""
+
+import argparse
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from burnish.data.inspect import Dimension, Inspection
+
+SCHEMES = {"min_max": "min/max", "quantiles": "1-99 %", "mean_std": "3 std"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", type=Path, help="LeRobotDataset folder, v3.0 or v2.1")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with thumbnails")
+    parser.add_argument("--quick", action="store_true", help="do not read every video to its end")
+    parser.epilog = (
+        "Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.\n\n"
+        "example:\n  burnish inspect data/lift --html inspect.html"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    from burnish.data.inspect import inspect_dataset
+
+    found = inspect_dataset(args.dataset, quick=args.quick)
+    print(as_text(found))
+    if args.html:
+        from burnish.report.page import write_page
+
+        write_page(args.html, as_html(found))
+        print(f"\n{args.html}")
+    return 0 if found.ok else 1
+
+
+def as_text(found: "Inspection") -> str:
+    """What the terminal shows."""
+    out = [f"{found.root}  LeRobotDataset {found.version}", ""]
+    out += [f"{name:<14}{value}" for name, value in _overview(found)]
+    out += ["", "views"]
+    for view in found.views:
+        size = f"{view.size[0]}x{view.size[1]}" if view.size else "unreadable"
+        out.append(f"  {view.name:<32} {size:<10} {view.codec:<18} {view.megabytes:8.1f} MB  {view.orientation}")
+    out += ["", "instructions (episodes)"]
+    shown = list(found.instructions.items())[:20]
+    out += [f"  {count:>6}  {text}" for text, count in shown]
+    if len(found.instructions) > len(shown):
+        out.append(f"          ... and {len(found.instructions) - len(shown)} more")
+    for title, dimensions in (("action", found.actions), ("state", found.states)):
+        if dimensions:
+            out += ["", *_dimension_lines(title, dimensions)]
+    out += ["", _verdict(found)]
+    out += [f"  {problem.kind:<8} {problem.where}: {problem.what}" for problem in found.problems]
+    return "\n".join(out)
+
+
+def _overview(found: "Inspection") -> list[tuple[str, str]]:
+    lengths = found.lengths
+    seconds = lengths / found.fps
+    pairs = [
+        (
+            "episodes",
+            f"{len(lengths)}, {int(lengths.sum())} frames, {seconds.sum() / 60:.1f} minutes at {found.fps} fps",
+        ),
+        (
+            "lengths",
+            f"{lengths.min()} to {lengths.max()} frames, median {int(_median(lengths))} ({_median(seconds):.1f} s)",
+        ),
+        ("control", f"{found.control or 'unknown'} (guessed from states and actions)"),
+    ]
+    if found.gripper:
+        sign = {"+": "large values open", "-": "small values open", "": "which sign opens is unclear"}
+        pairs.append(("gripper", f"{found.gripper.name}: {sign[found.gripper.opens]} ({found.gripper.evidence})"))
+    pairs.append(
+        ("idle", f"{100 * found.idle_share:.1f} % of actions; {found.idle_start:.0f} frames at an episode's start")
+    )
+    pairs.append(("repeated", f"{100 * found.repeated_share:.1f} % of frames equal the one before in state and action"))
+    return pairs
+
+
+def _median(values) -> float:
+    ordered = sorted(values.tolist())
+    return ordered[len(ordered) // 2]
+
+
+def _dimension_lines(title: str, dimensions: "list[Dimension]") -> list[str]:
+    schemes = [name for name in SCHEMES if any(name in one.outside for one in dimensions)]
+    head = f"{title:<20}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}"
+    head += "".join(f"{'outside ' + SCHEMES[name]:>17}" for name in schemes)
+    lines = [head]
+    for one in dimensions:
+        line = f"  {one.name[:17]:<18}{one.low:>10.4g}{one.high:>10.4g}{one.mean:>10.4g}{one.std:>10.4g}"
+        shares = (f"{100 * one.outside[name]:.2f} %" if name in one.outside else "" for name in schemes)
+        lines.append(line + "".join(f"{share:>17}" for share in shares))
+    return lines
+
+
+def _verdict(found: "Inspection") -> str:
+    errors = sum(problem.kind == "error" for problem in found.problems)
+    rest = len(found.problems) - errors
+    if not found.problems:
+        return "nothing wrong was found"
+    return f"{errors} error{'s' * (errors != 1)}, {rest} other remark{'s' * (rest != 1)}"
+
+
+def as_html(found: "Inspection") -> str:
+    """The same with thumbnails, as one self-contained page."""
+    from burnish.report.html import document, facts, png_uri, section, table
+
+    name = found.root.resolve().name
+    marks = {"error": "fail", "warning": "warn", "hint": "ok"}
+    rows = [[f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.what)] for p in found.problems]
+    parts = [
+        f'<header><div class="brand">burnish inspect</div><h1>{escape(name)}</h1>'
+        f'<div class="sub">LeRobotDataset {found.version} · {escape(_verdict(found))}</div></header>',
+        section("Overview", facts(_overview(found))),
+        section("Remarks", table(["", "where", "what"], rows)) if rows else "",
+    ]
+    for view in found.views:
+        pictures = "".join(f'<img src="{png_uri(image)}" alt="">' for image in view.thumbnails)
+        size = f"{view.size[0]} x {view.size[1]}, {view.codec}" if view.size else "unreadable"
+        lead = f"{size}. {view.orientation}"
+        parts.append(section(view.name, f'<div class="thumbs">{pictures}</div>' if pictures else "<p></p>", lead=lead))
+    counts = [[escape(text), str(count)] for text, count in found.instructions.items()]
+    parts.append(section("Instructions", table(["text", "episodes"], counts, numbers=(1,))))
+    for title, dimensions in (("Actions", found.actions), ("States", found.states)):
+        parts.append(_dimension_section(title, dimensions))
+    return document(f"{name} · burnish inspect", "".join(parts))
+
+
+def _dimension_section(title: str, dimensions: "list[Dimension]") -> str:
+    from burnish.report.html import section, table
+
+    if not dimensions:
+        return ""
+    schemes = [name for name in SCHEMES if any(name in one.outside for one in dimensions)]
+    rows = []
+    for one in dimensions:
+        shares = [f"{100 * one.outside[name]:.2f} %" if name in one.outside else "" for name in schemes]
+        rows.append([escape(one.name), *(f"{x:.4g}" for x in (one.low, one.high, one.mean, one.std)), *shares])
+    head = ["", "min", "max", "mean", "std", *(f"outside {SCHEMES[name]}" for name in schemes)]
+    return section(title, table(head, rows, numbers=range(1, len(head))))
