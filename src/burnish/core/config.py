@@ -55,6 +55,8 @@ class DataConfig:
     """LeRobotDataset folder; empty means the one that `demos` makes."""
     episodes: list[int] = field(default_factory=list)
     """Episodes to use; empty means all."""
+    cameras: list[str] = field(default_factory=list)
+    """Cameras to train on; empty means all of the data set."""
     workers: int = 1
     """Threads that prepare batches ahead of the step."""
     cache_dir: str = ""

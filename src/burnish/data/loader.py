@@ -86,6 +86,11 @@ class RobotData:
         self.order = Order(len(self.rows), batch_size, (seed, "robot"), rank, world)
         self.rank = rank
 
+    @property
+    def hash(self) -> str:
+        """Changes with the data set, see `dataset_hash`."""
+        return self.frames.hash
+
     def _camera_key(self, camera: str) -> str:
         key = camera if camera.startswith(IMAGES) else IMAGES + camera
         if key not in self.meta.camera_keys:

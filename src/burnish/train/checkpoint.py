@@ -1,0 +1,241 @@
+"""Checkpoints: a LeRobot policy folder plus `burnish/`, whole or absent, from which a run goes on bit for bit.
+
+    checkpoints/000500/            config.json, model.safetensors, processors: what is exported (averaged, merged)
+    checkpoints/000500/burnish/    weights.safetensors    trained parameters and buffers, as they are in training
+                                   optimizer.safetensors  AdamW's state by parameter name
+                                   average.safetensors    the moving average, where there is one
+                                   objectives.safetensors every objective's state, <objective>.<name>
+                                   meta.json              step, recipe, hashes, commit, log window, scaler
+    checkpoints/last               link to the newest
+
+All randomness of a step follows from the seed, the rank and the step: the step is the RNG state and the data position.
+"""
+
+import json
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
+from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
+from burnish.core.recipe import flatten, recipe_to_dict
+from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensors
+
+if TYPE_CHECKING:
+    from burnish.train.loop import Run
+
+FORMAT = 1
+KEEP = 2
+_MAY_CHANGE = (
+    "name", "output", "demos.", "eval.", "data.workers", "data.cache_dir", "data.root", "train.log_every",
+    "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers", "train.self_check",
+)  # fmt: skip
+"""Fields (or sections) that may differ on resuming: they do not touch the arithmetic, or have a hash of their own."""
+
+
+@contextmanager
+def exported(run: "Run"):
+    """Inside, `run.policy` is what is handed out: averaged weights, adapters merged, evaluation mode."""
+    with ExitStack() as stack:
+        if run.average is not None:
+            stack.enter_context(run.average.swapped())
+        if run.recipe.train.peft.method != "none":
+            stack.enter_context(merged(run.policy))
+        training = run.policy.training
+        run.policy.eval()
+        yield run.policy
+        run.policy.train(training)
+
+
+def save(run: "Run") -> Path:
+    """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two. One rank calls this."""
+    target = run.output / "checkpoints" / f"{run.step:06d}"
+    tensors = _training_state(run)
+    size = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
+    size += sum(p.numel() * p.element_size() for p in run.policy.parameters())
+    require_space(run.output, size, f"checkpoint {target}")
+    with new_folder(target) as folder:
+        with exported(run) as policy:
+            policy.save(folder)
+        (folder / "burnish").mkdir(exist_ok=True)
+        for name, part in tensors.items():
+            _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
+        write_json(folder / "burnish" / "meta.json", _meta(run))
+    point_to(target.parent / "last", target.name)
+    for old in _finished(run.output)[:-KEEP]:
+        remove_folder(old)
+    return target
+
+
+def export(run: "Run") -> Path:
+    """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format."""
+    target = run.output / "policy"
+    with new_folder(target) as folder, exported(run) as policy:
+        policy.save(folder)
+    if run.recipe.train.peft.method != "none":
+        with new_folder(run.output / "adapter") as folder:
+            _save_adapter(run, folder)
+    return target
+
+
+def latest(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, None when there is none."""
+    finished = _finished(output)
+    return finished[-1] if finished else None
+
+
+def load(run: "Run", folder: Path) -> dict[str, Any]:
+    """Bring `run` to the state of a checkpoint; returns its meta.
+
+    Raises:
+        BurnishError: another recipe, data set or base policy made it, or tensors are missing, extra or misshapen.
+    """
+    meta = read_meta(folder)
+    check_same_recipe(meta["recipe"], run.recipe, folder)
+    for key, now, what in (("parent_hash", run.parent_hash, "base policy"), ("data_hash", run.data.hash, "data set")):
+        if meta[key] != now:
+            raise BurnishError(f"{folder} was made with another {what} (hash {meta[key]})", f"hash {now}",
+                               "another --output, or --fresh to start over")  # fmt: skip
+    state = _training_state(run)
+    saved = {name: _read_tensors(folder / "burnish" / f"{name}.safetensors") for name in state}
+    # AdamW makes its state at the first step, so a fresh run has nothing to compare with; the meta has the names.
+    _same_names(set(meta["optimizer"]), set(saved["optimizer"]), folder / "burnish" / "optimizer.safetensors")
+    for name in state:
+        if name != "optimizer":
+            _copy_into(state[name], saved[name], folder / "burnish" / f"{name}.safetensors")
+    load_optimizer_tensors(run.optimizer, run.trained, saved["optimizer"])
+    for name, objective in run.objectives.items():
+        extra_state = meta["objectives"].get(name)
+        if extra_state is not None:
+            objective.set_extra_state(extra_state)
+    return meta
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's meta.json; BurnishError when it is missing or from another format."""
+    path = folder / "burnish" / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BurnishError(f"{path} is unreadable ({error})", "a checkpoint that `burnish train` wrote") from error
+    if meta.get("format") != FORMAT:
+        raise BurnishError(f"{path} has format {meta.get('format')}", f"{FORMAT}", "the burnish version that wrote it")
+    return meta
+
+
+def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path) -> None:
+    """Raise BurnishError naming every field that differs and would change the training."""
+    old, new = flatten(before), flatten(recipe_to_dict(recipe))
+    changed = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise BurnishError(f"the recipe has changed since {where}: {', '.join(changed)}", "the same values to resume",
+                           "another --output, or --fresh to start over")  # fmt: skip
+
+
+def _finished(output: Path) -> list[Path]:
+    folder = output / "checkpoints"
+    return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def _training_state(run: "Run") -> dict[str, dict[str, Tensor]]:
+    policy = {name: p.detach() for name, p in run.trained.items() if not name.startswith("objectives.")}
+    state = {
+        "weights": policy | {f"buffer:{name}": b for name, b in run.module.policy_buffers().items()},
+        "optimizer": optimizer_tensors(run.optimizer, run.trained),
+        "objectives": {
+            f"{name}.{key}": value
+            for name, objective in run.objectives.items()
+            for key, value in objective.state_dict(keep_vars=False).items()
+            if isinstance(value, Tensor)
+        },
+    }
+    if run.average is not None:
+        state["average"] = run.average.shadow
+    return state
+
+
+def _meta(run: "Run") -> dict[str, Any]:
+    from burnish import __version__
+    from burnish.evaluate.records import commit
+
+    extra = {
+        name: value
+        for name, objective in run.objectives.items()
+        for key, value in objective.state_dict().items()
+        if not isinstance(value, Tensor) and key == "_extra_state"
+    }
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else {}
+    return {
+        "format": FORMAT,
+        "step": run.step,
+        "minutes": run.minutes(),
+        "recipe": recipe_to_dict(run.recipe),
+        "parent_hash": run.parent_hash,
+        "data_hash": run.data.hash,
+        "commit": commit(),
+        "versions": {"burnish": __version__, "torch": torch.__version__},
+        "processes": run.accelerator.num_processes,
+        "randomness": "every draw follows from train.seed, the rank and the step",
+        "window": run.window.state(),
+        "scaler": scaler,
+        "objectives": extra,
+        "optimizer": sorted(optimizer_tensors(run.optimizer, run.trained)),
+    }
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}, path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BurnishError(
+            f"{path} is unreadable ({error})", "a whole checkpoint", "remove it; the one before is used"
+        ) from error
+
+
+def _same_names(expected: set[str], found: set[str], path: Path) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        words = [f"lacks '{missing[0]}' ({len(missing)} in all)"] if missing else []
+        words += [f"has the extra tensor '{extra[0]}' ({len(extra)} in all)"] if extra else []
+        raise BurnishError(f"{path} {' and '.join(words)}", "exactly the tensors of this run")
+
+
+def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
+    _same_names(set(live), set(saved), path)
+    with torch.no_grad():
+        for name, tensor in live.items():
+            if tensor.shape != saved[name].shape:
+                raise BurnishError(f"{path}: '{name}' is {tuple(saved[name].shape)}", f"{tuple(tensor.shape)}")
+            tensor.copy_(saved[name])
+
+
+def _save_adapter(run: "Run", folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, which peft.PeftModel.from_pretrained reads."""
+    from peft import get_peft_model_state_dict
+
+    config = run.policy.peft_config["default"]
+    with ExitStack() as stack:
+        if run.average is not None:
+            stack.enter_context(run.average.swapped())
+        tensors = get_peft_model_state_dict(run.policy, adapter_name="default")
+        _save_tensors(
+            {f"base_model.model.{name}": t for name, t in tensors.items()}, folder / "adapter_model.safetensors"
+        )
+    config.save_pretrained(folder)

@@ -1,0 +1,105 @@
+"""Figures of a run: metrics.jsonl, curves.png, the progress bar and accelerate's trackers."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.files import disk_errors, write_text
+
+_PANELS = ("loss", "lr", "grad_norm", "data_wait_share", "retention_loss", "retention_accuracy")
+
+
+class Window:
+    """Sums of figures since the last log line, kept on the device: reading them is the only wait for it."""
+
+    def __init__(self, sums: dict[str, float] | None = None, counts: dict[str, int] | None = None):
+        self._sums: dict[str, Tensor | float] = dict(sums or {})
+        self._counts: dict[str, int] = dict(counts or {})
+
+    def add(self, figures: dict[str, Tensor]) -> None:
+        for name, value in figures.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; restored with Window(**state)."""
+        return {"sums": {name: float(value) for name, value in self._sums.items()}, "counts": self._counts}
+
+    def means(self) -> dict[str, float]:
+        """Mean of each figure; empties the window."""
+        names = list(self._sums)
+        values = [torch.as_tensor(self._sums[name], dtype=torch.float32).reshape(()) for name in names]
+        device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
+        read = torch.stack([v.to(device) for v in values]).cpu().tolist() if values else []
+        means = {name: value / self._counts[name] for name, value in zip(names, read, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Metrics:
+    """The file metrics.jsonl, one object per line with at least "step".
+
+    Args:
+        path: the file.
+        step: rows after this step are dropped (work that a killed run did after its last checkpoint); -1 drops all.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.last = rows[-1] if rows else {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; a full disk leaves no half line."""
+        size = self.path.stat().st_size
+        try:
+            with disk_errors(self.path), open(self.path, "ab") as file:
+                file.write((json.dumps(row) + "\n").encode())
+        except BaseException:
+            with open(self.path, "r+b") as file:
+                file.truncate(size)
+            raise
+        self.last = self.last | row
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a metrics file; a last line cut by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw the main columns of metrics.jsonl over the step into a PNG, at once."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(metrics)
+    columns = {name for row in rows for name in row}
+    names = [n for n in _PANELS if n in columns] + sorted(n for n in columns if n.startswith("loss_"))
+    if not names:
+        return
+    figure = Figure(figsize=(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, name in enumerate(names):
+        axis = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), place + 1)
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 10 else None, linewidth=1.2)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if name.startswith("loss") and min(value for _, value in points) > 0:
+            axis.set_yscale("log")
+    temporary = picture.with_name(f".{picture.name}")
+    with disk_errors(picture):
+        figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, picture)

@@ -1,0 +1,174 @@
+"""What is trained and how: patterns, adapters, AdamW, the learning-rate curve, the moving average of weights."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.config import PeftConfig, TrainConfig
+from burnish.core.errors import BurnishError
+
+_ADAPTER = "default"
+_DEFAULT_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
+
+
+def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> None:
+    """Set `requires_grad` by patterns (`re.search` over parameter names); a pattern without a match is an error."""
+    parameters = dict(policy.named_parameters())
+    _matches("train.train_only", train_only, parameters)
+    _matches("train.freeze", freeze, parameters)
+    for name, parameter in parameters.items():
+        if train_only and not any(re.search(p, name) for p in train_only):
+            parameter.requires_grad_(False)
+        if any(re.search(p, name) for p in freeze):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise BurnishError("nothing is left to train", "at least one parameter", "fewer patterns in train.freeze")
+
+
+def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise BurnishError(f"{field}: '{pattern}' is no regular expression ({error})") from error
+        if not found:
+            near = get_close_matches(pattern, names, 1, 0.1) or names[:1]
+            raise BurnishError(f"{field}: '{pattern}' matches no parameter", f"names such as '{near[0]}'")
+
+
+def add_adapters(policy: nn.Module, config: PeftConfig) -> None:
+    """Put LoRA or DoRA layers into `policy`; everything else is frozen. `method: none` does nothing.
+
+    `target_modules` is searched in full module names; empty means attention and MLP projections of transformers.
+    """
+    if config.method == "none":
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pattern = config.target_modules or _DEFAULT_TARGETS
+    try:
+        targets = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
+    except re.error as error:
+        raise BurnishError(f"train.peft.target_modules: '{pattern}' is no regular expression ({error})") from error
+    if not targets:
+        linear = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear)]
+        raise BurnishError(
+            f"train.peft.target_modules: '{pattern}' matches no linear layer", f"names such as {linear[-1]}"
+        )
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        use_dora=config.method == "dora",
+        lora_dropout=0.0,
+    )
+    inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
+
+
+def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:
+    """peft's layers by module name; empty without adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@contextmanager
+def merged(policy: nn.Module) -> Iterator[None]:
+    """Inside, adapters are folded into their layers and the policy has its ordinary modules and names.
+
+    Afterwards the weights are the very same bits: they are put back from copies, since subtracting is not exact.
+    """
+    layers = adapter_layers(policy)
+    originals = {name: layer.get_base_layer().weight.data.clone() for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.merge()
+            _place(policy, name, layer.get_base_layer())
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.get_base_layer().weight.data.copy_(originals[name])
+            layer.merged_adapters.clear()
+            _place(policy, name, layer)
+
+
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, fused where the device offers it; weight decay on matrices only, not on biases, norms and scales."""
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cuda", "cpu") and p.dtype == torch.float32 for p in trained.values())
+    kind = {"fused": True} if fused else {"foreach": True}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=tuple(config.betas), **kind)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate of step 0, 1, ...: a linear rise over `warmup_steps`, then a half cosine down to `final_lr_share`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, config.steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    share = config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * share
+
+
+class Average:
+    """Exponential moving average of the trained parameters. Early on the decay is smaller: (1 + step) / (10 + step)."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], decay: float):
+        self.decay = decay
+        self.live = trained
+        self.shadow = {name: p.detach().clone() for name, p in trained.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after step `step` (1 is the first)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.data for p in self.live.values()], weight)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the policy has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.live.items():
+            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state as "<parameter>/<field>" to tensor; parameters without a step yet have none."""
+    return {
+        f"{name}/{field}": value.detach()
+        for name, parameter in trained.items()
+        for field, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`."""
+    fused = optimizer.defaults["fused"]
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        parameter = trained[name]
+        # AdamW keeps its step count on the CPU unless it is fused.
+        device = parameter.device if field != "step" or fused else torch.device("cpu")
+        optimizer.state.setdefault(parameter, {})[field] = value.to(device, copy=True)

@@ -1,0 +1,117 @@
+"""What a start-up check can tell before hours are spent: unequal ranks, clipped actions, an implausible loss."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+
+if TYPE_CHECKING:
+    from burnish.train.loop import Run
+
+LOSS_BAND = (1e-5, 3.0)
+"""Flow matching on normalised actions: a net that knows nothing predicts about 0, whose loss is
+1 (noise) + 1 (normalised actions) = 2. Above 3 the normalisation does not fit; below 1e-5 the targets are constant."""
+OUTLIER = 4.0
+"""Standard deviations beyond which an action counts as outside, where the policy normalises by mean and deviation."""
+
+
+def check_statistics(stats: dict[str, Any] | None, keys: tuple[str, ...], root) -> None:
+    """Raise BurnishError unless the data set has mean and deviation of `keys`."""
+    for key in keys:
+        for figure in ("mean", "std", "min", "max"):
+            if not stats or key not in stats or figure not in stats[key]:
+                raise BurnishError(
+                    f"{root}/meta/stats.json has no '{figure}' of '{key}'", "statistics of every input and output",
+                    f"burnish inspect {root}",
+                )  # fmt: skip
+            if not np.isfinite(np.asarray(stats[key][figure], dtype=np.float64)).all():
+                raise BurnishError(f"{root}/meta/stats.json: '{figure}' of '{key}' is not finite", "finite statistics")
+
+
+def normalisation_warnings(
+    actions_NA: np.ndarray, stats: dict[str, Any], names: list[str], mode: str = "MEAN_STD"
+) -> list[str]:
+    """One line for each action dimension that the normalisation handles badly.
+
+    Args:
+        actions_NA: actions in environment units.
+        stats: LeRobot's statistics of "action" (mean, std, min, max, q01, q99).
+        names: one for each dimension.
+        mode: LeRobot's NormalizationMode: MEAN_STD, MIN_MAX, QUANTILES, QUANTILE10 or IDENTITY.
+    """
+    values = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in stats.items()}
+    low, high, scale = _range(values, mode)
+    lines = []
+    for a, name in enumerate(names):
+        column = actions_NA[:, a]
+        if scale[a] < 1e-6:
+            lines.append(
+                f"action '{name}' never changes in the statistics (range {scale[a]:.2g}); it cannot be learned"
+            )
+            continue
+        share = float(np.mean((column < low[a]) | (column > high[a])))
+        if share > 0.01:
+            lines.append(
+                f"action '{name}': {share:.1%} of the values lie outside the normalised range ({mode.lower()})"
+            )
+    return lines
+
+
+def _range(values: dict[str, np.ndarray], mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if mode == "MEAN_STD":
+        spread = OUTLIER * values["std"]
+        return values["mean"] - spread, values["mean"] + spread, values["std"]
+    if mode in ("QUANTILES", "QUANTILE10"):
+        low, high = ("q01", "q99") if mode == "QUANTILES" else ("q10", "q90")
+        if low in values and high in values:
+            width = values[high] - values[low]
+            return values[low] - 0.5 * width, values[high] + 0.5 * width, width
+    return values["min"] - 1e-6, values["max"] + 1e-6, values["max"] - values["min"]
+
+
+def loss_warning(loss: float, from_base: bool) -> list[str]:
+    """A line when the first imitation loss of a policy lies outside the plausible band."""
+    if not from_base or LOSS_BAND[0] <= loss <= LOSS_BAND[1]:
+        return []
+    return [f"the first loss is {loss:.3g}, outside {LOSS_BAND[0]:g} to {LOSS_BAND[1]:g}: do the normalisation "
+            "statistics and camera order fit the base?"]  # fmt: skip
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> Tensor:
+    """[P, 2] two float64 sums for each tensor; equal tensors have equal rows, to the last bit."""
+    rows = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1).double()
+        weight = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64).remainder_(1021)
+        rows.append(torch.stack([flat.sum(), (flat * weight).sum()]))
+    return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
+
+
+def check_ranks(run: "Run", tensors: dict[str, Tensor], what: str) -> None:
+    """Raise BurnishError on every rank when `tensors` (same names, in any order) differ between ranks."""
+    if run.accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    own = dict(zip(tensors, fingerprint(tensors).cpu().tolist(), strict=True))
+    everyone = gather_object([own])
+    names = sorted(set().union(*everyone))
+    different = [n for n in names if any(other.get(n) != everyone[0].get(n) for other in everyone)]
+    if different:
+        shown = ", ".join(different[:4]) + (", ..." if len(different) > 4 else "")
+        raise BurnishError(
+            f"{what} of {len(different)} parameters differ between the {len(everyone)} processes: {shown}",
+            "equal ones on every rank",
+            "let the module run inside the step's forward and make edit_gradients depend on `grads` alone",
+        )
+
+
+def report_unreached(trained: dict[str, nn.Parameter]) -> list[str]:
+    """A line that names trained parameters which no loss reaches (they stay as they are)."""
+    idle = [name for name, p in trained.items() if p.grad is None]
+    if not idle:
+        return []
+    return [f"{len(idle)} of {len(trained)} trained tensors are reached by no loss, such as '{idle[0]}'"]

@@ -1,0 +1,151 @@
+"""What a run needs before its first step: accelerator, data, policy, objectives."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
+from burnish.core.recipe import demos_root
+from burnish.data.frames import load_metadata
+from burnish.data.loader import IMAGES, RobotData
+from burnish.policies.base import Policy
+from burnish.train.objective import OBJECTIVES, Objective
+from burnish.train.selfcheck import check_statistics
+
+
+@contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in process-wide variables; without this a second run could not choose others."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    random_state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        torch.random.set_rng_state(random_state)
+
+
+def make_accelerator(recipe: RecipeConfig, output: Path):
+    """accelerate's Accelerator for this recipe; several processes where a launcher started them."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    config = recipe.train
+    no_device = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    if config.precision == "fp16" and no_device:
+        raise BurnishError("train.precision is fp16 but there is no GPU", "no or bf16", "--train.precision=no")
+    # Which parameters a step reaches depends on the policy, the language stream and the objectives (an unused
+    # language head, a method that sits out some steps), so the reducer must look each time.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision, gradient_accumulation_steps=config.grad_accumulation, cpu=no_device,
+            log_with=config.trackers or None, project_dir=str(output) if config.trackers else None,
+            kwargs_handlers=[unused],
+        )  # fmt: skip
+    except ValueError as error:
+        raise BurnishError(f"accelerate refuses the settings ({error})", "other train.precision or trackers") from error
+    missing = [t for t in config.trackers if t not in {str(tracker) for tracker in accelerator.log_with}]
+    if missing:
+        raise BurnishError(f"tracker '{missing[0]}' is not installed", f"pip install {missing[0]}")
+    if config.trackers:
+        accelerator.init_trackers(recipe.name)
+    return accelerator
+
+
+def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool) -> tuple[Policy, RobotData, str]:
+    """Load the data set and the policy that fits it; also returns the hash of the policy's weights.
+
+    Raises:
+        BurnishError: statistics are missing, the action dimensions differ, a camera is missing, and all that
+            `load_policy` and `RobotData` refuse.
+    """
+    from burnish.evaluate.records import weights_hash
+
+    root = demos_root(recipe)
+    meta = load_metadata(root)
+    keys = tuple(k for k in ("action", "observation.state") if k in meta.features)
+    check_statistics(meta.stats, keys, root)
+    policy = _load_policy(recipe, meta)
+    width = meta.features["action"]["shape"][0]
+    if policy.action_dim != width:
+        raise BurnishError(f"{root} has actions of dimension {width}", f"{policy.action_dim} as the policy has",
+                           "a policy or data set that fits")  # fmt: skip
+    data = RobotData(
+        root, policy.cameras, policy.chunk_size, recipe.train.batch_size, recipe.train.seed,
+        episodes=recipe.data.episodes, image_size=recipe.data.image_size, cache_dir=recipe.data.cache_dir,
+        augmented=recipe.data.augment, rank=rank, world=world, progress=progress,
+    )  # fmt: skip
+    return policy, data, weights_hash(policy)
+
+
+def _load_policy(recipe: RecipeConfig, meta) -> Policy:
+    from burnish.policies import create_policy, load_policy
+
+    features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
+    if recipe.policy.path:
+        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features)
+    if recipe.policy.type != "smolvla" or "vlm_model_name" not in overrides:
+        fix = "--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new smolvla"
+        raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
+    return create_policy(overrides.pop("vlm_model_name"), features, meta.stats, overrides)
+
+
+def _features(recipe: RecipeConfig, meta) -> dict[str, Any]:
+    """LeRobot's features of the data set: the chosen cameras at the training size, state, action."""
+    from lerobot.configs.types import FeatureType
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    wanted = [c if c.startswith(IMAGES) else IMAGES + c for c in recipe.data.cameras] or meta.camera_keys
+    unknown = [c for c in wanted if c not in meta.camera_keys]
+    if unknown:
+        raise BurnishError(f"data.cameras names '{unknown[0]}'", f"one of {', '.join(meta.camera_keys)}")
+    features = {}
+    for key, feature in dataset_to_policy_features(meta.features).items():
+        if feature.type is FeatureType.VISUAL:
+            if key not in wanted:
+                continue
+            scale = min(1.0, (recipe.data.image_size or 1 << 30) / max(feature.shape[1:]))
+            feature = replace(feature, shape=(3, *(max(1, round(edge * scale)) for edge in feature.shape[1:])))
+        features[key] = feature
+    return features
+
+
+def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
+    """The recipe's methods by name, in its order. A name "package.module:Class" is imported."""
+    import burnish.methods  # noqa: F401  registers the shipped ones
+
+    objectives: dict[str, Objective] = {}
+    for entry in recipe.objectives:
+        options = dict(entry)
+        name = options.pop("name")
+        kind = _import_objective(name) if ":" in name else OBJECTIVES.get(name)
+        short = name.rpartition(":")[2]
+        if short in objectives:
+            raise BurnishError(f"objective '{name}' is listed twice", "each method once")
+        try:
+            objectives[short] = kind(**options)
+        except TypeError as error:
+            raise BurnishError(
+                f"objective '{name}' does not take these options ({error})", "the options of its page"
+            ) from error
+    return objectives
+
+
+def _import_objective(name: str) -> type[Objective]:
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BurnishError(f"objective '{name}' cannot be imported ({error})", "package.module:Class") from error
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.train.objective.Objective")
+    return kind

@@ -1,0 +1,80 @@
+"""The one forward of a training step: imitation, language and the added terms of every objective."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Batch
+
+if TYPE_CHECKING:
+    from burnish.train.loop import Run
+
+
+class Step(nn.Module):
+    """Policy and objectives under one roof, so that data-parallel hooks fire once for everything that is trained."""
+
+    def __init__(self, run: "Run"):
+        super().__init__()
+        self.policy = run.policy
+        self.objectives = nn.ModuleDict(run.objectives)
+        self._run = run
+
+    def forward(self, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss (scalar with gradient) and the detached terms by name, "policy" first."""
+        run = self._run
+        out = self.policy.loss(batch, self.policy.draw(len(batch["action"]), run.generator))
+        total, terms = out.total, {"policy": out.total.detach()}
+        if len(out.parts) > 1:
+            terms |= {f"policy_{name}": value.detach() for name, value in out.parts.items()}
+        if language is not None:
+            answer_loss = self.policy.language(language).mean
+            total = total + run.recipe.language.weight * answer_loss
+            terms["language"] = answer_loss.detach()
+        for name, objective in run.objectives.items():
+            for term, value in objective.loss(run, batch, out).items():
+                if term in terms:
+                    raise BurnishError(f"objective '{name}' adds a loss called '{term}', a name already taken")
+                total = total + value
+                terms[term] = value.detach()
+        return total, terms
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters to train. The policy's keep the policy's names; others are objectives.<objective>.<name>."""
+        return {
+            name.removeprefix("policy."): parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def policy_buffers(self) -> dict[str, Tensor]:
+        """The policy's persistent buffers (running statistics and the like)."""
+        kept = self.policy.state_dict().keys()
+        return {name: buffer for name, buffer in self.policy.named_buffers() if name in kept}
+
+
+def gradients(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradients that exist, by parameter name."""
+    return {name: p.grad for name, p in trained.items() if p.grad is not None}
+
+
+def write_back(trained: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> None:
+    """Take over entries that a method replaced in `grads` instead of editing them."""
+    for name, grad in grads.items():
+        if trained[name].grad is not grad:
+            if grad.shape != trained[name].shape:
+                raise BurnishError(
+                    f"edited gradient of '{name}' has shape {tuple(grad.shape)}", f"{tuple(trained[name].shape)}"
+                )
+            trained[name].grad = grad.to(trained[name])
+
+
+@torch.no_grad()
+def clip(trained: dict[str, nn.Parameter], max_norm: float) -> Tensor:
+    """Total norm of all gradients (scalar tensor, no host wait); scales them down to `max_norm` where that is not 0."""
+    with_grad = [p for p in trained.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    return norm

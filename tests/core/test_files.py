@@ -1,0 +1,76 @@
+import errno
+import os
+import shutil
+
+import pytest
+from safetensors import SafetensorError
+
+from burnish.core import files
+from burnish.core.errors import BurnishError
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_write_text_replaces_and_leaves_nothing_beside(tmp_path):
+    files.write_text(tmp_path / "a", "one")
+    files.write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two" and names(tmp_path) == ["a"]
+
+
+def test_new_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x") as folder:
+        (folder / "half").write_text("h")
+        raise RuntimeError
+    assert names(tmp_path) == []
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+        assert not (tmp_path / "x").exists()
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "b").write_text("2")
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["b"]
+
+
+def test_leftovers_of_a_killed_writer_go_away(tmp_path):
+    (tmp_path / ".x.new").mkdir()
+    (tmp_path / ".x.new" / "half").write_text("h")
+    with files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_clear_line_whoever_writes(tmp_path, error):
+    with pytest.raises(BurnishError, match="no room left"), files.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("1")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_other_errors_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
+        (tmp_path / "none").read_text()
+
+
+def test_require_space(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    files.require_space(tmp_path / "not" / "there", 1, "a thing")
+    with pytest.raises(BurnishError, match="a thing needs"):
+        files.require_space(tmp_path, free * 2, "a thing")
+
+
+def test_point_to_moves_at_once(tmp_path):
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        files.point_to(tmp_path / "last", name)
+        assert (tmp_path / "last").resolve().name == name
+    assert names(tmp_path) == ["1", "2", "last"]

@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from burnish.core.errors import BurnishError
+from burnish.core.recipe import (
+    demos_root,
+    flatten,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    run_folder,
+    save_recipe,
+)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_then_overrides(tmp_path):
+    path = write(tmp_path, "name: a\ntrain: {lr: 1e-4, steps: 7}\nobjectives: [{name: x, weight: 2}]\n")
+    recipe = load_recipe(path, ["--train.steps=9", "--train.freeze=[vision, head]", "--data.augment", "false"])
+    assert (recipe.name, recipe.train.lr, recipe.train.steps) == ("a", 1e-4, 9)
+    assert recipe.train.freeze == ["vision", "head"] and recipe.data.augment is False
+    assert recipe.objectives == [{"name": "x", "weight": 2}]
+    assert recipe.train.batch_size == 32
+
+
+def test_free_mappings_take_any_key(tmp_path):
+    recipe = load_recipe(None, ["--policy.overrides.n_action_steps=8"])
+    assert recipe.policy.overrides == {"n_action_steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trian: {lr: 1}", ["recipe.yaml", "'trian'", "'train'"]),
+        ("train: {learning_rate: 1}", ["'train.learning_rate'"]),
+        ("lr: 1", ["'lr'", "'train.lr'"]),
+        ("train: {peft: {ranks: 4}}", ["'train.peft.ranks'", "'train.peft.rank'"]),
+        ("train: {steps: many}", ["train.steps", "many"]),
+        ("train: {steps: 1.5}", ["train.steps", "1.5"]),
+        ("train: 5", ["'train' is 5"]),
+        ("train: {precision: fp8}", ["train.precision", "bf16"]),
+        ("train: {batch_size: 0}", ["train.batch_size is 0", "at least 1"]),
+        ("train: {ema_decay: 1.0}", ["train.ema_decay"]),
+        ("objectives: [{weight: 1}]", ["objectives", "no name"]),
+        ("language: {weight: 0.5}", ["language.root"]),
+        ("train: [", ["recipe.yaml", "YAML"]),
+        ("just words", ["recipe.yaml", "str"]),
+    ],
+)
+def test_every_mistake_is_one_clear_line(tmp_path, text, words):
+    with pytest.raises(BurnishError) as caught:
+        load_recipe(write(tmp_path, text))
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_mistakes_on_the_command_line():
+    with pytest.raises(BurnishError, match="unknown key 'train.stepz'.*'train.steps'"):
+        load_recipe(None, ["--train.stepz=3"])
+    with pytest.raises(BurnishError, match="unexpected argument 'steps'"):
+        load_recipe(None, ["steps"])
+    with pytest.raises(BurnishError, match="no value"):
+        load_recipe(None, ["--train.steps"])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(BurnishError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@given(lr=st.floats(0, 1), steps=st.integers(1, 10**6), name=st.text("abc-_", min_size=1, max_size=8))
+def test_round_trip(tmp_path_factory, lr, steps, name):
+    recipe = recipe_from_dict(
+        {"name": name, "train": {"lr": lr, "steps": steps}, "objectives": [{"name": "a", "b": [1]}]}
+    )
+    path = tmp_path_factory.mktemp("r") / "recipe.yaml"
+    save_recipe(recipe, path)
+    assert load_recipe(path) == recipe
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+def test_flatten_and_places():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+    recipe = load_recipe(None, ["--name=x"])
+    assert str(demos_root(recipe)) == "data/x" and str(run_folder(recipe)) == "runs/x"
+    recipe = load_recipe(None, ["--data.root=here", "--output=there"])
+    assert str(demos_root(recipe)) == "here" and str(run_folder(recipe)) == "there"
