@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import EPISODES, Journal, Record, read_results, weights_hash, write_json
+from burnish.evaluate.records import EPISODES, Journal, Record, read_results, weights_hash
 
 RECORDS = [Record("t:a", i, 3, i % 2 == 0, 10 + i, (1.5, 2.5), "lift the rød ball") for i in range(3)]
 
@@ -82,14 +82,6 @@ def test_malformed_files_are_named(tmp_path, text, message):
         read_results(file)
     with pytest.raises(BurnishError, match="no results at"):
         read_results(tmp_path / "missing")
-
-
-def test_json_is_replaced_whole(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_hashes_follow_contents(tmp_path):

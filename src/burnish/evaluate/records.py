@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import disk_errors, write_json
 
 EPISODES = "episodes.jsonl"
 SETTINGS = "settings.json"
@@ -120,20 +121,6 @@ def read_results(path: Path | str) -> list[Record]:
     return records
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a kill at any instant leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Journal:
     """The open `episodes.jsonl` of one evaluation: what is done, and where the next episode is appended.
 
@@ -190,9 +177,10 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Add an episode; on the disk when this returns."""
-        self._file.write(record.to_line().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with disk_errors(self.path):
+            self._file.write(record.to_line().encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.records.append(record)
 
     def close(self) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
 from burnish.core.seeding import derive_seed
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
-from burnish.evaluate.records import SUMMARY, Journal, commit, weights_hash, write_json
+from burnish.evaluate.records import SUMMARY, Journal, commit, weights_hash
 from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from burnish.core.files import disk_errors
+
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     """Write frames [H, W, 3] uint8 as H.264 mp4; an odd side loses its last row or column."""
@@ -14,7 +16,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     height, width = (side - side % 2 for side in frames[0].shape[:2])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
+        with disk_errors(path), av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("h264", rate=fps)
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             stream.options = {"crf": "20", "preset": "fast"}
@@ -35,7 +37,8 @@ def write_film_strip(path: Path, frames: Sequence[np.ndarray], count: int = 6) -
     strip = np.concatenate([frames[i] for i in chosen], axis=1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(strip).save(temporary, format="PNG")
+        with disk_errors(path):
+            Image.fromarray(strip).save(temporary, format="PNG")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,10 @@
+"""LeRobot plug-in: makes burnish's environments known to `lerobot-train` and `lerobot-eval`.
+
+LeRobot imports every installed distribution whose name starts with lerobot_policy_. This package comes with burnish
+and is announced under that name by `lerobot_policy_burnish.egg-info`, so that one installation of burnish suffices.
+Where that is not found (an unusual installer), give `--env.discover_packages_path=lerobot_policy_burnish`.
+"""
+
+from lerobot_policy_burnish.environment import BurnishEnvConfig
+
+__all__ = ["BurnishEnvConfig"]

@@ -1,0 +1,126 @@
+"""LeRobot's own commands run our checkpoints, environments and data sets unchanged."""
+
+import importlib.metadata
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.envs.base import make_env
+from burnish.evaluate.rollout import evaluate
+
+SIZE, LIMIT = 32, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny SmolVLA for the tabletop, as burnish saves it."""
+    from burnish.policies.tiny import make_tiny
+
+    camera = make_env("tabletop:reach", 8).spec.cameras[0]
+    return make_tiny(
+        "smolvla", tmp_path_factory.mktemp("policy") / "p", cameras=[camera], state_dim=4, action_dim=4, image_size=SIZE
+    )
+
+
+def run(module: str, function: str, arguments: list[str], monkeypatch) -> None:
+    """What the installed command does: import plug-ins, then parse the command line."""
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    getattr(importlib.import_module(f"lerobot.scripts.{module}"), function)()
+
+
+def test_lerobot_discovers_the_plugin():
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    names = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    assert {"burnish", "lerobot_policy_burnish"} <= names
+    assert importlib.metadata.version("lerobot_policy_burnish") == importlib.metadata.version("burnish")
+    register_third_party_plugins()
+    assert "burnish" in EnvConfig.get_known_choices()
+
+
+def test_lerobot_eval_runs_the_same_episodes(folder, tmp_path, monkeypatch):
+    arguments = [
+        f"--policy.path={folder}", "--policy.device=cpu", "--env.type=burnish", "--env.task=tabletop:reach",
+        f"--env.image_size={SIZE}", f"--env.episode_length={LIMIT}", "--eval.n_episodes=2", "--eval.batch_size=2",
+        "--eval.use_async_envs=false", "--seed=0", f"--output_dir={tmp_path / 'eval'}",
+    ]  # fmt: skip
+    run("lerobot_eval", "eval_main", arguments, monkeypatch)
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert len(info["per_task"][0]["metrics"]["successes"]) == 2
+    assert len(list((tmp_path / "eval").rglob("*.mp4"))) == 2
+    ours = evaluate(
+        folder, "tabletop:reach", episodes=2, output=tmp_path / "ours", max_steps=LIMIT, workers=1, progress=False
+    )
+    assert ours.settings["image_size"] == SIZE and ours.settings["n_action_steps"] == 8
+    assert [r.steps for r in ours.records] == [LIMIT, LIMIT]
+
+
+def test_lerobot_train_continues_our_checkpoint(folder, tmp_path, monkeypatch):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    env = make_env("tabletop:reach", SIZE)
+    camera = env.spec.cameras[0]
+    features = {
+        f"observation.images.{camera}": {
+            "dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]
+        },
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": list(env.spec.state_names)},
+        "action": {"dtype": "float32", "shape": (4,), "names": list(env.spec.action_names)},
+    }  # fmt: skip
+    root = tmp_path / "data"
+    dataset = LeRobotDataset.create("local/reach", fps=10, features=features, root=root, use_videos=False)
+    for state in range(2):
+        env.reset(state)
+        expert = env.expert()
+        for _ in range(10):
+            seen, action = env.observe((camera,)), expert.act()
+            dataset.add_frame(
+                {
+                    f"observation.images.{camera}": seen.images[camera], "observation.state": seen.state,
+                    "action": np.asarray(action, np.float32), "task": seen.instruction,
+                }
+            )  # fmt: skip
+            env.step(action)
+        dataset.save_episode()
+    dataset.finalize()
+    arguments = [
+        f"--policy.path={folder}", "--policy.device=cpu", "--policy.push_to_hub=false", "--dataset.repo_id=local/reach",
+        f"--dataset.root={root}", "--steps=2", "--batch_size=2", "--num_workers=0", "--save_freq=2", "--log_freq=1",
+        "--env.type=burnish", "--env.task=tabletop:reach", f"--env.image_size={SIZE}", f"--env.episode_length={LIMIT}",
+        "--env_eval_freq=2", "--eval.n_episodes=1", "--eval.batch_size=1", f"--output_dir={tmp_path / 'train'}",
+        "--wandb.enable=false",
+    ]  # fmt: skip
+    run("lerobot_train", "train", arguments, monkeypatch)
+    saved = next((tmp_path / "train" / "checkpoints").glob("*2/pretrained_model"))
+    again = evaluate(
+        saved, "tabletop:reach", episodes=1, output=tmp_path / "ours", max_steps=LIMIT, workers=1, progress=False
+    )
+    assert again.overall.n == 1, "burnish evaluates what lerobot-train wrote"
+
+
+def test_seeds_are_initial_states_and_mistakes_are_named():
+    from lerobot_policy_burnish.environment import BurnishEnvConfig
+
+    config = BurnishEnvConfig(task="tabletop:reach", image_size=8, episode_length=2)
+    (vector,) = config.create_envs(2)["burnish"].values()
+    seen, _ = vector.reset(seed=[3, 4])
+    env = make_env("tabletop:reach", 8)
+    for row, seed in enumerate((3, 4)):
+        env.reset(1_000_000 + seed)
+        wanted = env.observe(tuple(config.cameras))
+        assert np.array_equal(seen["agent_pos"][row], wanted.state)
+        assert np.array_equal(seen["pixels"][config.cameras[0]][row], wanted.images[config.cameras[0]])
+        assert vector.call("task_description")[row] == wanted.instruction
+    for _ in range(2):
+        _, _, terminated, truncated, _ = vector.step(np.zeros((2, 4), np.float32))
+    assert truncated.all() and not terminated.any()
+    vector.close()
+    with pytest.raises(BurnishError, match="unknown camera top9"):
+        BurnishEnvConfig(task="tabletop:reach", cameras=["top9"])
