@@ -1,0 +1,289 @@
+"""LIBERO and LIBERO-PRO (the extra `burnish[libero]`) behind the environment protocol.
+
+Selectors are suite names without the prefix `libero_`: spatial, object, goal, 10, 90, and LIBERO-PRO's perturbed
+suites such as spatial_swap or goal_lan. Physics, initial states and success tests are LIBERO's own; what differs is
+that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`.
+
+Images are LIBERO's usual ones: the raw picture rotated by 180 degrees, which is upright but mirrored left to right.
+"""
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.envs.base import EnvSpec, Expert, Observation
+from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies
+
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+FPS = 20
+SETTLE_STEPS = 10
+# The limits that evaluations of LIBERO use, by the suite a perturbed suite is made from.
+MAX_STEPS = {"spatial": 280, "object": 280, "goal": 300, "10": 520, "90": 400}
+STATE_NAMES = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right")
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "grip")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Swallows what LIBERO and robosuite print when they are imported and built."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
+
+
+def _libero():
+    """The module libero.libero.benchmark; raises BurnishError where the extra is not installed."""
+    choose_gl_backend()
+    try:
+        with _quiet():
+            from libero.libero import benchmark
+    except ImportError as error:
+        raise BurnishError(
+            f"LIBERO cannot be imported ({error})", "the extra [libero]", "pip install 'burnish[libero]'"
+        ) from None
+    return benchmark
+
+
+def _path(kind: str, folder: str, name: str) -> str:
+    from libero.libero import get_libero_path
+
+    return os.path.normpath(os.path.join(get_libero_path(kind), folder, name))
+
+
+def suites() -> list[str]:
+    """Names of the suites that are complete in the installed package, without the prefix `libero_`."""
+    benchmark = _libero()
+    complete = []
+    for suite, tasks_by_name in benchmark.task_maps.items():
+        files = [
+            os.path.exists(_path("init_states", task.problem_folder, task.init_states_file + ".npz"))
+            and os.path.exists(_path("bddl_files", task.problem_folder, task.bddl_file))
+            for task in tasks_by_name.values()
+        ]
+        if files and all(files):
+            complete.append(suite.removeprefix("libero_"))
+    return complete
+
+
+def _parse(selector: str) -> tuple[str, list, int | None]:
+    """Suite name, its tasks and the index asked for (None for all) of a selector such as "goal/3" or "goal"."""
+    suite, _, index = selector.removeprefix("libero_").partition("/")
+    maps = _libero().task_maps
+    if f"libero_{suite}" not in maps or suite not in suites():
+        raise BurnishError(f"unknown LIBERO suite '{suite}'", f"one of {', '.join(suites())}")
+    tasks_of_suite = list(maps[f"libero_{suite}"].values())
+    if not index:
+        return suite, tasks_of_suite, None
+    if not index.isdecimal() or int(index) >= len(tasks_of_suite):
+        raise BurnishError(f"unknown task '{index}' of LIBERO suite '{suite}'", f"0 to {len(tasks_of_suite) - 1}")
+    return suite, tasks_of_suite, int(index)
+
+
+def tasks(selector: str) -> list[str]:
+    """Single-task selectors: "goal" gives "goal/0" to "goal/9", "goal/3" gives itself."""
+    suite, tasks_of_suite, index = _parse(selector)
+    return [f"{suite}/{i}" for i in range(len(tasks_of_suite)) if index in (None, i)]
+
+
+def make(selector: str, image_size: int) -> "Libero":
+    """Build one task; the selector names a suite and a task, e.g. "spatial/0"."""
+    suite, tasks_of_suite, index = _parse(selector)
+    if index is None:
+        raise BurnishError(f"'{selector}' names a whole LIBERO suite", f"one task, e.g. {suite}/0")
+    return Libero(suite, index, tasks_of_suite[index], image_size)
+
+
+def no_expert_reason(selector: str) -> str:
+    """Why the scripted expert cannot solve a single task; empty where it can."""
+    from burnish.envs.libero_expert import unsupported_goal
+
+    _, tasks_of_suite, index = _parse(selector)
+    task = tasks_of_suite[index]
+    with _quiet():
+        from libero.libero.envs import bddl_utils
+
+        problem = bddl_utils.robosuite_parse_problem(_path("bddl_files", task.problem_folder, task.bddl_file))
+    return unsupported_goal(problem)
+
+
+class Libero:
+    """One LIBERO task; see `burnish.envs.base.Env` for the protocol.
+
+    Initial states 0 to 49 are the benchmark's fixed ones, for evaluation. From 50 on, the objects are placed by
+    LIBERO's own sampler, seeded by the number: as many training states as wanted, none of them an evaluation state.
+
+    Args:
+        suite, index: e.g. "spatial", 0.
+        task: the benchmark's task tuple.
+        image_size: height and width of the images in pixels.
+        fast_rendering: False renders exactly as LIBERO does, with shadows and at four samples a pixel.
+    """
+
+    def __init__(self, suite: str, index: int, task, image_size: int, fast_rendering: bool = True):
+        self.image_size = image_size
+        self._task = task
+        self._init_states = _libero().load_initial_states(
+            _path("init_states", task.problem_folder, task.init_states_file)
+        )
+        with _quiet():
+            from libero.libero.envs.env_wrapper import ControlEnv
+
+            self._inner = ControlEnv(
+                bddl_file_name=_path("bddl_files", task.problem_folder, task.bddl_file),
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                hard_reset=False,
+            ).env
+        self._sim = self._inner.sim
+        self._robot = self._inner.robots[0]
+        self.model, self.data = self._sim.model._model, self._sim.data._data
+        self._fast_rendering = fast_rendering
+        self._renderer: SceneRenderer | None = None
+        self._geom_objects = geoms_of_bodies(self.model, list(self._inner.obj_body_id.values()))
+        self._substeps = int(self._inner.control_timestep / self._inner.model_timestep)
+        base_suite = next(name for name in (*MAX_STEPS, "") if suite.startswith(name))
+        self.spec = EnvSpec(
+            task_id=f"libero:{suite}/{index}",
+            cameras=tuple(CAMERAS),
+            state_names=STATE_NAMES,
+            action_names=ACTION_NAMES,
+            action_low=np.full(7, -1.0, np.float32),
+            action_high=np.full(7, 1.0, np.float32),
+            fps=FPS,
+            max_steps=MAX_STEPS.get(base_suite, 400),
+            num_initial_states=len(self._init_states),
+        )
+        sentence = task.language
+        if suite.endswith(("_lan", "_task")):  # the sentence is in the problem file; its name is the old one
+            sentence = " ".join(self._inner.parsed_problem["language_instruction"])
+        self._instruction = sentence
+
+    @property
+    def instruction(self) -> str:
+        return self._instruction
+
+    def reset(self, initial_state: int) -> None:
+        if initial_state < 0:
+            raise BurnishError(f"initial state {initial_state}", "a number from 0 on")
+        self._place(seed=initial_state)
+        # The gripper ramps up its last command; robosuite forgets to start that anew without a hard reset.
+        self._robot.gripper.current_action = np.zeros_like(self._robot.gripper.current_action)
+        fixed = initial_state < len(self._init_states)
+        if fixed:
+            self._sim.set_state_from_flattened(self._init_states[initial_state])
+            self._sim.forward()
+            self._inner._check_success()
+            self._inner._post_process()
+        nothing = np.array([0.0] * 6 + [-1.0])
+        for _ in range(SETTLE_STEPS if fixed else 2 * SETTLE_STEPS):  # sampled objects fall a little further
+            self.step(nothing)
+        if self._renderer is not None:
+            self._renderer.start_episode(self.data)
+
+    def _place(self, seed: int) -> None:
+        """LIBERO's reset. Its samplers draw from numpy's global generator, so that is seeded and put back."""
+        from robosuite.utils.errors import RandomizationError
+
+        before = np.random.get_state()
+        np.random.seed(seed)
+        try:
+            while True:
+                try:
+                    self._inner.reset()
+                    return
+                except RandomizationError:  # no free place was found: draw again, as LIBERO does
+                    continue
+        finally:
+            np.random.set_state(before)
+
+    def step(self, action: np.ndarray) -> bool:
+        import mujoco
+
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (7,):
+            raise BurnishError(f"action of shape {action.shape}", "(7,) for LIBERO")
+        # robosuite's own step, bit for bit, without its sensors (nobody reads them here) and with positions,
+        # contacts and velocities computed once instead of three times a simulator step.
+        inner, sim = self._inner, self._sim
+        again = functools.partial(mujoco.mj_forwardSkip, self.model, self.data, int(mujoco.mjtStage.mjSTAGE_VEL), 0)
+        for substep in range(self._substeps):
+            sim.forward()
+            sim.forward = again  # the controller calls it
+            try:
+                inner._pre_action(action, substep == 0)
+            finally:
+                del sim.forward
+            again()
+            mujoco.mj_Euler(self.model, self.data)
+        inner.timestep += 1
+        inner.cur_time += inner.control_timestep
+        inner._post_process()
+        return bool(inner._check_success())
+
+    def observe(self, cameras: Sequence[str] = ()) -> Observation:
+        images = {name: self._draw().rgb(self.data, self._camera(name))[:, ::-1] for name in cameras}
+        return Observation(images, self._state(), self._instruction)
+
+    def _state(self) -> np.ndarray:
+        from robosuite.utils.transform_utils import convert_quat, quat2axisangle
+
+        quaternion = convert_quat(self._sim.data.get_body_xquat(self._robot.robot_model.eef_name), to="xyzw")
+        position = self.data.site_xpos[self._robot.eef_site_id]
+        fingers = self.data.qpos[self._robot._ref_gripper_joint_pos_indexes]
+        return np.concatenate([position, quat2axisangle(quaternion), fingers]).astype(np.float32)
+
+    def expert(self, seed: int = 0) -> Expert:
+        """The scripted expert; raises BurnishError for goals that it does not know."""
+        from burnish.envs.libero_expert import LiberoExpert, unsupported_goal
+
+        reason = unsupported_goal(self._inner.parsed_problem)
+        if reason:
+            raise BurnishError(f"no scripted expert for {self.spec.task_id} '{self._instruction}': {reason}")
+        return LiberoExpert(self._inner, seed)
+
+    def ground_truth(self) -> dict[str, Any]:
+        objects = {
+            name: {
+                "position": [round(float(v), 5) for v in self.data.xpos[body]],
+                "quaternion": [round(float(v), 5) for v in self.data.xquat[body]],
+            }
+            for name, body in self._inner.obj_body_id.items()
+        }
+        goal = [list(condition) for condition in self._inner.parsed_problem["goal_state"]]
+        cameras = {name: camera_pose(self.model, self.data, camera) for name, camera in CAMERAS.items()}
+        return {"objects": objects, "goal": goal, "cameras": cameras, "mirrored": True}
+
+    def geometry(self, camera: str) -> dict[str, np.ndarray]:
+        views = self._draw().geometry(self.data, self._camera(camera), self._geom_objects)
+        return {name: np.ascontiguousarray(view[:, ::-1]) for name, view in views.items()}
+
+    def _camera(self, name: str) -> str:
+        if name not in CAMERAS:
+            raise BurnishError(f"unknown LIBERO camera '{name}'", f"one of {', '.join(CAMERAS)}")
+        return CAMERAS[name]
+
+    def _draw(self) -> SceneRenderer:
+        if self._renderer is None:
+            self._renderer = SceneRenderer(
+                self.model,
+                self.image_size,
+                hidden_geom_groups=(0,),
+                still_cameras=("agentview",),
+                fast=self._fast_rendering,
+            )
+            self._renderer.start_episode(self.data)
+        return self._renderer
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        with _quiet():
+            self._inner.close()
