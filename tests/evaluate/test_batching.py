@@ -1,0 +1,46 @@
+"""A chunk does not depend, to the last bit, on who shares the policy's batch."""
+
+import numpy as np
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.envs.base import Observation
+from burnish.evaluate.batching import BatchedPolicy, Request
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    from burnish.policies import load_policy
+    from burnish.policies.tiny import make_tiny
+
+    folder = tmp_path_factory.mktemp("policy") / "p"
+    return load_policy(make_tiny("smolvla", folder, state_dim=4, action_dim=4))
+
+
+def request(state: int, text: str = "lift the red cube", replan: int = 0) -> Request:
+    rng = np.random.default_rng(state)
+    image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Request(Observation({"cam": image}, rng.normal(size=4).astype(np.float32), text), "t", state, replan)
+
+
+def test_rows_are_independent_of_neighbours_places_and_texts(policy):
+    batched = BatchedPolicy(policy, {"top": "cam"}, seed=1, width=4, n_action_steps=8)
+    alone, milliseconds = batched.act([request(0)])
+    assert alone.shape == (1, 8, 4) and milliseconds > 0
+    others = [request(5), request(6, "put the very small green ball on the plate near the left edge"), request(0)]
+    shared, _ = batched.act(others)
+    assert np.array_equal(shared[2], alone[0])
+    full, _ = batched.act([request(0), *[request(i, "go") for i in range(7, 10)]])
+    assert np.array_equal(full[0], alone[0])
+    assert not np.array_equal(batched.act([request(0, replan=1)])[0], alone), "noise follows the replan"
+    other_seed = BatchedPolicy(policy, {"top": "cam"}, seed=2, width=4, n_action_steps=8)
+    assert not np.array_equal(other_seed.act([request(0)])[0], alone)
+
+
+def test_refuses_nan_and_too_many_steps(policy):
+    with pytest.raises(BurnishError, match="9 action steps; expected 1 to 8"):
+        BatchedPolicy(policy, {"top": "cam"}, seed=1, width=1, n_action_steps=9)
+    broken = request(0)
+    broken.observation.state[0] = np.nan
+    with pytest.raises(BurnishError, match="not finite"):
+        BatchedPolicy(policy, {"top": "cam"}, seed=1, width=1, n_action_steps=8).act([broken])
