@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
     "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
+    "ship": ("burnish.policies.ship", "store a policy in half precision as a base that comes with the package"),
     "report": ("burnish.report.cli", "write the HTML page of a run"),
     "results": ("burnish.report.results", "write the tables of README and docs from results/"),
     "bench": ("burnish.bench", "measure burnish against its peers, as JSON"),

@@ -17,6 +17,7 @@ from burnish.core.seeding import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -35,6 +36,8 @@ class PretrainConfig:
     vocab_size: int = 1024
     extra_texts: list[str] = field(default_factory=list)
     """Sentences the tokenizer should also know, such as the instructions of other simulators."""
+    vision_steps: int = 1500
+    """Steps of the first phase (see pretrain_vision), which trains vision tower and connector alone."""
     steps: int = 4000
     batch_size: int = 64
     lr: float = 1e-3
@@ -73,6 +76,7 @@ class PackedQuestions:
             turns += [some[i] for i in rng.permutation(len(some))[:count]]
         turns = [turns[i] for i in rng.permutation(len(turns))]
         return {
+            "index": index,
             "image": self.questions.images[index],
             "question": [t["question"] for t in turns],
             "answer": [t["answer"] for t in turns],
@@ -82,18 +86,22 @@ class PackedQuestions:
 
 def collate(items: list[dict[str, Any]], tokenizer: Any, num_image_tokens: int) -> dict[str, Any]:
     """Model inputs of a batch: images in [-1, 1] with jittered colour balance, packed turns as labels."""
-    import torch
-
     from burnish.policies.tiny import IMAGE_TOKEN
     from burnish.policies.vqa import encode
 
     encoded = encode(
         tokenizer, IMAGE_TOKEN, num_image_tokens, [i["question"] for i in items], [i["answer"] for i in items]
     )
+    return {**encoded._asdict(), "pixel_values": _pixels(items)[:, None]}
+
+
+def _pixels(items: list[dict[str, Any]]) -> "Tensor":
+    """[B, 3, H, W] in [-1, 1], with jittered colour balance."""
+    import torch
+
     images = torch.from_numpy(np.stack([i["image"] for i in items])).permute(0, 3, 1, 2).float() / 255
     jitter = torch.from_numpy(np.stack([i["jitter"] for i in items]))[:, :, None, None]
-    pixels = (images * jitter).clamp(0, 1) * 2 - 1
-    return {**encoded._asdict(), "pixel_values": pixels[:, None]}
+    return (images * jitter).clamp(0, 1) * 2 - 1
 
 
 def sincos_2d(side: int, width: int) -> "Tensor":
@@ -113,7 +121,7 @@ def sincos_2d(side: int, width: int) -> "Tensor":
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train and write the VLM folder `<output>/vlm`, which AutoModelForImageTextToText loads."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
     from burnish.policies.tiny import build_vlm
 
@@ -140,32 +148,57 @@ def pretrain(config: PretrainConfig) -> Path:
     positions.data.copy_(sincos_2d(config.image_size // config.patch_size, positions.shape[1]))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = (config.image_size // config.patch_size // config.scale_factor) ** 2
-    arguments = TrainingArguments(
-        output_dir=str(Path(config.output) / "trainer"),
-        max_steps=config.steps,
-        learning_rate=config.lr,
-        per_device_train_batch_size=config.batch_size,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="cosine",
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=50,
-        save_steps=config.save_every,
-        save_total_limit=1,
-        seed=config.seed,
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        disable_tqdm=False,
-    )
+    log = {}
+    if config.vision_steps:
+        log["vision"] = _see(config, model, tokenizer, data)
+        model.save_pretrained(folder)
     trainer = Trainer(
-        model, arguments, train_dataset=data, data_collator=lambda items: collate(items, tokenizer, tokens)
-    )
+        model, _arguments(config, config.steps), train_dataset=data,
+        data_collator=lambda items: collate(items, tokenizer, tokens),
+    )  # fmt: skip
     trainer.train()
     model.save_pretrained(folder)
-    (Path(config.output) / "log.json").write_text(json.dumps(trainer.state.log_history))
+    (Path(config.output) / "log.json").write_text(json.dumps(log | {"language": trainer.state.log_history}))
     return folder
+
+
+def _arguments(config: PretrainConfig, steps: int) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(config.output) / "trainer"), max_steps=steps, learning_rate=config.lr,
+        per_device_train_batch_size=config.batch_size, warmup_steps=config.warmup_steps,
+        lr_scheduler_type="cosine", weight_decay=config.weight_decay, adam_beta2=0.95, max_grad_norm=1.0,
+        logging_steps=25, save_steps=config.save_every, save_total_limit=1, seed=config.seed, report_to=[],
+        remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def _see(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
+    """The first phase; returns its log."""
+    import torch
+    from transformers import Trainer
+
+    from burnish.train.pretrain_vision import VisionPhase, grid_targets, located_names
+
+    located = [located_names(rows) for rows in data.by_image]
+    words = {w: i for i, w in enumerate(sorted({w for scene in located for names, _, _ in scene for w in names}))}
+    phase = VisionPhase(model, [tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in words])
+    side = config.image_size // config.patch_size
+
+    def prepare(items: list[dict[str, Any]]) -> dict[str, Any]:
+        patches = [grid_targets(located[i["index"]], words, side, 1.0) for i in items]
+        tokens = [grid_targets(located[i["index"]], words, side // config.scale_factor, 0.6)[0] for i in items]
+        return {
+            "pixels": _pixels(items),
+            "patch_labels": torch.from_numpy(np.stack([labels for labels, _ in patches])),
+            "patch_offsets": torch.from_numpy(np.stack([offsets for _, offsets in patches])),
+            "token_labels": torch.from_numpy(np.stack(tokens)),
+        }
+
+    trainer = Trainer(phase, _arguments(config, config.vision_steps), train_dataset=data, data_collator=prepare)
+    trainer.train()
+    return trainer.state.log_history
 
 
 def measure(folder: Path, questions_root: str, limit: int = 0, batch_size: int = 100) -> dict[str, Any]:
