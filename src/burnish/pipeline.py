@@ -189,7 +189,7 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
         )
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
     if len(outcome.retention) == 2:
-        content["mcnemar_p"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
+        content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
     write_json(outcome.folder / "retention.json", content)
 
 
