@@ -84,7 +84,9 @@ def _evaluation(folder: Path, rate: float, rng: np.random.Generator, swap: bool)
             film = {"task": task, "initial_state": state, "success": bool(rng.random() < rate)}
             films.append(film | {"video": f"{name}.mp4", "film_strip": f"{name}.png"})
             if folder.name == "tuned":
-                write_video(folder / f"{name}.mp4", moving_square(rng), 20)
+                frames = moving_square(rng)
+                write_video(folder / f"{name}.mp4", frames, 20)
+                write_film_strip(folder / f"{name}.png", frames)
             if folder.name == "base" and len(films) == 1:
                 write_film_strip(folder / f"{name}.png", moving_square(rng))
     total = wilson(sum(rate.successes for rate in per_task.values()), 120)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from burnish import BurnishError, write_report
+from burnish.cli import main
+from burnish.report.picture import write_picture
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "path"}
 
@@ -146,4 +148,18 @@ def test_broken_video_is_left_out(run, monkeypatch):
 
     monkeypatch.setattr(media, "MAX_VIDEO_BYTES", 10)
     next((run / "eval/tuned/videos").glob("*.mp4")).write_bytes(b"not a video at all")
+    for strip in (run / "eval/tuned/videos").glob("*.png"):
+        strip.unlink()
     assert page_of(run).count("data:image/") == 4
+
+
+def test_picture_of_a_run(run, tmp_path):
+    from PIL import Image
+
+    target = tmp_path / "img/run.png"
+    assert main(["report", str(run), "--picture", str(target)]) == 0
+    with Image.open(target) as image:
+        assert image.width > 900 and image.convert("L").getextrema()[0] < 200
+    shutil.rmtree(run / "eval/tuned/videos")
+    with pytest.raises(BurnishError, match="no film strips"):
+        write_picture(run, target)

@@ -1,0 +1,80 @@
+"""One picture of a run for a README: film strips with their instructions, and the success rates below."""
+
+import os
+from pathlib import Path
+
+from burnish.core.errors import BurnishError
+from burnish.report.plots import percent
+from burnish.report.run_folder import Evaluation, load_run, read_jsonl
+
+COLOURS = {"tuned": "#0f766e", "base": "#8a929c", "swap": "#c2580c", "expert": "#7c5cbf"}
+ROWS = 3
+
+
+def write_picture(run_folder: Path | str, out: Path | str) -> Path:
+    """Draw a PNG of at most three solved episodes of the tuned policy and all success rates with intervals.
+
+    Raises:
+        BurnishError: the run holds no evaluation of the tuned policy with film strips.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    run = load_run(Path(run_folder))
+    tuned = run.evaluations.get("tuned")
+    strips = _strips(tuned) if tuned else []
+    if not strips:
+        raise BurnishError(f"no film strips under {run.path}/eval/tuned", "an evaluation that was filmed")
+    rates = [one for one in run.evaluations.values() if one.variant != "swap"]
+    heights = [*[1.5] * len(strips), 0.35 + 0.36 * len(rates)]
+    figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, (image, text) in zip(axes, strips, strict=False):
+        axis.imshow(image, interpolation="lanczos")
+        axis.set_title(text, loc="left", fontsize=10, color="#1c2127")
+        axis.axis("off")
+    _draw_rates(axes[-1], rates)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, out)
+    return out
+
+
+def _strips(one: Evaluation) -> list[tuple]:
+    """(image, instruction) of solved episodes, a task at a time before any task comes twice."""
+    from matplotlib.image import imread
+
+    rows = read_jsonl(one.folder / "episodes.jsonl")
+    sentences = {(row.get("task"), row.get("initial_state")): row.get("instruction") for row in rows}
+    filmed = [film for film in one.films if (one.folder / str(film.get("film_strip"))).is_file()]
+    solved = [film for film in filmed if film.get("success")]
+    seen: dict[str, int] = {}
+    ranked = []
+    for film in solved:
+        seen[film["task"]] = seen.get(film["task"], 0) + 1
+        ranked.append((seen[film["task"]], film))
+    chosen = [film for _, film in sorted(ranked, key=lambda pair: pair[0])[:ROWS]]
+    return [
+        (imread(one.folder / film["film_strip"]), sentences.get((film["task"], film["initial_state"])) or film["task"])
+        for film in chosen
+    ]
+
+
+def _draw_rates(axis, rates: list[Evaluation]) -> None:
+    for place, one in enumerate(rates):
+        colour, rate = COLOURS[one.role], one.overall
+        axis.plot([rate.low, rate.high], [place, place], color=colour, linewidth=7, alpha=0.3, solid_capstyle="round")
+        axis.plot(rate.rate, place, "o", color=colour, markersize=8)
+        label = f"{percent(rate.rate)} ({rate.successes}/{rate.n})"
+        axis.text(1.02, place, label, va="center", fontsize=9, color="#68717d", transform=axis.get_yaxis_transform())
+    axis.set_yticks(range(len(rates)), [one.label for one in rates], fontsize=9)
+    axis.set_ylim(len(rates) - 0.5, -0.5)
+    axis.set_xlim(-0.01, 1.01)
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"], fontsize=8, color="#68717d")
+    axis.grid(axis="x", color="#e4e2dc")
+    axis.tick_params(length=0)
+    axis.set_frame_on(False)
+    axis.set_title("success on unseen initial states, 95 % Wilson interval", loc="left", fontsize=10, color="#1c2127")

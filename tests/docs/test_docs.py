@@ -1,0 +1,183 @@
+"""README and docs tell the truth: their commands parse, their Python runs, their files exist."""
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import burnish
+from burnish.cli import COMMANDS, build_parser, main
+from burnish.core.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?:<!-- test: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+TAKES_OVERRIDES = ("train", "run")
+
+
+def blocks(kind: str) -> list[tuple[str, str, str]]:
+    """(page, mark, body) of every fenced block of that kind."""
+    return [
+        (page.name, found["mark"] or "", found["body"])
+        for page in PAGES
+        for found in FENCE.finditer(page.read_text())
+        if found["kind"] == kind
+    ]
+
+
+def commands(body: str) -> list[list[str]]:
+    """The words of each command; leading NAME=value settings are cut off."""
+    lines = body.replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[next(i for i, word in enumerate(words) if "=" not in word) :] for words in split if words]
+
+
+ALL_COMMANDS = [(page, words) for page, _, body in blocks("bash") for words in commands(body)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), ALL_COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_commands_exist(page, words):
+    if words[0] == "burnish":
+        check_burnish(words[1:])
+    elif words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(words[1:]) <= set(targets)
+    else:
+        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate")
+    for word in words:
+        if word.startswith("recipes/"):
+            assert (ROOT / word).is_file(), f"{word} is not in the repository"
+
+
+def check_burnish(argv: list[str]) -> None:
+    if argv == ["--help"]:
+        return
+    assert argv[0] in COMMANDS
+    args, unknown = build_parser(argv[0]).parse_known_args(argv)
+    assert isinstance(args, argparse.Namespace)
+    if argv[0] in TAKES_OVERRIDES:
+        load_recipe(None, unknown)  # raises on a key that no recipe has
+    elif argv[0] != "pretrain":
+        assert not unknown
+
+
+def test_every_command_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in COMMANDS if f"`burnish {name}`" not in readme] == []
+    named = {name for page in PAGES for name in re.findall(r"`burnish (\w+)", page.read_text())}
+    assert named <= set(COMMANDS)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize(("page", "mark", "body"), blocks("python"))
+def test_python_calls_fit_the_library(page, mark, body):
+    """Every public function that a block imports exists and takes the arguments that it is given."""
+    tree = ast.parse(body)
+    imported = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "burnish":
+            module = burnish if node.module == "burnish" else importlib.import_module(node.module)
+            imported |= {alias.name: getattr(module, alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and inspect.isroutine(imported.get(node.func.id))
+        ):
+            keywords = {word.arg: None for word in node.keywords}
+            inspect.signature(imported[node.func.id]).bind(*node.args, **keywords)
+
+
+@pytest.mark.parametrize(("page", "mark", "body"), [block for block in blocks("python") if "__main__" not in block[2]])
+def test_short_python_blocks_run(page, mark, body):
+    exec(compile(body, page, "exec"), {"__name__": page})
+
+
+def test_recipe_in_the_readme_holds():
+    """The overrides in Python code are checked like those on a command line."""
+    for _, _, body in blocks("python"):
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_recipe":
+                load_recipe(None, ast.literal_eval(node.args[1]))
+
+
+def test_marked_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for _, mark, body in blocks("bash"):
+        if mark == "run":
+            for words in commands(body):
+                assert main(words[1:]) == 0, " ".join(words)
+                ran += 1
+    assert ran >= 2 and (tmp_path / "inspect.html").stat().st_size > 10_000
+
+
+@pytest.fixture
+def l2sp(tmp_path, monkeypatch):
+    """The example method, as a reader would save it."""
+    (body,) = [body for _, mark, body in blocks("python") if mark == "l2sp"]
+    (tmp_path / "l2sp.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "l2sp", raising=False)
+    assert len(body.splitlines()) <= 35
+    return importlib.import_module("l2sp").L2SP
+
+
+def test_example_method_is_right(l2sp):
+    """Gradient of weight / 2 |w - w0|^2 is weight (w - w0), and the distance is the norm of the step taken."""
+    layer = torch.nn.Linear(3, 2)
+    policy = SimpleNamespace(backbone_parameters=lambda: iter(layer.named_parameters()))
+    run, method = SimpleNamespace(policy=policy), l2sp(weight=0.5)
+    method.setup(run)
+    with torch.no_grad():
+        layer.weight += 2.0
+        layer.bias -= 1.0
+    (term,) = method.loss(run, {}, None).values()
+    term.backward()
+    assert term.item() == pytest.approx(0.25 * (6 * 4.0 + 2 * 1.0))
+    torch.testing.assert_close(layer.weight.grad, torch.full((2, 3), 1.0))
+    torch.testing.assert_close(layer.bias.grad, torch.full((2,), -0.5))
+    assert method.metrics()["l2sp_distance"] == pytest.approx(26**0.5)
+
+
+def test_example_method_trains(l2sp, tmp_path, monkeypatch):
+    """Through the real loop: the stronger the pull, the closer the backbone stays."""
+    fake = load_fake()
+    monkeypatch.setattr("burnish.policies.load_policy", fake.load_fake)
+    base = fake.FakePolicy()
+    base.save(tmp_path / "base")
+    data = fake.make_dataset(tmp_path / "data")
+    distances = []
+    for weight in (0.0, 100.0):
+        overrides = [
+            f"--policy.path={tmp_path / 'base'}", f"--data.root={data}", f"--output={tmp_path / str(weight)}",
+            "--train.steps=5", "--train.batch_size=4", "--train.warmup_steps=0", "--train.lr=0.01",
+            "--train.log_every=1", f"--objectives=[{{name: 'l2sp:L2SP', weight: {weight}}}]",
+        ]  # fmt: skip
+        result = burnish.train(load_recipe(None, overrides), progress=False)
+        assert "loss_l2sp" in result.final
+        distances.append(result.final["l2sp_distance"])
+    assert 0 < distances[1] < distances[0]
+
+
+def load_fake():
+    """tests/train/fake.py, wherever pytest was started."""
+    spec = importlib.util.spec_from_file_location("docs_fake", ROOT / "tests/train/fake.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
