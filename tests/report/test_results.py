@@ -73,6 +73,13 @@ def test_bench_table(checkout):
     assert "| `exact` | yes |  |" in out and "`burnish bench train --json`" in out
 
 
+def test_rates_among_the_metrics_become_rows(checkout):
+    metrics = {"question_accuracy_base": {"loss": 0.4, "accuracy": {"n": 10, "successes": 9}}, "minutes": 3.0}
+    example(checkout / "results/m.json", metrics=metrics)
+    out = fill("<!-- results:m -->\n<!-- /results -->", checkout / "results", "x")
+    assert "| question accuracy base | 10 | 90.0 % | 59.6 to 98.2 % |" in out and "minutes |" not in out
+
+
 def test_marker_that_is_not_closed(checkout):
     with pytest.raises(BurnishError, match="not closed"):
         fill("<!-- results:b -->\n| a |\n", checkout / "results", "page.md")

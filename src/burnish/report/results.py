@@ -153,7 +153,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
-    rows = [(name, row) for name, result in found.items() for row in result["rows"]]
+    rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
     extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in ROW_FIELDS))
     several = len(found) > 1
     names = ["recipe", ""] if several else [""]
@@ -165,6 +165,16 @@ def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
         cells += [_cell(key, row.get(key)) for key in extra]
         lines.append(_line([*([name] if several else []), *cells]))
     return "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
+
+
+def _metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for the rates among the metrics, such as question accuracy before and after."""
+    rows = []
+    for name, value in result["metrics"].items():
+        rate = value.get("accuracy", value) if isinstance(value, dict) else None
+        if isinstance(rate, dict) and {"n", "successes"} <= rate.keys():
+            rows.append(result_row(name.replace("_", " "), rate["successes"], rate["n"]))
+    return rows
 
 
 def _bench_table(name: str, bench: dict[str, Any]) -> str:
