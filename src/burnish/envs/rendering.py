@@ -8,6 +8,7 @@ moved and the nearer of both wins, pixel by pixel. In LIBERO this halves the cos
 
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,12 @@ class _Background:
     translucent: np.ndarray  # [H, W] bool: something translucent lies over the opaque ones here
 
 
+def _free_contexts(gl, context) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
+
+
 class SceneRenderer:
     """Renders one MuJoCo model at one square size.
 
@@ -94,14 +101,17 @@ class SceneRenderer:
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
         self._still_cameras = tuple(still_cameras) if fast else ()
-        self._visible = ~np.isin(model.geom_group, list(hidden_geom_groups))
         self._option = mujoco.MjvOption()
+        shown = set(np.flatnonzero(self._option.geomgroup)) - set(hidden_geom_groups)  # MuJoCo hides groups 3 to 5
+        self._visible = np.isin(model.geom_group, list(shown))
         self._option.geomgroup[:] = [group == _DRAWN_GROUP for group in range(mujoco.mjNGROUP)]
         self._site_groups = self._option.sitegroup.copy()
         self._gl = mujoco.gl_context.GLContext(size, size)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        # Also runs at exit, before the GL library is gone.
+        self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + model.nsite + 1000)
         if fast:
@@ -158,12 +168,8 @@ class SceneRenderer:
         }
 
     def close(self) -> None:
-        """Free the rendering context."""
-        if self._gl is not None:
-            self._gl.make_current()
-            self._context.free()
-            self._gl.free()
-            self._gl = None
+        """Free the rendering context; also happens by itself when the process ends."""
+        self._free()
 
     def _in_view(self, data, camera: str) -> np.ndarray:
         """[ngeom] whether any of a visible geometry can be in the picture, by its bounding sphere."""
