@@ -76,12 +76,13 @@ def make_run(folder: Path, seed: int = 0) -> Path:
 
 def _evaluation(folder: Path, rate: float, rng: np.random.Generator, swap: bool) -> None:
     (folder / "videos").mkdir(parents=True)
-    per_task, films = {}, []
+    per_task, films, lines = {}, [], []
     for task in ("tabletop:put_on", "tabletop:stack"):
         per_task[task] = wilson(int(rng.binomial(60, rate)), 60)
         for state in (1_000_000, 1_000_001):
             name = f"videos/{task.replace(':', '_')}_{state}"
             film = {"task": task, "initial_state": state, "success": bool(rng.random() < rate)}
+            lines.append(json.dumps(film | {"instruction": "put the red cube on the plate"}) + "\n")
             films.append(film | {"video": f"{name}.mp4", "film_strip": f"{name}.png"})
             if folder.name == "tuned":
                 frames = moving_square(rng)
@@ -89,6 +90,7 @@ def _evaluation(folder: Path, rate: float, rng: np.random.Generator, swap: bool)
                 write_film_strip(folder / f"{name}.png", frames)
             if folder.name == "base" and len(films) == 1:
                 write_film_strip(folder / f"{name}.png", moving_square(rng))
+    (folder / "episodes.jsonl").write_text("".join(lines))
     total = wilson(sum(rate.successes for rate in per_task.values()), 120)
     summary = {
         "overall": total.to_dict(),

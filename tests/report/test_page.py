@@ -59,7 +59,15 @@ def test_page_shows_everything_and_needs_nothing(run):
     text = " ".join(checker.text)
     for word in ("Success", "Tasks", "Instruction swap", "language model still knows", "Training", "Latency"):
         assert word in text
-    for word in ("make quickstart", "4b3ebee0c9", "lerobot", "put-on", "demonstrations 4.2 min", "p = 0.0063"):
+    for word in (
+        "make quickstart",
+        "4b3ebee0c9",
+        "lerobot",
+        "put-on",
+        "demonstrations 4.2 min",
+        "p = 0.0063",
+        "put the red cube on the plate",
+    ):
         assert word in text
     tuned = json.loads((run / "eval/tuned/summary.json").read_text())
     assert f"({tuned['overall']['successes']}/120)" in text

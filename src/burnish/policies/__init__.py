@@ -1,9 +1,10 @@
 """Policies: `load_policy` for a LeRobot folder or a shipped base, `create_policy` for a new SmolVLA on a VLM."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from burnish.policies.base import Captured, Policy
+if TYPE_CHECKING:
+    from burnish.policies.base import Captured, Policy
 
 __all__ = ["Captured", "Policy", "create_policy", "load_policy"]
 
@@ -15,7 +16,7 @@ def load_policy(
     device: str = "cpu",
     dataset_stats: dict[str, Any] | None = None,
     features: dict[str, Any] | None = None,
-) -> Policy:
+) -> "Policy":
     """Load a LeRobot policy folder (type smolvla, pi0 or pi05), or a base shipped with burnish by its bare name.
 
     Args:
@@ -35,8 +36,17 @@ def load_policy(
 
 def create_policy(
     vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, **options: Any
-) -> Policy:
+) -> "Policy":
     """A new SmolVLA on a VLM folder; see `burnish.policies.smolvla.create_policy`."""
     from burnish.policies.smolvla import create_policy as create
 
     return create(vlm_folder, features, dataset_stats, overrides, **options)
+
+
+def __getattr__(name: str):
+    # The base class needs torch; `burnish ship --help` does without.
+    if name in ("Captured", "Policy"):
+        from burnish.policies import base
+
+        return getattr(base, name)
+    raise AttributeError(f"module 'burnish.policies' has no attribute '{name}'")

@@ -42,7 +42,7 @@ def _body(video: Path, strip: Path) -> str:
 def _caption(film: dict[str, Any]) -> str:
     solved = bool(film.get("success"))
     mark = f'<span class="{"ok" if solved else "fail"}">{"solved" if solved else "failed"}</span>'
-    return f"{mark} · {escape(str(film.get('task', '')))} · state {film.get('initial_state', '')}"
+    return f"{mark} · {escape(film['instruction'] or film['task'])} · state {film['initial_state']}"
 
 
 def _shrunk(strip: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from burnish.core.errors import BurnishError
 from burnish.report.plots import percent
-from burnish.report.run_folder import Evaluation, load_run, read_jsonl
+from burnish.report.run_folder import Evaluation, load_run
 
 COLOURS = {"tuned": "#0f766e", "base": "#8a929c", "swap": "#c2580c", "expert": "#7c5cbf"}
 ROWS = 3
@@ -47,8 +47,6 @@ def _strips(one: Evaluation) -> list[tuple]:
     """(image, instruction) of solved episodes, a task at a time before any task comes twice."""
     from matplotlib.image import imread
 
-    rows = read_jsonl(one.folder / "episodes.jsonl")
-    sentences = {(row.get("task"), row.get("initial_state")): row.get("instruction") for row in rows}
     filmed = [film for film in one.films if (one.folder / str(film.get("film_strip"))).is_file()]
     solved = [film for film in filmed if film.get("success")]
     seen: dict[str, int] = {}
@@ -57,10 +55,7 @@ def _strips(one: Evaluation) -> list[tuple]:
         seen[film["task"]] = seen.get(film["task"], 0) + 1
         ranked.append((seen[film["task"]], film))
     chosen = [film for _, film in sorted(ranked, key=lambda pair: pair[0])[:ROWS]]
-    return [
-        (imread(one.folder / film["film_strip"]), sentences.get((film["task"], film["initial_state"])) or film["task"])
-        for film in chosen
-    ]
+    return [(imread(one.folder / film["film_strip"]), film["instruction"] or film["task"]) for film in chosen]
 
 
 def _draw_rates(axis, rates: list[Evaluation]) -> None:

@@ -26,7 +26,8 @@ class Evaluation:
         tasks: per task.
         latency_ms: percentile name to milliseconds for one call of the policy.
         other: for the instruction swap, success on the object that the sentence named instead.
-        films: what was filmed: {"task", "initial_state", "success", "video", "film_strip"}, paths within `folder`.
+        films: what was filmed: {"task", "initial_state", "success", "video", "film_strip", "instruction"}; the two
+            paths are within `folder`.
     """
 
     variant: str
@@ -141,8 +142,14 @@ def _evaluation(variant: str, file: Path) -> Evaluation:
         latency_ms={name: float(value) for name, value in (summary.get("latency_ms") or {}).items()},
         other=read_rate(summary["other"], f"{where}other") if summary.get("other") else None,
         folder=file.parent,
-        films=[film for film in summary.get("videos") or [] if isinstance(film, dict)],
+        films=_films(summary.get("videos") or [], file.parent / "episodes.jsonl"),
     )
+
+
+def _films(videos: list[dict[str, Any]], episodes: Path) -> list[dict[str, Any]]:
+    """What was filmed, with the sentence that the policy was given."""
+    said = {(row.get("task"), row.get("initial_state")): row.get("instruction") for row in read_jsonl(episodes)}
+    return [film | {"instruction": said.get((film["task"], film["initial_state"])) or ""} for film in videos]
 
 
 def read_rate(row: Any, where: str) -> Rate:
