@@ -11,6 +11,7 @@ from torch import nn
 
 from burnish.core.types import Chunk, Draws, LanguageLoss, PolicyLoss
 from burnish.policies.base import Captured, Policy
+from burnish.train.objective import OBJECTIVES, Objective
 
 CAMERA = "observation.images.front"
 ANSWERS = ("red", "green", "blue", "yes", "no")
@@ -74,7 +75,7 @@ class FakePolicy(Policy):
     def backbone_parameters(self):
         yield from ((f"backbone.{n}", p) for n, p in self.backbone.named_parameters())
 
-    def save(self, folder):
+    def save(self, folder, *, home=None):
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def load_fake(path="", overrides=None, dataset_stats=None, features=None):
     from safetensors.torch import load_file
 
     policy = FakePolicy()
-    if path:
+    if Path(path).is_dir():
         policy.load_state_dict(load_file(Path(path) / "model.safetensors"))
     return policy
 
@@ -142,3 +143,87 @@ def make_questions(root, count=20, seed=0):
     (Path(root) / "questions.jsonl").write_text("\n".join(lines) + "\n")
     (Path(root) / "meta.json").write_text(json.dumps({"camera": "front"}))
     return Path(root)
+
+
+class Probe(Objective):
+    """A method with everything that a method may have: parameters, a buffer, draws, an extra state, gradient edits."""
+
+    def __init__(self, weight: float = 0.1):
+        super().__init__()
+        self.weight = weight
+        self.calls = 0
+
+    def setup(self, run):
+        self.project = nn.Linear(12, 3)
+        with torch.no_grad():
+            self.project.weight.normal_(generator=run.generator)
+            self.project.bias.zero_()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def loss(self, run, batch, out):
+        noise = torch.randn(12, generator=run.generator, device=run.device)
+        self.seen = 0.9 * self.seen + 0.1 * batch["action"].mean((0, 1))
+        return {"probe": self.weight * ((self.project(noise + batch["action"].flatten(1)) - self.seen) ** 2).mean()}
+
+    def edit_gradients(self, run, batch, grads):
+        self.calls += 1
+        grads["head.bias"].mul_(0.5)
+        grads["head.weight"] = grads["head.weight"] * (1 + 0.1 * torch.rand((), generator=run.generator))
+        return {"probe_norm": float(grads["objectives.probe.project.weight"].norm())}
+
+    def metrics(self):
+        return {"probe_calls": self.calls}
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def recipe(root, output, *more):
+    """A short run of the fake policy on `root`."""
+    from burnish.core.recipe import load_recipe
+
+    return load_recipe(None, [
+        f"--data.root={root}", f"--output={output}", "--policy.path=fake", "--train.steps=12", "--train.batch_size=5",
+        "--train.log_every=3", "--train.save_every=4", "--train.warmup_steps=2", "--train.lr=0.01", *more,
+    ])  # fmt: skip
+
+
+def everything(questions):
+    """Overrides that switch on all that a step can have."""
+    return ["--train.grad_accumulation=2", "--train.ema_decay=0.9", f"--language.root={questions}",
+            "--language.weight=0.5", "--language.batch_size=4", "--objectives=[{name: probe, weight: 0.2}]"]  # fmt: skip
+
+
+def register(setter=setattr):
+    """Put the fake policy and the probe where the loop looks for them; `setter` may be monkeypatch.setattr."""
+    import burnish.policies
+
+    setter(burnish.policies, "load_policy", load_fake)
+    if "probe" not in OBJECTIVES:
+        OBJECTIVES.register("probe")(Probe)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return {p.relative_to(folder).as_posix(): load_file(p) for p in sorted(Path(folder).rglob("*.safetensors"))}
+
+
+def assert_same_weights(a, b):
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert one[name].keys() == two[name].keys()
+        for key in one[name]:
+            assert torch.equal(one[name][key], two[name][key]), (name, key)
+
+
+def figures(path):
+    """The rows of metrics.jsonl without those that depend on the clock."""
+    clock = ("minutes", "step_seconds", "data_wait_share")
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock} for line in Path(path).read_text().splitlines()
+    ]

@@ -83,7 +83,7 @@ class PeftConfig:
     rank: int = 16
     alpha: int = 32
     target_modules: str = ""
-    """Regular expression over module names; empty means the policy's own default."""
+    """Regular expression over module names; empty means attention, MLP and action projections."""
 
 
 @dataclass

@@ -85,5 +85,8 @@ class Policy(nn.Module, ABC):
         """The parameters that hold the VLM's knowledge: vision tower, connector, language model."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write an ordinary LeRobot policy folder (config.json, model.safetensors, processors)."""
+    def save(self, folder: Path, *, home: Path | None = None) -> None:
+        """Write an ordinary LeRobot policy folder (config.json, model.safetensors, processors).
+
+        `home` is where the folder will lie in the end, when it is written elsewhere and renamed.
+        """

@@ -60,7 +60,7 @@ def save(run: "Run") -> Path:
     require_space(run.output, size, f"checkpoint {target}")
     with new_folder(target) as folder:
         with exported(run) as policy:
-            policy.save(folder)
+            policy.save(folder, home=target)
         (folder / "burnish").mkdir(exist_ok=True)
         for name, part in tensors.items():
             _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
@@ -75,7 +75,7 @@ def export(run: "Run") -> Path:
     """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format."""
     target = run.output / "policy"
     with new_folder(target) as folder, exported(run) as policy:
-        policy.save(folder)
+        policy.save(folder, home=target)
     if run.recipe.train.peft.method != "none":
         with new_folder(run.output / "adapter") as folder:
             _save_adapter(run, folder)
@@ -103,7 +103,11 @@ def load(run: "Run", folder: Path) -> dict[str, Any]:
     state = _training_state(run)
     saved = {name: _read_tensors(folder / "burnish" / f"{name}.safetensors") for name in state}
     # AdamW makes its state at the first step, so a fresh run has nothing to compare with; the meta has the names.
-    _same_names(set(meta["optimizer"]), set(saved["optimizer"]), folder / "burnish" / "optimizer.safetensors")
+    path = folder / "burnish" / "optimizer.safetensors"
+    _same_names(set(meta["optimizer"]), set(saved["optimizer"]), path)
+    for key, tensor in saved["optimizer"].items():  # a wrong shape would crash the fused optimiser, not raise
+        name, _, field = key.rpartition("/")
+        _same_shape(tensor, () if field == "step" else run.trained[name].shape, key, path)
     for name in state:
         if name != "optimizer":
             _copy_into(state[name], saved[name], folder / "burnish" / f"{name}.safetensors")
@@ -217,12 +221,16 @@ def _same_names(expected: set[str], found: set[str], path: Path) -> None:
         raise BurnishError(f"{path} {' and '.join(words)}", "exactly the tensors of this run")
 
 
+def _same_shape(found: Tensor, expected: tuple[int, ...], name: str, path: Path) -> None:
+    if tuple(found.shape) != tuple(expected):
+        raise BurnishError(f"{path}: '{name}' has shape {tuple(found.shape)}", f"{tuple(expected)}")
+
+
 def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
     _same_names(set(live), set(saved), path)
     with torch.no_grad():
         for name, tensor in live.items():
-            if tensor.shape != saved[name].shape:
-                raise BurnishError(f"{path}: '{name}' is {tuple(saved[name].shape)}", f"{tuple(tensor.shape)}")
+            _same_shape(saved[name], tensor.shape, name, path)
             tensor.copy_(saved[name])
 
 

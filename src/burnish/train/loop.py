@@ -27,6 +27,8 @@ from burnish.train.watch import Watch
 
 RETENTION_LIMIT = 256
 """Questions asked when retention is measured during training."""
+CURVES_EVERY = 60.0
+"""Seconds that pass at least before curves.png is drawn again (with the next checkpoint)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Run:
         self.accelerator = make_accelerator(recipe, self.output)
         self.device: torch.device = self.accelerator.device
         self.step = 0
-        self.window = Window()
+        self.window, self.drawn = Window(), time.perf_counter()
         self._minutes_before, self._started = 0.0, time.perf_counter()
         seed = (recipe.train.seed, self.accelerator.process_index)
         self.generator = generator(*seed, "setup", device=str(self.device))
@@ -307,20 +309,26 @@ def _out_of_time(run: Run) -> bool:
 def _save(run: Run) -> None:
     if run.accelerator.is_main_process:
         checkpoint.save(run)
-        draw_curves(run.output / "metrics.jsonl", run.output / "curves.png")
+        if time.perf_counter() - run.drawn > CURVES_EVERY:
+            draw_curves(run.output / "metrics.jsonl", run.output / "curves.png")
+            run.drawn = time.perf_counter()
     run.accelerator.wait_for_everyone()
 
 
 def _measure_retention(run: Run, metrics: Metrics | None) -> None:
     """Question loss and accuracy of the weights that would be exported now, on the held-out questions."""
     questions = run.recipe.eval.questions
-    if questions and metrics is not None:
+    if questions.root and metrics is not None and not Path(questions.root).is_dir():
+        run.say([f"no question folder at {questions.root}: retention is not measured (see burnish questions)"])
+    elif questions.root and metrics is not None:
         from burnish.evaluate.retention import retention
 
-        with checkpoint.exported(run) as policy, torch.no_grad():
-            figures = retention(policy, Path(questions), limit=RETENTION_LIMIT)
-        row = {"step": run.step, "retention_loss": float(figures["loss"])}
-        _log(run, metrics, row | {"retention_accuracy": float(figures["accuracy"])})
+        with checkpoint.exported(run) as policy:
+            figures = retention(
+                policy, Path(questions.root), limit=min(questions.limit or RETENTION_LIMIT, RETENTION_LIMIT)
+            )
+        row = {"step": run.step, "retention_loss": figures.loss, "retention_accuracy": figures.accuracy}
+        _log(run, metrics, row)
     run.accelerator.wait_for_everyone()
 
 

@@ -13,7 +13,10 @@ from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
 
 _ADAPTER = "default"
-_DEFAULT_TARGETS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
+_DEFAULT_TARGETS = (
+    r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2"
+    r"|state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out|time_mlp_in|time_mlp_out)"
+)
 
 
 def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> None:
@@ -45,7 +48,7 @@ def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
 def add_adapters(policy: nn.Module, config: PeftConfig) -> None:
     """Put LoRA or DoRA layers into `policy`; everything else is frozen. `method: none` does nothing.
 
-    `target_modules` is searched in full module names; empty means attention and MLP projections of transformers.
+    `target_modules` is searched in full module names; empty means attention, MLP and action projections.
     """
     if config.method == "none":
         return

@@ -1,0 +1,117 @@
+"""Two gloo ranks on the CPU, started the way torchrun starts them: by environment variables."""
+
+import json
+import multiprocessing
+import os
+import socket
+
+import fake
+import pytest
+import torch
+
+from burnish.core.errors import BurnishError
+
+
+class Drift(fake.Objective):
+    """Edits gradients by something that differs between the ranks: what a method must never do."""
+
+    def edit_gradients(self, run, batch, grads):
+        grads["head.bias"].add_(run.accelerator.process_index)
+        return {}
+
+
+class Recorder(fake.Objective):
+    """Writes down the batch's rows and the averaged gradient of one parameter, for each rank."""
+
+    def edit_gradients(self, run, batch, grads):
+        rank = run.accelerator.process_index
+        row = {"rows": batch["index"].tolist(), "grad": grads["head.bias"].tolist(), "names": sorted(grads)}
+        with open(f"{run.output}.{rank}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return {}
+
+
+def rank_main(rank, port, root, questions, output, case):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    fake.register()
+    from burnish.train import loop, step
+    from burnish.train.objective import OBJECTIVES
+
+    OBJECTIVES.register("drift")(Drift)
+    OBJECTIVES.register("recorder")(Recorder)
+    if case == "ignored":  # data-parallel training is told to leave one module alone
+        step.Step._ddp_params_and_buffers_to_ignore = ["policy.head.weight", "policy.head.bias"]
+    names = {"drift": "drift", "equal": "probe", "recorded": "recorder"}.get(case, "")
+    more = [f"--objectives=[{{name: {names}}}]"] if names else []
+    if case == "equal":
+        more += [*fake.everything(questions)[:-1]]
+    report = {}
+    kept = []
+    original = loop.Run
+
+    class Run(original):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append(self)
+
+    loop.Run = Run
+    try:
+        loop.train(fake.recipe(root, output, *more), progress=False)
+        report["weights"] = {n: p.detach().flatten().tolist() for n, p in kept[0].trained.items()}
+    except BurnishError as error:
+        report["error"] = str(error)
+    with open(f"{output}.{rank}.json", "w") as file:
+        json.dump(report, file)
+    torch.distributed.destroy_process_group()
+
+
+def two_ranks(dataset, questions, folder, case):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["fake", "burnish.train.loop", "lerobot.datasets", "accelerate", "safetensors.torch"]
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, dataset, questions, folder / case, case)
+    ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+        assert process.exitcode == 0
+    return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_equal_weights_after_steps_with_everything_switched_on(dataset, questions, tmp_path):
+    one, two = two_ranks(dataset, questions, tmp_path, "equal")
+    assert one["weights"] == two["weights"]
+    base = {n: p.detach().flatten().tolist() for n, p in fake.FakePolicy().named_parameters()}
+    assert all(one["weights"][n] != base[n] for n in base)  # and every one was trained
+
+
+def test_gradients_are_equal_on_different_batches(dataset, questions, tmp_path):
+    reports = two_ranks(dataset, questions, tmp_path, "recorded")
+    assert reports[0]["weights"] == reports[1]["weights"]
+    logs = [
+        [json.loads(line) for line in (tmp_path / f"recorded.{rank}.jsonl").read_text().splitlines()]
+        for rank in range(2)
+    ]
+    assert len(logs[0]) == 12
+    for one, two in zip(*logs, strict=True):
+        assert one["grad"] == two["grad"] and one["rows"] != two["rows"]
+        assert not any(name.startswith("words") for name in one["names"])  # reached by no loss: no gradient, no error
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("ignored", "gradients of 2 parameters .* head"), ("drift", "gradients of 1 .*head.bias")]
+)
+def test_self_check_catches_what_is_not_synchronised(dataset, questions, tmp_path, case, words):
+    import re
+
+    for report in two_ranks(dataset, questions, tmp_path, case):
+        assert re.search(words, report["error"])

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
+from burnish.train import selfcheck
+
+
+def stats(actions):
+    return {"mean": actions.mean(0), "std": actions.std(0), "min": actions.min(0), "max": actions.max(0),
+            "q01": np.quantile(actions, 0.01, 0), "q99": np.quantile(actions, 0.99, 0)}  # fmt: skip
+
+
+def test_a_well_behaved_data_set_has_no_warnings():
+    actions = np.random.default_rng(0).normal(size=(2000, 3))
+    for mode in ("MEAN_STD", "MIN_MAX", "QUANTILES"):
+        assert selfcheck.normalisation_warnings(actions, stats(actions), ["x", "y", "z"], mode) == []
+
+
+def test_outliers_and_constant_dimensions_are_named():
+    rng = np.random.default_rng(0)
+    actions = rng.normal(size=(2000, 3))
+    known = stats(actions)
+    actions[:100, 1] = 50.0  # 5 % of the values lie far outside the statistics
+    known["std"][2] = known["max"][2] - known["max"][2]
+    lines = selfcheck.normalisation_warnings(actions, known, ["x", "y", "grip"])
+    share = np.mean(np.abs(actions[:, 1] - known["mean"][1]) > 4 * known["std"][1])
+    assert len(lines) == 2 and f"'y': {share:.1%}" in lines[0] and "'grip' never changes" in lines[1]
+    known["max"], known["min"] = np.ones(3), -np.ones(3)
+    share = np.mean(np.abs(actions[:, 0]) > 1)
+    assert f"'x': {share:.1%}" in selfcheck.normalisation_warnings(actions, known, ["x", "y", "grip"], "MIN_MAX")[0]
+
+
+def test_loss_band():
+    assert selfcheck.loss_warning(1.9, True) == [] and selfcheck.loss_warning(40.0, False) == []
+    assert "40" in selfcheck.loss_warning(40.0, True)[0]
+
+
+def test_missing_statistics(tmp_path):
+    with pytest.raises(BurnishError, match="no 'std' of 'action'"):
+        selfcheck.check_statistics({"action": {"mean": [0.0]}}, ("action",), tmp_path)
+    bad = {"action": {"mean": [0.0], "std": [float("nan")], "min": [0.0], "max": [0.0]}}
+    with pytest.raises(BurnishError, match="'std' of 'action' is not finite"):
+        selfcheck.check_statistics(bad, ("action",), tmp_path)
+
+
+def test_fingerprints_tell_order_and_last_bits():
+    a = torch.randn(1000, generator=generator(0))
+    swapped = a.clone()
+    swapped[[3, 4]] = a[[4, 3]]
+    nudged = a.clone()
+    nudged[500] = torch.nextafter(a[500], torch.tensor(9.0))
+    prints = [selfcheck.fingerprint({"t": t}) for t in (a, a.clone(), swapped, nudged)]
+    assert torch.equal(prints[0], prints[1])
+    assert not torch.equal(prints[0], prints[2]) and not torch.equal(prints[0], prints[3])
