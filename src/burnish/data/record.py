@@ -1,0 +1,174 @@
+"""One demonstration: an expert acts, each frame is kept before its action, the video is encoded once.
+
+Imports neither torch nor LeRobot, so that a simulator process starts quickly.
+"""
+
+import errno
+import io
+import json
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
+from burnish.data.spool import Recording, recording_path, write_recording
+from burnish.envs.base import Env, Expert, make_env
+
+# h264 without B-frames, a key frame every second frame as LeRobot has it. Colour at full resolution (yuv444p):
+# halving it, as yuv420p does, costs 5 dB on 128 px views, where objects are a few pixels wide.
+CODEC, PIXEL_FORMAT = "libx264", "yuv444p"
+ENCODER = {"preset": "ultrafast", "crf": "18", "g": "2", "bf": "0"}
+
+
+def encode_video(frames: np.ndarray, fps: int) -> bytes:
+    """An mp4 of `frames` [T, H, W, 3] uint8; the same bytes for the same frames."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream(CODEC, rate=fps, options=ENCODER)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = PIXEL_FORMAT
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def colour_histogram(frames: np.ndarray) -> np.ndarray:
+    """How often each channel takes each value: [3, 256] int64 of `frames` [T, H, W, 3] uint8."""
+    return np.stack([np.bincount(frames[..., channel].ravel(), minlength=256) for channel in range(3)])
+
+
+def record(env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...], geometry: bool) -> Recording:
+    """Let `expert` act in the episode that `env` has just been reset to, until it is solved or out of steps.
+
+    Args:
+        initial_state: only noted down.
+        cameras: views to record.
+        geometry: also record depth and object masks of these views.
+
+    Returns:
+        All arrays of `Recording` where the task was solved, none otherwise.
+    """
+    states, actions, facts_of_frames, solved = [], [], [], False
+    views: dict[str, list[np.ndarray]] = {}
+    for step in range(env.spec.max_steps):
+        observation = env.observe(cameras)
+        action = np.asarray(expert.act(), np.float32)
+        states.append(observation.state)
+        actions.append(action)
+        facts_of_frames.append({"frame": step, **env.ground_truth()})
+        for camera in cameras:
+            views.setdefault(f"images.{camera}", []).append(observation.images[camera])
+            if geometry:
+                seen = env.geometry(camera)
+                views.setdefault(f"depth.{camera}", []).append(seen["depth"].astype(np.float16))
+                views.setdefault(f"segmentation.{camera}", []).append(seen["segmentation"].astype(np.int16))
+        solved = env.step(action)
+        if solved:
+            break
+    facts = {
+        "task_id": env.spec.task_id,
+        "instruction": env.instruction,
+        "initial_state": initial_state,
+        "success": solved,
+        "length": len(actions),
+    }
+    if not solved:
+        return Recording(facts)
+    arrays = {"state": np.stack(states).astype(np.float32), "action": np.stack(actions)}
+    lines = "".join(json.dumps(frame, separators=(",", ":")) + "\n" for frame in facts_of_frames)
+    arrays["ground_truth"] = np.frombuffer(lines.encode(), np.uint8)
+    for name, frames in views.items():
+        kind, _, camera = name.partition(".")
+        if kind == "images":
+            images = np.stack(frames)
+            arrays[f"video.{camera}"] = np.frombuffer(encode_video(images, env.spec.fps), np.uint8)
+            arrays[f"histogram.{camera}"] = colour_histogram(images)
+        else:
+            arrays[name] = np.stack(frames)
+    return Recording(facts, arrays)
+
+
+class Recorder:
+    """Holds one environment at a time and records attempts of its expert into the spool."""
+
+    def __init__(self, request: dict[str, Any]):
+        self._request = request
+        self._env: Env | None = None
+        self._task_id = ""
+
+    def _open(self, task_id: str, folder: Path) -> Env:
+        if self._env is None or task_id != self._task_id:
+            self.close()
+            self._env, self._task_id = make_env(task_id, self._request["image_size"]), task_id
+            spec, wanted = self._env.spec, tuple(self._request["cameras"])
+            unknown = [camera for camera in wanted if camera not in spec.cameras]
+            if unknown:
+                raise BurnishError(f"unknown camera '{unknown[0]}' of {task_id}", f"of {', '.join(spec.cameras)}")
+            self._cameras = wanted or spec.cameras[:1]
+            facts = {
+                "fps": spec.fps,
+                "state_names": list(spec.state_names),
+                "action_names": list(spec.action_names),
+                "cameras": list(self._cameras),
+                "max_steps": spec.max_steps,
+            }
+            write_json(folder / "spec.json", facts)
+        return self._env
+
+    def attempt(self, task_id: str, number: int, folder: Path) -> tuple[bool, str]:
+        """Record attempt `number` into `folder`.
+
+        Where an environment has fixed initial states, these are for evaluation, and demonstrations start
+        after them.
+
+        Returns:
+            (True, "") or (False, "") for a solved or failed attempt, (False, reason) where there is no expert.
+        """
+        env = self._open(task_id, folder)
+        initial_state = (env.spec.num_initial_states or 0) + self._request["seed"] + number
+        env.reset(initial_state)
+        try:
+            expert = env.expert(initial_state)
+        except BurnishError as error:
+            return False, str(error)
+        recording = record(env, expert, initial_state, self._cameras, self._request["geometry"])
+        success = bool(recording.facts["success"])
+        write_recording(recording_path(folder, number, success), recording)
+        return success, ""
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+
+def recorder_process(connection: Connection, request: dict[str, Any]) -> None:
+    """Body of a simulator process: takes (task id, number, folder), answers (number, success, reason, error).
+
+    Ends when its parent closes the connection or dies.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    recorder = Recorder(request)
+    try:
+        while True:
+            task_id, number, folder = connection.recv()
+            try:
+                success, reason = recorder.attempt(task_id, number, Path(folder))
+                connection.send((number, success, reason, ""))
+            except BurnishError as error:
+                connection.send((number, False, "", str(error)))
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # else: the parent has finished without us
+                    raise
+    except (EOFError, BrokenPipeError):
+        pass
+    finally:
+        recorder.close()

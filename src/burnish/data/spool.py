@@ -1,0 +1,149 @@
+"""Where finished demonstrations wait until the data set is put together: one whole file for each attempt.
+
+<root>.partial/request.json                      what was asked for; another request on this folder is refused
+<root>.partial/<task>/spec.json                  frame rate and names of the task's states and actions
+<root>.partial/<task>/000012.solved.safetensors  a demonstration
+<root>.partial/<task>/000013.failed.safetensors  an attempt that did not solve the task (facts only)
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import disk_errors, write_json
+
+_NAME = re.compile(r"(\d+)\.(solved|failed)\.safetensors")
+
+
+def task_folder_name(task_id: str) -> str:
+    """A file name for a task id: "libero:spatial/3" gives "libero_spatial_3"."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", task_id)
+
+
+@dataclass
+class Recording:
+    """One attempt of the expert.
+
+    Args:
+        facts: task_id, instruction, initial_state, success, length.
+        arrays: "state" [T, D] and "action" [T, A] float32; for each camera "video.<camera>" (an mp4 as bytes) and
+            "histogram.<camera>" [3, 256] int64; "ground_truth" (JSON lines as bytes); where asked for
+            "depth.<camera>" [T, H, W] float16 metres and "segmentation.<camera>" [T, H, W] int16.
+    """
+
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class StoredRecording:
+    """A recording on disk; arrays are read one by one, when they are needed."""
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy") as file:
+                self.facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+                self.names = list(file.keys())
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise BurnishError(f"{path} is damaged", "a recording of burnish demos", f"rm '{path}'") from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+
+def write_recording(path: Path, recording: Recording) -> None:
+    """Write the file at once: a kill leaves no file of that name, a full disk raises one clear BurnishError."""
+    from safetensors.numpy import save
+
+    data = save(
+        {name: np.ascontiguousarray(array) for name, array in recording.arrays.items()},
+        metadata={"facts": json.dumps(recording.facts)},
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with disk_errors(path), open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Spool:
+    """The folder `<root>.partial` of one request.
+
+    Raises:
+        BurnishError: the folder belongs to another request, or another process is filling it.
+    """
+
+    def __init__(self, root: Path, request: dict[str, Any]):
+        self.folder = root.with_name(root.name + ".partial")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as the spool
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BurnishError(f"another process is filling {self.folder}", "one at a time") from None
+        path = self.folder / "request.json"
+        if not path.exists():
+            write_json(path, request)
+        check_same_request(json.loads(path.read_text()), request, self.folder)
+        for stale in self.folder.glob("*/.*"):
+            stale.unlink()
+
+    def task_folder(self, task_id: str) -> Path:
+        folder = self.folder / task_folder_name(task_id)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def attempts(self, task_id: str) -> dict[int, Path]:
+        """The finished attempts of a task by number."""
+        found = {}
+        for path in self.task_folder(task_id).iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                found[int(match[1])] = path
+        return found
+
+    def spec(self, task_id: str) -> dict[str, Any]:
+        return json.loads((self.task_folder(task_id) / "spec.json").read_text())
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Delete the spool; the data set is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+
+def recording_path(folder: Path, number: int, success: bool) -> Path:
+    return folder / f"{number:06d}.{'solved' if success else 'failed'}.safetensors"
+
+
+def check_same_request(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise BurnishError naming the settings in which a folder's request differs from the present one."""
+    keys = [key for key in wanted if found.get(key) != wanted[key]]
+    if keys:
+        there = ", ".join(f"{key} {found.get(key)}" for key in keys)
+        asked = ", ".join(f"{key} {wanted[key]}" for key in keys)
+        raise BurnishError(
+            f"{folder} was made with {there}", f"the same settings as asked for now ({asked})",
+            f"another --root, or rm -r '{folder}'",
+        )  # fmt: skip
