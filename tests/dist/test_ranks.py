@@ -89,6 +89,7 @@ def two_ranks(dataset, questions, folder, case):
 
 def test_equal_weights_after_steps_with_everything_switched_on(dataset, questions, tmp_path):
     one, two = two_ranks(dataset, questions, tmp_path, "equal")
+    assert "error" not in one, one["error"]
     assert one["weights"] == two["weights"]
     base = {n: p.detach().flatten().tolist() for n, p in fake.FakePolicy().named_parameters()}
     assert all(one["weights"][n] != base[n] for n in base)  # and every one was trained

@@ -168,7 +168,7 @@ class Probe(Objective):
     def edit_gradients(self, run, batch, grads):
         self.calls += 1
         grads["head.bias"].mul_(0.5)
-        grads["head.weight"] = grads["head.weight"] * (1 + 0.1 * torch.rand((), generator=run.generator))
+        grads["head.weight"] = grads["head.weight"] * (1 + 0.1 * torch.rand((), generator=run.shared_generator))
         return {"probe_norm": float(grads["objectives.probe.project.weight"].norm())}
 
     def metrics(self):
@@ -193,8 +193,10 @@ def recipe(root, output, *more):
 
 def everything(questions):
     """Overrides that switch on all that a step can have."""
-    return ["--train.grad_accumulation=2", "--train.ema_decay=0.9", f"--language.root={questions}",
-            "--language.weight=0.5", "--language.batch_size=4", "--objectives=[{name: probe, weight: 0.2}]"]  # fmt: skip
+    return [
+        "--train.grad_accumulation=2", "--train.ema_decay=0.9", f"--language.root={questions}",
+        "--language.weight=0.5", "--language.batch_size=4", "--objectives=[{name: probe, weight: 0.2}]",
+    ]  # fmt: skip
 
 
 def register(setter=setattr):

@@ -53,7 +53,8 @@ class Run:
         objectives: by name.
         step: optimiser steps done.
         device: where batches live.
-        generator: for all draws of methods, on `device`; reseeded at every step from seed, rank and step.
+        generator: for draws about this rank's batch, on `device`; reseeded at every step from seed, rank and step.
+        shared_generator: the same on every rank: for draws in `edit_gradients`, or ranks would drift apart.
         accelerator: accelerate's Accelerator (`num_processes`, `process_index`, `gather`).
         output: the run folder.
         trained: trained parameters by name, those of objectives as "objectives.<objective>.<parameter>".
@@ -68,8 +69,8 @@ class Run:
         self.step = 0
         self.window, self.drawn = Window(), time.perf_counter()
         self._minutes_before, self._started = 0.0, time.perf_counter()
-        seed = (recipe.train.seed, self.accelerator.process_index)
-        self.generator = generator(*seed, "setup", device=str(self.device))
+        self.generator = generator(recipe.train.seed, "setup", device=str(self.device))
+        self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
         with self.accelerator.main_process_first():  # one rank decodes the frames, the others find them
             self.policy, self.data, self.parent_hash = policy_and_data(
                 recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
@@ -275,6 +276,7 @@ def _seed_step(run: Run) -> None:
     """
     seed = derive_seed(run.recipe.train.seed, run.accelerator.process_index, "step", run.step)
     run.generator.manual_seed(seed)
+    run.shared_generator.manual_seed(derive_seed(run.recipe.train.seed, "shared", run.step))
     torch.manual_seed(seed)
 
 
