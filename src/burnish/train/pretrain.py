@@ -38,6 +38,8 @@ class PretrainConfig:
     """Sentences the tokenizer should also know, such as the instructions of other simulators."""
     vision_steps: int = 1500
     """Steps of the first phase (see pretrain_vision), which trains vision tower and connector alone."""
+    grounding_steps: int = 1000
+    """Steps of the second phase (see pretrain_grounding), in which names learn to point."""
     steps: int = 4000
     batch_size: int = 64
     lr: float = 1e-3
@@ -82,6 +84,41 @@ class PackedQuestions:
             "answer": [t["answer"] for t in turns],
             "jitter": rng.uniform(0.85, 1.15, 3).astype(np.float32),
         }
+
+
+def _ground(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
+    """The second phase; returns its log."""
+    import torch
+    from transformers import Trainer
+
+    from burnish.train.pretrain_grounding import GroundingPhase, match_loudness, name_texts
+    from burnish.train.pretrain_vision import located_names
+
+    located = [located_names(rows) for rows in data.by_image]
+    indices = [i for i, scene in enumerate(located) if scene]
+    match_loudness(model, _pixels([data[i] for i in indices[:32]]))
+    seen = 0
+
+    def prepare(items: list[dict[str, Any]]) -> dict[str, Any]:
+        nonlocal seen
+        seen += 1
+        rng = np.random.default_rng(derive_seed("grounding", config.seed, seen))
+        items = [i for i in items if located[i["index"]]]
+        texts = [name_texts(located[i["index"]], tokenizer, rng) for i in items]
+        width, names = max(len(t[0]) for t in texts), max(len(t[1]) for t in texts)
+        return {
+            "pixels": _pixels(items),
+            "input_ids": torch.tensor([t[0] + [tokenizer.pad_token_id] * (width - len(t[0])) for t in texts]),
+            "attention_mask": torch.tensor([[1] * len(t[0]) + [0] * (width - len(t[0])) for t in texts]),
+            "names": torch.tensor([t[1] + [-1] * (names - len(t[1])) for t in texts]),
+            "points": torch.tensor([t[2] + [(0.0, 0.0)] * (names - len(t[2])) for t in texts], dtype=torch.float32),
+            "loud": torch.tensor(bool(rng.random() < 0.5)),
+        }
+
+    phase = GroundingPhase(model)
+    trainer = Trainer(phase, _arguments(config, config.grounding_steps), train_dataset=data, data_collator=prepare)
+    trainer.train()
+    return trainer.state.log_history
 
 
 def collate(items: list[dict[str, Any]], tokenizer: Any, num_image_tokens: int) -> dict[str, Any]:
@@ -152,6 +189,9 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.vision_steps:
         log["vision"] = _see(config, model, tokenizer, data)
         model.save_pretrained(folder)
+    if config.grounding_steps:
+        log["grounding"] = _ground(config, model, tokenizer, data)
+        model.save_pretrained(folder)
     trainer = Trainer(
         model, _arguments(config, config.steps), train_dataset=data,
         data_collator=lambda items: collate(items, tokenizer, tokens),
@@ -185,15 +225,18 @@ def _see(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestio
     words = {w: i for i, w in enumerate(sorted({w for scene in located for names, _, _ in scene for w in names}))}
     phase = VisionPhase(model, [tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in words])
     side = config.image_size // config.patch_size
+    rng = np.random.default_rng(derive_seed("vision phase", config.seed))
 
     def prepare(items: list[dict[str, Any]]) -> dict[str, Any]:
         patches = [grid_targets(located[i["index"]], words, side, 1.0) for i in items]
-        tokens = [grid_targets(located[i["index"]], words, side // config.scale_factor, 0.6)[0] for i in items]
+        tokens = [grid_targets(located[i["index"]], words, side // config.scale_factor, 0.6) for i in items]
         return {
             "pixels": _pixels(items),
             "patch_labels": torch.from_numpy(np.stack([labels for labels, _ in patches])),
             "patch_offsets": torch.from_numpy(np.stack([offsets for _, offsets in patches])),
-            "token_labels": torch.from_numpy(np.stack(tokens)),
+            "token_labels": torch.from_numpy(np.stack([labels for labels, _ in tokens])),
+            "word_position": torch.tensor(int(rng.integers(16, 64))),
+            "token_offsets": torch.from_numpy(np.stack([offsets for _, offsets in tokens])),
         }
 
     trainer = Trainer(phase, _arguments(config, config.vision_steps), train_dataset=data, data_collator=prepare)
@@ -220,7 +263,7 @@ def measure(folder: Path, questions_root: str, limit: int = 0, batch_size: int =
     rows = sorted(rows, key=lambda r: len(tokenizer(r["question"])["input_ids"]))
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        for length, group in _by_length(part, tokenizer).items():
+        for group in _by_length(part, tokenizer).values():
             encoded = encode(tokenizer, IMAGE_TOKEN, tokens, [r["question"] for r in group], None)
             images = torch.from_numpy(np.stack([questions.images[r["image"]] for r in group])).permute(0, 3, 1, 2)
             with torch.no_grad():
