@@ -3,8 +3,7 @@
 # make setup        only the environment in .venv
 
 MUJOCO_GL ?= egl
-OMP_NUM_THREADS ?= 1
-export MUJOCO_GL OMP_NUM_THREADS
+export MUJOCO_GL
 # Nothing here needs a model hub; without this, libraries look for one first and wait for time-outs.
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -20,6 +19,8 @@ UPGRADE ?=
 quickstart: $(READY)
 	.venv/bin/burnish run $(RECIPE)
 
+# Tiny models run fastest on one thread; training in the quickstart uses every core.
+test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(PY) -m pytest
 

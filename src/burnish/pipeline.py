@@ -202,7 +202,7 @@ def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: 
         if found.other:
             rows.append(result_row("… solved the object it was told", found.other.successes, found.other.n))
     for name, found in outcome.retention.items():
-        metrics[f"question_accuracy_{name}"] = found.to_dict()
+        metrics[f"questions_{name}"] = {k: v for k, v in found.to_dict().items() if k != "correct"}
     facts = stages.content
     write_result(
         path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
