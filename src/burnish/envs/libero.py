@@ -5,6 +5,8 @@ suites such as spatial_swap or goal_lan. Physics, initial states and success tes
 that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`.
 
 Images are LIBERO's usual ones: the raw picture rotated by 180 degrees, which is upright but mirrored left to right.
+Observations are the ones LIBERO gives: robosuite reads sensors and cameras after the last but one of the 25 simulator
+steps of a control step, so that is the moment which observations, pictures and ground truth show.
 """
 
 import contextlib
@@ -22,6 +24,11 @@ from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
+# What an observation, a picture or the ground truth needs of a moment.
+SEEN = (
+    "qpos", "xpos", "xquat", "xmat", "subtree_com", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos",
+    "cam_xmat", "light_xpos", "light_xdir",
+)  # fmt: skip
 SETTLE_STEPS = 10
 # The limits that evaluations of LIBERO use, by the suite a perturbed suite is made from.
 MAX_STEPS = {"spatial": 280, "object": 280, "goal": 300, "10": 520, "90": 400}
@@ -58,26 +65,24 @@ def _path(kind: str, folder: str, name: str) -> str:
 
 def suites() -> list[str]:
     """Names of the suites that are complete in the installed package, without the prefix `libero_`."""
-    benchmark = _libero()
-    complete = []
-    for suite, tasks_by_name in benchmark.task_maps.items():
-        files = [
-            os.path.exists(_path("init_states", task.problem_folder, task.init_states_file + ".npz"))
-            and os.path.exists(_path("bddl_files", task.problem_folder, task.bddl_file))
-            for task in tasks_by_name.values()
-        ]
-        if files and all(files):
-            complete.append(suite.removeprefix("libero_"))
-    return complete
+    return [suite.removeprefix("libero_") for suite in _libero().task_maps if _complete(suite)]
+
+
+def _complete(suite: str) -> bool:
+    tasks_by_name = _libero().task_maps.get(suite, {})
+    return bool(tasks_by_name) and all(
+        os.path.exists(_path("init_states", task.problem_folder, task.init_states_file + ".npz"))
+        and os.path.exists(_path("bddl_files", task.problem_folder, task.bddl_file))
+        for task in tasks_by_name.values()
+    )
 
 
 def _parse(selector: str) -> tuple[str, list, int | None]:
     """Suite name, its tasks and the index asked for (None for all) of a selector such as "goal/3" or "goal"."""
     suite, _, index = selector.removeprefix("libero_").partition("/")
-    maps = _libero().task_maps
-    if f"libero_{suite}" not in maps or suite not in suites():
+    if not _complete(f"libero_{suite}"):
         raise BurnishError(f"unknown LIBERO suite '{suite}'", f"one of {', '.join(suites())}")
-    tasks_of_suite = list(maps[f"libero_{suite}"].values())
+    tasks_of_suite = list(_libero().task_maps[f"libero_{suite}"].values())
     if not index:
         return suite, tasks_of_suite, None
     if not index.isdecimal() or int(index) >= len(tasks_of_suite):
@@ -126,6 +131,8 @@ class Libero:
     """
 
     def __init__(self, suite: str, index: int, task, image_size: int, fast_rendering: bool = True):
+        import mujoco
+
         self.image_size = image_size
         self._task = task
         self._init_states = _libero().load_initial_states(
@@ -144,6 +151,7 @@ class Libero:
         self._sim = self._inner.sim
         self._robot = self._inner.robots[0]
         self.model, self.data = self._sim.model._model, self._sim.data._data
+        self._seen = mujoco.MjData(self.model)  # what an observation shows
         self._fast_rendering = fast_rendering
         self._renderer: SceneRenderer | None = None
         self._geom_objects = geoms_of_bodies(self.model, list(self._inner.obj_body_id.values()))
@@ -185,7 +193,7 @@ class Libero:
         for _ in range(SETTLE_STEPS if fixed else 2 * SETTLE_STEPS):  # sampled objects fall a little further
             self.step(nothing)
         if self._renderer is not None:
-            self._renderer.start_episode(self.data)
+            self._renderer.start_episode(self._seen)
 
     def _place(self, seed: int) -> None:
         """LIBERO's reset. Its samplers draw from numpy's global generator, so that is seeded and put back."""
@@ -222,21 +230,25 @@ class Libero:
                 del sim.forward
             again()
             mujoco.mj_Euler(self.model, self.data)
+            if substep == self._substeps - 2:  # when robosuite looks
+                for name in SEEN:
+                    np.copyto(getattr(self._seen, name), getattr(self.data, name))
         inner.timestep += 1
         inner.cur_time += inner.control_timestep
         inner._post_process()
         return bool(inner._check_success())
 
     def observe(self, cameras: Sequence[str] = ()) -> Observation:
-        images = {name: self._draw().rgb(self.data, self._camera(name))[:, ::-1] for name in cameras}
+        images = {name: self._draw().rgb(self._seen, self._camera(name))[:, ::-1] for name in cameras}
         return Observation(images, self._state(), self._instruction)
 
     def _state(self) -> np.ndarray:
         from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 
-        quaternion = convert_quat(self._sim.data.get_body_xquat(self._robot.robot_model.eef_name), to="xyzw")
-        position = self.data.site_xpos[self._robot.eef_site_id]
-        fingers = self.data.qpos[self._robot._ref_gripper_joint_pos_indexes]
+        hand = self.model.body(self._robot.robot_model.eef_name).id
+        quaternion = convert_quat(self._seen.xquat[hand], to="xyzw")
+        position = self._seen.site_xpos[self._robot.eef_site_id]
+        fingers = self._seen.qpos[self._robot._ref_gripper_joint_pos_indexes]
         return np.concatenate([position, quat2axisangle(quaternion), fingers]).astype(np.float32)
 
     def expert(self, seed: int = 0) -> Expert:
@@ -251,17 +263,17 @@ class Libero:
     def ground_truth(self) -> dict[str, Any]:
         objects = {
             name: {
-                "position": [round(float(v), 5) for v in self.data.xpos[body]],
-                "quaternion": [round(float(v), 5) for v in self.data.xquat[body]],
+                "position": [round(float(v), 5) for v in self._seen.xpos[body]],
+                "quaternion": [round(float(v), 5) for v in self._seen.xquat[body]],
             }
             for name, body in self._inner.obj_body_id.items()
         }
         goal = [list(condition) for condition in self._inner.parsed_problem["goal_state"]]
-        cameras = {name: camera_pose(self.model, self.data, camera) for name, camera in CAMERAS.items()}
+        cameras = {name: camera_pose(self.model, self._seen, camera) for name, camera in CAMERAS.items()}
         return {"objects": objects, "goal": goal, "cameras": cameras, "mirrored": True}
 
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
-        views = self._draw().geometry(self.data, self._camera(camera), self._geom_objects)
+        views = self._draw().geometry(self._seen, self._camera(camera), self._geom_objects)
         return {name: np.ascontiguousarray(view[:, ::-1]) for name, view in views.items()}
 
     def _camera(self, name: str) -> str:
@@ -278,7 +290,7 @@ class Libero:
                 still_cameras=("agentview",),
                 fast=self._fast_rendering,
             )
-            self._renderer.start_episode(self.data)
+            self._renderer.start_episode(self._seen)
         return self._renderer
 
     def close(self) -> None:
