@@ -169,7 +169,8 @@ class Probe(Objective):
         self.calls += 1
         grads["head.bias"].mul_(0.5)
         grads["head.weight"] = grads["head.weight"] * (1 + 0.1 * torch.rand((), generator=run.shared_generator))
-        return {"probe_norm": float(grads["objectives.probe.project.weight"].norm())}
+        own = next(name for name in grads if name.startswith("objectives.") and name.endswith("project.weight"))
+        return {"probe_norm": float(grads[own].norm())}
 
     def metrics(self):
         return {"probe_calls": self.calls}

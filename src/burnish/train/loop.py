@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,18 +135,18 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
         newest = checkpoint.latest(output)
         if newest is not None:
             run.restore(newest)
-        metrics = _start_files(run, newest is not None)
+        metrics = start_files(run, newest is not None)
         if run.recipe.train.self_check and newest is None:
             run.say(_static_checks(run))
         run.accelerator.wait_for_everyone()
         if newest is None:
             _measure_retention(run, metrics)
-        _loop(run, metrics)
+        loop(run, metrics)
         return _finish(run, metrics)
 
 
-def _loop(run: Run, metrics: Metrics | None) -> None:
-    """All optimiser steps from `run.step` on."""
+def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]] | None = None) -> None:
+    """All optimiser steps from `run.step` on; `step` stands in for `train_step` (the benchmark's way in)."""
     from tqdm import tqdm
 
     config, accelerator = run.recipe.train, run.accelerator
@@ -157,7 +158,7 @@ def _loop(run: Run, metrics: Metrics | None) -> None:
     last_logged = run.step
     try:
         while run.step < config.steps:
-            edits = train_step(run, streams, watch, check=config.self_check and run.step == first)
+            edits = (step or train_step)(run, streams, watch, check=config.self_check and run.step == first)
             bar.update()
             stop = run.step >= config.steps
             if run.step % config.log_every == 0 or stop or config.max_minutes > 0:
@@ -272,12 +273,17 @@ class Streams:
 def _seed_step(run: Run) -> None:
     """All randomness of a step follows from seed, rank and step.
 
-    Dropout inside the libraries' modules knows only torch's global generator, so that one is seeded too.
+    Dropout inside the libraries' modules knows only torch's global generators, so those are seeded too
+    (not by torch.manual_seed, which takes half a millisecond to visit every kind of device).
     """
     seed = derive_seed(run.recipe.train.seed, run.accelerator.process_index, "step", run.step)
     run.generator.manual_seed(seed)
     run.shared_generator.manual_seed(derive_seed(run.recipe.train.seed, "shared", run.step))
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if run.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif run.device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -> dict[str, Any]:
@@ -373,7 +379,7 @@ def _finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     return _result(output, done["steps"], done["final"])
 
 
-def _start_files(run: Run, resumed: bool) -> Metrics | None:
+def start_files(run: Run, resumed: bool) -> Metrics | None:
     """recipe.yaml and metrics.jsonl, on the first rank only."""
     if not run.accelerator.is_main_process:
         return None

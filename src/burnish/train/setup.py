@@ -57,8 +57,21 @@ def make_accelerator(recipe: RecipeConfig, output: Path):
     if missing:
         raise BurnishError(f"tracker '{missing[0]}' is not installed", f"pip install {missing[0]}")
     if config.trackers:
-        accelerator.init_trackers(recipe.name)
+        _start_trackers(accelerator, recipe)
     return accelerator
+
+
+def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
+    errors: tuple[type[Exception], ...] = (ValueError, RuntimeError, OSError)
+    if "wandb" in recipe.train.trackers:
+        import wandb
+
+        errors += (wandb.Error,)
+    try:
+        accelerator.init_trackers(recipe.name)
+    except errors as error:
+        line = str(error).splitlines()[0]
+        raise BurnishError(f"the trackers {', '.join(recipe.train.trackers)} do not start ({line})") from error
 
 
 def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool) -> tuple[Policy, RobotData, str]:
