@@ -133,7 +133,7 @@ def assemble(
     for camera in spec["cameras"]:
         _write_videos(meta, camera, recordings, places)
     _write_tables(meta, recordings, places)
-    _describe_videos(meta)
+    _describe(meta)
     meta.finalize()
     _write_ground_truth(folder / "ground_truth", recordings)
     return meta.total_frames
@@ -217,9 +217,9 @@ def _save_metadata(meta, recording, episode_index: int, columns: dict[str, np.nd
     meta.save_episode(episode_index, recording.facts["length"], [recording.facts["instruction"]], stats, place)
 
 
-def _describe_videos(meta) -> None:
+def _describe(meta) -> None:
     from lerobot.configs.video import RGBEncoderConfig
-    from lerobot.datasets.io_utils import write_info
+    from lerobot.datasets.io_utils import write_info, write_stats
 
     encoder = RGBEncoderConfig(
         vcodec=CODEC.removeprefix("lib").replace("x264", "h264"), pix_fmt=PIXEL_FORMAT, g=int(ENCODER["g"]),
@@ -228,6 +228,8 @@ def _describe_videos(meta) -> None:
     for key in meta.video_keys:
         meta.update_video_info(key, video_encoder=encoder)
     write_info(meta.info, meta.root)
+    # LeRobot leaves the statistics in the order of a set, which differs from process to process.
+    write_stats({key: meta.stats[key] for key in meta.features if key in meta.stats}, meta.root)
 
 
 def _write_ground_truth(folder: Path, recordings: Sequence[StoredRecording]) -> None:

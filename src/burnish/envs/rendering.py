@@ -65,6 +65,30 @@ def geoms_of_bodies(model, body_ids: list[int]) -> np.ndarray:
     return owner[model.geom_bodyid]
 
 
+def camera_geometry(model, data, renderer, camera: str, geom_objects: dict[int, int]) -> dict[str, np.ndarray]:
+    """What `SceneRenderer.geometry` gives, by an ordinary mujoco.Renderer; `geom_objects` maps geometry to object."""
+    import mujoco
+
+    renderer.enable_depth_rendering()
+    renderer.update_scene(data, camera=camera)
+    depth = renderer.render().copy()
+    renderer.disable_depth_rendering()
+    renderer.enable_segmentation_rendering()
+    renderer.update_scene(data, camera=camera)
+    ids, kinds = np.moveaxis(renderer.render(), -1, 0)
+    renderer.disable_segmentation_rendering()
+    table = np.full(model.ngeom, -1, np.int32)
+    table[list(geom_objects)] = list(geom_objects.values())
+    is_geom = kinds == int(mujoco.mjtObj.mjOBJ_GEOM)
+    camera_id = model.camera(camera).id
+    rotation = data.cam_xmat[camera_id].reshape(3, 3)
+    return {
+        "depth": depth,
+        "segmentation": np.where(is_geom, table[np.where(is_geom, ids, 0)], -1).astype(np.int32),
+        "points": point_map(depth, data.cam_xpos[camera_id], rotation, model.cam_fovy[camera_id]),
+    }
+
+
 @dataclass
 class _Background:
     """What a still camera sees of the geometries that have not moved; row 0 at the bottom, as OpenGL has it."""
