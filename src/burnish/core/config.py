@@ -72,6 +72,9 @@ class LanguageConfig:
     root: str = ""
     """Question folder (see `burnish questions`); empty means no language stream."""
     batch_size: int = 32
+    """Images in a language batch."""
+    turns: int = 1
+    """Questions asked about each of them, in one sequence."""
     weight: float = 0.0
     """Weight of the language loss; 0 switches the stream off (questions are then only used to measure)."""
 

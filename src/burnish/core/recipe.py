@@ -17,7 +17,8 @@ _AT_LEAST = {
     "train.steps": 1, "train.batch_size": 1, "train.grad_accumulation": 1, "train.log_every": 1,
     "train.save_every": 1, "train.warmup_steps": 0, "train.lr": 0, "train.weight_decay": 0,
     "train.grad_clip": 0, "train.ema_decay": 0, "train.max_minutes": 0, "train.retention_every": 0,
-    "train.peft.rank": 1, "language.weight": 0, "language.batch_size": 1, "data.workers": 1, "data.image_size": 0,
+    "train.peft.rank": 1, "language.weight": 0, "language.batch_size": 1, "language.turns": 1,
+    "data.workers": 1, "data.image_size": 0,
 }  # fmt: skip
 
 

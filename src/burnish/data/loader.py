@@ -128,9 +128,10 @@ class LanguageData:
     Args:
         root: folder with images.npy, questions.jsonl and meta.json.
         batch_size, seed, rank, world: see `Order`.
+        turns: questions about each image; with more than one, "question" and "answer" are lists of lists.
     """
 
-    def __init__(self, root: Path, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(self, root: Path, batch_size: int, seed: int, rank: int = 0, world: int = 1, turns: int = 1):
         for name in ("images.npy", "questions.jsonl", "meta.json"):
             if not (root / name).is_file():
                 raise BurnishError(f"no {name} in {root}", "a question folder", "burnish questions --help")
@@ -146,12 +147,29 @@ class LanguageData:
             raise BurnishError(f"{root} holds no questions", "at least one")
         self.key = camera if camera.startswith(IMAGES) else IMAGES + camera
         self.order = Order(len(self.questions), batch_size, (seed, "language"), rank, world)
+        self.turns, self.seed = turns, seed
+        self.about: dict[int, list[int]] = {}
+        for i, question in enumerate(self.questions):
+            self.about.setdefault(question["image"], []).append(i)
 
     def raw(self, k: int) -> Batch:
-        """Batch k: one image for each question, uint8 [B, H, W, 3], and lists "question", "answer"."""
-        chosen = [self.questions[i] for i in self.order.rows(k)]
-        images = torch.from_numpy(self.images[[q["image"] for q in chosen]])
-        return {self.key: images, "question": [q["question"] for q in chosen], "answer": [q["answer"] for q in chosen]}
+        """Batch k: images uint8 [B, H, W, 3], and lists "question", "answer" (of lists for several turns)."""
+        rows = self.order.rows(k)
+        images = torch.from_numpy(self.images[[self.questions[i]["image"] for i in rows]])
+        if self.turns == 1:
+            asked = {key: [self.questions[i][key] for i in rows] for key in ("question", "answer")}
+        else:
+            groups = [self._also_about(int(i), k) for i in rows]
+            asked = {
+                key: [[self.questions[i][key] for i in group] for group in groups] for key in ("question", "answer")
+            }
+        return {self.key: images, **asked}
+
+    def _also_about(self, row: int, k: int) -> list[int]:
+        """Question `row` of batch k and up to turns - 1 others about its image."""
+        others = [i for i in self.about[self.questions[row]["image"]] if i != row]
+        drawn = np.random.default_rng(derive_seed("turns", self.seed, k, row)).permutation(len(others))
+        return [row, *(others[i] for i in drawn[: self.turns - 1])]
 
     def finish(self, batch: Batch, k: int) -> Batch:
         """Turn the images into floats [B, 3, H, W]; questions about places and colours forbid augmentation."""

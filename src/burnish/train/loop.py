@@ -238,7 +238,7 @@ class Streams:
         if recipe.language.weight > 0:
             sources.append(
                 LanguageData(Path(recipe.language.root), recipe.language.batch_size, recipe.train.seed,
-                             accelerator.process_index, accelerator.num_processes)
+                             accelerator.process_index, accelerator.num_processes, recipe.language.turns)
             )  # fmt: skip
         self.sources = sources
         self.k = start

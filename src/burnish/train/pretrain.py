@@ -41,6 +41,7 @@ class PretrainConfig:
     grounding_steps: int = 1000
     """Steps of the second phase (see pretrain_grounding), in which names learn to point."""
     steps: int = 4000
+    """Steps of language modelling on packed questions; 0 leaves them to the joint training that follows."""
     batch_size: int = 64
     lr: float = 1e-3
     warmup_steps: int = 200
@@ -192,13 +193,15 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.grounding_steps:
         log["grounding"] = _ground(config, model, tokenizer, data)
         model.save_pretrained(folder)
-    trainer = Trainer(
-        model, _arguments(config, config.steps), train_dataset=data,
-        data_collator=lambda items: collate(items, tokenizer, tokens),
-    )  # fmt: skip
-    trainer.train()
-    model.save_pretrained(folder)
-    (Path(config.output) / "log.json").write_text(json.dumps(log | {"language": trainer.state.log_history}))
+    if config.steps:
+        trainer = Trainer(
+            model, _arguments(config, config.steps), train_dataset=data,
+            data_collator=lambda items: collate(items, tokenizer, tokens),
+        )  # fmt: skip
+        trainer.train()
+        log["language"] = trainer.state.log_history
+        model.save_pretrained(folder)
+    (Path(config.output) / "log.json").write_text(json.dumps(log))
     return folder
 
 
