@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
@@ -76,6 +76,7 @@ def test_missing_file(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+@settings(max_examples=25, deadline=None)  # each writes a file and forces it to disk
 @given(lr=st.floats(0, 1), steps=st.integers(1, 10**6), name=st.text("abc-_", min_size=1, max_size=8))
 def test_round_trip(tmp_path_factory, lr, steps, name):
     recipe = recipe_from_dict(

@@ -12,7 +12,7 @@ from burnish.core.errors import BurnishError
 from burnish.data.loader import LanguageData, Order, Prefetch, RobotData
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 40), batch=st.integers(1, 9), world=st.integers(1, 3), passes=st.integers(1, 3))
 def test_every_pass_visits_each_row_once(rows, batch, world, passes):
     orders = [Order(rows, batch, ("seed",), rank, world) for rank in range(world)]
