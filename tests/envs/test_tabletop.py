@@ -1,0 +1,156 @@
+"""The tabletop: determinism, experts, what the sentences mean, and geometry that agrees with itself."""
+
+import numpy as np
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.envs.base import InstructionSwap, RandomObject, expand, make_env
+from burnish.envs.tabletop import DIRECTIONS, FAMILIES
+from burnish.envs.tabletop_scene import HALF_SIZE, NUM_OBJECTS
+
+
+@pytest.fixture(scope="module")
+def envs():
+    made = {family: make_env(f"tabletop:{family}", 96) for family in FAMILIES}
+    yield made
+    for env in made.values():
+        env.close()
+
+
+def play(env, actor, limit=None):
+    for step in range(limit or env.spec.max_steps):
+        if env.step(actor.act()):
+            return step + 1
+    return None
+
+
+def test_ids():
+    assert expand("tabletop") == [f"tabletop:{f}" for f in FAMILIES]
+    assert expand("tabletop:reach,push") == ["tabletop:reach", "tabletop:push"]
+    with pytest.raises(BurnishError, match="unknown tabletop family 'juggle'.*reach"):
+        expand("tabletop:juggle")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expert_solves_every_family(envs, family):
+    env = envs[family]
+    lengths = []
+    for state in range(12):
+        env.reset(state)
+        lengths.append(play(env, env.expert(state)))
+    assert sum(n is not None for n in lengths) >= 11
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_episode_repeats_bit_for_bit_whatever_ran_before(envs, family):
+    env = envs[family]
+
+    def trace(state):
+        env.reset(state)
+        actor = env.expert(state)
+        rows = []
+        for _ in range(8):
+            env.step(actor.act())
+            rows.append(env.observe().state)
+        return np.array(rows), env.observe(["front"]).images["front"], env.instruction
+
+    first = trace(3)
+    trace(4)
+    again = trace(3)
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert first[2] == again[2]
+
+
+def test_language_is_needed(envs):
+    """Six objects of six colours, and over many scenes the meant one is any of them."""
+    env, places = envs["lift"], set()
+    for state in range(60):
+        env.reset(state)
+        objects = env.ground_truth()["objects"]
+        assert len(objects) == NUM_OBJECTS == len({o["colour"] for o in objects.values()})
+        assert env.ground_truth()["source"] in env.instruction
+        places.add(env.source)
+    assert places == set(range(NUM_OBJECTS))
+
+
+def test_random_object_expert_succeeds_about_one_time_in_six(envs):
+    env, solved = envs["reach"], 0
+    for state in range(90):
+        env.reset(state)
+        solved += play(env, env.random_object_expert(state)) is not None
+    # Binomial(90, 1/6): mean 15, standard deviation 3.5
+    assert 4 <= solved <= 27
+
+
+def test_first_object_reached_decides(envs):
+    env = envs["reach"]
+    env.reset(0)
+    other = next(i for i in range(NUM_OBJECTS) if i != env.source)
+    from burnish.envs.tabletop_expert import TabletopExpert
+
+    assert play(env, TabletopExpert(env, other, 0)) is None
+    assert play(env, env.expert(0), 25) is None
+
+
+def test_instruction_swap(envs):
+    env = envs["lift"]
+    assert isinstance(env, InstructionSwap) and isinstance(env, RandomObject)
+    env.reset(5)
+    told, other = env.instruction, env.alternative_instruction(0)
+    assert other != told and other == env.alternative_instruction(0)
+    env.set_instruction(other)
+    assert env.observe().instruction == other
+    from burnish.envs.tabletop_expert import TabletopExpert
+
+    assert play(env, TabletopExpert(env, env._other, 0), 30) is None  # judged on the first object still
+    assert env.other_success()
+    env.reset(5)
+    assert env.instruction == told
+
+
+def test_push_moves_the_object_the_way_it_says(envs):
+    env = envs["push"]
+    for state in range(4):
+        env.reset(state)
+        before = np.array(env.ground_truth()["objects"][env.ground_truth()["source"]]["position"])
+        assert play(env, env.expert(state))
+        moved = np.array(env.ground_truth()["objects"][env.ground_truth()["source"]]["position"]) - before
+        assert moved[:2] @ DIRECTIONS[env.direction] > 0.05
+        assert env.direction in env.instruction
+
+
+def test_projection_depth_and_points_agree(envs):
+    """The point map under an object's projected centre lies on that object."""
+    env = envs["lift"]
+    env.reset(2)
+    for camera in ("front", "side"):
+        geometry = env.geometry(camera)
+        for index in range(NUM_OBJECTS):
+            centre = env.object_position(index)
+            u, v = env.project(camera, centre[None])[0]
+            if not (0.02 < u < 0.98 and 0.02 < v < 0.98):
+                continue
+            row, column = int(v * 96), int(u * 96)
+            if geometry["segmentation"][row, column] == index:  # not hidden by the hand
+                gap = np.linalg.norm(geometry["points"][row, column] - centre)
+                assert gap < 2 * HALF_SIZE
+
+
+def test_every_object_is_eight_pixels_wide_at_96(envs):
+    env = envs["lift"]
+    for state in range(6):
+        env.reset(state)
+        for index in range(NUM_OBJECTS):
+            ends = env.object_position(index) + np.array([[-HALF_SIZE, 0, 0], [HALF_SIZE, 0, 0]])
+            u = env.project("front", ends)[:, 0]
+            assert (u[1] - u[0]) * 96 >= 8
+
+
+def test_bad_actions_and_cameras(envs):
+    env = envs["lift"]
+    env.reset(0)
+    with pytest.raises(BurnishError, match=r"action of shape \(7,\)"):
+        env.step(np.zeros(7))
+    with pytest.raises(BurnishError, match="no camera 'top'"):
+        env.observe(["top"])
