@@ -212,31 +212,47 @@ class Libero:
             np.random.set_state(before)
 
     def step(self, action: np.ndarray) -> bool:
-        import mujoco
-
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,):
             raise BurnishError(f"action of shape {action.shape}", "(7,) for LIBERO")
-        # robosuite's own step, bit for bit, without its sensors (nobody reads them here) and with positions,
-        # contacts and velocities computed once instead of three times a simulator step.
-        inner, sim = self._inner, self._sim
-        again = functools.partial(mujoco.mj_forwardSkip, self.model, self.data, int(mujoco.mjtStage.mjSTAGE_VEL), 0)
-        for substep in range(self._substeps):
-            sim.forward()
-            sim.forward = again  # the controller calls it
-            try:
-                inner._pre_action(action, substep == 0)
-            finally:
-                del sim.forward
-            again()
-            mujoco.mj_Euler(self.model, self.data)
-            if substep == self._substeps - 2:  # when robosuite looks
-                for name in SEEN:
-                    np.copyto(getattr(self._seen, name), getattr(self.data, name))
+        self._simulate(action)
+        inner = self._inner
         inner.timestep += 1
         inner.cur_time += inner.control_timestep
         inner._post_process()
         return bool(inner._check_success())
+
+    def _simulate(self, action: np.ndarray) -> None:
+        """robosuite's own step, bit for bit, without what nobody reads here.
+
+        Its sensors are left out, and positions, contacts and velocities are computed once instead of three times a
+        simulator step.
+        """
+        import mujoco
+
+        model, data, robot = self.model, self.data, self._robot
+        again = functools.partial(mujoco.mj_forwardSkip, model, data, int(mujoco.mjtStage.mjSTAGE_VEL), 0)
+        arm, fingers = robot._ref_joint_actuator_indexes, robot._ref_joint_gripper_actuator_indexes
+        low, high = robot.torque_limits
+        closed, opened = model.actuator_ctrlrange[fingers].T
+        middle, half = 0.5 * (opened + closed), 0.5 * (opened - closed)
+        self._sim.forward = again  # the controller calls it
+        try:
+            for substep in range(self._substeps):
+                mujoco.mj_forward(model, data)
+                if substep == 0:
+                    self._inner._pre_action(action, True)
+                else:
+                    robot.torques = np.clip(robot.controller.run_controller(), low, high)
+                    data.ctrl[fingers] = middle + half * robot.gripper.format_action(action[6:])
+                    data.ctrl[arm] = robot.torques
+                again()
+                mujoco.mj_Euler(model, data)
+                if substep == self._substeps - 2:  # when robosuite looks
+                    for name in SEEN:
+                        np.copyto(getattr(self._seen, name), getattr(data, name))
+        finally:
+            del self._sim.forward
 
     def observe(self, cameras: Sequence[str] = ()) -> Observation:
         images = {name: self._draw().rgb(self._seen, self._camera(name))[:, ::-1] for name in cameras}

@@ -226,10 +226,13 @@ class SceneRenderer:
 
     def _background(self, data, camera: str) -> _Background:
         """The kept background for what has moved by now, drawn anew when that set has changed."""
-        positions, rotations = self._start
+        model, (positions, rotations) = self._model, self._start
         moved = (np.abs(data.geom_xpos - positions).max(1) > _MOVED_METRES) | (
             np.abs(data.geom_xmat - rotations).max(1) > _MOVED_ROTATION
         )
+        # A robot moves as a whole, or each of its links would call for a new background of its own.
+        root, fixed = model.body_rootid[model.geom_bodyid], model.body_weldid[model.geom_bodyid] == 0
+        moved |= ~fixed & np.isin(root, root[moved])
         if camera in self._backgrounds and np.array_equal(self._backgrounds[camera].moved, moved):
             return self._backgrounds[camera]
         # What has not moved is drawn where it stood at the start, so that the image does not depend on when
