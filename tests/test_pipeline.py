@@ -1,0 +1,90 @@
+"""A whole recipe in miniature: demonstrations, training, measurement, report, result; and the same once more."""
+
+import json
+
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.core.recipe import load_recipe
+from burnish.pipeline import Stages, main, run_recipe
+from burnish.policies.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    base = root / "base"
+    make_tiny("smolvla", base, cameras=("front",), state_dim=4, action_dim=4, image_size=32)
+    recipe = load_recipe(
+        None,
+        [
+            "--name=tiny/lift", f"--output={root / 'run'}", "--demos.env=tabletop:lift", "--demos.episodes=3",
+            "--demos.image_size=32", "--demos.workers=1", f"--policy.path={base}", "--train.steps=2",
+            "--train.batch_size=2", "--eval.episodes=2", "--eval.max_steps=4", "--eval.workers=1",
+            "--eval.random_object_expert=true", f"--eval.questions.root={root / 'questions'}",
+            "--eval.questions.scenes=2", "--eval.questions.per_scene=3",
+        ],
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        first = run_recipe(recipe, command="burnish run tiny.yaml", result=root / "result.json")
+        before = (root / "run/train.json").stat().st_mtime_ns
+        second = run_recipe(recipe, command="burnish run tiny.yaml")
+        repeated = (root / "run/train.json").stat().st_mtime_ns != before
+    return root, first, second, repeated
+
+
+def test_every_stage_leaves_its_file(ran):
+    root, first, _, _ = ran
+    assert set(first.evaluations) == {"tuned", "base", "swap", "expert_random_object"}
+    assert all(e.overall.n == 2 for e in first.evaluations.values())
+    assert first.report.is_file() and "<html" in first.report.read_text()[:200].lower()
+    assert (root / "data/tiny/lift/meta/info.json").is_file()
+    info = json.loads((root / "run/run.json").read_text())
+    assert {"demonstrations", "training", "report"} <= {s["name"] for s in info["stages"]}
+    assert info["commands"] == ["burnish run tiny.yaml"] and info["versions"]["lerobot"]
+
+
+def test_retention_is_measured_before_and_after(ran):
+    root, first, _, _ = ran
+    content = json.loads((root / "run/retention.json").read_text())
+    assert first.retention["base"].n == first.retention["tuned"].n == 6
+    assert content["comparison"]["n"] == 6
+
+
+def test_result_file_is_one_that_tables_are_made_of(ran):
+    from burnish.report.results import check_result
+
+    root = ran[0]
+    result = json.loads((root / "result.json").read_text())
+    check_result(result, "result.json")
+    assert result["recipe"] == "recipes/tiny/lift.yaml"
+    assert {row["label"] for row in result["rows"]} >= {"fine-tuned", "base, not tuned"}
+
+
+def test_a_finished_run_is_not_repeated(ran):
+    _, first, second, repeated = ran
+    assert not repeated
+    assert [r.to_line() for r in second.evaluations["tuned"].records] == [
+        r.to_line() for r in first.evaluations["tuned"].records
+    ]
+    assert second.evaluations["tuned"].new_episodes == 0
+
+
+def test_minutes_of_a_continued_run_add_up(tmp_path):
+    for _ in range(2):
+        stages = Stages(tmp_path / "run.json", {"name": "x"})
+        with stages.stage("training"):
+            pass
+        stages.content["stages"][0]["minutes"] += 1
+        stages.write()
+    assert stages.minutes == pytest.approx(2, abs=0.01)
+
+
+def test_a_recipe_without_data_is_refused(tmp_path):
+    import argparse
+
+    file = tmp_path / "r.yaml"
+    file.write_text("name: nothing\n")
+    with pytest.raises(BurnishError, match="neither demos.env nor data.root"):
+        main(argparse.Namespace(recipe=str(file), overrides=[], result=""))
