@@ -93,7 +93,12 @@ class Env(Protocol):
         ...
 
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
-        """{"depth": [H, W] float32 metres, "segmentation": [H, W] int32 object index (-1 nothing), "points": [H, W, 3] world}."""
+        """What the camera sees: depth, segmentation, and where it is.
+
+        Returns:
+            "depth" [H, W] float32 metres, "segmentation" [H, W] int32 index of the object in `ground_truth` (-1
+            nothing), "points" [H, W, 3] world coordinates.
+        """
         ...
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies
+from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies, project_points
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
@@ -155,6 +155,7 @@ class Libero:
         self._fast_rendering = fast_rendering
         self._renderer: SceneRenderer | None = None
         self._geom_objects = geoms_of_bodies(self.model, list(self._inner.obj_body_id.values()))
+        self._fixtures = self._fixtures_in_file()
         self._substeps = int(self._inner.control_timestep / self._inner.model_timestep)
         base_suite = next(name for name in (*MAX_STEPS, "") if suite.startswith(name))
         self.spec = EnvSpec(
@@ -173,6 +174,18 @@ class Libero:
             sentence = " ".join(self._inner.parsed_problem["language_instruction"])
         self._instruction = sentence
 
+    def _fixtures_in_file(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Body id of each fixture to its position and quaternion in the model file."""
+        poses = {}
+        for name, fixture in self._inner.fixtures_dict.items():
+            element = self._inner.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
+            position, quaternion = element.get("pos", "0 0 0"), element.get("quat", "1 0 0 0")
+            poses[self._inner.obj_body_id[name]] = (
+                np.fromstring(position, sep=" "),
+                np.fromstring(quaternion, sep=" "),
+            )
+        return poses
+
     @property
     def instruction(self) -> str:
         return self._instruction
@@ -180,10 +193,10 @@ class Libero:
     def reset(self, initial_state: int) -> None:
         if initial_state < 0:
             raise BurnishError(f"initial state {initial_state}", "a number from 0 on")
+        fixed = initial_state < len(self._init_states)
         self._place(seed=initial_state)
         # The gripper ramps up its last command; robosuite forgets to start that anew without a hard reset.
         self._robot.gripper.current_action = np.zeros_like(self._robot.gripper.current_action)
-        fixed = initial_state < len(self._init_states)
         if fixed:
             self._sim.set_state_from_flattened(self._init_states[initial_state])
             self._sim.forward()
@@ -199,6 +212,9 @@ class Libero:
         """LIBERO's reset. Its samplers draw from numpy's global generator, so that is seeded and put back."""
         from robosuite.utils.errors import RandomizationError
 
+        # Objects on fixtures are placed relative to where the model file has the fixture, so put it back there.
+        for body, (position, quaternion) in self._fixtures.items():
+            self.model.body_pos[body], self.model.body_quat[body] = position, quaternion
         before = np.random.get_state()
         np.random.seed(seed)
         try:
@@ -291,6 +307,10 @@ class Libero:
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
         views = self._draw().geometry(self._seen, self._camera(camera), self._geom_objects)
         return {name: np.ascontiguousarray(view[:, ::-1]) for name, view in views.items()}
+
+    def project(self, camera: str, points: np.ndarray) -> np.ndarray:
+        places = project_points(self.model, self._seen, self._camera(camera), points)
+        return np.stack([1 - places[:, 0], places[:, 1]], 1)  # images are mirrored, see `observe`
 
     def _camera(self, name: str) -> str:
         if name not in CAMERAS:

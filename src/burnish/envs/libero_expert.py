@@ -194,6 +194,8 @@ class LiberoExpert:
     def _leave(self, phase: str, hand: np.ndarray) -> None:
         if phase == "lift":
             points = self._shapes.points(self._object)
+            if points[:, 2].min() < self._grasp.bottom + 0.02:  # it slipped: try again
+                return self._plan()
             self._carry_offset = _middle(points[:, :2]) - hand[:2]
         order = list(PHASE_LIMITS)
         if phase == order[-1]:

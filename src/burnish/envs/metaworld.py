@@ -12,7 +12,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies
+from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies, project_points
 
 SIMULATOR_STEPS = 5
 FPS = 16
@@ -143,6 +143,10 @@ class MetaWorld:
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
         views = self._draw().geometry(self.data, self._camera(camera), self._geom_objects)
         return {name: np.ascontiguousarray(self._upright(camera, view)) for name, view in views.items()}
+
+    def project(self, camera: str, points: np.ndarray) -> np.ndarray:
+        places = project_points(self.model, self.data, self._camera(camera), points)
+        return 1 - places if camera in TURNED else places
 
     def _upright(self, camera: str, view: np.ndarray) -> np.ndarray:
         return view[::-1, ::-1] if camera in TURNED else view

@@ -6,6 +6,7 @@ since the episode began is drawn once and kept as a background with its depth; e
 moved and the nearer of both wins, pixel by pixel. In LIBERO this halves the cost of a frame.
 """
 
+import atexit
 import os
 import sys
 import weakref
@@ -36,6 +37,14 @@ def camera_pose(model, data, camera: str) -> dict:
         "rotation": [round(float(v), 6) for v in data.cam_xmat[camera_id]],
         "fovy": float(model.cam_fovy[camera_id]),
     }
+
+
+def project_points(model, data, camera: str, points: np.ndarray) -> np.ndarray:
+    """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the image) of world points [N, 3]."""
+    camera_id = model.camera(camera).id
+    local = (points - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
+    half = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
+    return 0.5 + np.stack([local[:, 0], -local[:, 1]], 1) / (-local[:, 2:] * 2 * half)
 
 
 def point_map(depth: np.ndarray, position: np.ndarray, rotation: np.ndarray, fovy: float) -> np.ndarray:
@@ -134,8 +143,9 @@ class SceneRenderer:
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        # Also runs at exit, before the GL library is gone.
         self._free = weakref.finalize(self, _free_contexts, self._gl, self._context)
+        self._free.atexit = False  # too late: MuJoCo closes EGL before; a hook registered now runs earlier
+        atexit.register(self._free)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + model.nsite + 1000)
         if fast:
@@ -194,6 +204,7 @@ class SceneRenderer:
     def close(self) -> None:
         """Free the rendering context; also happens by itself when the process ends."""
         self._free()
+        atexit.unregister(self._free)
 
     def _in_view(self, data, camera: str) -> np.ndarray:
         """[ngeom] whether any of a visible geometry can be in the picture, by its bounding sphere."""

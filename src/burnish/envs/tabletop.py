@@ -257,11 +257,9 @@ class Tabletop:
         return camera_geometry(self.model, self.data, self._get_renderer(), camera, geoms)
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
-        """Image coordinates [N, 2] (u right, v down, both 0 to 1 inside the image) of world points [N, 3]."""
-        camera_id = self.model.camera(camera).id
-        local = (points - self.data.cam_xpos[camera_id]) @ self.data.cam_xmat[camera_id].reshape(3, 3)
-        half = np.tan(np.deg2rad(self.model.cam_fovy[camera_id]) / 2)
-        return 0.5 + np.stack([local[:, 0], -local[:, 1]], 1) / (-local[:, 2:] * 2 * half)
+        from burnish.envs.rendering import project_points
+
+        return project_points(self.model, self.data, camera, points)
 
     def close(self) -> None:
         if self._renderer is not None:
