@@ -143,3 +143,14 @@ def test_refusals(tmp_path, change, message):
 def test_cameras_by_order(tmp_path):
     result = evaluate(fakes.make_policy(), "line:a", episodes=1, output=tmp_path, workers=1, cameras=["side"], **QUIET)
     assert result.settings["cameras"] == ["side"]
+
+
+def test_command_on_the_tabletop(tmp_path, capsys):
+    from burnish.cli import main
+
+    arguments = ["eval", "expert", "--env", "tabletop:reach", "--episodes", "3", "--workers", "1", "--no-video"]
+    assert main([*arguments, "--output", str(tmp_path / "x")]) == 0
+    assert "(n=3)" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path), "--env", "tabletop:reach", "--output", str(tmp_path / "y")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.json" in error and not (tmp_path / "y").exists()
