@@ -139,3 +139,16 @@ def test_missing_extra_says_how_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libero.libero", None)
     with pytest.raises(BurnishError, match=r"pip install 'burnish\[libero\]'"):
         expand("libero:spatial")
+
+
+def test_sampled_objects_stand_on_their_fixtures_after_any_number_of_resets():
+    env = make_env("libero:spatial/7", 64)  # a bowl on the stove
+    heights = []
+    for initial_state in (50, 51, 50):
+        env.reset(initial_state)
+        objects = env.ground_truth()["objects"]
+        heights.append(objects["akita_black_bowl_1"]["position"][2])
+        apart = np.subtract(objects["akita_black_bowl_1"]["position"], objects["flat_stove_1"]["position"])
+        assert np.linalg.norm(apart[:2]) < 0.25 and 0 < apart[2] < 0.1
+    assert heights[0] == heights[2]
+    env.close()
