@@ -194,7 +194,7 @@ class LiberoExpert:
     def _leave(self, phase: str, hand: np.ndarray) -> None:
         if phase == "lift":
             points = self._shapes.points(self._object)
-            if points[:, 2].min() < self._grasp.bottom + 0.02:  # it slipped: try again
+            if points[:, 2].max() < self._grasp.top + 0.02:  # it slipped: try again (plates tilt, hence the top)
                 return self._plan()
             self._carry_offset = _middle(points[:, :2]) - hand[:2]
         order = list(PHASE_LIMITS)
