@@ -44,7 +44,7 @@ def _record(env: str, episodes: int, folder: Path) -> float:
     return _cpu_seconds() - before
 
 
-def _measure(env: str, few: int, many: int) -> tuple[float, dict[str, Any]]:
+def _measure(env: str, few: int, many: int) -> tuple[float | None, dict[str, Any]]:
     from importlib.metadata import PackageNotFoundError, version
 
     if env.startswith("libero"):

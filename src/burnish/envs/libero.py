@@ -203,7 +203,7 @@ class Libero:
             self._inner._check_success()
             self._inner._post_process()
         nothing = np.array([0.0] * 6 + [-1.0])
-        for _ in range(SETTLE_STEPS if fixed else 2 * SETTLE_STEPS):  # sampled objects fall a little further
+        for _ in range(SETTLE_STEPS):
             self.step(nothing)
         if self._renderer is not None:
             self._renderer.start_episode(self._seen)
