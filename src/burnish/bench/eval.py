@@ -115,7 +115,7 @@ def _speed(folder: Path, policy: Path, config: Path, episodes: int, max_steps: i
         before = os.times()
         found = evaluate(
             policy, ENV_ID, episodes=episodes, output=folder / f"speed{repeat}", max_steps=max_steps, workers=cores,
-            batch_size=2 * cores, image_size=IMAGE_SIZE, cameras=CAMERAS, video=False,
+            batch_size=min(cores, episodes), image_size=IMAGE_SIZE, cameras=CAMERAS, video=False,
         )  # fmt: skip
         ours.append(found.seconds)
         cpu["burnish_cpu_seconds"].append(sum(os.times()[:4]) - sum(before[:4]))
