@@ -63,33 +63,10 @@ def test_lerobot_eval_runs_the_same_episodes(folder, tmp_path, monkeypatch):
 
 
 def test_lerobot_train_continues_our_checkpoint(folder, tmp_path, monkeypatch):
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from burnish.data.demos import make_demos
 
-    env = make_env("tabletop:reach", SIZE)
-    camera = env.spec.cameras[0]
-    features = {
-        f"observation.images.{camera}": {
-            "dtype": "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]
-        },
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": list(env.spec.state_names)},
-        "action": {"dtype": "float32", "shape": (4,), "names": list(env.spec.action_names)},
-    }  # fmt: skip
     root = tmp_path / "data"
-    dataset = LeRobotDataset.create("local/reach", fps=10, features=features, root=root, use_videos=False)
-    for state in range(2):
-        env.reset(state)
-        expert = env.expert()
-        for _ in range(10):
-            seen, action = env.observe((camera,)), expert.act()
-            dataset.add_frame(
-                {
-                    f"observation.images.{camera}": seen.images[camera], "observation.state": seen.state,
-                    "action": np.asarray(action, np.float32), "task": seen.instruction,
-                }
-            )  # fmt: skip
-            env.step(action)
-        dataset.save_episode()
-    dataset.finalize()
+    make_demos("tabletop:reach", 2, root, image_size=SIZE, workers=1, progress=False)
     arguments = [
         f"--policy.path={folder}", "--policy.device=cpu", "--policy.push_to_hub=false", "--dataset.repo_id=local/reach",
         f"--dataset.root={root}", "--steps=2", "--batch_size=2", "--num_workers=0", "--save_freq=2", "--log_freq=1",
