@@ -172,3 +172,15 @@ def test_bad_batches(policy, batch, change, said):
     bad = {k: v for k, v in {**batch, **change}.items() if v is not None}
     with pytest.raises(BurnishError, match=said):
         policy.loss(bad, draw(policy))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.5, 1.0), (2.0, 3.0)])
+def test_times_follow_the_beta_distribution(alpha, beta):
+    """The samples' distribution function, by scipy, gives back the uniform numbers they came from."""
+    from scipy.stats import beta as distribution
+
+    from burnish.policies.flow import _beta_quantile
+
+    uniform = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
+    times = _beta_quantile(uniform, alpha, beta)
+    torch.testing.assert_close(torch.from_numpy(distribution.cdf(times.numpy(), alpha, beta)), uniform)

@@ -158,14 +158,11 @@ class FlowPolicy(Policy):
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Standard normal noise [B, T, max_action_dim] and Beta-distributed times [B], as LeRobot trains with."""
-        from scipy.special import betaincinv
-
         alpha, beta, scale, offset = self.time_shape()
         shape = (batch_size, self.chunk_size, self.config.max_action_dim)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         uniform = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
-        quantile = torch.from_numpy(betaincinv(alpha, beta, uniform.cpu().numpy()))
-        return Draws(noise, (quantile * scale + offset).to(noise))
+        return Draws(noise, (_beta_quantile(uniform, alpha, beta) * scale + offset).to(noise))
 
     @contextmanager
     def capture(self, layers: Sequence[int]) -> Iterator[Captured]:
@@ -271,6 +268,15 @@ class FlowPolicy(Policy):
             for captured in self._captures:
                 hidden.note_rows(captured, [part], encoded.attention_mask.bool())
         return image
+
+
+def _beta_quantile(uniform: Tensor, alpha: float, beta: float) -> Tensor:
+    """Beta(alpha, beta) samples from uniform ones, float64."""
+    if beta == 1:  # LeRobot's default; the closed form spares a GPU the wait for the host
+        return uniform ** (1 / alpha)
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, beta, uniform.cpu().numpy())).to(uniform.device)
 
 
 def _check_width(key: str, value: Tensor, width: int) -> None:
