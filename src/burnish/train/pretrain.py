@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 class PretrainConfig:
     output: str = "runs/base_vlm"
     questions: str = "data/base_questions"
-    held_out: str = ""
-    """Question folder to measure on at the end; empty skips it."""
     vision: dict[str, Any] = field(default_factory=dict)
     """Fields of SmolVLMVisionConfig."""
     text: dict[str, Any] = field(default_factory=dict)
@@ -247,68 +245,6 @@ def _see(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestio
     return trainer.state.log_history
 
 
-def measure(folder: Path, questions_root: str, limit: int = 0, batch_size: int = 100) -> dict[str, Any]:
-    """Held-out answers of a VLM folder: exact-match accuracy by kind, and the mean pointing error in percent."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-
-    from burnish.data.questions import open_questions
-    from burnish.policies.tiny import IMAGE_TOKEN
-    from burnish.policies.vqa import decode, encode
-
-    questions = open_questions(questions_root)
-    rows = questions.rows[: limit or None]
-    model, tokenizer = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    vision = model.config.vision_config
-    tokens = (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
-    right: dict[str, list[bool]] = {}
-    errors: list[float] = []
-    rows = sorted(rows, key=lambda r: len(tokenizer(r["question"])["input_ids"]))
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        for group in _by_length(part, tokenizer).values():
-            encoded = encode(tokenizer, IMAGE_TOKEN, tokens, [r["question"] for r in group], None)
-            images = torch.from_numpy(np.stack([questions.images[r["image"]] for r in group])).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=encoded.input_ids,
-                    attention_mask=encoded.attention_mask,
-                    max_new_tokens=8,
-                    pixel_values=(images.float() / 127.5 - 1)[:, None],
-                    do_sample=False,
-                )
-            for row, ids in zip(group, out[:, encoded.input_ids.shape[1] :], strict=True):
-                answer = decode(tokenizer, ids.tolist())
-                right.setdefault(row["kind"], []).append(answer == row["answer"])
-                if row["kind"] == "where":
-                    errors.append(_pointing_error(answer, row["answer"]))
-    everything = [x for values in right.values() for x in values]
-    return {
-        "n": len(everything),
-        "accuracy": float(np.mean(everything)),
-        "by_kind": {k: {"n": len(v), "accuracy": float(np.mean(v))} for k, v in sorted(right.items())},
-        "pointing_error_percent": {
-            "median": float(np.median(errors)),
-            "within_5": float(np.mean(np.array(errors) < 5)),
-        },
-    }
-
-
-def _by_length(rows: list[dict], tokenizer: Any) -> dict[int, list[dict]]:
-    groups: dict[int, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(len(tokenizer(row["question"])["input_ids"]), []).append(row)
-    return groups
-
-
-def _pointing_error(answer: str, truth: str) -> float:
-    """Distance in percent of the image; an answer that is no point counts as 100."""
-    numbers = [[int(w) for w in text.split() if w.isdigit()] for text in (answer, truth)]
-    if len(numbers[0]) != 2:
-        return 100.0
-    return float(np.hypot(*(np.array(numbers[0]) - np.array(numbers[1]))))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  burnish pretrain --config recipes/base/vlm_small.yaml --steps=4000"
     parser.add_argument("--config", required=True, help="recipe file; any field can follow as --field=value")
@@ -320,8 +256,4 @@ def main(args: argparse.Namespace) -> int:
     config = draccus.parse(PretrainConfig, config_path=args.config, args=args.overrides)
     folder = pretrain(config)
     print(f"VLM folder: {folder}")
-    if config.held_out:
-        figures = measure(folder, config.held_out)
-        (Path(config.output) / "held_out.json").write_text(json.dumps(figures, indent=1))
-        print(json.dumps(figures, indent=1))
     return 0
