@@ -1,12 +1,16 @@
 """What a token policy and a decoder agree on: rows of action tokens, a cache with one slot for each position.
 
-The sequence is [prompt | L action tokens]. A decoder feeds any set of rows (action positions) and says for each which
-prompt rows, cached action slots and rows of the same pass it may attend to. Nothing here knows how a block is decoded.
+The sequence is [prompt | L action tokens]. Slot s < P of the cache belongs to prompt row s, slot P + i to action
+position i, and the last slot P + L is scrap. A pass feeds any action rows; their keys and values go into their own
+slots before attention looks at the slots, so a block is frozen by no longer feeding it. Nothing here knows how a block
+is decoded, and no decoder knows a model.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,63 +18,161 @@ from burnish.core.registry import Registry
 from burnish.core.types import Batch
 
 
-@dataclass
-class RowCache:
-    """Keys and values of the prompt and of frozen action tokens, in slots that never move.
+@dataclass(frozen=True)
+class PromptRows:
+    """The prompt after the vision tower and the embedding: what the language model is fed.
 
     Args:
-        keys: per layer [B, H_kv, P + L, D_h]; the first P slots hold the prompt, slot P + i action position i.
+        states: float [B, P, D].
+        valid: bool [B, P], False on padding.
+    """
+
+    states: Tensor
+    valid: Tensor
+
+
+@dataclass
+class RowCache:
+    """Keys and values in slots that never move; the model writes them in place.
+
+    Args:
+        keys: for each layer [B, H_kv, P + L + 1, D_h].
         values: like `keys`.
-        prompt: bool [B, P], False on padding.
-        prompt_logits: [B, V] of the last prompt row, which predicts action position 0 where the policy shifts by one.
+        valid: bool [B, P], False on padding of the prompt.
+        prompt_logits: [B, V] of the last prompt row, which tells action position 0 where the policy shifts by one.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    prompt: Tensor
+    valid: Tensor
     prompt_logits: Tensor
 
 
-@dataclass
-class RowOutput:
-    """Logits [B, R, V] over the legal ids, and per layer keys and values [B, H_kv, R, D_h] of the rows that were fed."""
-
-    logits: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-
-
 class RowModel(ABC):
-    """A token policy as decoders see it.
+    """A token policy as decoders see it: a plain object around the module, cheap to make.
 
     Attributes:
         length: L, action tokens in a chunk (time-major: position = step * A + dimension).
         step_length: A, tokens of one control step.
-        vocabulary: V, legal action ids 0 .. V - 1; the id V is MASK.
+        vocabulary: V, legal action ids 0 .. V - 1.
+        mask_id: the id that stands for MASK (V), or None where the policy was never trained with one.
         shift: True where the token at a position is read from the row before it.
+        block: action tokens that see one another in training: L is bidirectional, 1 is causal, anything between
+            is block-causal. A row sees all rows of its own and of earlier blocks.
+        open_prompt: True where prompt rows saw action rows in training; their keys then change at every pass.
+        time_ordered: False where positions do not follow control steps (FAST): no prefix, no streaming.
     """
 
     length: int
     step_length: int
     vocabulary: int
+    mask_id: int | None
     shift: bool
+    block: int
+    open_prompt: bool
+    time_ordered: bool
 
     @abstractmethod
-    def prefill(self, batch: Batch) -> RowCache:
-        """One pass over the prompt (which sees no action token); the action slots are empty."""
+    def embed(self, batch: Batch) -> PromptRows:
+        """Vision tower and embeddings of a batch: no language-model layer runs."""
 
     @abstractmethod
-    def rows(self, ids: Tensor, positions: Tensor, visible: Tensor, cache: RowCache) -> RowOutput:
-        """One pass over R action rows; `cache` is read, never written.
+    def empty(self, prompt: PromptRows) -> RowCache:
+        """A cache of zeros for `prompt`; its buffers may be used again for prompts of the same shape."""
+
+    @abstractmethod
+    def whole(self, prompt: PromptRows, ids: Tensor, visible: Tensor, cache: RowCache, *, read: Tensor | None = None,
+              see_actions: bool = False) -> Tensor:  # fmt: skip
+        """One joint pass over the prompt and the action rows 0 .. R - 1; R = 0 is a plain prefill.
+
+        Fills slots 0 .. P + R - 1 and `prompt_logits` of the cache.
 
         Args:
-            ids: [B, R] action ids, V for MASK.
-            positions: [B, R] action positions 0 .. L - 1.
-            visible: bool [B, R, P + L + R]: the slots of the cache, then the rows of this pass.
-            cache: of `prefill`, with the slots that the decoder has written.
+            prompt: of `embed`. How its rows see one another is the model's affair; padding is never seen.
+            ids: long [B, R], `mask_id` for MASK.
+            visible: bool [B, R, P + R], the slots that each action row may attend to.
+            cache: of `empty`.
+            read: as in `rows`.
+            see_actions: prompt rows attend to all R action rows too (as in policies with `open_prompt`).
+
+        Returns:
+            Logits as in `rows`.
+        """
+
+    @abstractmethod
+    def rows(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: RowCache, *, read: Tensor | None = None
+    ) -> Tensor:
+        """One pass over R action rows, which need not be neighbours and may differ between samples.
+
+        Writes the rows' keys and values into slots P + positions, then attends to the first S slots.
+
+        Args:
+            ids: long [B, R], `mask_id` for MASK, anything legal on padding.
+            positions: long [B, R], 0 .. L - 1; L marks padding (it lands in the scrap slot, which nobody may see).
+            visible: bool [B, R, S], S <= P + L; S may be cut short so that no time is lost on slots that nobody sees.
+                Every row, padding too, sees at least one slot, so that nothing becomes NaN.
+            cache: with prompt and earlier rows in it.
+            read: long [B, M], indices into R of the rows whose logits are wanted; None means all. The others need
+                no head (and no query in the last layer).
+
+        Returns:
+            Logits over the legal ids, [B, M, V] or [B, R, V], of the rows as they are: the caller knows about `shift`.
         """
 
 
-Decoder = Callable[..., Tensor]
-DECODERS: Registry[Decoder] = Registry("decoder")
-"""Decoders by name: decoder(model: RowModel, cache: RowCache, plan, ...) -> ids [B, L]. See methods/decode."""
+@dataclass
+class Decoded:
+    """What a decoder returns.
+
+    Args:
+        ids: long [B, L]; `mask_id` where an early exit left a token open.
+        passes: model passes, those over the prompt included; the prompt shares its pass with the first rows if it can.
+        rows: rows fed in all passes for each sample, prompt included, padding too.
+        committed: long [B, L], the pass (from 1) in which each token became final; 0 for those of the prefix.
+        host_syncs: times that the host waited for the device.
+        detail: figures of single decoders.
+    """
+
+    ids: Tensor
+    passes: int
+    rows: int
+    committed: Tensor
+    host_syncs: int = 0
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Stream = Callable[[int, Tensor], None]
+"""Called as stream(number of finished control steps, ids [B, L]) whenever more steps of every sample are final."""
+
+
+class Decode(Protocol):
+    """A decoder made for one model and one plan; keeps its buffers and compiled passes from call to call."""
+
+    def __call__(self, prompt: PromptRows, *, prefix: Tensor | None = None, until: int | None = None,
+                 stream: Stream | None = None) -> Decoded:  # fmt: skip
+        """Decode one chunk, without gradient.
+
+        Args:
+            prompt: of `RowModel.embed`.
+            prefix: long [B, n], committed tokens that the chunk starts with (whole control steps).
+            until: stop as soon as so many control steps are final; None decodes the whole chunk.
+            stream: told about finished steps as they come.
+        """
+        ...
+
+
+DECODERS: Registry[Callable[..., Decode]] = Registry("decoder")
+"""Decoders by name: DECODERS.get(name)(model, **options of a DecodePlan) -> Decode. Use `make_decoder`."""
+
+
+def make_decoder(name: str, model: RowModel, **options: Any) -> Decode:
+    """The decoder called `name` for `model`; decoders come from the installed plug-ins (`burnish.decoders`).
+
+    Raises:
+        BurnishError: unknown name, or options that cannot work with this model, with the reason.
+    """
+    if name not in DECODERS:
+        for plugin in entry_points(group="burnish.decoders"):
+            plugin.load()
+    return DECODERS.get(name)(model, **options)
