@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
     "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
+    "study": ("burnish.study", "train and measure several arms with several seeds, as one table"),
     "ship": ("burnish.policies.ship", "store a policy in half precision as a base that comes with the package"),
     "report": ("burnish.report.cli", "write the HTML page of a run"),
     "results": ("burnish.report.results", "write the tables of README and docs from results/"),
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv and argv[0] in COMMANDS else None
     parser = build_parser(command)
     args, unknown = parser.parse_known_args(argv)
-    if unknown and command not in ("train", "run", "pretrain"):
+    if unknown and command not in ("train", "run", "study", "pretrain"):
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     args.overrides = unknown
     try:

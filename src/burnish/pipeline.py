@@ -87,27 +87,16 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
         command: the command line to show in the report.
         result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
     """
-    from burnish.bench import machine
     from burnish.core.recipe import run_folder, save_recipe
-    from burnish.evaluate.records import commit
     from burnish.report import write_report
 
     folder = run_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / "recipe.yaml")
-    versions = machine()
-    facts = {
-        "name": recipe.name,
-        "commands": [command] if command else [],
-        "commit": commit(),
-        "hardware": versions.pop("device"),
-        "versions": versions,
-        "seeds": {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    stages = Stages(folder / "run.json", facts)
+    seeds = {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed}
+    stages = Stages(folder / "run.json", run_facts(recipe.name, command, seeds))
     outcome = Outcome(folder)
-    _make_data(recipe, stages)
+    make_data(recipe, stages)
     _train(recipe, stages)
     _measure(recipe, stages, outcome)
     with stages.stage("report"):
@@ -117,7 +106,25 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     return outcome
 
 
-def _make_data(recipe: RecipeConfig, stages: Stages) -> None:
+def run_facts(name: str, command: str, seeds: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a run besides its stages: who, when, where, with which versions and seeds."""
+    from burnish.bench import machine
+    from burnish.evaluate.records import commit
+
+    versions = machine()
+    return {
+        "name": name,
+        "commands": [command] if command else [],
+        "commit": commit(),
+        "hardware": versions.pop("device"),
+        "versions": versions,
+        "seeds": seeds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def make_data(recipe: RecipeConfig, stages: Stages) -> None:
+    """Demonstrations and held-out questions that the recipe asks for and that are not there yet."""
     from burnish.core.recipe import demos_root
 
     demos = recipe.demos

@@ -34,14 +34,14 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             a value has the wrong type or lies out of range.
     """
     source = str(path) if path is not None else "the recipe"
-    values = _read(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
     _check_keys(RecipeConfig, values, "", source)
     for dotted, value in _split(overrides):
         nested: Any = value
         for part in reversed(dotted.split(".")):
             nested = {part: nested}
         _check_keys(RecipeConfig, nested, "", "the command line")
-        _merge(values, nested)
+        merge(values, nested)
     return recipe_from_dict(values, source)
 
 
@@ -96,7 +96,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
@@ -133,10 +133,10 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
+def merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
     for key, value in extra.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
+            merge(values[key], value)
         else:
             values[key] = value
 

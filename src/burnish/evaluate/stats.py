@@ -96,6 +96,37 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def crossed_bootstrap(
+    values: np.ndarray, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 20_000
+) -> tuple[float, float]:
+    """Interval of the mean of a table whose rows (training seeds) and columns (initial states) are both samples.
+
+    Rows and columns are resampled independently (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 1,
+    2007), so the interval speaks of other seeds and other states. k rows resampled understate their own variance by
+    (k - 1) / k; the row means are therefore moved apart by sqrt(k / (k - 1)) first. Three seeds remain three seeds:
+    where their spread dominates, the interval is still too narrow. With one row it is the bootstrap over columns.
+
+    Args:
+        values: [k, n] successes, or differences between two arms paired on seed and state.
+        rng: source of the resampling.
+
+    Raises:
+        BurnishError: an empty table.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    k, n = table.shape
+    if k * n == 0:
+        raise BurnishError(f"a table of {k} seeds and {n} initial states", "at least one of each")
+    if k > 1:
+        apart = table.mean(1, keepdims=True) - table.mean()
+        table = table + apart * (math.sqrt(k / (k - 1)) - 1)
+    rows = rng.multinomial(k, np.full(k, 1 / k), size=resamples)
+    columns = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+    means = ((rows @ table) * columns).sum(1) / (k * n)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def minimum_detectable_difference(
     n: int, discordance: float, *, power: float = 0.8, level: float = 0.95
 ) -> float | None:

@@ -203,6 +203,10 @@ def _cell(key: str, value: Any) -> str:
     """A number to three digits; accuracies, rates and shares as percent."""
     if value is None:
         return ""
+    if key == "by_seed":
+        return ", ".join(f"{100 * rate:.1f}" for rate in value)
+    if key == "minus_reference":
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):

@@ -1,0 +1,70 @@
+"""Several arms, each trained with several seeds and measured on the same trials: one table, one row for each arm."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.records import read_results
+from burnish.evaluate.stats import crossed_bootstrap
+
+Trials = dict[int, dict[Any, float]]
+"""Training seed to trial to outcome; a trial is an initial state or a question."""
+
+
+def read_successes(evaluations: Mapping[int, Path]) -> Trials:
+    """Success of every episode of one arm; `evaluations` maps a training seed to its evaluation folder."""
+    return {seed: {r.key: float(r.success) for r in read_results(folder)} for seed, folder in evaluations.items()}
+
+
+def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:
+    """Rows of a result: rate and interval of each arm, and its difference from the reference paired on seed and trial.
+
+    Intervals hold over seeds and trials (`stats.crossed_bootstrap`); with one seed they hold over trials alone.
+
+    Args:
+        arms: name to trials; arms without any seed are left out.
+        reference: the arm that the others are compared with.
+        extra: further columns, the same in every row.
+
+    Raises:
+        BurnishError: two seeds of an arm, or an arm and the reference, share no trial.
+    """
+    rows = []
+    for name, trials in arms.items():
+        if not trials:
+            continue
+        table = _table([trials], name)[0]
+        low, high = _interval(table)
+        row: dict[str, Any] = {
+            "label": name, **extra, "n": table.size, "successes": int(table.sum()), "rate": float(table.mean()),
+            "interval": [low, high], "by_seed": [float(rate) for rate in table.mean(1)],
+        }  # fmt: skip
+        shared = trials.keys() & arms.get(reference, {}).keys()
+        if name != reference and shared:
+            ours, theirs = _table([_only(trials, shared), _only(arms[reference], shared)], name)
+            difference = ours - theirs
+            row["minus_reference"] = [float(difference.mean()), *_interval(difference)]
+        rows.append(row)
+    return rows
+
+
+def _only(trials: Trials, seeds: set[int]) -> Trials:
+    return {seed: trials[seed] for seed in sorted(seeds)}
+
+
+def _table(arms: Sequence[Trials], name: str) -> list[np.ndarray]:
+    """[seeds, trials] of each arm, on the trials that all of their runs have in common."""
+    runs = [run for trials in arms for run in trials.values()]
+    shared = [key for key in runs[0] if all(key in run for run in runs)]
+    if not shared:
+        raise BurnishError(f"the runs of arm '{name}' share no trial", "the same initial states in every run")
+    return [np.array([[run[key] for key in shared] for run in trials.values()]) for trials in arms]
+
+
+def _interval(table: np.ndarray) -> tuple[float, float]:
+    low, high = crossed_bootstrap(table, np.random.default_rng(0))
+    mean = float(table.mean())
+    return min(low, mean), max(high, mean)

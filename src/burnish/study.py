@@ -1,0 +1,227 @@
+"""`burnish study FILE`: arms x seeds, each an ordinary run, measured on the same trials and put into one table.
+
+Every stage continues where a killed study left it, and the result is written anew after each run.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from burnish.core.config import EvalConfig, RecipeConfig
+from burnish.core.errors import BurnishError
+from burnish.core.recipe import demos_root, load_recipe, merge, read_yaml, recipe_from_dict, recipe_to_dict, run_folder
+
+
+@dataclass
+class StudyConfig:
+    """A study file. `{seed}` and `{out}` in `before` and `arms` stand for the seed and the study's folder."""
+
+    name: str = ""
+    """Result name; runs go to runs/<name>/<arm>-<seed>."""
+    recipe: str = ""
+    """What all arms share: a recipe file, relative to the study file."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Training seeds (and seeds of the policy's noise in evaluation)."""
+    reference: str = ""
+    """The arm that the others are compared with; empty means the first."""
+    before: list[str] = field(default_factory=list)
+    """Burnish commands to run once for each seed before its arms."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name to changes of the recipe."""
+    evals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further evaluations: name to changes of the recipe's eval section; "main" is the section itself."""
+
+
+@dataclass
+class _Run:
+    arm: str
+    seed: int
+    recipe: RecipeConfig
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.recipe)
+
+
+def load_study(path: str | Path) -> tuple[StudyConfig, RecipeConfig]:
+    """Read a study and its recipe.
+
+    Raises:
+        BurnishError: a missing file, an unknown key, a reference that is no arm.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    known = [f.name for f in fields(StudyConfig)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise BurnishError(f"{path}: unknown key '{unknown[0]}'", f"one of {', '.join(known)}")
+    study = StudyConfig(**values)
+    missing = [key for key in ("name", "recipe", "seeds", "arms") if not getattr(study, key)]
+    if missing:
+        raise BurnishError(f"{path}: '{missing[0]}' is empty", "name, recipe, seeds and arms")
+    study.reference = study.reference or next(iter(study.arms))
+    if study.reference not in study.arms:
+        raise BurnishError(f"{path}: reference '{study.reference}' is no arm", f"one of {', '.join(study.arms)}")
+    if "main" in study.evals:
+        raise BurnishError(f"{path}: an evaluation is called 'main'", "another name; 'main' is the recipe's own")
+    return study, load_recipe(path.parent / study.recipe)
+
+
+def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", result: Path | None = None) -> Path:
+    """Train and measure every arm with every seed; finished runs are not repeated.
+
+    Args:
+        result: the committed outcome, e.g. results/align/core.json; it grows with every finished run.
+
+    Returns:
+        The study's folder.
+    """
+    from burnish.pipeline import Stages, make_data, run_facts
+
+    folder = Path("runs") / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed}
+    stages = Stages(folder / "run.json", run_facts(study.name, command, seeds))
+    make_data(base, stages)
+    # A mistake in the last arm should not wait for hours to show.
+    runs = {(seed, arm): _run(study, base, folder, arm, seed) for seed in study.seeds for arm in study.arms}
+    finished: list[_Run] = []
+    for seed in study.seeds:
+        for line in study.before:
+            _before(_fill(line, seed, folder), stages)
+        for arm in study.arms:
+            run = runs[seed, arm]
+            with stages.stage(f"{arm}, seed {seed}"):
+                _train_and_measure(study, run)
+            finished.append(run)
+            if result:
+                _write(study, base, finished, stages, result)
+    return folder
+
+
+def _run(study: StudyConfig, base: RecipeConfig, folder: Path, arm: str, seed: int) -> _Run:
+    values = recipe_to_dict(base)
+    values["data"]["root"] = str(demos_root(base))
+    merge(values, _fill(study.arms[arm], seed, folder))
+    values |= {"name": f"{study.name}/{arm}-{seed}", "output": str(folder / f"{arm}-{seed}")}
+    values["train"]["seed"] = values["eval"]["seed"] = seed
+    return _Run(arm, seed, recipe_from_dict(values, f"arm '{arm}'"))
+
+
+def _fill(value: Any, seed: int, folder: Path) -> Any:
+    if isinstance(value, str):
+        return value.replace("{seed}", str(seed)).replace("{out}", str(folder))
+    if isinstance(value, dict):
+        return {key: _fill(item, seed, folder) for key, item in value.items()}
+    return [_fill(item, seed, folder) for item in value] if isinstance(value, list) else value
+
+
+def _before(line: str, stages: Any) -> None:
+    """One preparing command; the stages file remembers those that came to their end."""
+    from burnish.cli import main as burnish
+
+    if line in stages.content.setdefault("done", []):
+        return
+    with stages.stage(f"burnish {line}"):
+        if burnish(shlex.split(line)):
+            raise BurnishError(f"the preparing command failed: burnish {line}")
+    stages.content["done"].append(line)
+    stages.write()
+
+
+def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
+    changes = {name: {"instruction_swap": False, **change} for name, change in {"main": {}, **study.evals}.items()}
+    try:
+        return {name: replace(run.recipe.eval, **change) for name, change in changes.items()}
+    except TypeError as error:
+        raise BurnishError(f"an entry of evals has a field that eval lacks ({error})") from error
+
+
+def _train_and_measure(study: StudyConfig, run: _Run) -> None:
+    from burnish.evaluate.records import write_json
+    from burnish.evaluate.retention import retention
+    from burnish.evaluate.rollout import evaluate
+    from burnish.policies import load_policy
+    from burnish.train.loop import train
+
+    every = _settings(study, run)
+    policy = train(run.recipe).policy
+    for name, settings in every.items():
+        found = evaluate(
+            policy, settings.env or run.recipe.demos.env, episodes=settings.episodes, first_state=settings.first_state,
+            seed=settings.seed, workers=settings.workers, max_steps=settings.max_steps, batch_size=settings.batch_size,
+            output=run.folder / "eval" / name, instruction_swap=settings.instruction_swap,
+        )  # fmt: skip
+        print(f"{run.arm}, seed {run.seed}, {name}: {found.overall}", file=sys.stderr)
+    questions, answers = run.recipe.eval.questions, run.folder / "retention.json"
+    if questions.root and not answers.is_file():
+        found = retention(load_policy(policy), questions.root, limit=questions.limit, progress=True)
+        write_json(answers, {"tuned": found.to_dict()})
+
+
+def _write(study: StudyConfig, base: RecipeConfig, runs: list[_Run], stages: Any, path: Path) -> None:
+    from burnish.evaluate.arms import arm_rows, read_successes
+    from burnish.report.results import write_result
+
+    def of(arm: str) -> dict[int, _Run]:
+        return {run.seed: run for run in runs if run.arm == arm}
+
+    rows = []
+    several = bool(study.evals)
+    for name in ["main", *study.evals]:
+        arms = {arm: read_successes({s: r.folder / "eval" / name for s, r in of(arm).items()}) for arm in study.arms}
+        rows += arm_rows(arms, study.reference, **({"eval": name} if several else {}))
+    metrics: dict[str, Any] = {"runs": {f"{run.arm}-{run.seed}": _figures(run) for run in runs}}
+    if base.eval.questions.root:
+        answers = {arm: {seed: _answers(run) for seed, run in of(arm).items()} for arm in study.arms}
+        rows += arm_rows(answers, study.reference, eval="questions, exact")
+    facts = stages.content
+    write_result(
+        path, recipe=f"recipes/{study.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
+        date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
+    )  # fmt: skip
+
+
+def _answers(run: _Run) -> dict[int, float]:
+    correct = json.loads((run.folder / "retention.json").read_text())["tuned"]["correct"]
+    return {number: float(flag) for number, flag in enumerate(correct)}
+
+
+def _figures(run: _Run) -> dict[str, Any]:
+    """What a run logged last, and how well it still answers."""
+    content = json.loads((run.folder / "train.json").read_text())
+    figures = {"steps": content["steps"], **content["final"]}
+    answers = run.folder / "retention.json"
+    if answers.is_file():
+        figures["answer_loss"] = json.loads(answers.read_text())["tuned"]["loss"]
+    return figures
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish study recipes/align/core.yaml --result results/align/core.json"
+    parser.add_argument("study", help="study file; fields of its recipe can follow as --section.field=value")
+    parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
+    parser.add_argument("--arms", default="", help="only these arms, separated by commas (the reference among them)")
+    parser.add_argument("--seeds", default="", help="only these seeds, separated by commas")
+
+
+def main(args: argparse.Namespace) -> int:
+    study, base = load_study(args.study)
+    if args.overrides:
+        base = load_recipe(Path(args.study).parent / study.recipe, args.overrides)
+    if args.arms:
+        wanted = args.arms.split(",")
+        unknown = [arm for arm in wanted if arm not in study.arms]
+        if unknown or study.reference not in wanted:
+            raise BurnishError(f"--arms={args.arms}", f"some of {', '.join(study.arms)}, with {study.reference}")
+        study.arms = {arm: study.arms[arm] for arm in wanted}
+    if args.seeds:
+        study.seeds = [int(seed) for seed in args.seeds.split(",")]
+    command = shlex.join(["burnish", "study", args.study, *args.overrides])
+    folder = run_study(study, base, command=command, result=Path(args.result) if args.result else None)
+    print(f"runs: {folder}")
+    return 0
