@@ -57,6 +57,26 @@ class Policy(nn.Module, ABC):
     def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
         """[B] log-probability of `actions` [B, T, A] or its surrogate (higher is likelier), with gradient."""
 
+    def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
+        """`score` of several chunks for each observation, on several draws, kept apart: [B, C, K], with gradient.
+
+        This one asks `score` C times K times; a policy that can encode the observation once does so instead.
+
+        Args:
+            batch: as for `score`; "action_is_pad", where present, is bool [B, C, T].
+            candidates: [B, C, T, A] chunks in environment units.
+            draws: noise [B, K, ...] and time [B, K], shared by the C candidates; or [B, C, K, ...] and [B, C, K].
+        """
+        own = draws.time.ndim == 3
+
+        def one(c: int, k: int) -> Tensor:
+            at = (slice(None), c, k) if own else (slice(None), k)
+            padded = {"action_is_pad": batch["action_is_pad"][:, c]} if "action_is_pad" in batch else {}
+            return self.score({**batch, **padded}, candidates[:, c], Draws(draws.noise[at], draws.time[at]))
+
+        columns = [[one(c, k) for k in range(draws.time.shape[-1])] for c in range(candidates.shape[1])]
+        return torch.stack([torch.stack(column, dim=1) for column in columns], dim=1)
+
     @abstractmethod
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
         """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions it must continue."""

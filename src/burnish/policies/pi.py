@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from burnish.policies import language
-from burnish.policies.flow import TOKEN_MASK, TOKENS, FlowPolicy
+from burnish.policies.adapter import TOKEN_MASK, TOKENS
+from burnish.policies.flow import FlowPolicy
 
 TOKENIZER_FOLDER = "tokenizer"
 SIZES_FILE = "tiny.json"
@@ -77,6 +79,26 @@ class Pi(FlowPolicy):
             r"(self_attn\.(q|o)_proj|post_attention_layernorm|mlp)\.)))"
         )
         return [name for name, _ in self.named_parameters() if pattern.match(name)]
+
+    def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
+        """The observation's keys and values, computed once, are repeated for R rows of the batch, as in sampling."""
+        from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
+        from transformers import DynamicCache
+
+        model, R = self.policy.model, points.shape[1]
+        prefix, pad, order = model.embed_prefix(*inputs[:4])
+        _, cache = model.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, order)),
+            position_ids=torch.cumsum(pad, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[prefix, None],
+            use_cache=True,
+        )
+        repeated = tuple((k.repeat_interleave(R, 0), v.repeat_interleave(R, 0), window) for k, v, window in cache)
+        state = [s.repeat_interleave(R, 0) for s in inputs[4:]]
+        mask = pad.repeat_interleave(R, 0)
+        found = model.denoise_step(*state, mask, DynamicCache(repeated), points.flatten(0, 1), time.flatten())
+        return found.view(points.shape)
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """The tokenizer's files; LeRobot itself only knows a hub name for it."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies import hidden, language
+from burnish.policies.adapter import STATE, TOKEN_MASK, TOKENS
 from burnish.policies.base import Captured
-from burnish.policies.flow import STATE, TOKEN_MASK, TOKENS, FlowPolicy
+from burnish.policies.flow import FlowPolicy
 
 VLM_FOLDER = "vlm"
 
@@ -82,6 +83,37 @@ class SmolVLA(FlowPolicy):
         )
         prefix = "policy.model.vlm_with_expert.vlm."
         return [n for n, _ in self.named_parameters() if n.startswith(prefix) and pattern.match(n.removeprefix(prefix))]
+
+    def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
+        """The R points become R blocks of action rows in one sequence; no block sees another.
+
+        Copies of the observation's keys and values in the batch would do too, but LeRobot's expert projects those
+        again for every copy.
+        """
+        from lerobot.policies.common.vla_utils import make_att_2d_masks
+
+        model, (B, R, T, _) = self.policy.model, points.shape
+        *seen, state = inputs
+        prefix, prefix_pad, prefix_order = model.embed_prefix(*seen, state=state)
+        suffix, suffix_pad, suffix_order = model.embed_suffix(points.flatten(0, 1), time.flatten())
+        P, S = prefix.shape[1], suffix.shape[1]
+        pad = torch.cat([prefix_pad, suffix_pad.view(B, R, S)[:, 0]], dim=1)
+        order = torch.cat([prefix_order, suffix_order.view(B, R, S)[:, 0]], dim=1)
+        single, positions = make_att_2d_masks(pad, order), torch.cumsum(pad, dim=1) - 1
+        mask = single.new_zeros(B, P + R * S, P + R * S)
+        mask[:, :P, :P] = single[:, :P, :P]
+        mask[:, P:, :P] = single[:, P:, :P].repeat(1, R, 1)
+        for r in range(R):
+            block = slice(P + r * S, P + (r + 1) * S)
+            mask[:, block, block] = single[:, P:, P:]
+        (_, out), _ = model.vlm_with_expert.forward(
+            attention_mask=mask,
+            position_ids=torch.cat([positions[:, :P], positions[:, P:].repeat(1, R)], dim=1),
+            past_key_values=None,
+            inputs_embeds=[prefix, suffix.view(B, R * S, -1)],
+            use_cache=False,
+        )
+        return model.action_out_proj(out.view(B, R, S, -1)[:, :, -T:].float())
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
