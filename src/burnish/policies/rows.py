@@ -48,6 +48,11 @@ class RowCache:
     prompt_logits: Tensor
 
 
+def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
+    """Whether the action row at position `query` may attend to that at `slot` (they broadcast): blocks up to its own."""
+    return slot // block <= query // block
+
+
 class RowModel(ABC):
     """A token policy as decoders see it: a plain object around the module, cheap to make.
 
