@@ -49,7 +49,7 @@ class RowCache:
 
 
 def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
-    """Whether the action row at position `query` may attend to that at `slot` (they broadcast): blocks up to its own."""
+    """Whether the action row at position `query` may attend to that at `slot` (they broadcast): not to a later block."""
     return slot // block <= query // block
 
 
