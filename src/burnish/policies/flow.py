@@ -23,6 +23,10 @@ class FlowPolicy(Adapter):
     def model_inputs(self, prepared: dict[str, Any]) -> list[Any]:
         """What the model's `forward` and `sample_actions` take first: images, masks, tokens, masks (, state)."""
 
+    @abstractmethod
+    def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
+        """Velocities [B, R, T, A_model] at `points` (same shape) and `time` [B, R]; one encoding of `inputs`."""
+
     def time_shape(self) -> tuple[float, float, float, float]:
         """alpha, beta, scale, offset of the training times: scale * Beta(alpha, beta) + offset."""
         return 1.5, 1.0, 0.999, 0.001
@@ -56,6 +60,49 @@ class FlowPolicy(Adapter):
         """
         errors, _ = self._errors(batch, actions, draws)
         return -errors.sum(dim=(1, 2))
+
+    def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
+        """`score` of C chunks on K draws each, [B, C, K]; the observation is encoded once for all of them.
+
+        See Policy.scores for the arguments; noise is [B, K, T, A_model] or [B, C, K, T, A_model].
+        """
+        B, C, T, A = candidates.shape
+        self._check_chunk(candidates)
+        prepared = self._prepare(batch, candidates)
+        clean = self._pad(self.model_actions(prepared[ACTION].flatten(0, 1))).view(B, C, 1, T, -1)
+        draws = draws.to(self.device)
+        noise, time = draws.noise, draws.time
+        if time.ndim == 2:
+            noise, time = noise[:, None], time[:, None]
+        K = time.shape[2]
+        noise, time = noise.expand(B, C, K, T, -1), time.expand(B, C, K)
+        at = time[..., None, None]
+        points = at * noise + (1 - at) * clean
+        inputs = self.model_inputs(prepared)
+        self._note(inputs[0], inputs[1], inputs[3])
+        found = self.velocities(inputs, points.flatten(1, 2), time.flatten(1, 2)).view(B, C, K, T, -1)
+        errors = (found - (noise - clean))[..., :A].square().sum(-1)
+        if PAD in batch:
+            errors = errors * ~batch[PAD].to(self.device).bool()[:, :, None]
+        return -errors.sum(-1)
+
+    def velocity(self, batch: Batch, points: Tensor, time: Tensor) -> Tensor:
+        """[B, R, T, A_model] velocities (noise minus data) at R points of each observation's flow.
+
+        The observation is encoded once. Points are in the model's own space: normalised and padded actions.
+
+        Args:
+            batch: observations.
+            points: [B, R, T, A_model].
+            time: [B, R]; 1 is noise.
+        """
+        inputs = self.model_inputs(self._prepare(batch, None))
+        self._note(inputs[0], inputs[1], inputs[3])
+        return self.velocities(inputs, points.to(self.device), time.to(self.device))
+
+    def to_model(self, batch: Batch, actions: Tensor) -> Tensor:
+        """Actions [B, T, A] in environment units as `velocity` takes them: [B, T, A_model], normalised and padded."""
+        return self._pad(self.model_actions(self._prepare(batch, actions)[ACTION]))
 
     @torch.no_grad()
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
@@ -91,8 +138,7 @@ class FlowPolicy(Adapter):
 
     def _errors(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """Squared velocity errors [B, T, A], zero on padded steps, and the valid steps bool [B, T]."""
-        if actions.ndim != 3 or actions.shape[1] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+        self._check_chunk(actions)
         prepared = self._prepare(batch, actions)
         inputs = self.model_inputs(prepared)
         self._note(inputs[0], inputs[1], inputs[3])
@@ -103,6 +149,10 @@ class FlowPolicy(Adapter):
             return errors, errors.new_ones(errors.shape[:2], dtype=torch.bool)
         valid = ~batch[PAD].to(self.device).bool()
         return errors * valid[:, :, None], valid
+
+    def _check_chunk(self, actions: Tensor) -> None:
+        if actions.ndim < 3 or actions.shape[-2] != self.chunk_size:
+            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
 
     def _pad(self, actions: Tensor) -> Tensor:
         return F.pad(actions, (0, self.config.max_action_dim - actions.shape[-1]))
