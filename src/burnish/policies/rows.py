@@ -49,7 +49,7 @@ class RowCache:
 
 
 def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
-    """Whether the action row at position `query` may attend to that at `slot` (they broadcast): not to a later block."""
+    """Whether the action row at `query` may attend to that at `slot` (positions; they broadcast): no later block."""
     return slot // block <= query // block
 
 
