@@ -92,6 +92,8 @@ class PeftConfig:
 @dataclass
 class TrainConfig:
     steps: int = 1000
+    imitation_weight: float = 1.0
+    """Weight of the imitation loss on the data set; 0 leaves that forward out, so that objectives alone train."""
     batch_size: int = 32
     grad_accumulation: int = 1
     lr: float = 1e-4

@@ -14,6 +14,7 @@ _CHOICES = {
     "train.peft.method": ("none", "lora", "dora"),
 }
 _AT_LEAST = {
+    "train.imitation_weight": 0,
     "train.steps": 1, "train.batch_size": 1, "train.grad_accumulation": 1, "train.log_every": 1,
     "train.save_every": 1, "train.warmup_steps": 0, "train.lr": 0, "train.weight_decay": 0,
     "train.grad_clip": 0, "train.ema_decay": 0, "train.max_minutes": 0, "train.retention_every": 0,

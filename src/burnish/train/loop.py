@@ -209,7 +209,7 @@ def train_step(run: Run, streams: "Streams", watch: Watch, check: bool = False) 
     if check:
         selfcheck.check_ranks(run, gradients(run.trained), "gradients")
         run.say(selfcheck.report_unreached(run.trained))
-        if step == 0:
+        if step == 0 and config.imitation_weight > 0:
             run.say(selfcheck.loss_warning(terms["policy"].item(), bool(run.recipe.policy.path)))
     norm = clip(run.trained, config.grad_clip)
     run.window.add({"grad_norm": norm})

@@ -1,6 +1,7 @@
-"""The seat of a training method: five hooks that the loop calls, in this order."""
+"""The seat of a training method: the hooks that the loop calls, in this order."""
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,10 @@ class Objective(nn.Module):
 
         The policy then holds the weights it starts from, also in a run that resumes from a checkpoint.
         """
+
+    def watch(self, run: "Run") -> AbstractContextManager[Any]:
+        """Open around the policy's own forward of a step; `run.policy.capture(layers)` fits here."""
+        return nullcontext()
 
     def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         """Added loss terms by name, each a scalar with gradient; runs inside the step's one forward."""

@@ -1,12 +1,13 @@
 """The one forward of a training step: imitation, language and the added terms of every objective."""
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.types import Batch
+from burnish.core.types import Batch, PolicyLoss
 
 if TYPE_CHECKING:
     from burnish.train.loop import Run
@@ -24,8 +25,13 @@ class Step(nn.Module):
     def forward(self, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss (scalar with gradient) and the detached terms by name, "policy" first."""
         run = self._run
-        out = self.policy.loss(batch, self.policy.draw(len(batch["action"]), run.generator))
-        total, terms = out.total, {"policy": out.total.detach()}
+        weight = run.recipe.train.imitation_weight
+        if weight > 0:
+            out = self._imitate(batch)
+        else:
+            nothing = batch["action"].new_zeros(len(batch["action"]))
+            out = PolicyLoss(nothing.sum(), nothing)
+        total, terms = weight * out.total, {"policy": out.total.detach()}
         if len(out.parts) > 1:
             terms |= {f"policy_{name}": value.detach() for name, value in out.parts.items()}
         if language is not None:
@@ -39,6 +45,13 @@ class Step(nn.Module):
                 total = total + value
                 terms[term] = value.detach()
         return total, terms
+
+    def _imitate(self, batch: Batch) -> PolicyLoss:
+        run = self._run
+        with ExitStack() as watching:
+            for objective in run.objectives.values():
+                watching.enter_context(objective.watch(run))
+            return self.policy.loss(batch, self.policy.draw(len(batch["action"]), run.generator))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Parameters to train. The policy's keep the policy's names; others are objectives.<objective>.<name>."""
