@@ -40,6 +40,7 @@ def test_jitter_is_brightness_contrast_saturation_in_closed_form():
 
 
 def test_range_shape_and_repeatability():
-    a, b = (augment.augment(images(), generator(3)) for _ in range(2))
+    (a, moved), (b, _) = (augment.augment(images(), generator(3)) for _ in range(2))
+    assert moved.shape == (5, 2) and moved.abs().max() <= round(50 * augment.SHIFT)
     assert torch.equal(a, b) and a.shape == (5, 3, 50, 50) and a.min() >= 0 and a.max() <= 1
     assert torch.equal(augment.to_float(images())[0, 1], images()[0, :, :, 1] / 255)

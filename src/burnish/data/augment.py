@@ -15,20 +15,32 @@ def to_float(images_BHW3: Tensor) -> Tensor:
     return images_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
 
 
-def shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by up to SHIFT of its edges, the border repeated; uint8 [B, H, W, 3] in and out."""
+def draw_shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, 2] how many rows and columns each image is to move, up to SHIFT of its edges."""
+    device, offsets = images_BHW3.device, []
+    for edge in images_BHW3.shape[1:3]:
+        most = round(edge * SHIFT)
+        offsets.append(torch.randint(-most, most + 1, (len(images_BHW3), 1), generator=generator, device=device))
+    return torch.cat(offsets, 1)
+
+
+def shift_by(images_BHW3: Tensor, offsets_B2: Tensor) -> Tensor:
+    """Pixel (r, c) becomes pixel (r + rows, c + columns), the border repeated; uint8 [B, H, W, 3] in and out."""
     batch, height, width, _ = images_BHW3.shape
     device = images_BHW3.device
 
-    def index(edge: int) -> Tensor:
-        most = round(edge * SHIFT)
-        offset = torch.randint(-most, most + 1, (batch, 1), generator=generator, device=device)
-        return (torch.arange(edge, device=device) + offset).clamp_(0, edge - 1)
+    def index(edge: int, offset_B1: Tensor) -> Tensor:
+        return (torch.arange(edge, device=device) + offset_B1).clamp_(0, edge - 1)
 
-    rows_BH, columns_BW = index(height), index(width)
+    rows_BH, columns_BW = index(height, offsets_B2[:, :1]), index(width, offsets_B2[:, 1:])
     flat = torch.arange(batch, device=device)[:, None, None] * (height * width)
     flat = flat + rows_BH[:, :, None] * width + columns_BW[:, None, :]
     return images_BHW3.reshape(-1, 3).index_select(0, flat.reshape(-1)).view_as(images_BHW3)
+
+
+def shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image by up to SHIFT of its edges."""
+    return shift_by(images_BHW3, draw_shift(images_BHW3, generator))
 
 
 def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,6 +59,7 @@ def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     return torch.baddbmm(offset_B31, matrix_B33, flat).clamp_(0, 1).view_as(images_B3HW)
 
 
-def augment(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W], shifted and colour-jittered."""
-    return colour_jitter(to_float(shift(images_BHW3, generator)), generator)
+def augment(images_BHW3: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shifted and colour-jittered images, float [B, 3, H, W], and the shift [B, 2] of each in rows and columns."""
+    offsets = draw_shift(images_BHW3, generator)
+    return colour_jitter(to_float(shift_by(images_BHW3, offsets)), generator), offsets

@@ -114,11 +114,17 @@ class RobotData:
         return batch
 
     def finish(self, batch: Batch, k: int) -> Batch:
-        """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are."""
+        """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are.
+
+        The shift of a view is kept as "shift.<camera>", [B, 2] rows and columns, for whoever must move with it.
+        """
         device = batch["action"].device
         draws = generator(self.seed, "augment", k, self.rank, device=str(device)) if self.augmented else None
         for key in self.cameras:
-            batch[key] = augment(batch[key], draws) if self.augmented else to_float(batch[key])
+            if self.augmented:
+                batch[key], batch[f"shift.{key.removeprefix(IMAGES)}"] = augment(batch[key], draws)
+            else:
+                batch[key] = to_float(batch[key])
         return batch
 
 
