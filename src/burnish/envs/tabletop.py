@@ -2,6 +2,9 @@
 
 Families, from easy to hard: reach, push, lift, put_on, stack. Actions are [dx, dy, dz, grip]: a hand motion in
 units of 4 cm per control step at 10 Hz, and grip > 0 to close. The state is hand position (3) and finger opening.
+
+A suffix changes how the scene looks and nothing else: tabletop:lift+camera, +light, +texture, or several
+(see tabletop_variants). Initial states are those without the suffix.
 """
 
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.envs import tabletop_scene as scene
+from burnish.envs import tabletop_variants as variants
 from burnish.envs.base import EnvSpec, Expert, Observation
 from burnish.envs.tabletop_expert import TabletopExpert
 
@@ -28,29 +32,33 @@ LIFT_HEIGHT = 0.07
 
 
 def tasks(selector: str) -> list[str]:
-    """All five families for an empty selector, otherwise those named, separated by commas."""
-    names = selector.split(",") if selector else list(FAMILIES)
+    """All five families for an empty selector, otherwise those named, separated by commas; a suffix holds for all."""
+    named, looks = variants.split(selector)
+    names = named.split(",") if named else list(FAMILIES)
     for name in names:
         if name not in FAMILIES:
             raise BurnishError(f"unknown tabletop family '{name}'", f"one of {', '.join(FAMILIES)}")
-    return names
+    return ["+".join([name, *looks]) for name in names]
 
 
 def make(selector: str, image_size: int) -> "Tabletop":
     """Build the family named `selector`."""
-    return Tabletop(tasks(selector)[0], image_size)
+    family, looks = variants.split(tasks(selector)[0])
+    return Tabletop(family, image_size, looks)
 
 
 class Tabletop:
     """One family on one reusable MuJoCo model; see `burnish.envs.base.Env` for the protocol."""
 
-    def __init__(self, family: str, image_size: int):
+    def __init__(self, family: str, image_size: int, looks: tuple[str, ...] = ()):
         import mujoco
 
         self._mujoco = mujoco
         self.family = family
         self.image_size = image_size
-        self.model = mujoco.MjModel.from_xml_string(scene.model_xml())
+        xml = scene.model_xml()
+        self.model = mujoco.MjModel.from_xml_string(variants.add_textures(xml) if "texture" in looks else xml)
+        self._looks = variants.Looks(self.model, looks) if looks else None
         self.data = mujoco.MjData(self.model)
         self._renderer = None
         self._object_bodies = [self.model.body(f"object{i}").id for i in range(scene.NUM_OBJECTS)]
@@ -58,7 +66,7 @@ class Tabletop:
         self._qpos = {n: int(self.model.joint(n).qposadr[0]) for n in ("hand", "left", "right")}
         self._object_qpos = [int(self.model.joint(f"object{i}").qposadr[0]) for i in range(scene.NUM_OBJECTS)]
         self.spec = EnvSpec(
-            task_id=f"tabletop:{family}",
+            task_id="+".join([f"tabletop:{family}", *looks]),
             cameras=scene.CAMERAS,
             state_names=("x", "y", "z", "opening"),
             action_names=("dx", "dy", "dz", "grip"),
@@ -74,6 +82,8 @@ class Tabletop:
         self.layout = scene.draw_layout(rng, num_plates)
         self._draw_task(rng)
         scene.dress(self.model, self.layout)
+        if self._looks is not None:
+            self._looks.draw(np.random.default_rng(derive_seed("tabletop looks", self.family, initial_state)))
         self._place()
 
     def _draw_task(self, rng: np.random.Generator) -> None:
@@ -102,9 +112,7 @@ class Tabletop:
         if self.family == "lift":
             return f"lift the {name}"
         if self.family == "push":
-            return (
-                f"push the {name} {'to the ' if self.direction in ('left', 'right') else ''}{self.direction}"
-            )
+            return f"push the {name} {'to the ' if self.direction in ('left', 'right') else ''}{self.direction}"
         verb = "put" if self.family == "put_on" else "stack"
         return f"{verb} the {name} on the {self.layout.objects[self.target].name}"
 
@@ -221,7 +229,31 @@ class Tabletop:
         others = [i for i in self.candidates if i != self.target]
         return TabletopExpert(self, int(rng.choice(others)), seed)
 
+    def restore(self, facts: dict[str, Any], state: np.ndarray) -> None:
+        """Put everything where an earlier frame had it, for looking at, not for stepping on.
+
+        Args:
+            facts: what `ground_truth` said then; a hand without "hand_quaternion" stood upright.
+            state: the frame's observed state.
+        """
+        data, objects = self.data, list(facts["objects"].values())
+        dressed = tuple(scene.SceneObject(o["colour"], o["shape"]) for o in objects)
+        places = np.array([o["position"][:2] for o in objects])
+        self.layout = scene.Layout(dressed, places, np.array(facts["hand"]))
+        scene.dress(self.model, self.layout)
+        self._mujoco.mj_resetData(self.model, data)
+        for at, o in zip(self._object_qpos, objects, strict=True):
+            data.qpos[at : at + 7] = (*o["position"], *o["quaternion"])
+        at = self._qpos["hand"]
+        data.qpos[at : at + 7] = (*facts["hand"], *facts.get("hand_quaternion", (1, 0, 0, 0)))
+        data.qpos[self._qpos["left"]] = data.qpos[self._qpos["right"]] = float(state[3]) / 2
+        data.mocap_pos[0] = facts["hand"]
+        self._mujoco.mj_kinematics(self.model, data)
+        self._mujoco.mj_camlight(self.model, data)
+
     def ground_truth(self) -> dict[str, Any]:
+        from burnish.envs.rendering import camera_pose
+
         objects = {}
         for i, obj in enumerate(self.layout.objects):
             objects[obj.name] = {
@@ -237,6 +269,8 @@ class Tabletop:
             "target": None if self.target is None else names[self.target],
             "held": self.held_object(),
             "hand": self.hand_position().round(6).tolist(),
+            "hand_quaternion": self.data.xquat[self._hand_body].round(6).tolist(),
+            "cameras": {camera: camera_pose(self.model, self.data, camera) for camera in scene.CAMERAS},
         }
 
     def held_object(self) -> str | None:

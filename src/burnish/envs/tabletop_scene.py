@@ -104,8 +104,7 @@ def model_xml() -> str:
         n="right", a=1, r=FINGER_RANGE, x=0.006
     )
     actuators = "".join(
-        f'<position joint="{n}" kp="400" ctrlrange="0 {FINGER_RANGE}" forcerange="-15 15"/>'
-        for n in ("left", "right")
+        f'<position joint="{n}" kp="400" ctrlrange="0 {FINGER_RANGE}" forcerange="-15 15"/>' for n in ("left", "right")
     )
     return f"""<mujoco>
 <option timestep=".005" cone="elliptic" impratio="10" noslip_iterations="2"/><size memory="8M"/>
