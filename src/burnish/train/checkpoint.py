@@ -22,7 +22,7 @@ from torch import Tensor
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
-from burnish.core.recipe import flatten, recipe_to_dict
+from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path) -> None:
     """Raise BurnishError naming every field that differs and would change the training."""
-    old, new = flatten(before), flatten(recipe_to_dict(recipe))
+    # A field that came into being after that run has its default there.
+    old = flatten(recipe_to_dict(recipe_from_dict(before, str(where))))
+    new = flatten(recipe_to_dict(recipe))
     changed = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
