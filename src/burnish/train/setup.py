@@ -134,8 +134,9 @@ def _features(recipe: RecipeConfig, meta) -> dict[str, Any]:
 
 def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
     """The recipe's methods by name, in its order. A name "package.module:Class" is imported."""
-    import burnish.methods  # noqa: F401  registers the shipped ones
+    from burnish.methods import register_shipped
 
+    register_shipped()
     objectives: dict[str, Objective] = {}
     for entry in recipe.objectives:
         options = dict(entry)

@@ -1,0 +1,1 @@
+"""Regularised fine-tuning that keeps a merged capability vector (to be filled)."""
