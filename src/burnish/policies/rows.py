@@ -90,7 +90,7 @@ class RowModel(ABC):
               see_actions: bool = False) -> Tensor:  # fmt: skip
         """One joint pass over the prompt and the action rows 0 .. R - 1; R = 0 is a plain prefill.
 
-        Fills slots 0 .. P + R - 1 and `prompt_logits` of the cache.
+        Fills slots 0 .. P + R - 1, `valid` and `prompt_logits` of the cache.
 
         Args:
             prompt: of `embed`. How its rows see one another is the model's affair; padding is never seen.
