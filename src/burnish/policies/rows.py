@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch
 
@@ -181,3 +182,15 @@ def make_decoder(name: str, model: RowModel, **options: Any) -> Decode:
         for plugin in entry_points(group="burnish.decoders"):
             plugin.load()
     return DECODERS.get(name)(model, **options)
+
+
+def row_model(policy: Any) -> RowModel:
+    """The rows of a token policy (its method `row_model()`).
+
+    Raises:
+        BurnishError: a policy that does not write its actions as tokens.
+    """
+    make = getattr(policy, "row_model", None)
+    if make is None:
+        raise BurnishError(f"a {type(policy).__name__}, which has no action tokens", "a burnish_discrete policy")
+    return make()
