@@ -16,6 +16,8 @@ COMMANDS = {
     "train": ("burnish.train.cli", "fine-tune a policy as a recipe says"),
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
+    "pairs": ("burnish.methods.prefer.pairs_cli", "make preference pairs from rollouts of a policy, or import labels"),
+    "verify": ("burnish.verify", "check on a policy of yours that an estimate or a shortcut says what it should"),
     "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
     "study": ("burnish.study", "train and measure several arms with several seeds, as one table"),
     "ship": ("burnish.policies.ship", "store a policy in half precision as a base that comes with the package"),

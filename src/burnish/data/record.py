@@ -45,55 +45,80 @@ def colour_histogram(frames: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(frames[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
+class Tape:
+    """Keeps an episode frame by frame: what was seen before each action, and the action.
+
+    Args:
+        env: just reset.
+        initial_state: only noted down.
+        cameras: views to keep.
+        geometry: also keep depth and object masks of these views.
+    """
+
+    def __init__(self, env: Env, initial_state: int, cameras: tuple[str, ...], geometry: bool = False):
+        self._env, self._initial_state, self._cameras, self._geometry = env, initial_state, cameras, geometry
+        self._states: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+        self._facts: list[dict[str, Any]] = []
+        self._views: dict[str, list[np.ndarray]] = {}
+
+    def note(self, action: np.ndarray) -> None:
+        """Keep this moment; call before the environment takes `action`."""
+        env = self._env
+        observation = env.observe(self._cameras)
+        self._states.append(observation.state)
+        self._actions.append(np.asarray(action, np.float32))
+        self._facts.append({"frame": len(self._facts), **env.ground_truth()})
+        for camera in self._cameras:
+            self._views.setdefault(f"images.{camera}", []).append(observation.images[camera])
+            if self._geometry:
+                seen = env.geometry(camera)
+                self._views.setdefault(f"depth.{camera}", []).append(seen["depth"].astype(np.float16))
+                self._views.setdefault(f"segmentation.{camera}", []).append(seen["segmentation"].astype(np.int16))
+
+    def recording(self, solved: bool, keep_failed: bool = False) -> Recording:
+        """All arrays of `Recording`; none of an episode that was not solved, unless `keep_failed`."""
+        env = self._env
+        facts = {
+            "task_id": env.spec.task_id,
+            "instruction": env.instruction,
+            "initial_state": self._initial_state,
+            "success": solved,
+            "length": len(self._actions),
+        }
+        if not solved and not keep_failed:
+            return Recording(facts)
+        arrays = {"state": np.stack(self._states).astype(np.float32), "action": np.stack(self._actions)}
+        lines = "".join(json.dumps(frame, separators=(",", ":")) + "\n" for frame in self._facts)
+        arrays["ground_truth"] = np.frombuffer(lines.encode(), np.uint8)
+        for name, frames in self._views.items():
+            kind, _, camera = name.partition(".")
+            if kind == "images":
+                images = np.stack(frames)
+                arrays[f"video.{camera}"] = np.frombuffer(encode_video(images, env.spec.fps), np.uint8)
+                arrays[f"histogram.{camera}"] = colour_histogram(images)
+            else:
+                arrays[name] = np.stack(frames)
+        return Recording(facts, arrays)
+
+
 def record(env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...], geometry: bool) -> Recording:
     """Let `expert` act in the episode that `env` has just been reset to, until it is solved or out of steps.
 
     Args:
-        initial_state: only noted down.
-        cameras: views to record.
-        geometry: also record depth and object masks of these views.
+        initial_state, cameras, geometry: see `Tape`.
 
     Returns:
         All arrays of `Recording` where the task was solved, none otherwise.
     """
-    states, actions, facts_of_frames, solved = [], [], [], False
-    views: dict[str, list[np.ndarray]] = {}
-    for step in range(env.spec.max_steps):
-        observation = env.observe(cameras)
+    tape, solved = Tape(env, initial_state, cameras, geometry), False
+    for _ in range(env.spec.max_steps):
         action = np.asarray(expert.act(), np.float32)
-        states.append(observation.state)
-        actions.append(action)
-        facts_of_frames.append({"frame": step, **env.ground_truth()})
-        for camera in cameras:
-            views.setdefault(f"images.{camera}", []).append(observation.images[camera])
-            if geometry:
-                seen = env.geometry(camera)
-                views.setdefault(f"depth.{camera}", []).append(seen["depth"].astype(np.float16))
-                views.setdefault(f"segmentation.{camera}", []).append(seen["segmentation"].astype(np.int16))
+        tape.note(action)
         solved = env.step(action)
         if solved:
             break
-    facts = {
-        "task_id": env.spec.task_id,
-        "instruction": env.instruction,
-        "initial_state": initial_state,
-        "success": solved,
-        "length": len(actions),
-    }
-    if not solved:
-        return Recording(facts)
-    arrays = {"state": np.stack(states).astype(np.float32), "action": np.stack(actions)}
-    lines = "".join(json.dumps(frame, separators=(",", ":")) + "\n" for frame in facts_of_frames)
-    arrays["ground_truth"] = np.frombuffer(lines.encode(), np.uint8)
-    for name, frames in views.items():
-        kind, _, camera = name.partition(".")
-        if kind == "images":
-            images = np.stack(frames)
-            arrays[f"video.{camera}"] = np.frombuffer(encode_video(images, env.spec.fps), np.uint8)
-            arrays[f"histogram.{camera}"] = colour_histogram(images)
-        else:
-            arrays[name] = np.stack(frames)
-    return Recording(facts, arrays)
+    return tape.recording(solved)
 
 
 class Recorder:

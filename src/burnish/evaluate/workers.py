@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.data.record import Tape
+from burnish.data.spool import write_recording
 from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject
 
 MakeEnv = Callable[[str, int], Env]
@@ -30,6 +32,8 @@ class Episode:
         actor_seed: seed of the expert, or of the choice of the other object in an instruction swap.
         swap: name another object in the instruction.
         video: path of the mp4 to write, rendered at every control step; a film strip is put beside it.
+        record: path of the recording to write (burnish.data.spool), with `cameras` rendered at every control step;
+            ".solved" or ".failed" is put before its last suffix.
     """
 
     task: str
@@ -40,6 +44,7 @@ class Episode:
     actor_seed: int = 0
     swap: bool = False
     video: Path | None = None
+    record: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.task}, initial state {self.initial_state}"
@@ -86,6 +91,7 @@ class _Running:
     success: bool = False
     other_success: bool | None = None
     frames: list[np.ndarray] = field(default_factory=list)
+    tape: Tape | None = None
 
     def begin(self) -> None:
         env, episode = self.env, self.episode
@@ -102,6 +108,8 @@ class _Running:
                 raise BurnishError(f"{episode.task} offers no expert that picks its object at random")
             self.expert = env.random_object_expert(episode.actor_seed)
         self.instruction = env.instruction
+        if episode.record is not None:
+            self.tape = Tape(env, episode.initial_state, episode.cameras)
         self._film()
 
     @property
@@ -116,6 +124,8 @@ class _Running:
             self.step(action)
 
     def step(self, action: np.ndarray) -> None:
+        if self.tape is not None:
+            self.tape.note(action)
         self.success = bool(self.env.step(action))
         self.steps += 1
         if self.episode.swap:
@@ -139,6 +149,10 @@ class _Running:
             self.episode.video.parent.mkdir(parents=True, exist_ok=True)
             write_video(self.episode.video, self.frames, self.env.spec.fps)
             write_film_strip(self.episode.video.with_suffix(".png"), self.frames)
+        if self.tape is not None and self.episode.record is not None:
+            path = self.episode.record
+            outcome = ".solved" if self.success else ".failed"
+            write_recording(path.with_suffix(outcome + path.suffix), self.tape.recording(self.success, True))
         return Finished(slot, self.success, self.steps, self.instruction, self.other_success)
 
 
@@ -175,6 +189,12 @@ class _Server:
         self.running[slot].execute(actions)
         self.reply(slot)
 
+    def finish(self, slot: int) -> None:
+        run = self.running[slot]
+        run.expert = run.env.expert(run.episode.actor_seed)
+        run.finish_with_expert()
+        self.reply(slot)
+
     def reply(self, slot: int) -> None:
         run = self.running[slot]
         if run.over:
@@ -187,7 +207,7 @@ class _Server:
     def serve(self) -> None:
         while (command := self.connection.recv()) is not None:
             name, *arguments = command
-            {"describe": self.describe, "start": self.start, "act": self.act}[name](*arguments)
+            {"describe": self.describe, "start": self.start, "act": self.act, "finish": self.finish}[name](*arguments)
         for env in [*self.idle, *(run.env for run in self.running.values())]:
             env.close()
 
@@ -239,6 +259,10 @@ class SimulatorPool:
     def act(self, slot: int, actions: np.ndarray) -> None:
         """Hand the waiting episode of `slot` its next actions [T, A]."""
         self._send(slot % len(self._processes), ("act", slot, actions))
+
+    def finish(self, slot: int) -> None:
+        """Let the environment's expert complete the waiting episode of `slot`."""
+        self._send(slot % len(self._processes), ("finish", slot))
 
     def poll(self) -> list[Waiting | Finished]:
         """Wait for at least one reply and return all that are there."""

@@ -72,6 +72,10 @@ def add_adapters(policy: nn.Module, config: PeftConfig) -> None:
         lora_dropout=0.0,
     )
     inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
+    if lora.use_dora:
+        from burnish.methods.prefer.dora_layer import use_closed_form
+
+        use_closed_form(policy)  # the same numbers, sooner
 
 
 def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:

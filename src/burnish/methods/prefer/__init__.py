@@ -1,0 +1,1 @@
+"""Preference optimisation of policies: scores, pairs, losses (CrossVLA, arXiv:2605.21854)."""

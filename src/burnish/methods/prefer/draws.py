@@ -1,0 +1,181 @@
+"""Which noise and which flow times a score is estimated with, and what each draw counts.
+
+A flow policy's score of a chunk is an average over flow times t (1 is noise) and noise,
+
+    S(chunk) = - E_t,noise [ w(t) |velocity(t) - (noise - chunk)|^2 ],
+
+and the caller owns the draws: the same for chosen and rejected, policy and reference (common random numbers), or the
+difference of two scores drowns in their own scatter.
+
+With w = 1 (uniform) the quadratic part of S counts a dimension of standard deviation s by s * pi / 2 times its part
+in the log-likelihood: precise dimensions are under-weighted. With w = (1 - t) / t (elbo) S is the log-likelihood up
+to a constant that cancels in every difference (I-MMSE; Kingma and Gao 2023, arXiv:2303.00848).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Draws
+
+TIMES = ("logit", "uniform", "policy", "fixed")
+WEIGHTS = ("elbo", "uniform")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How scores are estimated."""
+
+    draws: int = 4
+    """K, draws for each chunk."""
+    times: str = "logit"
+    """Where flow times lie: logit (even in log(t / (1 - t))), uniform, policy (as it was trained), fixed."""
+    fixed_times: tuple[float, ...] = ()
+    """The times of `times: fixed`, one for each draw."""
+    weight: str | tuple[float, ...] = "elbo"
+    """elbo, uniform, or one number for each draw."""
+    reduce: str = "sum"
+    """sum (like a log-probability) or mean over valid steps and dimensions."""
+    stratified: bool = True
+    """One time from each of K equal parts of the distribution instead of K independent ones."""
+    antithetic: bool = True
+    """The second half of the draws uses the negative noise of the first half, at its times."""
+    shared: bool = True
+    """Chosen, rejected, policy and reference see the same draws. False only reproduces what goes wrong without."""
+    t_min: float = 0.02
+    t_max: float = 0.98
+    """Truncation of logit and uniform times, where weights grow without bound."""
+
+    def __post_init__(self) -> None:
+        for name in ("fixed_times", "weight"):  # YAML knows lists only
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(float(v) for v in value))
+        _one_of("times", self.times, TIMES)
+        _one_of("reduce", self.reduce, ("sum", "mean"))
+        if isinstance(self.weight, str):
+            _one_of("weight", self.weight, WEIGHTS)
+        if self.draws < 1 or not 0 < self.t_min < self.t_max < 1:
+            raise BurnishError(f"draws {self.draws}, t_min {self.t_min}, t_max {self.t_max}",
+                               "at least 1 draw and 0 < t_min < t_max < 1")  # fmt: skip
+        if self.antithetic and self.draws % 2 and self.draws > 1:
+            raise BurnishError(f"{self.draws} antithetic draws", "an even number", "draws: 4, or antithetic: false")
+        if self.times == "fixed" and (
+            len(self.fixed_times) != self.draws or not all(0 < t < 1 for t in self.fixed_times)
+        ):
+            raise BurnishError(f"fixed_times {list(self.fixed_times)}", f"{self.draws} numbers between 0 and 1")
+        if not isinstance(self.weight, str) and len(self.weight) != self.draws:
+            raise BurnishError(f"{len(self.weight)} weights", f"one for each of {self.draws} draws")
+
+
+@dataclass(frozen=True)
+class WeightedDraws:
+    """K draws of one batch row or of many: `draws.time` [..., K], and `weight` [..., K] of each.
+
+    The score is the mean over K of weight times the score of that draw.
+    """
+
+    draws: Draws
+    weight: Tensor
+
+    @staticmethod
+    def stack(rows: Sequence["WeightedDraws"]) -> "WeightedDraws":
+        """A batch of rows."""
+        noise, time = (torch.stack([getattr(r.draws, name) for r in rows]) for name in ("noise", "time"))
+        return WeightedDraws(Draws(noise, time), torch.stack([r.weight for r in rows]))
+
+    def to(self, device: torch.device | str) -> "WeightedDraws":
+        return WeightedDraws(self.draws.to(device), self.weight.to(device))
+
+
+def make_draws(own: Draws, config: ScoreConfig, generator: torch.Generator) -> WeightedDraws:
+    """K weighted draws.
+
+    Args:
+        own: the policy's own K draws (`policy.draw(K, generator)`): noise [K, ...], time [K].
+        config: see ScoreConfig.
+        generator: draws the times.
+
+    Returns:
+        noise [K, ...], time [K], weight [K].
+    """
+    K = config.draws
+    half = K // 2 if config.antithetic and K > 1 else K
+    noise = own.noise
+    if half < K:
+        noise = torch.cat([noise[:half], -noise[:half]])
+    if config.times == "policy":
+        time = own.time
+        time = torch.cat([time[:half], time[:half]]) if half < K else time
+    else:
+        time = _times(config, half, generator).to(own.time)
+        time = time.repeat(K // half)
+    return WeightedDraws(Draws(noise, time), importance(time, config))
+
+
+def _times(config: ScoreConfig, count: int, generator: torch.Generator) -> Tensor:
+    """[count] times, float64; in random order, so that none is tied to a place in the batch."""
+    if config.times == "fixed":
+        return torch.tensor(config.fixed_times[:count], dtype=torch.float64)
+    uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    if config.stratified:
+        uniform = (torch.arange(count, device=generator.device) + uniform) / count
+    if config.times == "uniform":
+        return config.t_min + (config.t_max - config.t_min) * uniform
+    low, high = _logit(config.t_min), _logit(config.t_max)
+    return torch.sigmoid(low + (high - low) * uniform)
+
+
+def importance(time: Tensor, config: ScoreConfig) -> Tensor:
+    """w(t) / q(t) of each draw [..., K]: its weight over the density that its time was drawn from.
+
+    Times drawn evenly in the logit have the density 1 / (t (1 - t) L), L the length of the logit's range, so elbo
+    weights become (1 - t)^2 L: bounded, where uniform times would leave 1 / t. Times of the policy's own
+    distribution are not corrected for: that is the training loss.
+    """
+    if not isinstance(config.weight, str):
+        return torch.tensor(config.weight).to(time).expand_as(time)
+    weight = (1 - time) / time if config.weight == "elbo" else torch.ones_like(time)
+    if config.times == "logit":
+        return weight * time * (1 - time) * (_logit(config.t_max) - _logit(config.t_min))
+    if config.times == "uniform":
+        return weight * (config.t_max - config.t_min)
+    return weight
+
+
+def combine(per_draw: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Scores [B, C] of per-draw scores [B, C, K].
+
+    Args:
+        per_draw: as `Policy.scores` returns them.
+        weight: [B, K], or [B, C, K] for draws that are not shared.
+        counts: [B, C] valid steps times dimensions, for the mean instead of the sum.
+    """
+    weight = weight[:, None] if weight.ndim == 2 else weight
+    score = (per_draw * weight).mean(-1)
+    return score if counts is None else score / counts.clamp_min(1)
+
+
+def spread(per_draw: Tensor, weight: Tensor) -> Tensor:
+    """[B] standard error, from the scatter over draws, of the difference chosen minus rejected of [B, 2, K] scores.
+
+    Independent draws scatter by themselves; shared ones by their difference alone.
+    """
+    weight = weight[:, None] if weight.ndim == 2 else weight
+    weighted = per_draw * weight
+    difference = weighted[:, 0] - weighted[:, 1]
+    K = difference.shape[-1]
+    return difference.std(-1) / math.sqrt(K) if K > 1 else difference.new_zeros(len(difference))
+
+
+def _logit(t: float) -> float:
+    return math.log(t / (1 - t))
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise BurnishError(f"{name} is '{value}'", f"one of {', '.join(known)}")

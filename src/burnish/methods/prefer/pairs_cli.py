@@ -1,0 +1,361 @@
+"""`burnish pairs`: rollouts of a policy from the same initial states, and which of two chunks led to success.
+
+The first rollout of an initial state, its trunk, is free. Every other one repeats the trunk's actions up to a replan
+of its own, then goes on with other noise. So two rollouts share the whole past of the chunk in which they part, and a
+pair compares exactly these two chunks on exactly the same observation.
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import new_folder, write_json
+from burnish.core.seeding import derive_seed
+from burnish.data.spool import Spool, StoredRecording
+from burnish.envs.base import EnvSpec, expand
+from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
+from burnish.evaluate.records import weights_hash
+from burnish.evaluate.workers import Episode, Finished, SimulatorPool, Waiting
+from burnish.methods.prefer.pairs import Pair, PairData, make_pairs, read_labels, write_index
+
+if TYPE_CHECKING:
+    from burnish.policies.base import Policy
+
+EPILOG = """examples:
+  burnish pairs runs/lift/policy --env tabletop:lift --states 200 --rollouts 4 --root data/pairs/lift
+  burnish pairs --labels labels.jsonl --root data/my_robot
+
+The second form makes pairs of a data set that is there: one line {"chosen": [episode, frame], "rejected":
+[episode, frame]} for each human or programmatic label. Killed or interrupted, the same command continues.
+"""
+
+
+@dataclass
+class _Rollout:
+    """One rollout on its way: `replay` [F, A] are the trunk's actions that it repeats first."""
+
+    spec: EnvSpec
+    state: int
+    place: int
+    replay: np.ndarray
+    expert: bool = False
+    replans: int = 0
+    begun: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.spec.task_id} rollout {self.place}"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What `collect` made."""
+
+    root: Path
+    pairs: int
+    episodes: int
+    successes: int
+    mixed_states: int
+    states: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} pairs from {self.episodes} rollouts ({self.successes} solved) in {self.root}; "
+            f"{self.mixed_states} of {self.states} initial states have both outcomes"
+        )
+
+
+def collect(
+    policy: "Policy | Path | str",
+    env: str,
+    root: Path | str,
+    *,
+    states: int = 100,
+    rollouts: int = 4,
+    first_state: int = 500_000,
+    seed: int = 0,
+    image_size: int = 0,
+    action_noise: float = 0.0,
+    expert: bool = False,
+    ties: str = "skip",
+    leads: Sequence[int] = (0,),
+    limit: int = 0,
+    workers: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Collection:
+    """Let a policy act several times from each initial state and write its pairs as a LeRobot data set with an index.
+
+    Args:
+        policy: a policy or its folder.
+        env: environment id.
+        root: folder to make; `<root>.partial` beside it holds finished rollouts until then.
+        states: initial states for each task.
+        rollouts: for each of them, the trunk included.
+        first_state: the first initial state where the environment has unlimited ones; evaluation begins at 1000000.
+        seed: of the policy's noise and of the places where rollouts part.
+        image_size: of the recorded views in pixels; 0 means the policy's own.
+        action_noise: standard deviation of the noise added to a branch's first chunk, as a share of half the range.
+        expert: where all rollouts of a state failed, let the environment's expert complete one more.
+        ties, leads, limit: see `make_pairs`.
+        workers: simulator processes; 0 means one for each core.
+        device: torch device of a policy folder.
+
+    Raises:
+        BurnishError: bad arguments, a folder made with other settings, no state with both outcomes.
+    """
+    import os
+
+    from burnish.policies import load_policy
+
+    root = Path(root)
+    if states < 1 or rollouts < 2:
+        raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
+    if root.exists():
+        raise BurnishError(f"{root} exists", "a new folder", "another --root")
+    if isinstance(policy, str | Path):
+        policy = load_policy(policy, device=device)
+    request = {
+        "format": 1, "env": env, "policy": weights_hash(policy), "states": states, "rollouts": rollouts,
+        "first_state": first_state, "seed": seed, "image_size": image_size or policy.image_size,
+        "action_noise": action_noise, "expert": expert,
+    }  # fmt: skip
+    spool = Spool(root, request)
+    try:
+        count = workers or len(os.sched_getaffinity(0))
+        with SimulatorPool(count, _maker(), request["image_size"]) as pool:
+            specs = pool.describe(expand(env))
+            for spec in specs:
+                _collect_task(pool, policy, spec, spool, request, 4 * count, progress)
+        collection = _finish(root, spool, specs, request, ties=ties, leads=leads, limit=limit)
+    except BaseException:
+        spool.close()
+        raise
+    spool.remove()
+    return collection
+
+
+def _maker():
+    from burnish.envs.base import make_env
+
+    return make_env
+
+
+def _collect_task(
+    pool: SimulatorPool, policy: "Policy", spec: EnvSpec, spool: Spool, request: dict[str, Any], slots: int, bar: bool
+) -> None:
+    """All rollouts of one task: first the trunks, then what branches off them."""
+    folder, rollouts = spool.task_folder(spec.task_id), request["rollouts"]
+    cameras = match_cameras(policy, spec, None)
+    write_json(folder / "spec.json", {
+        "fps": spec.fps, "state_names": list(spec.state_names), "action_names": list(spec.action_names),
+        "cameras": [cameras[name] for name in policy.cameras], "max_steps": spec.max_steps,
+    })  # fmt: skip
+    first = request["first_state"] if spec.num_initial_states is None else 0
+    states = [first + i for i in range(min(request["states"], spec.num_initial_states or request["states"]))]
+    actor = BatchedPolicy(policy, cameras, request["seed"], (slots + 1) // 2, policy.n_action_steps)
+    driver = _Driver(pool, actor, folder, request, slots, bar)
+    empty = np.zeros((0, len(spec.action_names)), np.float32)
+    done = spool.attempts(spec.task_id)
+    driver.run([_Rollout(spec, s, 0, empty) for i, s in enumerate(states) if i * (rollouts + 1) not in done], states)
+    done = spool.attempts(spec.task_id)
+    branches = []
+    for i, state in enumerate(states):
+        missing = [place for place in range(1, rollouts) if i * (rollouts + 1) + place not in done]
+        if missing:
+            trunk = StoredRecording(done[i * (rollouts + 1)])["action"]
+            branches += [_Rollout(spec, state, p, trunk[: _part(request, state, p, trunk, policy)]) for p in missing]
+    driver.run(branches, states)
+    if request["expert"]:
+        driver.run(_completions(spool, spec, states, rollouts, request, policy), states)
+
+
+def _part(request: dict[str, Any], state: int, place: int, trunk: np.ndarray, policy: "Policy") -> int:
+    """How many of the trunk's actions a branch repeats: up to one of the trunk's replans, each equally likely."""
+    replans = -(-len(trunk) // policy.n_action_steps)
+    return derive_seed("part", request["seed"], state, place) % replans * policy.n_action_steps
+
+
+def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, policy: "Policy") -> list[_Rollout]:
+    done, found = spool.attempts(spec.task_id), []
+    for i, state in enumerate(states):
+        number = i * (rollouts + 1)
+        if number + rollouts in done or any(".solved." in done[number + p].name for p in range(rollouts)):
+            continue
+        trunk = StoredRecording(done[number])["action"]
+        part = _part(request, state, rollouts, trunk, policy)
+        found.append(_Rollout(spec, state, rollouts, trunk[:part], expert=True))
+    return found
+
+
+@dataclass
+class _Driver:
+    """Keeps the simulators busy and the policy's batches full."""
+
+    pool: SimulatorPool
+    actor: BatchedPolicy
+    folder: Path
+    request: dict[str, Any]
+    slots: int
+    progress: bool
+    running: dict[int, _Rollout] = field(default_factory=dict)
+    waiting: deque[Waiting] = field(default_factory=deque)
+
+    def run(self, rollouts: list[_Rollout], states: Sequence[int]) -> None:
+        from tqdm import tqdm
+
+        todo, free = deque(rollouts), deque(range(self.slots))
+        with tqdm(total=len(todo), desc="rollouts", unit="ep", disable=not self.progress, file=sys.stderr) as bar:
+            while todo or self.running:
+                while todo and free:
+                    self._start(free.popleft(), todo.popleft(), states)
+                for reply in self.pool.poll():
+                    if isinstance(reply, Finished):
+                        del self.running[reply.slot]
+                        free.append(reply.slot)
+                        bar.update()
+                    else:
+                        self._answer(reply)
+                while self.waiting and (
+                    len(self.waiting) >= self.actor.width
+                    or len(self.waiting) == len(self.running)
+                    and not (todo and free)
+                ):
+                    self._replan()
+
+    def _start(self, slot: int, rollout: _Rollout, states: Sequence[int]) -> None:
+        number = states.index(rollout.state) * (self.request["rollouts"] + 1) + rollout.place
+        self.running[slot] = rollout
+        episode = Episode(
+            task=rollout.spec.task_id, initial_state=rollout.state, max_steps=rollout.spec.max_steps,
+            cameras=tuple(self.actor.cameras.values()), record=self.folder / f"{number:06d}.safetensors",
+            actor_seed=derive_seed("completion", rollout.state) % 2**31,
+        )  # fmt: skip
+        self.pool.start(slot, episode)
+
+    def _answer(self, reply: Waiting) -> None:
+        rollout = self.running[reply.slot]
+        if not rollout.begun and len(rollout.replay):
+            rollout.begun = True
+            rollout.replans = len(rollout.replay) // self.actor.n_action_steps
+            self.pool.act(reply.slot, rollout.replay)
+        elif rollout.expert:
+            self.pool.finish(reply.slot)
+        else:
+            self.waiting.append(reply)
+
+    def _replan(self) -> None:
+        rows = [self.waiting.popleft() for _ in range(min(self.actor.width, len(self.waiting)))]
+        runs = [self.running[row.slot] for row in rows]
+        requests = [
+            Request(row.observation, run.label, run.state, run.replans) for row, run in zip(rows, runs, strict=True)
+        ]
+        actions, _ = self.actor.act(requests)
+        for row, run, chunk in zip(rows, runs, actions, strict=True):
+            if self.request["action_noise"] and run.place and run.replans * len(chunk) == len(run.replay):
+                chunk = self._disturb(run, chunk)
+            run.replans += 1
+            run.begun = True
+            self.pool.act(row.slot, chunk)
+
+    def _disturb(self, run: _Rollout, chunk: np.ndarray) -> np.ndarray:
+        low, high = run.spec.action_low, run.spec.action_high
+        random = np.random.default_rng(derive_seed("noise", self.request["seed"], run.label, run.state))
+        noise = random.normal(size=chunk.shape) * self.request["action_noise"] * (high - low) / 2
+        return np.clip(chunk + noise, low, high).astype(np.float32)
+
+
+def _finish(root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[str, Any], **options: Any) -> Collection:
+    """Pair what was recorded and write data set and index at once."""
+    from burnish.data.assemble import assemble
+
+    step = request["rollouts"] + 1
+    chosen: list[StoredRecording] = []
+    pairs: list[Pair] = []
+    states = mixed = 0
+    for spec in specs:
+        groups: dict[int, list[StoredRecording]] = {}
+        for number, path in sorted(spool.attempts(spec.task_id).items()):
+            groups.setdefault(number // step, []).append(StoredRecording(path))
+        for group in groups.values():
+            outcomes = [bool(r.facts["success"]) for r in group]
+            arrays = [{"state": r["state"], "action": r["action"]} for r in group]
+            found = make_pairs(outcomes, [r.facts["length"] for r in group], arrays, **options)
+            first = len(chosen)
+            pairs += [Pair((first + p.chosen[0], p.chosen[1]), (first + p.rejected[0], p.rejected[1])) for p in found]
+            chosen += group
+            states += 1
+            mixed += 0 < sum(outcomes) < len(outcomes)
+    solved = [bool(r.facts["success"]) for r in chosen]
+    facts = {**request, "ties": options["ties"], "leads": list(options["leads"]), "outcomes": solved}
+    with new_folder(root) as folder:
+        family = request["env"].partition(":")[0]
+        assemble(folder, root.name, chosen, spool.spec(specs[0].task_id), request["image_size"], family)
+        write_index(folder, pairs, {"source": "rollouts", **facts})
+    return Collection(root, len(pairs), len(chosen), sum(solved), mixed, states)
+
+
+def import_labels(root: Path | str, labels: Path | str, state_tolerance: float = 0.0) -> int:
+    """Make the LeRobot data set `root` a pair folder by a file of labels; returns how many pairs there are.
+
+    Raises:
+        BurnishError: unreadable labels, or a pair of unequal starts or tasks; then `root` is left as it was.
+    """
+    from burnish.data.frames import load_metadata
+    from burnish.methods.prefer.pairs import FACTS, INDEX
+
+    root, pairs = Path(root), read_labels(Path(labels))
+    load_metadata(root)
+    if (root / INDEX).exists():
+        raise BurnishError(f"{root} has pairs already", "a data set without", f"rm '{root / INDEX}'")
+    write_index(root, pairs, {"source": "labels"}, state_tolerance)
+    try:
+        return len(PairData(root, (), 1))
+    except BurnishError:
+        for name in (INDEX, FACTS):
+            (root / name).unlink()
+        raise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("policy", nargs="?", default="", help="LeRobot policy folder; left out with --labels")
+    add("--env", default="", help="environment id, e.g. tabletop:lift")
+    add("--root", required=True, type=Path, help="pair folder to make, or the data set that the labels are about")
+    add("--states", type=int, default=100, help="initial states for each task (default 100)")
+    add("--rollouts", type=int, default=4, help="rollouts for each of them (default 4)")
+    add("--first-state", type=int, default=500_000, help="first initial state, where they are unlimited")
+    add("--seed", type=int, default=0, help="seed of the policy's noise (default 0)")
+    add("--image-size", type=int, default=0, help="side of the recorded images (default: the policy's)")
+    add("--action-noise", type=float, default=0.0, help="noise on a branch's first chunk, share of half the range")
+    add("--expert", action="store_true", help="where all rollouts failed, let the expert complete one")
+    add("--ties", choices=["skip", "faster"], default="skip", help="what to do with two successes (default skip)")
+    add("--leads", type=int, nargs="+", default=[0], help="frames before the parting at which chunks start (default 0)")
+    add("--limit", type=int, default=0, help="at most so many pairs for each initial state (default: all)")
+    add("--workers", type=int, default=0, help="simulator processes (default: one for each core)")
+    add("--device", default="cpu", help="torch device of the policy (default cpu)")
+    add("--labels", type=Path, help="JSON lines of labels on the data set --root")
+    add("--state-tolerance", type=float, default=0.0, help="how far the starts of a labelled pair may differ")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.labels:
+        print(f"{import_labels(args.root, args.labels, args.state_tolerance)} pairs in {args.root}")
+        return 0
+    if not args.policy or not args.env:
+        raise BurnishError("burnish pairs without a policy or without --env", "both, or --labels")
+    made = collect(
+        args.policy, args.env, args.root, states=args.states, rollouts=args.rollouts, first_state=args.first_state,
+        seed=args.seed, image_size=args.image_size, action_noise=args.action_noise, expert=args.expert,
+        ties=args.ties, leads=args.leads, limit=args.limit, workers=args.workers, device=args.device,
+    )  # fmt: skip
+    print(made)
+    return 0
