@@ -1,10 +1,11 @@
-"""LeRobot plug-in: makes burnish's environments known to `lerobot-train` and `lerobot-eval`.
+"""LeRobot plug-in: makes `burnish_discrete` and burnish's environments known to `lerobot-train` and `lerobot-eval`.
 
 LeRobot imports every installed distribution whose name starts with lerobot_policy_. This package comes with burnish
 and is announced under that name by `lerobot_policy_burnish.egg-info`, so that one installation of burnish suffices.
 Where that is not found (an unusual installer), give `--env.discover_packages_path=lerobot_policy_burnish`.
 """
 
+from burnish.policies.discrete.configuration_discrete import DiscreteConfig
 from lerobot_policy_burnish.environment import BurnishEnvConfig
 
-__all__ = ["BurnishEnvConfig"]
+__all__ = ["BurnishEnvConfig", "DiscreteConfig"]

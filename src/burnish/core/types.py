@@ -29,13 +29,18 @@ class Draws:
     Args:
         noise: [B, T, A_model] standard normal; A_model is the policy's padded action width.
         time: [B] flow time in (0, 1]; 1 is noise.
+        masks: bool [B, L], action tokens that a token policy does not see in `loss`; None for other policies.
+        learned: bool [B, L], those that count in its loss.
     """
 
     noise: Tensor
     time: Tensor
+    masks: Tensor | None = None
+    learned: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Draws":
-        return Draws(self.noise.to(device), self.time.to(device))
+        moved = (None if part is None else part.to(device) for part in (self.masks, self.learned))
+        return Draws(self.noise.to(device), self.time.to(device), *moved)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Policies: `load_policy` for a LeRobot folder or a shipped base, `create_policy` for a new SmolVLA on a VLM."""
+"""Policies: `load_policy` for a LeRobot folder or a shipped base, `create_policy` for a new one on a VLM."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ def load_policy(
     dataset_stats: dict[str, Any] | None = None,
     features: dict[str, Any] | None = None,
 ) -> "Policy":
-    """Load a LeRobot policy folder (type smolvla, pi0 or pi05), or a base shipped with burnish by its bare name.
+    """Load a LeRobot policy folder (smolvla, pi0, pi05, burnish_discrete), or a shipped base by its bare name.
 
     Args:
         path: the folder, or e.g. "small".
@@ -35,12 +35,26 @@ def load_policy(
 
 
 def create_policy(
-    vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, **options: Any
+    vlm_folder: Path | str,
+    features: dict,
+    dataset_stats: dict,
+    overrides: dict | None = None,
+    *,
+    type: str = "smolvla",
+    **options: Any,
 ) -> "Policy":
-    """A new SmolVLA on a VLM folder; see `burnish.policies.smolvla.create_policy`."""
+    """A new policy on a VLM folder.
+
+    See `burnish.policies.smolvla.create_policy`, and for type burnish_discrete, which takes a SmolVLA folder or a
+    shipped base too, `burnish.policies.discrete.create.create_discrete`.
+    """
+    if type == "burnish_discrete":
+        from burnish.policies.discrete.create import create_discrete
+
+        return create_discrete(vlm_folder, features, dataset_stats, overrides, **options)
     from burnish.policies.smolvla import create_policy as create
 
-    return create(vlm_folder, features, dataset_stats, overrides, **options)
+    return create(vlm_folder, features, dataset_stats, overrides, type=type, **options)
 
 
 def __getattr__(name: str):

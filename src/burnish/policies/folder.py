@@ -19,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.policies.adapter import Adapter
+from burnish.policies.discrete.policy import Discrete
 from burnish.policies.pi import SIZES_FILE, TOKENIZER_FOLDER, Pi
 from burnish.policies.smolvla import VLM_FOLDER, SmolVLA
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-ADAPTERS = {"smolvla": SmolVLA, "pi0": Pi, "pi05": Pi}
+ADAPTERS = {"smolvla": SmolVLA, "pi0": Pi, "pi05": Pi, "burnish_discrete": Discrete}
+KEEPS_VLM = ("smolvla", "burnish_discrete")
+"""Types whose folder has the VLM's files in vlm/."""
 _STATS = {
     "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
     "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
@@ -39,7 +43,7 @@ def load(
     device: str = "cpu",
     dataset_stats: dict[str, Any] | None = None,
     features: dict[str, Any] | None = None,
-) -> SmolVLA | Pi:
+) -> SmolVLA | Pi | Discrete:
     """Load a LeRobot policy folder.
 
     Args:
@@ -56,8 +60,10 @@ def load(
     raw = _read_json(folder / CONFIG)
     if raw.get("type") not in ADAPTERS:
         raise BurnishError(f"policy type {raw.get('type')!r} in {folder / CONFIG}", f"one of {', '.join(ADAPTERS)}")
+    if raw["type"] == "burnish_discrete":
+        from burnish.policies.discrete import configuration_discrete  # noqa: F401  makes the type known to LeRobot
     raw.update(_known(overrides or {}, raw["type"]))
-    if raw["type"] == "smolvla":
+    if raw["type"] in KEEPS_VLM:
         raw["load_vlm_weights"] = False  # all weights are in model.safetensors
         if (folder / VLM_FOLDER).is_dir():
             raw["vlm_model_name"] = str(folder / VLM_FOLDER)
@@ -66,8 +72,10 @@ def load(
     processors = _load_processors(config, folder, dataset_stats)
     policy = build(config, 0, sizes)
     load_tensors(policy, _read_tensors(policy, folder / WEIGHTS), str(folder / WEIGHTS))
+    if raw["type"] == "burnish_discrete" and dataset_stats is not None:
+        policy.fit_tokens(dataset_stats)
     policy.to(device).eval()
-    return SmolVLA(policy, *processors) if raw["type"] == "smolvla" else Pi(policy, *processors, sizes=sizes)
+    return ADAPTERS[raw["type"]](policy, *processors, **({"sizes": sizes} if raw["type"] in ("pi0", "pi05") else {}))
 
 
 def resolve(path: Path | str) -> Path:
@@ -161,7 +169,7 @@ def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any
 
 
 def write(
-    policy: SmolVLA | Pi, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
+    policy: Adapter, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write a LeRobot policy folder; making that atomic is the caller's business.
@@ -260,7 +268,7 @@ def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) ->
     from lerobot.policies.factory import make_pre_post_processors
 
     lacking = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
-    inside = {"smolvla": folder / VLM_FOLDER}.get(config.type, folder / TOKENIZER_FOLDER)
+    inside = folder / (VLM_FOLDER if config.type in KEEPS_VLM else TOKENIZER_FOLDER)
     if lacking and stats is not None:
         return new_processors(config, stats)
     if lacking:

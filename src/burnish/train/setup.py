@@ -106,10 +106,10 @@ def _load_policy(recipe: RecipeConfig, meta) -> Policy:
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
         return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features)
-    if recipe.policy.type != "smolvla" or "vlm_model_name" not in overrides:
-        fix = "--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new smolvla"
+    if "vlm_model_name" not in overrides:
+        fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
-    return create_policy(overrides.pop("vlm_model_name"), features, meta.stats, overrides)
+    return create_policy(overrides.pop("vlm_model_name"), features, meta.stats, overrides, type=recipe.policy.type)
 
 
 def _features(recipe: RecipeConfig, meta) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""The LeRobot config of `burnish_discrete` (names and places of these files are LeRobot's convention for plug-ins)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+
+TRAININGS = ("autoregressive", "parallel", "diffusion")
+TOKENIZERS = ("uniform", "quantile", "fast")
+
+
+@PreTrainedConfig.register_subclass("burnish_discrete")
+@dataclass
+class DiscreteConfig(PreTrainedConfig):
+    """Fields of `--policy.` and of a recipe's `policy.overrides`."""
+
+    n_obs_steps: int = 1
+    chunk_size: int = 8
+    n_action_steps: int = 8
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.QUANTILES,
+        }
+    )
+
+    # Backbone.
+    vlm_model_name: str = ""
+    """Folder of the VLM's config, tokenizer and processor (and weights, for a new policy)."""
+    load_vlm_weights: bool = False
+    """Take the VLM's weights from that folder; False where model.safetensors has everything."""
+    image_size: int = 0
+    """Images are resized to this side, with padding; 0 means the vision tower's own."""
+    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    scale_embeddings: bool = False
+    """Multiply image and text embeddings by the square root of the width, as SmolVLA does."""
+    state_as: str = "row"
+    """"row": the state is one projected row of the prompt; "tokens": one binned token for each dimension."""
+    max_state_dim: int = 32
+    """Width of the state projection."""
+    tokenizer_max_length: int = 48
+    pad_language_to: str = "longest"
+
+    # Action tokens.
+    tokenizer: str = "uniform"
+    """uniform or quantile bins, or fast (frequencies and byte pairs; needs `fast_folder`)."""
+    bins: int = 256
+    """Bins of an action dimension."""
+    fast_folder: str = ""
+    """Folder with FAST's tokenizer.json and processor_config.json."""
+    fast_length: int = 64
+    """Tokens of a chunk with FAST; shorter ones are padded, longer ones refused."""
+
+    # Training.
+    training: str = "diffusion"
+    """autoregressive (next token), parallel (all tokens hidden), or diffusion (some hidden, see `noise`)."""
+    block_size: int = 0
+    """Tokens that see one another; a row also sees all earlier blocks. 0 means the whole chunk (bidirectional), the
+    action dimension means one control step; autoregressive has 1."""
+    shift: bool = False
+    """Read the token at a position from the row before it, as language models do; autoregressive always does."""
+    open_prompt: bool = False
+    """Let prompt rows see action rows in training. Keys of the prompt can then not be kept between passes."""
+    noise: str = "uniform"
+    """Schedule of the hidden tokens, see discrete/noise.py."""
+    noise_options: dict[str, float] = field(default_factory=dict)
+    ordinal_weight: float = 0.0
+    """Weight of the distance between the expected and the true action beside the cross-entropy."""
+
+    # Decoding.
+    decoder: str = ""
+    """Name of a decoder; empty means autoregressive, one_pass, prompt_cached or pipelined, as the training says."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+
+    optimizer_lr: float = 1e-4
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_weight_decay: float = 1e-4
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 1_000
+    scheduler_decay_steps: int = 30_000
+    scheduler_decay_lr: float = 2.5e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("training", TRAININGS), ("tokenizer", TOKENIZERS), ("state_as", ("row", "tokens"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is '{getattr(self, name)}', not one of {', '.join(known)}")
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(f"n_action_steps {self.n_action_steps} is more than chunk_size {self.chunk_size}")
+        if not 2 <= self.bins <= 4096:
+            raise ValueError(f"bins is {self.bins}, not 2 to 4096")
+        if self.tokenizer == "fast" and not self.fast_folder:
+            raise ValueError("tokenizer is fast but fast_folder is empty")
+        if self.training == "autoregressive":
+            if self.block_size not in (0, 1):
+                raise ValueError(f"block_size is {self.block_size}, but an autoregressive policy sees back only")
+            self.block_size, self.shift = 1, True
+        mode = self.normalization_mapping.get("ACTION")
+        if self.tokenizer != "fast" and mode not in (NormalizationMode.QUANTILES, NormalizationMode.MIN_MAX):
+            raise ValueError(f"actions are normalised by {mode}, but bins need QUANTILES or MIN_MAX (-1 to 1)")
+
+    def validate_features(self) -> None:
+        """Chunk length and block size must fit; called when the features are known."""
+        if self.action_feature is None or self.robot_state_feature is None:
+            raise ValueError("burnish_discrete needs observation.state and action")
+        if self.block_size > 0 and self.length % self.block_size:
+            raise ValueError(f"blocks of {self.block_size} do not divide the {self.length} tokens of a chunk")
+        if self.robot_state_feature.shape[0] > self.max_state_dim:
+            raise ValueError(f"a state of {self.robot_state_feature.shape[0]} but max_state_dim {self.max_state_dim}")
+
+    @property
+    def action_dim(self) -> int:
+        return self.action_feature.shape[0]
+
+    @property
+    def max_action_dim(self) -> int:
+        """Nothing is padded."""
+        return self.action_dim
+
+    @property
+    def length(self) -> int:
+        """L, tokens of a chunk."""
+        return self.fast_length if self.tokenizer == "fast" else self.chunk_size * self.action_dim
+
+    @property
+    def block(self) -> int:
+        """Tokens that see one another."""
+        return self.block_size or self.length
+
+    @property
+    def decoder_name(self) -> str:
+        if self.decoder:
+            return self.decoder
+        if self.training != "diffusion":
+            return {"autoregressive": "autoregressive", "parallel": "one_pass"}[self.training]
+        if self.open_prompt:
+            return "bidirectional"
+        return "prompt_cached" if self.block == self.length else "pipelined"
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        return CosineDecayWithWarmupSchedulerConfig(
+            peak_lr=self.optimizer_lr,
+            decay_lr=self.scheduler_decay_lr,
+            num_warmup_steps=self.scheduler_warmup_steps,
+            num_decay_steps=self.scheduler_decay_steps,
+        )
+
+    @property
+    def observation_delta_indices(self) -> list[int]:
+        return [0]
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None

@@ -1,0 +1,104 @@
+"""A new `burnish_discrete` on a VLM folder, or on the VLM of a SmolVLA (the shipped base, say)."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from burnish.core.errors import BurnishError
+from burnish.policies import folder as folders
+from burnish.policies.discrete.policy import Discrete
+
+_SHARED = ("max_state_dim", "tokenizer_max_length", "pad_language_to")
+"""Config fields that a new policy takes over from a SmolVLA."""
+
+
+def create_discrete(
+    source: Path | str,
+    features: dict[str, Any],
+    dataset_stats: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    *,
+    generator_seed: int = 0,
+    device: str = "cpu",
+) -> Discrete:
+    """A new policy: the VLM as it is, action embeddings and head fresh.
+
+    Args:
+        source: a VLM folder (config, weights, tokenizer), a SmolVLA policy folder, or a shipped base's name. From a
+            SmolVLA come the VLM, the state projection and the way it scales embeddings; its action expert is left.
+        features: LeRobot PolicyFeatures of inputs and outputs by key.
+        dataset_stats: LeRobot statistics by key.
+        overrides: fields of DiscreteConfig.
+        generator_seed: of the fresh weights; the global generator is left as it was.
+        device: torch device.
+
+    Raises:
+        BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.
+    """
+    from burnish.policies.discrete import configuration_discrete  # noqa: F401  makes the type known to LeRobot
+
+    source = Path(source)
+    if _is_vlm(source):
+        return _build(source.absolute(), None, features, dataset_stats, overrides or {}, generator_seed, device)
+    base = folders.load(folders.resolve(source))
+    if base.config.type != "smolvla":
+        raise BurnishError(f"a policy of type {base.config.type} in {source}", "a SmolVLA or a VLM folder")
+    with TemporaryDirectory() as vlm:
+        base.vlm.config.text_config.num_hidden_layers = base.num_layers  # LeRobot cuts layers off, not the config
+        base.vlm.config.save_pretrained(vlm)
+        base.policy.model.vlm_with_expert.processor.save_pretrained(vlm)
+        return _build(Path(vlm), base, features, dataset_stats, overrides or {}, generator_seed, device)
+
+
+def _is_vlm(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "type" not in json.loads(config.read_text())
+
+
+def _build(
+    vlm_folder: Path, base: Any, features: dict, stats: dict, overrides: dict, seed: int, device: str
+) -> Discrete:
+    taken = {} if base is None else {name: getattr(base.config, name) for name in _SHARED}
+    raw = {
+        "type": "burnish_discrete",
+        "push_to_hub": False,
+        "scale_embeddings": base is not None,
+        **_pixels(vlm_folder),
+        **taken,
+        **overrides,
+        "vlm_model_name": str(vlm_folder),
+        "load_vlm_weights": False,
+    }
+    config = folders.decode_config(raw, str(vlm_folder), features, device)
+    policy = folders.build(config, seed)
+    weights = _weights(vlm_folder) if base is None else base.vlm.state_dict()
+    folders.load_tensors(policy.model.vlm, weights, str(vlm_folder), extra_allowed=True)
+    if base is not None and config.state_as == "row" and config.max_state_dim == base.config.max_state_dim:
+        policy.model.state_proj.load_state_dict(base.policy.model.state_proj.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy.model.start()
+    policy.fit_tokens(stats)
+    return Discrete(policy.to(device).eval(), *folders.new_processors(config, stats))
+
+
+def _pixels(vlm_folder: Path) -> dict[str, list[float]]:
+    """Mean and deviation of pixels that the vision tower was trained with."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (vlm_folder / name).is_file():
+            found = json.loads((vlm_folder / name).read_text())
+            found = found.get("image_processor", found)
+            if "image_mean" in found:
+                return {key: list(found[key]) for key in ("image_mean", "image_std")}
+    return {}
+
+
+def _weights(vlm_folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForImageTextToText
+
+    vlm: nn.Module = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
+    return vlm.state_dict()

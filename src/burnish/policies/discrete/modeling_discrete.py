@@ -1,0 +1,235 @@
+"""LeRobot's policy class of `burnish_discrete`: batches have gone through the processors, actions are normalised."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Draws
+from burnish.policies.adapter import ACTION, PAD
+from burnish.policies.discrete import losses
+from burnish.policies.discrete.configuration_discrete import DiscreteConfig
+from burnish.policies.discrete.network import TokenNet
+from burnish.policies.discrete.noise import NOISE, hide
+from burnish.policies.discrete.rows import NetRows
+from burnish.policies.rows import Decode, PromptRows, make_decoder, sees
+
+
+class DiscretePolicy(PreTrainedPolicy):
+    """See DiscreteConfig.
+
+    Args:
+        config: with features.
+        dataset_stats: LeRobot's statistics, for quantile bins; not needed where weights are loaded afterwards.
+    """
+
+    config_class = DiscreteConfig
+    name = "burnish_discrete"
+
+    def __init__(self, config: DiscreteConfig, dataset_stats: dict[str, Any] | None = None, **_: Any):
+        super().__init__(config)
+        config.validate_features()
+        self.model = TokenNet(config, _make_vlm(config))
+        if dataset_stats is not None:
+            self.fit_tokens(dataset_stats)
+        self._decoders: dict[str, Decode] = {}
+        self.reset()
+
+    def fit_tokens(self, dataset_stats: dict[str, Any]) -> None:
+        """Set quantile bins to a data set; others need nothing."""
+        if self.config.tokenizer != "quantile":
+            return
+        bounds = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
+        mode = self.config.normalization_mapping["ACTION"].value
+        self.model.tokens.fit_quantiles(dataset_stats[ACTION], bounds[mode])
+
+    def get_optim_params(self) -> Any:
+        return self.parameters()
+
+    def reset(self) -> None:
+        """Forget actions that were decoded but not executed."""
+        self._queue: deque[Tensor] = deque()
+
+    # Training.
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
+        """Noise [B, T, A], time [B] in (0, 1], and the tokens to hide and to learn from, [B, L]."""
+        config, device = self.config, generator.device
+        shape = (batch_size, config.chunk_size, config.action_dim)
+        noise = torch.randn(shape, generator=generator, device=device)
+        time = 1 - torch.rand(batch_size, generator=generator, device=device)
+        everything = torch.ones(batch_size, config.length, dtype=torch.bool, device=device)
+        if config.training != "diffusion":
+            return Draws(noise, time, everything & (config.training == "parallel"), everything)
+        # A bidirectional model has no blocks; schedules that know some then work on control steps.
+        block = config.block if config.block < config.length else config.action_dim
+        block = block if self.model.tokens.time_ordered else config.length
+        shares = NOISE.get(config.noise)(batch_size, config.length // block, generator, **config.noise_options)
+        return Draws(noise, time, *hide(shares, block, generator))
+
+    def logits(self, prompt: PromptRows, ids: Tensor, hidden: Tensor, block: int | None = None) -> Tensor:
+        """[B, L, V] logits of every action token, one pass over prompt and actions.
+
+        Args:
+            prompt: embedded observations.
+            ids: long [B, L], the true tokens.
+            hidden: bool [B, L], tokens that the model does not see.
+            block: tokens that see one another; None means the policy's own.
+        """
+        config, model = self.config, self.model
+        index = torch.arange(config.length, device=ids.device)
+        seen = sees(index[:, None], index[None, :], block or config.block)
+        visible = _visible(prompt.valid, seen)
+        given = torch.where(hidden, model.mask_id, ids)
+        states = model.joint(prompt, given, index.expand_as(ids), visible, see_actions=config.open_prompt)
+        first = prompt.states.shape[1] - int(config.shift)
+        return model.head(states[:, first : first + config.length])
+
+    def token_losses(
+        self, prompt: PromptRows, actions: Tensor, draws: Draws, padded: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses [B, L] by name, their weights [B, L] under "weight", and "ids", "hidden", "logits".
+
+        Args:
+            prompt: embedded observations.
+            actions: [B, T, A], normalised.
+            draws: of `draw`.
+            padded: bool [B, T] or None.
+        """
+        if draws.masks is None:
+            raise BurnishError("draws without masks", "draws of policy.draw", "policy.draw(batch_size, generator)")
+        tokens = self.model.tokens
+        ids = tokens.encode(actions)
+        valid = self.valid_tokens(ids, padded)
+        hidden = draws.masks if self.config.training == "autoregressive" else draws.masks | ~valid
+        logits = self.logits(prompt, ids, hidden)
+        out = {"ids": ids, "hidden": hidden, "logits": logits, "weight": (draws.learned & valid).float()}
+        out["cross_entropy"] = losses.cross_entropy(logits, ids)
+        if self.config.ordinal_weight > 0 and tokens.time_ordered:
+            out["ordinal"] = losses.ordinal(logits, actions.flatten(1).clamp(-1, 1), tokens.centres)
+        return out
+
+    def valid_tokens(self, ids: Tensor, padded: Tensor | None) -> Tensor:
+        """bool [B, L]; FAST mixes all steps, so its tokens always count."""
+        if padded is None or not self.model.tokens.time_ordered:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ~padded.to(ids.device).bool().repeat_interleave(self.config.action_dim, dim=1)
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """LeRobot's training call; masks come from torch's global generator, as LeRobot's policies have it."""
+        actions = batch[ACTION]
+        seed = int(torch.randint(2**62, (1,)))
+        draws = self.draw(len(actions), torch.Generator(actions.device).manual_seed(seed))
+        out = self.token_losses(self.model.prompt(batch), actions, draws, batch.get(PAD))
+        loss = self.combine(out)
+        summed, weight = (loss * out["weight"]).sum(1), out["weight"].sum(1)
+        if reduction == "none":
+            return summed / weight.clamp_min(1), {}
+        return summed.sum() / weight.sum().clamp_min(1), {}
+
+    def combine(self, out: dict[str, Tensor]) -> Tensor:
+        """[B, L] loss of every token."""
+        if "ordinal" not in out:
+            return out["cross_entropy"]
+        return out["cross_entropy"] + self.config.ordinal_weight * out["ordinal"]
+
+    def log_likelihood(self, prompt: PromptRows, actions: Tensor, draws: Draws, padded: Tensor | None) -> Tensor:
+        """[B] log-probability of `actions`: exact for autoregressive and parallel policies; for diffusion an unbiased
+        estimate of its lower bound, whose masks follow from `draws.noise` and `draws.time`.
+        """
+        config, tokens = self.config, self.model.tokens
+        ids = tokens.encode(actions)
+        valid = self.valid_tokens(ids, padded)
+        if config.training != "diffusion":
+            hidden = torch.full_like(valid, config.training == "parallel")
+            nats = losses.cross_entropy(self.logits(prompt, ids, hidden), ids)
+            return -(nats * valid).sum(1)
+        # FAST's tokens have no noise of their own; any fixed continuous numbers order them.
+        noise = draws.noise.flatten(1)[:, : config.length]
+        noise = noise if noise.shape[1] == config.length else noise.repeat(1, -(-config.length // noise.shape[1]))
+        noise = noise[:, : config.length] + torch.arange(config.length, device=noise.device) * 1e-4
+        hidden, weight = losses.any_order_masks(noise, draws.time, valid, config.block)
+        logits = self._given_clean_blocks(prompt, ids, hidden)
+        return -(losses.cross_entropy(logits, ids) * weight).sum(1)
+
+    def _given_clean_blocks(self, prompt: PromptRows, ids: Tensor, hidden: Tensor) -> Tensor:
+        """[B, L, V]: every block with its own hidden tokens, given all earlier blocks without any.
+
+        One pass over [noisy | clean] rows at the same positions, as in block diffusion (arXiv 2503.09573).
+        """
+        config, model, L = self.config, self.model, self.config.length
+        if config.block == L:
+            return self.logits(prompt, ids, hidden)
+        index = torch.arange(L, device=ids.device)
+        block = index // config.block
+        same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
+        seen = torch.cat([torch.cat([same, before], 1), torch.cat([same & False, same | before], 1)])
+        both = torch.cat([torch.where(hidden, model.mask_id, ids), ids], dim=1)
+        visible = _visible(prompt.valid, seen)
+        states = model.joint(prompt, both, torch.cat([index, index]).expand_as(both), visible)
+        read = prompt.states.shape[1] + index
+        if config.shift:
+            # The first token of a block is told by the last row of the block before, which is clean by then.
+            read = torch.where(index % config.block == 0, read + L, read) - 1
+            read = torch.where(index == 0, prompt.states.shape[1] - 1, read)
+        return model.head(states[:, read])
+
+    # Acting.
+
+    @torch.no_grad()
+    def decode(self, prompt: PromptRows, prefix: Tensor | None = None) -> Tensor:
+        """Normalised actions [B, T, A]; `prefix` [B, n, A] are committed normalised actions.
+
+        Raises:
+            BurnishError: a prefix with FAST tokens.
+        """
+        ids = None
+        if prefix is not None and prefix.shape[1]:
+            if not self.model.tokens.time_ordered:
+                raise BurnishError("a committed prefix for a policy with FAST tokens, which have no order in time",
+                                   "a policy with binned tokens")  # fmt: skip
+            ids = self.model.tokens.encode(prefix)
+        out = self.decoder()(prompt, prefix=ids)
+        return self.model.tokens.decode(out.ids.clamp(max=self.model.tokens.vocabulary - 1))
+
+    def decoder(self) -> Decode:
+        """The decoder that the config names; made once, as it keeps its buffers."""
+        name = self.config.decoder_name
+        key = f"{name} {sorted(self.config.decoder_options.items())}"
+        if key not in self._decoders:
+            self._decoders[key] = make_decoder(name, NetRows(self.model), **self.config.decoder_options)
+        return self._decoders[key]
+
+    def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
+        """Normalised actions [B, T, A]."""
+        self.eval()
+        return self.decode(self.model.prompt(batch))
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
+        """The next action [B, A]; decodes a new chunk when `n_action_steps` are used up."""
+        if not self._queue:
+            self._queue.extend(self.predict_action_chunk(batch)[:, : self.config.n_action_steps].transpose(0, 1))
+        return self._queue.popleft()
+
+
+def _visible(valid: Tensor, seen: Tensor) -> Tensor:
+    """bool [B, R, P + R'] from the prompt's valid rows [B, P] and what action rows see of one another [R, R']."""
+    batch, rows = len(valid), len(seen)
+    return torch.cat([valid[:, None].expand(-1, rows, -1), seen.expand(batch, -1, -1)], dim=2)
+
+
+def _make_vlm(config: DiscreteConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if config.load_vlm_weights:
+        vlm = AutoModelForImageTextToText.from_pretrained(config.vlm_model_name, dtype=torch.float32)
+    else:
+        vlm_config = AutoConfig.from_pretrained(config.vlm_model_name)
+        vlm = AutoModelForImageTextToText.from_config(vlm_config, dtype=torch.float32)
+    if not config.image_size:
+        config.image_size = vlm.config.vision_config.image_size
+    return vlm

@@ -1,0 +1,193 @@
+"""Prompt and action rows through one language model; keys and values in slots that never move.
+
+The prompt is [images | instruction | state]. Images and instruction see one another and nothing else, state rows see
+all of it, as in SmolVLA, so a SmolVLA's backbone serves as it is. Action rows come last. Any transformers
+image-text-to-text model will do whose decoder takes embeddings, a 4-D mask, positions and a cache.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.policies.adapter import STATE, TOKEN_MASK, TOKENS
+from burnish.policies.discrete.tokenizers import Bins, Fast
+from burnish.policies.rows import PromptRows
+
+MULTI_IMAGE = ("smolvlm", "idefics3")
+"""VLM types that take several images at once, [B, n, 3, H, W]."""
+_STATE_RANGE = {"MEAN_STD": 3.0}
+"""Normalised states are binned between plus and minus this; 1 for other normalisations."""
+
+
+class TokenNet(nn.Module):
+    """The VLM, embeddings of action ids and places, the state's way in, and a head over the legal ids.
+
+    Args:
+        config: DiscreteConfig with features.
+        vlm: transformers model with `get_image_features`, `get_decoder`, `get_input_embeddings`.
+
+    Attributes:
+        tokens: the action tokenizer.
+        state_rows: rows of state at the end of the prompt.
+    """
+
+    def __init__(self, config: Any, vlm: nn.Module):
+        super().__init__()
+        self.config, self.vlm = config, vlm
+        steps, dims = config.chunk_size, config.action_dim
+        if config.tokenizer == "fast":
+            self.tokens: Bins | Fast = Fast(config.fast_folder, dims, steps, config.fast_length)
+        else:
+            self.tokens = Bins(dims, steps, config.bins)
+        width = self.text_model.config.hidden_size
+        self.scale = math.sqrt(width) if config.scale_embeddings else 1.0
+        state_dim = config.robot_state_feature.shape[0]
+        self.state_rows = state_dim if config.state_as == "tokens" else 1
+        if config.state_as == "tokens":
+            self.state_embed = nn.Embedding(config.bins, width)
+            self.state_place = nn.Parameter(torch.zeros(state_dim, width))
+        else:
+            self.state_proj = nn.Linear(config.max_state_dim, width)
+        self.action_embed = nn.Embedding(self.tokens.vocabulary + 1, width)
+        self.action_place = nn.Parameter(torch.zeros(config.length, width))
+        self.head = nn.Linear(width, self.tokens.vocabulary)
+        self.start()
+
+    @property
+    def text_model(self) -> nn.Module:
+        return self.vlm.get_decoder()
+
+    @property
+    def mask_id(self) -> int:
+        return self.tokens.vocabulary
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Starting values for what the VLM lacks: near actions get near embeddings and near head rows, places share
+        step and dimension, and all have the size of word embeddings.
+        """
+        steps, dims = self.config.chunk_size, self.config.action_dim
+        words = self.vlm.get_input_embeddings().weight
+        size = words.float().std().item() * self.scale
+        vocabulary, width = self.head.weight.shape
+        waves = _smooth(vocabulary, width)
+        self.action_embed.weight[:vocabulary] = size * waves
+        self.action_embed.weight[vocabulary:].normal_(0, size)
+        self.head.weight.copy_(waves / math.sqrt(width))
+        self.head.bias.zero_()
+        if self.tokens.time_ordered:
+            step, dim = torch.randn(steps, 1, width), torch.randn(1, dims, width)
+            self.action_place.copy_(size * (step + dim).flatten(0, 1) / math.sqrt(2))
+        else:
+            self.action_place.normal_(0, size)
+        if self.config.state_as == "tokens":
+            self.state_embed.weight.copy_(size * _smooth(*self.state_embed.weight.shape))
+            self.state_place.normal_(0, size)
+
+    # The prompt.
+
+    def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Images as the vision tower takes them, [B, 3, H, W] for each camera of the batch, and which are there, [B]."""
+        from lerobot.policies.common.vla_utils import resize_with_pad
+
+        images, masks = [], []
+        for key in self.config.image_features:
+            if key not in batch:
+                continue
+            size = self.config.image_size
+            image = batch[key][:, -1] if batch[key].ndim == 5 else batch[key]
+            mean, std = (image.new_tensor(x)[:, None, None] for x in (self.config.image_mean, self.config.image_std))
+            images.append((resize_with_pad(image, size, size, pad_value=0) - mean) / std)
+            there = batch.get(f"{key}_padding_mask")
+            masks.append(image.new_ones(len(image), dtype=torch.bool) if there is None else there.bool())
+        return images, masks
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, n, D]."""
+        image = image.to(self.head.weight.dtype)
+        several = self.vlm.config.model_type in MULTI_IMAGE
+        return self.vlm.get_image_features(pixel_values=image[:, None] if several else image).pooler_output
+
+    def prompt(self, batch: dict[str, Any]) -> PromptRows:
+        """Embeddings of a batch that went through the preprocessor."""
+        images, masks = self.prepare_images(batch)
+        if not images:
+            raise BurnishError("a batch without images", ", ".join(self.config.image_features))
+        parts = [self.embed_image(image) for image in images]
+        valid = [mask[:, None].expand(-1, part.shape[1]) for part, mask in zip(parts, masks, strict=True)]
+        parts.append(self.vlm.get_input_embeddings()(batch[TOKENS]))
+        valid.append(batch[TOKEN_MASK].bool())
+        state = self._embed_state(batch[STATE])
+        valid.append(valid[-1].new_ones(state.shape[:2]))
+        seen = torch.cat(parts, dim=1) * self.scale
+        return PromptRows(torch.cat([seen, state.to(seen.dtype)], dim=1), torch.cat(valid, dim=1))
+
+    def _embed_state(self, state: Tensor) -> Tensor:
+        state = state[:, -1] if state.ndim == 3 else state
+        if self.config.state_as == "tokens":
+            mode = self.config.normalization_mapping["STATE"].value
+            at = (state / _STATE_RANGE.get(mode, 1.0) + 1) / 2 * self.config.bins
+            return self.state_embed(at.floor().long().clamp(0, self.config.bins - 1)) + self.state_place
+        padded = nn.functional.pad(state, (0, self.config.max_state_dim - state.shape[-1]))
+        return self.state_proj(padded.to(self.state_proj.weight.dtype))[:, None]
+
+    # The language model.
+
+    def embed_actions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """[B, R] ids at action positions (L and above: padding) to [B, R, D]."""
+        place = self.action_place[positions.clamp(max=self.config.length - 1)]
+        return self.action_embed(ids) + place
+
+    def prompt_mask(self, valid: Tensor) -> Tensor:
+        """bool [B, P, P]: images and text see one another, state rows see everything, padding is not seen."""
+        late = torch.arange(valid.shape[1], device=valid.device) >= valid.shape[1] - self.state_rows
+        return valid[:, None, :] & (late[:, None] | ~late[None, :])
+
+    def joint(
+        self, prompt: PromptRows, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
+        see_actions: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [B, P + R, D] of prompt and action rows in one pass.
+
+        Args:
+            prompt: of `prompt`.
+            ids, positions: long [B, R].
+            visible: bool [B, R, P + R], what each action row sees.
+            slots: `Slots` that keep keys and values.
+            see_actions: prompt rows see all action rows.
+        """
+        states = torch.cat([prompt.states, self.embed_actions(ids, positions).to(prompt.states.dtype)], dim=1)
+        above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
+        mask = torch.cat([torch.cat([self.prompt_mask(prompt.valid), above], dim=2), visible], dim=1)
+        at = torch.cat([_prompt_positions(prompt.valid), _action_positions(prompt.valid, positions)], dim=1)
+        return self._run(states, mask, at, slots)
+
+    def rows(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
+        """Hidden states [B, R, D] of action rows on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
+        return self._run(self.embed_actions(ids, positions), visible, _action_positions(valid, positions), slots)
+
+    def _run(self, states: Tensor, mask: Tensor, positions: Tensor, slots: Any) -> Tensor:
+        additive = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
+        additive = additive.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None]
+        return self.text_model(
+            inputs_embeds=states, attention_mask=additive, position_ids=positions, past_key_values=slots,
+            use_cache=slots is not None,
+        ).last_hidden_state  # fmt: skip
+
+
+def _prompt_positions(valid: Tensor) -> Tensor:
+    return (valid.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _action_positions(valid: Tensor, positions: Tensor) -> Tensor:
+    return valid.sum(dim=1, keepdim=True) + positions
+
+
+def _smooth(rows: int, width: int) -> Tensor:
+    """[rows, width] of about unit size in which rows that are near have a large inner product: random waves."""
+    at = torch.linspace(-1, 1, rows)[:, None]
+    frequency = torch.randn(1, width) * 4
+    return math.sqrt(2) * torch.cos(at * frequency + 2 * math.pi * torch.rand(1, width))

@@ -1,0 +1,193 @@
+"""burnish's verbs over DiscretePolicy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
+from burnish.policies import language
+from burnish.policies.adapter import ACTION, PAD, TOKEN_MASK, Adapter
+from burnish.policies.discrete.rows import NetRows
+from burnish.policies.rows import PromptRows
+
+VLM_FOLDER = "vlm"
+
+
+@dataclass
+class TokenForward:
+    """The forward of a `loss` that ran inside `watch_tokens`.
+
+    Args:
+        ids: [B, L] true tokens.
+        hidden: bool [B, L], those that the model did not see.
+        weight: [B, L] of each token's loss.
+        logits: [B, L, V], with gradient.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    weight: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Watched:
+    """What `watch_tokens` fills: the forwards of `loss` inside, in order."""
+
+    forwards: list[TokenForward] = field(default_factory=list)
+
+
+class Discrete(Adapter):
+    """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action rows run through all of its layers."""
+
+    def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
+        super().__init__(policy, preprocessor, postprocessor)
+        self._watched: list[Watched] = []
+        self._image_tokens: dict[torch.Size, int] = {}
+        self.state_rows, self.length = policy.model.state_rows, self.config.length
+
+    @property
+    def vlm(self) -> nn.Module:
+        return self.policy.model.vlm
+
+    @property
+    def tokenizer(self) -> Any:
+        from lerobot.processor import TokenizerProcessorStep
+
+        return next(s for s in self.preprocessor.steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
+
+    @property
+    def backbone(self) -> language.Backbone:
+        return language.Backbone(
+            text_model=self.policy.model.text_model,
+            head=self.vlm.get_output_embeddings(),
+            embed_text=self.vlm.get_input_embeddings(),
+            tokenizer=self.tokenizer,
+        )
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        return self.policy.model.embed_image(image)
+
+    def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.policy.model.prepare_images(batch)
+
+    def image_tokens(self, image: Tensor) -> int:
+        if image.shape[1:] not in self._image_tokens:
+            with torch.no_grad():
+                self._image_tokens[image.shape[1:]] = self.embed_image(image[:1]).shape[1]
+        return self._image_tokens[image.shape[1:]]
+
+    def unused_parameters(self) -> list[str]:
+        """The head of the language model: actions have their own."""
+        head = self.vlm.get_output_embeddings().weight
+        shared = self.vlm.get_input_embeddings().weight is head
+        return [name for name, p in self.named_parameters() if p is head and not shared]
+
+    def row_model(self) -> NetRows:
+        """The policy as decoders see it; batches are those of the verbs."""
+        return NetRows(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
+
+    # The verbs.
+
+    def loss(self, batch: Batch, draws: Draws | None = None) -> PolicyLoss:
+        """Cross-entropy of hidden action tokens in nats (of all tokens for an autoregressive policy), plus
+        `ordinal_weight` times the distance between expected and true action.
+
+        `total` is the mean over all tokens that count in the batch, `per_sample` [B] the mean over those of one sample.
+        Tokens of padded steps are hidden and count nothing.
+        """
+        prepared, draws = self._inputs(batch, batch[ACTION], draws)
+        out = self.policy.token_losses(self._embed(prepared, self.length), prepared[ACTION], draws, batch.get(PAD))
+        for watched in self._watched:
+            watched.forwards.append(TokenForward(out["ids"], out["hidden"], out["weight"], out["logits"]))
+        weight = out["weight"]
+        summed, counted = (self.policy.combine(out) * weight).sum(1), weight.sum(1)
+        share = weight / weight.sum().clamp_min(1)
+        parts = {name: (out[name] * share).sum() for name in ("cross_entropy", "ordinal") if name in out}
+        return PolicyLoss(summed.sum() / counted.sum().clamp_min(1), summed / counted.clamp_min(1), parts)
+
+    def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
+        """[B] log-probability of the tokens of `actions`, in nats.
+
+        Exact by the chain rule for an autoregressive policy, exact for one that writes all tokens in one pass; for masked
+        diffusion an unbiased estimate of its bound, whose masks follow from `draws.noise` and `draws.time` alone, so
+        that equal draws hide the same tokens of every chunk.
+        """
+        prepared, draws = self._inputs(batch, actions, draws)
+        rows = self.length * (2 if self.config.training == "diffusion" and self.config.block < self.length else 1)
+        return self.policy.log_likelihood(self._embed(prepared, rows), prepared[ACTION], draws, batch.get(PAD))
+
+    @torch.no_grad()
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
+        """Decode a chunk [B, T, A] on the CPU, in environment units, with the decoder of the config.
+
+        Decoding is greedy, so `draws` change nothing. `prefix` [B, P, A] comes back unchanged.
+        """
+        if prefix is not None and prefix.shape[1] == 0:
+            prefix = None
+        prepared = self._prepare(batch, prefix)
+        committed = None if prefix is None else prepared[ACTION]
+        prompt = self._embed(prepared)
+        if self._captures:
+            self.row_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
+        actions = self.postprocessor(self.policy.decode(prompt, committed))
+        if prefix is not None:
+            actions[:, : prefix.shape[1]] = prefix.to(actions)
+        return Chunk(actions)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
+        """Noise [B, T, A], times [B], and the hidden tokens of the config's noise schedule, bool [B, L]."""
+        return self.policy.draw(batch_size, generator)
+
+    def token_logits(self, batch: Batch, forward: TokenForward, block: int | None = None) -> Tensor:
+        """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
+
+        Args:
+            batch: observations.
+            forward: what `watch_tokens` caught.
+            block: action tokens that see one another; None means the policy's own, L lets all see all.
+        """
+        return self.policy.logits(self._embed(self._prepare(batch, None)), forward.ids, forward.hidden, block)
+
+    @contextmanager
+    def watch_tokens(self) -> Iterator[Watched]:
+        """Hand out ids, masks and logits of every `loss` inside."""
+        watched = Watched()
+        self._watched.append(watched)
+        try:
+            yield watched
+        finally:
+            self._watched.remove(watched)
+
+    def write_extras(self, folder: Path, home: Path) -> None:
+        """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
+        from burnish.policies.folder import point_at
+
+        self.vlm.config.save_pretrained(folder / VLM_FOLDER)
+        self.tokenizer.save_pretrained(folder / VLM_FOLDER)
+        point_at(folder, str(home / VLM_FOLDER))
+
+    # Inside.
+
+    def _inputs(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[dict[str, Any], Draws]:
+        if actions.ndim != 3 or actions.shape[1] != self.chunk_size:
+            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+        prepared = self._prepare(batch, actions)
+        return prepared, (draws or self.draw(len(actions), self.generator)).to(self.device)
+
+    def _embed(self, prepared: dict[str, Any], action_rows: int = 0) -> PromptRows:
+        if self._captures:
+            images, masks = self.prepare_images(prepared)
+            self._note(images, masks, prepared[TOKEN_MASK])
+            for captured in self._captures:
+                empty = torch.zeros(len(images[0]), action_rows, dtype=torch.bool, device=self.device)
+                captured.rows = {name: torch.cat([rows, empty], dim=1) for name, rows in captured.rows.items()}
+                captured.rows["action"] = torch.zeros_like(captured.rows["text"])
+                captured.rows["action"][:, captured.rows["text"].shape[1] - action_rows :] = True
+        return self.policy.model.prompt(prepared)
