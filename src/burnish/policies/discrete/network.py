@@ -90,7 +90,7 @@ class TokenNet(nn.Module):
     # The prompt.
 
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Images as the vision tower takes them, [B, 3, H, W] for each camera of the batch, and which are there, [B]."""
+        """Images as the vision tower takes them, [B, 3, H, W] for each camera of the batch, and whether there [B]."""
         from lerobot.policies.common.vla_utils import resize_with_pad
 
         images, masks = [], []

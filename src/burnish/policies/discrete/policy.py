@@ -115,9 +115,9 @@ class Discrete(Adapter):
     def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
         """[B] log-probability of the tokens of `actions`, in nats.
 
-        Exact by the chain rule for an autoregressive policy, exact for one that writes all tokens in one pass; for masked
-        diffusion an unbiased estimate of its bound, whose masks follow from `draws.noise` and `draws.time` alone, so
-        that equal draws hide the same tokens of every chunk.
+        Exact by the chain rule for an autoregressive policy, exact for one that writes all tokens in one pass; for
+        masked diffusion an unbiased estimate of its bound, whose masks follow from `draws.noise` and `draws.time`
+        alone, so that equal draws hide the same tokens of every chunk.
         """
         prepared, draws = self._inputs(batch, actions, draws)
         rows = self.length * (2 if self.config.training == "diffusion" and self.config.block < self.length else 1)

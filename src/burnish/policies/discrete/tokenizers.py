@@ -121,8 +121,8 @@ class Fast(nn.Module):
         return torch.tensor([row + [pad] * (self.length - len(row)) for row in rows], device=actions.device)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """[B, L] ids to normalised actions [B, T, A]; tokens that spell too many or too few numbers are cut or filled up
-        with the middle of the range, as FAST's authors do.
+        """[B, L] ids to normalised actions [B, T, A]; tokens that spell too many numbers are cut, too few filled up
+        with zeros, as FAST's authors do.
         """
         from scipy.fft import idct
 
