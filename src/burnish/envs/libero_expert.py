@@ -227,7 +227,7 @@ class LiberoExpert:
         return max(self._target[2] + self._hang + APPROACH_HEIGHT, self._grasp.top + CARRY_HEIGHT)
 
     def _lift(self, hand, yaw_error):
-        return np.array([*self._grasp.point[:2], self._carry_z]), hand[2] > self._carry_z - 0.02
+        return np.array([*self._grasp.point[:2], self._carry_z]), hand[2] > self._carry_z - 0.08
 
     def _over(self, hand, yaw_error):
         goal = np.array([*(self._target[:2] - self._carry_offset), self._carry_z])
