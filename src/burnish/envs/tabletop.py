@@ -250,6 +250,9 @@ class Tabletop:
         data.mocap_pos[0] = facts["hand"]
         self._mujoco.mj_kinematics(self.model, data)
         self._mujoco.mj_camlight(self.model, data)
+        for camera, pose in facts.get("cameras", {}).items():
+            data.cam_xpos[self.model.camera(camera).id] = pose["position"]
+            data.cam_xmat[self.model.camera(camera).id] = pose["rotation"]
 
     def ground_truth(self) -> dict[str, Any]:
         from burnish.envs.rendering import camera_pose

@@ -1,0 +1,1 @@
+"""Multi-layer representation alignment with a frozen 3D teacher."""

@@ -1,0 +1,108 @@
+"""Student states of several layers against teacher tokens: projectors, pairs, masks. Knows no run and no policy."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.methods.align.layers import Pairs
+from burnish.methods.align.loss import alignment_loss
+from burnish.methods.align.presets import AlignConfig
+from burnish.methods.align.projector import Projectors, prefix_widths
+from burnish.policies.base import Captured
+
+
+class Aligner(nn.Module):
+    """The alignment losses of all pairs.
+
+    Args:
+        config: see presets.AlignConfig.
+        pairs: (student layer, teacher layer), ascending.
+        student_width: D_s.
+        teacher_widths: D_t of every teacher layer.
+        cameras: views, in the order of the targets.
+        generator: draws the projectors' weights.
+    """
+
+    def __init__(
+        self, config: AlignConfig, pairs: Pairs, student_width: int, teacher_widths: Sequence[int],
+        cameras: Sequence[str], generator: torch.Generator,
+    ):  # fmt: skip
+        super().__init__()
+        self.pairs, self.cameras, self.late_tokens = pairs, tuple(cameras), config.late_tokens
+        outputs = [teacher_widths[t] for _, t in pairs]
+        if config.sharing == "shared" and len(set(outputs)) > 1:
+            raise BurnishError(
+                f"align: teacher layers of widths {outputs} under one shared projector",
+                "equal widths",
+                "sharing: trunk",
+            )
+        hidden = config.hidden or max(student_width, *outputs)
+        share_first = config.sharing in ("shared", "trunk")
+        if config.released_widths and not share_first:
+            # Each projector is built for one pair, whose width by the code's formula is the lowest share.
+            widths = prefix_widths(1, hidden, config.nested_low, truncate=True) * len(pairs)
+        elif config.nested and share_first:
+            widths = prefix_widths(
+                len(pairs), hidden, config.nested_low, config.nested_high, truncate=config.released_widths,
+                reverse=config.nested_reverse,
+            )  # fmt: skip
+        else:
+            widths = [hidden] * len(pairs)
+        given = config.pair_weights or [1.0] * len(pairs)
+        if len(given) != len(pairs) or min(given) < 0 or not sum(given):
+            raise BurnishError(f"align: pair_weights {given}", f"{len(pairs)} numbers from 0 on, not all 0")
+        self.shares = [value / sum(given) for value in given]
+        self.projectors = Projectors(
+            student_width, outputs, hidden, widths, config.sharing, config.norm, config.ensemble, generator
+        )
+
+    def tokens(self, hidden_BSD: Tensor, captured: Captured) -> Tensor:
+        """[B, V * T, D]: the rows of the image tokens of all views, in the order of `cameras`."""
+        late, rows = self.late_tokens, [captured.cameras[camera] for camera in self.cameras]
+        return torch.cat([hidden_BSD[:, r.start + late : r.stop + late] for r in rows], 1)
+
+    def mask(self, captured: Captured) -> Tensor:
+        """bool [B, V * T]: False on the tokens of cameras that are absent."""
+        return torch.cat([captured.rows["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
+
+    def forward(self, captured: Captured, targets: dict[int, Tensor]) -> list[Tensor]:
+        """The loss of each pair, a scalar with gradient.
+
+        Args:
+            captured: a forward's states at all student layers.
+            targets: {teacher layer: [B, V, h, w, D_t]}.
+
+        Raises:
+            BurnishError: a view has another number of tokens than its target.
+        """
+        mask_BT, losses = self.mask(captured), []
+        for pair, (student, teacher) in enumerate(self.pairs):
+            target_BTD = targets[teacher].flatten(1, 3)
+            states_BTD = self.tokens(captured.hidden[student], captured)
+            if states_BTD.shape[:2] != target_BTD.shape[:2]:
+                raise BurnishError(
+                    f"align: {states_BTD.shape[1]} student tokens but {target_BTD.shape[1]} of the teacher",
+                    "equal grids",
+                )
+            losses.append(alignment_loss(self.projectors(pair, states_BTD), target_BTD, mask_BT))
+        return losses
+
+    def total(self, losses: list[Tensor]) -> Tensor:
+        """Weighted mean of the pairs' losses."""
+        return sum(share * loss for share, loss in zip(self.shares, losses, strict=True))
+
+
+def square_grid(captured: Captured, cameras: Sequence[str]) -> tuple[int, int]:
+    """The token grid of the policy's views, which must be square and equal.
+
+    Raises:
+        BurnishError: they are not; names the tokens found.
+    """
+    counts = {camera: captured.cameras[camera].stop - captured.cameras[camera].start for camera in cameras}
+    sides = {round(count**0.5) for count in counts.values()}
+    if len(sides) != 1 or any(round(count**0.5) ** 2 != count for count in counts.values()):
+        raise BurnishError(f"align: views with {counts} tokens", "one square grid for all views")
+    side = sides.pop()
+    return side, side

@@ -1,0 +1,206 @@
+"""The objective `align`: multi-layer alignment of hidden vision tokens with a frozen 3D teacher.
+
+Sun et al. 2026 (ROCKET, arXiv 2602.17951); one layer is Spatial Forcing (Li et al. 2025, arXiv 2510.12276).
+docs/methods/align.md lists every option and where its default comes from.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
+from burnish.core.types import Batch, PolicyLoss
+from burnish.methods.align.aligner import Aligner, square_grid
+from burnish.methods.align.cache import CacheKey
+from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine
+from burnish.methods.align.layers import check_pairs, choose_pairs
+from burnish.methods.align.presets import make_config
+from burnish.methods.align.targets import IMAGES, make_targets
+from burnish.methods.align.teachers.base import make_teacher
+from burnish.policies.base import Captured
+from burnish.train.objective import OBJECTIVES, Objective
+
+if TYPE_CHECKING:
+    from burnish.train.loop import Run
+
+STRONGEST = 100.0
+"""lambda is never matched above this: where the alignment gradient vanishes there is nothing to match."""
+
+
+@OBJECTIVES.register("align")
+class Align(Objective):
+    """Pulls hidden vision tokens of several layers towards a teacher's.
+
+    The projectors are trained and saved with the run and never exported. With weight 0 nothing is built or called.
+
+    Args:
+        preset: default, spatial_forcing, paper or released_code.
+        options: fields of presets.AlignConfig.
+    """
+
+    def __init__(self, preset: str = "default", **options: Any):
+        super().__init__()
+        self.config = make_config(preset, options)
+        self.captured: Captured | None = None
+        self._figures: dict[str, Tensor] = {}
+        self._measured = -1
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to align."""
+        return self.config.weight > 0 or self.config.match > 0
+
+    def setup(self, run: "Run") -> None:
+        if not self.on:
+            return
+        config, policy = self.config, run.policy
+        shapes = _probe(run)
+        grid = square_grid(shapes, policy.cameras)
+        teacher = make_teacher(config.teacher, grid)
+        pairs = config.pairs or choose_pairs(
+            config.select, config.count, policy.num_layers, len(teacher.widths), released=config.released_last
+        )
+        pairs = check_pairs(pairs, policy.num_layers, len(teacher.widths))
+        self.layers = sorted({0} | {s for s, _ in pairs})
+        key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid)
+        with run.accelerator.main_process_first():
+            self.targets = make_targets(
+                config.teacher, teacher, key, run.data, cache=config.cache, device=run.device,
+                workers=config.workers, progress=run.progress and run.accelerator.is_main_process,
+            )  # fmt: skip
+        width = shapes.hidden[0].shape[-1]
+        draws = generator(run.recipe.train.seed, "align")
+        self.aligner = Aligner(config, pairs, width, teacher.widths, policy.cameras, draws).to(run.device)
+        # lambda over 1 step: a tensor, so that matching it costs no wait; a buffer, so that it resumes.
+        self.register_buffer("strength", torch.tensor(float(config.weight), device=run.device))
+
+    @contextmanager
+    def watch(self, run: "Run") -> Iterator[None]:
+        if not self._active(run):
+            yield
+            return
+        with run.policy.capture(self.layers) as self.captured:
+            yield
+
+    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+        captured, self.captured = self.captured, None
+        if captured is None:
+            return {}
+        losses = self.aligner(captured, self.targets(batch))
+        total = self.aligner.total(losses)
+        every = self.config.measure_every
+        if every and run.step % every == 0 and run.step != self._measured:
+            self._measured = run.step
+            self._measure(run, captured, losses, total, out.total)
+        for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
+            self._figures[f"align_{student}_{teacher}"] = value.detach()
+        return {"align": self.strength.clone() * self._schedule(run) * total}
+
+    def metrics(self) -> dict[str, float]:
+        """Loss of each pair, lambda, and the last measurement of the gradients."""
+        if not self.on:
+            return {}
+        figures = {"align_lambda": self.strength, **self._figures}
+        return {name: float(value) for name, value in figures.items()}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The last measurement, which a resumed run goes on logging."""
+        return {"figures": {name: float(value) for name, value in self._figures.items()}}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._figures = {name: torch.tensor(value) for name, value in state["figures"].items()}
+
+    def _active(self, run: "Run") -> bool:
+        return self.on and run.step < self.config.stop_after * run.recipe.train.steps
+
+    def _schedule(self, run: "Run") -> float:
+        config = self.config
+        rise = min(1.0, (run.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if not config.decay:
+            return rise
+        return rise * 0.5 * (1 + math.cos(math.pi * run.step / (config.stop_after * run.recipe.train.steps)))
+
+    def _measure(self, run: "Run", captured: Captured, losses: list[Tensor], total: Tensor, task: Tensor) -> None:
+        """Gradients of every pair and of the task with respect to the states of each captured layer."""
+        states = [captured.hidden[layer] for layer in self.layers]
+        if not any(state.requires_grad for state in states):
+            raise BurnishError(
+                "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
+                "trained backbone layers", "train.freeze, train.train_only or the policy's train_expert_only",
+            )  # fmt: skip
+        trained = [i for i, state in enumerate(states) if state.requires_grad]
+
+        def gradients(value: Tensor) -> list[Tensor]:
+            inputs = [states[i] for i in trained]
+            found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+            return [torch.zeros_like(s) if g is None else g for g, s in zip(found, inputs, strict=True)]
+
+        by_pair = [gradients(loss) for loss in losses]
+        by_task = gradients(task)
+        figures = {}
+        for place, i in enumerate(trained):
+            layer = self.layers[i]
+            mine = [g[place] for g, (s, _) in zip(by_pair, self.aligner.pairs, strict=True) if s >= layer]
+            weights = [w for w, (s, _) in zip(self.aligner.shares, self.aligner.pairs, strict=True) if s >= layer]
+            if not mine:
+                continue
+            whole = sum(w * g for w, g in zip(weights, mine, strict=True))
+            figures[f"align_coherence_{layer}"] = coherence(mine)
+            figures[f"align_task_cosine_{layer}"] = cosine(whole, by_task[place])
+            figures[f"align_push_{layer}"] = whole.norm()
+            figures[f"align_task_push_{layer}"] = by_task[place].norm()
+        first = self.layers[trained[0]]
+        matrix = pairwise_cosine([g[0] for g in by_pair])
+        for a in range(len(losses)):
+            for b in range(a):
+                names = [f"{s}_{t}" for s, t in (self.aligner.pairs[b], self.aligner.pairs[a])]
+                figures[f"align_cosine_{names[0]}_vs_{names[1]}"] = matrix[a, b]
+        figures["align_projector_similarity"] = self.aligner.projectors.similarity()
+        self._figures |= {name: value.detach() for name, value in figures.items()}
+        if self.config.match:
+            self._match(run, figures[f"align_push_{first}"], figures[f"align_task_push_{first}"])
+
+    @torch.no_grad()
+    def _match(self, run: "Run", push: Tensor, task_push: Tensor) -> None:
+        """lambda such that the alignment gradient at the shallowest state has `match` times the task's norm."""
+        if run.accelerator.num_processes > 1:  # ranks see different batches and must agree
+            push, task_push = run.accelerator.reduce(torch.stack([push, task_push]), "mean")
+        wanted = (self.config.match * task_push / push.clamp_min(1e-12)).clamp_max(STRONGEST)
+        self.strength.copy_(wanted if run.step == 0 else 0.8 * self.strength + 0.2 * wanted)
+
+
+def _probe(run: "Run") -> Captured:
+    """The token layout and the width of the policy, from one forward on two rows of the data."""
+    data = run.data
+    batch = data.raw(0)
+    small: Batch = {k: v[:2].to(run.device) if isinstance(v, Tensor) else v[:2] for k, v in batch.items()}
+    for key in data.cameras:
+        small[key] = small[key].permute(0, 3, 1, 2).float() / 255
+    draws = run.policy.draw(len(small["action"]), generator("align", "probe", device=str(run.device)))
+    with torch.no_grad(), run.policy.capture([0]) as captured:
+        run.policy.loss(small, draws)
+    return captured
+
+
+def cache_key(config, teacher, pairs, data, cameras, grid) -> CacheKey:
+    """What the features of this run depend on.
+
+    Raises:
+        BurnishError: images are not square, so the policy pads them and tokens lie elsewhere than the teacher's.
+    """
+    size = data.frames.arrays[f"{IMAGES}{cameras[0]}"].shape[1:3]
+    if size[0] != size[1]:
+        raise BurnishError(
+            f"align: views of {size[0]}x{size[1]} pixels, which the policy pads to a square",
+            "square views", "cut or pad the data set's images",
+        )  # fmt: skip
+    return CacheKey(
+        teacher=teacher.identity, data=data.hash, cameras=list(cameras), image_size=[int(edge) for edge in size],
+        layers=sorted({t for _, t in pairs}), grid=list(grid), pooling=config.pooling, positional=config.positional,
+        standardise=teacher.standardise, format=config.cache_format, components=config.components,
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The teacher's tokens for a training batch: from the cache, or from the teacher itself, moved as the images were."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.types import Batch
+from burnish.methods.align.cache import (
+    CacheKey,
+    FeatureCache,
+    Pooled,
+    fit_statistics,
+    open_cache,
+    to_device,
+)
+from burnish.methods.align.loss import shift_grid
+from burnish.methods.align.teachers.base import Teacher, Views, make_teacher
+from burnish.methods.align.views import RowViews, row_source
+
+if TYPE_CHECKING:
+    from burnish.data.loader import RobotData
+
+IMAGES = "observation.images."
+RESIDENT_BYTES = 4 << 30
+"""Up to this size a cache is held on the GPU, where reading it costs no wait."""
+
+
+class CachedTargets:
+    """Targets from a cache. The student's random shift is replayed on the token grid; colours do not matter to it."""
+
+    def __init__(self, cache: FeatureCache, key: CacheKey, device: torch.device):
+        self.cache, self.key = cache, key
+        if device.type != "cpu" and cache.num_bytes <= RESIDENT_BYTES:
+            cache.move_to(device)
+
+    def __call__(self, batch: Batch) -> dict[int, Tensor]:
+        """{layer: [B, V, h, w, D]} for the rows of a batch."""
+        return {t: shifted(grid, batch, self.key) for t, grid in self.cache.read(batch["index"]).items()}
+
+
+class LiveTargets:
+    """Targets from the teacher, at every step. It sees the very images that the student sees.
+
+    Only what the simulator knows (depth, world points) has no augmented version; its token grid is shifted instead.
+    """
+
+    def __init__(self, spec: dict[str, Any], key: CacheKey, data: "RobotData", device: torch.device):
+        teacher = make_teacher(spec, tuple(key.grid)).to(device)
+        self.teacher, self.key, self.states, self.device = Pooled(teacher, key), key, data.states, device
+        source = row_source(data, tuple(key.cameras), teacher.needs_geometry)
+        self.rows = RowViews(source) if teacher.needs_geometry else None
+        sample = fit_statistics(spec, key, source, data.states, len(data.actions), str(device))
+        self.statistics = {t: statistics.to(device) for t, statistics in sample.items()}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[int, Tensor]:
+        """{layer: [B, V, h, w, D]} for a batch."""
+        if self.rows is None:
+            images = torch.stack([batch[f"{IMAGES}{camera}"] for camera in self.key.cameras], 1)
+            views = Views(images, torch.ones(images.shape[:2], dtype=torch.bool, device=images.device))
+        else:
+            numbers = batch["index"].cpu().numpy()
+            views = to_device(self.rows(numbers, None if self.states is None else self.states[numbers]), self.device)
+        found = self.teacher(views)
+        scaled = {t: (f - self.statistics[t].mean) / self.statistics[t].scale for t, f in found.items()}
+        return scaled if self.rows is None else {t: shifted(f, batch, self.key) for t, f in scaled.items()}
+
+
+def shifted(features_BVHWD: Tensor, batch: Batch, key: CacheKey) -> Tensor:
+    """Each view's token grid moved as the loader moved its image; untouched where nothing was moved."""
+    views = []
+    for v, camera in enumerate(key.cameras):
+        view = features_BVHWD[:, v]
+        offsets = batch.get(f"shift.{camera}")
+        if offsets is not None:
+            tokens_per_pixel = offsets.new_tensor(key.grid, dtype=torch.float32) / offsets.new_tensor(
+                key.image_size, dtype=torch.float32
+            )
+            view = shift_grid(view, offsets * tokens_per_pixel)
+        views.append(view)
+    return torch.stack(views, 1)
+
+
+def make_targets(
+    spec: dict[str, Any], teacher: Teacher, key: CacheKey, data: "RobotData", *, cache: str, device: torch.device,
+    workers: int = 0, progress: bool = True,
+) -> CachedTargets | LiveTargets:  # fmt: skip
+    """Open (and fill) the cache of a data set, or run the teacher at every step.
+
+    Args:
+        spec, teacher: the specification and what `make_teacher` made of it.
+        key: what the features depend on.
+        data: the training data.
+        cache: "" for one beside the data set, "off" for none, or a folder.
+        device: where training runs.
+    """
+    from pathlib import Path
+
+    if cache == "off":
+        return LiveTargets(spec, key, data, device)
+    folder = Path(cache) if cache else Path(data.root) / ".teachers" / key.name
+    source = row_source(data, tuple(key.cameras), teacher.needs_geometry)
+    opened = open_cache(
+        folder, spec, key, source, data.states, len(data.actions), workers=workers, progress=progress,
+        device=str(device),
+    )  # fmt: skip
+    return CachedTargets(opened, key, device)

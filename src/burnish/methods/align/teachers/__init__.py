@@ -1,0 +1,1 @@
+"""Frozen teachers behind one small protocol."""
