@@ -4,7 +4,6 @@ from importlib import import_module
 
 OBJECTIVE_MODULES = (
     "burnish.methods.align.objective",
-    "burnish.methods.align.objective",
     "burnish.methods.capability.objective",
     "burnish.methods.prefer.objective",
 )  # fmt: skip
