@@ -18,6 +18,8 @@ COMMANDS = {
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
     "pairs": ("burnish.methods.prefer.pairs_cli", "make preference pairs from rollouts of a policy, or import labels"),
     "verify": ("burnish.verify", "check on a policy of yours that an estimate or a shortcut says what it should"),
+    "anchor": ("burnish.methods.isolate.cli", "keep statistics of a frozen policy's hidden states, for isolate"),
+    "decode": ("burnish.methods.decode.cli", "decode a chunk of action tokens, in figures and a picture"),
     "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
     "study": ("burnish.study", "train and measure several arms with several seeds, as one table"),
     "ship": ("burnish.policies.ship", "store a policy in half precision as a base that comes with the package"),

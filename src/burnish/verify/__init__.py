@@ -8,6 +8,7 @@ from importlib import import_module
 
 # name: one line of help
 CHECKS: dict[str, str] = {
+    "decode": "a token policy against the assumptions of fast decoding: look-ahead, leaks, drift, shift",
     "score": "a flow policy's score against its exact log-probability by the ODE",
 }
 

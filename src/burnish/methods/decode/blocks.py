@@ -89,13 +89,14 @@ class BlockDecoder:
             kept = prompt
             if self.passes.graphed(prompt.states.device):
                 kept = PromptRows(prompt.states.clone(), prompt.valid.clone())
-            buffers = Buffers(kept, self.model.empty(prompt), state)
+            buffers = Buffers(kept, self.model.empty(kept), state)
         elif self.passes.graphed(prompt.states.device):
             buffers.prompt.states.copy_(prompt.states)
             buffers.prompt.valid.copy_(prompt.valid)
             buffers.state.copy_(state)
         else:
             buffers.prompt, buffers.state = prompt, state
+            buffers.cache.valid = prompt.valid
         self._buffers[key] = buffers
         if len(self._buffers) > _MAX_SHAPES:
             self._buffers.pop(next(iter(self._buffers)))
