@@ -5,6 +5,8 @@ from importlib import import_module
 OBJECTIVE_MODULES = (
     "burnish.methods.align.objective",
     "burnish.methods.capability.objective",
+    "burnish.methods.decode.distill",
+    "burnish.methods.isolate.objective",
     "burnish.methods.prefer.objective",
 )  # fmt: skip
 """Modules that register an objective. A command such as `burnish capability` must not pay for all of them."""
