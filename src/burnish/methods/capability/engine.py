@@ -1,0 +1,313 @@
+"""Writes folders of safetensors tensor by tensor: in parallel, whole or absent, resumable, with checksums.
+
+Everything lands in a hidden folder beside the target, with a journal of finished tensors. It is renamed at the end. A
+killed run leaves the hidden folder; the same command goes on from it. An error removes it.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import disk_errors, remove_folder, require_space, sync_file, sync_folder, write_json
+from burnish.methods.capability.rounding import Narrow
+from burnish.methods.capability.tensorfile import (
+    BLOCK,
+    PIECE,
+    Slot,
+    TensorFile,
+    digest_of,
+    header_bytes,
+    pieces,
+    raw_dtype,
+    tensor_digest,
+)
+
+JOURNAL = "journal.jsonl"
+
+
+class Worker:
+    """Buffers of one thread."""
+
+    def __init__(self):
+        self.narrow = Narrow()
+        self._doubles: list[np.ndarray] = []
+        self._spare = [np.empty(BLOCK * 8, np.uint8) for _ in range(2)]
+        self._out = np.empty(PIECE * 8, np.uint8)  # pages that are never touched cost nothing
+
+    def double(self, index: int, size: int) -> np.ndarray:
+        """float64 scratch block number `index`."""
+        while len(self._doubles) <= index:
+            self._doubles.append(np.empty(BLOCK))
+        return self._doubles[index][:size]
+
+    def spare(self, index: int, dtype: str, size: int) -> np.ndarray:
+        """Room for the stored bits of a block, number 0 or 1."""
+        bits = raw_dtype(dtype)
+        return self._spare[index][: size * bits.itemsize].view(bits)
+
+    def out(self, dtype: str, size: int) -> np.ndarray:
+        """Room for the stored bits of a piece."""
+        bits = raw_dtype(dtype)
+        return self._out[: size * bits.itemsize].view(bits)
+
+
+class Maker(Protocol):
+    """What the engine asks of a command."""
+
+    def piece(self, worker: Worker, name: str, start: int, stop: int) -> np.ndarray:
+        """Stored bits of elements start:stop of the flattened output `name`."""
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Called when a piece is written: its inputs are not needed any more."""
+
+    def finished(self, name: str) -> dict[str, Any]:
+        """Called when all pieces of `name` are written; what it returns is kept in the journal."""
+
+    def restore(self, name: str, facts: dict[str, Any]) -> None:
+        """Called instead of `piece` for an output that an earlier, killed run has finished."""
+
+
+@dataclass
+class Plan:
+    """What is to be written.
+
+    Args:
+        target: the folder that appears at the end.
+        files: file name to (tensor name to (dtype, shape), metadata).
+        identity: anything JSON-able that fixes the result; an earlier run is continued only if it is equal.
+        copies: further files, target name to source, copied as they are.
+    """
+
+    target: Path
+    files: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]]
+    identity: Any
+    copies: dict[str, Path] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        tensors = sum(s.nbytes for slots, _ in self.files.values() for s in header_bytes(slots, {})[1].values())
+        return tensors + sum(source.stat().st_size for source in self.copies.values())
+
+
+def part_folder(target: Path) -> Path:
+    """Where a folder lies until it is whole."""
+    return target.with_name(f".{target.name}.part")
+
+
+@contextmanager
+def filling(plan: Plan, force: bool = False) -> Iterator[Path]:
+    """Hand out the hidden folder; on leaving it becomes `plan.target`, on an error it vanishes, on Ctrl-C it stays."""
+    target, part = plan.target, part_folder(plan.target)
+    if target.exists() and not force:
+        raise BurnishError(f"{target} exists", "a new folder", "another -o, or --force to replace it")
+    state = part / "plan.json"
+    if part.exists() and (not state.is_file() or state.read_text() != json.dumps(plan.identity)):
+        shutil.rmtree(part)
+    written = sum(file.stat().st_blocks * 512 for file in part.rglob("*") if file.is_file()) if part.exists() else 0
+    require_space(target.absolute().parent, max(0, plan.nbytes() - written), f"{target}")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(target):
+            state.write_text(json.dumps(plan.identity))
+            yield part
+            for name in (state.name, JOURNAL):
+                (part / name).unlink(missing_ok=True)
+            for path in sorted(part.rglob("*"), reverse=True):
+                sync_folder(path) if path.is_dir() else sync_file(path)
+            sync_folder(part)
+        if target.exists():
+            os.rename(target, target.with_name(f".{target.name}.old"))
+        os.rename(part, target)
+    except KeyboardInterrupt:
+        raise  # what is there is kept, to go on from
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(target.absolute().parent)
+    remove_folder(target.with_name(f".{target.name}.old"))
+
+
+def write_tensors(plan: Plan, part: Path, maker: Maker, threads: int, label: str) -> dict[str, str]:
+    """Write every file of `plan` into `part`; returns the digest of each tensor."""
+    for name, source in plan.copies.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, part / name)
+    writer = _Writer(plan, part, maker)
+    try:
+        writer.run(threads, label)
+    finally:
+        writer.close()
+    return writer.digests
+
+
+class _Writer:
+    def __init__(self, plan: Plan, part: Path, maker: Maker):
+        self.maker, self.part = maker, part
+        self.handles: list[int] = []
+        self.where: dict[str, tuple[int, Slot]] = {}
+        self.digests: dict[str, str] = {}
+        self._found: dict[str, dict[int, bytes]] = {}
+        self._missing: dict[str, int] = {}
+        self._lock, self._local, self._stop = threading.Lock(), threading.local(), threading.Event()
+        done = _journal(part)
+        for file, (slots, metadata) in plan.files.items():
+            self._open(part / file, slots, metadata, done)
+        self._journal = open(part / JOURNAL, "a")  # noqa: SIM115  closed in close()
+
+    def _open(self, path: Path, slots: dict, metadata: dict[str, str], done: dict[str, Any]) -> None:
+        header, placed = header_bytes(slots, metadata)
+        end = len(header) + sum(slot.nbytes for slot in placed.values())
+        whole = path.is_file() and path.stat().st_size == end
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.handles.append(handle)
+        os.ftruncate(handle, end)
+        os.pwrite(handle, header, 0)
+        earlier = TensorFile(path) if whole and any(name in done for name in slots) else None
+        for name, slot in placed.items():
+            # After a power cut the journal may be ahead of the data, so the data is asked.
+            if earlier is not None and name in done and tensor_digest(earlier, name) == done[name]["digest"]:
+                self.digests[name] = done[name]["digest"]
+                self.maker.restore(name, done[name]["facts"])
+            else:
+                self.where[name] = (handle, slot)
+                self._found[name], self._missing[name] = {}, sum(1 for _ in pieces(slot.size))
+
+    def run(self, threads: int, label: str) -> None:
+        """All pieces through a pool of threads; the first error stops the rest."""
+        from tqdm import tqdm
+
+        jobs = [(name, start, stop) for name, (_, slot) in self.where.items() for start, stop in pieces(slot.size)]
+        total = sum(slot.nbytes for _, slot in self.where.values())
+        with (
+            tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr, delay=2, mininterval=0.5) as bar,
+            ThreadPoolExecutor(threads, initializer=self._new_worker) as pool,
+        ):
+            futures = [pool.submit(self._piece, bar, *job) for job in jobs]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            except BaseException:
+                self._cancel(futures)
+                raise
+            failed = next((f for f in finished if f.exception() is not None), None)
+            if failed is not None:
+                self._cancel(futures)
+                failed.result()
+
+    def _new_worker(self) -> None:
+        self._local.worker = Worker()
+
+    def _cancel(self, futures: list) -> None:
+        self._stop.set()
+        for future in futures:
+            future.cancel()
+
+    def _piece(self, bar: Any, name: str, start: int, stop: int) -> None:
+        if self._stop.is_set():
+            return
+        bits = self.maker.piece(self._local.worker, name, start, stop)
+        handle, slot = self.where[name]
+        _write_all(handle, bits, slot.offset + start * slot.itemsize)
+        digest = xxhash.xxh3_128(bits).digest()
+        self.maker.release(name, start, stop)
+        with self._lock:
+            self._found[name][start] = digest
+            self._missing[name] -= 1
+            last = not self._missing[name]
+            bar.update(bits.nbytes)
+        if last:
+            self._done(name, slot)
+
+    def _done(self, name: str, slot: Slot) -> None:
+        found = [digest for _, digest in sorted(self._found.pop(name).items())]
+        digest = digest_of(slot.dtype, slot.shape, found)
+        facts = self.maker.finished(name)
+        with self._lock:
+            self.digests[name] = digest
+            self._journal.write(json.dumps({"name": name, "digest": digest, "facts": facts}) + "\n")
+            self._journal.flush()
+
+    def close(self) -> None:
+        self._journal.close()
+        for handle in self.handles:
+            os.close(handle)
+
+
+def _write_all(handle: int, bits: np.ndarray, offset: int) -> None:
+    view = memoryview(bits).cast("B") if bits.size else memoryview(b"")
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _journal(part: Path) -> dict[str, Any]:
+    """Finished tensors of a killed run by name; a last line that was cut off is left out."""
+    found = {}
+    if (part / JOURNAL).is_file():
+        for line in (part / JOURNAL).read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            found[entry["name"]] = entry
+    return found
+
+
+class Inputs:
+    """Digests of what is read, gathered piece by piece; checked against `expected` as each tensor is complete."""
+
+    def __init__(self, what: str, shapes: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, str] | None):
+        self.what, self.shapes, self.expected = what, shapes, expected
+        self.digests: dict[str, str] = {}
+        self._found: dict[str, dict[int, bytes]] = {}
+
+    def piece(self, name: str, start: int, raw: np.ndarray) -> None:
+        self._found.setdefault(name, {})[start] = xxhash.xxh3_128(raw).digest()
+
+    def finish(self, name: str) -> str:
+        """The tensor's digest; BurnishError when it is not the expected one."""
+        found = [digest for _, digest in sorted(self._found.pop(name).items())]
+        self.digests[name] = digest_of(*self.shapes[name], found)
+        self.check(name, self.digests[name])
+        return self.digests[name]
+
+    def check(self, name: str, digest: str) -> None:
+        if self.expected is not None and name in self.expected and digest != self.expected[name]:
+            raise BurnishError(f"'{name}' of {self.what} has digest {digest}", self.expected[name],
+                               "the very files that the delta was made for")  # fmt: skip
+
+
+def cores(threads: int) -> int:
+    """`threads`, or as many as there are cores this process may use (at most 8) for 0."""
+    return threads or min(8, len(os.sched_getaffinity(0)))
+
+
+def write_summary(part: Path, name: str, value: Any) -> None:
+    """A JSON file of the folder, with a digest over its own content in `sealed`."""
+    write_json(part / name, {**value, "sealed": _seal(value)})
+
+
+def read_summary(path: Path, what: str) -> dict[str, Any]:
+    """Inverse of `write_summary`; refuses a file that is missing, unreadable or edited."""
+    try:
+        value = json.loads(path.read_text())
+        sealed = value.pop("sealed")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BurnishError(f"{path} cannot be read ({error})", what) from error
+    if sealed != _seal(value):
+        raise BurnishError(f"{path} was changed after it was written", "an untouched file", "make it again")
+    return value
+
+
+def _seal(value: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()

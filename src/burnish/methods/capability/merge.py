@@ -1,0 +1,340 @@
+"""`burnish capability merge`: a base plus weighted deltas, as a checkpoint of the base's form."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish import __version__
+from burnish.core.errors import BurnishError
+from burnish.methods.capability.delta import Delta
+from burnish.methods.capability.engine import Inputs, Plan, Worker, cores, filling, write_summary, write_tensors
+from burnish.methods.capability.extract import DTYPES, locate
+from burnish.methods.capability.keys import embodiment, match_names, module_of
+from burnish.methods.capability.operators import OPERATORS, Block, Streams
+from burnish.methods.capability.rounding import Narrow
+from burnish.methods.capability.sources import Stored
+from burnish.methods.capability.sparse import SparseWriter
+from burnish.methods.capability.tensorfile import BLOCK, FLOATS, INDEX, Checkpoint, tensor_digest, whole_digest
+
+RECORD, UNDO = "capability.json", "capability_undo.safetensors"
+_QUICK_LOOK = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One delta of a merge with its weight, and the names of the base's tensors it changes."""
+
+    delta: Delta
+    weight: float
+    names: Mapping[str, str]
+
+    @classmethod
+    def match(cls, delta: Delta, weight: float, base: Stored) -> "Part":
+        """Find the base's name for every tensor of the delta, aliases of tied ones included."""
+        wanted = {**{name: name for name in delta.tensors}, **delta.meta["tied"]}
+        found = match_names(wanted, base.slots)
+        return cls(delta, weight, {found[name]: owner for name, owner in wanted.items()})
+
+
+def merge(
+    base: Path | str, deltas: Sequence[tuple[Path | str, float]], *, output: Path | str, operator: str = "task",
+    options: Mapping[str, str] | None = None, modules: Sequence[tuple[str, float]] = (), include: Sequence[str] = (),
+    exclude: Sequence[str] = (), heads: str = "refuse", dtype: str = "auto", other_base: bool = False,
+    undoable: bool = False, threads: int = 0, force: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write base + deltas to the folder `output`; returns what was recorded in its capability.json.
+
+    Args:
+        base: checkpoint folder, safetensors file, or the name of a shipped base.
+        deltas: (delta folder, weight) each.
+        operator: name of a merge operator; `options` are its own.
+        modules: (pattern, factor): the first that is found in a tensor's name multiplies the weights there.
+        include, exclude: patterns over tensor names; what they leave out stays as in the base.
+        heads: in a merge across robots: refuse, skip or keep the action and state heads.
+        dtype: auto (as wide as base and tuned model), base, or fp64, fp32, bf16, fp16. Untouched tensors keep theirs.
+        other_base: allow a base that is not the one the deltas were extracted from.
+        undoable: also keep what rounding loses, so that `unmerge` gives the base to the last bit.
+        threads: 0 means one for each core.
+        force: replace an existing `output`.
+
+    Raises:
+        BurnishError: another base, tensors or shapes that do not fit, heads without a rule, a damaged file, no room.
+    """
+    root = Stored(Checkpoint(locate(base)))
+    parts = [Part.match(Delta(path), weight, root) for path, weight in deltas]
+    job = Merging(root, parts, operator, options or {}, modules, dtype)
+    job.narrow_down(include, exclude, heads, other_base)
+    job.quick_look(other_base)
+    plan = job.plan(Path(output))
+    with filling(plan, force) as part:
+        job.undo = SparseWriter(part, {n: root.slots[n][0] for n in job.touched}) if undoable else None
+        digests = write_tensors(plan, part, job, cores(threads), "merging")
+        if job.undo is not None:
+            job.undo.write(UNDO)
+        finish_folder(part, Path(output), root.checkpoint)
+        record = job.record(digests, undoable)
+        write_summary(part, RECORD, record)
+    return record
+
+
+class Merging:
+    """The engine's maker: computes pieces of the merged checkpoint and checks what it reads."""
+
+    def __init__(
+        self, base: Stored, parts: list[Part], operator: str, options: Mapping[str, str],
+        modules: Sequence[tuple[str, float]], dtype: str,
+    ):  # fmt: skip
+        self.base, self.parts, self.operator, self.modules, self.dtype = base, parts, operator, modules, dtype
+        self.how = OPERATORS.get(operator)
+        self.options = self.how.read_options(dict(options), operator)
+        self.touched: dict[str, list[tuple[Part, float]]] = {}
+        for part in parts:
+            for name in part.names:
+                if weight := part.weight * self._factor(name):
+                    self.touched.setdefault(name, []).append((part, weight))
+        self.undo: SparseWriter | None = None
+        self._states: dict[str, Any] = {}
+        self._readers: dict[tuple[int, str], str] = {}
+
+    def _factor(self, name: str) -> float:
+        return next((factor for pattern, factor in self.modules if re.search(pattern, name)), 1.0)
+
+    def narrow_down(self, include: Sequence[str], exclude: Sequence[str], heads: str, other_base: bool) -> None:
+        """Apply the rules about names, shapes and heads; raises BurnishError where one is broken."""
+        from burnish.methods.capability.keys import check_patterns, selected
+
+        check_patterns(include, self.base.slots, "--include")
+        check_patterns(exclude, self.base.slots, "--exclude")
+        check_patterns([pattern for pattern, _ in self.modules], self.base.slots, "--module")
+        robot = embodiment(self.base.checkpoint.path)
+        for name in list(self.touched):
+            if not selected(name, include, exclude):
+                del self.touched[name]
+                continue
+            for part, _ in self.touched[name]:
+                entry = part.delta.tensors[part.names[name]]
+                if entry["group"] == "head" and other_base and heads != "keep":
+                    crosses = robot != part.delta.meta["embodiment"] or name not in self.base.slots
+                    if heads == "skip":
+                        self.touched.pop(name, None)
+                    elif crosses or list(self.base.slots[name][1]) != entry["shape"]:
+                        raise BurnishError(f"head '{name}' in a merge across robots", "a rule for heads",
+                                           "--heads skip, or --heads keep where the shapes agree")  # fmt: skip
+                if name in self.touched:
+                    self._check_fit(name, part, entry)
+
+    def _check_fit(self, name: str, part: Part, entry: Mapping[str, Any]) -> None:
+        if name not in self.base.slots:
+            raise BurnishError(f"{part.delta.path} changes '{name}', which the base lacks", "the base it was made for",
+                               f"--exclude '{re.escape(name)}'")  # fmt: skip
+        dtype, shape = self.base.slots[name]
+        if list(shape) != entry["shape"]:
+            raise BurnishError(f"'{name}' has shape {list(shape)} in the base and {entry['shape']} in "
+                               f"{part.delta.path}", "one architecture")  # fmt: skip
+        if dtype not in FLOATS:
+            raise BurnishError(f"'{name}' of the base is {dtype}", "floating-point weights", "an unquantised base")
+
+    def quick_look(self, other_base: bool) -> None:
+        """Hash a few small tensors, so that another base is refused at once and not after minutes."""
+        expected: dict[str, str] = {}
+        for part in self.parts:
+            listed = part.delta.meta["base"]["tensors"]
+            names = match_names(listed, self.base.slots)
+            expected |= {names[name]: digest for name, digest in listed.items()}
+            lacking = sorted(set(names.values()) - set(self.base.slots))
+            extra = sorted(set(self.base.slots) - set(names.values()))
+            if (lacking or extra) and not other_base:
+                what = f"lacks '{lacking[0]}'" if lacking else f"has the extra tensor '{extra[0]}'"
+                raise BurnishError(f"{self.base.checkpoint.path} is another base than that of {part.delta.path}: it "
+                                   f"{what}", part.delta.meta["base"]["path"], "--other-base")  # fmt: skip
+        self.inputs = Inputs(f"the base {self.base.checkpoint.path}", self.base.slots, None if other_base else expected)
+        for name in sorted(self.touched, key=lambda n: np.prod(self.base.slots[n][1]))[:_QUICK_LOOK]:
+            self.inputs.check(name, tensor_digest(self.base.checkpoint, self.base.names[name]))
+        self.read = {id(p): Inputs(str(p.delta.path), _stored_slots(p.delta), None) for p in self.parts}
+
+    def plan(self, output: Path) -> Plan:
+        """The base's files with the base's names in the base's order."""
+        files = {}
+        for file in self.base.checkpoint.files:
+            slots = {name: (self.out_dtype(name), slot.shape) for name, slot in file.slots.items()}
+            files[file.path.name] = (slots, file.metadata)
+        identity = {
+            "base": str(self.base.checkpoint.path.absolute()), "version": __version__, "dtype": self.dtype,
+            "parts": [[p.delta.digest, p.weight] for p in self.parts], "operator": self.operator,
+            "options": self.options, "modules": [list(m) for m in self.modules], "touched": sorted(self.touched),
+        }  # fmt: skip
+        return Plan(output, files, identity, _companions(self.base.checkpoint, output))
+
+    def out_dtype(self, name: str) -> str:
+        """dtype of an output: the base's where nothing is added, otherwise as `dtype` says."""
+        own = self.base.slots[name][0]
+        if name not in self.touched or self.dtype == "base":
+            return own
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        kinds = {own, *(part.delta.tensors[part.names[name]]["dtype"] for part, _ in self.touched[name])}
+        return "F32" if kinds == {"F16", "BF16"} else next(kind for kind in FLOATS if kind in kinds)
+
+    def piece(self, worker: Worker, name: str, start: int, stop: int) -> np.ndarray:
+        raw = self.base.raw(name, start, stop)
+        self.inputs.piece(name, start, raw)
+        if name not in self.touched:
+            return raw
+        self._hash_deltas(name, start, stop)
+        dtype = self.out_dtype(name)
+        out, state = worker.out(dtype, stop - start), self._state(name)
+        for at in range(start, stop, BLOCK):
+            end = min(at + BLOCK, stop)
+            block = self.block(worker, name, at, end)
+            block.state = state
+            self.how.apply(block, **self.options)
+            bits = worker.narrow.narrow(block.base, dtype, out[at - start : end - start])
+            if self.undo is not None:
+                self._keep_lost(worker, name, at, block, bits, raw[at - start : end - start])
+        return out
+
+    def _hash_deltas(self, name: str, start: int, stop: int) -> None:
+        for part, _ in self.touched[name]:
+            owner = part.names[name]
+            bits = part.delta.raw(owner, start, stop)
+            if bits is not None and name == self._reader(part, owner):
+                self.read[id(part)].piece(owner, start, bits)
+
+    def _reader(self, part: Part, owner: str) -> str:
+        """Of several base tensors that share one delta, the one whose turn checks its digest."""
+        if (id(part), owner) not in self._readers:
+            names = (n for n, own in part.names.items() if own == owner and n in self.touched)
+            self._readers[id(part), owner] = next(names)
+        return self._readers[id(part), owner]
+
+    def block(self, worker: Worker, name: str, at: int, end: int) -> Block:
+        """Base and deltas of one block as float64."""
+        base = self.base.fill(name, at, end, worker.double(0, end - at), worker.narrow)
+        used = self.touched[name]
+        deltas = [
+            part.delta.fill(part.names[name], at, end, worker.double(k + 1, end - at), worker.narrow)
+            for k, (part, _) in enumerate(used)
+        ]
+        return Block(name, at, base, deltas, [weight for _, weight in used])
+
+    def _state(self, name: str) -> Any:
+        if self.how.prepare is None:
+            return None
+        if name not in self._states:  # two threads may both compute it; they get the same
+            used, size = self.touched[name], int(np.prod(self.base.slots[name][1]))
+            deltas = [_stream(part.delta.fill, part.names[name], size) for part, _ in used]
+            streams = Streams(_stream(self.base.fill, name, size), deltas, [w for _, w in used], size)
+            self._states[name] = self.how.prepare(streams, **self.options)
+        return self._states[name]
+
+    def _keep_lost(self, worker: Worker, name: str, at: int, block: Block, bits: np.ndarray, raw: np.ndarray) -> None:
+        back = take_away(worker, bits, self.out_dtype(name), block.deltas, self.base.slots[name][0])
+        lost = np.flatnonzero(back != raw)
+        self.undo.add(name, at, lost + at, raw[lost])
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        self.base.release(name, start, stop)
+        for part, _ in self.touched.get(name, []):
+            part.delta.release(part.names[name], start, stop)
+
+    def finished(self, name: str) -> dict[str, Any]:
+        for part, _ in self.touched.get(name, []):
+            owner = part.names[name]
+            if owner in self.read[id(part)].shapes and name == self._reader(part, owner):
+                part.delta.check(owner, self.read[id(part)].finish(owner))
+        self._states.pop(name, None)
+        facts: dict[str, Any] = {"base": self.inputs.finish(name)}
+        return facts | ({"undo": self.undo.facts(name)} if self.undo is not None else {})
+
+    def restore(self, name: str, facts: dict[str, Any]) -> None:
+        self.inputs.digests[name] = facts["base"]
+        if self.undo is not None:
+            self.undo.restore(name, facts["undo"])
+
+    def record(self, digests: dict[str, str], undoable: bool) -> dict[str, Any]:
+        """capability.json of the merged folder."""
+        base = self.base.checkpoint.path
+        return {
+            "kind": "merge", "burnish": __version__,
+            "base": {"path": str(base.absolute()), "digest": whole_digest(self.inputs.digests)},
+            "deltas": [{"path": str(p.delta.path.absolute()), "digest": p.delta.digest, "weight": p.weight}
+                       for p in self.parts],
+            "operator": self.operator, "options": self.options, "modules": [list(m) for m in self.modules],
+            "digest": whole_digest(digests), "undoable": undoable,
+            "tensors": {name: {"digest": digests[name], "base_digest": self.inputs.digests[name],
+                               "base_dtype": self.base.slots[name][0], "weights": self._weights(name)}
+                        for name in self.base.slots},
+        }  # fmt: skip
+
+    def _weights(self, name: str) -> list[list[Any]]:
+        """[number of the delta, name in it, weight] of every delta that changes `name`."""
+        return [[self.parts.index(part), part.names[name], weight] for part, weight in self.touched.get(name, [])]
+
+
+def take_away(worker: Worker, bits: np.ndarray, dtype: str, added: list[np.ndarray], base_dtype: str) -> np.ndarray:
+    """Stored bits of merged - added (weights times deltas, float64), rounded to the base's dtype."""
+    value = worker.narrow.widen(bits, dtype, worker.double(len(added) + 1, bits.size))
+    for delta in added:
+        np.subtract(value, delta, out=value)
+    return worker.narrow.narrow(value, base_dtype, worker.spare(0, base_dtype, bits.size))
+
+
+def _stored_slots(delta: Delta) -> dict[str, tuple[str, tuple[int, ...]]]:
+    dense = [name for name, entry in delta.tensors.items() if entry["form"] == "dense"]
+    return {name: (delta.numbers.slots[name].dtype, delta.numbers.slots[name].shape) for name in dense}
+
+
+def _stream(fill: Any, name: str, size: int) -> Any:
+    """A function that gives the float64 blocks of one tensor, one after the other, in a buffer of its own."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        out, scratch = np.empty(BLOCK), Narrow()
+        for at in range(0, size, BLOCK):
+            end = min(at + BLOCK, size)
+            yield fill(name, at, end, out[: end - at], scratch)
+
+    return blocks
+
+
+def _companions(checkpoint: Checkpoint, output: Path) -> dict[str, Path]:
+    """Config, processors, tokenizer: every other file of the base's folder, training state and hidden ones left out."""
+    if checkpoint.path.is_file():
+        return {}
+    weights = {file.path.name for file in checkpoint.files}
+    skip = {"burnish", "checkpoints", RECORD, UNDO}
+    found = {}
+    for file in sorted(checkpoint.path.rglob("*")):
+        inside = file.relative_to(checkpoint.path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and inside.as_posix() not in weights and inside.parts[0] not in skip and not hidden:
+            found[inside.as_posix()] = file
+    return found
+
+
+def finish_folder(part: Path, target: Path, checkpoint: Checkpoint) -> None:
+    """Bring the copied index and configs up to date: sizes, and absolute paths that point into the base's folder."""
+    if checkpoint.index is not None:
+        total = sum(slot.nbytes for file in part.glob("*.safetensors") for slot in _slots_of(file, checkpoint))
+        metadata = {**checkpoint.index.get("metadata", {}), "total_size": total}
+        (part / INDEX).write_text(json.dumps({**checkpoint.index, "metadata": metadata}, indent=2))
+    old, new = str(checkpoint.path.absolute()), str(target.absolute())
+    for file in part.glob("*.json"):
+        text = file.read_text()
+        if old + "/" in text:
+            file.write_text(text.replace(old + "/", new + "/"))
+
+
+def _slots_of(file: Path, checkpoint: Checkpoint) -> list:
+    from burnish.methods.capability.tensorfile import TensorFile
+
+    return list(TensorFile(file).slots.values()) if file.name in {f.path.name for f in checkpoint.files} else []
+
+
+def modules_changed(record: Mapping[str, Any]) -> int:
+    """How many modules a merge touched."""
+    return len({module_of(name) for name, entry in record["tensors"].items() if entry["weights"]})

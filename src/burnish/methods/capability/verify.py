@@ -1,0 +1,136 @@
+"""Reads finished artefacts back and checks every element against its inputs, with arithmetic of its own."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.methods.capability.delta import Delta
+from burnish.methods.capability.engine import cores, read_summary
+from burnish.methods.capability.extract import open_parent
+from burnish.methods.capability.merge import RECORD
+from burnish.methods.capability.operators import OPERATORS, Block, Streams
+from burnish.methods.capability.rounding import Narrow, narrowed, widened
+from burnish.methods.capability.sources import Stored
+from burnish.methods.capability.tensorfile import BLOCK, Checkpoint, pieces, tensor_digest, whole_digest
+
+
+def verify(path: Path | str, threads: int = 0) -> dict[str, Any]:
+    """Check a delta or a merged checkpoint against the files it was made from.
+
+    A delta: control + delta gives the tuned model. A merged checkpoint: checksums; tensors without a delta equal the
+    base's; all others equal the operator in float64, rounded once.
+
+    Returns:
+        elements: how many were compared.
+        unequal: how many differ (bits of the stored dtype).
+
+    Raises:
+        BurnishError: a parent is gone or is not the recorded one, or the artefact is damaged.
+    """
+    path = Path(path)
+    compare = _merged(path, cores(threads)) if (path / RECORD).is_file() else _extracted(path)
+    with ThreadPoolExecutor(cores(threads)) as pool:
+        found = list(pool.map(lambda job: compare.unequal(*job), compare.jobs()))
+    return {"elements": sum(stop - start for _, start, stop in compare.jobs()), "unequal": int(sum(found))}
+
+
+class _Compare:
+    """Pieces to compare; `unequal` counts the elements of one that differ."""
+
+    def __init__(self, slots: dict[str, tuple[str, tuple[int, ...]]]):
+        self.slots = slots
+
+    def jobs(self) -> list[tuple[str, int, int]]:
+        return [(n, a, b) for n, (_, shape) in self.slots.items() for a, b in pieces(int(np.prod(shape)))]
+
+    def unequal(self, name: str, start: int, stop: int) -> int:
+        raise NotImplementedError
+
+
+class _extracted(_Compare):
+    def __init__(self, path: Path):
+        self.delta = Delta(path)
+        base = Stored(Checkpoint(self.delta.meta["base"]["path"]))
+        self.tuned, self.control = (
+            open_parent(self.delta.meta[who]["path"], base, [(old, new) for new, old in
+                        self.delta.meta["key_map"].get(who, {}).items()]).source
+            for who in ("tuned", "control")
+        )  # fmt: skip
+        super().__init__({name: self.tuned.slots[name] for name in self.delta.tensors})
+
+    def unequal(self, name: str, start: int, stop: int) -> int:
+        scratch, wrong = Narrow(), 0
+        dtype, block = self.slots[name][0], np.empty(BLOCK)
+        for at in range(start, stop, BLOCK):
+            end = min(at + BLOCK, stop)
+            control = self.control.fill(name, at, end, np.empty(end - at), scratch)
+            delta = self.delta.fill(name, at, end, block[: end - at], scratch) / self.delta.scale
+            tuned = self.tuned.fill(name, at, end, np.empty(end - at), scratch)
+            wrong += int((narrowed(control + delta, dtype) != narrowed(tuned, dtype)).sum())
+        self.delta.release(name, start, stop)
+        for source in (self.control, self.tuned):
+            source.release(name, start, stop)
+        return wrong
+
+
+class _merged(_Compare):
+    def __init__(self, path: Path, threads: int):
+        self.record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
+        self.output = Stored(Checkpoint(path))
+        self.base = Stored(Checkpoint(self.record["base"]["path"]))
+        self.deltas = [Delta(entry["path"]) for entry in self.record["deltas"]]
+        for delta, entry in zip(self.deltas, self.record["deltas"], strict=True):
+            if delta.digest != entry["digest"]:
+                raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")
+        with ThreadPoolExecutor(threads) as pool:
+            names = list(self.record["tensors"])
+            found = list(pool.map(lambda n: tensor_digest(self.output.checkpoint, n), names))
+            before = list(pool.map(lambda n: tensor_digest(self.base.checkpoint, n), names))
+        if whole_digest(dict(zip(names, before, strict=True))) != self.record["base"]["digest"]:
+            raise BurnishError(f"{self.base.checkpoint.path} is another base now", self.record["base"]["digest"])
+        damaged = [n for n, d in zip(names, found, strict=True) if d != self.record["tensors"][n]["digest"]]
+        if damaged:
+            raise BurnishError(f"'{damaged[0]}' in {path} was changed or damaged ({len(damaged)} tensors)",
+                               "the checksums of its capability.json", "merge again")  # fmt: skip
+        super().__init__(self.output.slots)
+
+    def unequal(self, name: str, start: int, stop: int) -> int:
+        got, raw = self.output.raw(name, start, stop), self.base.raw(name, start, stop)
+        used = self.record["tensors"][name]["weights"]
+        if not used:
+            wrong = int((got != raw).sum())
+        else:
+            wanted = np.concatenate([
+                self._expected(name, used, at, min(at + BLOCK, stop)) for at in range(start, stop, BLOCK)
+            ] or [np.empty(0)])  # fmt: skip
+            wrong = int((narrowed(wanted, self.slots[name][0]) != got).sum())
+        self.output.release(name, start, stop)
+        self.base.release(name, start, stop)
+        return wrong
+
+    def _expected(self, name: str, used: list, start: int, stop: int) -> np.ndarray:
+        """The merged values as float64."""
+        base = widened(self.base.raw(name, start, stop), self.base.slots[name][0])
+        deltas = [
+            self.deltas[k].fill(own, start, stop, np.empty(stop - start), Narrow()) for k, own, _ in used
+        ]  # fmt: skip
+        weights = [weight for _, _, weight in used]
+        if self.record["operator"] == "task":
+            for weight, delta in zip(weights, deltas, strict=True):
+                base = base + weight * delta
+            return base
+        how, options = OPERATORS.get(self.record["operator"]), self.record["options"]
+        state = how.prepare(self._streams(name, used, weights), **options) if how.prepare is not None else None
+        block = Block(name, start, base, deltas, weights, state)
+        how.apply(block, **options)
+        return block.base
+
+    def _streams(self, name: str, used: list, weights: list[float]) -> Streams:
+        from burnish.methods.capability.merge import _stream
+
+        size = int(np.prod(self.base.slots[name][1]))
+        deltas = [_stream(self.deltas[k].fill, own, size) for k, own, _ in used]
+        return Streams(_stream(self.base.fill, name, size), deltas, weights, size)
