@@ -1,6 +1,7 @@
 """`burnish study FILE`: arms x seeds, each an ordinary run, measured on the same trials and put into one table.
 
-Every stage continues where a killed study left it, and the result is written anew after each run.
+Every stage continues where a killed study left it, and the result is written anew after each run. Several processes
+may share the work (`--seeds 0` beside `--seeds 1`); a last call without the option finds it done and collects it.
 """
 
 import argparse
@@ -84,22 +85,26 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
 
     folder = Path("runs") / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed}
-    stages = Stages(folder / "run.json", run_facts(study.name, command, seeds))
-    make_data(base, stages)
+    facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
+    clocks = {"data": Stages(folder / "data.json", facts)}
+    make_data(base, clocks["data"])
     # A mistake in the last arm should not wait for hours to show.
     runs = {(seed, arm): _run(study, base, folder, arm, seed) for seed in study.seeds for arm in study.arms}
     finished: list[_Run] = []
     for seed in study.seeds:
+        clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
         for line in study.before:
-            _before(_fill(line, seed, folder), stages)
+            _before(_fill(line, seed, folder), clock)
         for arm in study.arms:
             run = runs[seed, arm]
-            with stages.stage(f"{arm}, seed {seed}"):
+            run.folder.mkdir(exist_ok=True)
+            clock = clocks[f"{arm} {seed}"] = Stages(run.folder / "run.json", facts)
+            with clock.stage(f"{arm}, seed {seed}"):
                 _train_and_measure(study, run)
             finished.append(run)
             if result:
-                _write(study, base, finished, stages, result)
+                minutes = sum(clock.minutes for clock in clocks.values())
+                _write(study, base, finished, facts, minutes, result)
     return folder
 
 
@@ -163,7 +168,9 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
         write_json(answers, {"tuned": found.to_dict()})
 
 
-def _write(study: StudyConfig, base: RecipeConfig, runs: list[_Run], stages: Any, path: Path) -> None:
+def _write(
+    study: StudyConfig, base: RecipeConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path
+) -> None:
     from burnish.evaluate.arms import arm_rows, read_successes
     from burnish.report.results import write_result
 
@@ -179,10 +186,10 @@ def _write(study: StudyConfig, base: RecipeConfig, runs: list[_Run], stages: Any
     if base.eval.questions.root:
         answers = {arm: {seed: _answers(run) for seed, run in of(arm).items()} for arm in study.arms}
         rows += arm_rows(answers, study.reference, eval="questions, exact")
-    facts = stages.content
     write_result(
-        path, recipe=f"recipes/{study.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
-        date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
+        path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows,
+        commit=facts["commit"], date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"],
+        minutes=minutes, metrics=metrics,
     )  # fmt: skip
 
 
