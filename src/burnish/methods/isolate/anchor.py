@@ -1,0 +1,231 @@
+"""An anchor: what the hidden states of a frozen base look like, layer by layer, and where that knowledge comes from."""
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Batch
+from burnish.methods.isolate.statistics import Moments
+
+if TYPE_CHECKING:
+    from burnish.policies.base import Captured, Policy
+
+FORMAT = 1
+GROUPS = {"apart": ("image", "text"), "pooled": ("tokens",)}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an anchor comes from.
+
+    Args:
+        base_hash: of the weights of the frozen policy.
+        layers, width: of its backbone.
+        inputs: "questions" or "robot".
+        source: name of the question folder or data set.
+        samples: images asked about, or robot frames.
+        template: how a question becomes text; empty for robot inputs.
+        answers: whether the rows of answers count too.
+        tokens: "apart" (image and text each have a Gaussian) or "pooled".
+        covariance: whether full covariances are kept beside the variances.
+    """
+
+    base_hash: str
+    layers: int
+    width: int
+    inputs: str
+    source: str
+    samples: int
+    template: str = ""
+    answers: bool = False
+    tokens: str = "apart"
+    covariance: bool = False
+    format: int = FORMAT
+
+
+@dataclass
+class Anchor:
+    """Statistics for each (layer, token group), float64, with their provenance."""
+
+    about: Provenance
+    moments: dict[tuple[int, str], Moments] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; a kill leaves the old one or none.
+
+        Raises:
+            BurnishError: no room, or not allowed.
+        """
+        import os
+
+        from safetensors.torch import save_file
+
+        from burnish.core.files import disk_errors, sync_file, sync_folder
+
+        tensors = {}
+        for (layer, group), one in self.moments.items():
+            for name in ("count", "mean", "spread"):
+                tensors[f"{layer}.{group}.{name}"] = getattr(one, name).cpu().contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with disk_errors(path):
+                save_file(tensors, temporary, metadata={"about": json.dumps(asdict(self.about))})
+                sync_file(temporary)
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+    @classmethod
+    def load(cls, path: Path) -> "Anchor":
+        """Read what `save` wrote.
+
+        Raises:
+            BurnishError: no such file, or no anchor of this format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        make = "burnish anchor build --help"
+        if not path.is_file():
+            raise BurnishError(f"no anchor at {path}", "a file that `burnish anchor build` wrote", make)
+        try:
+            with safe_open(path, "pt") as file:
+                about = Provenance(**json.loads((file.metadata() or {})["about"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise BurnishError(f"{path} is no anchor ({error})", f"an anchor of format {FORMAT}", make) from None
+        if about.format != FORMAT:
+            raise BurnishError(f"{path} has format {about.format}", str(FORMAT), make)
+        moments = {}
+        for name in tensors:
+            layer, group, part = name.split(".")
+            if part == "count":
+                parts = (tensors[f"{layer}.{group}.{part}"] for part in ("count", "mean", "spread"))
+                moments[int(layer), group] = Moments(*parts)
+        return cls(about, moments)
+
+    def check(self, path: Path | str, base_hash: str, layers: int, width: int) -> None:
+        """Raise BurnishError unless the anchor was built from the very weights that training starts from."""
+        fix = "burnish anchor build with the policy of policy.path"
+        for what, found, expected in (("layers", self.about.layers, layers), ("channels", self.about.width, width)):
+            if found != expected:
+                raise BurnishError(f"{path} is the anchor of a backbone with {found} {what}", f"{expected}", fix)
+        if self.about.base_hash != base_hash:
+            raise BurnishError(
+                f"{path} is the anchor of other weights ({self.about.base_hash})", f"the base {base_hash}", fix
+            )
+
+    def to(self, device: torch.device) -> "Anchor":
+        moved = {k: Moments(*(t.to(device) for t in (m.count, m.mean, m.spread))) for k, m in self.moments.items()}
+        return Anchor(self.about, moved)
+
+
+def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = None) -> dict[str, Tensor]:
+    """Which rows of a captured forward belong to which group, bool [B, S] each; never padding, state or actions.
+
+    Args:
+        captured: of a forward.
+        tokens: "apart" or "pooled".
+        leave_out: bool [B, S] of rows that count nowhere (answers, say).
+    """
+    image, text = captured.rows["image"], captured.rows["text"]
+    if leave_out is not None:
+        text = text & ~leave_out
+    return {"image": image, "text": text} if tokens == "apart" else {"tokens": image | text}
+
+
+class Builder:
+    """Collects an anchor from forwards of a frozen policy.
+
+    Args:
+        policy: the frozen base.
+        about: see `Provenance`; samples, layers and width are filled in.
+    """
+
+    def __init__(self, policy: "Policy", about: Provenance):
+        self.policy, self.about = policy, about
+        self.samples = 0
+        self.moments: dict[tuple[int, str], Moments] = {}
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Run one batch of questions or robot frames and take in its hidden states."""
+        captured, answers = forward(self.policy, batch, range(self.policy.num_layers))
+        leave_out = None if self.about.answers else answers
+        masks = token_groups(captured, self.about.tokens, leave_out)
+        for layer, hidden in captured.hidden.items():
+            for group, mask in masks.items():
+                if (layer, group) not in self.moments:
+                    self.moments[layer, group] = Moments.empty(hidden.shape[-1], self.about.covariance, hidden.device)
+                self.moments[layer, group].add(hidden[mask])
+        self.samples += len(next(iter(masks.values())))
+
+    def finish(self) -> Anchor:
+        """The anchor.
+
+        Raises:
+            BurnishError: nothing was collected.
+        """
+        if not self.samples:
+            raise BurnishError(f"{self.about.source} gave no sample for the anchor", "at least one")
+        width = len(next(iter(self.moments.values())).mean)
+        about = {**asdict(self.about), "samples": self.samples, "width": width, "layers": self.policy.num_layers}
+        return Anchor(Provenance(**about), self.moments)
+
+
+def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Captured", Tensor | None]:
+    """Hidden states of one forward on questions or robot frames, and which rows are answers (bool [B, S] or None).
+
+    The randomness of a robot forward is the action expert's, which the backbone never sees.
+    """
+    with policy.capture(layers) as captured:
+        if "question" in batch:
+            return captured, policy.language(batch).mask
+        draws = policy.draw(len(batch["task"]), torch.Generator().manual_seed(0))
+        policy.loss(batch, draws)
+        return captured, None
+
+
+@contextmanager
+def evaluating(policy: "Policy"):
+    """Inside, the policy is in eval mode; afterwards in the mode that it was in."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
+
+
+def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anchor:
+    """An anchor of `policy` as it is now; see `Builder`."""
+    builder = Builder(policy, about)
+    with evaluating(policy):
+        for batch in batches:
+            builder.add(batch)
+    return builder.finish()
+
+
+def question_batches(root: Path, samples: int, batch_size: int, seed: int, device: torch.device | str, *,
+                     rank: int = 0, world: int = 1, progress: bool = False) -> Iterable[Batch]:  # fmt: skip
+    """Batches of questions from a folder, in an order that follows from `seed`; at most one pass over it.
+
+    Raises:
+        BurnishError: not a question folder, or an empty one.
+    """
+    from tqdm import tqdm
+
+    from burnish.data.loader import LanguageData, to_device
+
+    data = LanguageData(root, batch_size, seed, rank, world)
+    count = max(1, min(samples, len(data.questions)) // batch_size)
+    for k in tqdm(range(count), desc="anchor", unit="batch", disable=not progress):
+        yield data.finish(to_device(data.raw(k), torch.device(device)), k)

@@ -1,0 +1,118 @@
+"""What to watch while a policy is fine-tuned: how far its states have drifted, and how well it still reads text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Batch
+from burnish.methods.isolate import distances
+from burnish.methods.isolate.anchor import evaluating, forward, question_batches, token_groups
+from burnish.methods.isolate.sources import robot_batches
+
+if TYPE_CHECKING:
+    from burnish.policies.base import Policy
+    from burnish.train.loop import Run
+
+IMAGE = "observation.images.text"
+
+
+class Probe:
+    """Figures about the backbone, against the weights that the run starts from, on inputs that never change.
+
+    drift_questions, drift_robot: mean over layers of the squared distance of each token's state from the base's,
+    relative to the variance of the base's states (0 is no drift, 2 is no more alike than two random tokens), and the
+    same for each layer as drift_questions_0 and so on. w2_questions, w2_robot: mean over layers of the diagonal
+    Wasserstein distance of the same states, which rotations may leave at 0. text_loss: nats per token, see
+    `text_loss`.
+
+    Args:
+        run: its policy still holds the weights that it starts from.
+        training_questions: where questions come from when `questions` is empty.
+        every: steps between measurements (a multiple of train.log_every); 0 measures before and at the end only.
+        questions: held-out question folder; "" watches robot inputs alone.
+        text: held-out text file, UTF-8, one passage per line; "" leaves text_loss out.
+        samples: questions and robot frames each.
+    """
+
+    def __init__(self, run: "Run", training_questions: str, every: int = 0, questions: str = "", text: str = "",
+                 samples: int = 128):  # fmt: skip
+        self.every, self.last = every, -1
+        self.layers = list(range(run.policy.num_layers))
+        self.texts = read_passages(Path(text)) if text else []
+        size = min(64, run.recipe.train.batch_size, samples)
+        root = questions or run.recipe.eval.questions.root or training_questions
+        asked = question_batches(Path(root), samples, min(size, 32), 1, run.device) if root and Path(root).is_dir() else []
+        self.inputs = {"questions": list(asked), "robot": list(robot_batches(run, samples))}
+        self.inputs = {name: batches for name, batches in self.inputs.items() if batches}
+        with evaluating(run.policy):
+            self.base = {name: self._states(run.policy, batches) for name, batches in self.inputs.items()}
+
+    def measure(self, run: "Run") -> dict[str, float]:
+        """The figures at this step, or nothing when it is not their turn."""
+        due = self.every and run.step % self.every == 0
+        if not (due or run.step >= run.recipe.train.steps):
+            return {}
+        figures: dict[str, float] = {}
+        with evaluating(run.policy):
+            for name, batches in self.inputs.items():
+                figures |= self._drift(name, self._states(run.policy, batches))
+            if self.texts:
+                figures["text_loss"] = text_loss(run.policy, self.texts)
+        return figures
+
+    @torch.no_grad()
+    def _states(self, policy: "Policy", batches: list[Batch]) -> list[Tensor]:
+        """[N, D] of each layer: the states of all image and text tokens."""
+        kept: list[list[Tensor]] = [[] for _ in self.layers]
+        for batch in batches:
+            captured, _ = forward(policy, batch, self.layers)
+            mask = token_groups(captured, "pooled")["tokens"]
+            for layer in self.layers:
+                kept[layer].append(captured.hidden[layer][mask].float())
+        return [torch.cat(rows) for rows in kept]
+
+    def _drift(self, name: str, now: list[Tensor]) -> dict[str, float]:
+        pairs = list(zip(now, self.base[name], strict=True))
+        each = [float(distances.tokens(a, b)) for a, b in pairs]
+        apart = [float(distances.w2_diagonal(a, b.mean(0).double(), b.var(0, False).double())) for a, b in pairs]
+        figures = {f"drift_{name}": sum(each) / len(each), f"w2_{name}": sum(apart) / len(apart)}
+        return figures | {f"drift_{name}_{layer}": value for layer, value in enumerate(each)}
+
+
+@torch.no_grad()
+def text_loss(policy: "Policy", texts: list[str], batch_size: int = 16) -> float:
+    """Mean next-token loss, in nats per token, of plain text by the backbone that acts.
+
+    The language verb needs an image and a question, so every passage is the answer to an empty question about a grey
+    image. Compare the figure between policies, not with that of a text-only model.
+    """
+    size = policy.image_size
+    total, tokens = 0.0, 0
+    device = next(policy.parameters()).device
+    with evaluating(policy):
+        for start in range(0, len(texts), batch_size):
+            some = texts[start : start + batch_size]
+            grey = torch.full((len(some), 3, size, size), 0.5, device=device)
+            loss = policy.language({IMAGE: grey, "question": [""] * len(some), "answer": some})
+            total += float((loss.per_token * loss.mask).sum())
+            tokens += int(loss.mask.sum())
+    return total / max(tokens, 1)
+
+
+def read_passages(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that hold more than blanks.
+
+    Raises:
+        BurnishError: no such file, not UTF-8, or nothing in it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BurnishError(f"{path} cannot be read ({error})", "a UTF-8 text file, one passage per line") from None
+    passages = [line for line in lines if line]
+    if not passages:
+        raise BurnishError(f"{path} holds no text", "one passage per line")
+    return passages

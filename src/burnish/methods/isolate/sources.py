@@ -1,0 +1,200 @@
+"""The loss whose gradient is protected: on the robot batch, on questions, against an anchor or the frozen base."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
+from burnish.core.types import Batch
+from burnish.methods.isolate import distances
+from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups
+from burnish.methods.isolate.options import Options
+
+if TYPE_CHECKING:
+    from burnish.policies.base import Captured, Policy
+    from burnish.train.loop import Run
+
+
+class Questions:
+    """Question batches beside the robot batches; batch k follows from the run's seed, k and the rank."""
+
+    def __init__(self, run: "Run", root: str, batch_size: int):
+        from burnish.data.loader import LanguageData
+
+        rank, world = run.accelerator.process_index, run.accelerator.num_processes
+        seed = derive_seed(run.recipe.train.seed, "isolate")
+        self.data = LanguageData(Path(root), batch_size, seed, rank, world)
+        self.device = run.device
+
+    def batch(self, k: int) -> Batch:
+        """Batch k, on the run's device."""
+        from burnish.data.loader import to_device
+
+        return self.data.finish(to_device(self.data.raw(k), self.device), k)
+
+
+class Source:
+    """Computes the protected loss of a micro-batch.
+
+    Args:
+        run: the run; its policy still holds the weights that it starts from.
+        options: see Options.
+        questions: question folder, or "".
+        anchor_path: file of `burnish anchor build`; "" builds the anchor here, from the policy as it is.
+        samples: questions or robot frames to build it from.
+    """
+
+    def __init__(self, run: "Run", options: Options, questions: str, anchor_path: str, samples: int):
+        self.options = options
+        self.layers = list(range(run.policy.num_layers))
+        size = max(options.directions, round(options.share * run.recipe.train.batch_size))
+        self.size = min(size, run.recipe.train.batch_size)
+        self.questions = Questions(run, questions, self.size) if options.asks else None
+        self.frozen = _frozen(run.policy) if options.distance == "tokens" and options.protect != "answers" else None
+        self.anchor = None
+        if options.needs_anchor:
+            self.anchor = self._anchor(run, questions, anchor_path, samples).to(run.device)
+
+    def losses(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Iterator[Tensor]:
+        """The protected loss (scalar with graph) of each of the `directions` parts of micro-batch k.
+
+        Args:
+            policy: in training.
+            batch: robot batch.
+            captured: hidden states of the training forward where `options.shares_forward`.
+            k: number of the micro-batch since the run began.
+        """
+        options, parts = self.options, self.options.directions
+        if options.protect == "answers":
+            for part in _split(self.questions.batch(k), parts):
+                yield policy.language(part).mean
+        elif options.protect == "questions":
+            for part in _split(self.questions.batch(k), parts):
+                yield self._distance(part, *forward(policy, part, self.layers))
+        elif captured is not None:
+            for part in range(parts):
+                yield self._distance(batch, captured, None, slice(part, None, parts))
+        else:
+            for part in _split(_head(batch, self.size), parts):
+                yield self._distance(part, *forward(policy, part, self.layers))
+
+    def _distance(self, batch: Batch, captured: "Captured", answers: Tensor | None,
+                  samples: slice = slice(None)) -> Tensor:  # fmt: skip
+        """Sum over layers and token groups of the distance of the states of `samples` from the anchor."""
+        options = self.options
+        reference = None
+        if self.frozen is not None:
+            with torch.no_grad():
+                reference, _ = forward(self.frozen, batch, self.layers)
+        masks = token_groups(captured, options.tokens, None if options.answers else answers)
+        total = torch.zeros((), device=next(iter(masks.values())).device)
+        for group, mask in masks.items():
+            chosen = torch.zeros_like(mask)
+            chosen[samples] = mask[samples]
+            rows = chosen.reshape(-1).nonzero().squeeze(1)
+            if len(rows) == 0:  # an empty instruction has no text rows
+                continue
+            for layer in self.layers:
+                states = captured.hidden[layer].flatten(0, 1)[rows].float()
+                other = None if reference is None else reference.hidden[layer].flatten(0, 1)[rows]
+                total = total + self._layer_distance(states, other, layer, group)
+        return total
+
+    def _layer_distance(self, states: Tensor, reference: Tensor | None, layer: int, group: str) -> Tensor:
+        if reference is not None:
+            return distances.tokens(states, reference)
+        moments = self.anchor.moments[layer, group]
+        if self.options.distance == "bures":
+            return distances.bures(states, moments.mean, moments.covariance, self.options.rank)
+        distance = distances.w2_diagonal if self.options.distance == "w2" else distances.w2_normalised
+        return distance(states, moments.mean, moments.variance)
+
+    def _anchor(self, run: "Run", questions: str, path: str, samples: int) -> Anchor:
+        inputs = "robot" if self.options.protect == "self" else "questions"
+        if path:
+            anchor = Anchor.load(Path(path))
+            anchor.check(path, run.parent_hash, run.policy.num_layers, self._width(run))
+            self._check_settings(anchor, path, inputs)
+            return anchor
+        if inputs == "questions" and not questions:
+            raise BurnishError("isolate: nothing to build the anchor from", "questions: FOLDER or anchor: FILE",
+                               "burnish questions --help, or method: self_anchor")  # fmt: skip
+        about = self._about(run, inputs, questions)
+        size, show = run.recipe.train.batch_size, run.progress and run.accelerator.is_main_process
+        if inputs == "questions":
+            batches = question_batches(Path(questions), samples, min(size, samples), 0, run.device, progress=show)
+        else:
+            batches = robot_batches(run, samples)
+        return _same_everywhere(run, build(run.policy, batches, about))
+
+    def _about(self, run: "Run", inputs: str, questions: str) -> Provenance:
+        from burnish.policies.vqa import PROMPT
+
+        options, asked = self.options, inputs == "questions"
+        return Provenance(
+            run.parent_hash, run.policy.num_layers, 0, inputs, Path(questions).name if asked else run.data.root.name, 0,
+            template=PROMPT if asked else "", answers=options.answers, tokens=options.tokens,
+            covariance=options.distance == "bures",
+        )  # fmt: skip
+
+    def _check_settings(self, anchor: Anchor, path: str, inputs: str) -> None:
+        wanted = {"inputs": inputs, "tokens": self.options.tokens, "answers": self.options.answers}
+        if self.options.distance == "bures":
+            wanted["covariance"] = True
+        found = asdict(anchor.about)
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants")
+
+    def _width(self, run: "Run") -> int:
+        with torch.no_grad():
+            captured, _ = forward(run.policy, _head(next(robot_batches(run, 1)), 1), [0])
+        return captured.hidden[0].shape[-1]
+
+
+def robot_batches(run: "Run", samples: int) -> Iterator[Batch]:
+    """The first batches of the run's data, about `samples` frames."""
+    from burnish.data.loader import to_device
+
+    count = max(1, samples // run.recipe.train.batch_size)
+    for k in range(count):
+        yield run.data.finish(to_device(run.data.raw(k), run.device), k)
+
+
+def _same_everywhere(run: "Run", anchor: Anchor) -> Anchor:
+    """Robot frames differ between ranks: merge what all of them saw, in the order of the ranks."""
+    if run.accelerator.num_processes == 1 or anchor.about.inputs == "questions":
+        return anchor
+    from burnish.methods.isolate.statistics import Moments
+
+    for key, own in anchor.moments.items():
+        packed = torch.cat([own.count[None], own.mean, own.spread.flatten()]).to(run.device)
+        everyone = run.accelerator.gather(packed[None])
+        merged = Moments.empty(len(own.mean), own.spread.ndim == 2, run.device)
+        for row in everyone:
+            mean, spread = row[1 : 1 + len(own.mean)], row[1 + len(own.mean) :].view(own.spread.shape)
+            merged.merge(Moments(row[0], mean, spread))
+        anchor.moments[key] = merged
+    return anchor
+
+
+def _frozen(policy: "Policy") -> "Policy":
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    if parts == 1:
+        yield batch
+        return
+    for part in range(parts):
+        yield {key: value[part::parts] for key, value in batch.items()}
+
+
+def _head(batch: Batch, size: int) -> Batch:
+    return {key: value[:size] for key, value in batch.items()}
