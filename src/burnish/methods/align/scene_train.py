@@ -1,0 +1,166 @@
+"""Training the scene3d teacher on scenes of the simulator, and its accuracy on scenes that it has not seen."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import new_folder, write_json
+from burnish.core.seeding import derive_seed, generator
+from burnish.data.augment import colour_jitter
+from burnish.methods.align.scene_data import make_scenes
+from burnish.methods.align.teachers.scene3d import DEFAULTS, SceneNet
+
+HELD_OUT_SEED = 7_000_000
+
+
+@dataclass
+class SceneRecipe:
+    """What is trained; read from a YAML file."""
+
+    output: str = "data/teachers/scene3d"
+    data: str = "data/scene3d"
+    """Where scenes are kept."""
+    scenes: int = 12000
+    held_out: int = 512
+    steps: int = 1600
+    batch_size: int = 32
+    lr: float = 1.0e-3
+    warmup_steps: int = 100
+    one_view: float = 0.4
+    """Share of batches that show the first view only."""
+    seed: int = 0
+    model: dict[str, int] = field(default_factory=lambda: dict(DEFAULTS))
+
+
+def read_scene_recipe(path: Path) -> SceneRecipe:
+    """Raises BurnishError for a missing file or an unknown key."""
+    import yaml
+
+    if not path.is_file():
+        raise BurnishError(f"no recipe at {path}", "a YAML file", "recipes/align/scene3d.yaml")
+    values = yaml.safe_load(path.read_text()) or {}
+    known = set(SceneRecipe.__dataclass_fields__)
+    for key in values:
+        if key not in known:
+            raise BurnishError(f"{path}: unknown key '{key}'", f"one of {', '.join(sorted(known))}")
+    recipe = SceneRecipe(**values)
+    recipe.model = {**DEFAULTS, **recipe.model}
+    return recipe
+
+
+def train_scene_net(recipe: SceneRecipe, progress: bool = True) -> dict[str, Any]:
+    """Train, measure on held-out scenes, write the folder; a finished folder of this recipe is left as it is.
+
+    Returns:
+        Facts: the recipe, minutes, and accuracy for one and two views.
+    """
+    import json
+
+    target = Path(recipe.output)
+    done = target / "config.json"
+    if done.is_file() and json.loads(done.read_text()).get("recipe") == asdict(recipe):
+        return json.loads(done.read_text())
+    size, points = (
+        recipe.model["image_size"],
+        recipe.model["image_size"] // recipe.model["patch"] * recipe.model["cells"],
+    )
+    data = make_scenes(Path(recipe.data) / "train", recipe.scenes, size, points, recipe.seed, progress)
+    held_out = make_scenes(Path(recipe.data) / "held_out", recipe.held_out, size, points, HELD_OUT_SEED, progress)
+    begin = time.monotonic()
+    net = _train(recipe, data, progress)
+    facts = {
+        "model": {**recipe.model, "centre": net.centre.tolist(), "scale": net.scale.tolist()},
+        "recipe": asdict(recipe),
+        "minutes": (time.monotonic() - begin) / 60,
+        "accuracy": accuracy(net, held_out),
+    }
+    from safetensors.torch import save_file
+
+    with new_folder(target) as folder:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
+        write_json(folder / "config.json", facts)
+    return facts
+
+
+def _train(recipe: SceneRecipe, data: Path, progress: bool) -> SceneNet:
+    from tqdm import tqdm
+
+    images, maps = _open(data)
+    sample = torch.from_numpy(np.array(maps[:256])).float().flatten(0, -2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("scene3d", recipe.seed) % 2**63)
+        net = SceneNet(**recipe.model, centre=sample.mean(0).tolist(), scale=sample.std(0).tolist())
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}], lr=recipe.lr
+    )
+    rise, steps = recipe.warmup_steps, recipe.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / rise, 0.02 + 0.49 * (1 + np.cos(np.pi * min(1.0, k / steps))))
+    )
+    rng = np.random.default_rng(derive_seed("scene3d order", recipe.seed))
+    draws = generator("scene3d jitter", recipe.seed)
+    bar = tqdm(range(steps), desc="training scene3d", unit="step", disable=not progress)
+    order: list[int] = []
+    for step in bar:
+        if len(order) < recipe.batch_size:
+            order = rng.permutation(len(images)).tolist()
+        rows = sorted(order.pop() for _ in range(recipe.batch_size))
+        pixels, points = _batch(images, maps, rows, rng, recipe.one_view)
+        pixels = colour_jitter(pixels.flatten(0, 1), draws).unflatten(0, pixels.shape[:2])
+        loss = ((net(pixels) - points) / net.scale).abs().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+    return net.eval()
+
+
+def _open(data: Path) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.load(data / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("images", "points"))
+
+
+def _batch(images: np.ndarray, maps: np.ndarray, rows: list[int], rng, one_view: float) -> tuple[Tensor, Tensor]:
+    views = 1 if rng.random() < one_view else images.shape[1]
+    pixels = torch.from_numpy(images[rows, :views]).permute(0, 1, 4, 2, 3).float() / 255
+    return pixels, torch.from_numpy(maps[rows, :views]).float()
+
+
+@torch.no_grad()
+def accuracy(net: SceneNet, held_out: Path) -> dict[str, float]:
+    """Errors of the points on held-out scenes, for the first view alone and for two views.
+
+    `*_cm` is the median distance to the true point, `*_object_cm` that over places more than 8 mm above the table
+    (objects and hand), `*_within_1cm` a share. `guess_*` are those of the mean point map of these very scenes: what
+    knowing nothing of the image gives.
+    """
+    images, maps = _open(held_out)
+    heights = np.load(held_out / "heights.npy", mmap_mode="r", allow_pickle=False)
+    truth = torch.from_numpy(np.array(maps)).float()
+    figures: dict[str, float] = {"scenes": len(images)}
+    off_table = torch.from_numpy(np.array(heights[:, 0])) > 0.008
+    for views, name in ((1, "one_view"), (2, "two_views")):
+        parts = []
+        for first in range(0, len(images), 64):
+            pixels = torch.from_numpy(images[first : first + 64, :views]).permute(0, 1, 4, 2, 3).float() / 255
+            parts.append(net(pixels))
+        error = (torch.cat(parts)[:, 0] - truth[:, 0]).norm(dim=-1) * 100
+        figures |= {
+            f"{name}_cm": float(error.median()),
+            f"{name}_object_cm": float(error[off_table].median()),
+            f"{name}_within_1cm": float((error < 1).float().mean()),
+        }
+    mean_map = truth[:, 0].mean(0)
+    guess = (truth[:, 0] - mean_map).norm(dim=-1) * 100
+    figures |= {"guess_cm": float(guess.median()), "guess_object_cm": float(guess[off_table].median())}
+    return figures

@@ -1,0 +1,46 @@
+"""Tokens of a policy before and after training beside those of its teacher, as one picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from burnish.core.seeding import generator
+from burnish.methods.align.analysis import image_tokens, student_batch
+from burnish.methods.align.objective import Align
+from burnish.methods.align.pictures import draw_tokens
+from burnish.policies.base import Policy
+
+if TYPE_CHECKING:
+    from burnish.train.loop import Run
+
+SHOWN = 8
+"""Images shown; the principal components are those of the whole batch."""
+
+
+@torch.no_grad()
+def show_tokens(run: "Run", objective: Align, policies: dict[str, Policy], layer: int, path: Path) -> None:
+    """Draw image, teacher and each policy's tokens, coloured by three principal components.
+
+    Args:
+        run: says the data; its first batch is used.
+        objective: set up; says teacher and pairs.
+        policies: name to policy, in the order of the rows.
+        layer: student layer; negative means the deepest aligned one.
+        path: PNG to write.
+    """
+    student, teacher = max(objective.aligner.pairs)
+    student = student if layer < 0 else layer
+    batch = student_batch(run, 0)
+    rows: dict[str, Tensor] = {f"teacher, layer {teacher}": objective.targets(batch)[teacher].flatten(0, 3)}
+    for name, policy in policies.items():
+        policy.eval()
+        draws = policy.draw(len(batch["action"]), generator("align picture"))
+        with policy.capture([student]) as captured:
+            policy.loss(batch, draws)
+        tokens = image_tokens(captured, captured.hidden[student], policy.cameras)
+        rows[f"{name}, layer {student}"] = tokens.flatten(0, 1)
+    images = batch[run.data.cameras[0]][:SHOWN].permute(0, 2, 3, 1)
+    height, width = objective.targets.key.grid
+    draw_tokens((images * 255).byte().numpy(), rows, (height * len(run.policy.cameras), width), path)
