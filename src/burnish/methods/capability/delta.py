@@ -70,6 +70,10 @@ class Delta:
             raise BurnishError(f"'{name}' in {self.path / NUMBERS} was changed or damaged", "the numbers it was "
                                "written with", "extract it again")  # fmt: skip
 
+    def norm(self) -> float:
+        """Root of the sum of squares of all elements, scale included; what is tied counts once."""
+        return abs(self.scale) * sum(entry["norm"] ** 2 for entry in self.tensors.values()) ** 0.5
+
     @property
     def digest(self) -> str:
         """Identity of the delta."""

@@ -95,6 +95,16 @@ class Plan:
     identity: Any
     copies: dict[str, Path] = field(default_factory=dict)
 
+    def seal(self) -> str:
+        """Short form of `identity`, kept with the result."""
+        return _seal(self.identity)
+
+    def is_done(self, summary: str, force: bool) -> bool:
+        """Whether the target is there and was written for this very identity."""
+        if force or not (self.target / summary).is_file():
+            return False
+        return read_summary(self.target / summary, "an untouched folder").get("identity") == self.seal()
+
     def nbytes(self) -> int:
         tensors = sum(s.nbytes for slots, _ in self.files.values() for s in header_bytes(slots, {})[1].values())
         return tensors + sum(source.stat().st_size for source in self.copies.values())
@@ -283,8 +293,8 @@ class Inputs:
 
     def check(self, name: str, digest: str) -> None:
         if self.expected is not None and name in self.expected and digest != self.expected[name]:
-            raise BurnishError(f"'{name}' of {self.what} has digest {digest}", self.expected[name],
-                               "the very files that the delta was made for")  # fmt: skip
+            raise BurnishError(f"{self.what} is not the one that was recorded: '{name}' has digest {digest}",
+                               self.expected[name], "the very files that the delta was made for")  # fmt: skip
 
 
 def cores(threads: int) -> int:

@@ -74,11 +74,13 @@ def extract(
     choice = choose(slots, include, exclude, heads)
     job = Extraction(parents, choice, DTYPES[dtype], _low_rank(parents, form))
     plan = job.plan(Path(output))
+    if plan.is_done(META, force):
+        return Delta(output)
     with filling(plan, force) as part:
         job.low = SparseWriter(part, {name: "F32" for name in job.dense})
         digests = write_tensors(plan, part, job, cores(threads), "extracting")
         job.low.write(LOW)
-        write_summary(part, META, describe(job, part, digests))
+        write_summary(part, META, describe(job, part, digests) | {"identity": plan.seal()})
     return Delta(output)
 
 
@@ -149,7 +151,7 @@ class Extraction:
         slots = {name: (self.dtype, self.tuned.slots[name][1]) for name in self.dense}
         slots |= {part: ("F64" if _needs_double(m) else "F32", m.shape) for part, m in self.factors.items()}
         identity = {
-            "parents": {w: _stamp(p.path) for w, p in self.parents.items()}, "tensors": sorted(slots),
+            "parents": {w: stamp(p.path) for w, p in self.parents.items()}, "tensors": sorted(slots),
             "dtype": self.dtype, "version": __version__,
         }  # fmt: skip
         return Plan(output, {NUMBERS: (slots, {"format": "pt"})}, identity)
@@ -236,7 +238,7 @@ def _needs_double(matrix: np.ndarray) -> bool:
     return bool((matrix != matrix.astype(np.float32)).any())
 
 
-def _stamp(path: Path) -> list:
+def stamp(path: Path) -> list:
     """Names, sizes and times of a parent's files: whether a killed run may be continued."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -12,8 +12,17 @@ import numpy as np
 from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.methods.capability.delta import Delta
-from burnish.methods.capability.engine import Inputs, Plan, Worker, cores, filling, write_summary, write_tensors
-from burnish.methods.capability.extract import DTYPES, locate
+from burnish.methods.capability.engine import (
+    Inputs,
+    Plan,
+    Worker,
+    cores,
+    filling,
+    read_summary,
+    write_summary,
+    write_tensors,
+)
+from burnish.methods.capability.extract import DTYPES, locate, stamp
 from burnish.methods.capability.keys import embodiment, match_names, module_of
 from burnish.methods.capability.operators import OPERATORS, Block, Streams
 from burnish.methods.capability.rounding import Narrow
@@ -70,14 +79,16 @@ def merge(
     job = Merging(root, parts, operator, options or {}, modules, dtype)
     job.narrow_down(include, exclude, heads, other_base)
     job.quick_look(other_base)
-    plan = job.plan(Path(output))
+    plan = job.plan(Path(output), undoable)
+    if plan.is_done(RECORD, force):
+        return read_summary(plan.target / RECORD, "an untouched folder")
     with filling(plan, force) as part:
         job.undo = SparseWriter(part, {n: root.slots[n][0] for n in job.touched}) if undoable else None
         digests = write_tensors(plan, part, job, cores(threads), "merging")
         if job.undo is not None:
             job.undo.write(UNDO)
         finish_folder(part, Path(output), root.checkpoint)
-        record = job.record(digests, undoable)
+        record = job.record(digests, undoable) | {"identity": plan.seal()}
         write_summary(part, RECORD, record)
     return record
 
@@ -157,14 +168,15 @@ class Merging:
             self.inputs.check(name, tensor_digest(self.base.checkpoint, self.base.names[name]))
         self.read = {id(p): Inputs(str(p.delta.path), _stored_slots(p.delta), None) for p in self.parts}
 
-    def plan(self, output: Path) -> Plan:
+    def plan(self, output: Path, undoable: bool) -> Plan:
         """The base's files with the base's names in the base's order."""
         files = {}
         for file in self.base.checkpoint.files:
             slots = {name: (self.out_dtype(name), slot.shape) for name, slot in file.slots.items()}
             files[file.path.name] = (slots, file.metadata)
         identity = {
-            "base": str(self.base.checkpoint.path.absolute()), "version": __version__, "dtype": self.dtype,
+            "base": str(self.base.checkpoint.path.absolute()), "stamp": stamp(self.base.checkpoint.path),
+            "undoable": undoable, "version": __version__, "dtype": self.dtype,
             "parts": [[p.delta.digest, p.weight] for p in self.parts], "operator": self.operator,
             "options": self.options, "modules": [list(m) for m in self.modules], "touched": sorted(self.touched),
         }  # fmt: skip
