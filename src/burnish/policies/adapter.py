@@ -7,6 +7,7 @@ those of `model.safetensors`. Its processors sit beside it and are used inside t
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,22 @@ from burnish.policies.base import Captured, Policy
 
 IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call inside `act` that a profiler may time.
+
+    Args:
+        name: preprocess, vision, prompt, pass, head or postprocess. The prompt's call counts as such once, later ones
+            are passes; inside a pass it is part of that.
+        owner: object whose attribute is called; a module's `forward` will do.
+        call: the attribute.
+    """
+
+    name: str
+    owner: Any
+    call: str
 
 
 class Adapter(Policy):
@@ -83,6 +100,23 @@ class Adapter(Policy):
     @abstractmethod
     def unused_parameters(self) -> list[str]:
         """Names of parameters that `loss` leaves without gradient (None or exactly zero)."""
+
+    @abstractmethod
+    def model_stages(self) -> list[Stage]:
+        """The model's calls of names vision, prompt, pass and head."""
+
+    @abstractmethod
+    def row_counters(self) -> list[nn.Module]:
+        """Modules whose inputs [B, S, D] together are all rows of a pass through the model, each once."""
+
+    def stages(self) -> list[Stage]:
+        """What `act` consists of, for the profiler."""
+        return [
+            Stage("preprocess", self, "_prepare"),
+            Stage("preprocess", self, "prepare_images"),
+            *self.model_stages(),
+            Stage("postprocess", self, "postprocessor"),
+        ]
 
     # The verbs that all families answer alike.
 

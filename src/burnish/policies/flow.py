@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
-from burnish.policies.adapter import ACTION, PAD, TASK, Adapter
+from burnish.policies.adapter import ACTION, PAD, TASK, Adapter, Stage
 
 
 class FlowPolicy(Adapter):
@@ -38,6 +38,20 @@ class FlowPolicy(Adapter):
     def policy_actions(self, actions: Tensor) -> Tensor:
         """The inverse of `model_actions`, for sampled actions."""
         return actions
+
+    @property
+    @abstractmethod
+    def inner(self) -> nn.Module:
+        """LeRobot's module that runs language model and expert together."""
+
+    def model_stages(self) -> list[Stage]:
+        model = self.policy.model
+        return [
+            Stage("vision", self.inner, "embed_image"),
+            Stage("prompt", self.inner, "forward"),
+            Stage("pass", model, "denoise_step"),
+            Stage("head", model.action_out_proj, "forward"),
+        ]
 
     # The verbs.
 

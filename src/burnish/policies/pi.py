@@ -35,6 +35,13 @@ class Pi(FlowPolicy):
         return self.policy.model.paligemma_with_expert.paligemma
 
     @property
+    def inner(self) -> nn.Module:
+        return self.policy.model.paligemma_with_expert
+
+    def row_counters(self) -> list[nn.Module]:
+        return [self.vlm.model.language_model.layers[0].mlp, self.inner.gemma_expert.model.layers[0].mlp]
+
+    @property
     def tokenizer(self) -> Any:
         from lerobot.processor import TokenizerProcessorStep
 

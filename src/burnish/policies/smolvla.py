@@ -28,6 +28,13 @@ class SmolVLA(FlowPolicy):
         return self.policy.model.vlm_with_expert.vlm
 
     @property
+    def inner(self) -> nn.Module:
+        return self.policy.model.vlm_with_expert
+
+    def row_counters(self) -> list[nn.Module]:
+        return [self.vlm.model.text_model.layers[0].mlp, self.inner.lm_expert.layers[0].mlp]
+
+    @property
     def backbone(self) -> language.Backbone:
         inner = self.policy.model.vlm_with_expert
         return language.Backbone(

@@ -1,6 +1,7 @@
 """LeRobot's policy class of `burnish_discrete`: batches have gone through the processors, actions are normalised."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -180,8 +181,15 @@ class DiscretePolicy(PreTrainedPolicy):
     # Acting.
 
     @torch.no_grad()
-    def decode(self, prompt: PromptRows, prefix: Tensor | None = None) -> Tensor:
-        """Normalised actions [B, T, A]; `prefix` [B, n, A] are committed normalised actions.
+    def decode(
+        self, prompt: PromptRows, prefix: Tensor | None = None, stream: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Normalised actions [B, T, A].
+
+        Args:
+            prompt: embedded observations.
+            prefix: [B, n, A], committed normalised actions.
+            stream: told the number of finished control steps and the normalised actions [B, T, A] as they come.
 
         Raises:
             BurnishError: a prefix with FAST tokens.
@@ -192,8 +200,12 @@ class DiscretePolicy(PreTrainedPolicy):
                 raise BurnishError("a committed prefix for a policy with FAST tokens, which have no order in time",
                                    "a policy with binned tokens")  # fmt: skip
             ids = self.model.tokens.encode(prefix)
-        out = self.decoder()(prompt, prefix=ids)
-        return self.model.tokens.decode(out.ids.clamp(max=self.model.tokens.vocabulary - 1))
+
+        def actions(found: Tensor) -> Tensor:
+            return self.model.tokens.decode(found.clamp(max=self.model.tokens.vocabulary - 1))  # MASK has no action
+
+        tell = None if stream is None else lambda steps, found: stream(steps, actions(found))
+        return actions(self.decoder()(prompt, prefix=ids, stream=tell).ids)
 
     def decoder(self) -> Decode:
         """The decoder that the config names; made once, as it keeps its buffers."""

@@ -1,6 +1,6 @@
 """burnish's verbs over DiscretePolicy."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
-from burnish.policies.adapter import ACTION, PAD, TOKEN_MASK, Adapter
+from burnish.policies.adapter import ACTION, PAD, TOKEN_MASK, Adapter, Stage
 from burnish.policies.discrete.rows import NetRows
 from burnish.policies.rows import PromptRows
 
@@ -89,6 +89,19 @@ class Discrete(Adapter):
         shared = self.vlm.get_input_embeddings().weight is head
         return [name for name, p in self.named_parameters() if p is head and not shared]
 
+    def model_stages(self) -> list[Stage]:
+        model = self.policy.model
+        return [
+            Stage("preprocess", model, "prepare_images"),
+            Stage("vision", model, "embed_image"),
+            Stage("prompt", model, "joint"),
+            Stage("pass", model, "rows"),
+            Stage("head", model.head, "forward"),
+        ]
+
+    def row_counters(self) -> list[nn.Module]:
+        return [self.policy.model.text_model.layers[0].mlp]
+
     def row_model(self) -> NetRows:
         """The policy as decoders see it; batches are those of the verbs."""
         return NetRows(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
@@ -124,10 +137,17 @@ class Discrete(Adapter):
         return self.policy.log_likelihood(self._embed(prepared, rows), prepared[ACTION], draws, batch.get(PAD))
 
     @torch.no_grad()
-    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
+    def act(
+        self,
+        batch: Batch,
+        draws: Draws | None = None,
+        prefix: Tensor | None = None,
+        stream: Callable[[int, Tensor], None] | None = None,
+    ) -> Chunk:
         """Decode a chunk [B, T, A] on the CPU, in environment units, with the decoder of the config.
 
-        Decoding is greedy, so `draws` change nothing. `prefix` [B, P, A] comes back unchanged.
+        Decoding is greedy, so `draws` change nothing. `prefix` [B, P, A] comes back unchanged. `stream` is called
+        with the number n of control steps that are final and their actions [B, n, A], as often as n grows.
         """
         if prefix is not None and prefix.shape[1] == 0:
             prefix = None
@@ -136,7 +156,11 @@ class Discrete(Adapter):
         prompt = self._embed(prepared)
         if self._captures:
             self.row_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
-        actions = self.postprocessor(self.policy.decode(prompt, committed))
+
+        def tell(steps: int, actions: Tensor) -> None:
+            stream(steps, self.postprocessor(actions[:, :steps]))
+
+        actions = self.postprocessor(self.policy.decode(prompt, committed, None if stream is None else tell))
         if prefix is not None:
             actions[:, : prefix.shape[1]] = prefix.to(actions)
         return Chunk(actions)

@@ -1,0 +1,231 @@
+"""Where the time of one `act` goes, stage by stage, for every adapted policy.
+
+Every stage is charged with its own time, without that of stages inside it; what belongs to none is "host" (Python,
+commit rules, copies). So stages add up to the whole call. On a GPU every border between stages waits for the device,
+which makes the sum larger than a call without profiling: both are reported.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from burnish.core.types import Batch
+from burnish.policies.adapter import Adapter
+
+STAGES = ("preprocess", "vision", "prompt", "passes", "head", "postprocess", "host")
+
+
+@dataclass
+class Anatomy:
+    """One profiled call.
+
+    Args:
+        total: milliseconds from call to return.
+        stages: milliseconds by stage, "passes" all of them together.
+        passes: milliseconds of every pass after the prompt's.
+        rows: rows fed to the model for each sample, those of the prompt included.
+    """
+
+    total: float
+    stages: dict[str, float]
+    passes: list[float]
+    rows: int
+
+
+class Clock:
+    """Charges time to the innermost open stage."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.spent: dict[str, float] = {}
+        self.open: list[str] = []
+        self.passes = 0
+        self._since = 0.0
+
+    def now(self) -> float:
+        """Milliseconds, when the device is idle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return 1000 * time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        name = self._resolve(name)
+        self._charge()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self.open.pop()
+
+    def _resolve(self, name: str) -> str:
+        inside_pass = next((stage for stage in self.open if stage.startswith("pass ")), None)
+        if name == "prompt":
+            if inside_pass is not None:
+                return inside_pass
+            if "prompt" not in self.spent and "prompt" not in self.open:
+                return name
+            name = "pass"
+        if name == "pass":
+            self.passes += 1
+            return f"pass {self.passes}"
+        return name
+
+    def _charge(self) -> None:
+        now = self.now()
+        if self.open:
+            self.spent[self.open[-1]] = self.spent.get(self.open[-1], 0.0) + now - self._since
+        self._since = now
+
+
+@contextmanager
+def instrumented(policy: Adapter, clock: Clock, rows: list[int]) -> Iterator[None]:
+    """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `rows`."""
+    with ExitStack() as stack:
+        for stage in policy.stages():
+            stack.enter_context(_replaced(stage.owner, stage.call, _timed(clock, stage.name)))
+        for module in policy.row_counters():
+            handle = module.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[1]))
+            stack.callback(handle.remove)
+        yield
+
+
+def _timed(clock: Clock, name: str) -> Callable[[Callable], Callable]:
+    def wrap(function: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with clock.stage(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return wrap
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, the instance attribute `name` of `owner` is wrapped."""
+    own = vars(owner).get(name)
+    setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def dissect(policy: Adapter, batch: Batch) -> Anatomy:
+    """One call of `act`, stage by stage."""
+    clock, rows = Clock(policy.device), []
+    with instrumented(policy, clock, rows):
+        begin = clock.now()
+        with clock.stage("host"):
+            policy.act(batch)
+        total = clock.now() - begin
+    passes = [clock.spent[f"pass {i + 1}"] for i in range(clock.passes)]
+    stages = {name: clock.spent.get(name, 0.0) for name in STAGES}
+    return Anatomy(total, {**stages, "passes": sum(passes)}, passes, sum(rows))
+
+
+@dataclass
+class Profile:
+    """Figures of many calls; see `figures`."""
+
+    calls: list[Anatomy] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    chunk_size: int = 0
+    n_action_steps: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, in milliseconds unless the name says otherwise.
+
+        "total" is of undisturbed calls, "profiled_total" of dissected ones, whose stages are given; the first action
+        is there with the whole chunk unless the policy's decoder sends finished control steps on.
+        """
+        longest = max(len(call.passes) for call in self.calls)
+        total = quantiles(self.plain)
+        return {
+            "calls": len(self.calls),
+            "total": total,
+            "first_action": quantiles(self.first or self.plain),
+            "actions_per_second": 1000 * self.n_action_steps / total["median"],
+            "replans_per_second": 1000 / total["median"],
+            "actions_executed_of_a_chunk": self.n_action_steps,
+            "chunk_size": self.chunk_size,
+            "passes": 1 + float(np.median([len(call.passes) for call in self.calls])),
+            "rows": float(np.median([call.rows for call in self.calls])),
+            "profiled_total": quantiles([call.total for call in self.calls]),
+            "stages": {name: quantiles([call.stages[name] for call in self.calls]) for name in STAGES},
+            "each_pass": [
+                quantiles([call.passes[i] for call in self.calls if i < len(call.passes)]) for i in range(longest)
+            ],
+            "stages_over_total": float(
+                np.mean([sum(call.stages.values()) for call in self.calls]) / np.mean([c.total for c in self.calls])
+            ),
+        }  # fmt: skip
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, p95 and p99."""
+    median, p95, p99 = np.quantile(values, [0.5, 0.95, 0.99])
+    return {"median": float(median), "p95": float(p95), "p99": float(p99)}
+
+
+def profile(
+    policy: Adapter, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
+) -> Profile:
+    """Time `repeats` undisturbed calls of `act`, each followed by a dissected one on the same batch.
+
+    Args:
+        policy: in evaluation mode afterwards.
+        batches: used in turn.
+        repeats: calls of either kind.
+        warmup: calls before them that do not count (allocation, compilation).
+        progress: show a bar on stderr.
+    """
+    from tqdm import tqdm
+
+    policy.eval()
+    clock = Clock(policy.device)
+    streams = _streams(policy)
+    for i in range(warmup):
+        dissect(policy, batches[i % len(batches)])
+        policy.act(batches[i % len(batches)])
+    result = Profile(chunk_size=policy.chunk_size, n_action_steps=policy.n_action_steps)
+    for i in tqdm(range(repeats), desc="profiling", unit="call", disable=not progress):
+        batch = batches[i % len(batches)]
+        begin = clock.now()
+        policy.act(batch)
+        result.plain.append(clock.now() - begin)
+        result.calls.append(dissect(policy, batch))
+        if streams:
+            result.first.append(_first_action(policy, batch, clock))
+    return result
+
+
+def _streams(policy: Adapter) -> bool:
+    """Whether the policy can send on control steps before the chunk is whole."""
+    from burnish.policies.discrete.policy import Discrete
+
+    return isinstance(policy, Discrete) and policy.row_model().time_ordered
+
+
+def _first_action(policy: Any, batch: Batch, clock: Clock) -> float:
+    told: list[float] = []
+
+    def note(_steps: int, _actions: Tensor) -> None:
+        if not told:
+            told.append(clock.now())
+
+    begin = clock.now()
+    policy.act(batch, stream=note)
+    return (told[0] if told else clock.now()) - begin
