@@ -1,6 +1,7 @@
 """Fixtures that every room shares. The environment is set before anything heavy is imported."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -12,6 +13,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))  # fake.py
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LeRobotDataset of random pictures. Do not write into it."""
+    from fake import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "fake")
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small question folder. Do not write into it."""
+    from fake import make_questions
+
+    return make_questions(tmp_path_factory.mktemp("questions") / "fake")
 
 
 @pytest.fixture(scope="session")

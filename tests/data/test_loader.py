@@ -83,7 +83,7 @@ def test_language_batches(questions):
 
 
 def test_language_folder_missing(tmp_path):
-    with pytest.raises(BurnishError, match="images.npy"):
+    with pytest.raises(BurnishError, match="has no meta.json"):
         LanguageData(tmp_path, 4, 0)
 
 

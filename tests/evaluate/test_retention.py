@@ -71,5 +71,5 @@ def test_refusals(folder):
     with pytest.raises(BurnishError, match="camera"):
         retention(Reader(1), folder)
     (folder / "meta.json").unlink()
-    with pytest.raises(BurnishError, match="lacks meta.json"):
+    with pytest.raises(BurnishError, match="has no meta.json"):
         retention(Reader(1), folder)

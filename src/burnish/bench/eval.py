@@ -199,7 +199,7 @@ def _our_outcomes(
     _replay(loaded, replay, taken)
     found: Evaluation = evaluate(
         loaded, ENV_ID, episodes=len(replay), output=output, max_steps=max_steps, image_size=IMAGE_SIZE,
-        cameras=CAMERAS, video=False, batch_size=4, make=make,
+        cameras=CAMERAS, video=False, batch_size=len(replay), make=make,
     )  # fmt: skip
     outcomes = [(r.success, r.steps) for r in found.records]
     difference = 0.0

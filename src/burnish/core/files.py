@@ -66,19 +66,25 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once; a kill leaves the old content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Write the file that is handed out; on leaving it becomes `target` at once, on an error it vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with disk_errors(path), open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with disk_errors(target):
+            yield temporary
+            sync_file(temporary)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_folder(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` at once; a kill leaves the old content."""
+    with new_file(path) as file:
+        file.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Batches for training. Batch k depends on the seed, k and the rank alone, so any run can go on from any step."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.data.augment import augment, to_float
 from burnish.data.frames import load_metadata, open_frames
+from burnish.data.questions import open_questions
 
 IMAGES = "observation.images."
 
@@ -138,19 +138,8 @@ class LanguageData:
     """
 
     def __init__(self, root: Path, batch_size: int, seed: int, rank: int = 0, world: int = 1, turns: int = 1):
-        for name in ("images.npy", "questions.jsonl", "meta.json"):
-            if not (root / name).is_file():
-                raise BurnishError(f"no {name} in {root}", "a question folder", "burnish questions --help")
-        try:
-            self.images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
-            self.questions = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
-            camera = json.loads((root / "meta.json").read_text()).get("camera", "front")
-        except ValueError as error:
-            raise BurnishError(
-                f"{root} is no readable question folder ({error})", fix="burnish questions --help"
-            ) from error
-        if not self.questions:
-            raise BurnishError(f"{root} holds no questions", "at least one")
+        found = open_questions(root)
+        self.images, self.questions, camera = found.images, found.rows, found.camera
         self.key = camera if camera.startswith(IMAGES) else IMAGES + camera
         self.order = Order(len(self.questions), batch_size, (seed, "language"), rank, world)
         self.turns, self.seed = turns, seed

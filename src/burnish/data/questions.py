@@ -264,13 +264,12 @@ def open_questions(root: Path | str) -> Questions:
     try:
         meta = json.loads((root / "meta.json").read_text())
         images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
-        rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
-    except ValueError as error:
-        raise BurnishError(
-            f"{root} cannot be read ({error})", "a question folder written by burnish"
-        ) from error
+        rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines() if line.strip()]
+        camera = meta["camera"]
+    except (ValueError, KeyError) as error:
+        raise BurnishError(f"{root} cannot be read ({error!r})", "a question folder written by burnish") from error
     if not rows:
         raise BurnishError(f"{root}/questions.jsonl is empty", "at least one question")
     if max(r["image"] for r in rows) >= len(images):
         raise BurnishError(f"{root}/questions.jsonl names an image beyond the {len(images)} in images.npy")
-    return Questions(images, rows, meta["camera"])
+    return Questions(images, rows, camera)

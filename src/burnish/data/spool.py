@@ -8,7 +8,6 @@
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, write_json
+from burnish.core.files import disk_errors, new_file, write_json
 
 _NAME = re.compile(r"(\d+)\.(solved|failed)\.safetensors")
 
@@ -72,15 +71,8 @@ def write_recording(path: Path, recording: Recording) -> None:
         {name: np.ascontiguousarray(array) for name, array in recording.arrays.items()},
         metadata={"facts": json.dumps(recording.facts)},
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with disk_errors(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as file:
+        file.write_bytes(data)
 
 
 class Spool:

@@ -1,15 +1,12 @@
 """Simulators behind one protocol; importing this registers them by name without importing any simulator."""
 
-import os
-import sys
 from collections.abc import Callable
 from importlib import import_module
 
 from burnish.envs.base import ENVS, Env, EnvFamily
+from burnish.envs.rendering import choose_gl_backend
 
-# MuJoCo chooses its renderer when it is first imported, and its choice fails on a machine without a screen.
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")
+choose_gl_backend()
 
 
 def _late(module: str) -> EnvFamily:

@@ -20,7 +20,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies, project_points
+from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
@@ -46,7 +46,6 @@ def _quiet():
 
 def _libero():
     """The module libero.libero.benchmark; raises BurnishError where the extra is not installed."""
-    choose_gl_backend()
     try:
         with _quiet():
             from libero.libero import benchmark

@@ -12,7 +12,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, choose_gl_backend, geoms_of_bodies, project_points
+from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
 
 SIMULATOR_STEPS = 5
 FPS = 16
@@ -39,7 +39,6 @@ _NOT_OBJECTS = ("tablelink", "RetainingWall", "base", "mocap")
 
 def tasks(selector: str) -> list[str]:
     """ "mt10" gives its ten tasks, a task name gives itself."""
-    choose_gl_backend()
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     if selector == "mt10":

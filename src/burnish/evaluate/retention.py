@@ -1,6 +1,5 @@
 """What the backbone of a policy still knows: losses and greedy answers on held-out scene questions."""
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.data.questions import open_questions
 from burnish.evaluate.stats import Rate, mcnemar, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
@@ -70,15 +70,15 @@ def retention(
     import torch
     from tqdm import tqdm
 
-    questions, images, camera = _read(Path(questions_root))
-    chosen = _subset(questions, limit)
+    questions = open_questions(questions_root)
+    chosen = _subset(questions.rows, limit)
     was_training = policy.training
     policy.eval()
     total, tokens, correct = 0.0, 0, []
     try:
         with torch.no_grad(), tqdm(total=len(chosen), desc="questions", disable=not progress, file=sys.stderr) as bar:
             for rows in _batches(chosen, batch_size):
-                batch = _batch(rows, images, camera, policy)
+                batch = _batch(rows, questions.images, questions.camera, policy)
                 loss = policy.language(batch)
                 total += float((loss.per_token * loss.mask).sum())
                 tokens += int(loss.mask.sum())
@@ -114,23 +114,6 @@ def compare_retention(base: Retention, tuned: Retention, *, seed: int = 0) -> di
         "p": mcnemar(forgotten, learned),
         "loss_difference": tuned.loss - base.loss,
     }
-
-
-def _read(root: Path) -> tuple[list[dict[str, Any]], np.ndarray, str]:
-    files = [root / name for name in ("images.npy", "questions.jsonl", "meta.json")]
-    missing = [f.name for f in files if not f.is_file()]
-    if missing:
-        raise BurnishError(f"{root} lacks {', '.join(missing)}", "a question folder", "burnish questions --help")
-    try:
-        with files[1].open(encoding="utf-8") as lines:
-            questions = [json.loads(line) for line in lines if line.strip()]
-        camera = json.loads(files[2].read_text(encoding="utf-8"))["camera"]
-        images = np.load(files[0], mmap_mode="r", allow_pickle=False)
-    except (ValueError, KeyError) as error:
-        raise BurnishError(f"{root} cannot be read: {error!r}", "what `burnish questions` writes") from None
-    if not questions:
-        raise BurnishError(f"{root} holds no question")
-    return questions, images, camera
 
 
 def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
