@@ -1,0 +1,173 @@
+"""The objective in real runs of tiny policies: what the edit may and may not touch, and everything it must survive."""
+
+import fake
+import numpy as np
+import pytest
+import torch
+from runs import Dissected, assert_equal, recipe
+
+from burnish.core.errors import BurnishError
+from burnish.methods.isolate.options import METHODS, resolve
+from burnish.policies import load_policy
+from burnish.train import loop
+from burnish.train.loop import train
+
+LAYER_OF = r"^(.*?\blayers\.\d+)\."
+
+
+def by_layer(names):
+    import re
+
+    groups = {}
+    for name in names:
+        found = re.match(LAYER_OF, name)
+        groups.setdefault(found[1] if found else "other", []).append(name)
+    return groups
+
+
+def expected_edit(raw, protected):
+    """The paper's rule in numpy float64, layer by layer, on the parameters that both losses reach."""
+    edited = {name: g.double().numpy() for name, g in raw.items()}
+    fired = 0
+    for names in by_layer(n for n in protected if n in raw).values():
+        a = np.concatenate([raw[n].double().numpy().ravel() for n in names])
+        b = np.concatenate([protected[n].double().numpy().ravel() for n in names])
+        if (d := a @ b) < 0:
+            fired += 1
+            for n in names:
+                edited[n] = edited[n] - d / (b @ b) * protected[n].double().numpy()
+    return edited, fired
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
+def test_u6_u9_paper_rule_through_the_verbs(dataset, questions, tmp_path, request, kind):
+    """Task gradient as in a plain run, expert untouched, backbone as the closed form says, on every policy."""
+    tiny = request.getfixturevalue(f"tiny_{kind}")
+    cameras = load_policy(tiny).cameras
+    root = fake.make_dataset(tmp_path / "data", cameras=cameras)
+    more = ["--train.batch_size=2"]
+    plain = Dissected(recipe(root, tiny, tmp_path / "p", "", *more))
+    aegis = Dissected(recipe(root, tiny, tmp_path / "a", f"method: aegis, questions: {questions}", *more))
+    assert_equal(plain.raw, aegis.raw)
+    inside = {name for name, _ in aegis.run.policy.backbone_parameters()}
+    assert any(n not in inside for n in aegis.raw)
+    assert all(torch.equal(aegis.edited[n], aegis.raw[n]) for n in aegis.raw if n not in inside)
+    expected, fired = expected_edit(aegis.raw, aegis.protected)
+    assert fired > 0
+    for name, value in expected.items():
+        scale = np.abs(aegis.raw[name].numpy()).max() + 1e-12
+        np.testing.assert_allclose(aegis.edited[name].numpy(), value, atol=2e-5 * scale + 1e-9)
+
+
+@pytest.mark.parametrize("change", ["checkpointing", "bf16"])
+def test_u9_under_checkpointing_and_autocast(dataset, questions, tmp_path, request, change):
+    if change == "checkpointing":
+        tiny = request.getfixturevalue("tiny_pi0")
+        root = fake.make_dataset(tmp_path / "data", cameras=("top", "wrist"))
+        more = ["--policy.overrides={gradient_checkpointing: true}", "--train.batch_size=2"]
+    else:
+        tiny, root, more = request.getfixturevalue("tiny_smolvla"), dataset, ["--train.precision=bf16"]
+    plain = Dissected(recipe(root, tiny, tmp_path / "p", "", *more))
+    aegis = Dissected(recipe(root, tiny, tmp_path / "a", f"method: aegis, questions: {questions}", *more))
+    assert_equal(plain.raw, aegis.raw)
+    expected, fired = expected_edit(aegis.raw, aegis.protected)
+    assert fired > 0
+    if change == "checkpointing":
+        free = Dissected(recipe(root, tiny, tmp_path / "f", f"method: aegis, questions: {questions}", more[1]))
+        for name, value in free.protected.items():
+            torch.testing.assert_close(aegis.protected[name], value, rtol=1e-4, atol=1e-7)
+    for name, value in expected.items():
+        scale = np.abs(aegis.raw[name].numpy()).max() + 1e-12
+        np.testing.assert_allclose(aegis.edited[name].numpy(), value, atol=2e-5 * scale + 1e-9)
+
+
+def test_u7_accumulation_sums_both_gradients_and_edits_once(dataset, questions, tiny_smolvla, tmp_path):
+    """Two micro-batches: both gradients are means over them, and the edit is that of the means."""
+    objective = f"method: agem, questions: {questions}, share: 1.0"
+    more = ["--train.grad_accumulation=2"]
+    two = Dissected(recipe(dataset, tiny_smolvla, tmp_path / "two", objective, *more))
+    with torch.enable_grad():
+        source, policy = two.method.source, two.run.policy
+        total = sum(policy.language(source.questions.batch(k)).mean for k in range(2))
+        names, parameters = zip(*two.method._backbone.items(), strict=True)
+        exact = dict(zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True))
+    for name, value in two.protected.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-4, atol=1e-6)
+    reached = [n for n in two.protected if n in two.raw]
+    a = np.concatenate([two.raw[n].double().numpy().ravel() for n in reached])
+    b = np.concatenate([two.protected[n].double().numpy().ravel() for n in reached])
+    got = np.concatenate([two.edited[n].double().numpy().ravel() for n in reached])
+    np.testing.assert_allclose(got, a - min(a @ b, 0.0) / (b @ b) * b, atol=1e-5 * np.abs(a).max())
+
+
+def test_lora_projects_the_adapters(dataset, questions, tiny_smolvla, tmp_path):
+    more = ["--train.peft.method=lora", "--train.peft.rank=2"]
+    run = Dissected(recipe(dataset, tiny_smolvla, tmp_path / "l", f"method: aegis, questions: {questions}", *more))
+    assert run.protected and all("lora_" in name for name in run.protected)
+    expected, _ = expected_edit(run.raw, run.protected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(run.edited[name].numpy(), value, atol=2e-5 * np.abs(value).max() + 1e-9)
+
+
+SMALL = {"share": "share: 1.0"}
+EVERY = sorted(set(METHODS) - {"lora"})
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_trains_and_a_cut_run_resumes_to_the_same_bits(dataset, questions, tiny_smolvla, tmp_path,
+                                                                    monkeypatch, method):  # fmt: skip
+    objective = f"method: {method}, questions: {questions}, every: 3"
+    whole = train(recipe(dataset, tiny_smolvla, tmp_path / "whole", objective), progress=False)
+    with monkeypatch.context() as patch:
+        original = loop.train_step
+
+        def dying(run, *args, **named):
+            if run.step == 3:
+                raise KeyboardInterrupt
+            return original(run, *args, **named)
+
+        patch.setattr(loop, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(dataset, tiny_smolvla, tmp_path / "cut", objective), progress=False)
+    train(recipe(dataset, tiny_smolvla, tmp_path / "cut", objective), progress=False)
+    fake.assert_same_weights(whole.policy, tmp_path / "cut" / "policy")
+    last = fake.figures(whole.metrics)[-1]
+    if METHODS[method].get("rule") == "conflict":
+        assert 0 <= last["isolate_firing"] <= 1 and 0 <= last["isolate_shed"] <= last["isolate_shed_max"] <= 1
+        assert -1 <= last["isolate_leak"] <= 1
+    moved = fake.weights(whole.policy)["model.safetensors"]
+    base = fake.weights(tiny_smolvla)["model.safetensors"]
+    backbone = [n for n in base if ".vlm." in n and "vision" in n]
+    assert any(not torch.equal(moved[n].float(), base[n].float()) for n in base)
+    assert (method == "stop_gradient") == all(torch.equal(moved[n].float(), base[n].float()) for n in backbone)
+
+
+def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset, tiny_smolvla, tmp_path):
+    more = ["--train.peft.method=lora", "--train.peft.rank=2", "--train.peft.target_modules=.*vlm\\..*q_proj"]
+    run = Dissected(recipe(dataset, tiny_smolvla, tmp_path / "l", "method: lora", *more)).run
+    inside = {name for name, _ in run.policy.backbone_parameters()}
+    assert all("lora_" in n for n in run.trained if n in inside) and any("lora_" in n for n in run.trained)
+    assert all(p.requires_grad for n, p in run.policy.named_parameters() if n not in inside)
+
+
+@pytest.mark.parametrize(("words", "objective"), [
+    ("unknown option 'ruel'", "method: aegis, ruel: 1"), ("method 'aegs'", "method: aegs"),
+    ("needs a question folder", "method: replay"), ("granularity is 'row'", "method: random, granularity: row"),
+    ("nothing to build the anchor from", "method: aegis"), ("share is 2", "method: self_anchor, share: 2"),
+    ("needs adapters", "method: lora"), ("no anchor at", "method: aegis, anchor: none.safetensors"),
+])  # fmt: skip
+def test_mistakes_are_one_clear_line(dataset, tiny_smolvla, tmp_path, words, objective):
+    with pytest.raises(BurnishError, match=words):
+        loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", objective), progress=False)
+
+
+def test_frozen_backbone_has_nothing_to_edit(dataset, tiny_smolvla, tmp_path):
+    with pytest.raises(BurnishError, match="nothing to edit"):
+        loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", "method: self_anchor", "--train.freeze=[vlm]"))
+
+
+def test_auto_follows_the_questions():
+    from burnish.methods.isolate.options import AUTO_WITH_QUESTIONS, AUTO_WITHOUT
+
+    assert resolve("auto", {}, "folder")[0] == AUTO_WITH_QUESTIONS
+    assert resolve("auto", {}, "")[0] == AUTO_WITHOUT
