@@ -83,13 +83,15 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     """
     from burnish.pipeline import Stages, make_data, run_facts
 
-    folder = Path("runs") / study.name
+    folder = study_folder(study)
     folder.mkdir(parents=True, exist_ok=True)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     clocks = {"data": Stages(folder / "data.json", facts)}
     make_data(base, clocks["data"])
     # A mistake in the last arm should not wait for hours to show.
-    runs = {(seed, arm): _run(study, base, folder, arm, seed) for seed in study.seeds for arm in study.arms}
+    runs = {
+        (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
+    }
     finished: list[_Run] = []
     for seed in study.seeds:
         clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
@@ -108,13 +110,24 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     return folder
 
 
-def _run(study: StudyConfig, base: RecipeConfig, folder: Path, arm: str, seed: int) -> _Run:
+def arm_recipe(study: StudyConfig, base: RecipeConfig, arm: str, seed: int) -> RecipeConfig:
+    """The ordinary recipe of one arm and seed.
+
+    Raises:
+        BurnishError: the arm changes a field that recipes lack, or gives it an impossible value.
+    """
+    folder = study_folder(study)
     values = recipe_to_dict(base)
     values["data"]["root"] = str(demos_root(base))
     merge(values, _fill(study.arms[arm], seed, folder))
     values |= {"name": f"{study.name}/{arm}-{seed}", "output": str(folder / f"{arm}-{seed}")}
     values["train"]["seed"] = values["eval"]["seed"] = seed
-    return _Run(arm, seed, recipe_from_dict(values, f"arm '{arm}'"))
+    return recipe_from_dict(values, f"arm '{arm}'")
+
+
+def study_folder(study: StudyConfig) -> Path:
+    """Where the runs of a study lie."""
+    return Path("runs") / study.name
 
 
 def _fill(value: Any, seed: int, folder: Path) -> Any:
