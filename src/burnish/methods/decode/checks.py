@@ -205,7 +205,7 @@ def shift(model: RowModel, prompt: PromptRows, truth: Tensor | None) -> Check:
     total = truth.numel() - len(truth)
     declared, other = agree[model.shift] / total, agree[not model.shift] / total
     meaning = f"share of true tokens that the other row tells, less that of the declared one ({declared:.2f})"
-    return Check(name, other <= declared, other - declared, 0.0, meaning)
+    return Check(name, other - declared <= 0.05, other - declared, 0.05, meaning)
 
 
 def _one(decoder: BlockDecoder, prompt: PromptRows, b: int) -> Decoded:

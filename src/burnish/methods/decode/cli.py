@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", help="data set whose observations are decoded; default: random pictures")
     parser.add_argument("--repeats", type=int, default=5, help="decodes to time")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture", default="", help="draw the passes of the first decoder as a PNG here")
+    parser.add_argument(
+        "--picture", default="", help="draw the passes of a decoder (the first named, or pipelined) here"
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -59,23 +61,28 @@ def main(args: argparse.Namespace) -> int:
     for name, decode in made.items():
         timed = time_decoder(decode, prompt, model, args.repeats)
         rows.append({"decoder": name, **timed})
+    if args.json:
+        print(json.dumps({"decoders": rows, "refused": refused}, indent=1))
+    else:
+        _print(rows, refused, model.length)
     if args.picture:
         from burnish.methods.decode.picture import draw_decode
 
-        name = next(iter(made))
+        name = next(iter(made)) if args.decoder or "pipelined" not in made else "pipelined"
         draw_decode(model, made[name](prompt), name, Path(args.picture))
-    if args.json:
-        print(json.dumps({"decoders": rows, "refused": refused}, indent=1))
-        return 0
+    return 0
+
+
+def _print(rows: list[dict[str, Any]], refused: dict[str, str], length: int) -> None:
+    """A table; "same" is the share of tokens that equal those of the first decoder."""
     print(f"{'decoder':16s} {'passes':>6s} {'rows':>6s} {'ms a chunk':>10s} {'ms to first step':>16s} {'same':>6s}")
     for row in rows:
         print(
             f"{row['decoder']:16s} {row['passes']:6d} {row['rows']:6d} {row['ms']:10.1f} {row['first_step_ms']:16.1f} "
-            f"{sum(a == b for a, b in zip(row['ids'], rows[0]['ids'], strict=True)) / model.length:6.0%}"
+            f"{sum(a == b for a, b in zip(row['ids'], rows[0]['ids'], strict=True)) / length:6.0%}"
         )
     for name, reason in refused.items():
         print(f"{name:16s} does not fit: {reason}")
-    return 0
 
 
 def _decoders(model: Any, names: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

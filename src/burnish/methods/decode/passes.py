@@ -49,7 +49,7 @@ class Passes:
             return fed
         size = 1
         while size < fed:
-            size += max(1, 1 << (size.bit_length() - 2))
+            size += 1 << max(0, size.bit_length() - 2)
         return min(size, self.model.length // self.plan.block)
 
     def first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
