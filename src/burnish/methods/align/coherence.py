@@ -1,5 +1,7 @@
 """How far the gradients of several alignment losses pull one way."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,20 @@ def coherence(gradients: list[Tensor]) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of two gradients of equal shape, 0 where one is zero."""
     return pairwise_cosine([a, b])[0, 1]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor.to(grad), None
+
+
+def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """`value` itself, whose gradient is multiplied by `factor` (a scalar tensor, so that changing it costs no wait)."""
+    return _Scale.apply(value, factor)

@@ -75,7 +75,8 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
     """The pairs of a named strategy.
 
     Args:
-        select: "depth" every layer but the last, whose output the actions of SmolVLA and pi do not read; "single" the
+        select: "depth" every layer but the last, whose output the actions of SmolVLA and pi do not read, with teacher
+            layers spread evenly up to the last; "single" the
             layer at three quarters of the depth with the teacher's last (Spatial Forcing); "e2m_last1"; "uniform-K";
             "shallow", "middle", "deep" thirds.
         count: pairs of "e2m_last1".
@@ -86,7 +87,8 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
         BurnishError: no such strategy.
     """
     if select == "depth":
-        return by_depth(range(max(1, num_student - 1)), num_student, num_teacher)
+        read = max(1, num_student - 1)
+        return by_depth(range(read), read, num_teacher)
     if select == "single":
         return [(max(0, num_student * 3 // 4 - 1), num_teacher - 1)]
     if select == "e2m_last1":

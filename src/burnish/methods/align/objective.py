@@ -17,7 +17,7 @@ from burnish.core.seeding import generator
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.align.aligner import Aligner, square_grid
 from burnish.methods.align.cache import CacheKey
-from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine
+from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.layers import check_pairs, choose_pairs
 from burnish.methods.align.presets import make_config
 from burnish.methods.align.targets import IMAGES, make_targets
@@ -76,8 +76,8 @@ class Align(Objective):
         width = shapes.hidden[0].shape[-1]
         draws = generator(run.recipe.train.seed, "align")
         self.aligner = Aligner(config, pairs, width, teacher.widths, policy.cameras, draws).to(run.device)
-        # lambda over 1 step: a tensor, so that matching it costs no wait; a buffer, so that it resumes.
-        self.register_buffer("strength", torch.tensor(float(config.weight), device=run.device))
+        # lambda: a tensor, so that matching it costs no wait; a buffer, so that it resumes.
+        self.register_buffer("strength", torch.tensor(float(config.weight or 1.0), device=run.device))
 
     @contextmanager
     def watch(self, run: "Run") -> Iterator[None]:
@@ -91,15 +91,21 @@ class Align(Objective):
         captured, self.captured = self.captured, None
         if captured is None:
             return {}
+        strength = self.strength * self._schedule(run)  # a copy: matching changes the buffer in place
+        states = dict(captured.hidden)
+        if self.config.match:
+            captured.hidden.update({layer: scale_gradient(state, strength) for layer, state in states.items()})
         losses = self.aligner(captured, self.targets(batch))
         total = self.aligner.total(losses)
         every = self.config.measure_every
         if every and run.step % every == 0 and run.step != self._measured:
             self._measured = run.step
-            self._measure(run, captured, losses, total, out.total)
+            self._measure(run, states, losses, out.total)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
-        return {"align": self.strength.clone() * self._schedule(run) * total}
+        # Matched, lambda acts on the student alone: multiplying the loss would also multiply the projectors' gradient,
+        # and clipping by the norm of all gradients would then starve the task.
+        return {"align": total if self.config.match else strength * total}
 
     def metrics(self) -> dict[str, float]:
         """Loss of each pair, lambda, and the last measurement of the gradients."""
@@ -125,36 +131,34 @@ class Align(Objective):
             return rise
         return rise * 0.5 * (1 + math.cos(math.pi * run.step / (config.stop_after * run.recipe.train.steps)))
 
-    def _measure(self, run: "Run", captured: Captured, losses: list[Tensor], total: Tensor, task: Tensor) -> None:
+    def _measure(self, run: "Run", hidden: dict[int, Tensor], losses: list[Tensor], task: Tensor) -> None:
         """Gradients of every pair and of the task with respect to the states of each captured layer."""
-        states = [captured.hidden[layer] for layer in self.layers]
-        if not any(state.requires_grad for state in states):
+        trained = [layer for layer in self.layers if hidden[layer].requires_grad]
+        if not trained:
             raise BurnishError(
                 "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
                 "trained backbone layers", "train.freeze, train.train_only or the policy's train_expert_only",
             )  # fmt: skip
-        trained = [i for i, state in enumerate(states) if state.requires_grad]
+        states = [hidden[layer] for layer in trained]
 
-        def gradients(value: Tensor) -> list[Tensor]:
-            inputs = [states[i] for i in trained]
-            found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-            return [torch.zeros_like(s) if g is None else g for g, s in zip(found, inputs, strict=True)]
+        def gradients(value: Tensor, divisor: Tensor | float = 1.0) -> list[Tensor]:
+            found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
+            return [torch.zeros_like(s) if g is None else g / divisor for g, s in zip(found, states, strict=True)]
 
-        by_pair = [gradients(loss) for loss in losses]
+        lam = self.strength * self._schedule(run)
+        by_pair = [gradients(loss, lam.clamp_min(1e-12) if self.config.match else 1.0) for loss in losses]
         by_task = gradients(task)
         figures = {}
-        for place, i in enumerate(trained):
-            layer = self.layers[i]
-            mine = [g[place] for g, (s, _) in zip(by_pair, self.aligner.pairs, strict=True) if s >= layer]
-            weights = [w for w, (s, _) in zip(self.aligner.shares, self.aligner.pairs, strict=True) if s >= layer]
-            if not mine:
+        for place, layer in enumerate(trained):
+            chosen = [i for i, (student, _) in enumerate(self.aligner.pairs) if student >= layer]
+            if not chosen:
                 continue
-            whole = sum(w * g for w, g in zip(weights, mine, strict=True))
+            mine = [by_pair[i][place] for i in chosen]
+            whole = sum(self.aligner.shares[i] * by_pair[i][place] for i in chosen)
             figures[f"align_coherence_{layer}"] = coherence(mine)
             figures[f"align_task_cosine_{layer}"] = cosine(whole, by_task[place])
             figures[f"align_push_{layer}"] = whole.norm()
             figures[f"align_task_push_{layer}"] = by_task[place].norm()
-        first = self.layers[trained[0]]
         matrix = pairwise_cosine([g[0] for g in by_pair])
         for a in range(len(losses)):
             for b in range(a):
@@ -163,7 +167,7 @@ class Align(Objective):
         figures["align_projector_similarity"] = self.aligner.projectors.similarity()
         self._figures |= {name: value.detach() for name, value in figures.items()}
         if self.config.match:
-            self._match(run, figures[f"align_push_{first}"], figures[f"align_task_push_{first}"])
+            self._match(run, figures[f"align_push_{trained[0]}"], figures[f"align_task_push_{trained[0]}"])
 
     @torch.no_grad()
     def _match(self, run: "Run", push: Tensor, task_push: Tensor) -> None:

@@ -25,9 +25,9 @@ class AlignConfig:
     released_last: bool = False
     """The student's last layer is the one before it, as -1 means in the released code."""
     weight: float = 0.5
-    """lambda (paper, Eq. 16); where `match` is set, only the one before the first measurement."""
+    """lambda (paper, Eq. 16); where `match` is set, only that of the first step. 0 builds and calls nothing."""
     match: float = 0.0
-    """Choose lambda so that alignment's gradient at the shallowest state is this share of the task's; 0: `weight`."""
+    """Instead of `weight`: keep alignment's gradient at the shallowest state at this share of the task's there."""
     warmup_steps: int = 0
     """lambda rises linearly over so many steps."""
     stop_after: float = 1.0
