@@ -110,6 +110,10 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
         config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
         config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
     _check_features(config, source)
+    try:
+        config.validate_features()
+    except ValueError as error:
+        raise BurnishError(f"{source}: {_one_line(error)}", "values that go together") from error
     return config
 
 

@@ -175,7 +175,7 @@ def default_statistics(state_dim: int, action_dim: int) -> dict[str, dict[str, t
         mean, spread = torch.linspace(-0.4, 0.6, width), torch.linspace(0.5, 1.5, width)
         return {
             "mean": mean, "std": spread, "min": mean - 3 * spread, "max": mean + 3 * spread,
-            "q01": mean - 2 * spread, "q99": mean + 2 * spread, "q10": mean - spread, "q90": mean + spread,
+            "q01": mean - 2 * spread, "q99": mean + 2 * spread, "q10": mean - spread, "q90": mean + spread, "q50": mean,
         }  # fmt: skip
 
     return {"observation.state": one(state_dim), "action": one(action_dim)}
@@ -198,7 +198,7 @@ def make_tiny(
     LeRobot itself loads a tiny smolvla as it is; for pi0 and pi05 its sizes are fixed, so that needs `small_pi`.
 
     Args:
-        type: smolvla, pi0 or pi05.
+        type: smolvla, pi0, pi05 or burnish_discrete.
         folder: where to write.
         cameras: names of the cameras.
         state_dim, action_dim: at most 8 unless `overrides` raises max_state_dim and max_action_dim.
@@ -219,7 +219,7 @@ def make_tiny(
     }
     stats = dataset_stats or default_statistics(state_dim, action_dim)
     config = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, **(overrides or {})}
-    makers = {"smolvla": _make_smolvla, "pi0": _make_pi, "pi05": _make_pi}
+    makers = {"smolvla": _make_smolvla, "pi0": _make_pi, "pi05": _make_pi, "burnish_discrete": _make_discrete}
     if type not in makers:
         raise BurnishError(f"policy type '{type}'", f"one of {', '.join(makers)}")
     folder = Path(folder)
@@ -235,6 +235,18 @@ def _make_smolvla(type: str, folder: Path, features: dict, stats: dict, override
     with TemporaryDirectory() as vlm:
         build_vlm(vlm, seed=seed)
         create_policy(vlm, features, stats, {"num_steps": 3, **overrides}, generator_seed=seed).save(folder)
+
+
+def _make_discrete(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from tempfile import TemporaryDirectory
+
+    from burnish.policies import create_policy
+
+    fields = {"bins": 16, **overrides}
+    del fields["max_action_dim"]
+    with TemporaryDirectory() as vlm:
+        build_vlm(vlm, seed=seed)
+        create_policy(vlm, features, stats, fields, type=type, generator_seed=seed).save(folder)
 
 
 PI_SIZES = {

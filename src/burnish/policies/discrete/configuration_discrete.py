@@ -1,10 +1,13 @@
 """The LeRobot config of `burnish_discrete` (names and places of these files are LeRobot's convention for plug-ins)."""
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+
+from burnish.policies.discrete.noise import NOISE
 
 TRAININGS = ("autoregressive", "parallel", "diffusion")
 TOKENIZERS = ("uniform", "quantile", "fast")
@@ -110,6 +113,10 @@ class DiscreteConfig(PreTrainedConfig):
             raise ValueError(f"blocks of {self.block_size} do not divide the {self.length} tokens of a chunk")
         if self.robot_state_feature.shape[0] > self.max_state_dim:
             raise ValueError(f"a state of {self.robot_state_feature.shape[0]} but max_state_dim {self.max_state_dim}")
+        try:
+            signature(NOISE.get(self.noise)).bind(1, 1, None, **self.noise_options)
+        except TypeError as error:
+            raise ValueError(f"noise schedule {self.noise} with {self.noise_options}: {error}") from error
 
     @property
     def action_dim(self) -> int:

@@ -1,0 +1,148 @@
+"""The anatomy of a call: every millisecond is charged once, to the right stage."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from burnish.cli import main
+from burnish.methods.decode.observations import observations
+from burnish.policies import load_policy
+from burnish.policies.adapter import Stage
+from burnish.policies.tiny import make_tiny
+from burnish.runtime import profile as module
+from burnish.runtime.profile import Clock, dissect, profile, quantiles
+
+
+class Sleepy:
+    """A policy whose stages take known times; it nests them as real ones do."""
+
+    device = torch.device("cpu")
+    chunk_size, n_action_steps = 8, 4
+
+    def __init__(self, ticks):
+        self.ticks, self.counter = ticks, nn.Identity()
+
+    def stages(self):
+        names = {"look": "vision", "read": "prompt", "step": "pass", "speak": "head"}
+        return [Stage(stage, self, call) for call, stage in names.items()]
+
+    def row_counters(self):
+        return [self.counter]
+
+    def eval(self):
+        return self
+
+    def act(self, batch):
+        self.ticks(1)
+        self.look()
+        self.read()
+        for _ in range(3):
+            self.step()
+        self.read()  # a second run over the prompt is a pass
+
+    def look(self):
+        self.ticks(10)
+
+    def read(self):
+        self.counter(torch.zeros(1, 20, 2))
+        self.ticks(100)
+
+    def step(self):
+        self.ticks(1000)
+        self.read_inside()
+        self.speak()
+
+    def read_inside(self):
+        self.read()
+
+    def speak(self):
+        self.ticks(10_000)
+
+
+@pytest.fixture
+def sleepy(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1000))
+
+    def ticks(milliseconds):
+        now[0] += milliseconds
+
+    return Sleepy(ticks)
+
+
+def test_time_is_charged_to_the_innermost_stage(sleepy):
+    found = dissect(sleepy, {})
+    expected = {"vision": 10, "prompt": 100, "passes": 3 * 1100 + 100, "head": 30_000, "host": 1}
+    assert found.stages == pytest.approx({"preprocess": 0, "postprocess": 0, **expected})
+    assert found.passes == pytest.approx([1100, 1100, 1100, 100])
+    assert found.total == pytest.approx(sum(found.stages.values())) and found.rows == 5 * 20
+
+
+def test_nothing_stays_wrapped(sleepy):
+    dissect(sleepy, {})
+    assert not {"look", "read", "step", "speak"} & set(vars(sleepy)) and not sleepy.counter._forward_pre_hooks
+
+
+def test_figures(sleepy):
+    found = profile(sleepy, [{}], repeats=4, warmup=1, progress=False).figures()
+    whole = 1 + 10 + 100 + 3 * 11_100 + 100
+    assert found["total"]["median"] == pytest.approx(whole) and found["stages_over_total"] == pytest.approx(1)
+    assert found["replans_per_second"] == pytest.approx(1000 / whole)
+    assert found["actions_per_second"] == pytest.approx(4000 / whole)
+    assert found["passes"] == 5 and len(found["each_pass"]) == 4 and found["first_action"] == found["total"]
+
+
+def test_quantiles_are_numpys():
+    values = list(np.random.default_rng(0).random(50))
+    assert quantiles(values)["p95"] == pytest.approx(np.percentile(values, 95))
+    assert quantiles([3.0]) == {"median": 3.0, "p95": 3.0, "p99": 3.0}
+
+
+def test_the_clock_survives_an_error():
+    clock = Clock(torch.device("cpu"))
+    with pytest.raises(KeyError), clock.stage("vision"):
+        raise KeyError
+    assert clock.open == []
+
+
+@pytest.fixture(scope="module")
+def tiny_discrete(tmp_path_factory):
+    return make_tiny("burnish_discrete", tmp_path_factory.mktemp("profile") / "p", overrides={"block_size": 7})
+
+
+@pytest.mark.parametrize("kind", ["tiny_smolvla", "tiny_pi0", "tiny_pi05", "tiny_discrete"])
+def test_real_policies(kind, request):
+    policy = load_policy(request.getfixturevalue(kind))
+    batch = observations(policy, 1)
+    before = policy.act(batch, policy.draw(1, torch.Generator().manual_seed(0))).actions
+    found = dissect(policy, batch)
+    assert sum(found.stages.values()) == pytest.approx(found.total, rel=0.02)
+    assert all(found.stages[name] > 0 for name in ("preprocess", "vision", "prompt", "passes", "head", "postprocess"))
+    if kind != "tiny_discrete":
+        assert len(found.passes) == 3
+    assert found.rows > 20
+    assert policy.act(batch, policy.draw(1, torch.Generator().manual_seed(0))).actions.equal(before)
+
+
+def test_first_action_comes_before_the_last(tiny_discrete):
+    policy = load_policy(tiny_discrete)
+    result = profile(policy, [observations(policy, 1)], repeats=3, warmup=1, progress=False)
+    figures = result.figures()
+    assert figures["first_action"]["median"] < figures["total"]["median"]
+
+
+def test_command_writes_table_json_and_picture(tiny_discrete, tmp_path, capsys):
+    command = ["profile", str(tiny_discrete), "--repeats", "2", "--warmup", "1"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "pass 2" in shown and "actions a second" in shown
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert kept["type"] == "burnish_discrete" and kept["decoder"] == "pipelined"
+    assert (tmp_path / "out" / "profile.png").stat().st_size > 5_000
+    assert main([*command, "--set", "decoder=sequential", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decoder"] == "sequential"
+    assert main(["profile", str(tiny_discrete), "--repeats", "0"]) == 2
