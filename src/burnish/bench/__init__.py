@@ -19,6 +19,26 @@ BENCHES: dict[str, dict[str, str]] = {
         "libero_goal_demos_per_cpu_min": ">= 25",
     },
     "eval": {"speedup_over_lerobot_eval": ">= 5", "outcomes_equal": "true"},
+    "merge": {
+        "time_over_mergekit": "<= 0.4",
+        "throughput_over_copy": ">= 0.35",
+        "peak_rss_gb": "<= 0.5",
+        "memory_flat": "true",
+        "every_element_exact": "true",
+        "agrees_with_mergekit": "true",
+    },
+    "prefer": {
+        "gradients_equal": "true", "speedup_over_textbook_k1": ">= 2.4", "speedup_over_textbook_k4": ">= 5",
+        "pair_step_over_sft_step": "<= 1.3", "memory_over_sft": "<= 1.25", "dora_over_lora": "<= 1.2",
+        "dora_equals_peft": "true",
+    },
+    "isolate": {
+        "step_ratio_paper": "<= 1.8",
+        "step_ratio_default": "<= 1.2",
+        "default_cosine": ">= 0.95",
+        "edit_speedup_over_loop": ">= 2",
+        "edit_error": "<= 2e-6",
+    },
     "train": {"data_wait_share": "<= 0.05", "loop_overhead": "<= 0.03"},
 }
 
@@ -42,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=sorted(BENCHES))
     parser.add_argument("--json", action="store_true", help="print the whole JSON object instead of a table")
     parser.add_argument("--output", default="", help="also write the JSON object to this file")
+    parser.add_argument("--mergekit", default="", metavar="PYTHON", help="merge: interpreter with mergekit, the peer")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 

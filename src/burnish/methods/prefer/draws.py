@@ -42,8 +42,9 @@ class ScoreConfig:
     """sum (like a log-probability) or mean over valid steps and dimensions."""
     stratified: bool = True
     """One time from each of K equal parts of the distribution instead of K independent ones."""
-    antithetic: bool = True
-    """The second half of the draws uses the negative noise of the first half, at its times."""
+    antithetic: bool = False
+    """The second half of the draws uses the negative noise of the first half, at its times. Sharpens the comparison of
+    two likely chunks from about eight draws on; for fewer, or for gross errors, other times are worth more."""
     shared: bool = True
     """Chosen, rejected, policy and reference see the same draws. False only reproduces what goes wrong without."""
     t_min: float = 0.02

@@ -1,0 +1,9 @@
+"""Makes known_flows.py and tests/train/fake.py importable."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+for folder in (HERE.parent, HERE.parents[2] / "train"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
