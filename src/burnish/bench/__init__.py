@@ -18,6 +18,14 @@ BENCHES: dict[str, dict[str, str]] = {
         "metaworld_demos_per_cpu_min": ">= 200",
         "libero_goal_demos_per_cpu_min": ">= 25",
     },
+    "decode": {
+        "bidirectional_over_ours": ">= 5",
+        "prompt_cached_over_ours": ">= 1.0",
+        "long_prompt_cached_over_ours": ">= 1.4",
+        "first_action_speedup": ">= 8",
+        "auto_worst_over_best": "<= 1.05",
+        "tokens_equal": "true",
+    },
     "eval": {"speedup_over_lerobot_eval": ">= 5", "outcomes_equal": "true"},
     "merge": {
         "time_over_mergekit": "<= 0.4",

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
 
     from burnish.methods.decode.checks import check_model
     from burnish.methods.decode.cli import plan_options
-    from burnish.methods.decode.observations import observations
+    from burnish.methods.decode.observations import observations, true_tokens
     from burnish.methods.decode.plan import make_plan
     from burnish.policies import load_policy
     from burnish.policies.rows import row_model
@@ -35,11 +35,7 @@ def main(args: argparse.Namespace) -> int:
     policy = load_policy(args.policy, device=args.device)
     model = row_model(policy)
     batch = observations(policy, args.count, args.data)
-    truth = None
-    if args.data:
-        with torch.no_grad(), policy.watch_tokens() as watched:
-            policy.loss(batch)
-        truth = watched.forwards[0].ids
+    truth = true_tokens(policy, batch) if args.data else None
     if args.double:
         policy.double()
     with torch.no_grad():

@@ -1,9 +1,9 @@
 """A plan chosen on the user's own device: exact decoders race on the first prompt, and the fastest one stays."""
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -12,10 +12,10 @@ from burnish.methods.decode.plan import DecodePlan, make_plan
 from burnish.methods.decode.timing import run_once
 from burnish.policies.rows import DECODERS, Decoded, PromptRows, RowModel, Stream
 
-WIDTHS = (1, 2, 4, 8, 16)
-"""Blocks of so many of the model's own."""
-APPENDS = (1, 2, 4)
-"""Blocks opened before one pass; all of them at once is tried too."""
+APPENDS = (2, 4)
+"""Blocks opened before one pass, beside 1 and all of them."""
+WIDEST = 16
+"""Blocks of up to so many of the model's own."""
 CLOSE = 1.3
 """After the first round only those within this factor of the best go on."""
 
@@ -32,11 +32,11 @@ class AutoDecoder:
         repeats: timed decodes of each plan in the final.
 
     Raises:
-        BurnishError: no plan fits the model.
+        BurnishError: the plan does not fit the model.
     """
 
     def __init__(self, model: RowModel, plan: DecodePlan, repeats: int = 3):
-        self.model, self.repeats = model, repeats
+        self.repeats = repeats
         self.decoders = {describe(p): BlockDecoder(model, p) for p in candidates(model, plan)}
         self.chosen: dict[tuple, str] = {}
         self.times: dict[tuple, dict[str, float]] = {}
@@ -62,19 +62,15 @@ def candidates(model: RowModel, plan: DecodePlan) -> list[DecodePlan]:
     """Plans with other block widths and numbers of blocks at once that fit the model.
 
     Raises:
-        BurnishError: none does.
+        BurnishError: the rest of the plan does not fit.
     """
     unit = model.step_length if model.block == 1 else model.block
-    widths = [unit * width for width in WIDTHS if model.length % (unit * width) == 0]
-    if model.length not in widths and model.length % unit == 0:
-        widths.append(model.length)
+    num = model.length // unit
     plans = []
-    for block in widths:
-        num = model.length // block
-        for append in sorted({min(append, num) for append in (*APPENDS, num)}):
-            plans.append(replace(plan, block=block, append=append).fit(model))
-    if not plans:
-        raise BurnishError(f"no block width fits {model.length} tokens in blocks of {unit}")
+    for width in [w for w in range(1, WIDEST + 1) if num % w == 0]:
+        count = num // width
+        for append in sorted({min(append, count) for append in (1, *APPENDS, count)}):
+            plans.append(replace(plan, block=unit * width, append=append).fit(model))
     return plans
 
 
@@ -84,22 +80,27 @@ def describe(plan: DecodePlan) -> str:
 
 
 def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) -> dict[str, float]:
-    """Milliseconds by name; the slow ones keep the time of the first round.
+    """Milliseconds by name of the plans that were tried.
 
-    Rounds go through all that are left in turn, so that a slow moment of the machine strikes them alike.
+    First every width with one block at a time, then the two best widths with more; those close to the best are timed in
+    turns, so that a slow moment of the machine strikes them alike.
     """
-    times = {}
-    for name, decoder in decoders.items():
-        decoder(prompt)  # warms up, compiles, captures
-        times[name] = run_once(decoder, prompt)
-    best = min(times.values())
-    final: dict[str, list[float]] = {name: [time] for name, time in times.items() if time <= CLOSE * best}
+    times: dict[str, float] = {}
+
+    def attempt(names: list[str]) -> None:
+        for name in names:
+            decoders[name](prompt)  # warms up, compiles, captures
+            times[name] = run_once(decoders[name], prompt)
+
+    attempt([name for name, decoder in decoders.items() if decoder.plan.append == 1])
+    best = {decoders[name].plan.block for name in sorted(times, key=times.__getitem__)[:2]}
+    attempt([name for name, decoder in decoders.items() if decoder.plan.block in best and name not in times])
+    limit = CLOSE * min(times.values())
+    final = {name: [time] for name, time in times.items() if time <= limit}
     for _ in range(repeats):
         for name, seen in final.items():
             seen.append(run_once(decoders[name], prompt))
-    for name, seen in final.items():
-        times[name] = float(torch.tensor(seen).median())
-    return times
+    return times | {name: statistics.median(seen) for name, seen in final.items()}
 
 
 @DECODERS.register("auto")

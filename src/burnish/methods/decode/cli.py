@@ -10,7 +10,7 @@ from burnish.core.errors import BurnishError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "examples:\n  burnish decode runs/blocks/policy\n"
+        "examples:\n  burnish decode runs/blocks/policy --data data/tabletop/quickstart --count 32\n"
         "  burnish decode runs/blocks/policy --decoder pipelined --option preset=paper --picture blocks.png"
     )
     parser.add_argument("policy", help="a burnish_discrete policy folder")
@@ -18,13 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a decoder (repeatable); default: all that fit the policy")  # fmt: skip
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                         help="an option of the decode plan, e.g. conf=0.9 (repeatable)")  # fmt: skip
-    parser.add_argument("--data", default="", help="data set whose observations are decoded; default: random pictures")
-    parser.add_argument("--repeats", type=int, default=5, help="decodes to time")
+    parser.add_argument("--data", default="",
+                        help="data set to decode, with action errors; default: random pictures")  # fmt: skip
+    parser.add_argument("--count", type=int, default=4, help="observations, decoded one at a time")
+    parser.add_argument("--repeats", type=int, default=3, help="timed decodes of each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--picture", default="", help="draw the passes of a decoder (the first named, or pipelined) here"
     )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", default="", help="also write the figures as JSON to this file")
 
 
 def plan_options(given: list[str]) -> dict[str, Any]:
@@ -45,44 +48,62 @@ def plan_options(given: list[str]) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> int:
-    import torch
+    import sys
 
-    from burnish.methods.decode.observations import observations
-    from burnish.methods.decode.timing import time_decoder
+    import torch
+    from tqdm import tqdm
+
+    from burnish.methods.decode.observations import observations, split, true_tokens
+    from burnish.methods.decode.timing import measure_decoder
     from burnish.policies import load_policy
     from burnish.policies.rows import row_model
 
     policy = load_policy(args.policy, device=args.device)
     model = row_model(policy)
+    batch = observations(policy, args.count, args.data)
     with torch.no_grad():
-        prompt = model.embed(observations(policy, 1, args.data))
+        prompts = split(model.embed(batch))
+    truth = true_tokens(policy, batch) if args.data else None
     made, refused = _decoders(model, args.decoder, plan_options(args.option))
-    rows = []
-    for name, decode in made.items():
-        timed = time_decoder(decode, prompt, model, args.repeats)
-        rows.append({"decoder": name, **timed})
+    found = {}
+    for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False):
+        found[name] = measure_decoder(
+            made[name], prompts, model, repeats=args.repeats, truth=truth, actions=policy.policy.model.tokens.decode
+        )
+    outcome = {
+        "policy": args.policy, "options": args.option, "data": args.data, "count": args.count,
+        "device": args.device, "decoders": found, "refused": refused,
+    }  # fmt: skip
+    if args.output:
+        from burnish.core.files import write_json
+
+        write_json(Path(args.output), outcome)
     if args.json:
-        print(json.dumps({"decoders": rows, "refused": refused}, indent=1))
+        print(json.dumps(outcome, indent=1))
     else:
-        _print(rows, refused, model.length)
+        _print(found, refused)
     if args.picture:
         from burnish.methods.decode.picture import draw_decode
 
         name = next(iter(made)) if args.decoder or "pipelined" not in made else "pipelined"
-        draw_decode(model, made[name](prompt), name, Path(args.picture))
+        draw_decode(model, made[name](prompts[0]), name, Path(args.picture))
     return 0
 
 
-def _print(rows: list[dict[str, Any]], refused: dict[str, str], length: int) -> None:
-    """A table; "same" is the share of tokens that equal those of the first decoder."""
-    print(f"{'decoder':16s} {'passes':>6s} {'rows':>6s} {'ms a chunk':>10s} {'ms to first step':>16s} {'same':>6s}")
-    for row in rows:
-        print(
-            f"{row['decoder']:16s} {row['passes']:6d} {row['rows']:6d} {row['ms']:10.1f} {row['first_step_ms']:16.1f} "
-            f"{sum(a == b for a, b in zip(row['ids'], rows[0]['ids'], strict=True)) / length:6.0%}"
-        )
+COLUMNS = {
+    "passes": ("passes", "6.1f"), "rows": ("rows", "7.0f"), "ms": ("ms a chunk", "10.1f"), "p95": ("p95", "8.1f"),
+    "first_step_ms": ("ms to step 1", "12.1f"), "left_to_right": ("left to right", "13.2f"),
+    "action_error": ("action error", "12.4f"),
+}  # fmt: skip
+
+
+def _print(found: dict[str, dict[str, Any]], refused: dict[str, str]) -> None:
+    shown = {key: value for key, value in COLUMNS.items() if key in next(iter(found.values()))}
+    print(" " * 16 + "  ".join(f"{title:>{form.partition('.')[0]}s}" for title, form in shown.values()))
+    for name, row in found.items():
+        print(f"{name:16s}" + "  ".join(f"{row[key]:{form}}" for key, (_, form) in shown.items()))
     for name, reason in refused.items():
-        print(f"{name:16s} does not fit: {reason}")
+        print(f"{name:16s}does not fit: {reason}")
 
 
 def _decoders(model: Any, names: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

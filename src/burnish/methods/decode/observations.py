@@ -1,9 +1,13 @@
 """A few observations to decode: of a data set where there is one, else random pictures."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from burnish.core.types import Batch
+from burnish.policies.rows import PromptRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def observations(policy: Any, count: int, root: str = "", seed: int = 0) -> Batch:
@@ -27,3 +31,17 @@ def observations(policy: Any, count: int, root: str = "", seed: int = 0) -> Batc
     batch["observation.state"] = torch.randn(count, state, generator=draws)
     batch["task"] = ["lift the red cube"] * count
     return to_device(batch, policy.device)
+
+
+def split(prompt: PromptRows) -> list[PromptRows]:
+    """The samples of a batch, one by one."""
+    return [PromptRows(prompt.states[b : b + 1], prompt.valid[b : b + 1]) for b in range(len(prompt.states))]
+
+
+def true_tokens(policy: Any, batch: Batch) -> "Tensor":
+    """Long [B, L], the tokens of the batch's true actions."""
+    import torch
+
+    with torch.no_grad(), policy.watch_tokens() as watched:
+        policy.loss(batch)
+    return watched.forwards[0].ids

@@ -1,35 +1,64 @@
-"""How long a decode takes: synchronised, warmed up, in milliseconds of the clock."""
+"""What a decoder costs and how far its actions are from true ones: synchronised, warmed up, one at a time."""
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from burnish.policies.rows import Decode, PromptRows, RowModel
 
 
-def time_decoder(
-    decode: Decode, prompt: PromptRows, model: RowModel, repeats: int = 5, warmup: int = 1
-) -> dict[str, Any]:
-    """Median time of a chunk and to its first control step, which a decoder may send on before the rest is there.
+def measure_decoder(
+    decode: Decode, prompts: list[PromptRows], model: RowModel, *, repeats: int = 1,
+    truth: Tensor | None = None, actions: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Decode every prompt alone.
+
+    Args:
+        decode: a decoder of `model`.
+        prompts: of one observation each.
+        model: the policy's rows.
+        repeats: timed decodes of each prompt; one more warms up.
+        truth: long [B, L], true tokens of the observations.
+        actions: ids [B, L] to normalised actions [B, T, A], for the error.
 
     Returns:
-        ms, p95, first_step_ms, passes, rows, host_syncs and the ids [L] of the first sample.
+        ms, p95, p99 of a chunk; first_step_ms until the first control step is final; means of passes, rows and
+        host_syncs; left_to_right, Kendall's tau between control step and pass of commitment (1: strictly in order of
+        time); action_error, the mean distance to the true actions in normalised units; ids of the first prompt.
     """
-    for _ in range(warmup):
-        decode(prompt)
-    times, firsts = [], []
-    for _ in range(repeats):
-        times.append(run_once(decode, prompt))
-        if model.time_ordered:
-            firsts.append(first_step(decode, prompt))
-    decoded = decode(prompt)
-    return {
-        "ms": statistics.median(times), "p95": sorted(times)[int(0.95 * (len(times) - 1) + 0.5)],
-        "first_step_ms": statistics.median(firsts or times), "passes": decoded.passes, "rows": decoded.rows,
-        "host_syncs": decoded.host_syncs, "ids": decoded.ids[0].tolist(),
+    times, firsts, decoded = [], [], []
+    decode(prompts[0])
+    for prompt in prompts:
+        for _ in range(repeats):
+            times.append(run_once(decode, prompt))
+            if model.time_ordered:
+                firsts.append(first_step(decode, prompt))
+        decoded.append(decode(prompt))
+    found = {
+        "ms": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "p99": float(np.quantile(times, 0.99)),
+        "first_step_ms": statistics.median(firsts or times),
+        **{name: statistics.fmean(getattr(d, name) for d in decoded) for name in ("passes", "rows", "host_syncs")},
+        "left_to_right": statistics.fmean(left_to_right(d.committed[0], model.step_length) for d in decoded),
+        "n": len(prompts), "ids": decoded[0].ids[0].tolist(),
     }  # fmt: skip
+    if truth is not None and actions is not None:
+        ids = torch.cat([d.ids for d in decoded])
+        found["action_error"] = float((actions(ids) - actions(truth.to(ids.device))).abs().mean())
+    return found
+
+
+def left_to_right(committed: Tensor, step_length: int) -> float:
+    """Kendall's tau-b between the control step of a token and the pass that committed it; 0 where all came at once."""
+    from scipy.stats import kendalltau
+
+    steps = np.arange(len(committed)) // step_length
+    tau = kendalltau(steps, committed.cpu().numpy()).statistic
+    return 0.0 if np.isnan(tau) else float(tau)
 
 
 def run_once(decode: Decode, prompt: PromptRows) -> float:
