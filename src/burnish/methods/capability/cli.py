@@ -69,7 +69,9 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="folder, file, or a shipped base")
-    parser.add_argument("--delta", action="append", required=True, metavar="DELTA=WEIGHT", help="repeat at will")
+    parser.add_argument("--delta", action="append", default=[], metavar="DELTA=WEIGHT", help="repeat at will")
+    parser.add_argument("--tuned", action="append", default=[], metavar="CHECKPOINT=WEIGHT",
+                        help="merge its difference to the base, without keeping that")  # fmt: skip
     parser.add_argument("--operator", default="task", help="task, linear, slerp, ties or dare")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the operator")
     parser.add_argument("--module", action="append", default=[], metavar="REGEX=FACTOR",
@@ -110,7 +112,8 @@ def _merge(args: argparse.Namespace) -> int:
     from burnish.methods.capability.merge import merge
 
     record = merge(
-        args.base, [_weighted(text) for text in args.delta], output=args.output, operator=args.operator,
+        args.base, [_weighted(text) for text in args.delta], tuned=[_weighted(text) for text in args.tuned],
+        output=args.output, operator=args.operator,
         options=dict(_pair(text, "--option", "NAME=VALUE") for text in args.option),
         modules=[(p, _number(f, "--module")) for p, f in (_pair(t, "--module", "REGEX=FACTOR") for t in args.module)],
         include=args.include, exclude=args.exclude, heads=args.heads, dtype=args.dtype, other_base=args.other_base,

@@ -23,12 +23,21 @@ from burnish.methods.capability.engine import (
     write_tensors,
 )
 from burnish.methods.capability.extract import DTYPES, locate, stamp
-from burnish.methods.capability.keys import embodiment, match_names, module_of
+from burnish.methods.capability.keys import check_patterns, embodiment, match_names, selected
+from burnish.methods.capability.live import Difference
 from burnish.methods.capability.operators import OPERATORS, Block, Streams
 from burnish.methods.capability.rounding import Narrow
 from burnish.methods.capability.sources import Stored
 from burnish.methods.capability.sparse import SparseWriter
-from burnish.methods.capability.tensorfile import BLOCK, FLOATS, INDEX, Checkpoint, tensor_digest, whole_digest
+from burnish.methods.capability.tensorfile import (
+    BLOCK,
+    FLOATS,
+    INDEX,
+    Checkpoint,
+    TensorFile,
+    tensor_digest,
+    whole_digest,
+)
 
 RECORD, UNDO = "capability.json", "capability_undo.safetensors"
 _QUICK_LOOK = 16
@@ -38,7 +47,7 @@ _QUICK_LOOK = 16
 class Part:
     """One delta of a merge with its weight, and the names of the base's tensors it changes."""
 
-    delta: Delta
+    delta: Delta | Difference
     weight: float
     names: Mapping[str, str]
 
@@ -51,7 +60,8 @@ class Part:
 
 
 def merge(
-    base: Path | str, deltas: Sequence[tuple[Path | str, float]], *, output: Path | str, operator: str = "task",
+    base: Path | str, deltas: Sequence[tuple[Path | str, float]] = (), *, output: Path | str,
+    tuned: Sequence[tuple[Path | str, float]] = (), operator: str = "task",
     options: Mapping[str, str] | None = None, modules: Sequence[tuple[str, float]] = (), include: Sequence[str] = (),
     exclude: Sequence[str] = (), heads: str = "refuse", dtype: str = "auto", other_base: bool = False,
     undoable: bool = False, threads: int = 0, force: bool = False,
@@ -61,6 +71,7 @@ def merge(
     Args:
         base: checkpoint folder, safetensors file, or the name of a shipped base.
         deltas: (delta folder, weight) each.
+        tuned: (checkpoint or adapter, weight) each: its difference to the base, computed on the way and not kept.
         operator: name of a merge operator; `options` are its own.
         modules: (pattern, factor): the first that is found in a tensor's name multiplies the weights there.
         include, exclude: patterns over tensor names; what they leave out stays as in the base.
@@ -76,6 +87,9 @@ def merge(
     """
     root = Stored(Checkpoint(locate(base)))
     parts = [Part.match(Delta(path), weight, root) for path, weight in deltas]
+    parts += [Part.match(Difference(root, path, heads, exclude), weight, root) for path, weight in tuned]
+    if not parts:
+        raise BurnishError("nothing to merge", "a delta or a tuned model", "--delta FOLDER=1.0")
     job = Merging(root, parts, operator, options or {}, modules, dtype)
     job.narrow_down(include, exclude, heads, other_base)
     job.quick_look(other_base)
@@ -117,8 +131,6 @@ class Merging:
 
     def narrow_down(self, include: Sequence[str], exclude: Sequence[str], heads: str, other_base: bool) -> None:
         """Apply the rules about names, shapes and heads; raises BurnishError where one is broken."""
-        from burnish.methods.capability.keys import check_patterns, selected
-
         check_patterns(include, self.base.slots, "--include")
         check_patterns(exclude, self.base.slots, "--exclude")
         check_patterns([pattern for pattern, _ in self.modules], self.base.slots, "--module")
@@ -155,6 +167,8 @@ class Merging:
         expected: dict[str, str] = {}
         for part in self.parts:
             listed = part.delta.meta["base"]["tensors"]
+            if isinstance(part.delta, Difference):
+                continue
             names = match_names(listed, self.base.slots)
             expected |= {names[name]: digest for name, digest in listed.items()}
             lacking = sorted(set(names.values()) - set(self.base.slots))
@@ -177,7 +191,7 @@ class Merging:
         identity = {
             "base": str(self.base.checkpoint.path.absolute()), "stamp": stamp(self.base.checkpoint.path),
             "undoable": undoable, "version": __version__, "dtype": self.dtype,
-            "parts": [[p.delta.digest, p.weight] for p in self.parts], "operator": self.operator,
+            "parts": [[_identity(p.delta), p.weight] for p in self.parts], "operator": self.operator,
             "options": self.options, "modules": [list(m) for m in self.modules], "touched": sorted(self.touched),
         }  # fmt: skip
         return Plan(output, files, identity, _companions(self.base.checkpoint, output))
@@ -213,9 +227,8 @@ class Merging:
     def _hash_deltas(self, name: str, start: int, stop: int) -> None:
         for part, _ in self.touched[name]:
             owner = part.names[name]
-            bits = part.delta.raw(owner, start, stop)
-            if bits is not None and name == self._reader(part, owner):
-                self.read[id(part)].piece(owner, start, bits)
+            if owner in self.read[id(part)].shapes and name == self._reader(part, owner):
+                self.read[id(part)].piece(owner, start, part.delta.raw(owner, start, stop))
 
     def _reader(self, part: Part, owner: str) -> str:
         """Of several base tensors that share one delta, the one whose turn checks its digest."""
@@ -228,10 +241,13 @@ class Merging:
         """Base and deltas of one block as float64."""
         base = self.base.fill(name, at, end, worker.double(0, end - at), worker.narrow)
         used = self.touched[name]
-        deltas = [
-            part.delta.fill(part.names[name], at, end, worker.double(k + 1, end - at), worker.narrow)
-            for k, (part, _) in enumerate(used)
-        ]
+        deltas = []
+        for k, (part, _) in enumerate(used):
+            own, out = part.names[name], worker.double(k + 1, end - at)
+            if isinstance(part.delta, Difference):
+                deltas.append(part.delta.fill_from(base, own, at, out, worker.narrow))
+            else:
+                deltas.append(part.delta.fill(own, at, end, out, worker.narrow))
         return Block(name, at, base, deltas, [weight for _, weight in used])
 
     def _state(self, name: str) -> Any:
@@ -258,7 +274,9 @@ class Merging:
         for part, _ in self.touched.get(name, []):
             owner = part.names[name]
             if owner in self.read[id(part)].shapes and name == self._reader(part, owner):
-                part.delta.check(owner, self.read[id(part)].finish(owner))
+                digest = self.read[id(part)].finish(owner)
+                if isinstance(part.delta, Delta):
+                    part.delta.check(owner, digest)
         self._states.pop(name, None)
         facts: dict[str, Any] = {"base": self.inputs.finish(name)}
         return facts | ({"undo": self.undo.facts(name)} if self.undo is not None else {})
@@ -274,8 +292,8 @@ class Merging:
         return {
             "kind": "merge", "burnish": __version__,
             "base": {"path": str(base.absolute()), "digest": whole_digest(self.inputs.digests)},
-            "deltas": [{"path": str(p.delta.path.absolute()), "digest": p.delta.digest, "weight": p.weight}
-                       for p in self.parts],
+            "deltas": [{"path": str(p.delta.path.absolute()), "digest": self._digest(p), "weight": p.weight,
+                        "stored": isinstance(p.delta, Delta)} for p in self.parts],
             "operator": self.operator, "options": self.options, "modules": [list(m) for m in self.modules],
             "digest": whole_digest(digests), "undoable": undoable,
             "tensors": {name: {"digest": digests[name], "base_digest": self.inputs.digests[name],
@@ -283,9 +301,17 @@ class Merging:
                         for name in self.base.slots},
         }  # fmt: skip
 
+    def _digest(self, part: Part) -> str:
+        return part.delta.digest if isinstance(part.delta, Delta) else whole_digest(self.read[id(part)].digests)
+
     def _weights(self, name: str) -> list[list[Any]]:
         """[number of the delta, name in it, weight] of every delta that changes `name`."""
         return [[self.parts.index(part), part.names[name], weight] for part, weight in self.touched.get(name, [])]
+
+
+def _identity(delta: Delta | Difference) -> Any:
+    """What fixes a delta: its digest, or for one that is computed on the way the files it comes from."""
+    return stamp(delta.path) if isinstance(delta, Difference) else delta.digest
 
 
 def take_away(worker: Worker, bits: np.ndarray, dtype: str, added: list[np.ndarray], base_dtype: str) -> np.ndarray:
@@ -296,7 +322,10 @@ def take_away(worker: Worker, bits: np.ndarray, dtype: str, added: list[np.ndarr
     return worker.narrow.narrow(value, base_dtype, worker.spare(0, base_dtype, bits.size))
 
 
-def _stored_slots(delta: Delta) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _stored_slots(delta: Delta | Difference) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors of a delta whose bits are hashed as they are read."""
+    if isinstance(delta, Difference):
+        return {n: delta.tuned.slots[n] for n in delta.tensors} if isinstance(delta.tuned, Stored) else {}
     dense = [name for name, entry in delta.tensors.items() if entry["form"] == "dense"]
     return {name: (delta.numbers.slots[name].dtype, delta.numbers.slots[name].shape) for name in dense}
 
@@ -342,11 +371,4 @@ def finish_folder(part: Path, target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _slots_of(file: Path, checkpoint: Checkpoint) -> list:
-    from burnish.methods.capability.tensorfile import TensorFile
-
     return list(TensorFile(file).slots.values()) if file.name in {f.path.name for f in checkpoint.files} else []
-
-
-def modules_changed(record: Mapping[str, Any]) -> int:
-    """How many modules a merge touched."""
-    return len({module_of(name) for name, entry in record["tensors"].items() if entry["weights"]})

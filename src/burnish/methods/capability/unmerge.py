@@ -37,6 +37,9 @@ def unmerge(
     record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
     if record["operator"] not in ("task", "linear"):
         raise BurnishError(f"{path} was merged with '{record['operator']}'", "task or linear, which can be taken back")
+    if not all(entry["stored"] for entry in record["deltas"]):
+        raise BurnishError(f"{path} was merged from tuned models, not from deltas", "a delta to take away",
+                           "extract one first, then merge it")  # fmt: skip
     job = _Unmerging(Stored(Checkpoint(path)), record, [Delta(p) for p in deltas] or _recorded(record))
     files = {
         file.path.name: ({n: (job.base_dtype(n), s.shape) for n, s in file.slots.items()}, file.metadata)

@@ -10,6 +10,7 @@ from burnish.core.errors import BurnishError
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.engine import cores, read_summary
 from burnish.methods.capability.extract import open_parent
+from burnish.methods.capability.live import Difference
 from burnish.methods.capability.merge import RECORD
 from burnish.methods.capability.operators import OPERATORS, Block, Streams
 from burnish.methods.capability.rounding import Narrow, narrowed, widened
@@ -81,9 +82,12 @@ class _merged(_Compare):
         self.record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
         self.output = Stored(Checkpoint(path))
         self.base = Stored(Checkpoint(self.record["base"]["path"]))
-        self.deltas = [Delta(entry["path"]) for entry in self.record["deltas"]]
+        self.deltas = [
+            Delta(entry["path"]) if entry["stored"] else Difference(self.base, entry["path"], "skip")
+            for entry in self.record["deltas"]
+        ]
         for delta, entry in zip(self.deltas, self.record["deltas"], strict=True):
-            if delta.digest != entry["digest"]:
+            if isinstance(delta, Delta) and delta.digest != entry["digest"]:
                 raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")
         with ThreadPoolExecutor(threads) as pool:
             names = list(self.record["tensors"])
