@@ -186,6 +186,23 @@ def test_act_is_in_environment_units_and_keeps_a_prefix(policy, batch, style):
     assert all(actions.equal(chunk[:, :n]) for n, actions in told)
 
 
+def test_half_precision_compute(policy, batch):
+    draws = draw(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = policy.loss(batch, draws)
+        assert torch.isfinite(policy.act(observation(batch)).actions).all()
+    half.total.backward()
+    torch.testing.assert_close(half.per_sample, policy.loss(batch, draws).per_sample, rtol=0.05, atol=0.05)
+
+
+def test_double_precision_is_the_same_policy(policy, batch):
+    """Decoders are checked in float64, so the whole policy must run in it."""
+    single = policy.loss(batch, draw(policy)).per_sample
+    double = policy.double().loss(batch, draw(policy)).per_sample
+    torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-4)
+    assert policy.act(observation(batch)).actions.shape == (3, T, A)
+
+
 def test_capture_shows_prompt_and_action_rows(policy, batch):
     with policy.capture([0, 3]) as captured:
         policy.loss(batch, draw(policy))

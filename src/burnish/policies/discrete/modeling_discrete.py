@@ -57,9 +57,10 @@ class DiscretePolicy(PreTrainedPolicy):
     # Training.
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
-        """Noise [B, T, A], time [B] in (0, 1], and the tokens to hide and to learn from, [B, L]."""
+        """Noise [B, T, A] ([B, L, 1] with FAST), time [B] in (0, 1], the tokens to hide and to learn from, [B, L]."""
         config, device = self.config, generator.device
-        shape = (batch_size, config.chunk_size, config.action_dim)
+        columns = config.action_dim if self.model.tokens.time_ordered else 1
+        shape = (batch_size, config.length // columns, columns)
         noise = torch.randn(shape, generator=generator, device=device)
         time = 1 - torch.rand(batch_size, generator=generator, device=device)
         everything = torch.ones(batch_size, config.length, dtype=torch.bool, device=device)
@@ -110,7 +111,8 @@ class DiscretePolicy(PreTrainedPolicy):
         out = {"ids": ids, "hidden": hidden, "logits": logits, "weight": (draws.learned & valid).float()}
         out["cross_entropy"] = losses.cross_entropy(logits, ids)
         if self.config.ordinal_weight > 0 and tokens.time_ordered:
-            out["ordinal"] = losses.ordinal(logits, actions.flatten(1).clamp(-1, 1), tokens.centres)
+            within = actions.clamp(tokens.edges[:, 0], tokens.edges[:, -1])
+            out["ordinal"] = losses.ordinal(logits, within.flatten(1), tokens.centres)
         return out
 
     def valid_tokens(self, ids: Tensor, padded: Tensor | None) -> Tensor:
@@ -148,11 +150,7 @@ class DiscretePolicy(PreTrainedPolicy):
             hidden = torch.full_like(valid, config.training == "parallel")
             nats = losses.cross_entropy(self.logits(prompt, ids, hidden), ids)
             return -(nats * valid).sum(1)
-        # FAST's tokens have no noise of their own; any fixed continuous numbers order them.
-        noise = draws.noise.flatten(1)[:, : config.length]
-        noise = noise if noise.shape[1] == config.length else noise.repeat(1, -(-config.length // noise.shape[1]))
-        noise = noise[:, : config.length] + torch.arange(config.length, device=noise.device) * 1e-4
-        hidden, weight = losses.any_order_masks(noise, draws.time, valid, config.block)
+        hidden, weight = losses.any_order_masks(draws.noise.flatten(1), draws.time, valid, config.block)
         logits = self._given_clean_blocks(prompt, ids, hidden)
         return -(losses.cross_entropy(logits, ids) * weight).sum(1)
 

@@ -29,6 +29,7 @@ class Slots:
         """Called by every attention layer with [B, H_kv, R, D_h]."""
         kept = self.cache.keys[layer], self.cache.values[layer]
         for place, new in zip(kept, (keys, values), strict=True):
+            new = new.to(place.dtype)  # under autocast keys and values differ
             if self.index is None:
                 place[:, :, : new.shape[2]] = new
             else:
