@@ -1,5 +1,7 @@
 """Plans that cannot work are refused with the reason; masks, peers, the choice of a plan."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from burnish.methods.decode.auto import AutoDecoder, candidates
 from burnish.methods.decode.masks import dense_mask, flex_mask, flex_rule
 from burnish.methods.decode.picture import draw_decode, token_states
 from burnish.methods.decode.plan import DecodePlan
-from burnish.policies.rows import DECODERS, make_decoder
+from burnish.policies.rows import DECODERS, PromptRows, make_decoder
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,31 @@ def test_static_shapes_change_nothing(monkeypatch):
     padded = decoder(prompt)
     assert torch.equal(plain.ids, padded.ids) and padded.rows >= plain.rows
     assert [decoder.passes.blocks(fed, prompt.states.device) for fed in range(1, 9)] == [1, 2, 3, 4, 6, 6, 8, 8]
+
+
+def test_compiled_passes_give_the_same_tokens(monkeypatch):
+    # Dynamo's tracing is what can go wrong with caches written in place; generating code would take a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = ToyRows(length=28, layers=1)
+    prompt = model.prompts(2, ragged=True)
+    compiled = make_decoder("pipelined", model, compile=True)
+    plain = make_decoder("pipelined", model)(prompt)
+    assert torch.equal(compiled(prompt).ids, plain.ids)
+    assert [compiled.passes.blocks(fed, prompt.states.device) for fed in (1, 2, 3, 4)] == [1, 2, 4, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_give_the_same_tokens():
+    model = ToyRows(dtype=torch.float32)
+    model.to("cuda")
+    prompt = model.prompts(3, ragged=True)
+    prompt = PromptRows(prompt.states.cuda(), prompt.valid.cuda())
+    plain = make_decoder("pipelined", model, graph=False)(prompt)
+    decoder = make_decoder("pipelined", model, graph=True)
+    for _ in range(2):  # captured, then replayed
+        again = decoder(prompt)
+        assert torch.equal(again.ids, plain.ids) and torch.equal(again.committed, plain.committed)
 
 
 def test_buffers_are_used_again_for_another_prompt():

@@ -39,6 +39,12 @@ class ToyRows(RowModel):
         self.head = weight(width, vocabulary, sharp)
         self.prompt_size, self.width = prompt, width
 
+    def to(self, device):
+        """Move the weights."""
+        for name in ("embedding", "places", "head"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.layers = [{name: w.to(device) for name, w in layer.items()} for layer in self.layers]
+
     def embed(self, batch):
         states = batch["states"].to(self.dtype)
         return PromptRows(states, batch.get("valid", torch.ones(states.shape[:2], dtype=torch.bool)))
@@ -55,8 +61,9 @@ class ToyRows(RowModel):
     def empty(self, prompt):
         num, size = prompt.valid.shape
         shape = (num, self.heads, size + self.length + 1, self.width // self.heads)
-        buffers = [torch.zeros(shape, dtype=self.dtype) for _ in range(2 * len(self.layers))]
-        logits = torch.zeros(num, self.vocabulary, dtype=self.dtype)
+        device = prompt.valid.device
+        buffers = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2 * len(self.layers))]
+        logits = torch.zeros(num, self.vocabulary, dtype=self.dtype, device=device)
         return RowCache(buffers[::2], buffers[1::2], prompt.valid.clone(), logits)
 
     def whole(self, prompt, ids, visible, cache, *, read=None, see_actions=False):
@@ -64,13 +71,13 @@ class ToyRows(RowModel):
         rows = ids.shape[1]
         cache.valid.copy_(prompt.valid)
         inside = prompt.valid[:, None].expand(-1, size, -1)
-        actions = torch.full((num, size, rows), see_actions)
+        actions = torch.full((num, size, rows), see_actions, device=ids.device)
         visible = torch.cat((torch.cat((inside, actions), 2), visible), 1)
         hidden = torch.cat((prompt.states, self.embedding[ids]), 1) + self.places[: size + rows]
-        slots = torch.arange(size + rows).expand(num, -1)
+        slots = torch.arange(size + rows, device=ids.device).expand(num, -1)
         hidden = self._layers(hidden, slots, visible, cache)
-        last = (prompt.valid * torch.arange(1, size + 1)).argmax(1)
-        cache.prompt_logits.copy_(self._logits(hidden[torch.arange(num), last]))
+        last = (prompt.valid * torch.arange(1, size + 1, device=ids.device)).argmax(1)
+        cache.prompt_logits.copy_(self._logits(_pick(hidden, last[:, None])[:, 0]))
         return self._logits(_pick(hidden[:, size:], read))
 
     def rows(self, ids, positions, visible, cache, *, read=None):

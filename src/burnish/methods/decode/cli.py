@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", default="", help="also write the figures as JSON to this file")
+    parser.add_argument("--own", action="store_true", help="the decoder and the options in the policy's config")
+    parser.add_argument("--into", default="", metavar="FILE:LABEL",
+                        help="add the first decoder's figures to the row LABEL of a result file")  # fmt: skip
 
 
 def plan_options(given: list[str]) -> dict[str, Any]:
@@ -64,7 +67,10 @@ def main(args: argparse.Namespace) -> int:
     with torch.no_grad():
         prompts = split(model.embed(batch))
     truth = true_tokens(policy, batch) if args.data else None
-    made, refused = _decoders(model, args.decoder, plan_options(args.option))
+    names, options = args.decoder, plan_options(args.option)
+    if args.own:
+        names, options = [policy.config.decoder_name], {**policy.config.decoder_options, **options}
+    made, refused = _decoders(model, names, options)
     found = {}
     for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False):
         found[name] = measure_decoder(
@@ -78,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
         from burnish.core.files import write_json
 
         write_json(Path(args.output), outcome)
+    if args.into:
+        _add_columns(args.into, next(iter(found.values())))
     if args.json:
         print(json.dumps(outcome, indent=1))
     else:
@@ -85,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
     if args.picture:
         from burnish.methods.decode.picture import draw_decode
 
-        name = next(iter(made)) if args.decoder or "pipelined" not in made else "pipelined"
+        name = next(iter(made)) if names or "pipelined" not in made else "pipelined"
         draw_decode(model, made[name](prompts[0]), name, Path(args.picture))
     return 0
 
@@ -95,6 +103,27 @@ COLUMNS = {
     "first_step_ms": ("ms to step 1", "12.1f"), "left_to_right": ("left to right", "13.2f"),
     "action_error": ("action error", "12.4f"),
 }  # fmt: skip
+
+
+def _add_columns(target: str, figures: dict[str, Any]) -> None:
+    """Put passes, rows, times and errors beside the success rate of the same decoder.
+
+    Raises:
+        BurnishError: no such file, or no such row in it.
+    """
+    from burnish.core.files import write_json
+
+    name, _, label = target.rpartition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise BurnishError(f"--into {target}", "FILE:LABEL with an existing result file")
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["label"] == label]
+    if not rows:
+        raise BurnishError(f"{path} has no row '{label}'", f"one of {', '.join(r['label'] for r in result['rows'])}")
+    for row in rows:
+        row |= {key: figures[key] for key in COLUMNS if key in figures}
+    write_json(path, result)
 
 
 def _print(found: dict[str, dict[str, Any]], refused: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Which masked tokens are committed after a pass: pure functions of confidences; nothing is ever masked again."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,15 +22,21 @@ def confidence(logits: Tensor, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if plan.legal is not None:
-        allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        allowed[list(plan.legal)] = True
-        logits = logits.masked_fill(~allowed, -torch.inf)
+        logits = logits.masked_fill(_illegal(plan.legal, logits.shape[-1], logits.device), -torch.inf)
     if plan.confidence == "max":
         peak, ids = logits.max(-1)
         return ids, (peak - logits.logsumexp(-1)).exp()
     ids = logits.argmax(-1)
     near = (torch.arange(logits.shape[-1], device=logits.device) - ids[..., None]).abs() <= plan.width
     return ids, (logits.softmax(-1) * near).sum(-1)
+
+
+@lru_cache(maxsize=16)
+def _illegal(legal: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    """bool [V]. Kept, because making it copies from the host, which a CUDA graph may not."""
+    illegal = torch.ones(vocabulary, dtype=torch.bool, device=device)
+    illegal[list(legal)] = False
+    return illegal
 
 
 def forced_count(num_open: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:

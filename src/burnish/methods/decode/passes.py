@@ -44,12 +44,15 @@ class Passes:
         return device.type == "cuda" and self.plan.graph is not False
 
     def blocks(self, fed: int, device: torch.device) -> int:
-        """Blocks to feed when `fed` are needed: that many, or with static shapes the next of 1, 2, 3, 4, 6, 8."""
+        """Blocks to feed when `fed` are needed: that many, or the next of a short list where shapes are static.
+
+        The list is 1, 2, 3, 4, 6, 8, 12 for graphs and 1, 2, 4, 8 for torch.compile, which gives up after eight shapes.
+        """
         if not self.static(device):
             return fed
         size = 1
         while size < fed:
-            size += 1 << max(0, size.bit_length() - 2)
+            size += size if self.plan.compile else 1 << max(0, size.bit_length() - 2)
         return min(size, self.model.length // self.plan.block)
 
     def first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
