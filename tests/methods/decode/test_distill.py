@@ -87,7 +87,7 @@ def test_the_teacher_stays_what_it_was(folder, batch):
         optimizer.step()
     with run.policy.watch_tokens() as seen:
         run.policy.loss(batch, run.policy.draw(4, generator(1)))
-    forward = seen.forwards[0]
+    forward = seen[0]
     without = method._ask_teacher(run.policy, batch, forward)
     torch.testing.assert_close(without, copied._ask_teacher(kept.policy, batch, forward))
     assert not without.allclose(run.policy.token_logits(batch, forward, 56), atol=1e-4)

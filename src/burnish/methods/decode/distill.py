@@ -96,9 +96,8 @@ class Distill(Objective):
 
     @contextmanager
     def watch(self, run: "Run") -> Iterator[None]:
-        with run.policy.watch_tokens() as watched:
+        with run.policy.watch_tokens() as self._seen:
             yield
-        self._seen = watched.forwards
 
     def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         if not self._seen:  # without imitation loss the loop runs no forward of its own

@@ -44,4 +44,4 @@ def true_tokens(policy: Any, batch: Batch) -> "Tensor":
 
     with torch.no_grad(), policy.watch_tokens() as watched:
         policy.loss(batch)
-    return watched.forwards[0].ids
+    return watched[0].ids

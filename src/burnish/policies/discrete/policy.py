@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,12 @@ class TokenForward:
     logits: Tensor
 
 
-@dataclass
-class Watched:
-    """What `watch_tokens` fills: the forwards of `loss` inside, in order."""
-
-    forwards: list[TokenForward] = field(default_factory=list)
-
-
 class Discrete(Adapter):
     """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action rows run through all of its layers."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
-        self._watched: list[Watched] = []
+        self._watched: list[list[TokenForward]] = []
         self._image_tokens: dict[torch.Size, int] = {}
         self.state_rows, self.length = policy.model.state_rows, self.config.length
 
@@ -118,7 +111,7 @@ class Discrete(Adapter):
         prepared, draws = self._inputs(batch, batch[ACTION], draws)
         out = self.policy.token_losses(self._embed(prepared, self.length), prepared[ACTION], draws, batch.get(PAD))
         for watched in self._watched:
-            watched.forwards.append(TokenForward(out["ids"], out["hidden"], out["weight"], out["logits"]))
+            watched.append(TokenForward(out["ids"], out["hidden"], out["weight"], out["logits"]))
         weight = out["weight"]
         summed, counted = (self.policy.combine(out) * weight).sum(1), weight.sum(1)
         share = weight / weight.sum().clamp_min(1)
@@ -180,14 +173,14 @@ class Discrete(Adapter):
         return self.policy.logits(self._embed(self._prepare(batch, None)), forward.ids, forward.hidden, block)
 
     @contextmanager
-    def watch_tokens(self) -> Iterator[Watched]:
-        """Hand out ids, masks and logits of every `loss` inside."""
-        watched = Watched()
+    def watch_tokens(self) -> Iterator[list[TokenForward]]:
+        """Hand out a list that gets ids, masks and logits of every `loss` inside."""
+        watched: list[TokenForward] = []
         self._watched.append(watched)
         try:
             yield watched
         finally:
-            self._watched.remove(watched)
+            self._watched = [other for other in self._watched if other is not watched]
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
