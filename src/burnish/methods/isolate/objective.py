@@ -191,7 +191,7 @@ class Isolate(Objective):
         if options.rule == "replace":
             gradient.copy_(direction.flat).mul_(options.weight)
             return dict(self._measured)
-        plain = gradient.clone() if options.optimiser == "first_moment" or options.symmetric else None
+        plain = gradient.clone() if options.optimiser != "plain" or options.symmetric else None
         rule = Rule(options.rule, options.strength)
         if self._adam is None and (measured or options.optimiser != "plain"):
             self._adam = AdamWatch(run.optimizer, self._backbone, self.layout)
@@ -202,7 +202,7 @@ class Isolate(Objective):
             edited = edit(gradient, direction, self.layout, rule, metric, measured)
             if options.restore:
                 gradient.add_(self._restoring(direction, plain), alpha=options.restore)
-        if options.optimiser == "first_moment":
+        if options.optimiser != "plain":  # the metric holds only if Adam's second moment is the one it was made of
             self._adam.route(plain, gradient)
         return self._figures(edited, direction) if measured else {}
 

@@ -35,7 +35,7 @@ class Options:
         granularity: what is projected as one: tensor, layer (the paper) or global.
         strength: for "soft", share that is removed.
         optimiser: plain (Adam rescales the edited gradient); first_moment (Adam's second moment sees the unedited
-            one); preconditioned (the projection is in Adam's metric).
+            one); preconditioned (the same, and the projection is in Adam's metric).
         restore: this much of the protected loss's own gradient is added to the edited one.
         symmetric: what `restore` adds is first projected against the task gradient where they conflict (PCGrad).
         directions: so many parts of the batch are protected apart from each other.
