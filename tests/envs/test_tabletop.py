@@ -147,6 +147,83 @@ def test_every_object_is_eight_pixels_wide_at_96(envs):
             assert (u[1] - u[0]) * 96 >= 8
 
 
+@pytest.fixture(scope="module")
+def looks():
+    made = {look: make_env(f"tabletop:lift+{look}", 96) for look in ("camera", "light", "texture", "camera+light")}
+    yield made
+    for env in made.values():
+        env.close()
+
+
+def test_a_suffix_changes_what_is_seen_and_nothing_else(envs, looks):
+    plain = envs["lift"]
+    for look, env in looks.items():
+        assert env.spec.task_id == f"tabletop:lift+{look}"
+        for state in (1_000_000, 1_000_001):
+            for e in (plain, env):
+                e.reset(state)
+                actor = e.expert(state)
+                for _ in range(6):
+                    e.step(actor.act())
+            assert env.instruction == plain.instruction
+            np.testing.assert_array_equal(env.observe().state, plain.observe().state)
+            assert env.ground_truth()["objects"] == plain.ground_truth()["objects"]
+            images = [e.observe(["front"]).images["front"].astype(float) for e in (plain, env)]
+            assert np.abs(images[0] - images[1]).mean() > 1
+            depth = [e.geometry("front")["depth"] for e in (plain, env)]
+            moved = np.abs(depth[0] - depth[1]).max() > 1e-3
+            assert moved == ("camera" in look)
+
+
+def test_what_a_suffix_shows_depends_on_the_initial_state_alone(looks):
+    for env in looks.values():
+        shown = []
+        for state in (3, 4, 3):
+            env.reset(state)
+            shown.append(env.observe(["front"]).images["front"])
+        np.testing.assert_array_equal(shown[0], shown[2])
+    looks["camera"].reset(3)
+    looks["camera+light"].reset(3)
+    np.testing.assert_array_equal(looks["camera"].model.cam_pos, looks["camera+light"].model.cam_pos)
+
+
+def test_suffix_ids():
+    assert expand("tabletop:reach,push+light") == ["tabletop:reach+light", "tabletop:push+light"]
+    assert expand("tabletop:lift+light+camera") == ["tabletop:lift+camera+light"]
+    with pytest.raises(BurnishError, match=r"unknown tabletop variant '\+fog'.*\+camera, \+light, \+texture"):
+        expand("tabletop:lift+fog")
+
+
+def test_a_stored_frame_can_be_put_back(envs):
+    """Ground truth and state tell everything that is seen, except what lies within rounding."""
+    env = envs["lift"]
+    env.reset(7)
+    actor = env.expert(7)
+    for _ in range(7):
+        env.step(actor.act())
+    facts, seen = env.ground_truth(), env.observe(["front"])
+    points = env.geometry("front")["points"]
+    env.reset(8)
+    env.restore(facts, seen.state)
+    again = env.observe(["front"]).images["front"]
+    assert (np.abs(again.astype(int) - seen.images["front"]).max(-1) > 8).mean() < 0.002
+    assert (np.abs(env.geometry("front")["points"] - points).max(-1) > 2e-3).mean() < 0.005
+
+
+def test_ground_truth_tells_where_the_cameras_are(envs):
+    """Depth and the stored pose give the very point map."""
+    from burnish.envs.rendering import point_map
+
+    env = envs["lift"]
+    env.reset(2)
+    for camera in ("front", "side", "wrist"):
+        pose, seen = env.ground_truth()["cameras"][camera], env.geometry(camera)
+        rotation = np.array(pose["rotation"]).reshape(3, 3)
+        found = point_map(seen["depth"], np.array(pose["position"]), rotation, pose["fovy"])
+        near = seen["depth"] < 3
+        np.testing.assert_allclose(found[near], seen["points"][near], atol=1e-4)
+
+
 def test_bad_actions_and_cameras(envs):
     env = envs["lift"]
     env.reset(0)

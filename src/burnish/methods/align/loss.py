@@ -15,10 +15,10 @@ def alignment_loss(predicted_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -
         target_BTD: teacher features [B, T, D].
         mask_BT: bool [B, T], False on tokens of absent cameras.
     """
-    cosine_BT = F.cosine_similarity(predicted_BTD.float(), target_BTD.float(), dim=-1)
-    # where, not a product: a masked target may be NaN, and zero times NaN is NaN.
-    distance_BT = torch.where(mask_BT, 1 - cosine_BT, torch.zeros_like(cosine_BT))
-    return distance_BT.sum() / mask_BT.sum().clamp_min(1)
+    # A masked target may be NaN, and NaN times a zero gradient is NaN: it must not enter the cosine at all.
+    target_BTD = target_BTD.float().masked_fill(~mask_BT[..., None], 0.0)
+    cosine_BT = F.cosine_similarity(predicted_BTD.float(), target_BTD, dim=-1)
+    return ((1 - cosine_BT) * mask_BT).sum() / mask_BT.sum().clamp_min(1)
 
 
 def pool_grid(features: Tensor, grid: tuple[int, int], pooling: str) -> Tensor:

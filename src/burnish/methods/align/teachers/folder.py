@@ -22,20 +22,21 @@ class FolderTeacher(Teacher):
 
     def __init__(self, path: str, precision: str = "no"):
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForDepthEstimation
 
         folder = Path(path)
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
             raise BurnishError(f"no vision model in {path}", "a transformers folder with safetensors weights")
         try:
             processor = AutoImageProcessor.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            kind = AutoConfig.from_pretrained(folder).model_type
+            loader = AutoModelForDepthEstimation if kind == "depth_anything" else AutoModel
+            model = loader.from_pretrained(folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             line = str(error).splitlines()[0]
             raise BurnishError(f"{path} is no vision model that transformers loads ({line})") from error
-        kind = model.config.model_type
-        self.model = {"siglip": "vision_model", "clip": "vision_model", "depth_anything": "backbone"}.get(kind, "")
-        self.model = model.get_submodule(self.model)
+        inner = {"siglip": "vision_model", "clip": "vision_model", "depth_anything": "backbone"}.get(kind, "")
+        self.model = model.get_submodule(inner)  # an empty name is the model itself
         config = self.model.config
         size = dict(processor.size)
         crop = getattr(processor, "crop_size", None) or size

@@ -1,0 +1,190 @@
+"""The cache of teacher features: exact, compressed, refused when of something else, continued after a kill."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.data.loader import RobotData
+from burnish.methods.align import filling
+from burnish.methods.align.cache import CacheKey, FeatureCache, Pooled, Statistics, open_cache
+from burnish.methods.align.targets import LiveTargets, make_targets
+from burnish.methods.align.teachers.base import make_teacher
+from burnish.methods.align.views import RowViews, row_source
+
+SPEC = {"name": "edges:Edges", "grid": [4, 4]}
+
+
+@pytest.fixture(scope="module")
+def data(dataset):
+    return RobotData(dataset, ["front"], 4, 6, seed=0, progress=False)
+
+
+@pytest.fixture
+def key(data, edges):
+    teacher = make_teacher(SPEC, (2, 2))
+    return CacheKey(
+        teacher=teacher.identity, data=data.hash, cameras=["front"], image_size=[32, 32], layers=[0, 1], grid=[2, 2],
+        standardise=True,
+    )  # fmt: skip
+
+
+def fill(folder, key, data, spec=SPEC, workers=1):
+    source = row_source(data, ("front",), False)
+    return open_cache(folder, spec, key, source, data.states, len(data.actions), workers=workers, progress=False)
+
+
+def by_hand(key, data, rows):
+    """Pooled features of some rows straight from the teacher, centred and scaled by their own mean and deviation."""
+    pooled = Pooled(make_teacher(SPEC, (2, 2)), key)
+    views = RowViews(row_source(data, ("front",), False))
+    everything = pooled(views(np.arange(len(data.actions)), None))
+    scaled = {}
+    for layer, features in everything.items():
+        flat = features.flatten(0, -2).double()
+        scale = flat.std(0).clamp_min(0.01 * flat.std(0).mean())
+        scaled[layer] = ((features - flat.mean(0).float()) / scale.float())[rows]
+    return scaled
+
+
+def test_half_precision_is_exact_after_pooling(tmp_path, key, data):
+    cache = fill(tmp_path / "c", key, data)
+    rows = torch.tensor([7, 0, 29, 7])
+    for layer, features in by_hand(key, data, rows).items():
+        # The statistics come from all rows in another order, hence the last bit.
+        torch.testing.assert_close(cache.read(rows)[layer], features.half().float(), atol=2e-3, rtol=2e-3)
+    assert cache.bytes_per_sample == 2 * 2 * 2 * 2 * 12
+
+
+def test_int8_keeps_the_direction_of_every_token(tmp_path, key, data):
+    half = fill(tmp_path / "h", key, data)
+    small = fill(tmp_path / "p", replace(key, format="pca", components=8), data)
+    rows = torch.arange(len(data.actions))
+    for layer in key.layers:
+        cosine = torch.cosine_similarity(half.read(rows)[layer], small.read(rows)[layer], dim=-1)
+        assert cosine.mean() > 0.99
+    assert small.bytes_per_sample == half.bytes_per_sample * 8 / 12 / 2
+
+
+def test_pca_is_the_best_subspace():
+    features = torch.randn(200, 1, 2, 2, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0.1]))
+    key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca", components=3)
+    statistics = Statistics.fit(features, key)
+    assert statistics.basis.shape == (3, 6) and statistics.basis[:, 3:].abs().max() < 0.05
+    error = statistics.decode(statistics.encode(features)) - features
+    assert error[..., :3].abs().max() < 0.3 and error[..., 3:].abs().max() < 0.6
+
+
+def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key, data):
+    fill(tmp_path / "c", key, data)
+    for changed, words in (
+        (replace(key, data="0" * 16), "another data set"),
+        (replace(key, teacher={"name": "other"}), "another teacher"),
+        (replace(key, grid=[4, 4]), "another grid"),
+        (replace(key, pooling="bilinear"), "another pooling"),
+    ):
+        with pytest.raises(BurnishError, match=words) as error:
+            fill(tmp_path / "c", changed, data)
+        assert "\n" not in str(error.value)
+    with pytest.raises(BurnishError, match="no teacher features"):
+        FeatureCache(tmp_path / "nothing", key)
+    np.save(tmp_path / "c" / "layer-0.npy", np.zeros((3, 1, 2, 2, 12), np.float16))
+    with pytest.raises(BurnishError, match="layer-0.npy has shape"):
+        FeatureCache(tmp_path / "c", key)
+
+
+def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
+    monkeypatch.setattr("burnish.methods.align.cache.BLOCK", 8)
+    whole = fill(tmp_path / "whole", key, data)
+    original, done = filling.Filler.fill, []
+
+    def dying(self, rows, states):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(rows)
+        original(self, rows, states)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling.Filler, "fill", dying)
+        with pytest.raises(KeyboardInterrupt):
+            fill(tmp_path / "cut", key, data)
+    assert not (tmp_path / "cut").exists() and np.fromfile(tmp_path / "cut.partial/done", np.uint8).sum() == 2
+    counted = []
+    monkeypatch.setattr(filling.Filler, "fill", lambda self, rows, s: (counted.append(rows), original(self, rows, s)))
+    cut = fill(tmp_path / "cut", key, data)
+    assert len(counted) == -(-len(data.actions) // 8) - 2
+    for layer in key.layers:
+        assert np.array_equal(whole.arrays[layer], cut.arrays[layer])
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_processes_give_the_same_bytes(tmp_path, key, data, monkeypatch, edges):
+    monkeypatch.setattr("burnish.methods.align.cache.BLOCK", 4)
+    monkeypatch.setenv("PYTHONPATH", str(edges))
+    one, two = (fill(tmp_path / str(n), key, data, workers=n) for n in (1, 2))
+    for layer in key.layers:
+        name = f"layer-{layer}.npy"
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    assert json.loads((one.folder / "meta.json").read_text()) == json.loads((two.folder / "meta.json").read_text())
+
+
+def test_targets_that_are_not_finite_are_named(tmp_path, key, data, monkeypatch):
+    import edges
+
+    def broken(self, views, layers):
+        return {layer: torch.full((*views.images.shape[:2], 4, 4, 12), torch.nan) for layer in layers}
+
+    monkeypatch.setattr(edges.Edges, "features", broken)
+    with pytest.raises(BurnishError, match="teacher 'edges' gives values that are not finite at layer 0") as error:
+        fill(tmp_path / "c", key, data)
+    assert "\n" not in str(error.value) and not (tmp_path / "c").exists()
+
+
+def test_values_beyond_half_precision_are_named(tmp_path, key, data, monkeypatch):
+    import edges
+
+    def huge(self, views, layers):
+        return {layer: torch.full((*views.images.shape[:2], 4, 4, 12), 1e6) for layer in layers}
+
+    monkeypatch.setattr(edges.Edges, "features", huge)
+    with pytest.raises(BurnishError, match="exceed half precision"):
+        fill(tmp_path / "c", replace(key, standardise=False), data)
+
+
+def test_live_and_kept_targets_agree_without_augmentation(tmp_path, key, data):
+    teacher = make_teacher(SPEC, (2, 2))
+    kept = make_targets(SPEC, teacher, key, data, cache=str(tmp_path / "c"), device=torch.device("cpu"), progress=False)
+    live = make_targets(SPEC, teacher, key, data, cache="off", device=torch.device("cpu"))
+    assert isinstance(live, LiveTargets)
+    batch = data.raw(0)
+    for camera in data.cameras:
+        batch[camera] = batch[camera].permute(0, 3, 1, 2).float() / 255
+    for layer in key.layers:
+        torch.testing.assert_close(kept(batch)[layer], live(batch)[layer], atol=4e-3, rtol=4e-3)
+
+
+def test_the_students_shift_reaches_the_kept_targets(tmp_path, key, data):
+    """A batch that the loader shifted gets the grid moved by as many tokens."""
+    teacher = make_teacher(SPEC, (2, 2))
+    kept = make_targets(SPEC, teacher, key, data, cache=str(tmp_path / "c"), device=torch.device("cpu"), progress=False)
+    batch = data.finish(data.raw(0), 0)
+    assert batch["shift.front"].abs().max() > 0
+    still = kept({**batch, "shift.front": torch.zeros_like(batch["shift.front"])})
+    rows = batch["shift.front"][:, :1].float() * 2 / 32  # tokens
+    columns = batch["shift.front"][:, 1:].float() * 2 / 32
+    for layer in key.layers:
+        grid = still[layer][:, 0]
+        # Two tokens a side: a move of s tokens mixes a share |s| of the neighbour in, if there is one that way.
+        down, right = (rows.clamp(0, 1), rows.clamp(-1, 0).abs()), (columns.clamp(0, 1), columns.clamp(-1, 0).abs())
+        upper, lower = grid[:, 0], grid[:, 1]
+        vertical = torch.stack(
+            [upper + down[0][..., None] * (lower - upper), lower + down[1][..., None] * (upper - lower)], 1
+        )
+        left, beside = vertical[:, :, 0], vertical[:, :, 1]
+        moved = torch.stack(
+            [left + right[0][..., None] * (beside - left), beside + right[1][..., None] * (left - beside)], 2
+        )
+        torch.testing.assert_close(kept(batch)[layer][:, 0], moved, atol=1e-5, rtol=1e-5)

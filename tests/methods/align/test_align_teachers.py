@@ -1,0 +1,254 @@
+"""Teachers: exact geometry, a user's folder, VGGT's pre-processing, the trained one, and what a wrong one is told."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import edges_source
+from torch import nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
+from burnish.methods.align.teachers.base import Teacher, Views, make_teacher, run_teacher
+from burnish.methods.align.teachers.geometry import GeometryTeacher, normals, patchify
+from burnish.methods.align.teachers.scene3d import DEFAULTS, SceneNet
+
+
+def views(batch=2, cameras=2, side=24):
+    images = torch.rand(batch, cameras, 3, side, side, generator=generator("views"))
+    return Views(images, torch.ones(batch, cameras, dtype=torch.bool))
+
+
+def tilted_plane(side=24, slope=(0.3, -0.2)):
+    """World points of z = slope . (x, y) seen from above, and their depth."""
+    line = torch.linspace(-0.2, 0.2, side)
+    x, y = line.expand(side, side), -line[:, None].expand(side, side)
+    points = torch.stack([x, y, slope[0] * x + slope[1] * y], -1)
+    return points, 1 - points[..., 2]
+
+
+def test_normals_of_a_plane():
+    points, _ = tilted_plane()
+    expected = nn.functional.normalize(torch.tensor([-0.3, 0.2, 1.0]), dim=0)
+    found = normals(points.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    torch.testing.assert_close(found, expected.expand(24, 24, 3), atol=1e-5, rtol=1e-4)
+
+
+def test_patches_hold_their_own_places_in_order():
+    rows = torch.arange(24.0)[:, None].expand(24, 24) * 100 + torch.arange(24.0)
+    tokens = patchify(rows[None, None], (3, 3))[0]
+    assert tokens.shape == (3, 3, 16)
+    block = rows[8:16, 16:24]
+    cells = block.reshape(4, 2, 4, 2).mean((1, 3)).flatten()
+    torch.testing.assert_close(tokens[1, 2], cells)
+
+
+def test_geometry_layers_are_depth_normals_points():
+    points, depth = tilted_plane()
+    seen = views(1, 1)
+    seen.points, seen.depth = points[None, None], depth[None, None]
+    found = run_teacher(GeometryTeacher((4, 4)), seen, [0, 1, 2])
+    assert {layer: tuple(f.shape) for layer, f in found.items()} == {layer: (1, 1, 4, 4, 48) for layer in range(3)}
+    token = found[2][0, 0, 0, 0].reshape(3, 16)
+    torch.testing.assert_close(token.mean(1), points[:6, :6].mean((0, 1)), atol=1e-5, rtol=1e-4)
+    assert found[0][0, 0, 0, 0, :16].mean() == pytest.approx(float(depth[:6, :6].mean()), abs=1e-5)
+    with pytest.raises(BurnishError, match="no depth to look at"):
+        GeometryTeacher((4, 4)).features(views(), [0])
+
+
+def test_example_of_the_page_is_short_and_right(edges):
+    lines = edges_source().splitlines()
+    assert len([line for line in lines[lines.index("class Edges(Teacher):") :] if line.strip()]) <= 40
+    teacher = make_teacher({"name": "edges:Edges"}, (3, 3))
+    seen = views()
+    found = run_teacher(teacher, seen, [0, 1])
+    brightness = seen.images[1, 0, :, 8:16, :8].reshape(3, 2, 4, 2, 4).mean((2, 4)).flatten()
+    torch.testing.assert_close(found[0][1, 0, 1, 0], brightness)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+class Crooked(Teacher):
+    widths = (5,)
+
+    def __init__(self, width=5, layers=(0,)):
+        super().__init__()
+        self.identity, self.width, self.given = {"name": "crooked"}, width, layers
+
+    def features(self, views, layers):
+        return {layer: torch.zeros(*views.images.shape[:2], 2, 2, self.width) for layer in self.given}
+
+
+def test_wrong_teachers_are_told_in_one_line(edges, monkeypatch):
+    module = ModuleType("crooked")
+    module.Crooked, module.Bare = Crooked, type("Bare", (Teacher,), {})
+    monkeypatch.setitem(sys.modules, "crooked", module)
+    for spec, words in (
+        ({"name": "dino"}, "unknown teacher 'dino'.*geometry, scene3d, folder, vggt"),
+        ({"name": "nowhere:Teacher"}, "cannot be imported"),
+        ({"name": "edges:Edges", "colour": 1}, "does not take these options.*colour"),
+        ({"name": "crooked:Bare"}, "sets no widths"),
+    ):
+        with pytest.raises(BurnishError, match=words):
+            make_teacher(spec, (2, 2))
+    with pytest.raises(BurnishError, match=r"layer 0 has features of shape \[2, 2, 2, 2, 4\].*\[2, 2, H, W, 5\]"):
+        run_teacher(make_teacher({"name": "crooked:Crooked", "width": 4}, (2, 2)), views(), [0])
+    with pytest.raises(BurnishError, match="gave no layer 0"):
+        run_teacher(make_teacher({"name": "crooked:Crooked", "layers": [1]}, (2, 2)), views(), [0])
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "siglip", "depth_anything"])
+def test_folders_of_transformers(tmp_path, kind):
+    """Layer k of the teacher is hidden_states[k + 1] of the model, without class tokens, at its own normalisation."""
+    from transformers import (
+        BitImageProcessor,
+        DepthAnythingConfig,
+        DepthAnythingForDepthEstimation,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipImageProcessor,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )  # fmt: skip
+
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "siglip":
+            model = SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, **sizes))
+            SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+        else:
+            config = Dinov2Config(mlp_ratio=2, **sizes)
+            if kind == "dinov2":
+                model = Dinov2Model(config)
+            else:
+                whole = Dinov2Config(
+                    mlp_ratio=2, out_features=["stage1", "stage2", "stage3"], reshape_hidden_states=False, **sizes
+                )
+                model = DepthAnythingForDepthEstimation(
+                    DepthAnythingConfig(
+                        backbone_config=whole, reassemble_hidden_size=16, neck_hidden_sizes=[8, 8, 8],
+                        fusion_hidden_size=8, reassemble_factors=[2, 1, 0.5], patch_size=7,
+                    )
+                )  # fmt: skip
+            processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+            processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    teacher = make_teacher({"name": "folder", "path": str(tmp_path)}, (2, 2))
+    seen = views(side=28)
+    found = run_teacher(teacher, seen, [0, 2])
+    assert found[0].shape == (2, 2, 4, 4, 16) and len(teacher.widths) == 3
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(processor[name])[:, None, None] for name in ("image_mean", "image_std"))
+    pixels = (seen.images.flatten(0, 1) - mean) / std
+    inner = model.backbone if kind == "depth_anything" else model
+    states = inner.eval()(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found[2].flatten(0, 1).flatten(1, 2), states[3][:, -16:], atol=1e-4, rtol=1e-4)
+
+
+def test_no_folder_is_one_line(tmp_path):
+    with pytest.raises(BurnishError, match="no vision model in"):
+        make_teacher({"name": "folder", "path": str(tmp_path)}, (2, 2))
+
+
+class Aggregator(nn.Module):
+    """Writes down what it is given; its patch tokens are the patches' means, its first five tokens are special."""
+
+    def forward(self, images):
+        self.seen = images
+        patches = nn.functional.avg_pool2d(images.flatten(0, 1), 14).flatten(2).mT.unflatten(0, images.shape[:2])
+        tokens = torch.cat([torch.full_like(patches[:, :, :5], 99.0), patches], 2)
+        return [nn.functional.pad(tokens, (0, 2048 - 3)) + k for k in range(24)], 5
+
+
+def test_vggt_gets_518_pixels_from_0_to_1_views_jointly_and_loses_special_tokens(tmp_path, monkeypatch):
+    made = Aggregator()
+    vggt = ModuleType("vggt.models.vggt")
+    vggt.VGGT = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(aggregator=made))
+    for name, module in (("vggt", ModuleType("vggt")), ("vggt.models", ModuleType("m")), ("vggt.models.vggt", vggt)):
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(BurnishError, match="no VGGT weights"):
+        make_teacher({"name": "vggt", "path": str(tmp_path)}, (4, 4))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    teacher = make_teacher({"name": "vggt", "path": str(tmp_path), "precision": "no"}, (4, 4))
+    found = run_teacher(teacher, views(1, 2), [4, 23])
+    assert made.seen.shape == (1, 2, 3, 518, 518) and made.seen.min() >= 0 and made.seen.max() <= 1
+    assert found[23].shape == (1, 2, 37, 37, 2048) and found[4].max() < 6
+    torch.testing.assert_close(found[23] - found[4], torch.full_like(found[4], 19.0))
+
+
+def test_vggt_without_its_package(tmp_path):
+    with pytest.raises(BurnishError, match="package vggt is not installed"):
+        make_teacher({"name": "vggt", "path": str(tmp_path)}, (4, 4))
+
+
+@pytest.fixture
+def scene_folder(tmp_path):
+    from safetensors.torch import save_file
+
+    sizes = {**DEFAULTS, "width": 16, "depth": 2, "heads": 2, "image_size": 24, "cells": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = SceneNet(**sizes)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model": sizes}))
+    return tmp_path
+
+
+def test_scene_net_views_meet_in_odd_blocks_only(scene_folder):
+    teacher = make_teacher({"name": "scene3d", "path": str(scene_folder)}, (2, 2))
+    one, other = views(), views()
+    other.images = one.images.clone()
+    other.images[:, 1] = 0
+    a, b = (run_teacher(teacher, v, [0, 1]) for v in (one, other))
+    torch.testing.assert_close(a[0][:, 0], b[0][:, 0])
+    assert (a[1][:, 0] - b[1][:, 0]).abs().max() > 1e-4
+    control = make_teacher({"name": "scene3d", "path": str(scene_folder), "untrained": True}, (2, 2))
+    assert control.identity != teacher.identity
+
+
+def test_points_lie_where_their_pixels_are(scene_folder):
+    """The head's cells are laid out in image order."""
+    net = SceneNet(**json.loads((scene_folder / "config.json").read_text())["model"])
+    cells = torch.arange(4.0).repeat(3) + torch.tensor([0.0, 10.0, 20.0]).repeat_interleave(4)
+    with torch.no_grad():
+        net.head[1].weight.zero_()
+        net.head[1].bias.copy_(cells)
+        points = net(views().images)
+    assert points.shape == (2, 2, 4, 4, 3)
+    expected = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(2, 2)
+    for axis in range(3):
+        torch.testing.assert_close(points[1, 0, :, :, axis], expected + 10 * axis)
+
+
+def test_missing_scene_net_names_the_command(tmp_path):
+    with pytest.raises(BurnishError, match="burnish align teacher recipes/align/scene3d.yaml"):
+        make_teacher({"name": "scene3d", "path": str(tmp_path / "none")}, (2, 2))
+
+
+def test_scene_net_learns_a_scene_by_heart(tmp_path):
+    """The training code brings the error below that of guessing the mean."""
+    from burnish.methods.align.scene_train import SceneRecipe, train_scene_net
+
+    sizes = {**DEFAULTS, "width": 32, "depth": 2, "heads": 2, "image_size": 24, "patch": 8, "cells": 2}
+    for name, count, seed in (("train", 16, 0), ("held_out", 4, 7_000_000)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        shade = rng.random((count, 2, 1, 1, 1)).astype(np.float32)
+        np.save(folder / "images.npy", np.broadcast_to(shade * 255, (count, 2, 24, 24, 3)).astype(np.uint8))
+        points = np.broadcast_to(shade, (count, 2, 6, 6, 3)).astype(np.float16)
+        np.save(folder / "points.npy", points)
+        np.save(folder / "heights.npy", points[..., 0])
+        request = {"count": count, "image_size": 24, "points": 6, "seed": seed, "version": 2}
+        (folder / "scenes.json").write_text(json.dumps(request))
+    recipe = SceneRecipe(
+        output=str(tmp_path / "net"), data=str(tmp_path / "data"), scenes=16, held_out=4, steps=80, batch_size=8,
+        lr=3e-3, warmup_steps=5, model=sizes,
+    )  # fmt: skip
+    facts = train_scene_net(recipe, progress=False)
+    assert facts["accuracy"]["one_view_cm"] < 0.6 * facts["accuracy"]["guess_cm"]
+    again = train_scene_net(recipe, progress=False)
+    assert again["minutes"] == facts["minutes"]  # finished: not trained again
