@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from burnish.core.errors import BurnishError
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--other", action="append", default=[], metavar="DELTA", help="compare with it; repeat at will")
     sub.add_argument("--plots", default="", metavar="FOLDER", help="write pictures there")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--output", default="", metavar="FILE", help="also write the JSON object to this file")
     sub = actions.add_parser("control", help="a vector to compare with: permuted, flipped, random, or just rescaled")
     sub.add_argument("delta")
     sub.add_argument("--kind", required=True, choices=("permute", "flip", "noise", "rescale"))
@@ -155,6 +157,10 @@ def _inspect(args: argparse.Namespace) -> int:
     found = inspect(args.delta, args.other)
     if args.plots:
         found["plots"] = [str(path) for path in draw(found, args.plots)]
+    if args.output:
+        from burnish.core.files import write_json
+
+        write_json(Path(args.output), found)
     print(json.dumps(found, indent=1) if args.json else table(found))
     return 0
 

@@ -60,8 +60,8 @@ class Capability(Objective):
         adapters = run.recipe.train.peft.method != "none"
         reading = {"auto": "r3" if adapters else "full"}.get(self.reading, self.reading)
         if (reading == "full") == adapters:
-            raise BurnishError(f"objective capability: reading {reading} with train.peft.method "
-                               f"{run.recipe.train.peft.method}", "full without adapters, r1, r2 or r3 with them")  # fmt: skip
+            found = f"objective capability: reading {reading} with train.peft.method {run.recipe.train.peft.method}"
+            raise BurnishError(found, "full without adapters, r1, r2 or r3 with them")
         if reading == "r3" and self.kind == "gradient":
             raise BurnishError(
                 "objective capability: kind gradient with reading r3", "reading r1 or r2, or another kind"

@@ -143,6 +143,8 @@ def slerp(block: Block) -> None:
 def _ties_thresholds(streams: Streams, *, density: float = 0.2, **_: Any) -> list[float]:
     if not 0 < density <= 1:
         raise BurnishError(f"density is {density}", "above 0 and at most 1")
+    if streams.size == 0:
+        return [0.0] * len(streams.deltas)
     keep = max(1, round(density * streams.size))
     return [kth_largest(delta, keep) for delta in streams.deltas]
 
