@@ -78,11 +78,11 @@ class Looks:
             model.cam_quat[camera] = _multiply(self._plain["quat"][camera], step)
 
     def _draw_light(self, rng: np.random.Generator) -> None:
-        head, tint = self._model.vis.headlight, rng.uniform(0.8, 1.15, 3)
-        strength = rng.uniform(0.45, 1.35)
-        head.ambient[:] = self._plain["ambient"] * strength * tint
-        head.diffuse[:] = self._plain["diffuse"] * rng.uniform(0.5, 1.3) * tint
-        self._model.light_diffuse[:] = self._plain["light"] * rng.uniform(0.3, 1.3)
+        # Never brighter than the plain scene, which is at the limit of white already.
+        head, tint = self._model.vis.headlight, rng.uniform(0.75, 1.1, 3)
+        head.ambient[:] = self._plain["ambient"] * rng.uniform(0.35, 0.85) * tint
+        head.diffuse[:] = self._plain["diffuse"] * rng.uniform(0.2, 0.9) * tint
+        self._model.light_diffuse[:] = self._plain["light"] * rng.uniform(0.2, 1.0)
         self._model.light_pos[:] = self._plain["at"] + rng.uniform(-0.8, 0.8, 3) * (1, 1, 0.3)
 
     def _draw_texture(self, rng: np.random.Generator) -> None:
