@@ -27,6 +27,7 @@ COMMANDS = {
     "ship": ("burnish.policies.ship", "store a policy in half precision as a base that comes with the package"),
     "capability": ("burnish.methods.capability.cli", "extract, merge and inspect what a fine-tune has learnt"),
     "report": ("burnish.report.cli", "write the HTML page of a run"),
+    "pareto": ("burnish.report.pareto_cli", "plot what a study's arms can do against what they still know"),
     "results": ("burnish.report.results", "write the tables of README and docs from results/"),
     "bench": ("burnish.bench", "measure burnish against its peers, as JSON"),
 }

@@ -79,7 +79,8 @@ def make_questions(root: Path, count: int = 256) -> Path:
     rng = np.random.default_rng(0)
     root.mkdir(parents=True)
     np.save(root / "images.npy", rng.integers(0, 256, (16, IMAGE, IMAGE, 3), dtype=np.uint8))
-    rows = [{"image": i % 16, "question": "what colour is the cube?", "answer": "red", "kind": "c"} for i in range(count)]
+    asked = {"question": "what colour is the cube?", "answer": "red", "kind": "colour"}
+    rows = [{"image": i % 16, **asked} for i in range(count)]
     (root / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (root / "meta.json").write_text(json.dumps({"camera": "front"}))
     return root

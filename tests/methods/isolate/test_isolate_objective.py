@@ -4,13 +4,13 @@ import fake
 import numpy as np
 import pytest
 import torch
-from runs import Dissected, assert_equal, recipe
 
 from burnish.core.errors import BurnishError
 from burnish.methods.isolate.options import METHODS, resolve
 from burnish.policies import load_policy
 from burnish.train import loop
 from burnish.train.loop import train
+from runs import Dissected, assert_equal, recipe
 
 LAYER_OF = r"^(.*?\blayers\.\d+)\."
 

@@ -55,7 +55,7 @@ def test_flatten_and_views_are_inverse_and_missing_ones_are_zero():
 @given(st.integers(0, 10**6), st.sampled_from(["tensor", "layer", "global"]), st.floats(-6, 6))
 @settings(max_examples=60, deadline=None)
 def test_conflict_rule_is_gram_schmidt_in_each_group(seed, granularity, exponent):
-    """U5 a-f and I6: untouched without conflict, else orthogonal; the norm falls by cos^2; scale of o does not count."""
+    """U5 a-f and I6: untouched without conflict, else orthogonal; the norm falls by cos^2; o's scale does not count."""
     g, o = random(seed), random(seed + 1, 10.0**exponent)
     groups = {"layer": LAYERS, "tensor": {n: [n] for n in SHAPES}, "global": {"all": list(SHAPES)}}[granularity]
     layout, edited, figures = run_edit(g, o, granularity)
@@ -128,7 +128,8 @@ def quadratic(seed, size=6):
 def project64(g, o, always=False):
     layout = Layout({"layers.0.w": g.shape}, "layer")
     flat = torch.tensor(g, dtype=torch.float32)
-    edit(flat, Direction(torch.tensor(o, dtype=torch.float32), layout), layout, Rule("always" if always else "conflict"))
+    rule = Rule("always" if always else "conflict")
+    edit(flat, Direction(torch.tensor(o, dtype=torch.float32), layout), layout, rule)
     return flat.double().numpy()
 
 
@@ -200,7 +201,7 @@ def test_i7_one_direction_leaves_the_others_unprotected_and_several_protect_all(
 @given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_several_directions_against_scipy(seed, count, dependent):
-    """The nearest harmless gradient, from an independent non-negative least-squares solver; "always" from numpy's QR."""
+    """The nearest harmless gradient from scipy's non-negative least squares; "always" from numpy's least squares."""
     from scipy.optimize import nnls
 
     rng = np.random.default_rng(seed)

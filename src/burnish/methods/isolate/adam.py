@@ -46,7 +46,7 @@ class AdamWatch:
         self._direction = direction
 
     def metric(self, gradient: Tensor, step: int) -> Tensor:
-        """[P]: 1 / (sqrt(v) + eps) as Adam would have it after seeing `gradient` [P] (before clipping) as step `step`."""
+        """[P]: 1 / (sqrt(v) + eps) as Adam has it after seeing `gradient` [P], not yet clipped, as step `step`."""
         second = self._second_moments()
         second = gradient.square() if second is None else self.layout.flatten(second)
         if second is not None:

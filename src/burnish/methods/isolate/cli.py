@@ -8,9 +8,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = actions.add_parser(
         "build", help="build an anchor from a question folder", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run a policy's backbone over questions and keep mean and variance of every layer's states.",
-        epilog="example:\n  burnish anchor build small --questions data/base_questions -o anchor.safetensors",
+        epilog="example:\n  burnish anchor build small --questions data/questions -o anchor.safetensors",
     )  # fmt: skip
-    build.add_argument("policy", help="LeRobot policy folder, or a name of a shipped base: the one training starts from")
+    build.add_argument("policy", help="policy folder or name of a shipped base: the one that training starts from")
     build.add_argument("--questions", required=True, help="question folder, see burnish questions")
     build.add_argument("-o", "--output", default="anchor.safetensors", help="file to write")
     build.add_argument("--samples", type=int, default=3000, help="questions to run; 0 means all")

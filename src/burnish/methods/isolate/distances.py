@@ -44,8 +44,8 @@ def bures(rows: Tensor, mean: Tensor, covariance: Tensor, rank: int = 0) -> Tens
         rows: [N, D]; N may be below D.
         mean: [D] of the anchor.
         covariance: [D, D] of the anchor.
-        rank: keep only so many leading eigenvectors of the anchor; 0 keeps all. What lies outside of them is compared by
-            its total variance alone.
+        rank: keep only so many leading eigenvectors of the anchor; 0 keeps all. What lies outside of them is compared
+            by its total variance alone.
     """
     anchor = covariance.to(rows.dtype)
     centred = rows - rows.mean(0)

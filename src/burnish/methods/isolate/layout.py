@@ -1,4 +1,4 @@
-"""Gradients of many tensors in one flat buffer, those of a layer beside one another: an edit is then a few large operations.
+"""Gradients of many tensors in one flat buffer, a layer's beside one another: an edit is then a few large operations.
 
 On a CPU, `torch.dot` on such a buffer is several times faster than multiplying and summing tensor by tensor (or
 `torch._foreach_mul`), because nothing is written in between. No operation here waits for the device.

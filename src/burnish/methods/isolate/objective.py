@@ -216,11 +216,10 @@ class Isolate(Objective):
 
     def _figures(self, edited: Edited, direction: "Direction | tuple[Tensor, Tensor]") -> dict[str, Any]:
         self._adam.measure(direction.flat if isinstance(direction, Direction) else direction[0].sum(0))
-        figures = {
-            "isolate_cosine": edited.cosine.mean(), "isolate_firing": edited.firing, "isolate_shed": edited.shed_overall,
-            "isolate_shed_max": edited.shed.max(), **self._measured,
+        return {
+            "isolate_cosine": edited.cosine.mean(), "isolate_firing": edited.firing,
+            "isolate_shed": edited.shed_overall, "isolate_shed_max": edited.shed.max(), **self._measured,
         }  # fmt: skip
-        return figures
 
     def _is_logged(self, run: "Run") -> bool:
         step, config = run.step + 1, run.recipe.train

@@ -23,8 +23,8 @@ class Options:
 
     Args:
         rule: what is done for the backbone.
-            none: nothing. freeze: it is not trained (stop-gradient). lora: it learns through the recipe's adapters only.
-            l2sp: pulled to its start. penalty: the protected loss is added, times `weight`. replay: the loss on
+            none: nothing. freeze: it is not trained (stop-gradient). lora: it learns through the recipe's adapters
+            only. l2sp: pulled to its start. penalty: the protected loss is added, times `weight`. replay: the loss on
             questions is added, times `weight`. replace: its gradient is that of the questions alone, times `weight`
             (knowledge insulation with question data). conflict, always, soft: the task gradient is projected
             against the gradient of the protected loss.
@@ -129,10 +129,9 @@ def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Op
         raise BurnishError(f"isolate: unknown option '{unknown[0]}'", f"one of {', '.join(known)}")
     options = replace(Options(), **METHODS[method])
     for key, value in given.items():
-        like = getattr(options, key)
-        number = isinstance(like, int | float) and not isinstance(like, bool)
-        if not (isinstance(value, int | float) and not isinstance(value, bool) if number else type(value) is type(like)):
-            raise BurnishError(f"isolate: {key} is {value!r}", f"a {type(like).__name__}")
+        kind = type(getattr(options, key))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise BurnishError(f"isolate: {key} is {value!r}", f"a {kind.__name__}")
     options = replace(options, **given)
     _check(method, options, questions)
     return method, options
@@ -150,7 +149,7 @@ def _check(method: str, options: Options, questions: str) -> None:
     if options.asks and not questions:
         raise BurnishError(f"isolate: method '{method}' needs a question folder", "questions: FOLDER or language.root",
                            "burnish questions --help, or method: auto")  # fmt: skip
-    if options.directions > 1 and (options.optimiser == "preconditioned" or options.protect == "random"
-                                   or options.rule not in ("conflict", "always", "soft") or options.restore):  # fmt: skip
+    several = options.rule in ("conflict", "always", "soft") and options.protect != "random"
+    if options.directions > 1 and (not several or options.restore or options.optimiser == "preconditioned"):
         raise BurnishError("isolate: directions is above 1 with an option that takes one direction",
                            "rule conflict, always or soft, no restore, optimiser plain or first_moment")  # fmt: skip

@@ -44,9 +44,9 @@ class Probe:
         self.texts = read_passages(Path(text)) if text else []
         size = min(64, run.recipe.train.batch_size, samples)
         root = questions or run.recipe.eval.questions.root or training_questions
-        asked = question_batches(Path(root), samples, min(size, 32), 1, run.device) if root and Path(root).is_dir() else []
-        self.inputs = {"questions": list(asked), "robot": list(robot_batches(run, samples))}
-        self.inputs = {name: batches for name, batches in self.inputs.items() if batches}
+        self.inputs = {"robot": list(robot_batches(run, samples))}
+        if root and Path(root).is_dir():
+            self.inputs["questions"] = list(question_batches(Path(root), samples, min(size, 32), 1, run.device))
         with evaluating(run.policy):
             self.base = {name: self._states(run.policy, batches) for name, batches in self.inputs.items()}
 

@@ -132,7 +132,7 @@ def orthonormal(directions: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     basis = directions.clone()
     factor = torch.zeros(len(layout.groups), count, count, dtype=torch.float64, device=directions.device)
     for k in range(count):
-        for _ in range(2):  # the second pass mends what the rounding of the first leaves (Gram-Schmidt, "twice is enough")
+        for _ in range(2):  # the second pass mends what the rounding of the first leaves
             for j in range(k):
                 along = layout.dot(basis[j], basis[k])
                 factor[:, j, k] += along
