@@ -83,6 +83,7 @@ def _build(
         torch.manual_seed(seed)
         policy.model.start()
     policy.fit_tokens(stats)
+    _check_images(policy)
     return Discrete(policy.to(device).eval(), *folders.new_processors(config, stats))
 
 
@@ -95,6 +96,22 @@ def _pixels(vlm_folder: Path) -> dict[str, list[float]]:
             if "image_mean" in found:
                 return {key: list(found[key]) for key in ("image_mean", "image_std")}
     return {}
+
+
+@torch.no_grad()
+def _check_images(policy: nn.Module) -> None:
+    """Vision towers that want more than pixels (sizes of tiles, say) are found here and not in the first step."""
+    size = policy.config.image_size
+    try:
+        rows = policy.model.embed_image(torch.zeros(1, 3, size, size))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind, reason = policy.model.vlm.config.model_type, " ".join(str(error).split())[:200]
+        raise BurnishError(
+            f"a VLM of type '{kind}' that cannot embed an image ({reason})",
+            "one whose get_image_features takes pixel values alone, as SmolVLM or PaliGemma",
+        ) from error
+    if rows.ndim != 3:
+        raise BurnishError(f"image features of shape {tuple(rows.shape)}", "[B, rows, width]")
 
 
 def _weights(vlm_folder: Path) -> dict[str, torch.Tensor]:
