@@ -105,7 +105,7 @@ def _margin(models, batch, chunks, config: "ScoreConfig", seed: int):
     import torch
 
     from burnish.core.types import Draws
-    from burnish.methods.prefer.draws import combine
+    from burnish.methods.prefer.draws import weigh
     from burnish.methods.prefer.scoring import one_set
 
     B, C = chunks.shape[:2]
@@ -120,7 +120,7 @@ def _margin(models, batch, chunks, config: "ScoreConfig", seed: int):
             draws = Draws(torch.stack([s.draws.noise for s in sets]), torch.stack([s.draws.time for s in sets]))
             with torch.no_grad():
                 per_draw = model.scores(rows, chunks[:, c : c + 1].to(device), draws)
-            columns.append(combine(per_draw, torch.stack([s.weight for s in sets]).to(device))[:, 0])
+            columns.append(weigh(per_draw, torch.stack([s.weight for s in sets]).to(device)).mean(-1)[:, 0])
         scores.append(torch.stack(columns, 1).cpu())
     return scores[0] - scores[1] if len(scores) == 2 else scores[0]
 

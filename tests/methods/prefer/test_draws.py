@@ -5,7 +5,7 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
-from burnish.methods.prefer.draws import ScoreConfig, combine, importance, make_draws, spread
+from burnish.methods.prefer.draws import ScoreConfig, importance, make_draws, spread, weigh
 from burnish.methods.prefer.options import PRESETS, make_config
 
 
@@ -51,8 +51,8 @@ def test_given_weights_and_fixed_times():
     drawn = made(config)
     torch.testing.assert_close(drawn.draws.time, torch.tensor([0.2, 0.7]))
     per_draw = torch.tensor([[[-1.0, -2.0], [-4.0, 0.0]]])
-    assert combine(per_draw, drawn.weight[None]).tolist() == [[-2.5, -6.0]]
-    assert combine(per_draw, drawn.weight[None], torch.tensor([[5, 2]])).tolist() == [[-0.5, -3.0]]
+    assert weigh(per_draw, drawn.weight[None]).mean(-1).tolist() == [[-2.5, -6.0]]
+    assert weigh(per_draw, drawn.weight[None], torch.tensor([[5, 2]])).mean(-1).tolist() == [[-0.5, -3.0]]
 
 
 def test_policy_times_keep_the_policys_weight():
@@ -64,7 +64,7 @@ def test_policy_times_keep_the_policys_weight():
 
 def test_spread_is_the_standard_error_of_the_difference():
     per_draw = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])  # differences 1 and 3: std sqrt 2, over sqrt 2
-    assert spread(per_draw, torch.ones(1, 2)).item() == pytest.approx(1.0)
+    assert spread(per_draw).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

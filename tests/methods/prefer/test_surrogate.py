@@ -4,12 +4,13 @@ import math
 from dataclasses import replace
 
 import known_flows as toy
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from burnish.core.types import Draws
-from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, combine, make_draws
+from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, make_draws, weigh
 from burnish.methods.prefer.ode import log_prob, signs
 
 ELBO = ScoreConfig(draws=256, times="logit", weight="elbo", antithetic=False, t_min=0.0183, t_max=0.9817)
@@ -36,7 +37,7 @@ def draws_for(n, dimension, config, generator, shared_rows=False):
 
 def score(flow, x, drawn):
     per_draw = flow.scores(x, drawn.draws.noise, drawn.draws.time)
-    return combine(per_draw[:, None], drawn.weight)[:, 0]
+    return weigh(per_draw[:, None], drawn.weight).mean(-1)[:, 0]
 
 
 @pytest.mark.parametrize(("x", "std"), [(0.5, 0.3), (0.0, 1.0), (-1.2, 0.7), (0.1, 0.1)])
@@ -153,6 +154,20 @@ def test_equal_flows_and_shared_draws_give_a_margin_of_exactly_zero():
     shared = margins(flow, flow, x, x.flip(0), PAPER, rng(), "all")
     independent = margins(flow, flow, x, x.flip(0), PAPER, rng(), "none")
     assert shared.abs().max() == 0 and 1.5 < independent.std() < 5  # specification: about 2.5 to 3
+
+
+def test_the_opposite_convention_of_time_gives_the_same_score():
+    """CrossVLA's equation 1 has data at 1 and the velocity data minus noise; written out here in numpy."""
+    flow, _ = toy.heteroscedastic()
+    x = flow.sample(20, rng())
+    drawn = draws_for(20, 2, PAPER, rng(1))
+    noise = drawn.draws.noise.numpy()
+    total = np.zeros(20)
+    for k, s in enumerate(1 - drawn.draws.time[0].numpy()):
+        at = s * x.numpy() + (1 - s) * noise[:, k]
+        velocity = -flow.velocity(torch.from_numpy(at), torch.full((20,), 1 - s, dtype=torch.float64)).numpy()
+        total -= ((velocity - (x.numpy() - noise[:, k])) ** 2).sum(1) / 4
+    np.testing.assert_allclose(score(flow, x, drawn).numpy(), total, rtol=1e-10)
 
 
 def test_ode_equals_the_analytic_log_probability():

@@ -148,26 +148,26 @@ def importance(time: Tensor, config: ScoreConfig) -> Tensor:
     return weight
 
 
-def combine(per_draw: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Scores [B, C] of per-draw scores [B, C, K].
+def weigh(per_draw: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """What each draw adds [B, C, K]; the score is the mean over K.
 
     Args:
-        per_draw: as `Policy.scores` returns them.
+        per_draw: [B, C, K] as `Policy.scores` returns them.
         weight: [B, K], or [B, C, K] for draws that are not shared.
-        counts: [B, C] valid steps times dimensions, for the mean instead of the sum.
+        counts: [B, C] valid steps times dimensions, for the mean over them instead of the sum.
     """
-    weight = weight[:, None] if weight.ndim == 2 else weight
-    score = (per_draw * weight).mean(-1)
-    return score if counts is None else score / counts.clamp_min(1)
+    weighted = per_draw * (weight[:, None] if weight.ndim == 2 else weight)
+    return weighted if counts is None else weighted / counts.clamp_min(1)[..., None]
 
 
-def spread(per_draw: Tensor, weight: Tensor) -> Tensor:
-    """[B] standard error, from the scatter over draws, of the difference chosen minus rejected of [B, 2, K] scores.
+def spread(weighted: Tensor) -> Tensor:
+    """[B] standard error of the margin from its scatter over draws.
 
-    Independent draws scatter by themselves; shared ones by their difference alone.
+    Args:
+        weighted: [B, 2, K] of `weigh`, those of the reference taken away where there is one.
+
+    With stratified times this is too large, because it counts the differences between the strata.
     """
-    weight = weight[:, None] if weight.ndim == 2 else weight
-    weighted = per_draw * weight
     difference = weighted[:, 0] - weighted[:, 1]
     K = difference.shape[-1]
     return difference.std(-1) / math.sqrt(K) if K > 1 else difference.new_zeros(len(difference))

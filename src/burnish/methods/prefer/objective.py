@@ -15,7 +15,8 @@ from burnish.methods.prefer import losses, reference
 from burnish.methods.prefer.draws import ScoreConfig, spread
 from burnish.methods.prefer.options import PreferConfig, make_config
 from burnish.methods.prefer.pairs import PairData
-from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reduce, reference_scores, reference_seeds
+from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
+from burnish.policies.discrete.policy import Discrete
 from burnish.policies.flow import FlowPolicy
 from burnish.train.objective import OBJECTIVES, Objective
 
@@ -82,19 +83,18 @@ class Prefer(Objective):
         with reference.without_dropout(self.dropouts):
             before = self._reference(run, ids, slots, pairs, candidates, valid)
             per_draw = run.policy.scores(pairs, candidates, draws.draws)
-        scores = reduce(per_draw, draws.weight, self.score, valid)
-        margin = losses.margin(scores, before)
+        now = weighted(per_draw, draws.weight, self.score, valid)
+        scores, start = now.mean(-1), None if before is None else before.mean(-1)
+        margin = losses.margin(scores, start)
         terms = {"prefer": losses.preference(config.loss, margin, config.beta, config.label_smoothing,
                                              config.horizon).mean() * config.weight}  # fmt: skip
         if config.sft_weight:
-            chosen = reduce(per_draw, draws.weight, replace(self.score, reduce="mean"), valid)[:, 0]
+            chosen = weighted(per_draw, draws.weight, replace(self.score, reduce="mean"), valid)[:, 0]
             terms["prefer_sft"] = -config.sft_weight * chosen.mean()
         if config.proximal_weight:
-            terms["prefer_proximal"] = config.proximal_weight * losses.proximal(scores, before).mean()
-        scatter = spread(per_draw.detach(), draws.weight)
-        if self.score.reduce == "mean":
-            scatter = scatter / valid[:, 0]
-        self._note({**losses.diagnose(scores, before, self.scale), "margin_spread": scatter.mean()})
+            terms["prefer_proximal"] = config.proximal_weight * losses.proximal(scores, start).mean()
+        scatter = spread(now.detach() if before is None else now.detach() - before)
+        self._note({**losses.diagnose(scores, start, self.scale), "margin_spread": scatter.mean()})
         return terms
 
     @property
@@ -128,7 +128,7 @@ class Prefer(Objective):
         return np.random.default_rng(derive_seed(run.recipe.train.seed, "pairs", rank, run.step, self._micro))
 
     def _reference(self, run: "Run", ids, slots, pairs: Batch, candidates: Tensor, valid: Tensor) -> Tensor | None:
-        """[B, 2] scores of the reference, without gradient; None where there is none."""
+        """[B, 2, K] weighted scores of the reference, without gradient; None where there is none."""
         if self.config.reference == "none":
             return None
         if self.config.reference == "cached":
@@ -137,7 +137,7 @@ class Prefer(Objective):
         draws = pair_draws(run.policy, self.score, seeds).to(run.device)
         with torch.no_grad(), reference.without_adapters(run.policy):
             per_draw = run.policy.scores(pairs, candidates, draws.draws)
-        return reduce(per_draw, draws.weight, self.score, valid)
+        return weighted(per_draw, draws.weight, self.score, valid)
 
     def _cached_reference(self, run: "Run") -> Tensor:
         seed, config = run.recipe.train.seed, self.config
@@ -155,10 +155,16 @@ class Prefer(Objective):
 
 
 def score_config(policy: "Policy", config: ScoreConfig) -> ScoreConfig:
-    """The config as it applies to this policy: times and antithetic noise mean something to flows only."""
+    """The config as it applies to this policy: times, weights and antithetic noise mean something to flows only.
+
+    A policy whose score is exact needs one draw, which it does not look at.
+    """
     if isinstance(policy, FlowPolicy):
         return config
-    return replace(config, times="policy", fixed_times=(), weight="uniform", stratified=False, antithetic=False)
+    draws = 1 if isinstance(policy, Discrete) and policy.config.training != "diffusion" else config.draws
+    return replace(
+        config, draws=draws, times="policy", fixed_times=(), weight="uniform", stratified=False, antithetic=False
+    )
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

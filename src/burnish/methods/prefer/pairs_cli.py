@@ -19,10 +19,10 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.seeding import derive_seed
 from burnish.data.spool import Spool, StoredRecording
-from burnish.envs.base import EnvSpec, expand
+from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
 from burnish.evaluate.records import weights_hash
-from burnish.evaluate.workers import Episode, Finished, SimulatorPool, Waiting
+from burnish.evaluate.workers import Episode, Finished, MakeEnv, SimulatorPool, Waiting
 from burnish.methods.prefer.pairs import Pair, PairData, make_pairs, read_labels, write_index
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def collect(
     workers: int = 0,
     device: str = "cpu",
     progress: bool = True,
+    make: MakeEnv = make_env,
 ) -> Collection:
     """Let a policy act several times from each initial state and write its pairs as a LeRobot data set with an index.
 
@@ -107,6 +108,7 @@ def collect(
         ties, leads, limit: see `make_pairs`.
         workers: simulator processes; 0 means one for each core.
         device: torch device of a policy folder.
+        make: builds a simulator from a single-task id and an image size; importable by name.
 
     Raises:
         BurnishError: bad arguments, a folder made with other settings, no state with both outcomes.
@@ -130,7 +132,7 @@ def collect(
     spool = Spool(root, request)
     try:
         count = workers or len(os.sched_getaffinity(0))
-        with SimulatorPool(count, _maker(), request["image_size"]) as pool:
+        with SimulatorPool(count, make, request["image_size"]) as pool:
             specs = pool.describe(expand(env))
             for spec in specs:
                 _collect_task(pool, policy, spec, spool, request, 4 * count, progress)
@@ -140,12 +142,6 @@ def collect(
         raise
     spool.remove()
     return collection
-
-
-def _maker():
-    from burnish.envs.base import make_env
-
-    return make_env
 
 
 def _collect_task(

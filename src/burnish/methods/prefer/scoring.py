@@ -7,7 +7,7 @@ from torch import Tensor
 
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
-from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, combine, make_draws
+from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, make_draws, weigh
 from burnish.methods.prefer.losses import finite
 from burnish.methods.prefer.pairs import PairData
 from burnish.policies.base import Policy
@@ -43,9 +43,9 @@ def counts(batch: Batch, candidates: Tensor) -> Tensor:
     return (~batch["action_is_pad"]).sum(-1) * candidates.shape[-1]
 
 
-def reduce(per_draw: Tensor, weight: Tensor, config: ScoreConfig, valid: Tensor) -> Tensor:
-    """[B, C] scores of [B, C, K] per-draw scores."""
-    return combine(per_draw, weight, valid.to(per_draw) if config.reduce == "mean" else None)
+def weighted(per_draw: Tensor, weight: Tensor, config: ScoreConfig, valid: Tensor) -> Tensor:
+    """`draws.weigh` of [B, C, K] per-draw scores, as the config reduces them; `valid` is that of `counts`."""
+    return weigh(per_draw, weight, valid.to(per_draw) if config.reduce == "mean" else None)
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def reference_scores(
     policy: Policy, data: PairData, config: ScoreConfig, pool: int, seed: int, batch_size: int = 16,
     progress: bool = True,
 ) -> Tensor:  # fmt: skip
-    """[N, pool, 2] scores of all pairs on all sets of draws, by the policy as it is now.
+    """[N, pool, 2, K] weighted scores (see `weighted`) of all pairs on all sets of draws, by the policy as it is now.
 
     Raises:
         BurnishError: a score is not finite.
@@ -62,7 +62,7 @@ def reference_scores(
 
     device = next(policy.parameters()).device
     together = max(1, ROWS_AT_ONCE // (2 * config.draws * data.chunk_size))
-    found = torch.empty(len(data), pool, 2)
+    found = torch.empty(len(data), pool, 2, config.draws)
     for first in tqdm(range(0, len(data), batch_size), desc="reference scores", unit="batch", disable=not progress):
         ids = range(first, min(first + batch_size, len(data)))
         batch, candidates = data.batch(ids)
@@ -79,7 +79,7 @@ def reference_scores(
             per_draw = policy.scores(batch, candidates.to(device), draws.draws)
             for i, s in enumerate(slots):
                 part = slice(i * config.draws, (i + 1) * config.draws)
-                scores = reduce(per_draw[..., part], draws.weight[..., part], config, valid)
+                scores = weighted(per_draw[..., part], draws.weight[..., part], config, valid.to(device))
                 found[first : first + len(ids), s] = scores.cpu()
     finite(found, f"reference on the pairs of {data.root}")
     return found

@@ -1,0 +1,80 @@
+"""Rollouts that branch, their pairs, and going on after a kill."""
+
+import json
+
+import numpy as np
+import pair_fakes
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.workers import SimulatorPool
+from burnish.methods.prefer import pairs_cli
+from burnish.methods.prefer.pairs import PairData
+
+
+@pytest.fixture(autouse=True)
+def walk():
+    pair_fakes.register()
+
+
+def collect(root, policy=None, **changes):
+    settings = {"states": 6, "rollouts": 3, "workers": 2, "progress": False, "make": pair_fakes.make_env} | changes
+    return pairs_cli.collect(policy or pair_fakes.make_policy(), "walk:far", root, **settings)
+
+
+def test_pairs_share_their_past_and_part_at_a_replan(tmp_path):
+    made = collect(tmp_path / "pairs")
+    assert made.episodes == 18 and 0 < made.successes < 18 and made.pairs > 0
+    facts = json.loads((tmp_path / "pairs" / "burnish_pairs.json").read_text())
+    data = PairData(tmp_path / "pairs", ("front",), 3, progress=False)
+    actions, states, episodes = data.robot.actions, data.robot.states, data.robot.episode_index
+    for pair in data.pairs:
+        (better, frame), (worse, same) = pair.chosen, pair.rejected
+        assert frame == same and frame % 2 == 0  # two steps of each chunk are executed
+        assert facts["outcomes"][better] and not facts["outcomes"][worse]
+        assert better // 3 == worse // 3  # three rollouts of each initial state
+        one, two = actions[episodes == better], actions[episodes == worse]
+        assert np.array_equal(one[:frame], two[:frame]) and not np.array_equal(one[frame], two[frame])
+        assert np.array_equal(states[episodes == better][frame], states[episodes == worse][frame])
+    assert {p.chosen[1] for p in data.pairs} != {0}  # not all part at the start
+
+
+def test_a_killed_collection_goes_on_to_the_same_pairs(tmp_path, monkeypatch):
+    whole = collect(tmp_path / "whole", states=4)
+    calls = []
+    start = SimulatorPool.start
+
+    def dies(self, *given):
+        calls.append(given)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        start(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SimulatorPool, "start", dies)
+        collect(tmp_path / "again", states=4)
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(BurnishError, match="was made with rollouts 3"):
+        collect(tmp_path / "again", states=4, rollouts=4)
+    assert collect(tmp_path / "again", states=4).pairs == whole.pairs
+    one, two = ((tmp_path / name / "pairs.jsonl").read_text() for name in ("whole", "again"))
+    assert one == two and not (tmp_path / "again.partial").exists()
+
+
+def test_the_expert_completes_what_nobody_solved_and_noise_disturbs(tmp_path):
+    lost = pair_fakes.make_policy(push=-0.5)
+    with pytest.raises(BurnishError, match="no pairs; expected at least one success and one failure"):
+        collect(tmp_path / "none", lost, states=2)
+    made = collect(tmp_path / "helped", lost, states=8, expert=True)  # it comes too late where it takes over late
+    assert made.episodes == 32 and 0 < made.successes == made.mixed_states < 8
+    noisy = collect(tmp_path / "noisy", states=3, action_noise=0.8)
+    assert noisy.pairs and noisy.episodes == 9
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"states": 0}, "0 states"), ({"rollouts": 1}, "1 rollouts")])
+def test_refused_arguments(tmp_path, changes, words):
+    with pytest.raises(BurnishError, match=words):
+        collect(tmp_path / "pairs", **changes)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(BurnishError, match="exists; expected a new folder"):
+        collect(tmp_path / "there")
