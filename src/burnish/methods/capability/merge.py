@@ -1,9 +1,7 @@
 """`burnish capability merge`: a base plus weighted deltas, as a checkpoint of the base's form."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from burnish.methods.capability.engine import (
     write_tensors,
 )
 from burnish.methods.capability.extract import DTYPES, locate, stamp
-from burnish.methods.capability.keys import check_patterns, embodiment, match_names, selected
+from burnish.methods.capability.fit import Part, Touched, fit, recorded_base
+from burnish.methods.capability.keys import check_patterns
 from burnish.methods.capability.live import Difference
 from burnish.methods.capability.operators import OPERATORS, Block, Streams
 from burnish.methods.capability.rounding import Narrow
@@ -41,22 +40,6 @@ from burnish.methods.capability.tensorfile import (
 
 RECORD, UNDO = "capability.json", "capability_undo.safetensors"
 _QUICK_LOOK = 16
-
-
-@dataclass(frozen=True)
-class Part:
-    """One delta of a merge with its weight, and the names of the base's tensors it changes."""
-
-    delta: Delta | Difference
-    weight: float
-    names: Mapping[str, str]
-
-    @classmethod
-    def match(cls, delta: Delta, weight: float, base: Stored) -> "Part":
-        """Find the base's name for every tensor of the delta, aliases of tied ones included."""
-        wanted = {**{name: name for name in delta.tensors}, **delta.meta["tied"]}
-        found = match_names(wanted, base.slots)
-        return cls(delta, weight, {found[name]: owner for name, owner in wanted.items()})
 
 
 def merge(
@@ -90,9 +73,11 @@ def merge(
     parts += [Part.match(Difference(root, path, heads, exclude), weight, root) for path, weight in tuned]
     if not parts:
         raise BurnishError("nothing to merge", "a delta or a tuned model", "--delta FOLDER=1.0")
-    job = Merging(root, parts, operator, options or {}, modules, dtype)
-    job.narrow_down(include, exclude, heads, other_base)
-    job.quick_look(other_base)
+    expected = {} if other_base else recorded_base(root, parts)
+    check_patterns([pattern for pattern, _ in modules], root.slots, "--module")
+    touched = fit(root, parts, modules, include, exclude, heads, other_base)
+    job = Merging(root, parts, touched, operator, options or {}, dtype, expected)
+    job.modules = [list(module) for module in modules]
     plan = job.plan(Path(output), undoable)
     if plan.is_done(RECORD, force):
         return read_summary(plan.target / RECORD, "an untouched folder")
@@ -111,76 +96,21 @@ class Merging:
     """The engine's maker: computes pieces of the merged checkpoint and checks what it reads."""
 
     def __init__(
-        self, base: Stored, parts: list[Part], operator: str, options: Mapping[str, str],
-        modules: Sequence[tuple[str, float]], dtype: str,
+        self, base: Stored, parts: list[Part], touched: Touched, operator: str, options: Mapping[str, str],
+        dtype: str, expected: Mapping[str, str],
     ):  # fmt: skip
-        self.base, self.parts, self.operator, self.modules, self.dtype = base, parts, operator, modules, dtype
+        self.base, self.parts, self.touched, self.operator, self.dtype = base, parts, touched, operator, dtype
         self.how = OPERATORS.get(operator)
         self.options = self.how.read_options(dict(options), operator)
-        self.touched: dict[str, list[tuple[Part, float]]] = {}
-        for part in parts:
-            for name in part.names:
-                if weight := part.weight * self._factor(name):
-                    self.touched.setdefault(name, []).append((part, weight))
+        self.modules: list[list[Any]] = []
         self.undo: SparseWriter | None = None
         self._states: dict[str, Any] = {}
         self._readers: dict[tuple[int, str], str] = {}
-
-    def _factor(self, name: str) -> float:
-        return next((factor for pattern, factor in self.modules if re.search(pattern, name)), 1.0)
-
-    def narrow_down(self, include: Sequence[str], exclude: Sequence[str], heads: str, other_base: bool) -> None:
-        """Apply the rules about names, shapes and heads; raises BurnishError where one is broken."""
-        check_patterns(include, self.base.slots, "--include")
-        check_patterns(exclude, self.base.slots, "--exclude")
-        check_patterns([pattern for pattern, _ in self.modules], self.base.slots, "--module")
-        robot = embodiment(self.base.checkpoint.path)
-        for name in list(self.touched):
-            if not selected(name, include, exclude):
-                del self.touched[name]
-                continue
-            for part, _ in self.touched[name]:
-                entry = part.delta.tensors[part.names[name]]
-                if entry["group"] == "head" and other_base and heads != "keep":
-                    crosses = robot != part.delta.meta["embodiment"] or name not in self.base.slots
-                    if heads == "skip":
-                        self.touched.pop(name, None)
-                    elif crosses or list(self.base.slots[name][1]) != entry["shape"]:
-                        raise BurnishError(f"head '{name}' in a merge across robots", "a rule for heads",
-                                           "--heads skip, or --heads keep where the shapes agree")  # fmt: skip
-                if name in self.touched:
-                    self._check_fit(name, part, entry)
-
-    def _check_fit(self, name: str, part: Part, entry: Mapping[str, Any]) -> None:
-        if name not in self.base.slots:
-            raise BurnishError(f"{part.delta.path} changes '{name}', which the base lacks", "the base it was made for",
-                               f"--exclude '{re.escape(name)}'")  # fmt: skip
-        dtype, shape = self.base.slots[name]
-        if list(shape) != entry["shape"]:
-            raise BurnishError(f"'{name}' has shape {list(shape)} in the base and {entry['shape']} in "
-                               f"{part.delta.path}", "one architecture")  # fmt: skip
-        if dtype not in FLOATS:
-            raise BurnishError(f"'{name}' of the base is {dtype}", "floating-point weights", "an unquantised base")
-
-    def quick_look(self, other_base: bool) -> None:
-        """Hash a few small tensors, so that another base is refused at once and not after minutes."""
-        expected: dict[str, str] = {}
-        for part in self.parts:
-            listed = part.delta.meta["base"]["tensors"]
-            if isinstance(part.delta, Difference):
-                continue
-            names = match_names(listed, self.base.slots)
-            expected |= {names[name]: digest for name, digest in listed.items()}
-            lacking = sorted(set(names.values()) - set(self.base.slots))
-            extra = sorted(set(self.base.slots) - set(names.values()))
-            if (lacking or extra) and not other_base:
-                what = f"lacks '{lacking[0]}'" if lacking else f"has the extra tensor '{extra[0]}'"
-                raise BurnishError(f"{self.base.checkpoint.path} is another base than that of {part.delta.path}: it "
-                                   f"{what}", part.delta.meta["base"]["path"], "--other-base")  # fmt: skip
-        self.inputs = Inputs(f"the base {self.base.checkpoint.path}", self.base.slots, None if other_base else expected)
-        for name in sorted(self.touched, key=lambda n: np.prod(self.base.slots[n][1]))[:_QUICK_LOOK]:
-            self.inputs.check(name, tensor_digest(self.base.checkpoint, self.base.names[name]))
         self.read = {id(p): Inputs(str(p.delta.path), _stored_slots(p.delta), None) for p in self.parts}
+        self.inputs = Inputs(f"the base {base.checkpoint.path}", base.slots, expected)
+        # A few small tensors are hashed now, so that another base is refused at once and not after minutes.
+        for name in sorted(touched, key=lambda n: np.prod(base.slots[n][1]))[:_QUICK_LOOK]:
+            self.inputs.check(name, tensor_digest(base.checkpoint, base.names[name]))
 
     def plan(self, output: Path, undoable: bool) -> Plan:
         """The base's files with the base's names in the base's order."""
@@ -192,7 +122,7 @@ class Merging:
             "base": str(self.base.checkpoint.path.absolute()), "stamp": stamp(self.base.checkpoint.path),
             "undoable": undoable, "version": __version__, "dtype": self.dtype,
             "parts": [[_identity(p.delta), p.weight] for p in self.parts], "operator": self.operator,
-            "options": self.options, "modules": [list(m) for m in self.modules], "touched": sorted(self.touched),
+            "options": self.options, "modules": self.modules, "touched": sorted(self.touched),
         }  # fmt: skip
         return Plan(output, files, identity, _companions(self.base.checkpoint, output))
 
@@ -294,7 +224,7 @@ class Merging:
             "base": {"path": str(base.absolute()), "digest": whole_digest(self.inputs.digests)},
             "deltas": [{"path": str(p.delta.path.absolute()), "digest": self._digest(p), "weight": p.weight,
                         "stored": isinstance(p.delta, Delta)} for p in self.parts],
-            "operator": self.operator, "options": self.options, "modules": [list(m) for m in self.modules],
+            "operator": self.operator, "options": self.options, "modules": self.modules,
             "digest": whole_digest(digests), "undoable": undoable,
             "tensors": {name: {"digest": digests[name], "base_digest": self.inputs.digests[name],
                                "base_dtype": self.base.slots[name][0], "weights": self._weights(name)}
