@@ -258,15 +258,16 @@ def test_confidence_threshold_and_the_theorem_of_fast_dllm():
         def whole(self, prompt, ids, visible, cache, **options):
             return self._told(ids)
 
-        def rows(self, ids, positions, visible, cache, **options):
-            return self._told(ids)
+        def rows(self, ids, positions, visible, cache, read=None):
+            logits = self._told(ids)
+            return logits if read is None else logits.gather(1, read[..., None].expand(-1, -1, 2))
 
         def _told(self, ids):
             logits = torch.zeros(*ids.shape, 2, dtype=torch.float64)
             logits[:, 0, 0] = logits[:, 1, 1] = 0.1
             for here, there in ((0, 1), (1, 0)):
                 known = ids[:, there] != self.mask_id
-                logits[known, here] = torch.nn.functional.one_hot(ids[known, there], 2) * 20.0
+                logits[known, here] = torch.nn.functional.one_hot(ids[known, there], 2).double() * 20
             return logits
 
     model = TwoModes(length=2, step_length=2, block=2, vocabulary=2)
