@@ -78,6 +78,14 @@ def test_pca_is_the_best_subspace():
     assert error[..., :3].abs().max() < 0.3 and error[..., 3:].abs().max() < 0.6
 
 
+def test_compression_is_gated_and_finds_its_own_size():
+    features = torch.randn(200, 1, 2, 2, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0.1]))
+    key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca")
+    assert len(Statistics.fit(features, key).basis) == 3
+    with pytest.raises(BurnishError, match=r"2 components keep .* to a cosine of 0.9.*at least 0.99"):
+        Statistics.fit(features, replace(key, components=2))
+
+
 def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key, data):
     fill(tmp_path / "c", key, data)
     for changed, words in (

@@ -27,7 +27,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import disk_errors, new_folder, remove_folder, require_space, sync_folder, write_json
 from burnish.core.seeding import derive_seed
 from burnish.methods.align.loss import pool_grid, positional_term
-from burnish.methods.align.teachers.base import Teacher, fingerprint, make_teacher, run_teacher
+from burnish.methods.align.teachers.base import Teacher, Views, fingerprint, make_teacher, run_teacher
 from burnish.methods.align.views import RowSource, RowViews
 
 BLOCK = 64
@@ -35,6 +35,8 @@ BLOCK = 64
 SAMPLE = 512
 """Rows from which statistics and bases are computed."""
 FORMATS = ("half", "pca")
+LEAST_COSINE = 0.99
+"""Mean cosine between a teacher's tokens and what the compressed format gives back."""
 _NAMES = ("mean", "scale", "basis", "step")
 
 
@@ -52,7 +54,7 @@ class CacheKey:
         pooling, positional: see loss.pool_grid and loss.positional_term (its factor; 0 adds nothing).
         standardise: features centred and scaled by dimension.
         format: "half" or "pca".
-        components: K of "pca".
+        components: K of "pca"; 0 takes as few as keep the cosine at LEAST_COSINE.
     """
 
     teacher: dict[str, Any]
@@ -74,7 +76,7 @@ class CacheKey:
 
 
 class Pooled:
-    """A teacher whose features come out on the student's grid, as they are stored. Picklable pieces inside.
+    """A teacher whose features come out on the student's grid.
 
     Args:
         teacher: see teachers.base.
@@ -84,7 +86,7 @@ class Pooled:
     def __init__(self, teacher: Teacher, key: CacheKey):
         self.teacher, self.key = teacher, key
 
-    def __call__(self, views) -> dict[int, Tensor]:
+    def __call__(self, views: Views) -> dict[int, Tensor]:
         """{layer: float32 [B, V, h, w, D]}; raises BurnishError where a present view's feature is not finite."""
         pooled = {}
         for layer, features in run_teacher(self.teacher, views, self.key.layers).items():
@@ -122,9 +124,32 @@ class Statistics:
         if key.format == "pca":
             scaled = (flat - mean) / scale
             _, _, rows = torch.linalg.svd(scaled, full_matrices=False)
-            statistics.basis = rows[: min(key.components or width, len(rows))].float()
+            statistics.basis = rows.float()
             statistics.step = (scaled.float() @ statistics.basis.T).abs().amax(0).clamp_min(1e-12) * 1.2 / 127
+            statistics._cut(features, key.components)
         return statistics
+
+    def _cut(self, features: Tensor, components: int) -> None:
+        """Keep `components` of the basis, or with 0 as few as keep the cosine; below LEAST_COSINE is an error."""
+        whole = self.basis, self.step
+        wanted = (features - self.mean) / self.scale
+
+        def kept(count: int) -> float:
+            self.basis, self.step = whole[0][:count].clone(), whole[1][:count].clone()
+            return float(torch.cosine_similarity(self.decode(self.encode(features)), wanted, dim=-1).mean())
+
+        low, high = 1, len(whole[0])
+        while not components and low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if kept(middle) >= LEAST_COSINE else (middle + 1, high)
+        count = min(components or high, len(whole[0]))
+        cosine = kept(count)
+        if cosine < LEAST_COSINE:
+            raise BurnishError(
+                f"{count} components keep the teacher's features to a cosine of {cosine:.3f}",
+                f"at least {LEAST_COSINE}",
+                "components: 0 for as few as do, or cache_format: half",
+            )
 
     def encode(self, features: Tensor) -> Tensor:
         """float32 [..., D] to float16 [..., D] or int8 [..., K]."""
@@ -350,10 +375,8 @@ def fit_statistics(
     return {t: Statistics.fit(torch.cat(features), key) for t, features in parts.items()}
 
 
-def to_device(views, device):
+def to_device(views: Views, device: torch.device | str) -> Views:
     """Views on a device."""
-    from burnish.methods.align.teachers.base import Views
-
     return Views(*(None if v is None else v.to(device) for v in
                    (views.images, views.present, views.depth, views.points)))  # fmt: skip
 
