@@ -142,7 +142,7 @@ class Prefer(Objective):
     def _cached_reference(self, run: "Run") -> Tensor:
         seed, config = run.recipe.train.seed, self.config
         about = reference.describe(
-            weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
+            format=2, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
             chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
         )  # fmt: skip
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
