@@ -13,6 +13,7 @@ COMMANDS = {
     "questions": ("burnish.data.questions_cli", "make scene questions with answers from simulator states"),
     "inspect": ("burnish.data.inspect_cli", "say what a practitioner must know about a data set"),
     "pretrain": ("burnish.train.pretrain", "train a small VLM from scratch on scene questions"),
+    "tower": ("burnish.policies.tower_cli", "build a VLM around a real language model that installs as a package"),
     "train": ("burnish.train.cli", "fine-tune a policy as a recipe says"),
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),

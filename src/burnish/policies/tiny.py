@@ -151,11 +151,11 @@ def build_vlm(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _build_processor(tokenizer, config, image_size).save_pretrained(folder)
+    build_processor(tokenizer, config, image_size).save_pretrained(folder)
     return folder
 
 
-def _build_processor(tokenizer: Any, config: Any, image_size: int) -> Any:
+def build_processor(tokenizer: Any, config: Any, image_size: int) -> Any:
     from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
 
     size = {"longest_edge": image_size}

@@ -111,7 +111,9 @@ class Isolate(Objective):
         k = run.step * run.recipe.train.grad_accumulation + self._micro
         captured, self._captured = self._captured, None
         if options.rule == "replay":
-            terms["replay"] = options.weight * run.policy.language(self.source.questions.batch(k)).mean
+            # As in a mixed batch, a question counts as much as a robot frame; times `weight`.
+            share = self.source.size / run.recipe.train.batch_size
+            terms["replay"] = options.weight * share * run.policy.language(self.source.questions.batch(k)).mean
         elif options.rule == "penalty":
             (protected,) = self.source.losses(run.policy, batch, captured, k)
             terms["anchor"] = options.weight * protected

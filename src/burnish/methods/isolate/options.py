@@ -25,7 +25,7 @@ class Options:
         rule: what is done for the backbone.
             none: nothing. freeze: it is not trained (stop-gradient). lora: it learns through the recipe's adapters
             only. l2sp: pulled to its start. penalty: the protected loss is added, times `weight`. replay: the loss on
-            questions is added, times `weight`. replace: its gradient is that of the questions alone, times `weight`
+            questions is added, times `share` (so that a question counts as much as a frame) and `weight`. replace: its gradient is that of the questions alone, times `weight`
             (knowledge insulation with question data). conflict, always, soft: the task gradient is projected
             against the gradient of the protected loss.
         protect: whose gradient is protected. robot: distance of the robot batch's states from the anchor (the paper).

