@@ -86,7 +86,7 @@ def test_recipes_hold(path):
         study, base = load_study(path)
         recipes = [arm_recipe(study, base, arm, study.seeds[0]) for arm in study.arms]
         for line in study.before:
-            check_burnish(shlex.split(line))
+            check_burnish(shlex.split(line.replace("{seed}", "0").replace("{out}", "runs")))
     else:
         recipes = [load_recipe(path)]
     for recipe in recipes:
