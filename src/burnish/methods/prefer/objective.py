@@ -32,7 +32,7 @@ class Prefer(Objective):
     Set `train.imitation_weight` to 0 to train on preferences alone; above 0 the demonstrations anchor the policy.
 
     Args:
-        preset: default, paper, released_code or diffusion_dpo.
+        preset: default, plain_dpo, paper, released_code or diffusion_dpo.
         **options: fields of PreferConfig on top of the preset; `score` is a mapping of ScoreConfig's.
     """
 

@@ -18,7 +18,7 @@ class PreferConfig:
     """Pair folder, see `burnish pairs`."""
     loss: str = "dpo"
     """dpo, ipo, diffusion_dpo, or clone: imitate the successes and ignore the failures (filtered cloning)."""
-    beta: float = 0.1
+    beta: float = 0.02
     label_smoothing: float = 0.0
     """Probability that a label is wrong; above 0, dpo is conservative DPO."""
     horizon: float = 1000.0
@@ -34,8 +34,9 @@ class PreferConfig:
     steps: int = 0
     """Steps of a chunk that are compared; 0 means all."""
     weight: float = 1.0
-    sft_weight: float = 0.0
-    """Weight of an imitation term on the chosen chunks (minus their score, for each step and dimension)."""
+    sft_weight: float = 1.0
+    """Weight of an imitation term on the chosen chunks (minus their score, for each step and dimension); it keeps the
+    chosen score from sinking with the rejected one."""
     proximal_weight: float = 0.0
     """Weight of the squared change of both scores against the reference."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -43,8 +44,11 @@ class PreferConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    # DPO and nothing else, on the same scores.
+    "plain_dpo": {"beta": 0.1, "sft_weight": 0.0},
     # Section 3 and equation 1 of the paper: four fixed times, deterministic draws, mean squared error, beta 0.1.
     "paper": {
+        "beta": 0.1, "sft_weight": 0.0,
         "score": {
             "draws": 4, "times": "fixed", "fixed_times": (0.125, 0.375, 0.625, 0.875), "weight": "uniform",
             "reduce": "mean", "stratified": False, "antithetic": False,
@@ -52,13 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # What its code runs: the policy's training times, and noise of its own for each of the four scores.
     "released_code": {
+        "beta": 0.1, "sft_weight": 0.0,
         "score": {
             "draws": 4, "times": "policy", "weight": "uniform", "reduce": "mean", "stratified": False,
             "antithetic": False, "shared": False,
         },
     },
     "diffusion_dpo": {
-        "loss": "diffusion_dpo", "beta": 5.0,
+        "loss": "diffusion_dpo", "beta": 5.0, "sft_weight": 0.0,
         "score": {"draws": 1, "times": "uniform", "weight": "uniform", "reduce": "mean", "antithetic": False},
     },
 }  # fmt: skip
