@@ -70,7 +70,7 @@ def _low_rank(job: "Extraction", name: str, numbers: TensorFile, digests: dict[s
     squared = sum(((u.T @ v) * (d @ e.T)).sum() for u, d in zip(ups, downs, strict=True)
                   for v, e in zip(ups, downs, strict=True))  # fmt: skip
     return {
-        "dtype": job.base.slots[name][0], "shape": list(job.base.slots[name][1]), "group": job.choice.chosen[name],
+        "dtype": "F32", "shape": list(job.base.slots[name][1]), "group": job.choice.chosen[name],
         "form": "lowrank", "rank": sum(d.shape[0] for d in downs), **entry,
         "digest": whole_digest({side: digests[side] for side in sides}), "norm": math.sqrt(max(0.0, float(squared))),
     }  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, remove_folder, require_space, sync_file, sync_folder, write_json
+from burnish.core.files import disk_errors, put_folder, remove_folder, require_space, write_json
 from burnish.methods.capability.rounding import Narrow
 from burnish.methods.capability.tensorfile import (
     BLOCK,
@@ -133,18 +133,12 @@ def filling(plan: Plan, force: bool = False) -> Iterator[Path]:
             yield part
             for name in (state.name, JOURNAL):
                 (part / name).unlink(missing_ok=True)
-            for path in sorted(part.rglob("*"), reverse=True):
-                sync_folder(path) if path.is_dir() else sync_file(path)
-            sync_folder(part)
-        if target.exists():
-            os.rename(target, target.with_name(f".{target.name}.old"))
-        os.rename(part, target)
+            put_folder(part, target)
     except KeyboardInterrupt:
         raise  # what is there is kept, to go on from
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    sync_folder(target.absolute().parent)
     remove_folder(target.with_name(f".{target.name}.old"))
 
 

@@ -47,9 +47,12 @@ class Capability(Objective):
         for value, known, name in ((kind, KINDS, "kind"), (reading, READINGS, "reading")):
             if value not in known:
                 raise BurnishError(f"objective capability: {name} is '{value}'", f"one of {', '.join(known)}")
-        if weight < 0:
-            raise BurnishError(f"objective capability: weight is {weight}", "0 or more")
-        self.path, self.kind, self.weight, self.reading, self.alpha = delta, kind, weight, reading, alpha
+        self.weight, self.alpha = _number("weight", weight), _number("alpha", alpha)
+        if self.weight < 0 or self.alpha == 0:
+            raise BurnishError(
+                f"objective capability: weight is {weight} and alpha {alpha}", "weight >= 0, alpha not 0"
+            )
+        self.path, self.kind, self.reading = delta, kind, reading
         self.normalize, self.include, self.exclude = normalize, include, exclude
         self._figures: dict[str, Tensor] = {}
 
@@ -157,6 +160,14 @@ class Capability(Objective):
                 "capability_retained": 1 + along / (self.alpha * self.square),
             }
         return {name: float(value) for name, value in {**self._figures, **figures}.items()}
+
+
+def _number(name: str, value: float | str) -> float:
+    """YAML reads 1e-4 (no dot) as a word, which is no reason to refuse it."""
+    try:
+        return float(value)
+    except ValueError as error:
+        raise BurnishError(f"objective capability: {name} is '{value}'", "a number") from error
 
 
 def _dora(layer: nn.Module) -> Tensor:
