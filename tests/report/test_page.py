@@ -128,7 +128,8 @@ def test_nothing_to_report(tmp_path):
 
 def test_unwritable_target(run, tmp_path):
     with pytest.raises(BurnishError, match="cannot write"):
-        write_report(run, tmp_path / "absent" / "page.html")
+        (tmp_path / "file").write_text("")
+        write_report(run, tmp_path / "file" / "page.html")
 
 
 def test_text_is_escaped(run):

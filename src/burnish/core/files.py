@@ -48,17 +48,8 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's list of names to disk, so that a rename in it outlives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's content to disk."""
+def sync(path: Path) -> None:
+    """Force a file's content to disk, or a folder's list of names, so that a rename in it outlives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,17 +65,28 @@ def new_file(target: Path) -> Iterator[Path]:
     try:
         with disk_errors(target):
             yield temporary
-            sync_file(temporary)
+            sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` at once; a kill leaves the old content."""
     with new_file(path) as file:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises BurnishError where it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BurnishError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BurnishError(f"{path} does not hold a JSON object")
+    return content
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,17 +108,22 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         with disk_errors(target):
             yield temporary
-            for path in sorted(temporary.rglob("*"), reverse=True):
-                sync_folder(path) if path.is_dir() else sync_file(path)
-            sync_folder(temporary)
-        if target.exists():
-            os.rename(target, target.with_name(f".{target.name}.old"))
-        os.rename(temporary, target)
+            put_folder(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(target.parent)
     remove_folder(target.with_name(f".{target.name}.old"))
+
+
+def put_folder(temporary: Path, target: Path) -> None:
+    """Force a whole folder to disk and rename it to `target`; an earlier one becomes `.<name>.old`."""
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        sync(path)
+    sync(temporary)
+    if target.exists():
+        os.rename(target, target.with_name(f".{target.name}.old"))
+    os.rename(temporary, target)
+    sync(target.absolute().parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -136,4 +143,4 @@ def point_to(link: Path, name: str) -> None:
     temporary.unlink(missing_ok=True)
     os.symlink(name, temporary)
     os.replace(temporary, link)
-    sync_folder(link.parent)
+    sync(link.parent)

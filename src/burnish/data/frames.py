@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, require_space, sync_folder, write_json
+from burnish.core.files import disk_errors, require_space, sync, write_json
 
 _VERSION = 1
 _SAMPLE = 1 << 16
@@ -180,7 +180,7 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
     write_json(path.with_suffix(".json"), about)
 
 

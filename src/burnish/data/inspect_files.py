@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -140,7 +141,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta/info.json"
     if not path.is_file():
         raise BurnishError(f"{root} has no meta/info.json", "a LeRobotDataset folder (v2.1 or v3.0)")
-    info = read_json(path)
+    info = read_object(path)
     missing = [key for key in ("codebase_version", "fps", "features", "data_path") if key not in info]
     if missing:
         raise BurnishError(f"{path} lacks {', '.join(missing)}")
@@ -154,16 +155,6 @@ def _read_info(root: Path) -> dict[str, Any]:
     if "action" not in info["features"]:
         raise BurnishError(f"{path} lists no feature 'action'")
     return info
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BurnishError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BurnishError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -248,7 +239,7 @@ def _tasks_v2(root: Path) -> dict[int, str]:
 
 def _stats_file(root: Path) -> dict[str, dict[str, np.ndarray]]:
     path = root / "meta/stats.json"
-    return {name: _arrays(one) for name, one in read_json(path).items()} if path.is_file() else {}
+    return {name: _arrays(one) for name, one in read_object(path).items()} if path.is_file() else {}
 
 
 def _stats_v2(root: Path) -> dict[str, dict[str, np.ndarray]]:

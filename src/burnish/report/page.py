@@ -1,11 +1,11 @@
 """One self-contained page for a run folder."""
 
-import os
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_text
 from burnish.report import sections
 from burnish.report.html import document
 from burnish.report.run_folder import RunFolder, load_run
@@ -81,15 +81,7 @@ def _stages(stages: list[dict]) -> str:
 
 def write_page(target: Path, text: str) -> None:
     """Write a page, all or nothing: a reader never sees half of it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_text(target, text)
     except OSError as error:
         raise BurnishError(f"cannot write {target} ({error.strerror})") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import new_file
 
 ABILITY, KNOWLEDGE = "main", "questions, exact"
 COLOURS = ("#0f766e", "#c2580c", "#7c5cbf", "#b4262a", "#2563a8", "#6b7280", "#a16207", "#be185d", "#15803d", "#0e7490")
@@ -45,10 +45,8 @@ def write_pareto(result: Path, out: Path) -> Path:
     left.set_ylabel("closed-loop success")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, out)
+    with new_file(out) as file:
+        figure.savefig(file, format="png", dpi=120)
     return out
 
 

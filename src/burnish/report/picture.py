@@ -1,9 +1,9 @@
 """One picture of a run for a README: film strips with their instructions, and the success rates below."""
 
-import os
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import new_file
 from burnish.report.plots import percent
 from burnish.report.run_folder import Evaluation, load_run
 
@@ -36,10 +36,8 @@ def write_picture(run_folder: Path | str, out: Path | str) -> Path:
         axis.axis("off")
     _draw_rates(axes[-1], rates)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, out)
+    with new_file(out) as file:
+        figure.savefig(file, format="png", dpi=120)
     return out
 
 

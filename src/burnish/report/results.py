@@ -11,13 +11,13 @@ Several names, separated by spaces, give one table. No number is typed by hand.
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_text
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
 ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
@@ -136,9 +136,7 @@ def update_pages(root: Path, check: bool = False) -> list[Path]:
             continue
         changed.append(page)
         if not check:
-            temporary = page.with_name(f".{page.name}.{os.getpid()}")
-            temporary.write_text(after, encoding="utf-8")
-            os.replace(temporary, page)
+            write_text(page, after)
     return changed
 
 

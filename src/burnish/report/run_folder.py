@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
 from burnish.evaluate.stats import Rate, wilson
 
 # variant folder under eval/: (how the page calls it, colour)
@@ -110,15 +111,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BurnishError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BurnishError(f"{path} does not hold a JSON object")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _evaluations(path: Path) -> dict[str, Evaluation]:

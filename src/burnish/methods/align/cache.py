@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, new_folder, remove_folder, require_space, sync_folder, write_json
+from burnish.core.files import disk_errors, new_folder, remove_folder, require_space, sync, write_json
 from burnish.core.seeding import derive_seed
 from burnish.methods.align.loss import pool_grid, positional_term
 from burnish.methods.align.teachers.base import Teacher, Views, fingerprint, make_teacher, run_teacher
@@ -312,7 +312,7 @@ def _fill(folder, spec, key, source, states, num_rows, workers, progress, device
     write_json(partial / "meta.json", {"key": asdict(key), "shapes": {str(t): s for t, s in job.shapes.items()}})
     (partial / "done").unlink()
     os.rename(partial, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -377,8 +377,8 @@ def fit_statistics(
 
 def to_device(views: Views, device: torch.device | str) -> Views:
     """Views on a device."""
-    return Views(*(None if v is None else v.to(device) for v in
-                   (views.images, views.present, views.depth, views.points)))  # fmt: skip
+    moved = {f: getattr(views, f) for f in ("images", "present", "depth", "points")}
+    return replace(views, **{f: tensor.to(device) for f, tensor in moved.items() if tensor is not None})
 
 
 def _empty_array(path: Path, shape: Sequence[int], kind) -> None:

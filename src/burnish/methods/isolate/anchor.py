@@ -63,26 +63,16 @@ class Anchor:
         Raises:
             BurnishError: no room, or not allowed.
         """
-        import os
-
         from safetensors.torch import save_file
 
-        from burnish.core.files import disk_errors, sync_file, sync_folder
+        from burnish.core.files import new_file
 
         tensors = {}
         for (layer, group), one in self.moments.items():
             for name in ("count", "mean", "spread"):
                 tensors[f"{layer}.{group}.{name}"] = getattr(one, name).cpu().contiguous()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with disk_errors(path):
-                save_file(tensors, temporary, metadata={"about": json.dumps(asdict(self.about))})
-                sync_file(temporary)
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with new_file(path) as file:
+            save_file(tensors, file, metadata={"about": json.dumps(asdict(self.about))})
 
     @classmethod
     def load(cls, path: Path) -> "Anchor":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, sync_file
+from burnish.core.files import new_file
 
 
 @contextmanager
@@ -113,15 +113,8 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
             )  # fmt: skip
         return scores
     scores = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with disk_errors(path):
-            save_file({"scores": scores.contiguous()}, temporary, metadata=about)
-            sync_file(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as file:
+        save_file({"scores": scores.contiguous()}, file, metadata=about)
     return scores
 
 
