@@ -140,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--json", action="store_true", help="print JSON instead of a table")
+    add("--output", default="", help="also write the JSON to this file")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -155,8 +156,16 @@ def main(args: argparse.Namespace) -> int:
         candidates=args.candidates, draws=tuple(args.draws), steps=args.steps, probes=args.probes,
         disturbance=args.disturbance, seed=args.seed,
     )  # fmt: skip
+    found = {"policy": args.policy, "reference": args.reference, "observations": args.observations,
+             "candidates": args.candidates, "ode_steps": args.steps, "rows": rows}  # fmt: skip
+    if args.output:
+        from burnish.bench import machine
+        from burnish.core.files import write_json
+        from burnish.evaluate.records import commit
+
+        write_json(Path(args.output), {**found, "commit": commit(), "versions": machine()})
     if args.json:
-        print(json.dumps({"policy": args.policy, "reference": args.reference, "rows": rows}, indent=1))
+        print(json.dumps(found, indent=1))
         return 0
     print(f"{'weight':8s} {'draws':>5s} {'shared':>11s} {'rank correlation':>17s} {'sign agreement':>15s}")
     for row in rows:

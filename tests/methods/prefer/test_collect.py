@@ -1,5 +1,6 @@
 """Rollouts that branch, their pairs, and going on after a kill."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -57,6 +58,9 @@ def test_a_killed_collection_goes_on_to_the_same_pairs(tmp_path, monkeypatch):
     with pytest.raises(BurnishError, match="was made with rollouts 3"):
         collect(tmp_path / "again", states=4, rollouts=4)
     assert collect(tmp_path / "again", states=4).pairs == whole.pairs
+    assert collect(tmp_path / "again", states=4) == dataclasses.replace(whole, root=tmp_path / "again")  # made before
+    with pytest.raises(BurnishError, match="was made with seed 0"):
+        collect(tmp_path / "again", states=4, seed=1)
     one, two = ((tmp_path / name / "pairs.jsonl").read_text() for name in ("whole", "again"))
     assert one == two and not (tmp_path / "again.partial").exists()
 
@@ -76,5 +80,5 @@ def test_refused_arguments(tmp_path, changes, words):
     with pytest.raises(BurnishError, match=words):
         collect(tmp_path / "pairs", **changes)
     (tmp_path / "there").mkdir()
-    with pytest.raises(BurnishError, match="exists; expected a new folder"):
+    with pytest.raises(BurnishError, match="exists and holds no pairs; expected a new folder"):
         collect(tmp_path / "there")

@@ -6,6 +6,8 @@ pair compares exactly these two chunks on exactly the same observation.
 """
 
 import argparse
+import json
+import os
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -18,12 +20,12 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.seeding import derive_seed
-from burnish.data.spool import Spool, StoredRecording
+from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
 from burnish.evaluate.records import weights_hash
 from burnish.evaluate.workers import Episode, Finished, MakeEnv, SimulatorPool, Waiting
-from burnish.methods.prefer.pairs import Pair, PairData, make_pairs, read_labels, write_index
+from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
@@ -111,17 +113,14 @@ def collect(
         make: builds a simulator from a single-task id and an image size; importable by name.
 
     Raises:
-        BurnishError: bad arguments, a folder made with other settings, no state with both outcomes.
+        BurnishError: bad arguments, a folder made with other settings, no state with both outcomes. A folder that is
+            complete is left as it is.
     """
-    import os
-
     from burnish.policies import load_policy
 
     root = Path(root)
     if states < 1 or rollouts < 2:
         raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
-    if root.exists():
-        raise BurnishError(f"{root} exists", "a new folder", "another --root")
     if isinstance(policy, str | Path):
         policy = load_policy(policy, device=device)
     request = {
@@ -129,6 +128,9 @@ def collect(
         "first_state": first_state, "seed": seed, "image_size": image_size or policy.image_size,
         "action_noise": action_noise, "expert": expert,
     }  # fmt: skip
+    options = {"ties": ties, "leads": list(leads), "limit": limit}
+    if root.exists():
+        return _already_made(root, request | options)
     spool = Spool(root, request)
     try:
         count = workers or len(os.sched_getaffinity(0))
@@ -136,7 +138,7 @@ def collect(
             specs = pool.describe(expand(env))
             for spec in specs:
                 _collect_task(pool, policy, spec, spool, request, 4 * count, progress)
-        collection = _finish(root, spool, specs, request, ties=ties, leads=leads, limit=limit)
+        collection = _finish(root, spool, specs, request, options)
     except BaseException:
         spool.close()
         raise
@@ -268,14 +270,30 @@ class _Driver:
         return np.clip(chunk + noise, low, high).astype(np.float32)
 
 
-def _finish(root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[str, Any], **options: Any) -> Collection:
+def _already_made(root: Path, wanted: dict[str, Any]) -> Collection:
+    """The collection that `root` holds, if it is the one that is asked for."""
+    if not (root / FACTS).is_file():
+        raise BurnishError(f"{root} exists and holds no pairs", "a new folder", "another --root")
+    facts = json.loads((root / FACTS).read_text())
+    check_same_request(facts, wanted, root)
+    outcomes, size = facts["outcomes"], facts["group_sizes"]
+    ends = np.cumsum(size)
+    solved = [sum(outcomes[end - n : end]) for end, n in zip(ends, size, strict=True)]
+    mixed = sum(0 < k < n for k, n in zip(solved, size, strict=True))
+    return Collection(root, facts["pairs"], len(outcomes), sum(outcomes), mixed, len(size))
+
+
+def _finish(
+    root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[str, Any], options: dict[str, Any]
+) -> Collection:
     """Pair what was recorded and write data set and index at once."""
     from burnish.data.assemble import assemble
 
     step = request["rollouts"] + 1
     chosen: list[StoredRecording] = []
     pairs: list[Pair] = []
-    states = mixed = 0
+    sizes: list[int] = []
+    mixed = 0
     for spec in specs:
         groups: dict[int, list[StoredRecording]] = {}
         for number, path in sorted(spool.attempts(spec.task_id).items()):
@@ -287,15 +305,15 @@ def _finish(root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[st
             first = len(chosen)
             pairs += [Pair((first + p.chosen[0], p.chosen[1]), (first + p.rejected[0], p.rejected[1])) for p in found]
             chosen += group
-            states += 1
+            sizes.append(len(group))
             mixed += 0 < sum(outcomes) < len(outcomes)
     solved = [bool(r.facts["success"]) for r in chosen]
-    facts = {**request, "ties": options["ties"], "leads": list(options["leads"]), "outcomes": solved}
+    facts = {**request, **options, "outcomes": solved, "group_sizes": sizes}
     with new_folder(root) as folder:
         family = request["env"].partition(":")[0]
         assemble(folder, root.name, chosen, spool.spec(specs[0].task_id), request["image_size"], family)
         write_index(folder, pairs, {"source": "rollouts", **facts})
-    return Collection(root, len(pairs), len(chosen), sum(solved), mixed, states)
+    return Collection(root, len(pairs), len(chosen), sum(solved), mixed, len(sizes))
 
 
 def import_labels(root: Path | str, labels: Path | str, state_tolerance: float = 0.0) -> int:
@@ -305,7 +323,6 @@ def import_labels(root: Path | str, labels: Path | str, state_tolerance: float =
         BurnishError: unreadable labels, or a pair of unequal starts or tasks; then `root` is left as it was.
     """
     from burnish.data.frames import load_metadata
-    from burnish.methods.prefer.pairs import FACTS, INDEX
 
     root, pairs = Path(root), read_labels(Path(labels))
     load_metadata(root)
