@@ -144,8 +144,8 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
 
     import torch
 
-    from burnish.methods.align.cache import BLOCK, CacheKey, Pooled, open_cache
-    from burnish.methods.align.teachers.base import make_teacher
+    from burnish.methods.align.cache import BLOCK, CacheKey, Pooled, open_cache, to_device
+    from burnish.methods.align.teachers.base import Views, make_teacher
     from burnish.methods.align.views import RowSource, RowViews
 
     spec = {"name": "scene3d", "path": str(folder / "teacher")}
@@ -158,7 +158,7 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
         frames[first : first + 64] = smooth[: rows - first]
     frames.flush()
     source = RowSource({"front": folder / "frames.npy"}, folder, geometry=False)
-    key = CacheKey(teacher.identity, "bench", ["front"], [IMAGE, IMAGE], [2, 4, 7], [4, 4], standardise=True)
+    key = CacheKey(teacher.identity, "bench", ["front"], [IMAGE, IMAGE], [1, 3, 5], [4, 4], standardise=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
     half = open_cache(folder / "half", spec, key, source, None, rows, device=device)
@@ -168,9 +168,7 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
     )
     views, pooled = RowViews(source), Pooled(teacher.to(device), key)
     inputs = views(np.arange(BATCH), None).images.to(device)
-    from burnish.methods.align.teachers.base import Views
-
-    live = Views(inputs, torch.ones(BATCH, 1, dtype=torch.bool, device=device))
+    live = Views(inputs, torch.ones(BATCH, 1, dtype=torch.bool, device=device), ("front",))
     seconds = []
     for _ in range(12):
         begin = time.perf_counter()
@@ -182,7 +180,7 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the filling processes have it
     block = torch.arange(min(BLOCK, rows))
-    exact = pooled(Views(views(block.numpy(), None).images.to(device), torch.ones(len(block), 1, dtype=torch.bool)))
+    exact = pooled(to_device(views(block.numpy(), None), device))
     torch.set_num_threads(threads)
     kept, back = half.read(block), small.read(block)
     equal = all(torch.equal(half.statistics[t].encode(f.cpu()).float(), kept[t]) for t, f in exact.items())

@@ -19,7 +19,7 @@ from burnish.methods.align.teachers.scene3d import DEFAULTS, SceneNet
 
 def views(batch=2, cameras=2, side=24):
     images = torch.rand(batch, cameras, 3, side, side, generator=generator("views"))
-    return Views(images, torch.ones(batch, cameras, dtype=torch.bool))
+    return Views(images, torch.ones(batch, cameras, dtype=torch.bool), ("front", "side")[:cameras])
 
 
 def tilted_plane(side=24, slope=(0.3, -0.2)):
@@ -205,6 +205,9 @@ def test_scene_net_views_meet_in_odd_blocks_only(scene_folder):
     a, b = (run_teacher(teacher, v, [0, 1]) for v in (one, other))
     torch.testing.assert_close(a[0][:, 0], b[0][:, 0])
     assert (a[1][:, 0] - b[1][:, 0]).abs().max() > 1e-4
+    one.cameras = ("front", "wrist")
+    with pytest.raises(BurnishError, match="looks at cameras front, wrist.*front, side"):
+        run_teacher(teacher, one, [0])
     control = make_teacher({"name": "scene3d", "path": str(scene_folder), "untrained": True}, (2, 2))
     assert control.identity != teacher.identity
 
@@ -216,7 +219,9 @@ def test_points_lie_where_their_pixels_are(scene_folder):
     with torch.no_grad():
         net.head[1].weight.zero_()
         net.head[1].bias.copy_(cells)
+        net.centre[1] = 100.0
         points = net(views().images)
+    torch.testing.assert_close(points[:, 1], points[:, 0] + 100)
     assert points.shape == (2, 2, 4, 4, 3)
     expected = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(2, 2)
     for axis in range(3):
@@ -241,8 +246,7 @@ def test_scene_net_learns_a_scene_by_heart(tmp_path):
         np.save(folder / "images.npy", np.broadcast_to(shade * 255, (count, 2, 24, 24, 3)).astype(np.uint8))
         points = np.broadcast_to(shade, (count, 2, 6, 6, 3)).astype(np.float16)
         np.save(folder / "points.npy", points)
-        np.save(folder / "heights.npy", points[..., 0])
-        request = {"count": count, "image_size": 24, "points": 6, "seed": seed, "version": 2}
+        request = {"count": count, "image_size": 24, "points": 6, "seed": seed, "version": 3}
         (folder / "scenes.json").write_text(json.dumps(request))
     recipe = SceneRecipe(
         output=str(tmp_path / "net"), data=str(tmp_path / "data"), scenes=16, held_out=4, steps=80, batch_size=8,

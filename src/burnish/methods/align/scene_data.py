@@ -9,20 +9,19 @@ import numpy as np
 
 from burnish.core.files import new_folder, require_space, write_json
 from burnish.core.seeding import derive_seed
+from burnish.methods.align.teachers.scene3d import CAMERAS
 
-CAMERAS = ("front", "side")
-ENVS = ("tabletop:lift+camera", "tabletop:lift+camera+light+texture", "tabletop:put_on+camera+light+texture")
+ENVS = ("tabletop:lift", "tabletop:put_on", "tabletop:lift+light+texture")
 SHARE = 256
 """Scenes that a process makes at once."""
 
 
 def make_scenes(folder: Path, count: int, image_size: int, points: int, seed: int, progress: bool = True) -> Path:
-    """Draw scenes with unseen cameras, lights and tables, hands anywhere and now and then an object in the air.
+    """Draw scenes with hands anywhere, now and then an object in the air, and for every third another light and table.
 
     Args:
-        folder: gets images.npy uint8 [N, V, H, W, 3], points.npy float16 [N, V, points, points, 3] (metres, in the
-            frame of the first camera) and heights.npy float16 [N, V, points, points] (metres above the table); left as
-            it is where it has what is asked for.
+        folder: gets images.npy uint8 [N, V, H, W, 3], points.npy float16 [N, V, points, points, 3] (world, in
+            metres); left as it is where it has what is asked for.
         count: scenes N.
         image_size: H = W in pixels.
         points: points along each side.
@@ -32,7 +31,7 @@ def make_scenes(folder: Path, count: int, image_size: int, points: int, seed: in
 
     from tqdm import tqdm
 
-    request = {"count": count, "image_size": image_size, "points": points, "seed": seed, "version": 2}
+    request = {"count": count, "image_size": image_size, "points": points, "seed": seed, "version": 3}
     facts = folder / "scenes.json"
     if facts.is_file() and json.loads(facts.read_text()) == request:
         return folder
@@ -44,14 +43,13 @@ def make_scenes(folder: Path, count: int, image_size: int, points: int, seed: in
     with new_folder(folder) as new, context.Pool(len(os.sched_getaffinity(0)), _quiet) as pool:
         images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (*shape, image_size, image_size, 3))
         maps = np.lib.format.open_memmap(new / "points.npy", "w+", np.float16, (*shape, points, points, 3))
-        heights = np.lib.format.open_memmap(new / "heights.npy", "w+", np.float16, (*shape, points, points))
         bar = tqdm(total=count, desc="scenes", unit="scene", disable=not progress)
-        for start, (seen, where, height) in zip(starts, pool.imap(_draw, jobs), strict=True):
+        for start, (seen, where) in zip(starts, pool.imap(_draw, jobs), strict=True):
             place = slice(start, start + len(seen))
-            images[place], maps[place], heights[place] = seen, where, height
+            images[place], maps[place] = seen, where
             bar.update(len(seen))
         bar.close()
-        for array in (images, maps, heights):
+        for array in (images, maps):
             array.flush()
         write_json(new / "scenes.json", request)
     return folder
@@ -61,32 +59,28 @@ def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _draw(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     from burnish.envs.base import make_env
 
     first, count, image_size, points = job
     envs = [make_env(name, image_size) for name in ENVS]
     images = np.zeros((count, len(CAMERAS), image_size, image_size, 3), np.uint8)
     maps = np.zeros((count, len(CAMERAS), points, points, 3), np.float16)
-    heights = np.zeros(maps.shape[:-1], np.float16)
     for i in range(count):
         rng = np.random.default_rng(derive_seed("scene3d", first + i))
         env = envs[int(rng.integers(len(envs)))]
         env.reset(first + i)
         facts, state = _disturbed(env, rng)
         env.restore(facts, state)
-        pose = facts["cameras"][CAMERAS[0]]
-        rotation, position = np.array(pose["rotation"]).reshape(3, 3), np.array(pose["position"])
         seen = env.observe(CAMERAS).images
         for v, camera in enumerate(CAMERAS):
             images[i, v] = seen[camera]
             world = env.geometry(camera)["points"]
             cells = image_size // points
-            middle = world[cells // 2 :: cells, cells // 2 :: cells][:points, :points]
-            maps[i, v], heights[i, v] = (middle - position) @ rotation, middle[..., 2]
+            maps[i, v] = world[cells // 2 :: cells, cells // 2 :: cells][:points, :points]
     for env in envs:
         env.close()
-    return images, maps, heights
+    return images, maps
 
 
 def _disturbed(env, rng: np.random.Generator) -> tuple[dict, np.ndarray]:
@@ -98,5 +92,5 @@ def _disturbed(env, rng: np.random.Generator) -> tuple[dict, np.ndarray]:
     if rng.random() < 1 / 3:
         movable[int(rng.integers(len(movable)))]["position"] = facts["hand"]
         state[3] = 0.053
-    del facts["cameras"]["wrist"]  # it hangs on the hand, which has moved
+    del facts["cameras"]  # the standing ones are where they were; the wrist's hangs on the hand, which has moved
     return facts, state

@@ -58,7 +58,8 @@ class LiveTargets:
         """{layer: [B, V, h, w, D]} for a batch."""
         if self.rows is None:
             images = torch.stack([batch[f"{IMAGES}{camera}"] for camera in self.key.cameras], 1)
-            views = Views(images, torch.ones(images.shape[:2], dtype=torch.bool, device=images.device))
+            present = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
+            views = Views(images, present, tuple(self.key.cameras))
         else:
             numbers = batch["index"].cpu().numpy()
             views = to_device(self.rows(numbers, None if self.states is None else self.states[numbers]), self.device)

@@ -57,7 +57,7 @@ class RowViews:
         """Views of B rows; `states` [B, D] are their observed states (needed for rendered depth)."""
         images = np.stack([np.stack([self.arrays[c][row] for c in self.arrays]) for row in rows])
         images_BV3HW = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float() / 255
-        views = Views(images_BV3HW, torch.ones(images.shape[:2], dtype=torch.bool))
+        views = Views(images_BV3HW, torch.ones(images.shape[:2], dtype=torch.bool), tuple(self.arrays))
         if self._depth is not None:
             size = images.shape[2]
             seen = [

@@ -21,12 +21,14 @@ class Views:
     Args:
         images: float [B, V, 3, H, W] in [0, 1].
         present: bool [B, V]; features of an absent camera are never used.
+        cameras: names of the V cameras.
         depth: float [B, V, H, W] metres along the optical axis; only for teachers with `needs_geometry`.
         points: float [B, V, H, W, 3] world coordinates in metres, likewise.
     """
 
     images: Tensor
     present: Tensor
+    cameras: tuple[str, ...]
     depth: Tensor | None = None
     points: Tensor | None = None
 

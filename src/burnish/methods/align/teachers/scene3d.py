@@ -1,7 +1,7 @@
 """A small multi-view 3D teacher, trained by our own recipe: from V images to the world points behind every pixel.
 
-Its build is VGGT's (Wang et al. 2025, arXiv 2503.11651) in small: patch tokens of all views, blocks that attend
-alternately within a view and across views, and a head that gives points in the frame of the first camera.
+Its build is VGGT's (Wang et al. 2025, arXiv 2503.11651) in small: patch tokens of all views, and blocks that attend
+alternately within a view and across views. It knows the standing cameras of the tabletop and no others.
 """
 
 import json
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.methods.align.teachers.base import TEACHERS, Teacher, Views, file_hash
 
-DEFAULTS = {"image_size": 96, "patch": 12, "width": 96, "depth": 8, "heads": 4, "cells": 6}
+CAMERAS = ("front", "side")
+DEFAULTS = {"image_size": 96, "patch": 12, "width": 96, "depth": 6, "heads": 4, "cells": 6}
 
 
 class SceneNet(nn.Module):
@@ -24,35 +25,37 @@ class SceneNet(nn.Module):
 
     Args:
         image_size: side of the square images in pixels.
-        patch: side of a token's patch in pixels.
+        patch: side of a token's patch in pixels, a multiple of 4.
         width, depth, heads: of the transformer; even blocks attend within a view, odd ones across all.
         cells: points along each side of a patch.
-        centre, scale: [3] of the points, in metres; the head gives (point - centre) / scale.
+
+    Attributes:
+        centre: [V, P, P, 3] mean point of every place of each camera, in metres; P = tokens times cells along a side.
+        scale: [3] by how much points deviate from it. The head gives (point - centre) / scale: learning first what
+            an empty table looks like would take most of the training.
     """
 
-    def __init__(
-        self, image_size: int, patch: int, width: int, depth: int, heads: int, cells: int,
-        centre: Sequence[float] = (0, 0, 0), scale: Sequence[float] = (1, 1, 1),
-    ):  # fmt: skip
+    def __init__(self, image_size: int, patch: int, width: int, depth: int, heads: int, cells: int):
         super().__init__()
         self.patch, self.cells, self.side = patch, cells, image_size // patch
-        self.embed = nn.Conv2d(3, width, patch, stride=patch)
-        self.place = nn.Parameter(torch.zeros(1, 1, self.side**2, width))
-        self.first_view = nn.Parameter(torch.zeros(width))
+        self.embed = nn.Sequential(
+            nn.Conv2d(3, 64, 4, stride=4), nn.GELU(), nn.Conv2d(64, width, patch // 4, stride=patch // 4)
+        )
+        self.place = nn.Parameter(0.2 * torch.randn(len(CAMERAS), self.side**2, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * cells**2))
-        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float32))
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        points = self.side * cells
+        self.register_buffer("centre", torch.zeros(len(CAMERAS), points, points, 3))
+        self.register_buffer("scale", torch.ones(3))
 
     def hidden(self, images_BV3HW: Tensor) -> list[Tensor]:
         """Tokens after each block, [B, V, T, D]."""
         batch, views = images_BV3HW.shape[:2]
         tokens = self.embed(images_BV3HW.flatten(0, 1) * 2 - 1).flatten(2).mT
-        tokens = tokens.unflatten(0, (batch, views)) + self.place
-        tokens = torch.cat([tokens[:, :1] + self.first_view, tokens[:, 1:]], 1)
+        tokens = tokens.unflatten(0, (batch, views)) + self.place[:views]
         states = []
         for i, block in enumerate(self.blocks):
             if i % 2 == 0:
@@ -63,11 +66,11 @@ class SceneNet(nn.Module):
         return states
 
     def forward(self, images_BV3HW: Tensor) -> Tensor:
-        """Points [B, V, h, w, 3] in metres in the frame of the first camera; h = w = tokens times cells."""
+        """World points [B, V, P, P, 3] in metres."""
         side, cells = self.side, self.cells
         flat = self.head(self.hidden(images_BV3HW)[-1]).unflatten(2, (side, side)).unflatten(4, (3, cells, cells))
-        points = flat.permute(0, 1, 2, 5, 3, 6, 4).flatten(4, 5).flatten(2, 3)  # [B, V, side * cells, side * cells, 3]
-        return points * self.scale + self.centre
+        points = flat.permute(0, 1, 2, 5, 3, 6, 4).flatten(4, 5).flatten(2, 3)  # [B, V, P, P, 3]
+        return points * self.scale + self.centre[: points.shape[1]]
 
 
 def load_scene_net(folder: Path) -> tuple[SceneNet, dict[str, Any]]:
@@ -113,6 +116,12 @@ class Scene3dTeacher(Teacher):
 
     def features(self, views: Views, layers: Sequence[int]) -> dict[int, Tensor]:
         side = self.net.side * self.net.patch
+        if views.cameras != CAMERAS[: len(views.cameras)]:
+            raise BurnishError(
+                f"scene3d looks at cameras {', '.join(views.cameras)}",
+                f"{CAMERAS[0]}, or {', '.join(CAMERAS)}",
+                "data.cameras, or another teacher",
+            )
         images = views.images
         if images.shape[-1] != side:
             small = F.interpolate(images.flatten(0, 1), (side, side), mode="bilinear", antialias=True)
