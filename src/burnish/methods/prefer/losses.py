@@ -1,7 +1,5 @@
 """Preference losses on scores [B]: pure functions of the margin, and the figures that say what a run is doing."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,7 +118,3 @@ def finite(scores: Tensor, what: str) -> None:
         count = int((~torch.isfinite(scores)).sum())
         raise BurnishError(f"{count} of {scores.numel()} scores of the {what} are not finite",
                            "numbers", "check images, actions and statistics of the pairs")  # fmt: skip
-
-
-LN2 = math.log(2)
-"""DPO's loss where policy and reference agree."""
