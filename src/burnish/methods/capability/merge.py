@@ -201,18 +201,22 @@ class Merging:
             part.delta.release(part.names[name], start, stop)
 
     def finished(self, name: str) -> dict[str, Any]:
+        read: list[list[Any]] = []
         for part, _ in self.touched.get(name, []):
             owner = part.names[name]
             if owner in self.read[id(part)].shapes and name == self._reader(part, owner):
                 digest = self.read[id(part)].finish(owner)
+                read.append([self.parts.index(part), owner, digest])
                 if isinstance(part.delta, Delta):
                     part.delta.check(owner, digest)
         self._states.pop(name, None)
-        facts: dict[str, Any] = {"base": self.inputs.finish(name)}
+        facts: dict[str, Any] = {"base": self.inputs.finish(name), "read": read}
         return facts | ({"undo": self.undo.facts(name)} if self.undo is not None else {})
 
     def restore(self, name: str, facts: dict[str, Any]) -> None:
         self.inputs.digests[name] = facts["base"]
+        for k, owner, digest in facts["read"]:
+            self.read[id(self.parts[k])].digests[owner] = digest
         if self.undo is not None:
             self.undo.restore(name, facts["undo"])
 
