@@ -124,7 +124,7 @@ class Merging:
             "parts": [[_identity(p.delta), p.weight] for p in self.parts], "operator": self.operator,
             "options": self.options, "modules": self.modules, "touched": sorted(self.touched),
         }  # fmt: skip
-        return Plan(output, files, identity, _companions(self.base.checkpoint, output))
+        return Plan(output, files, identity, companions(self.base.checkpoint, output))
 
     def out_dtype(self, name: str) -> str:
         """dtype of an output: the base's where nothing is added, otherwise as `dtype` says."""
@@ -185,8 +185,8 @@ class Merging:
             return None
         if name not in self._states:  # two threads may both compute it; they get the same
             used, size = self.touched[name], int(np.prod(self.base.slots[name][1]))
-            deltas = [_stream(part.delta.fill, part.names[name], size) for part, _ in used]
-            streams = Streams(_stream(self.base.fill, name, size), deltas, [w for _, w in used], size)
+            deltas = [stream(part.delta.fill, part.names[name], size) for part, _ in used]
+            streams = Streams(stream(self.base.fill, name, size), deltas, [w for _, w in used], size)
             self._states[name] = self.how.prepare(streams, **self.options)
         return self._states[name]
 
@@ -264,7 +264,7 @@ def _stored_slots(delta: Delta | Difference) -> dict[str, tuple[str, tuple[int, 
     return {name: (delta.numbers.slots[name].dtype, delta.numbers.slots[name].shape) for name in dense}
 
 
-def _stream(fill: Any, name: str, size: int) -> Any:
+def stream(fill: Any, name: str, size: int) -> Any:
     """A function that gives the float64 blocks of one tensor, one after the other, in a buffer of its own."""
 
     def blocks() -> Iterator[np.ndarray]:
@@ -276,7 +276,7 @@ def _stream(fill: Any, name: str, size: int) -> Any:
     return blocks
 
 
-def _companions(checkpoint: Checkpoint, output: Path) -> dict[str, Path]:
+def companions(checkpoint: Checkpoint, output: Path) -> dict[str, Path]:
     """Config, processors, tokenizer: every other file of the base's folder, training state and hidden ones left out."""
     if checkpoint.path.is_file():
         return {}

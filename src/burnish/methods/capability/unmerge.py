@@ -9,7 +9,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.engine import Inputs, Plan, Worker, cores, filling, read_summary, write_tensors
-from burnish.methods.capability.merge import RECORD, UNDO, _companions, finish_folder, take_away
+from burnish.methods.capability.merge import RECORD, UNDO, companions, finish_folder, take_away
 from burnish.methods.capability.sources import Stored
 from burnish.methods.capability.sparse import SparseFile
 from burnish.methods.capability.tensorfile import BLOCK, Checkpoint
@@ -45,7 +45,7 @@ def unmerge(
         file.path.name: ({n: (job.base_dtype(n), s.shape) for n, s in file.slots.items()}, file.metadata)
         for file in job.merged.checkpoint.files
     }  # fmt: skip
-    plan = Plan(Path(output), files, {"merged": record}, _companions(job.merged.checkpoint, Path(output)))
+    plan = Plan(Path(output), files, {"merged": record}, companions(job.merged.checkpoint, Path(output)))
     with filling(plan, force) as part:
         digests = write_tensors(plan, part, job, cores(threads), "unmerging")
         finish_folder(part, Path(output), job.merged.checkpoint)

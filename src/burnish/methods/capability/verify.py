@@ -11,7 +11,7 @@ from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.engine import cores, read_summary
 from burnish.methods.capability.extract import open_parent
 from burnish.methods.capability.live import Difference
-from burnish.methods.capability.merge import RECORD
+from burnish.methods.capability.merge import RECORD, stream
 from burnish.methods.capability.operators import OPERATORS, Block, Streams
 from burnish.methods.capability.rounding import Narrow, narrowed, widened
 from burnish.methods.capability.sources import Stored
@@ -32,7 +32,7 @@ def verify(path: Path | str, threads: int = 0) -> dict[str, Any]:
         BurnishError: a parent is gone or is not the recorded one, or the artefact is damaged.
     """
     path = Path(path)
-    compare = _merged(path, cores(threads)) if (path / RECORD).is_file() else _extracted(path)
+    compare = _Merged(path, cores(threads)) if (path / RECORD).is_file() else _Extracted(path)
     with ThreadPoolExecutor(cores(threads)) as pool:
         found = list(pool.map(lambda job: compare.unequal(*job), compare.jobs()))
     return {"elements": sum(stop - start for _, start, stop in compare.jobs()), "unequal": int(sum(found))}
@@ -51,7 +51,7 @@ class _Compare:
         raise NotImplementedError
 
 
-class _extracted(_Compare):
+class _Extracted(_Compare):
     def __init__(self, path: Path):
         self.delta = Delta(path)
         base = Stored(Checkpoint(self.delta.meta["base"]["path"]))
@@ -77,7 +77,7 @@ class _extracted(_Compare):
         return wrong
 
 
-class _merged(_Compare):
+class _Merged(_Compare):
     def __init__(self, path: Path, threads: int):
         self.record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
         self.output = Stored(Checkpoint(path))
@@ -133,8 +133,6 @@ class _merged(_Compare):
         return block.base
 
     def _streams(self, name: str, used: list, weights: list[float]) -> Streams:
-        from burnish.methods.capability.merge import _stream
-
         size = int(np.prod(self.base.slots[name][1]))
-        deltas = [_stream(self.deltas[k].fill, own, size) for k, own, _ in used]
-        return Streams(_stream(self.base.fill, name, size), deltas, weights, size)
+        deltas = [stream(self.deltas[k].fill, own, size) for k, own, _ in used]
+        return Streams(stream(self.base.fill, name, size), deltas, weights, size)
