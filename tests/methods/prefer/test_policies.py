@@ -174,3 +174,18 @@ def test_preferences_train_on_real_policies(tmp_path, dataset, kind):
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert rows[0]["prefer_margin"] == pytest.approx(0, abs=1e-3) and rows[-1]["prefer_margin"] > 0
     load_policy(result.policy)
+
+
+def test_the_bench_compares_layouts_of_equal_gradients(tiny_smolvla):
+    from burnish.bench import prefer as bench
+    from burnish.core.config import PeftConfig
+    from burnish.train.optim import add_adapters
+
+    policy = load_policy(tiny_smolvla)
+    add_adapters(policy, PeftConfig(method="lora", rank=4, alpha=8))
+    bench._disturb(policy)
+    steps = bench._Steps(policy)
+    assert steps.parity(4) < 1e-6
+    ratio, scatter = steps.margin_variance(2, 6)
+    assert ratio > 1 and scatter["shared"] > 0
+    assert bench._kept_bytes(steps.packed(1, "cached")) > bench._kept_bytes(steps.sft) > 0
