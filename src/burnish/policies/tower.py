@@ -61,8 +61,9 @@ def build_tower(
     settings = {**text.config.to_dict(), "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
                 "tie_word_embeddings": False}  # fmt: skip
     config = SmolVLMConfig(
-        vision_config=settings_of_vision, text_config=settings, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        scale_factor=2, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+        vision_config=settings_of_vision, text_config=settings, scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -87,7 +88,7 @@ def build_tower(
 def build_tokenizer(weights: Path) -> Any:
     """The tokenizer in a GGUF file, with SmolVLM's special tokens behind its own.
 
-    transformers takes every Llama's GGUF tokenizer for a SentencePiece one; SmolLM2's is byte-level BPE with single digits.
+    transformers takes every Llama's GGUF tokenizer for a SentencePiece one; SmolLM2's is byte-level BPE.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

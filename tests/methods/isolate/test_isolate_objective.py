@@ -109,7 +109,6 @@ def test_lora_projects_the_adapters(dataset, questions, tiny_smolvla, tmp_path):
         np.testing.assert_allclose(run.edited[name].numpy(), value, atol=2e-5 * np.abs(value).max() + 1e-9)
 
 
-SMALL = {"share": "share: 1.0"}
 EVERY = sorted(set(METHODS) - {"lora"})
 
 
@@ -142,8 +141,40 @@ def test_every_method_trains_and_a_cut_run_resumes_to_the_same_bits(dataset, que
     assert (method == "stop_gradient") == all(torch.equal(moved[n].float(), base[n].float()) for n in backbone)
 
 
+@pytest.mark.parametrize("options", [
+    "rule: always, granularity: tensor", "rule: soft, strength: 0.3, share: 0.5", "optimiser: first_moment",
+    "optimiser: preconditioned", "directions: 3", "distance: bures, rank: 8, tokens: apart",
+    "distance: normalised, answers: true", "protect: questions, distance: tokens, share: 0.5", "restore: 0.1",
+    "rule: penalty, protect: self, distance: tokens",
+])  # fmt: skip
+def test_options_train(dataset, questions, tiny_smolvla, tmp_path, options):
+    objective = f"method: aegis, questions: {questions}, {options}"
+    probe = f"probe: {{questions: {questions}, samples: 6, every: 2}}"
+    result = train(recipe(dataset, tiny_smolvla, tmp_path / "r", f"{objective}, {probe}"), progress=False)
+    rows = fake.figures(result.metrics)
+    assert all(np.isfinite(v) for row in rows for v in row.values())
+    last = rows[-1]
+    assert last["drift_robot"] > 0 and last["drift_questions_3"] > 0 and "drift_robot" in rows[1]
+    if "directions" not in options and "penalty" not in options:
+        assert max(row.get("isolate_shed_max", 0) for row in rows) > 0 and last["isolate_cosine"] != 0
+
+
+def test_probe_reads_text_and_starts_at_zero_drift(dataset, questions, tiny_smolvla, tmp_path):
+    (tmp_path / "text.txt").write_text("the cube is red\n\nopen the drawer\n")
+    objective = f"method: naive, probe: {{questions: {questions}, text: {tmp_path / 'text.txt'}, samples: 6}}"
+    run = loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", objective, "--train.steps=1"), progress=False)
+    run.step = 1
+    figures = run.objectives["isolate"].metrics()
+    assert figures["drift_robot"] == figures["drift_questions"] == 0
+    assert figures["text_loss"] == figures["text_loss_base"] > 1  # a random model knows nothing
+    with pytest.raises(BurnishError, match="cannot be read"):
+        loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r2", "probe: {text: none.txt}"), progress=False)
+
+
 def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset, tiny_smolvla, tmp_path):
     more = ["--train.peft.method=lora", "--train.peft.rank=2", "--train.peft.target_modules=.*vlm\\..*q_proj"]
+    result = train(recipe(dataset, tiny_smolvla, tmp_path / "whole", "method: lora", *more), progress=False)
+    assert load_policy(result.policy).action_dim == 3
     run = Dissected(recipe(dataset, tiny_smolvla, tmp_path / "l", "method: lora", *more)).run
     inside = {name for name, _ in run.policy.backbone_parameters()}
     assert all("lora_" in n for n in run.trained if n in inside) and any("lora_" in n for n in run.trained)
@@ -154,7 +185,8 @@ def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset
     ("unknown option 'ruel'", "method: aegis, ruel: 1"), ("method 'aegs'", "method: aegs"),
     ("needs a question folder", "method: replay"), ("granularity is 'row'", "method: random, granularity: row"),
     ("nothing to build the anchor from", "method: aegis"), ("share is 2", "method: self_anchor, share: 2"),
-    ("needs adapters", "method: lora"), ("no anchor at", "method: aegis, anchor: none.safetensors"),
+    ("needs adapters", "method: lora"), ("takes one direction", "method: random, directions: 2"),
+    ("no anchor at", "method: aegis, anchor: none.safetensors"),
 ])  # fmt: skip
 def test_mistakes_are_one_clear_line(dataset, tiny_smolvla, tmp_path, words, objective):
     with pytest.raises(BurnishError, match=words):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 GRANULARITIES = ("tensor", "layer", "global")
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)\.")
-_CPU_CHUNK = 1 << 16
+_CPU_CHUNK = 1 << 18
 """Numbers in one partial sum on a CPU. Partial sums are added up in float64; on a GPU cuBLAS sums a layer as a tree."""
 
 
@@ -68,11 +68,17 @@ class Layout:
 
     def flatten(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """[P] float32 with `tensors` by parameter name; zeros where one is missing."""
-        parts = []
-        for name, size in zip(self.names, self._sizes, strict=True):
-            tensor = tensors.get(name)
-            parts.append(torch.zeros(size, device=self.device) if tensor is None else tensor.detach().reshape(-1))
-        return torch.cat([part.float() for part in parts], out=out)
+        with torch.no_grad():
+            if self.names == list(tensors):
+                parts = [tensor.reshape(-1) for tensor in tensors.values()]
+            else:
+                parts = [
+                    tensors[name].reshape(-1) if name in tensors else torch.zeros(size, device=self.device)
+                    for name, size in zip(self.names, self._sizes, strict=True)
+                ]
+            if any(part.dtype is not torch.float32 for part in parts):
+                parts = [part.float() for part in parts]
+            return torch.cat(parts, out=out)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The parameters' parts of a buffer [P], sharing its memory."""

@@ -25,9 +25,9 @@ class Options:
         rule: what is done for the backbone.
             none: nothing. freeze: it is not trained (stop-gradient). lora: it learns through the recipe's adapters
             only. l2sp: pulled to its start. penalty: the protected loss is added, times `weight`. replay: the loss on
-            questions is added, times `share` (so that a question counts as much as a frame) and `weight`. replace: its gradient is that of the questions alone, times `weight`
-            (knowledge insulation with question data). conflict, always, soft: the task gradient is projected
-            against the gradient of the protected loss.
+            questions is added, times `share` (so that a question counts as much as a frame) and `weight`. replace: its
+            gradient is that of the questions alone, times `weight` (knowledge insulation with question data).
+            conflict, always, soft: the task gradient is projected against the gradient of the protected loss.
         protect: whose gradient is protected. robot: distance of the robot batch's states from the anchor (the paper).
             questions: the same on a question batch. self: distance of the robot batch's states from the frozen base's
             on robot inputs, so no question is needed. answers: the loss on answers itself. random: a random direction.
@@ -42,6 +42,7 @@ class Options:
         share: of the robot batch's size: how many samples the protected gradient (or the replay) takes. On robot
             inputs, 1 shares the training forward, less runs a forward of its own.
         every: steps after which the protected gradient is taken anew.
+        turns: questions asked about each image, in one sequence.
         weight: of penalty, replay, replace and l2sp.
         rank: for bures, leading eigenvectors of the anchor; 0 means all.
         tokens: image and text tokens apart, or pooled.
@@ -59,6 +60,7 @@ class Options:
     directions: int = 1
     share: float = 1.0
     every: int = 1
+    turns: int = 1
     weight: float = 1.0
     rank: int = 0
     tokens: str = "apart"
@@ -94,22 +96,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "naive": {},
     "stop_gradient": {"rule": "freeze"},
     "lora": {"rule": "lora"},
-    "l2sp": {"rule": "l2sp", "weight": 0.01},
-    "penalty": {"rule": "penalty", "weight": 0.01},
-    "replay": {"rule": "replay", "share": 0.05},
-    "insulate": {"rule": "replace", "protect": "answers", "share": 0.25},
+    "l2sp": {"rule": "l2sp", "weight": 0.05},
+    "penalty": {"rule": "penalty", "protect": "questions", "distance": "normalised", "share": 0.25, "weight": 0.1},
+    "self_penalty": {"rule": "penalty", "protect": "self", "distance": "tokens", "weight": 0.1},
+    "replay": {"rule": "replay", "share": 0.05, "turns": 4},
+    "insulate": {"rule": "replace", "protect": "answers", "share": 0.25, "turns": 4},
     "aegis": {"rule": "conflict", "tokens": "pooled"},
-    "question_anchor": {"rule": "conflict", "protect": "questions", "share": 0.25},
-    "self_anchor": {"rule": "conflict", "protect": "self", "distance": "tokens"},
-    "agem": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25},
-    "pcgrad": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "restore": 1.0,
-               "symmetric": True},
+    "question_anchor": {"rule": "conflict", "protect": "questions", "share": 0.25, "every": 2},
+    "self_anchor": {"rule": "conflict", "protect": "self", "distance": "tokens", "every": 8},
+    "agem": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4},
+    "pcgrad": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4,
+               "restore": 1.0, "symmetric": True},
     "random": {"rule": "conflict", "protect": "random"},
 }  # fmt: skip
 """Named methods. Sources: aegis arXiv:2604.16067 (batch and tokens as the readable text suggests), stop_gradient and
 insulate arXiv:2505.23705, l2sp arXiv:1802.01483, pcgrad arXiv:2001.06782, agem arXiv:1812.00420."""
 
-AUTO_WITH_QUESTIONS, AUTO_WITHOUT = "replay", "self_anchor"
+AUTO_WITH_QUESTIONS, AUTO_WITHOUT = "l2sp", "l2sp"
 """What `method: auto` means with and without a question folder; docs/methods/isolate.md has the evidence."""
 
 
@@ -141,8 +144,8 @@ def _check(method: str, options: Options, questions: str) -> None:
     for key, choices in CHOICES.items():
         if getattr(options, key) not in choices:
             raise BurnishError(f"isolate: {key} is '{getattr(options, key)}'", f"one of {', '.join(choices)}")
-    ranges = {"strength": (0, 1), "share": (1e-9, 1), "every": (1, 1 << 30), "directions": (1, 64), "weight": (0, 1e9),
-              "restore": (0, 1e9), "rank": (0, 1 << 30)}  # fmt: skip
+    ranges = {"strength": (0, 1), "share": (1e-9, 1), "every": (1, 1 << 30), "directions": (1, 64), "turns": (1, 64),
+              "weight": (0, 1e9), "restore": (0, 1e9), "rank": (0, 1 << 30)}  # fmt: skip
     for key, (low, high) in ranges.items():
         if not low <= getattr(options, key) <= high:
             raise BurnishError(f"isolate: {key} is {getattr(options, key)}", f"{low:g} to {high:g}")

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Questions:
     """Question batches beside the robot batches; batch k follows from the run's seed, k and the rank."""
 
-    def __init__(self, run: "Run", root: str, batch_size: int):
+    def __init__(self, run: "Run", root: str, batch_size: int, turns: int):
         from burnish.data.loader import LanguageData
 
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         seed = derive_seed(run.recipe.train.seed, "isolate")
-        self.data = LanguageData(Path(root), batch_size, seed, rank, world)
+        self.data = LanguageData(Path(root), batch_size, seed, rank, world, turns)
         self.device = run.device
 
     def batch(self, k: int) -> Batch:
@@ -55,7 +55,7 @@ class Source:
         self.layers = list(range(run.policy.num_layers))
         size = max(options.directions, round(options.share * run.recipe.train.batch_size))
         self.size = min(size, run.recipe.train.batch_size)
-        self.questions = Questions(run, questions, self.size) if options.asks else None
+        self.questions = Questions(run, questions, self.size, options.turns) if options.asks else None
         self.frozen = _frozen(run.policy) if options.distance == "tokens" and options.protect != "answers" else None
         self.anchor = None
         if options.needs_anchor:
