@@ -237,3 +237,18 @@ def test_one_of_several_is_the_paper_rule():
 def test_nearest_harmless_is_the_point_itself_without_conflict():
     inside = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     assert torch.equal(nearest_harmless(inside, torch.eye(2, dtype=torch.float64)[None]), inside)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: host waits cannot be seen")
+def test_no_host_wait_on_a_gpu():
+    g, o = ({n: t.cuda() for n, t in random(seed).items()} for seed in (1, 2))
+    layout = Layout(SHAPES, "layer", "cuda")
+    units = torch.stack([Direction(layout.flatten(x), layout).unit(layout) for x in (g, o)])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        edit(layout.flatten(g), Direction(layout.flatten(o), layout), layout)
+        edit_several(layout.flatten(g), *orthonormal(units, layout), layout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
