@@ -2,7 +2,7 @@
 
     <folder>/meta.json            what the features depend on, and shapes; a cache of anything else is refused
     <folder>/layer-<t>.npy        float16 [N, V, h, w, D]   ("half"), or int8 [N, V, h, w, K] ("pca")
-    <folder>/statistics.safetensors   mean.<t>, scale.<t> [D]; for "pca" also basis.<t> [K, D], step.<t> [K]
+    <folder>/statistics.safetensors   mean.<t> [V, h, w, D], scale.<t> [D]; for "pca" basis.<t> [K, D], step.<t> [K]
     <folder>.partial/             the same while it is being filled, with one byte for each finished block of rows
 
 Features are stored after pooling to the student's grid (and standardising, where the teacher asks for it).
@@ -52,7 +52,7 @@ class CacheKey:
         layers: teacher layers.
         grid: tokens along height and width.
         pooling, positional: see loss.pool_grid and loss.positional_term (its factor; 0 adds nothing).
-        standardise: features centred and scaled by dimension.
+        standardise: features centred at each place and scaled by dimension.
         format: "half" or "pca".
         components: K of "pca"; 0 takes as few as keep the cosine at LEAST_COSINE.
     """
@@ -68,7 +68,7 @@ class CacheKey:
     standardise: bool = False
     format: str = "half"
     components: int = 0
-    version: int = field(default=1)
+    version: int = field(default=2)
 
     @property
     def name(self) -> str:
@@ -104,7 +104,11 @@ class Pooled:
 
 @dataclass
 class Statistics:
-    """How features of one layer are stored: (x - mean) / scale, for "pca" then projected on `basis` in int8 steps."""
+    """How features of one layer are stored: (x - mean) / scale, for "pca" then projected on `basis` in int8 steps.
+
+    The mean is one for each place of each view. A standing camera shows the same table at the same place in every
+    image; left in, that alone would make a cosine of 0.96 which needs no look at the scene.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -114,15 +118,15 @@ class Statistics:
     @classmethod
     def fit(cls, features: Tensor, key: CacheKey) -> "Statistics":
         """From a sample [n, V, h, w, D] of pooled features."""
-        flat = features.flatten(0, -2).double()
-        width = flat.shape[1]
-        mean, scale = torch.zeros(width).double(), torch.ones(width).double()
+        width = features.shape[-1]
+        mean, scale = torch.zeros(features.shape[1:]), torch.ones(width)
         if key.standardise:
-            mean, scale = flat.mean(0), flat.std(0)
-            scale = scale.clamp_min(0.01 * scale.mean().clamp_min(1e-12))
-        statistics = cls(mean.float(), scale.float())
+            mean = features.double().mean(0).float()
+            scale = (features - mean).flatten(0, -2).double().square().mean(0).sqrt().float()
+            scale = scale.clamp_min(0.01 * float(scale.mean().clamp_min(1e-12)))
+        statistics = cls(mean, scale)
         if key.format == "pca":
-            scaled = (flat - mean) / scale
+            scaled = ((features - mean) / scale).flatten(0, -2).double()
             _, _, rows = torch.linalg.svd(scaled, full_matrices=False)
             statistics.basis = rows.float()
             statistics.step = (scaled.float() @ statistics.basis.T).abs().amax(0).clamp_min(1e-12) * 1.2 / 127
@@ -350,7 +354,7 @@ def _prepare(partial, spec, key, source, states, num_rows, device) -> FillJob:
 
 def _shapes(statistics: dict[int, Statistics], key: CacheKey, num_rows: int) -> dict[int, list[int]]:
     return {
-        t: [num_rows, len(key.cameras), *key.grid, len(s.mean) if s.basis is None else len(s.basis)]
+        t: [num_rows, len(key.cameras), *key.grid, s.mean.shape[-1] if s.basis is None else len(s.basis)]
         for t, s in statistics.items()
     }
 

@@ -100,7 +100,7 @@ class Align(Objective):
         every = self.config.measure_every
         if every and run.step % every == 0 and run.step != self._measured:
             self._measured = run.step
-            self._measure(run, states, losses, out.total)
+            self._measure(run, states, captured.rows["image"], losses, out.total)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
         # Matched, lambda acts on the student alone: multiplying the loss would also multiply the projectors' gradient,
@@ -131,8 +131,10 @@ class Align(Objective):
             return rise
         return rise * 0.5 * (1 + math.cos(math.pi * run.step / (config.stop_after * run.recipe.train.steps)))
 
-    def _measure(self, run: "Run", hidden: dict[int, Tensor], losses: list[Tensor], task: Tensor) -> None:
-        """Gradients of every pair and of the task with respect to the states of each captured layer."""
+    def _measure(
+        self, run: "Run", hidden: dict[int, Tensor], rows_BS: Tensor, losses: list[Tensor], task: Tensor
+    ) -> None:
+        """Gradients of every pair and of the task with respect to the image tokens of each captured layer."""
         trained = [layer for layer in self.layers if hidden[layer].requires_grad]
         if not trained:
             raise BurnishError(
@@ -143,7 +145,8 @@ class Align(Objective):
 
         def gradients(value: Tensor, divisor: Tensor | float = 1.0) -> list[Tensor]:
             found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
-            return [torch.zeros_like(s) if g is None else g / divisor for g, s in zip(found, states, strict=True)]
+            return [s.new_zeros(()).expand_as(s) if g is None else g * rows_BS[..., None] / divisor
+                    for g, s in zip(found, states, strict=True)]  # fmt: skip
 
         lam = self.strength * self._schedule(run)
         by_pair = [gradients(loss, lam.clamp_min(1e-12) if self.config.match else 1.0) for loss in losses]
@@ -171,7 +174,7 @@ class Align(Objective):
 
     @torch.no_grad()
     def _match(self, run: "Run", push: Tensor, task_push: Tensor) -> None:
-        """lambda such that the alignment gradient at the shallowest state has `match` times the task's norm."""
+        """lambda such that alignment's gradient on the shallowest image tokens has `match` times the task's norm."""
         if run.accelerator.num_processes > 1:  # ranks see different batches and must agree
             push, task_push = run.accelerator.reduce(torch.stack([push, task_push]), "mean")
         wanted = (self.config.match * task_push / push.clamp_min(1e-12)).clamp_max(STRONGEST)

@@ -27,7 +27,7 @@ class AlignConfig:
     weight: float = 0.5
     """lambda (paper, Eq. 16); where `match` is set, only that of the first step. 0 builds and calls nothing."""
     match: float = 0.0
-    """Instead of `weight`: keep alignment's gradient at the shallowest state at this share of the task's there."""
+    """Instead of `weight`: keep alignment's gradient on the shallowest image tokens at this share of the task's."""
     warmup_steps: int = 0
     """lambda rises linearly over so many steps."""
     stop_after: float = 1.0

@@ -39,8 +39,8 @@ class Teacher(nn.Module):
     Attributes:
         widths: D of each layer that it offers, shallow to deep.
         needs_geometry: whether `features` reads depth and points.
-        standardise: whether features are centred and scaled by dimension before they are aligned. Right for raw
-            quantities such as metres, whose cosine would otherwise only tell where the origin lies.
+        standardise: whether features are centred at each place of a view and scaled by dimension before they are
+            aligned, so that the cosine is about what differs from scene to scene.
         identity: whatever its features depend on (options, hash of the weights), JSON-able; the cache is keyed by it.
     """
 

@@ -17,8 +17,8 @@ CELLS = 4
 class GeometryTeacher(Teacher):
     """Three layers of equal width 3 * 4 * 4: depth with its slopes, normals, world points.
 
-    No network and no weights: what a perfect 3D model would know. Distances are in metres, so features are
-    standardised before they are aligned.
+    No network and no weights: what a perfect 3D model would know. Features are standardised: it is what
+    differs from the usual at a place that tells where things are.
 
     Args:
         grid: tokens along height and width; by default the student's.
