@@ -5,7 +5,7 @@ import json
 import fake
 import pytest
 import torch
-from student import load_student, recipe
+from align_student import load_student, recipe
 
 from burnish.core.errors import BurnishError
 from burnish.train import loop

@@ -13,8 +13,8 @@ def rank_main(rank, port, root, output, teacher_folder):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     sys.path.insert(0, teacher_folder)
+    import align_student
     import fake
-    import student
     import torch
 
     import burnish.policies
@@ -22,7 +22,7 @@ def rank_main(rank, port, root, output, teacher_folder):
     from burnish.train.objective import OBJECTIVES
 
     torch.set_num_threads(1)
-    burnish.policies.load_policy = student.load_student
+    burnish.policies.load_policy = align_student.load_student
     lines = []
 
     class Recorder(fake.Objective):
@@ -42,7 +42,7 @@ def rank_main(rank, port, root, output, teacher_folder):
             kept.append(self)
 
     loop.Run = Run
-    loop.train(student.recipe(root, output, align, "{name: recorder}", more=["--train.steps=5"]), progress=False)
+    loop.train(align_student.recipe(root, output, align, "{name: recorder}", more=["--train.steps=5"]), progress=False)
     weights = {n: p.detach().flatten().tolist() for n, p in kept[0].trained.items()}
     strength = float(kept[0].objectives["align"].strength)
     with open(f"{output}.{rank}.json", "w") as file:

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import edges_source
+from align_student import edges_source
 from torch import nn
 
 from burnish.core.errors import BurnishError

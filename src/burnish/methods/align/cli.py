@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument("recipe", type=Path, help="e.g. recipes/align/scene3d.yaml")
     teacher.add_argument("--result", type=Path, help="also write its accuracy here, e.g. results/align/scene3d.json")
     cache = kinds.add_parser("cache", help="compute the teacher features that a recipe needs, before training")
-    cache.add_argument("recipe", help="a training recipe with the objective align")
+    cache.add_argument("recipe", help="a training recipe; its align entry, or our default one, says what is needed")
     select = kinds.add_parser("select", help="compare layers and print the pairs of every strategy")
     select.add_argument("recipe", help="a training recipe; its align entry names the teacher")
     select.add_argument("--count", type=int, default=3, help="pairs wanted (default 3)")
@@ -59,16 +59,14 @@ def _teacher(args: argparse.Namespace) -> int:
 
 
 def _run(recipe_path: str, objective_set_up: bool):
-    """A Run of a recipe, with or without its objectives."""
+    """A Run of a recipe with no objective but align (our default where it names none), or with none; and the Align."""
     from burnish.core.recipe import load_recipe
     from burnish.methods.align.objective import Align
     from burnish.train.loop import Run
 
     recipe = load_recipe(recipe_path, ["--train.self_check=false"])
-    entries = [dict(entry) for entry in recipe.objectives if entry["name"] == "align"]
-    options = {k: v for k, v in (entries[0] if entries else {}).items() if k != "name"}
-    if objective_set_up and not entries:
-        raise BurnishError(f"{recipe_path} has no objective align", "objectives: [{name: align, ...}]")
+    entries = [dict(entry) for entry in recipe.objectives if entry["name"] == "align"] or [{"name": "align"}]
+    options = {k: v for k, v in entries[0].items() if k != "name"}
     recipe.objectives = entries if objective_set_up else []
     return Run(recipe), Align(**options)
 

@@ -75,10 +75,9 @@ def shifted(features_BVHWD: Tensor, batch: Batch, key: CacheKey) -> Tensor:
         view = features_BVHWD[:, v]
         offsets = batch.get(f"shift.{camera}")
         if offsets is not None:
-            tokens_per_pixel = offsets.new_tensor(key.grid, dtype=torch.float32) / offsets.new_tensor(
-                key.image_size, dtype=torch.float32
-            )
-            view = shift_grid(view, offsets * tokens_per_pixel)
+            # Plain numbers, not tensors made from lists: those would wait for a GPU.
+            tokens = [offsets[:, axis] * (key.grid[axis] / key.image_size[axis]) for axis in (0, 1)]
+            view = shift_grid(view, torch.stack(tokens, 1))
         views.append(view)
     return torch.stack(views, 1)
 
