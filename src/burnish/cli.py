@@ -17,10 +17,10 @@ COMMANDS = {
     "train": ("burnish.train.cli", "fine-tune a policy as a recipe says"),
     "eval": ("burnish.evaluate.cli", "measure a policy in closed loop"),
     "compare": ("burnish.evaluate.compare_cli", "compare two evaluations, paired on the initial states"),
-    "pairs": ("burnish.methods.prefer.pairs_cli", "make preference pairs from rollouts of a policy, or import labels"),
+    "pairs": ("burnish.evaluate.pairs_cli", "make preference pairs from rollouts of a policy, or import labels"),
     "verify": ("burnish.verify", "check on a policy of yours that an estimate or a shortcut says what it should"),
     "anchor": ("burnish.methods.isolate.cli", "keep statistics of a frozen policy's hidden states, for isolate"),
-    "decode": ("burnish.methods.decode.cli", "decode a chunk of action tokens, in figures and a picture"),
+    "decode": ("burnish.runtime.decode_cli", "decode a chunk of action tokens, in figures and a picture"),
     "profile": ("burnish.runtime.profile_cli", "say where the time of a policy's call goes"),
     "run": ("burnish.pipeline", "run a whole recipe: data, training, evaluation, report"),
     "study": ("burnish.study", "train and measure several arms with several seeds, as one table"),
@@ -40,7 +40,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help_line) in COMMANDS.items():
         sub = subparsers.add_parser(
-            name, help=help_line, description=help_line[0].upper() + help_line[1:] + ".",
+            name,
+            help=help_line,
+            description=help_line[0].upper() + help_line[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:

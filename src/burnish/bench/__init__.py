@@ -42,8 +42,12 @@ BENCHES: dict[str, dict[str, str]] = {
         "agrees_with_mergekit": "true",
     },
     "prefer": {
-        "gradients_equal": "true", "speedup_over_textbook_k1": ">= 2.4", "speedup_over_textbook_k4": ">= 5",
-        "pair_step_over_sft_step": "<= 1.3", "memory_over_sft": "<= 1.25", "dora_over_lora": "<= 1.2",
+        "gradients_equal": "true",
+        "speedup_over_textbook_k1": ">= 2.4",
+        "speedup_over_textbook_k4": ">= 5",
+        "pair_step_over_sft_step": "<= 1.3",
+        "memory_over_sft": "<= 1.25",
+        "dora_over_lora": "<= 1.2",
         "dora_equals_peft": "true",
     },
     "isolate": {

@@ -52,11 +52,7 @@ def scene_facts(env, camera: str) -> SceneFacts:
     hand = np.array(truth.get("hand", positions.mean(0)))
     return SceneFacts(
         objects={
-            names[i]: {
-                k: truth["objects"][names[i]][k]
-                for k in ("colour", "shape")
-                if k in truth["objects"][names[i]]
-            }
+            names[i]: {k: truth["objects"][names[i]][k] for k in ("colour", "shape") if k in truth["objects"][names[i]]}
             for i in inside
         },
         image_points={names[i]: tuple(points[i]) for i in inside},
@@ -67,9 +63,7 @@ def scene_facts(env, camera: str) -> SceneFacts:
     )
 
 
-def ask(
-    facts: SceneFacts, rng: np.random.Generator, absent: list[tuple[str, str]] = ()
-) -> list[tuple[str, str, str]]:
+def ask(facts: SceneFacts, rng: np.random.Generator, absent: list[tuple[str, str]] = ()) -> list[tuple[str, str, str]]:
     """All (kind, question, answer) of one moment, yes/no questions drawn so that both answers are equally likely.
 
     Args:
@@ -88,9 +82,7 @@ def ask(
     return out
 
 
-def _attribute_questions(
-    facts: SceneFacts, rng: np.random.Generator, absent
-) -> Iterator[tuple[str, str, str]]:
+def _attribute_questions(facts: SceneFacts, rng: np.random.Generator, absent) -> Iterator[tuple[str, str, str]]:
     shapes = [o["shape"] for o in facts.objects.values() if "shape" in o]
     for shape in sorted(set(shapes)):
         yield "count", f"how many {shape}s are there?", str(shapes.count(shape))

@@ -4,12 +4,8 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "example:\n  burnish questions --env tabletop --scenes 2000 --root data/questions --seed 2000000"
-    )
-    parser.add_argument(
-        "--env", required=True, help="environment id; 'tabletop' takes turns over its families"
-    )
+    parser.epilog = "example:\n  burnish questions --env tabletop --scenes 2000 --root data/questions --seed 2000000"
+    parser.add_argument("--env", required=True, help="environment id; 'tabletop' takes turns over its families")
     parser.add_argument("--scenes", type=int, default=1000, help="number of images")
     parser.add_argument("--root", required=True, help="folder to write")
     parser.add_argument("--image-size", type=int, default=96)

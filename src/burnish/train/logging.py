@@ -88,7 +88,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     names = [n for n in _PANELS if n in columns] + sorted(n for n in columns if n.startswith("loss_"))
     if not names:
         return
-    figure = Figure(figsize=(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3)), )
+    figure = Figure(
+        figsize=(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3)),
+    )
     figure.subplots_adjust(hspace=0.5, wspace=0.3, left=0.07, right=0.98)
     FigureCanvasAgg(figure)
     for place, name in enumerate(names):

@@ -124,7 +124,12 @@ class VisionPhase(nn.Module):
         return q @ image * self.attention.scaling, (q @ text * self.attention.scaling)[0]
 
     def forward(
-        self, pixels: Tensor, patch_labels: Tensor, patch_offsets: Tensor, token_labels: Tensor, token_offsets: Tensor,
+        self,
+        pixels: Tensor,
+        patch_labels: Tensor,
+        patch_offsets: Tensor,
+        token_labels: Tensor,
+        token_offsets: Tensor,
         word_position: Tensor,
     ) -> dict[str, Tensor]:
         """Loss of a batch: pixels [B, 3, H, W] in [-1, 1]; labels and offsets as `grid_targets` makes them."""

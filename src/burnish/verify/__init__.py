@@ -14,6 +14,7 @@ CHECKS: dict[str, str] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish verify score small --data data/lift"
     checks = parser.add_subparsers(dest="check", required=True, metavar="WHAT")
     for name, line in CHECKS.items():
         check = checks.add_parser(

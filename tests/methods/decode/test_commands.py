@@ -8,7 +8,7 @@ import torch
 from burnish.bench import decode as bench
 from burnish.cli import main
 from burnish.core.errors import BurnishError
-from burnish.methods.decode.cli import _add_columns
+from burnish.runtime.decode_cli import _add_columns
 from burnish.methods.decode.timing import left_to_right
 from burnish.policies.tiny import make_tiny
 

@@ -8,8 +8,8 @@ import pair_fakes
 import pytest
 
 from burnish.core.errors import BurnishError
+from burnish.evaluate import pairs as collecting
 from burnish.evaluate.workers import SimulatorPool
-from burnish.methods.prefer import pairs_cli
 from burnish.methods.prefer.pairs import PairData
 
 
@@ -20,7 +20,7 @@ def walk():
 
 def collect(root, policy=None, **changes):
     settings = {"states": 6, "rollouts": 3, "workers": 2, "progress": False, "make": pair_fakes.make_env} | changes
-    return pairs_cli.collect(policy or pair_fakes.make_policy(), "walk:far", root, **settings)
+    return collecting.collect(policy or pair_fakes.make_policy(), "walk:far", root, **settings)
 
 
 def test_pairs_share_their_past_and_part_at_a_replan(tmp_path):

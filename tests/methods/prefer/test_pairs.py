@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.evaluate.pairs import import_labels
 from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, divergence, make_pairs, read_labels, write_index
-from burnish.methods.prefer.pairs_cli import import_labels
 
 
 def rollout(*actions, start=0.0):

@@ -4,6 +4,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish anchor build small --questions data/questions -o anchor.safetensors"
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
         "build", help="build an anchor from a question folder", formatter_class=argparse.RawDescriptionHelpFormatter,
