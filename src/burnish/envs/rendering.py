@@ -24,7 +24,7 @@ def choose_gl_backend() -> None:
     """Pick EGL where nothing was chosen and there is no display. Must run before the first `import mujoco`."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    # Software rendering in threads of its own: there is a simulator for each core already, and small images gain nothing.
+    # No threads for software rendering: there is a simulator for each core already, and small images gain nothing.
     os.environ.setdefault("LP_NUM_THREADS", "0")
 
 

@@ -33,9 +33,9 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from burnish.bench import machine
-    from burnish.runtime.decode_cli import plan_options
     from burnish.methods.decode.observations import observations
     from burnish.policies import load_policy
+    from burnish.runtime.decode_cli import plan_options
     from burnish.runtime.profile import profile
 
     if args.threads:

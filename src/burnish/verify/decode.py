@@ -26,11 +26,11 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from burnish.methods.decode.checks import check_model
-    from burnish.runtime.decode_cli import plan_options
     from burnish.methods.decode.observations import observations, true_tokens
     from burnish.methods.decode.plan import make_plan
     from burnish.policies import load_policy
     from burnish.policies.rows import row_model
+    from burnish.runtime.decode_cli import plan_options
 
     policy = load_policy(args.policy, device=args.device)
     model = row_model(policy)

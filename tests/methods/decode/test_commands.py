@@ -8,9 +8,9 @@ import torch
 from burnish.bench import decode as bench
 from burnish.cli import main
 from burnish.core.errors import BurnishError
-from burnish.runtime.decode_cli import _add_columns
 from burnish.methods.decode.timing import left_to_right
 from burnish.policies.tiny import make_tiny
+from burnish.runtime.decode_cli import _add_columns
 
 
 @pytest.fixture(scope="module")
