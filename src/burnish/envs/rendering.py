@@ -10,6 +10,8 @@ import atexit
 import os
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +109,7 @@ class _Background:
     moved: np.ndarray  # [ngeom] bool: the geometries that are not in it
     rgb: np.ndarray  # [H, W, 3] uint8
     depth: np.ndarray  # [H, W] float32 depth buffer of the opaque ones, 0 far, 1 near
-    translucent: np.ndarray  # [H, W] bool: something translucent lies over the opaque ones here
+    glass: np.ndarray  # [H, W] float32 depth buffer of the translucent ones where they show, 0 elsewhere
 
 
 def _free_contexts(gl, context) -> None:
@@ -175,7 +177,7 @@ class SceneRenderer:
                 self._update_scene(data, camera, background.moved & self._in_view(data, camera))
                 image, depth = self._draw()
                 nearer = depth > background.depth
-                if not (nearer & background.translucent).any():
+                if not (nearer & (depth <= background.glass)).any():  # else something moves behind the glass
                     return np.where(nearer[..., None], image, background.rgb)[::-1]
         self._update_scene(data, camera, self._in_view(data, camera))
         return np.ascontiguousarray(self._draw(with_depth=False)[0][::-1])
@@ -189,11 +191,9 @@ class SceneRenderer:
         Returns:
             {"depth": [H, W] float32 metres along the optical axis, "segmentation": [H, W] int32, "points": [H, W, 3]}.
         """
-        flags, kinds = self._scene.flags, self._mujoco.mjtRndFlag
         self._update_scene(data, camera, self._in_view(data, camera))
-        flags[kinds.mjRND_SEGMENT] = flags[kinds.mjRND_IDCOLOR] = 1
-        colors, buffer = self._draw()
-        flags[kinds.mjRND_SEGMENT] = flags[kinds.mjRND_IDCOLOR] = 0
+        with self._as_segments():
+            colors, buffer = self._draw()
         depth = self._metres(buffer[::-1])
         camera_id = self._model.camera(camera).id
         rotation = data.cam_xmat[camera_id].reshape(3, 3)
@@ -237,6 +237,16 @@ class SceneRenderer:
         self._mujoco.mjr_readPixels(rgb, depth, self._rect, self._context)
         return rgb, depth
 
+    @contextmanager
+    def _as_segments(self) -> Iterator[None]:
+        """Draw each geometry in a colour that is its number, and opaque."""
+        flags, kinds = self._scene.flags, self._mujoco.mjtRndFlag
+        flags[kinds.mjRND_SEGMENT] = flags[kinds.mjRND_IDCOLOR] = 1
+        try:
+            yield
+        finally:
+            flags[kinds.mjRND_SEGMENT] = flags[kinds.mjRND_IDCOLOR] = 0
+
     def _background(self, data, camera: str) -> _Background:
         """The kept background for what has moved by now, drawn anew when that set has changed."""
         model, (positions, rotations) = self._model, self._start
@@ -254,13 +264,15 @@ class SceneRenderer:
         data.geom_xpos[~moved], data.geom_xmat[~moved] = positions[~moved], rotations[~moved]
         self._update_scene(data, camera, self._visible & ~moved, with_sites=False)
         rgb, depth = self._draw()
-        translucent = np.zeros(depth.shape, bool)
+        glass = np.zeros_like(depth)
         if self._glassy.any():
             self._update_scene(data, camera, self._visible & ~moved & ~self._glassy, with_sites=False)
             opaque, depth = self._draw()
-            translucent = (opaque != rgb).any(-1)
+            self._update_scene(data, camera, self._visible & ~moved & self._glassy, with_sites=False)
+            with self._as_segments():
+                glass = np.where((opaque != rgb).any(-1), self._draw()[1], 0)
         data.geom_xpos[:], data.geom_xmat[:] = now
-        self._backgrounds[camera] = _Background(moved, rgb, depth, translucent)
+        self._backgrounds[camera] = _Background(moved, rgb, depth, glass)
         return self._backgrounds[camera]
 
     def _translucent_sites(self) -> bool:
