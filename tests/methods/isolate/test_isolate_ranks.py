@@ -44,7 +44,7 @@ def rank_main(rank, port, root, questions, output):
         self.backbone[3].p = 0.0
 
     fake.FakePolicy.__init__ = without_dropout
-    method = f"--objectives=[{{name: recording, method: agem, questions: {questions}, share: 1.0}}]"
+    method = f"--objectives=[{{name: recording, method: agem, questions: {questions}, share: 1.0, turns: 1}}]"
     loop.train(fake.recipe(root, output, method, "--train.steps=3"), progress=False)
     torch.distributed.destroy_process_group()
 
