@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from burnish.core.config import RecipeConfig
+from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 
 if TYPE_CHECKING:
@@ -157,29 +157,32 @@ def _train(recipe: RecipeConfig, stages: Stages) -> None:
     stages.at_least("training", done.final.get("minutes", 0.0))
 
 
+def evaluate_as(settings: EvalConfig, policy: str | Path, env: str, output: Path, **changes: Any) -> "Evaluation":
+    """`evaluate` with the settings of a recipe; `changes` are further arguments of it."""
+    from burnish.evaluate.rollout import evaluate
+
+    return evaluate(policy, env, output=output, batch_size=settings.batch_size, **_trials(settings), **changes)
+
+
+def _trials(settings: EvalConfig) -> dict[str, int]:
+    names = ("episodes", "first_state", "seed", "workers", "max_steps")
+    return {name: getattr(settings, name) for name in names}
+
+
 def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
-    from burnish.evaluate.rollout import evaluate, evaluate_expert
+    from burnish.evaluate.rollout import evaluate_expert
 
     settings, tuned = recipe.eval, outcome.folder / "policy"
     env = settings.env or recipe.demos.env
     if env:
-        common = dict(
-            episodes=settings.episodes, first_state=settings.first_state, seed=settings.seed,
-            workers=settings.workers, max_steps=settings.max_steps,
-        )  # fmt: skip
-        policy_only = dict(batch_size=settings.batch_size)
-        variants: dict[str, Callable[[Path], Evaluation]] = {
-            "tuned": lambda to: evaluate(tuned, env, output=to, **common, **policy_only),
-        }
+        variants: dict[str, Callable[[Path], Evaluation]] = {"tuned": lambda to: evaluate_as(settings, tuned, env, to)}
         if settings.base and recipe.policy.path:
-            variants["base"] = lambda to: evaluate(recipe.policy.path, env, output=to, **common, **policy_only)
+            variants["base"] = lambda to: evaluate_as(settings, recipe.policy.path, env, to)
         if settings.instruction_swap:
-            variants["swap"] = lambda to: evaluate(
-                tuned, env, output=to, instruction_swap=True, **common, **policy_only
-            )
+            variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
         if settings.random_object_expert:
             variants["expert_random_object"] = lambda to: evaluate_expert(
-                env, which="random_object", output=to, **common
+                env, which="random_object", output=to, **_trials(settings)
             )
         for variant, measure in variants.items():
             with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):

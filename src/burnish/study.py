@@ -8,12 +8,13 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.options import refuse_unknown
 from burnish.core.recipe import demos_root, load_recipe, merge, read_yaml, recipe_from_dict, recipe_to_dict, run_folder
 
 
@@ -56,10 +57,7 @@ def load_study(path: str | Path) -> tuple[StudyConfig, RecipeConfig]:
     """
     path = Path(path)
     values = read_yaml(path)
-    known = [f.name for f in fields(StudyConfig)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise BurnishError(f"{path}: unknown key '{unknown[0]}'", f"one of {', '.join(known)}")
+    refuse_unknown(StudyConfig, values, str(path), "key")
     study = StudyConfig(**values)
     missing = [key for key in ("name", "recipe", "seeds", "arms") if not getattr(study, key)]
     if missing:
@@ -162,17 +160,16 @@ def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
 def _train_and_measure(study: StudyConfig, run: _Run) -> None:
     from burnish.evaluate.records import write_json
     from burnish.evaluate.retention import retention
-    from burnish.evaluate.rollout import evaluate
+    from burnish.pipeline import evaluate_as
     from burnish.policies import load_policy
     from burnish.train.loop import train
 
     every = _settings(study, run)
     policy = train(run.recipe).policy
     for name, settings in every.items():
-        found = evaluate(
-            policy, settings.env or run.recipe.demos.env, episodes=settings.episodes, first_state=settings.first_state,
-            seed=settings.seed, workers=settings.workers, max_steps=settings.max_steps, batch_size=settings.batch_size,
-            output=run.folder / "eval" / name, instruction_swap=settings.instruction_swap,
+        found = evaluate_as(
+            settings, policy, settings.env or run.recipe.demos.env, run.folder / "eval" / name,
+            instruction_swap=settings.instruction_swap,
         )  # fmt: skip
         print(f"{run.arm}, seed {run.seed}, {name}: {found.overall}", file=sys.stderr)
     questions, answers = run.recipe.eval.questions, run.folder / "retention.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import new_file
+from burnish.core.files import save_figure
 
 ABILITY, KNOWLEDGE = "main", "questions, exact"
 COLOURS = ("#0f766e", "#c2580c", "#7c5cbf", "#b4262a", "#2563a8", "#6b7280", "#a16207", "#be185d", "#15803d", "#0e7490")
@@ -45,8 +45,7 @@ def write_pareto(result: Path, out: Path) -> Path:
     left.set_ylabel("closed-loop success")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    with new_file(out) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, out)
     return out
 
 

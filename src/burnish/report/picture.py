@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import new_file
+from burnish.core.files import save_figure
 from burnish.report.plots import percent
 from burnish.report.run_folder import Evaluation, load_run
 
@@ -36,8 +36,7 @@ def write_picture(run_folder: Path | str, out: Path | str) -> Path:
         axis.axis("off")
     _draw_rates(axes[-1], rates)
     out = Path(out)
-    with new_file(out) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, out)
     return out
 
 

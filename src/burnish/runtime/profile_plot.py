@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from burnish.core.files import save_figure
+
 COLOURS = {
     "preprocess": "#9aa5b1", "vision": "#2b6cb0", "prompt": "#2f855a", "passes": "#dd6b20", "head": "#b83280",
     "postprocess": "#718096", "host": "#cbd5e0",
@@ -37,6 +39,4 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         f"{outcome['actions_per_second']:.0f} actions/s, {outcome['replans_per_second']:.1f} replans/s", fontsize=10
     )  # fmt: skip
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=140)
-    temporary.replace(path)
+    save_figure(figure, path, dpi=140)

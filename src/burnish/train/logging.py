@@ -1,14 +1,13 @@
 """Figures of a run: metrics.jsonl, curves.png, the progress bar and accelerate's trackers."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from burnish.core.files import disk_errors, write_text
+from burnish.core.files import disk_errors, save_figure, write_text
 
 _PANELS = ("loss", "lr", "grad_norm", "data_wait_share", "retention_loss", "retention_accuracy")
 
@@ -102,7 +101,4 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
         if name.startswith("loss") and min(value for _, value in points) > 0:
             axis.set_yscale("log")
-    temporary = picture.with_name(f".{picture.name}")
-    with disk_errors(picture):
-        figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, picture)
+    save_figure(figure, picture, dpi=110)

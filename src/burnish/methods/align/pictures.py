@@ -7,22 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.files import disk_errors
+from burnish.core.files import save_figure
 from burnish.methods.align.analysis import Comparison
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG, at once."""
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with disk_errors(path):
-            figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Path) -> None:
@@ -43,7 +29,7 @@ def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Pat
         axes.plot(teacher, student, "s", mfc="none", mec="red", ms=18)
     axes.set_title(f"linear CKA over {comparison.tokens} tokens", size=9)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def draw_gradients(runs: dict[str, list[dict]], path: Path) -> None:
@@ -82,7 +68,7 @@ def draw_gradients(runs: dict[str, list[dict]], path: Path) -> None:
     grid[5].set(title="loss of each pair", xlabel="step")
     grid[5].legend(fontsize=5, ncols=2)
     grid[0].legend(fontsize=7)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def _is_pair(key: str) -> bool:
@@ -131,4 +117,4 @@ def draw_tokens(images: np.ndarray, rows: dict[str, Tensor], grid: tuple[int, in
     axes[0, 0].set_ylabel("image", size=8)
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=130)

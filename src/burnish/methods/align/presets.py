@@ -1,9 +1,10 @@
 """Options of the objective, and the named sets of them."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import refuse_unknown
 from burnish.methods.align.cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
 from burnish.methods.align.loss import POOLINGS
@@ -93,10 +94,7 @@ def make_config(preset: str, options: dict[str, Any]) -> AlignConfig:
     """
     if preset not in PRESETS:
         raise BurnishError(f"align: preset is '{preset}'", f"one of {', '.join(PRESETS)}")
-    known = {f.name: f for f in fields(AlignConfig)}
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise BurnishError(f"align: unknown option '{unknown[0]}'", f"one of {', '.join(known)}")
+    refuse_unknown(AlignConfig, options, "align")
     config = AlignConfig(**{**PRESETS[preset], **options})
     if isinstance(config.teacher, str):
         config.teacher = {"name": config.teacher}

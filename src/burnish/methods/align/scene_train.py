@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
+from burnish.core.options import refuse_unknown
+from burnish.core.recipe import read_yaml
 from burnish.core.seeding import derive_seed, generator
 from burnish.data.augment import colour_jitter
 from burnish.methods.align.scene_data import make_scenes
@@ -44,15 +45,8 @@ class SceneRecipe:
 
 def read_scene_recipe(path: Path) -> SceneRecipe:
     """Raises BurnishError for a missing file or an unknown key."""
-    import yaml
-
-    if not path.is_file():
-        raise BurnishError(f"no recipe at {path}", "a YAML file", "recipes/align/scene3d.yaml")
-    values = yaml.safe_load(path.read_text()) or {}
-    known = set(SceneRecipe.__dataclass_fields__)
-    for key in values:
-        if key not in known:
-            raise BurnishError(f"{path}: unknown key '{key}'", f"one of {', '.join(sorted(known))}")
+    values = read_yaml(path)
+    refuse_unknown(SceneRecipe, values, str(path), "key")
     recipe = SceneRecipe(**values)
     recipe.model = {**DEFAULTS, **recipe.model}
     return recipe

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import save_figure
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.keys import GROUPS, module_of
 from burnish.methods.capability.rounding import Narrow, dot
@@ -125,7 +126,7 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     handles = [Patch(color=colours[g], label=f"{g} {share:.0%}") for g, share in found["groups"].items() if share > 0]
     axis.legend(handles=handles, title="share of energy")
     paths = [folder / "norm.png"]
-    figure.savefig(paths[0], dpi=120)
+    save_figure(figure, paths[0])
     plt.close(figure)
     if found["others"]:
         figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
@@ -138,6 +139,6 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
         axis.set_xlabel("cosine to the other delta")
         axis.legend()
         paths.append(folder / "cosine.png")
-        figure.savefig(paths[1], dpi=120)
+        save_figure(figure, paths[1])
         plt.close(figure)
     return paths

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from burnish.core.files import save_figure
 from burnish.policies.rows import Decoded, RowModel
 
 # Not fed yet, MASK in a semi-activated block, MASK in a fully activated one, committed in this pass, committed, frozen.
@@ -68,6 +69,5 @@ def draw_decode(model: RowModel, decoded: Decoded, title: str, path: Path) -> No
     axes.set_title(f"{title}: {decoded.passes} passes, {decoded.rows} rows", fontsize=10)
     used = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, STATES, strict=True)]
     figure.legend(handles=used, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)

@@ -1,9 +1,10 @@
 """What can be chosen, checked once, and the named methods that fill it in."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import refuse_unknown
 from burnish.methods.isolate.layout import GRANULARITIES
 
 CHOICES = {
@@ -126,10 +127,7 @@ def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Op
         method = AUTO_WITH_QUESTIONS if questions else AUTO_WITHOUT
     if method not in METHODS:
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")
-    known = [f.name for f in fields(Options)]
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise BurnishError(f"isolate: unknown option '{unknown[0]}'", f"one of {', '.join(known)}")
+    refuse_unknown(Options, given, "isolate")
     options = replace(Options(), **METHODS[method])
     for key, value in given.items():
         kind = type(getattr(options, key))

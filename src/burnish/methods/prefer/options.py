@@ -1,9 +1,10 @@
 """The options of the `prefer` objective, and its presets."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import refuse_unknown
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.losses import LOSSES
 
@@ -80,18 +81,11 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
     values = dict(PRESETS[preset])
     score = {**values.pop("score", {}), **dict(options.get("score") or {})}
     values |= {key: value for key, value in options.items() if key != "score"}
-    _known(PreferConfig, values, "prefer")
-    _known(ScoreConfig, score, "prefer.score")
+    refuse_unknown(PreferConfig, values, "prefer")
+    refuse_unknown(ScoreConfig, score, "prefer.score")
     config = replace(PreferConfig(**values), score=ScoreConfig(**score))
     _check(config)
     return config
-
-
-def _known(cls: type, values: dict[str, Any], where: str) -> None:
-    known = [f.name for f in fields(cls)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise BurnishError(f"{where}: unknown option '{unknown[0]}'", f"one of {', '.join(known)}")
 
 
 def _check(config: PreferConfig) -> None:
