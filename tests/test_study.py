@@ -8,7 +8,7 @@ import yaml
 from burnish.core.errors import BurnishError
 from burnish.policies.tiny import make_tiny
 from burnish.report.results import check_result, render_table
-from burnish.study import load_study, main, run_study
+from burnish.study import QUESTIONS, load_study, main, run_study
 
 
 def write(root, **changes):
@@ -43,8 +43,12 @@ def test_table_has_a_row_for_each_arm_and_evaluation(ran):
     result = json.loads((ran[0] / "core.json").read_text())
     check_result(result, "core.json")
     rows = {(row["label"], row["eval"]): row for row in result["rows"]}
-    assert set(rows) == {(arm, e) for arm in ("plain", "faster") for e in ("main", "swap", "questions, exact")}
-    assert rows["plain", "main"]["n"] == 4 and rows["plain", "questions, exact"]["n"] == 12
+    assert set(rows) == {(arm, e) for arm in ("plain", "faster") for e in ("main", "swap", QUESTIONS)} | {
+        ("base", QUESTIONS)
+    }
+    assert rows["plain", "main"]["n"] == 4 and rows["plain", QUESTIONS]["n"] == 12
+    assert rows["base", QUESTIONS]["n"] == 6 and len(rows["plain", QUESTIONS]["minus_base"]) == 3
+    assert result["metrics"]["base"]["answer_loss"] > 0
     assert "minus_reference" not in rows["plain", "main"] and len(rows["faster", "main"]["minus_reference"]) == 3
     assert result["metrics"]["runs"]["faster-1"]["answer_loss"] > 0
     assert "[+0.0, +0.0]" in render_table(["core"], ran[0])
@@ -52,7 +56,7 @@ def test_table_has_a_row_for_each_arm_and_evaluation(ran):
 
 def test_arms_share_data_and_differ_in_what_they_say(ran):
     runs = ran[0] / "runs/tiny/core"
-    recipes = {run.name: yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs.iterdir() if run.is_dir()}
+    recipes = {run.name: yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs.glob("*-?")}
     assert {r["data"]["root"] for r in recipes.values()} == {"data/tiny/base"}
     assert recipes["faster-1"]["train"]["lr"] == 1e-3 and recipes["plain-1"]["train"]["lr"] != 1e-3
     assert recipes["plain-0"]["train"]["seed"] == 0 and recipes["plain-1"]["train"]["seed"] == 1

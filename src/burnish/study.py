@@ -5,17 +5,20 @@ may share the work (`--seeds 0` beside `--seeds 1`); a last call without the opt
 """
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from burnish.core.config import EvalConfig, RecipeConfig
+from burnish.core.config import EvalConfig, QuestionsConfig, RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
 from burnish.core.options import refuse_unknown
 from burnish.core.recipe import demos_root, load_recipe, merge, read_yaml, recipe_from_dict, recipe_to_dict, run_folder
+
+QUESTIONS = "questions, exact"
+"""Name of the questions among the evaluations."""
 
 
 @dataclass
@@ -90,6 +93,9 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     runs = {
         (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
     }
+    if base.policy.path and base.eval.questions.root:
+        with clocks["data"].stage("questions to the base"):
+            _ask(base.policy.path, base.eval.questions, folder / "base")
     finished: list[_Run] = []
     for seed in study.seeds:
         clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
@@ -158,10 +164,7 @@ def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
 
 
 def _train_and_measure(study: StudyConfig, run: _Run) -> None:
-    from burnish.evaluate.records import write_json
-    from burnish.evaluate.retention import retention
     from burnish.pipeline import evaluate_as
-    from burnish.policies import load_policy
     from burnish.train.loop import train
 
     every = _settings(study, run)
@@ -172,10 +175,19 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
             instruction_swap=settings.instruction_swap,
         )  # fmt: skip
         print(f"{run.arm}, seed {run.seed}, {name}: {found.overall}", file=sys.stderr)
-    questions, answers = run.recipe.eval.questions, run.folder / "retention.json"
-    if questions.root and not answers.is_file():
+    _ask(policy, run.recipe.eval.questions, run.folder)
+
+
+def _ask(policy: str | Path, questions: QuestionsConfig, folder: Path) -> None:
+    """Answers to the held-out questions, as retention.json; what is there already stays."""
+    from burnish.evaluate.records import write_json
+    from burnish.evaluate.retention import retention
+    from burnish.policies import load_policy
+
+    if questions.root and not (folder / "retention.json").is_file():
         found = retention(load_policy(policy), questions.root, limit=questions.limit, progress=True)
-        write_json(answers, {"tuned": found.to_dict()})
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "retention.json", {"tuned": found.to_dict()})
 
 
 def _write(
@@ -194,8 +206,8 @@ def _write(
         rows += arm_rows(arms, study.reference, **({"eval": name} if several else {}))
     metrics: dict[str, Any] = {"runs": {f"{run.arm}-{run.seed}": _figures(run) for run in runs}}
     if base.eval.questions.root:
-        answers = {arm: {seed: _answers(run) for seed, run in of(arm).items()} for arm in study.arms}
-        rows += arm_rows(answers, study.reference, eval="questions, exact")
+        answers = {arm: {seed: _answers(run.folder) for seed, run in of(arm).items()} for arm in study.arms}
+        rows += _question_rows(answers, study, metrics)
     write_result(
         path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows,
         commit=facts["commit"], date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"],
@@ -203,18 +215,37 @@ def _write(
     )  # fmt: skip
 
 
-def _answers(run: _Run) -> dict[int, float]:
-    correct = json.loads((run.folder / "retention.json").read_text())["tuned"]["correct"]
-    return {number: float(flag) for number, flag in enumerate(correct)}
+def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metrics: dict[str, Any]) -> list[Any]:
+    """Rows of the held-out questions; also against the base, where the arms start from one."""
+    from burnish.evaluate.arms import arm_rows
+
+    rows = arm_rows(answers, study.reference, eval=QUESTIONS)
+    folder = study_folder(study) / "base"
+    if not (folder / "retention.json").is_file():
+        return rows
+    before = _answers(folder)
+    metrics["base"] = {"answer_loss": _retention(folder)["loss"]}
+    for row in rows:
+        seeds = answers[row["label"]]
+        pair = arm_rows({"base": dict.fromkeys(seeds, before), row["label"]: seeds}, "base")
+        row["minus_base"] = pair[1]["minus_reference"]
+    return arm_rows({"base": {0: before}}, "", eval=QUESTIONS) + rows
+
+
+def _retention(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "retention.json")["tuned"]
+
+
+def _answers(folder: Path) -> dict[int, float]:
+    return {number: float(flag) for number, flag in enumerate(_retention(folder)["correct"])}
 
 
 def _figures(run: _Run) -> dict[str, Any]:
     """What a run logged last, and how well it still answers."""
-    content = json.loads((run.folder / "train.json").read_text())
+    content = read_object(run.folder / "train.json")
     figures = {"steps": content["steps"], **content["final"]}
-    answers = run.folder / "retention.json"
-    if answers.is_file():
-        figures["answer_loss"] = json.loads(answers.read_text())["tuned"]["loss"]
+    if (run.folder / "retention.json").is_file():
+        figures["answer_loss"] = _retention(run.folder)["loss"]
     return figures
 
 

@@ -1,14 +1,14 @@
 """`burnish pareto`: what a study's arms can do against what they still know, as one picture."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import save_figure
+from burnish.core.files import read_object, save_figure
+from burnish.study import QUESTIONS
 
-ABILITY, KNOWLEDGE = "main", "questions, exact"
+ABILITY, KNOWLEDGE = "main", QUESTIONS
 COLOURS = ("#0f766e", "#c2580c", "#7c5cbf", "#b4262a", "#2563a8", "#6b7280", "#a16207", "#be185d", "#15803d", "#0e7490")
 
 
@@ -27,7 +27,7 @@ def write_pareto(result: Path, out: Path) -> Path:
     """Draw closed-loop success against exact answers and against answer loss, one colour for each arm.
 
     Large marks are means over seeds, with the intervals of the result; small ones single seeds. A line joins the arms
-    that no other arm beats in both.
+    that no other arm beats in both; dotted, what the base knew before.
 
     Raises:
         BurnishError: no such result, or one without both measurements.
@@ -41,6 +41,10 @@ def write_pareto(result: Path, out: Path) -> Path:
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, arms, "accuracy", "exact answers to held-out questions", +1)
     _draw(right, arms, "loss", "loss on their answers, nats per token", -1)
+    for axis, value in zip((left, right), read_base(result), strict=True):
+        if value is not None:
+            axis.axvline(value, color="#6b7280", linestyle=":", linewidth=1)
+            axis.annotate("base", (value, 1), xycoords=("data", "axes fraction"), fontsize=8, color="#6b7280")
     right.invert_xaxis()
     left.set_ylabel("closed-loop success")
     handles, labels = left.get_legend_handles_labels()
@@ -51,10 +55,9 @@ def write_pareto(result: Path, out: Path) -> Path:
 
 def read_arms(result: Path) -> dict[str, dict[str, Any]]:
     """Arm to `success`, `accuracy` and `loss`, each a dict of rate, interval (or None) and by_seed."""
-    try:
-        content = json.loads(result.read_text())
-    except (OSError, ValueError) as error:
-        raise BurnishError(f"{result} cannot be read ({error})", "a file that burnish study wrote") from None
+    if not result.is_file():
+        raise BurnishError(f"{result} does not exist", "a file that burnish study wrote")
+    content = read_object(result)
     arms: dict[str, dict[str, Any]] = {}
     for row in content.get("rows", []):
         kind = {ABILITY: "success", KNOWLEDGE: "accuracy"}.get(row.get("eval", ABILITY))
@@ -70,6 +73,13 @@ def read_arms(result: Path) -> dict[str, dict[str, Any]]:
     for arm in arms.values():
         arm["loss"]["rate"] = sum(arm["loss"]["by_seed"]) / len(arm["loss"]["by_seed"])
     return arms
+
+
+def read_base(result: Path) -> tuple[float | None, float | None]:
+    """Exact answers and answer loss of the base, where the study asked it."""
+    content = read_object(result)
+    rows = [row for row in content["rows"] if (row["label"], row.get("eval")) == ("base", KNOWLEDGE)]
+    return (rows[0]["rate"] if rows else None), content["metrics"].get("base", {}).get("answer_loss")
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:

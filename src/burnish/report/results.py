@@ -203,7 +203,7 @@ def _cell(key: str, value: Any) -> str:
         return ""
     if key == "by_seed":
         return ", ".join(f"{100 * rate:.1f}" for rate in value)
-    if key == "minus_reference":
+    if key.startswith("minus_"):
         return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
     if isinstance(value, bool):
         return "yes" if value else "no"
