@@ -1,15 +1,14 @@
-"""Two gloo ranks on the CPU, started the way torchrun starts them: by environment variables."""
+"""What two ranks share: equal gradients and weights; what is not synchronised is caught."""
 
 import json
-import multiprocessing
-import os
-import socket
+import re
 
 import fake
 import pytest
-import torch
+from ranks import train_and_keep, two_ranks
 
 from burnish.core.errors import BurnishError
+from burnish.train.objective import OBJECTIVES
 
 
 class Drift(fake.Objective):
@@ -31,15 +30,9 @@ class Recorder(fake.Objective):
         return {}
 
 
-def rank_main(rank, port, root, questions, output, case):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def rank_main(rank, root, questions, output, case):
     fake.register()
-    from burnish.train import loop, step
-    from burnish.train.objective import OBJECTIVES
+    from burnish.train import step
 
     OBJECTIVES.register("drift")(Drift)
     OBJECTIVES.register("recorder")(Recorder)
@@ -50,45 +43,21 @@ def rank_main(rank, port, root, questions, output, case):
     if case == "equal":
         more += [*fake.everything(questions)[:-1]]
     report = {}
-    kept = []
-    original = loop.Run
-
-    class Run(original):
-        def __init__(self, *args):
-            super().__init__(*args)
-            kept.append(self)
-
-    loop.Run = Run
     try:
-        loop.train(fake.recipe(root, output, *more), progress=False)
-        report["weights"] = {n: p.detach().flatten().tolist() for n, p in kept[0].trained.items()}
+        report["weights"] = train_and_keep(fake.recipe(root, output, *more))[1]
     except BurnishError as error:
         report["error"] = str(error)
     with open(f"{output}.{rank}.json", "w") as file:
         json.dump(report, file)
-    torch.distributed.destroy_process_group()
 
 
-def two_ranks(dataset, questions, folder, case):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fake", "burnish.train.loop", "lerobot.datasets", "accelerate", "safetensors.torch"]
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (port, dataset, questions, folder / case, case)
-    ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0
+def reports_of(dataset, questions, folder, case):
+    two_ranks(rank_main, dataset, questions, folder / case, case)
     return [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_equal_weights_after_steps_with_everything_switched_on(dataset, questions, tmp_path):
-    one, two = two_ranks(dataset, questions, tmp_path, "equal")
+    one, two = reports_of(dataset, questions, tmp_path, "equal")
     assert "error" not in one, one["error"]
     assert one["weights"] == two["weights"]
     base = {n: p.detach().flatten().tolist() for n, p in fake.FakePolicy().named_parameters()}
@@ -96,7 +65,7 @@ def test_equal_weights_after_steps_with_everything_switched_on(dataset, question
 
 
 def test_gradients_are_equal_on_different_batches(dataset, questions, tmp_path):
-    reports = two_ranks(dataset, questions, tmp_path, "recorded")
+    reports = reports_of(dataset, questions, tmp_path, "recorded")
     assert reports[0]["weights"] == reports[1]["weights"]
     logs = [
         [json.loads(line) for line in (tmp_path / f"recorded.{rank}.jsonl").read_text().splitlines()]
@@ -112,7 +81,5 @@ def test_gradients_are_equal_on_different_batches(dataset, questions, tmp_path):
     ("case", "words"), [("ignored", "gradients of 2 parameters .* head"), ("drift", "gradients of 1 .*head.bias")]
 )
 def test_self_check_catches_what_is_not_synchronised(dataset, questions, tmp_path, case, words):
-    import re
-
-    for report in two_ranks(dataset, questions, tmp_path, case):
+    for report in reports_of(dataset, questions, tmp_path, case):
         assert re.search(words, report["error"])

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve()
-for folder in (HERE.parent, HERE.parents[2] / "train"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # align_student.py
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +21,3 @@ def edges(tmp_path_factory):
     yield folder
     sys.path.remove(str(folder))
     del sys.modules["edges"]
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    from fake import make_dataset
-
-    return make_dataset(tmp_path_factory.mktemp("align") / "fake")

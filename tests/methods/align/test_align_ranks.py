@@ -1,27 +1,17 @@
 """Two ranks: the projectors' gradients are averaged like all others, and both ranks hold equal weights afterwards."""
 
 import json
-import multiprocessing
-import os
-import socket
-import sys
+
+import fake
+from ranks import train_and_keep, two_ranks
 
 
-def rank_main(rank, port, root, output, teacher_folder):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    sys.path.insert(0, teacher_folder)
+def rank_main(rank, root, output):
     import align_student
-    import fake
-    import torch
 
     import burnish.policies
-    from burnish.train import loop
     from burnish.train.objective import OBJECTIVES
 
-    torch.set_num_threads(1)
     burnish.policies.load_policy = align_student.load_student
     lines = []
 
@@ -33,35 +23,16 @@ def rank_main(rank, port, root, output, teacher_folder):
 
     OBJECTIVES.register("recorder")(Recorder)
     align = "{name: align, teacher: 'edges:Edges', match: 0.5, measure_every: 2, sharing: independent}"
-    kept = []
-    original = loop.Run
-
-    class Run(original):
-        def __init__(self, *args):
-            super().__init__(*args)
-            kept.append(self)
-
-    loop.Run = Run
-    loop.train(align_student.recipe(root, output, align, "{name: recorder}", more=["--train.steps=5"]), progress=False)
-    weights = {n: p.detach().flatten().tolist() for n, p in kept[0].trained.items()}
-    strength = float(kept[0].objectives["align"].strength)
+    run, weights = train_and_keep(
+        align_student.recipe(root, output, align, "{name: recorder}", more=["--train.steps=5"])
+    )
+    strength = float(run.objectives["align"].strength)
     with open(f"{output}.{rank}.json", "w") as file:
         json.dump({"steps": lines, "weights": weights, "strength": strength}, file)
-    torch.distributed.destroy_process_group()
 
 
 def test_projectors_are_synchronised(dataset, edges, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (port, dataset, tmp_path / "run", str(edges))
-    ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0
+    two_ranks(rank_main, dataset, tmp_path / "run")
     one, two = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
     assert one["weights"] == two["weights"] and one["strength"] == two["strength"]
     assert any(name.startswith("objectives.align") for name in one["weights"])

@@ -1,18 +1,6 @@
-"""Makes tests/train/fake.py importable, and one tiny data set and question folder for all tests of this folder."""
-
-import sys
-from pathlib import Path
+"""More questions than the shared folder has: anchors are taken from them."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    from fake import make_dataset
-
-    return make_dataset(tmp_path_factory.mktemp("data") / "fake")
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,13 @@
 """Two gloo ranks: both gradients are averaged first and edited once, so all ranks hold the very same edit (U7)."""
 
 import json
-import multiprocessing
-import os
-import socket
 
 import fake
 import numpy as np
-import torch
+from ranks import two_ranks
 
 
-def rank_main(rank, port, root, questions, output):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def rank_main(rank, root, questions, output):
     fake.register()
     from burnish.methods.isolate.objective import Isolate
     from burnish.train import loop
@@ -46,21 +38,10 @@ def rank_main(rank, port, root, questions, output):
     fake.FakePolicy.__init__ = without_dropout
     method = f"--objectives=[{{name: recording, method: agem, questions: {questions}, share: 1.0, turns: 1}}]"
     loop.train(fake.recipe(root, output, method, "--train.steps=3"), progress=False)
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_edit_the_averages(dataset, questions, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    output = tmp_path / "run"
-    ranks = [context.Process(target=rank_main, args=(r, port, dataset, questions, output)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0
+    two_ranks(rank_main, dataset, questions, tmp_path / "run")
     one, two = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
     assert one["raw"] == two["raw"] and one["edited"] == two["edited"] and one["local"] != two["local"]
     names = sorted(one["raw"])

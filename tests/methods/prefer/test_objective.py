@@ -1,15 +1,13 @@
 """The objective in real runs of a fake policy: learning, caching, resuming, two ranks, and what it refuses."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 
 import fake
 import numpy as np
 import pytest
 import torch
+from ranks import train_and_keep, two_ranks
 from safetensors.torch import load_file
 
 from burnish import train
@@ -130,44 +128,15 @@ def test_pairs_in_other_units_stop_the_run(dataset, pairs, tmp_path):
         train(recipe(other, tmp_path / "run", pairs), progress=False)
 
 
-def rank_main(rank, port, dataset, pairs, output):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def rank_main(rank, dataset, pairs, output):
     fake.register()
-    from burnish.train import loop
-
-    kept, original = [], loop.Run
-
-    class Run(original):
-        def __init__(self, *args):
-            super().__init__(*args)
-            kept.append(self)
-
-    loop.Run = Run
-    loop.train(recipe(dataset, output, pairs), progress=False)
-    report = {n: p.detach().flatten().tolist() for n, p in kept[0].trained.items()}
+    _, weights = train_and_keep(recipe(dataset, output, pairs))
     with open(f"{output}.{rank}.json", "w") as file:
-        json.dump(report, file)
-    torch.distributed.destroy_process_group()
+        json.dump(weights, file)
 
 
 def test_two_ranks_end_with_equal_weights(dataset, pairs, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fake", "burnish.train.loop", "lerobot.datasets", "accelerate"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        context.Process(target=rank_main, args=(rank, port, dataset, pairs, tmp_path / "run")) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(300)
-        assert process.exitcode == 0
+    two_ranks(rank_main, dataset, pairs, tmp_path / "run")
     one, two = (json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in range(2))
     start = {n: p.detach().flatten().tolist() for n, p in fake.FakePolicy().named_parameters()}
     assert one == two and one["head.weight"] != start["head.weight"]
