@@ -112,3 +112,17 @@ def test_matching_beats_every_other_assignment():
 def test_similar_layers():
     assert similar_layers([0.9, 0.5, 0.7, 0.95], 2, top=True) == [0, 3]
     assert similar_layers([0.9, 0.5, 0.7, 0.95], 2, top=False) == [1, 2]
+
+
+def test_views_that_are_not_one_square_are_refused():
+    from burnish.core.errors import BurnishError
+    from burnish.methods.align.aligner import square_grid
+    from burnish.policies.base import Captured
+
+    captured = Captured()
+    captured.cameras = {"front": slice(0, 16), "wrist": slice(16, 32), "wide": slice(32, 40), "small": slice(40, 44)}
+    assert square_grid(captured, ["front", "wrist"]) == (4, 4)
+    with pytest.raises(BurnishError, match="'wide': 8.*one square grid"):
+        square_grid(captured, ["wide"])
+    with pytest.raises(BurnishError, match="'small': 4.*one square grid"):
+        square_grid(captured, ["front", "small"])
