@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import read_results
+from burnish.evaluate.records import Record, read_results
 from burnish.evaluate.stats import crossed_bootstrap
 
 Trials = dict[int, dict[Any, float]]
@@ -15,8 +15,15 @@ Trials = dict[int, dict[Any, float]]
 
 
 def read_successes(evaluations: Mapping[int, Path]) -> Trials:
-    """Success of every episode of one arm; `evaluations` maps a training seed to its evaluation folder."""
-    return {seed: {r.key: float(r.success) for r in read_results(folder)} for seed, folder in evaluations.items()}
+    """Success of every episode of one arm at what it was told; `evaluations` maps a training seed to its folder.
+
+    Under an instruction swap that is the task with the newly named object.
+    """
+
+    def told(record: Record) -> float:
+        return float(record.success if record.other_success is None else record.other_success)
+
+    return {seed: {r.key: told(r) for r in read_results(folder)} for seed, folder in evaluations.items()}
 
 
 def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:

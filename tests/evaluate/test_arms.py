@@ -1,0 +1,29 @@
+"""Rows of a study's result: what counts as success, differences paired on seed and trial."""
+
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.arms import arm_rows, read_successes
+from burnish.evaluate.records import Record
+
+
+def test_success_is_at_what_the_policy_was_told(tmp_path):
+    records = [
+        Record("lift", 0, 7, True, 9),
+        Record("lift", 1, 7, True, 9, variant="instruction_swap", other_success=False),
+        Record("lift", 2, 7, False, 9, variant="instruction_swap", other_success=True),
+    ]
+    (tmp_path / "episodes.jsonl").write_text("".join(record.to_line() + "\n" for record in records))
+    assert read_successes({7: tmp_path}) == {7: {("lift", 0): 1.0, ("lift", 1): 0.0, ("lift", 2): 1.0}}
+
+
+def test_differences_pair_seed_and_trial():
+    arms = {"a": {0: {1: 1.0, 2: 0.0}, 1: {1: 1.0, 2: 1.0}}, "b": {1: {2: 0.0, 1: 1.0, 3: 1.0}}}
+    a, b = arm_rows(arms, "a", eval="main")
+    assert (a["n"], a["rate"], a["by_seed"]) == (4, 0.75, [0.5, 1.0]) and "minus_reference" not in a
+    # Seed 1 alone is shared, and of it the trials 1 and 2.
+    assert b["minus_reference"][0] == pytest.approx(-0.5) and b["n"] == 3 and b["eval"] == "main"
+    low, high = b["minus_reference"][1:]
+    assert -1 <= low <= -0.5 <= high <= 0
+    with pytest.raises(BurnishError, match="share no trial"):
+        arm_rows({"a": {0: {1: 1.0}, 1: {2: 1.0}}}, "a")
