@@ -1,17 +1,14 @@
 """LeRobot's own commands run our checkpoints, environments and data sets unchanged."""
 
 import importlib.metadata
-import json
-import sys
 
 import numpy as np
 import pytest
+from lerobot_cli import ENV, LIMIT, SIZE, lerobot_eval, lerobot_train
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import make_env
 from burnish.evaluate.rollout import evaluate
-
-SIZE, LIMIT = 32, 6
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +20,6 @@ def folder(tmp_path_factory):
     return make_tiny(
         "smolvla", tmp_path_factory.mktemp("policy") / "p", cameras=[camera], state_dim=4, action_dim=4, image_size=SIZE
     )
-
-
-def run(module: str, function: str, arguments: list[str], monkeypatch) -> None:
-    """What the installed command does: import plug-ins, then parse the command line."""
-    from lerobot.utils.import_utils import register_third_party_plugins
-
-    register_third_party_plugins()
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    getattr(importlib.import_module(f"lerobot.scripts.{module}"), function)()
 
 
 def test_lerobot_discovers_the_plugin():
@@ -46,13 +34,7 @@ def test_lerobot_discovers_the_plugin():
 
 
 def test_lerobot_eval_runs_the_same_episodes(folder, tmp_path, monkeypatch):
-    arguments = [
-        f"--policy.path={folder}", "--policy.device=cpu", "--env.type=burnish", "--env.task=tabletop:reach",
-        f"--env.image_size={SIZE}", f"--env.episode_length={LIMIT}", "--eval.n_episodes=2", "--eval.batch_size=2",
-        "--eval.use_async_envs=false", "--seed=0", f"--output_dir={tmp_path / 'eval'}",
-    ]  # fmt: skip
-    run("lerobot_eval", "eval_main", arguments, monkeypatch)
-    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    info = lerobot_eval(folder, tmp_path / "eval", monkeypatch, episodes=2)
     assert len(info["per_task"][0]["metrics"]["successes"]) == 2
     assert len(list((tmp_path / "eval").rglob("*.mp4"))) == 2
     ours = evaluate(
@@ -67,15 +49,8 @@ def test_lerobot_train_continues_our_checkpoint(folder, tmp_path, monkeypatch):
 
     root = tmp_path / "data"
     make_demos("tabletop:reach", 2, root, image_size=SIZE, workers=1, progress=False)
-    arguments = [
-        f"--policy.path={folder}", "--policy.device=cpu", "--policy.push_to_hub=false", "--dataset.repo_id=local/reach",
-        f"--dataset.root={root}", "--steps=2", "--batch_size=2", "--num_workers=0", "--save_freq=2", "--log_freq=1",
-        "--env.type=burnish", "--env.task=tabletop:reach", f"--env.image_size={SIZE}", f"--env.episode_length={LIMIT}",
-        "--env_eval_freq=2", "--eval.n_episodes=1", "--eval.batch_size=1", f"--output_dir={tmp_path / 'train'}",
-        "--wandb.enable=false",
-    ]  # fmt: skip
-    run("lerobot_train", "train", arguments, monkeypatch)
-    saved = next((tmp_path / "train" / "checkpoints").glob("*2/pretrained_model"))
+    measured = [*ENV, "--env_eval_freq=2", "--eval.n_episodes=1", "--eval.batch_size=1"]
+    saved = lerobot_train(folder, root, tmp_path / "train", monkeypatch, *measured)
     again = evaluate(
         saved, "tabletop:reach", episodes=1, output=tmp_path / "ours", max_steps=LIMIT, workers=1, progress=False
     )
