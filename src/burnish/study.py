@@ -200,7 +200,7 @@ def _write(
         return {run.seed: run for run in runs if run.arm == arm}
 
     rows = []
-    several = bool(study.evals)
+    several = bool(study.evals or base.eval.questions.root)
     for name in ["main", *study.evals]:
         arms = {arm: read_successes({s: r.folder / "eval" / name for s, r in of(arm).items()}) for arm in study.arms}
         rows += arm_rows(arms, study.reference, **({"eval": name} if several else {}))

@@ -154,12 +154,20 @@ def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
     rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
     extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in ROW_FIELDS))
     several = len(found) > 1
-    names = ["recipe", ""] if several else [""]
+    evals = "eval" in extra  # several evaluations of the same arms: named at the left
+    extra = [key for key in extra if key != "eval"]
+    names = [*(["recipe"] if several else []), "", *(["eval"] if evals else [])]
     numbers = ["n", "success", "95 % interval", *(key.replace("_", " ") for key in extra)]
     lines = [_line([*names, *numbers]), _line(["---"] * len(names) + ["---:"] * len(numbers))]
     for name, row in rows:
         low, high = row["interval"]
-        cells = [row["label"], row["n"], f"{100 * row['rate']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        cells = [
+            row["label"],
+            *([row.get("eval", "")] if evals else []),
+            row["n"],
+            f"{100 * row['rate']:.1f} %",
+            f"{100 * low:.1f} to {100 * high:.1f} %",
+        ]
         cells += [_cell(key, row.get(key)) for key in extra]
         lines.append(_line([*([name] if several else []), *cells]))
     return "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())

@@ -33,13 +33,13 @@ def show_tokens(run: "Run", objective: Align, policies: dict[str, Policy], layer
     student, teacher = max(objective.aligner.pairs)
     student = student if layer < 0 else layer
     batch = student_batch(run, 0)
-    rows: dict[str, Tensor] = {f"teacher, layer {teacher}": objective.targets(batch)[teacher].flatten(1, 3)}
+    rows: dict[str, Tensor] = {f"teacher\nlayer {teacher}": objective.targets(batch)[teacher].flatten(1, 3)}
     for name, policy in policies.items():
         policy.eval()
         draws = policy.draw(len(batch["action"]), generator("align picture"))
         with policy.capture([student]) as captured:
             policy.loss(batch, draws)
-        rows[f"{name}, layer {student}"] = image_tokens(captured, captured.hidden[student], policy.cameras)
+        rows[f"{name}\nlayer {student}"] = image_tokens(captured, captured.hidden[student], policy.cameras)
     # Without the mean of each place all would show the same: where in the image a token lies.
     rows = {name: (tokens - tokens.mean(0)).flatten(0, 1) for name, tokens in rows.items()}
     images = batch[run.data.cameras[0]][:SHOWN].permute(0, 2, 3, 1)
