@@ -88,3 +88,24 @@ def test_a_recipe_without_data_is_refused(tmp_path):
     file.write_text("name: nothing\n")
     with pytest.raises(BurnishError, match="neither demos.env nor data.root"):
         main(argparse.Namespace(recipe=str(file), overrides=[], result=""))
+
+
+def test_named_data_are_made_where_they_are_absent_and_left_alone_where_not(tmp_path, monkeypatch):
+    from burnish.pipeline import make_data
+
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(
+        None,
+        [
+            "--name=another", "--demos.env=tabletop:lift", "--demos.episodes=1", "--demos.image_size=32",
+            "--demos.workers=1", "--data.root=shared/lift",
+        ],
+    )  # fmt: skip
+    stages = Stages(tmp_path / "run.json", {})
+    make_data(recipe, stages)
+    info = tmp_path / "shared/lift/meta/info.json"
+    assert json.loads(info.read_text())["total_episodes"] == 1
+    before = info.stat().st_mtime_ns
+    recipe.demos.episodes = 2
+    make_data(recipe, stages)
+    assert info.stat().st_mtime_ns == before and not (tmp_path / "data").exists()

@@ -128,7 +128,8 @@ def make_data(recipe: RecipeConfig, stages: Stages) -> None:
     from burnish.core.recipe import demos_root
 
     demos = recipe.demos
-    if demos.env and not recipe.data.root:
+    # A data set that the recipe names is left alone where it exists; where it does not, the recipe says how to make it.
+    if demos.env and not (recipe.data.root and Path(recipe.data.root).exists()):
         from burnish.data.demos import make_demos
 
         with stages.stage("demonstrations"):

@@ -52,7 +52,7 @@ class PolicyConfig:
 @dataclass
 class DataConfig:
     root: str = ""
-    """LeRobotDataset folder; empty means the one that `demos` makes."""
+    """LeRobotDataset folder; empty means the one that `demos` makes. `burnish run` makes it by `demos` where it is absent."""
     episodes: list[int] = field(default_factory=list)
     """Episodes to use; empty means all."""
     cameras: list[str] = field(default_factory=list)
