@@ -52,7 +52,7 @@ class PolicyConfig:
 @dataclass
 class DataConfig:
     root: str = ""
-    """LeRobotDataset folder; empty means the one that `demos` makes. `burnish run` makes it by `demos` where it is absent."""
+    """LeRobotDataset folder; empty means data/<name>. Where it is absent, `burnish run` makes it as `demos` says."""
     episodes: list[int] = field(default_factory=list)
     """Episodes to use; empty means all."""
     cameras: list[str] = field(default_factory=list)
