@@ -199,7 +199,6 @@ def test_frozen_backbone_has_nothing_to_edit(dataset, tiny_smolvla, tmp_path):
 
 
 def test_auto_follows_the_questions():
-    from burnish.methods.isolate.options import AUTO_WITH_QUESTIONS, AUTO_WITHOUT
+    from burnish.methods.isolate.options import AUTO
 
-    assert resolve("auto", {}, "folder")[0] == AUTO_WITH_QUESTIONS
-    assert resolve("auto", {}, "")[0] == AUTO_WITHOUT
+    assert resolve("auto", {}, "folder")[0] == resolve("auto", {}, "")[0] == AUTO

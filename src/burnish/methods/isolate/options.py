@@ -113,8 +113,8 @@ METHODS: dict[str, dict[str, Any]] = {
 """Named methods. Sources: aegis arXiv:2604.16067 (batch and tokens as the readable text suggests), stop_gradient and
 insulate arXiv:2505.23705, l2sp arXiv:1802.01483, pcgrad arXiv:2001.06782, agem arXiv:1812.00420."""
 
-AUTO_WITH_QUESTIONS, AUTO_WITHOUT = "l2sp", "l2sp"
-"""What `method: auto` means with and without a question folder; docs/methods/isolate.md has the evidence."""
+AUTO = "l2sp"
+"""What `method: auto` means, with a question folder and without; docs/methods/isolate.md has the evidence."""
 
 
 def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Options]:
@@ -124,7 +124,7 @@ def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Op
         BurnishError: an unknown method or option, a value out of range, or no questions where they are needed.
     """
     if method == "auto":
-        method = AUTO_WITH_QUESTIONS if questions else AUTO_WITHOUT
+        method = AUTO
     if method not in METHODS:
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")
     refuse_unknown(Options, given, "isolate")
