@@ -198,7 +198,7 @@ def test_frozen_backbone_has_nothing_to_edit(dataset, tiny_smolvla, tmp_path):
         loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", "method: self_anchor", "--train.freeze=[vlm]"))
 
 
-def test_auto_follows_the_questions():
+def test_auto_is_the_same_with_questions_and_without():
     from burnish.methods.isolate.options import AUTO
 
     assert resolve("auto", {}, "folder")[0] == resolve("auto", {}, "")[0] == AUTO
