@@ -7,13 +7,14 @@ may share the work (`--seeds 0` beside `--seeds 1`); a last call without the opt
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from burnish.core.config import EvalConfig, QuestionsConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
+from burnish.core.files import alone, read_object
 from burnish.core.options import refuse_unknown
 from burnish.core.recipe import demos_root, load_recipe, merge, read_yaml, recipe_from_dict, recipe_to_dict, run_folder
 
@@ -88,19 +89,21 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     folder.mkdir(parents=True, exist_ok=True)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     clocks = {"data": Stages(folder / "data.json", facts)}
-    make_data(base, clocks["data"])
+    with alone(folder):
+        make_data(base, clocks["data"])
     # A mistake in the last arm should not wait for hours to show.
     runs = {
         (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
     }
     if base.policy.path and base.eval.questions.root:
-        with clocks["data"].stage("questions to the base"):
+        with alone(folder), clocks["data"].stage("questions to the base"):
             _ask(base.policy.path, base.eval.questions, folder / "base")
     finished: list[_Run] = []
     for seed in study.seeds:
         clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
         for line in study.before:
-            _before(_fill(line, seed, folder), clock)
+            with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
+                _before(_fill(line, seed, folder), clock)
         for arm in study.arms:
             run = runs[seed, arm]
             run.folder.mkdir(exist_ok=True)

@@ -1,5 +1,7 @@
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,6 +46,21 @@ def test_second_opening_decodes_nothing(own, monkeypatch):
     open_frames(own, [CAMERA], progress=False)
     monkeypatch.setattr(frames, "_build", None)
     open_frames(own, [CAMERA], progress=False)
+
+
+def test_runs_that_start_together_decode_once(own, monkeypatch):
+    built, build = [], frames._build
+
+    def slow(*args):
+        built.append(args)
+        time.sleep(0.2)
+        build(*args)
+
+    monkeypatch.setattr(frames, "_build", slow)
+    with ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: open_frames(own, [CAMERA], progress=False), range(3)))
+    assert len(built) == 1
+    assert all(np.array_equal(one.arrays[CAMERA], opened[0].arrays[CAMERA]) for one in opened)
 
 
 def test_smaller_frames_are_means(own):

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, forced to disk, then renamed into it."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,18 @@ from burnish.core.errors import BurnishError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time make something in `folder`; the others wait, and should look again afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, require_space, sync, write_json
+from burnish.core.files import alone, disk_errors, require_space, sync, write_json
 
 _VERSION = 1
 _SAMPLE = 1 << 16
@@ -95,9 +95,11 @@ def open_frames(
         path = folder / f"{camera}-{height}x{width}-{key}.npy"
         about = {"version": _VERSION, "data": key, "camera": camera, "shape": [meta.total_frames, height, width, 3]}
         if not _is_current(path, about):
-            _build(meta, root, camera, path, about, progress)
-            if not cache_dir:
-                _drop_stale(folder, camera, key)
+            with alone(folder):
+                if not _is_current(path, about):  # another run may have decoded it while this one waited
+                    _build(meta, root, camera, path, about, progress)
+                    if not cache_dir:
+                        _drop_stale(folder, camera, key)
         arrays[camera] = np.load(path, mmap_mode="r", allow_pickle=False)
     return FrameCache(arrays, key)
 

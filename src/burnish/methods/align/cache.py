@@ -8,12 +8,10 @@
 Features are stored after pooling to the student's grid (and standardising, where the teacher asks for it).
 """
 
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, new_folder, remove_folder, require_space, sync, write_json
+from burnish.core.files import alone, disk_errors, new_folder, remove_folder, require_space, sync, write_json
 from burnish.core.seeding import derive_seed
 from burnish.methods.align.loss import pool_grid, positional_term
 from burnish.methods.align.teachers.base import Teacher, Views, fingerprint, make_teacher, run_teacher
@@ -276,18 +274,10 @@ def open_cache(
             Finished blocks stay, and the same call continues.
     """
     if not folder.exists():
-        with _alone(folder):
+        with alone(folder.parent):
             if not folder.exists():  # another process may have filled it while this one waited
                 _fill(folder, spec, key, source, states, num_rows, workers, progress, device)
     return FeatureCache(folder, key)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _fill(folder, spec, key, source, states, num_rows, workers, progress, device) -> None:
