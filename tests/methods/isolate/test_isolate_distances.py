@@ -43,6 +43,18 @@ def test_u1_bures_equals_scipy(seed):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+def test_bures_stays_finite_beside_a_huge_direction():
+    """A few channels of language models are thousands of times louder than the rest."""
+    g = torch.Generator().manual_seed(0)
+    loud = torch.ones(64)
+    loud[3] = 3e3
+    x = (torch.randn(40, 64, generator=g) * loud).requires_grad_()
+    other = torch.randn(500, 64, generator=g) * loud
+    distance = distances.bures(x, other.mean(0), torch.cov(other.T), rank=8)
+    (gradient,) = torch.autograd.grad(distance, x)
+    assert bool(distance.isfinite()) and bool(gradient.isfinite().all())
+
+
 def test_bures_sees_a_rotation_that_the_diagonal_form_does_not():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 2)) @ np.array([[1.0, 0.8], [0.0, 0.6]])  # correlated, equal variances

@@ -80,6 +80,33 @@ def test_conflict_rule_is_gram_schmidt_in_each_group(seed, granularity, exponent
     np.testing.assert_allclose(float(figures.shed_overall), total_removed / total_before, rtol=1e-4, atol=1e-9)
 
 
+@given(st.integers(0, 10**6), st.sampled_from(["tensor", "layer", "global"]), st.sampled_from(["conflict", "always"]))
+@settings(max_examples=40, deadline=None)
+def test_pieces_are_edited_where_they_lie_and_as_a_buffer_is(seed, granularity, kind):
+    g, o = random(seed), random(seed + 1)
+    missing = list(SHAPES)[seed % len(SHAPES)]
+    del o[missing]
+    layout, expected, figures = run_edit(g, o, granularity, Rule(kind))
+    inside = {name: tensor.clone() for name, tensor in g.items()}
+    direction = Direction(layout.pieces(o), layout)
+    found = edit(layout.pieces(inside), direction, layout, Rule(kind))
+    for name in SHAPES:
+        np.testing.assert_allclose(inside[name].numpy(), expected[name].numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.shed.numpy(), figures.shed.numpy(), atol=1e-6)
+    assert torch.equal(direction.flat, layout.flatten(o))
+
+
+def test_pieces_of_large_tensors_are_cut(monkeypatch):
+    monkeypatch.setattr("burnish.methods.isolate.layout._CPU_CHUNK", 4)
+    g, o = random(8), random(9)
+    edited = run_edit(g, o)[1]
+    layout = Layout(SHAPES, "layer")
+    pieces = layout.pieces(g)
+    assert max(map(len, pieces)) == 4 and sum(map(len, pieces)) == layout.size
+    edit(pieces, Direction(layout.pieces(o), layout), layout)
+    assert all(torch.allclose(g[n], edited[n], atol=1e-6) for n in SHAPES)
+
+
 def test_always_and_soft():
     g, o = random(3), random(4)
     always, soft, conflict = (run_edit(g, o, rule=r)[1] for r in (Rule("always"), Rule("soft", 0.25), Rule()))

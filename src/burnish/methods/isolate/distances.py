@@ -56,7 +56,8 @@ def bures(rows: Tensor, mean: Tensor, covariance: Tensor, rank: int = 0) -> Tens
     product = centred @ root / len(rows) ** 0.5
     gram = product.mT @ product
     floor = FLOOR * anchor.diagonal().mean().square()
-    overlap = (torch.linalg.eigvalsh(gram + floor * torch.eye(len(gram), device=rows.device, dtype=rows.dtype))).sqrt()
+    squares = torch.linalg.eigvalsh(gram + floor * torch.eye(len(gram), device=rows.device, dtype=rows.dtype))
+    overlap = squares.clamp_min(floor).sqrt()  # beside a large eigenvalue, rounding takes small ones below zero
     shift = (rows.mean(0) - mean.to(rows)).square().sum()
     total, total_anchor = centred.square().sum() / len(rows), anchor.diagonal().sum()
     inside, inside_anchor = (centred @ vectors[:, kept]).square().sum() / len(rows), values[kept].clamp_min(0).sum()

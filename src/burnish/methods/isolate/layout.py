@@ -1,7 +1,9 @@
-"""Gradients of many tensors in one flat buffer, a layer's beside one another: an edit is then a few large operations.
+"""Gradients of many tensors as one vector [P], a layer's beside one another, so that an edit is a few cheap operations.
 
-On a CPU, `torch.dot` on such a buffer is several times faster than multiplying and summing tensor by tensor (or
-`torch._foreach_mul`), because nothing is written in between. No operation here waits for the device.
+A vector is either one flat buffer or a list of pieces that lie where the tensors lie. On a GPU the buffer wins: few
+kernels. On a CPU the pieces do: `torch.dot` reads each number once and writes nothing in between (multiplying and
+summing, or `torch._foreach_mul`, write everything once more), and copying into a buffer would cost as much as the
+edit itself. No operation here waits for the device.
 """
 
 import re
@@ -10,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+Vector = Tensor | list[Tensor]
+"""[P]: `Layout.flatten`'s buffer or `Layout.pieces`' list."""
 GRANULARITIES = ("tensor", "layer", "global")
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)\.")
 _CPU_CHUNK = 1 << 18
@@ -55,16 +59,23 @@ class Layout:
         self._sizes = [shape.numel() for shape in self._shapes]
         self._group_sizes = [sum(torch.Size(shapes[n]).numel() for n in group) for group in members.values()]
         self.size = sum(self._sizes)
-        self._make_chunks()
+        self._make_chunks([number for number, group in enumerate(members.values()) for _ in group])
 
-    def _make_chunks(self) -> None:
+    def _make_chunks(self, group_of_name: list[int]) -> None:
         largest = _CPU_CHUNK if self.device.type == "cpu" else max(self._group_sizes)
-        self._chunks, group_of_chunk = [], []
-        for number, size in enumerate(self._group_sizes):
-            full, rest = divmod(size, largest)
-            self._chunks += [largest] * full + [rest] * (rest > 0)
-            group_of_chunk += [number] * (full + (rest > 0))
-        self._group_of_chunk = torch.tensor(group_of_chunk, device=self.device)
+        self._chunks, groups = _cut(self._group_sizes, range(len(self.groups)), largest)
+        self._group_of_chunk = torch.tensor(groups, device=self.device)
+        _, self._groups_of_pieces = _cut(self._sizes, group_of_name, _CPU_CHUNK)
+        self._group_of_piece = torch.tensor(self._groups_of_pieces, device=self.device)
+
+    def pieces(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """[P] as float32 pieces that share memory with contiguous `tensors` by parameter name; zeros where one is
+        missing."""
+        found = []
+        for name, size in zip(self.names, self._sizes, strict=True):
+            whole = tensors[name].view(-1) if name in tensors else torch.zeros(size, device=self.device)
+            found += whole.split(_CPU_CHUNK) if size > _CPU_CHUNK else [whole]
+        return found
 
     def flatten(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
         """[P] float32 with `tensors` by parameter name; zeros where one is missing."""
@@ -85,33 +96,48 @@ class Layout:
         parts = zip(self.names, flat.split(self._sizes), self._shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
-    def by_group(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """The L groups' parts of a buffer [P], sharing its memory."""
-        return flat.split(self._group_sizes)
-
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """[L] float64: inner product of two buffers [P] in each group."""
-        pairs = zip(a.split(self._chunks), b.split(self._chunks), strict=True)
-        partial = torch.stack([torch.dot(x, y) for x, y in pairs]).double()
+    def dot(self, a: Vector, b: Vector) -> Tensor:
+        """[L] float64: inner product of two vectors [P] of one kind in each group."""
+        flat = isinstance(a, Tensor)
+        if flat:
+            a, b = a.split(self._chunks), b.split(self._chunks)
+        partial = torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)]).double()
         total = torch.zeros(len(self.groups), dtype=torch.float64, device=self.device)
-        return total.index_add_(0, self._group_of_chunk, partial)
+        return total.index_add_(0, self._group_of_chunk if flat else self._group_of_piece, partial)
 
-    def scale_(self, flat: Tensor, factors: Tensor) -> Tensor:
-        """Multiply each group of a buffer [P] by its factor [L], in place."""
-        for part, factor in zip(self.by_group(flat), factors.to(flat.dtype).unbind(), strict=True):
+    def scale_(self, vector: Vector, factors: Tensor) -> Vector:
+        """Multiply each group of a vector [P] by its factor [L], in place."""
+        for part, factor in zip(*self._parts(vector, factors.float()), strict=True):
             part.mul_(factor)
-        return flat
+        return vector
 
-    def add_(self, flat: Tensor, other: Tensor, factors: Tensor) -> Tensor:
-        """Add `other` [P] times its group's factor [L] to `flat` [P], in place."""
-        parts = zip(self.by_group(flat), self.by_group(other), factors.to(flat.dtype).unbind(), strict=True)
-        for part, added, factor in parts:
+    def add_(self, vector: Vector, other: Vector, factors: Tensor) -> Vector:
+        """Add `other` [P] times its group's factor [L] to `vector` [P] of the same kind, in place."""
+        parts, each = self._parts(vector, factors.float())
+        for part, added, factor in zip(parts, self._parts(other, factors)[0], each, strict=True):
             part.addcmul_(added, factor)
-        return flat
+        return vector
 
-    def clear_(self, flat: Tensor, groups: Tensor) -> Tensor:
+    def clear_(self, vector: Vector, groups: Tensor) -> Vector:
         """Write zeros over the groups that are True in `groups` [L], whatever they hold, in place."""
         if self.device.type != "cpu" or bool(groups.any()):  # on a GPU it is cheaper to write than to ask
-            for part, gone in zip(self.by_group(flat), groups.unbind(), strict=True):
+            for part, gone in zip(*self._parts(vector, groups), strict=True):
                 part.masked_fill_(gone, 0.0)
-        return flat
+        return vector
+
+    def _parts(self, vector: Vector, values: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Parts of a vector, none of them in two groups, and for each its group's entry of `values` [L]."""
+        each = values.unbind()
+        if isinstance(vector, Tensor):
+            return vector.split(self._group_sizes), each
+        return vector, [each[number] for number in self._groups_of_pieces]
+
+
+def _cut(sizes: Sequence[int], groups: Sequence[int], largest: int) -> tuple[list[int], list[int]]:
+    """Sizes of at most `largest` that add up to `sizes`, and the group of each."""
+    cut, group_of = [], []
+    for size, group in zip(sizes, groups, strict=True):
+        full, rest = divmod(size, largest)
+        cut += [largest] * full + [rest] * (rest > 0)
+        group_of += [group] * (full + (rest > 0))
+    return cut, group_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.isolate.adam import AdamWatch
-from burnish.methods.isolate.layout import Layout
+from burnish.methods.isolate.layout import Layout, Vector
 from burnish.methods.isolate.options import resolve
 from burnish.methods.isolate.probe import Probe
 from burnish.methods.isolate.project import Direction, Edited, Rule, edit, edit_several, orthonormal
@@ -65,6 +65,7 @@ class Isolate(Objective):
             self.layout = Layout({n: p.shape for n, p in backbone.items()}, self.options.granularity, run.device)
             self._direction: Direction | tuple[Tensor, Tensor] | None = None
             self._adam: AdamWatch | None = None
+            self.in_place = self._edits_in_place(run)
         if self.options.rule == "l2sp":
             self._start = {name: p.detach().clone() for name, p in backbone.items()}
 
@@ -162,22 +163,36 @@ class Isolate(Objective):
                            for p in self._backbone.values()]]  # fmt: skip
         if self._sums:
             self._direction = self._refresh(run, mine)
+        if self.in_place:
+            return self._project(run, self.layout.pieces(mine))
         gradient = self.layout.flatten(mine)
         figures = self._project(run, gradient)
         edited = self.layout.views(gradient)
         grads.update({name: edited[name] for name in mine})
         return figures
 
+    def _edits_in_place(self, run: "Run") -> bool:
+        """Whether gradients are edited where they lie; the other ways need them in one buffer (see `Layout`)."""
+        options = self.options
+        simple = options.rule != "replace" and options.optimiser == "plain" and not options.restore
+        local = run.device.type == "cpu" and run.accelerator.num_processes == 1
+        plain = all(p.is_contiguous() and p.dtype is torch.float32 for p in self._backbone.values())
+        return simple and local and plain and options.directions == 1
+
     def _refresh(self, run: "Run", reached: dict[str, Tensor]) -> "Direction | tuple[Tensor, Tensor]":
         """The protected direction(s) of this step, from what all micro-batches and ranks summed up.
 
         Parameters that the task does not reach stay as they are, so they are left out of the direction too.
         """
+        count, random = self._micro + 1, self.options.protect == "random"
         flats = []
         for sums in self._sums:
             named = {n: g for n, g in zip(self._backbone, sums, strict=True) if g is not None and n in reached}
-            flat = self.layout.flatten(named).div_(self._micro + 1 if self.options.protect != "random" else 1)
-            if run.accelerator.num_processes > 1 and self.options.protect != "random":
+            if self.in_place:  # a sum does for a mean: the length of a direction does not matter
+                self._sums = []
+                return Direction(self.layout.pieces({n: g.contiguous() for n, g in named.items()}), self.layout)
+            flat = self.layout.flatten(named).div_(1 if random else count)
+            if run.accelerator.num_processes > 1 and not random:
                 flat = run.accelerator.reduce(flat, reduction="mean")
             flats.append(Direction(flat, self.layout))
         self._sums = []
@@ -185,7 +200,7 @@ class Isolate(Objective):
             return flats[0]
         return orthonormal(torch.stack([one.unit(self.layout) for one in flats]), self.layout)
 
-    def _project(self, run: "Run", gradient: Tensor) -> dict[str, float]:
+    def _project(self, run: "Run", gradient: Vector) -> dict[str, float]:
         """Edit `gradient` [P] in place; the figures are tensors that are read when a row is logged."""
         options, direction, measured = self.options, self._direction, self._is_logged(run)
         if direction is None:

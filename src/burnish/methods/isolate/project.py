@@ -3,7 +3,7 @@
 A step of -lr g changes the protected loss by -lr <g, o>, so g harms it where <g, o> < 0. What an edit promises holds
 on the batch that gave o, to first order, and under plain SGD; `metric` carries it over to a preconditioned step.
 
-Shapes: P numbers of all edited parameters, L groups (see `Layout`), K directions.
+Shapes: P numbers of all edited parameters, L groups (see `Layout`), K directions. A vector [P] is a buffer or pieces.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from burnish.methods.isolate.layout import Layout
+from burnish.methods.isolate.layout import Layout, Vector
 
 KINDS = ("conflict", "always", "soft")
 _ROUNDS = 64
@@ -43,7 +43,7 @@ class Edited:
         size: [L] float64, squared norm of g.
     """
 
-    gradient: Tensor
+    gradient: Vector
     cosine: Tensor
     shed: Tensor
     size: Tensor
@@ -67,36 +67,41 @@ class Direction:
     silently undo the projection of small gradients.
 
     Args:
-        flat: [P]; taken over and cleaned.
+        vector: [P]; taken over and cleaned.
         layout: its layout.
     """
 
-    def __init__(self, flat: Tensor, layout: Layout):
-        square = layout.dot(flat, flat)
+    def __init__(self, vector: Vector, layout: Layout):
+        square = layout.dot(vector, vector)
         absent = ~(square.isfinite() & (square > _SMALLEST))
-        self.flat = layout.clear_(flat, absent)
+        self.vector = layout.clear_(vector, absent)
         self.square = torch.where(absent, 0.0, square)
 
+    @property
+    def flat(self) -> Tensor:
+        """[P] as one buffer."""
+        return self.vector if isinstance(self.vector, Tensor) else torch.cat(self.vector)
+
     def unit(self, layout: Layout) -> Tensor:
-        """[P]: every group scaled to norm 1 (or zero where there is no direction)."""
+        """[P], a buffer: every group scaled to norm 1 (or zero where there is no direction)."""
         inverse = torch.where(self.square > 0, self.square.clamp_min(_SMALLEST).rsqrt(), 0.0)
         return layout.scale_(self.flat.clone(), inverse)
 
 
-def edit(gradient: Tensor, direction: Direction, layout: Layout, rule: Rule = Rule(),
+def edit(gradient: Vector, direction: Direction, layout: Layout, rule: Rule = Rule(),
          metric: Tensor | None = None, measure: bool = True) -> Edited | None:  # fmt: skip
     """Project `gradient` in place.
 
     Args:
         gradient: [P], overwritten.
-        direction: what to protect.
+        direction: what to protect, a vector of the same kind.
         layout: their layout.
         rule: what to remove.
-        metric: positive [P], the diagonal D of a preconditioner. Then <g, D o> takes the place of <g, o>, and it is the
-            preconditioned step D g' (Adam's, say) that does no harm. None means D = 1.
+        metric: positive [P], a buffer, as the others are then: the diagonal D of a preconditioner. Then <g, D o> takes
+            the place of <g, o>, and it is the preconditioned step D g' (Adam's, say) that does no harm; None is 1.
         measure: also compute what `Edited` holds; None is returned otherwise.
     """
-    o = direction.flat
+    o = direction.vector
     measured = o if metric is None else metric * o
     along = layout.dot(gradient, measured)
     length = direction.square if metric is None else layout.dot(o, measured)
