@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         name = _prepare(folder)
         ratios, detail = _steps(folder, 8 if args.quick else 60)
-        cache = _cache(folder, 512 if args.quick else 8192)
+        cache = _cache(folder, 512 if args.quick else 32768)
         peaks = {f"peak_mb_{arm}": _peak(folder, arm) for arm in ARMS}
     info = machine()
     return {

@@ -35,9 +35,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Figures:
         step_ratio_paper: step time of the paper's rule (a second backward over the one forward) over a plain step.
         step_ratio_two_forwards: the same edit with a second forward.
-        step_ratio_default: of the costliest of `method: auto`, question_anchor and self_anchor as they are by default.
+        step_ratio_auto: of `method: auto`.
+        step_ratio_default: of the costliest of auto, question_anchor and self_anchor as they are by default.
         default_cosine: least cosine between the gradient edited with a direction refreshed every 4 steps and the one
-            edited exactly, over steps without a refresh; default_edit_cosine: the same of what was taken out.
+            edited exactly, over steps without a refresh, of the paper's rule and of question_anchor;
+            refreshed_edit_cosine, question_edit_cosine: the same of what was taken out, for each of the two.
         edit_speedup_over_loop: editing matrices of a large VLM's size, every layer in conflict, against a loop over
             parameters that computes the same; edit_speedup_small_base: the same for the small base's many small
             tensors; edit_error: relative, to float64.
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         runs = {name: _Training(folder / name, root, questions, inside) for name, inside in VARIANTS.items()}
         seconds = _in_turns(runs, blocks)
         memory = {name: training.peak_bytes(folder / "trace.json") for name, training in runs.items()}
-        cosines = _staleness(runs["paper_every_4"], 1 if args.quick else 8)
+        cosines = {n: _staleness(runs[n], 1 if args.quick else 8) for n in ("paper_every_4", "question_anchor")}
         shapes = {n: p.shape for n, p in runs["plain"].run.policy.backbone_parameters()}
     editing = edit_against_loop(LARGE, 3 if args.quick else 25)
     small = edit_against_loop(shapes, 3 if args.quick else 100)
@@ -65,8 +67,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "step_ratio_paper": ratios["paper"],
             "step_ratio_two_forwards": ratios["two_forwards"],
             "step_ratio_default": max(ratios[name] for name in ("auto", "question_anchor", "self_anchor")),
-            "default_cosine": min(cosines["gradient"]),
-            "default_edit_cosine": min(cosines["edit"]),
+            "step_ratio_auto": ratios["auto"],
+            "default_cosine": min(min(found["gradient"]) for found in cosines.values()),
+            "refreshed_edit_cosine": min(cosines["paper_every_4"]["edit"]),
+            "question_edit_cosine": min(cosines["question_anchor"]["edit"]),
             **editing,
             "edit_speedup_small_base": small["edit_speedup_over_loop"],
         },

@@ -98,12 +98,17 @@ class Layout:
 
     def dot(self, a: Vector, b: Vector) -> Tensor:
         """[L] float64: inner product of two vectors [P] of one kind in each group."""
-        flat = isinstance(a, Tensor)
-        if flat:
-            a, b = a.split(self._chunks), b.split(self._chunks)
-        partial = torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)]).double()
-        total = torch.zeros(len(self.groups), dtype=torch.float64, device=self.device)
-        return total.index_add_(0, self._group_of_chunk if flat else self._group_of_piece, partial)
+        return self.dots(a, [b])[0]
+
+    def dots(self, vector: Vector, others: Sequence[Vector]) -> list[Tensor]:
+        """[L] float64 for each of `others`: its inner product with `vector`, which is read from memory only once."""
+        flat = isinstance(vector, Tensor)
+        split = [one.split(self._chunks) if flat else one for one in (vector, *others)]
+        partial = torch.stack([torch.dot(part, x) for part, *rest in zip(*split, strict=True) for x in rest])
+        total = torch.zeros(len(self.groups), len(others), dtype=torch.float64, device=self.device)
+        total.index_add_(0, self._group_of_chunk if flat else self._group_of_piece,
+                         partial.double().view(-1, len(others)))  # fmt: skip
+        return list(total.unbind(1))
 
     def scale_(self, vector: Vector, factors: Tensor) -> Vector:
         """Multiply each group of a vector [P] by its factor [L], in place."""

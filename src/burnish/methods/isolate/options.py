@@ -103,7 +103,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"rule": "replay", "share": 0.05, "turns": 4},
     "insulate": {"rule": "replace", "protect": "answers", "share": 0.25, "turns": 4},
     "aegis": {"rule": "conflict", "tokens": "pooled"},
-    "question_anchor": {"rule": "conflict", "protect": "questions", "share": 0.25, "every": 2},
+    "question_anchor": {"rule": "conflict", "protect": "questions", "share": 0.25, "every": 4},
     "self_anchor": {"rule": "conflict", "protect": "self", "distance": "tokens", "every": 8},
     "agem": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4},
     "pcgrad": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4,

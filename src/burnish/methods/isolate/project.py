@@ -60,7 +60,7 @@ class Edited:
 
 
 class Direction:
-    """What is protected: one direction [P] and its squared norm [L] in each group.
+    """What is protected: one direction [P] and its squared norm [L] in each group, computed when first asked for.
 
     A group that is zero, holds NaN or infinity, or is too small for its square to be a float32 (norm below 1e-15)
     is cleared: it protects nothing, and spoils nothing. No epsilon is added to the squared norm anywhere: that would
@@ -72,15 +72,43 @@ class Direction:
     """
 
     def __init__(self, vector: Vector, layout: Layout):
-        square = layout.dot(vector, vector)
-        absent = ~(square.isfinite() & (square > _SMALLEST))
-        self.vector = layout.clear_(vector, absent)
-        self.square = torch.where(absent, 0.0, square)
+        self._vector, self._layout = vector, layout
+        self._square: Tensor | None = None
+
+    @property
+    def square(self) -> Tensor:
+        """[L] squared norm of each group."""
+        self._settle()
+        return self._square
+
+    @property
+    def vector(self) -> Vector:
+        """[P], cleaned."""
+        self._settle()
+        return self._vector
 
     @property
     def flat(self) -> Tensor:
         """[P] as one buffer."""
         return self.vector if isinstance(self.vector, Tensor) else torch.cat(self.vector)
+
+    def along(self, gradient: Vector) -> Tensor:
+        """[L]: inner product with `gradient`, 0 where there is no direction."""
+        if self._square is None:  # both in one pass over the memory
+            along, square = self._layout.dots(self._vector, [gradient, self._vector])
+            self._clean(square)
+        else:
+            along = self._layout.dot(self._vector, gradient)
+        return torch.where(self._square > 0, along, 0.0)
+
+    def _settle(self) -> None:
+        if self._square is None:
+            self._clean(self._layout.dot(self._vector, self._vector))
+
+    def _clean(self, square: Tensor) -> None:
+        absent = ~(square.isfinite() & (square > _SMALLEST))
+        self._layout.clear_(self._vector, absent)
+        self._square = torch.where(absent, 0.0, square)
 
     def unit(self, layout: Layout) -> Tensor:
         """[P], a buffer: every group scaled to norm 1 (or zero where there is no direction)."""
@@ -101,10 +129,13 @@ def edit(gradient: Vector, direction: Direction, layout: Layout, rule: Rule = Ru
             the place of <g, o>, and it is the preconditioned step D g' (Adam's, say) that does no harm; None is 1.
         measure: also compute what `Edited` holds; None is returned otherwise.
     """
-    o = direction.vector
-    measured = o if metric is None else metric * o
-    along = layout.dot(gradient, measured)
-    length = direction.square if metric is None else layout.dot(o, measured)
+    if metric is None:
+        along, length, o = direction.along(gradient), direction.square, direction.vector
+        measured = o
+    else:
+        o = direction.vector
+        measured = metric * o
+        along, length = layout.dots(measured, [gradient, o])
     coefficient = torch.where(length > 0, along / length, 0.0)
     if rule.kind != "always":
         coefficient = coefficient.clamp_max(0.0) * (rule.strength if rule.kind == "soft" else 1.0)
