@@ -51,7 +51,7 @@ def test_table_has_a_row_for_each_arm_and_evaluation(ran):
     assert result["metrics"]["base"]["answer_loss"] > 0
     assert "minus_reference" not in rows["plain", "main"] and len(rows["faster", "main"]["minus_reference"]) == 3
     assert result["metrics"]["runs"]["faster-1"]["answer_loss"] > 0
-    assert "[+0.0, +0.0]" in render_table(["core"], ran[0])
+    assert "+0.0 [-65.8, +65.8]" in render_table(["core"], ran[0])
 
 
 def test_arms_share_data_and_differ_in_what_they_say(ran):

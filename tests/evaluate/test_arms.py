@@ -27,3 +27,13 @@ def test_differences_pair_seed_and_trial():
     assert -1 <= low <= -0.5 <= high <= 0
     with pytest.raises(BurnishError, match="share no trial"):
         arm_rows({"a": {0: {1: 1.0}, 1: {2: 1.0}}}, "a")
+
+
+def test_equal_outcomes_still_have_an_interval():
+    """No resample of 0 of 20 holds a success, yet 16 % could have gone unseen (Wilson)."""
+    never, always = ({seed: dict.fromkeys(range(20), value) for seed in (0, 1)} for value in (0.0, 1.0))
+    a, b, c = arm_rows({"a": never, "b": always, "c": never}, "a")
+    assert a["interval"] == [0.0, pytest.approx(0.1611, abs=1e-4)]
+    assert b["interval"] == [pytest.approx(0.8389, abs=1e-4), 1.0]
+    assert c["minus_reference"] == [0.0, pytest.approx(-0.1611, abs=1e-4), pytest.approx(0.1611, abs=1e-4)]
+    assert b["minus_reference"][0] == b["minus_reference"][2] == 1.0

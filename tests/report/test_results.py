@@ -80,6 +80,15 @@ def test_rates_among_the_metrics_become_rows(checkout):
     assert "| question accuracy base | 10 | 90.0 % | 59.6 to 98.2 % |" in out and "minutes |" not in out
 
 
+def test_means_of_what_the_runs_logged(checkout):
+    runs = {"plain-0": {"loss": 0.5, "pinned": 1}, "plain-1": {"loss": 1.0}, "with-a-dash-0": {"loss": 2.0}}
+    example(checkout / "results/study.json", metrics={"runs": runs})
+    out = fill("<!-- results:study runs: loss pinned -->\n<!-- /results -->", checkout / "results", "x")
+    assert "|  | seeds | loss | pinned |" in out and "`make quickstart`" in out
+    assert "| plain | 2 | 0.75 | 1 |" in out and "| with-a-dash | 1 | 2 |  |" in out
+    assert "Not measured yet" in fill("<!-- results:no runs: a -->\n<!-- /results -->", checkout / "results", "x")
+
+
 def test_marker_that_is_not_closed(checkout):
     with pytest.raises(BurnishError, match="not closed"):
         fill("<!-- results:b -->\n| a |\n", checkout / "results", "page.md")

@@ -8,7 +8,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.evaluate.records import Record, read_results
-from burnish.evaluate.stats import crossed_bootstrap
+from burnish.evaluate.stats import crossed_bootstrap, wilson
 
 Trials = dict[int, dict[Any, float]]
 """Training seed to trial to outcome; a trial is an initial state or a question."""
@@ -29,7 +29,8 @@ def read_successes(evaluations: Mapping[int, Path]) -> Trials:
 def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:
     """Rows of a result: rate and interval of each arm, and its difference from the reference paired on seed and trial.
 
-    Intervals hold over seeds and trials (`stats.crossed_bootstrap`); with one seed they hold over trials alone.
+    Intervals hold over seeds and trials (`stats.crossed_bootstrap`); with one seed they hold over trials alone. Where
+    all outcomes are equal they are Wilson's for the number of trials.
 
     Args:
         arms: name to trials; arms without any seed are left out.
@@ -53,7 +54,7 @@ def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[d
         if name != reference and shared:
             ours, theirs = _table([_only(trials, shared), _only(arms[reference], shared)], name)
             difference = ours - theirs
-            row["minus_reference"] = [float(difference.mean()), *_interval(difference)]
+            row["minus_reference"] = [float(difference.mean()), *_interval(difference, -1.0)]
         rows.append(row)
     return rows
 
@@ -71,7 +72,12 @@ def _table(arms: Sequence[Trials], name: str) -> list[np.ndarray]:
     return [np.array([[run[key] for key in shared] for run in trials.values()]) for trials in arms]
 
 
-def _interval(table: np.ndarray) -> tuple[float, float]:
-    low, high = crossed_bootstrap(table, np.random.default_rng(0))
+def _interval(table: np.ndarray, least: float = 0.0) -> tuple[float, float]:
+    """95 % interval of the mean of [seeds, trials] of outcomes from `least` to 1. Where all are equal resampling knows
+    no spread; then Wilson's bound for that many trials says how much may have gone unseen."""
     mean = float(table.mean())
-    return min(low, mean), max(high, mean)
+    if np.ptp(table) > 0:
+        low, high = crossed_bootstrap(table, np.random.default_rng(0))
+        return min(low, mean), max(high, mean)
+    unseen = wilson(0, table.shape[1]).high
+    return max(least, mean - unseen), min(1.0, mean + unseen)

@@ -6,7 +6,8 @@ asks for a table with a pair of lines, and `burnish results` fills in what stand
     <!-- results:tabletop/quickstart -->
     <!-- /results -->
 
-Several names, separated by spaces, give one table. No number is typed by hand.
+Several names, separated by spaces, give one table. `results:STUDY runs: KEY ...` gives means over seeds of what a
+study's runs logged. No number is typed by hand.
 """
 
 import argparse
@@ -23,6 +24,8 @@ FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes",
 ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
 MARKER = re.compile(r"^<!-- results:(?P<names>[^>]*?)-->[ \t]*\n(?P<table>.*?)^<!-- /results -->[ \t]*$", re.M | re.S)
 OPENING = re.compile(r"^<!-- results:", re.M)
+RUNS = "runs:"
+"""Between the names of studies and what to show of their runs."""
 PAGES = ("README.md", "docs/**/*.md")
 
 
@@ -100,6 +103,9 @@ def check_result(content: Any, where: str) -> None:
 def render_table(names: Iterable[str], results: Path) -> str:
     """The markdown between one pair of markers; says so where a result does not exist yet."""
     names = list(names)
+    if RUNS in names:
+        at = names.index(RUNS)
+        return _runs_table(names[:at], names[at + 1 :], results)
     found = {name: _load(results / f"{name}.json") for name in names if (results / f"{name}.json").is_file()}
     absent = [name for name in names if name not in found]
     benches = {name: found[name] for name in found if "figures" in found[name]}
@@ -107,6 +113,29 @@ def render_table(names: Iterable[str], results: Path) -> str:
     parts = [_recipe_table(recipes)] if recipes else []
     parts += [_bench_table(name, bench) for name, bench in benches.items()]
     parts += [f"*Not measured yet: `results/{name}.json` does not exist.*" for name in absent]
+    return "\n\n".join(parts) + "\n"
+
+
+def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
+    """Means over training seeds of what a study's runs logged last: a row for each arm, a column for each key."""
+    parts = []
+    for name in names:
+        if not (results / f"{name}.json").is_file():
+            parts.append(f"*Not measured yet: `results/{name}.json` does not exist.*")
+            continue
+        found = _load(results / f"{name}.json")
+        arms: dict[str, list[dict[str, Any]]] = {}
+        for run, figures in found["metrics"].get("runs", {}).items():
+            arms.setdefault(run.rpartition("-")[0], []).append(figures)
+        lines = [
+            _line(["", "seeds", *(key.replace("_", " ") for key in keys)]),
+            _line(["---", *["---:"] * (len(keys) + 1)]),
+        ]
+        for arm, runs in arms.items():
+            values = [[run[key] for run in runs if run.get(key) is not None] for key in keys]
+            means = [_cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
+            lines.append(_line([arm, len(runs), *means]))
+        parts.append("\n".join(lines) + "\n\n" + _provenance(found))
     return "\n\n".join(parts) + "\n"
 
 
