@@ -87,7 +87,7 @@ def measure(step: int, steps: int, size: dict[str, int], device: str, dtype: Any
     import torch
     from tqdm import tqdm
 
-    from burnish.methods.decode.timing import first_step, run_once
+    from burnish.methods.decode.timing import run_streaming
     from burnish.policies.rows import make_decoder
 
     blocks, whole = random_rows(step, steps, size, device, dtype)
@@ -101,8 +101,9 @@ def measure(step: int, steps: int, size: dict[str, int], device: str, dtype: Any
     firsts: dict[str, list[float]] = {name: [] for name in made}
     for _ in tqdm(range(repeats), desc="rounds", file=sys.stderr, leave=False):
         for name, decoder in made.items():
-            times[name].append(run_once(decoder, prompt))
-            firsts[name].append(first_step(decoder, prompt))
+            whole, first = run_streaming(decoder, prompt)
+            times[name].append(whole)
+            firsts[name].append(first)
     equal = torch.equal(decoded["bidirectional"].ids, decoded["prompt_cached"].ids)
     for name in ("pipelined", "sequential", "paper"):
         plain = make_decoder("pipelined", blocks, **{**_options(made[name].plan), "cache": False})(prompt)
