@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         exact = compare(pair, folder / "ours", folder / "mergekit" if python else None)
         stored = _stored(pair, folder)
     seconds = {name: statistics.median(r["wall"] for r in found) for name, found in runs.items()}
-    peers = {name: value for name, value in seconds.items() if name.startswith("mergekit")}
-    best = min(peers, key=peers.get) if peers else ""
+    peers = [name for name, found in runs.items() if name.startswith("mergekit") and len(found) == repeats]
+    best = min(peers, key=seconds.get, default="")
     rss = max(r["rss"] for r in runs["ours"])
     copied, moved = 2 * size / seconds["copy"], 3 * size / seconds["ours"]
     return {
@@ -184,7 +184,7 @@ def _peer(pair: tuple[Path, Path], folder: Path, python: str, options: list[str]
 
 
 def _in_turns(pair: tuple[Path, Path], folder: Path, python: str, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Every contestant once to warm up (not counted), then `repeats` rounds."""
+    """`repeats` rounds of every contestant; of mergekit's settings only the faster one goes on after the first."""
     from tqdm import tqdm
 
     source = pair[0] / "model.safetensors"
@@ -195,13 +195,16 @@ def _in_turns(pair: tuple[Path, Path], folder: Path, python: str, repeats: int) 
     for name, options in SETTINGS.items() if python else ():
         contestants[f"mergekit, {name}"] = lambda options=options: _peer(pair, folder, python, options)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
-    for k in tqdm(range(repeats + 1), desc="in turns", file=sys.stderr):
+    bar = tqdm(range(repeats), desc="in turns", file=sys.stderr)
+    for _ in bar:
         for name, contestant in contestants.items():
             for path in pair:
                 _read(path / "model.safetensors")
-            found = contestant()
-            if k:
-                runs[name].append(found)
+            runs[name].append(contestant())
+            bar.write(f"{name}: {runs[name][-1]['wall']:.1f} s", file=sys.stderr)
+        peers = sorted((n for n in contestants if n.startswith("mergekit")), key=lambda n: runs[n][0]["wall"])
+        for slower in peers[1:]:
+            del contestants[slower]
     (folder / "copy").unlink()
     return runs
 
