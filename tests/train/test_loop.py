@@ -261,6 +261,8 @@ def test_unknown_objective_and_options(dataset, tmp_path):
         run(dataset, tmp_path / "r", "--objectives=[{name: nothing}]")
     with pytest.raises(BurnishError, match="objective 'probe' does not take"):
         run(dataset, tmp_path / "r", "--objectives=[{name: probe, wait: 1}]")
+    with pytest.raises(BurnishError, match="no loss reaches a trained parameter"):
+        train(fake.recipe(dataset, tmp_path, "--train.imitation_weight=0"), progress=False)
     with pytest.raises(BurnishError, match="listed twice"):
         run(dataset, tmp_path / "r", "--objectives=[{name: probe}, {name: probe}]")
 

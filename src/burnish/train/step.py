@@ -44,6 +44,11 @@ class Step(nn.Module):
                     raise BurnishError(f"objective '{name}' adds a loss called '{term}', a name already taken")
                 total = total + value
                 terms[term] = value.detach()
+        if torch.is_grad_enabled() and not total.requires_grad:
+            raise BurnishError(
+                "no loss reaches a trained parameter", "demonstrations, language or an objective with a loss",
+                "--train.imitation_weight=1, or an entry in objectives",
+            )  # fmt: skip
         return total, terms
 
     def _imitate(self, batch: Batch) -> PolicyLoss:
