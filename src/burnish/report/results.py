@@ -217,7 +217,7 @@ def _bench_table(name: str, bench: dict[str, Any]) -> str:
     lines = [_line(["figure", "value", "target"]), _line(["---", "---:", "---"])]
     for figure, value in bench["figures"].items():
         lines.append(_line([f"`{figure}`", _cell(figure, value), str(targets.get(figure, ""))]))
-    made = f"`burnish bench {bench.get('name', name.removeprefix('bench_'))} --json`"
+    made = f"`{bench.get('command') or 'burnish bench ' + name.removeprefix('bench_') + ' --json'}`"
     facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if "n" in bench else ""]
     return "\n".join(lines) + "\n\n" + " · ".join(fact for fact in facts if fact)
 

@@ -125,6 +125,24 @@ def _margin(models, batch, chunks, config: "ScoreConfig", seed: int):
     return scores[0] - scores[1] if len(scores) == 2 else scores[0]
 
 
+def _as_figures(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """In the form of `burnish bench`, so that pages can show it."""
+    from burnish.bench import machine
+    from burnish.evaluate.records import commit
+
+    against = f" --reference {args.reference}" if args.reference else ""
+    versions = machine()
+    return {
+        "name": "verify score", "command": f"burnish verify score {args.policy}{against} --data {args.data}",
+        "device": versions.pop("device"), "versions": versions, "commit": commit(), "n": args.observations,
+        "figures": {
+            f"{figure}_{row['weight']}_{row['draws']}_{'shared' if row['shared'] else 'independent'}": row[figure]
+            for figure in ("sign_agreement", "rank_correlation") for row in found["rows"]
+        },
+        "detail": found,
+    }  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
@@ -159,11 +177,9 @@ def main(args: argparse.Namespace) -> int:
     found = {"policy": args.policy, "reference": args.reference, "observations": args.observations,
              "candidates": args.candidates, "ode_steps": args.steps, "rows": rows}  # fmt: skip
     if args.output:
-        from burnish.bench import machine
         from burnish.core.files import write_json
-        from burnish.evaluate.records import commit
 
-        write_json(Path(args.output), {**found, "commit": commit(), "versions": machine()})
+        write_json(Path(args.output), _as_figures(args, found))
     if args.json:
         print(json.dumps(found, indent=1))
         return 0

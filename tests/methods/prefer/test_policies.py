@@ -121,8 +121,10 @@ def test_verify_score_from_the_command_line(tmp_path, capsys, dataset):
                        overrides={"chunk_size": 2, "n_action_steps": 2})  # fmt: skip
     data = shutil.copytree(dataset, tmp_path / "data")
     arguments = ["verify", "score", str(folder), "--data", str(data), "--observations", "2", "--candidates", "3",
-                 "--draws", "2", "--steps", "2", "--json"]  # fmt: skip
+                 "--draws", "2", "--steps", "2", "--json", "--output", str(tmp_path / "score.json")]  # fmt: skip
     assert main(arguments) == 0
+    written = json.loads((tmp_path / "score.json").read_text())
+    assert "sign_agreement_elbo_2_shared" in written["figures"] and "verify score" in written["command"]
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(r["weight"], r["shared"]) for r in rows] == [
         ("elbo", True), ("elbo", False), ("uniform", True), ("uniform", False)

@@ -52,7 +52,8 @@ def _teacher(args: argparse.Namespace) -> int:
         figures = {name: value for name, value in facts["accuracy"].items() if name != "scenes"}
         detail = {"minutes": facts["minutes"], "recipe": facts["recipe"]}
         write_json(args.result, {
-            "name": "align/scene3d", "device": versions.pop("device"), "versions": versions,
+            "name": "align/scene3d", "command": f"burnish align teacher {args.recipe}",
+            "device": versions.pop("device"), "versions": versions,
             "n": facts["accuracy"]["scenes"], "figures": figures, "targets": {}, "detail": detail,
         })  # fmt: skip
     return 0
