@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Figures:
         time_over_mergekit: median wall time of the whole command over that of `mergekit-pytorch` at its faster setting.
         throughput_over_copy: bytes read and written per second over those of copying the base, both forced to disk.
-        peak_rss_gb: largest resident set of our process.
+        peak_rss_gb: largest resident set of any of our processes, times their number (one for each core, and the parent).
         memory_flat: whether a checkpoint of a quarter of the size takes the same memory within 10 %.
         every_element_exact: whether each element equals float64 arithmetic rounded once.
         agrees_with_mergekit: whether mergekit's result differs by no more than the rounding of its bfloat16 arithmetic.
     """
     from burnish.bench import machine
+    from burnish.methods.capability.engine import cores
 
     layers, repeats = (2, 1) if args.quick else (43, 3)
     python = find_peer(args.mergekit)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "figures": {
             "time_over_mergekit": seconds["ours"] / seconds[best] if best else None,
             "throughput_over_copy": moved / copied,
-            "peak_rss_gb": rss / 1e9,
+            "peak_rss_gb": rss * (1 + cores(0)) / 1e9,
             "memory_flat": bool(rss <= 1.1 * quarter["rss"]),
             "every_element_exact": exact["ours_wrong"] == 0,
             "agrees_with_mergekit": exact["mergekit_beyond_rounding"] == 0 if python else None,

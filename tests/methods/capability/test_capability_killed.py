@@ -18,12 +18,12 @@ import sys, time
 from burnish.methods.capability import engine
 from burnish.methods.capability.merge import merge
 
-plain = engine._Writer._done
+plain = engine.Writer._done
 def slow(self, name, slot):
     plain(self, name, slot)
     print(name, flush=True)
     time.sleep(0.3)
-engine._Writer._done = slow
+engine.Writer._done = slow
 merge(sys.argv[1], [(sys.argv[2], 1.1)], output=sys.argv[3], undoable=True, threads=1)
 """
 

@@ -21,6 +21,7 @@ import xxhash
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import disk_errors, put_folder, remove_folder, require_space, write_json
+from burnish.methods.capability.apart import run_apart, worth_it
 from burnish.methods.capability.rounding import Narrow
 from burnish.methods.capability.tensorfile import (
     BLOCK,
@@ -35,6 +36,9 @@ from burnish.methods.capability.tensorfile import (
 )
 
 JOURNAL = "journal.jsonl"
+_FLUSH = 1 << 27
+"""Bytes after which what is written is sent on to the disk, while the next ones are computed: otherwise most of it
+would wait in memory for the end, and the disk be idle until then."""
 
 
 class Worker:
@@ -142,20 +146,32 @@ def filling(plan: Plan, force: bool = False) -> Iterator[Path]:
     remove_folder(target.with_name(f".{target.name}.old"))
 
 
-def write_tensors(plan: Plan, part: Path, maker: Maker, threads: int, label: str) -> dict[str, str]:
-    """Write every file of `plan` into `part`; returns the digest of each tensor."""
+def write_tensors(
+    plan: Plan, part: Path, maker: Maker, threads: int, label: str, apart: bool = False
+) -> dict[str, str]:
+    """Write every file of `plan` into `part`; returns the digest of each tensor.
+
+    Args:
+        threads: how many at once.
+        apart: tensors share no state in `maker`, so that processes may take the place of threads.
+    """
     for name, source in plan.copies.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, part / name)
-    writer = _Writer(plan, part, maker)
+    writer = Writer(plan, part, maker)
     try:
-        writer.run(threads, label)
+        if apart and worth_it(writer, threads):
+            run_apart(writer, threads, label)
+        else:
+            writer.run(threads, label)
     finally:
         writer.close()
     return writer.digests
 
 
-class _Writer:
+class Writer:
+    """Output files with what is still to be written to them."""
+
     def __init__(self, plan: Plan, part: Path, maker: Maker):
         self.maker, self.part = maker, part
         self.handles: list[int] = []
@@ -164,6 +180,8 @@ class _Writer:
         self._found: dict[str, dict[int, bytes]] = {}
         self._missing: dict[str, int] = {}
         self._lock, self._local, self._stop = threading.Lock(), threading.local(), threading.Event()
+        self._unflushed: dict[int, int] = {}
+        self._flusher, self._flushes = ThreadPoolExecutor(1), []
         done = _journal(part)
         for file, (slots, metadata) in plan.files.items():
             self._open(part / file, slots, metadata, done)
@@ -195,9 +213,9 @@ class _Writer:
         total = sum(slot.nbytes for _, slot in self.where.values())
         with (
             tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr, delay=2, mininterval=0.5) as bar,
-            ThreadPoolExecutor(threads, initializer=self._new_worker) as pool,
+            ThreadPoolExecutor(threads, initializer=self.new_worker) as pool,
         ):
-            futures = [pool.submit(self._piece, bar, *job) for job in jobs]
+            futures = [pool.submit(self.piece, bar, *job) for job in jobs]
             try:
                 finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException:
@@ -207,8 +225,15 @@ class _Writer:
             if failed is not None:
                 self._cancel(futures)
                 failed.result()
+        self.flushed()
 
-    def _new_worker(self) -> None:
+    def flushed(self) -> None:
+        """Wait for what was sent on to the disk. The system tells a failed write only to the first who asks."""
+        for flush in self._flushes:
+            flush.result()
+
+    def new_worker(self) -> None:
+        """Buffers for the calling thread."""
         self._local.worker = Worker()
 
     def _cancel(self, futures: list) -> None:
@@ -216,7 +241,8 @@ class _Writer:
         for future in futures:
             future.cancel()
 
-    def _piece(self, bar: Any, name: str, start: int, stop: int) -> None:
+    def piece(self, bar: Any, name: str, start: int, stop: int) -> None:
+        """Make and write elements start:stop of `name`; with the last piece the tensor is noted."""
         if self._stop.is_set():
             return
         bits = self.maker.piece(self._local.worker, name, start, stop)
@@ -229,19 +255,27 @@ class _Writer:
             self._missing[name] -= 1
             last = not self._missing[name]
             bar.update(bits.nbytes)
+            self._unflushed[handle] = self._unflushed.get(handle, 0) + bits.nbytes
+            if self._unflushed[handle] >= _FLUSH:
+                self._unflushed[handle] = 0
+                self._flushes.append(self._flusher.submit(os.fsync, handle))
         if last:
             self._done(name, slot)
 
     def _done(self, name: str, slot: Slot) -> None:
         found = [digest for _, digest in sorted(self._found.pop(name).items())]
         digest = digest_of(slot.dtype, slot.shape, found)
-        facts = self.maker.finished(name)
+        self.note(name, digest, self.maker.finished(name))
+
+    def note(self, name: str, digest: str, facts: dict[str, Any]) -> None:
+        """Write a finished tensor into the journal."""
         with self._lock:
             self.digests[name] = digest
             self._journal.write(json.dumps({"name": name, "digest": digest, "facts": facts}) + "\n")
             self._journal.flush()
 
     def close(self) -> None:
+        self._flusher.shutdown(cancel_futures=True)
         self._journal.close()
         for handle in self.handles:
             os.close(handle)

@@ -83,7 +83,7 @@ def merge(
         return read_summary(plan.target / RECORD, "an untouched folder")
     with filling(plan, force) as part:
         job.undo = SparseWriter(part, {n: root.slots[n][0] for n in job.touched}) if undoable else None
-        digests = write_tensors(plan, part, job, cores(threads), "merging")
+        digests = write_tensors(plan, part, job, cores(threads), "merging", apart=not undoable)
         if job.undo is not None:
             job.undo.write(UNDO)
         finish_folder(part, Path(output), root.checkpoint)
