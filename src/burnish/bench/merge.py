@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Figures:
         time_over_mergekit: median wall time of the whole command over that of `mergekit-pytorch` at its faster setting.
         throughput_over_copy: bytes read and written per second over those of copying the base, both forced to disk.
-        peak_rss_gb: largest resident set of any of our processes, times their number (one for each core, and the parent).
+        peak_rss_gb: largest resident set of our processes times their number (one for each core, and the parent).
         memory_flat: whether a checkpoint of a quarter of the size takes the same memory within 10 %.
         every_element_exact: whether each element equals float64 arithmetic rounded once.
         agrees_with_mergekit: whether mergekit's result differs by no more than the rounding of its bfloat16 arithmetic.
