@@ -14,7 +14,8 @@ from burnish.methods.capability.extract import extract
 from burnish.methods.capability.merge import Merging, merge
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits deafness to Ctrl-C
 from burnish.methods.capability import engine
 from burnish.methods.capability.merge import merge
 
