@@ -101,6 +101,6 @@ def _child(writer: "Writer", names: Sequence[str], connection: Connection, paren
                     os._exit(1)
                 writer.piece(_Told(connection), name, start, stop)
         writer.flushed()
-    except Exception as error:  # told to the parent, which raises it
+    except (BurnishError, OSError) as error:  # told to the parent, which raises it; anything else ends this process
         connection.send(error)
     connection.close()
