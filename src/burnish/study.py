@@ -272,7 +272,8 @@ def main(args: argparse.Namespace) -> int:
         study.arms = {arm: study.arms[arm] for arm in wanted}
     if args.seeds:
         study.seeds = [int(seed) for seed in args.seeds.split(",")]
-    command = shlex.join(["burnish", "study", args.study, *args.overrides])
+    only = [word for name in ("arms", "seeds") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    command = shlex.join(["burnish", "study", args.study, *only, *args.overrides])
     folder = run_study(study, base, command=command, result=Path(args.result) if args.result else None)
     print(f"runs: {folder}")
     return 0

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from burnish.train.setup import own_accelerate_state
 
     blocks = 1 if args.quick else 6
+    editing = edit_against_loop(LARGE, 3 if args.quick else 25)  # first, while memory is as fresh for all contestants
     with tempfile.TemporaryDirectory() as temporary, own_accelerate_state():
         folder = Path(temporary)
         root, questions = make_frames(folder / "data", 4, 60, IMAGE), make_questions(folder / "questions")
@@ -59,7 +60,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         memory = {name: training.peak_bytes(folder / "trace.json") for name, training in runs.items()}
         cosines = {n: _staleness(runs[n], 1 if args.quick else 8) for n in ("paper_every_4", "question_anchor")}
         shapes = {n: p.shape for n, p in runs["plain"].run.policy.backbone_parameters()}
-    editing = edit_against_loop(LARGE, 3 if args.quick else 25)
     small = edit_against_loop(shapes, 3 if args.quick else 100)
     plain = seconds["plain"]
     ratios = {n: statistics.median(a / b for a, b in zip(s, plain, strict=True)) for n, s in seconds.items()}
