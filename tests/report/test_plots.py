@@ -3,7 +3,7 @@
 import math
 import re
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from burnish.report.plots import (
@@ -35,6 +35,7 @@ def test_ticks_are_round_and_cover_the_range(a, b):
 
 
 @given(st.floats(1e-8, 1e8), st.floats(1, 1e6))
+@example(0.02, 1.0)
 def test_log_ticks_cover_the_range(low, factor):
     ticks = _log_ticks(low, low * factor)
     assert ticks == sorted(ticks) and len(ticks) >= 2

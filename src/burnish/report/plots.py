@@ -213,6 +213,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
     marks = [factor * 10.0**decade for decade in decades for factor in factors]
     below = max((mark for mark in marks if mark <= low), default=marks[0])
     above = min((mark for mark in marks if mark >= high), default=marks[-1])
-    if above == below:
-        above = 2 * below
-    return [mark for mark in marks if below <= mark <= above] or [below, above]
+    if above == below:  # both ends on one mark
+        return [below, 2 * below]
+    return [mark for mark in marks if below <= mark <= above]
