@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,11 +131,15 @@ def _as_figures(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, An
     from burnish.bench import machine
     from burnish.evaluate.records import commit
 
-    against = f" --reference {args.reference}" if args.reference else ""
+    against = ["--reference", args.reference] if args.reference else []
+    numbers = ("observations", "candidates", "steps", "probes", "disturbance", "seed")
+    given = [word for name in numbers for word in (f"--{name}", str(getattr(args, name)))]
+    command = ["burnish", "verify", "score", args.policy, *against, "--data", str(args.data), *given]
+    command += ["--draws", *map(str, args.draws)]
     versions = machine()
     return {
-        "name": "verify score", "command": f"burnish verify score {args.policy}{against} --data {args.data}",
-        "device": versions.pop("device"), "versions": versions, "commit": commit(), "n": args.observations,
+        "name": "verify score", "command": shlex.join(command), "device": versions.pop("device"),
+        "versions": versions, "commit": commit(), "n": args.observations,
         "figures": {
             f"{figure}_{row['weight']}_{row['draws']}_{'shared' if row['shared'] else 'independent'}": row[figure]
             for figure in ("sign_agreement", "rank_correlation") for row in found["rows"]

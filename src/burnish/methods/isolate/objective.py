@@ -184,18 +184,19 @@ class Isolate(Objective):
 
         Parameters that the task does not reach stay as they are, so they are left out of the direction too.
         """
-        count, random = self._micro + 1, self.options.protect == "random"
-        flats = []
-        for sums in self._sums:
-            named = {n: g for n, g in zip(self._backbone, sums, strict=True) if g is not None and n in reached}
-            if self.in_place:  # a sum does for a mean: the length of a direction does not matter
-                self._sums = []
-                return Direction(self.layout.pieces({n: g.contiguous() for n, g in named.items()}), self.layout)
-            flat = self.layout.flatten(named).div_(1 if random else count)
+        named = [
+            {n: g for n, g in zip(self._backbone, sums, strict=True) if g is not None and n in reached}
+            for sums in self._sums
+        ]
+        self._sums = []
+        if self.in_place:  # a sum does for a mean: the length of a direction does not matter
+            return Direction(self.layout.pieces({n: g.contiguous() for n, g in named[0].items()}), self.layout)
+        random, flats = self.options.protect == "random", []
+        for one in named:
+            flat = self.layout.flatten(one).div_(1 if random else self._micro + 1)
             if run.accelerator.num_processes > 1 and not random:
                 flat = run.accelerator.reduce(flat, reduction="mean")
             flats.append(Direction(flat, self.layout))
-        self._sums = []
         if len(flats) == 1:
             return flats[0]
         return orthonormal(torch.stack([one.unit(self.layout) for one in flats]), self.layout)
