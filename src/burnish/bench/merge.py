@@ -236,8 +236,9 @@ def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[
             differs = exact != got
             change = abs(WEIGHT * (t[differs] - b[differs]))
             got, exact = widened(got[differs], "BF16"), widened(exact[differs], "BF16")
-            # Weight, difference, product and sum are rounded to a relative 2^-9 each, the exact result once.
-            allowed = 2.0**-9 * (abs(got) + abs(exact) + 3 * change) * 1.01
+            # The sum is rounded once, and so is the exact result: half a step each. Weight, difference and product
+            # are rounded to a relative 2^-8 each (bfloat16 has eight bits, the hidden one counted).
+            allowed = _half_step(got) + _half_step(exact) + 3.02 * 2.0**-8 * change
             other, beyond = int(differs.sum()), int((abs(got - exact) > allowed).sum())
         for checkpoint in opened:
             checkpoint.release(name, start, stop)
@@ -248,6 +249,11 @@ def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[
         total = np.sum(list(pool.map(lambda job: count(*job), jobs)), axis=0).tolist()
     names = ("elements", "ours_wrong", "mergekit_not_nearest", "mergekit_beyond_rounding")
     return dict(zip(names, total, strict=True))
+
+
+def _half_step(values: np.ndarray) -> np.ndarray:
+    """Half the distance between bfloat16 numbers at each of `values`: the most that rounding to them can change."""
+    return np.ldexp(1.0, np.frexp(values)[1] - 9)
 
 
 def _stored(pair: tuple[Path, Path], folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from capability_files import assert_same, weights, write_file
 from burnish.methods.capability import engine
 from burnish.methods.capability.extract import extract
 from burnish.methods.capability.merge import Merging, merge
+from burnish.methods.capability.tensorfile import TensorFile
 
 SLOW = """
 import signal, sys, time
@@ -87,6 +89,21 @@ def test_memory_stays_flat(tmp_path):
         command += ["--tuned", f"{tmp_path / 'tuned'}=1.1", "-o", str(tmp_path / "out"), "--force", "--threads", "2"]
         peaks.append(timed(command)["rss"])
     assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 0.2e9
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's list of mappings")
+def test_reading_every_second_tensor_leaves_nothing_mapped(tmp_path):
+    """Linux maps the neighbours of a page that is read: they belong to tensors that another process handles."""
+    path, size = tmp_path / "model.safetensors", 1 << 18
+    write_file(path, {f"w{k:02}": ("F32", np.ones(size, np.float32)) for k in range(32)})
+    file = TensorFile(path)
+    for name in sorted(file.slots)[::2]:
+        assert file.raw(name, 0, size).sum() > 0
+        file.release(name, 0, size)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    (at,) = (k for k, line in enumerate(lines) if line.endswith(str(path)))
+    resident = next(int(line.split()[1]) for line in lines[at:] if line.startswith("Rss:"))
+    assert resident <= 64, f"{resident} kB of the file stayed in memory"
 
 
 def test_merging_needs_no_torch():

@@ -246,6 +246,18 @@ def test_more_blocks_at_once_need_fewer_passes_than_blocks():
     assert torch.equal(cached.ids, plain_.ids)
 
 
+@pytest.mark.parametrize("step", [1, 4, 7, 10])
+def test_all_blocks_together_need_the_passes_of_one_block(step):
+    """The forced share halves every block, the odd token included, so a block of k takes floor(log2 k) + 1 passes."""
+    for steps in (1, 2, 8):
+        model = ToyRows(length=steps * step, step_length=step, block=step)
+        prompt = model.prompts(2)
+        options = {"preset": "together", "conf": 1.01, "ties": "first"}
+        cached, anew = (make_decoder("pipelined", model, cache=cache, **options)(prompt) for cache in (True, False))
+        assert cached.passes == step.bit_length() and torch.equal(cached.ids, anew.ids)
+        assert torch.equal(cached.committed, anew.committed) and cached.rows == 9 + cached.passes * steps * step
+
+
 def test_confidence_threshold_and_the_theorem_of_fast_dllm():
     """Two modes, (0, 0) and (1, 1), each half: committed together at 0.5 the tokens may be mixed; at 0.9 they are not.
 

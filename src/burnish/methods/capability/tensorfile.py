@@ -22,6 +22,7 @@ from burnish.core.errors import BurnishError
 PIECE, BLOCK = 1 << 21, 1 << 15
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_AROUND = 1 << 20  # bytes; Linux maps neighbours of a page that is read too: 64 kB at least, often more
 _NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
@@ -107,10 +108,10 @@ class TensorFile:
     def release(self, name: str, start: int, stop: int) -> None:
         """Hand back the memory of elements start:stop; reading them again is possible."""
         slot = self.slots[name]
-        page = mmap.PAGESIZE
-        first = (slot.offset + start * slot.itemsize) // page * page
-        last = slot.offset + stop * slot.itemsize
-        if last > first:
+        # Reading one page maps its neighbours too. Unless they go as well, each tensor leaves some, and memory grows.
+        first = max(0, slot.offset + start * slot.itemsize - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(len(self._map), slot.offset + stop * slot.itemsize + _AROUND)
+        if stop > start:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 

@@ -82,8 +82,8 @@ def describe(plan: DecodePlan) -> str:
 def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) -> dict[str, float]:
     """Milliseconds by name of the plans that were tried.
 
-    First every width with one block at a time, then the two best widths with more; those close to the best are timed in
-    turns, so that a slow moment of the machine strikes them alike.
+    First every width with one block at a time and with all of them, then the two best widths with numbers between;
+    those close to the best are timed in turns, so that a slow moment of the machine strikes them alike.
     """
     times: dict[str, float] = {}
 
@@ -92,9 +92,10 @@ def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) ->
             decoders[name](prompt)  # warms up, compiles, captures
             times[name] = run_once(decoders[name], prompt)
 
-    attempt([name for name, decoder in decoders.items() if decoder.plan.append == 1])
-    best = {decoders[name].plan.block for name in sorted(times, key=times.__getitem__)[:2]}
-    attempt([name for name, decoder in decoders.items() if decoder.plan.block in best and name not in times])
+    plans = {name: decoder.plan for name, decoder in decoders.items()}
+    attempt([name for name, plan in plans.items() if plan.append in (1, decoders[name].model.length // plan.block)])
+    best = {plans[name].block for name in sorted(times, key=times.__getitem__)[:2]}
+    attempt([name for name, plan in plans.items() if plan.block in best and name not in times])
     limit = CLOSE * min(times.values())
     final = {name: [time] for name, time in times.items() if time <= limit}
     for _ in range(repeats):

@@ -146,6 +146,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"forced": "floor", "act": 4 / 7},
     # Half is the same as 4/7 for 7 tokens. A block of an even length reaches it one pass earlier.
     "fast": {"forced": "ceil", "act": 1 / 2},
+    # All blocks at once, none waits for its predecessor: the passes of a single block, however long the chunk.
+    "together": {"forced": "ceil", "add": 0.0, "act": 0.0, "append": 1 << 16},
 }
 
 
