@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as temporary:
         folder = Path(temporary)
         quarter = _ours(make_pair(folder / "small", max(1, layers // 4)), folder / "small-out")
+        for name in ("small", "small-out"):
+            shutil.rmtree(folder / name)
         pair = make_pair(folder / "full", layers)
         size = (pair[0] / "model.safetensors").stat().st_size
         runs = _in_turns(pair, folder, python, repeats)
@@ -152,19 +154,21 @@ def timed(command: list[str]) -> dict[str, float]:
 
 
 def _ours(pair: tuple[Path, Path], output: Path) -> dict[str, float]:
+    shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "burnish.cli", "capability", "merge", "--base", str(pair[0]), "--tuned",
-               f"{pair[1]}={WEIGHT}", "-o", str(output), "--force"]  # fmt: skip
+               f"{pair[1]}={WEIGHT}", "-o", str(output)]  # fmt: skip
     return timed(command)
 
 
 def _copy(source: Path, target: Path) -> dict[str, float]:
-    target.unlink(missing_ok=True)
     begin = time.perf_counter()
     shutil.copyfile(source, target)
     handle = os.open(target, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-    return {"wall": time.perf_counter() - begin}
+    found = {"wall": time.perf_counter() - begin}
+    target.unlink()  # or it takes the room of the others' inputs in the page cache
+    return found
 
 
 def _peer(pair: tuple[Path, Path], folder: Path, python: str, options: list[str]) -> dict[str, float]:
@@ -206,7 +210,6 @@ def _in_turns(pair: tuple[Path, Path], folder: Path, python: str, repeats: int) 
         peers = sorted((n for n in contestants if n.startswith("mergekit")), key=lambda n: runs[n][0]["wall"])
         for slower in peers[1:]:
             del contestants[slower]
-    (folder / "copy").unlink()
     return runs
 
 
