@@ -90,6 +90,19 @@ def test_preparing_commands_run_once_and_stop_the_study_when_they_fail(ran, monk
         run_study(study, base)
 
 
+def test_arms_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
+    root, study, base = ran
+    monkeypatch.chdir(root)
+    own = {"policy": {"path": str(root / "base")}, "eval": {"questions": {"root": ""}}}
+    monkeypatch.setattr(study, "arms", {"plain": own})
+    monkeypatch.setattr(study, "name", "tiny/own")
+    monkeypatch.setattr(base.policy, "path", "runs/not/there")
+    measured = []
+    monkeypatch.setattr("burnish.study._train_and_measure", lambda study, run: measured.append(run.recipe.policy.path))
+    run_study(study, base)
+    assert measured == [str(root / "base")] * 2
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

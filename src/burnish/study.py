@@ -95,7 +95,7 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     runs = {
         (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
     }
-    if base.policy.path and base.eval.questions.root:
+    if base.policy.path and any(run.recipe.eval.questions.root for run in runs.values()):
         with alone(folder), clocks["data"].stage("questions to the base"):
             _ask(base.policy.path, base.eval.questions, folder / "base")
     finished: list[_Run] = []
