@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from burnish.core.errors import BurnishError
-from burnish.methods.decode.blocks import PRESETS, BlockDecoder
+from burnish.methods.decode.blocks import BlockDecoder, preset_values
 from burnish.methods.decode.plan import DecodePlan, make_plan
 from burnish.methods.decode.timing import run_once
 from burnish.policies.rows import DECODERS, Decoded, PromptRows, RowModel, Stream
@@ -30,14 +29,15 @@ class AutoDecoder:
         model: the policy's rows.
         plan: the commit rule; `block` and `append` are chosen.
         repeats: timed decodes of each plan in the final.
+        preset: name of the commit rule, for `chosen`.
 
     Raises:
         BurnishError: the plan does not fit the model.
     """
 
-    def __init__(self, model: RowModel, plan: DecodePlan, repeats: int = 3):
+    def __init__(self, model: RowModel, plan: DecodePlan, repeats: int = 3, preset: str = ""):
         self.repeats = repeats
-        self.decoders = {describe(p): BlockDecoder(model, p) for p in candidates(model, plan)}
+        self.decoders = {describe(p, preset): BlockDecoder(model, p) for p in candidates(model, plan)}
         self.chosen: dict[tuple, str] = {}
         self.times: dict[tuple, dict[str, float]] = {}
 
@@ -74,9 +74,9 @@ def candidates(model: RowModel, plan: DecodePlan) -> list[DecodePlan]:
     return plans
 
 
-def describe(plan: DecodePlan) -> str:
-    """A plan's choice in words that `--option` takes."""
-    return f"block={plan.block} append={plan.append}"
+def describe(plan: DecodePlan, preset: str) -> str:
+    """A plan's choice in words that `--option` of the decoder `pipelined` takes."""
+    return " ".join([f"preset={preset}"] * bool(preset) + [f"block={plan.block} append={plan.append}"])
 
 
 def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) -> dict[str, float]:
@@ -105,8 +105,6 @@ def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) ->
 
 
 @DECODERS.register("auto")
-def auto(model: RowModel, preset: str = "fast", repeats: int = 3, **options: Any) -> AutoDecoder:
-    """The fastest of the exact block decoders on this device."""
-    if preset not in PRESETS:
-        raise BurnishError(f"unknown preset '{preset}'", f"one of {', '.join(PRESETS)}")
-    return AutoDecoder(model, make_plan(PRESETS[preset], options), repeats)
+def auto(model: RowModel, preset: str = "together", repeats: int = 3, **options: Any) -> AutoDecoder:
+    """The fastest on this device of the exact block decoders with the commit rule of `preset`."""
+    return AutoDecoder(model, make_plan(preset_values(preset), options), repeats, preset)

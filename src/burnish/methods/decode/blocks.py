@@ -151,12 +151,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset_values(preset: str) -> dict[str, Any]:
+    """Options of a preset. Raises BurnishError for an unknown one."""
+    if preset not in PRESETS:
+        raise BurnishError(f"unknown preset '{preset}'", f"one of {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
 @DECODERS.register("pipelined")
 def pipelined(model: RowModel, preset: str = "fast", **options: Any) -> BlockDecoder:
     """Fast-dVLA: several blocks at once, each block as soon as its predecessor is decoded far enough."""
-    if preset not in PRESETS:
-        raise BurnishError(f"unknown preset '{preset}'", f"one of {', '.join(PRESETS)}")
-    return BlockDecoder(model, make_plan(PRESETS[preset], options))
+    return BlockDecoder(model, make_plan(preset_values(preset), options))
 
 
 @DECODERS.register("sequential")
