@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+import burnish.study
 from burnish.core.errors import BurnishError
 from burnish.policies.tiny import make_tiny
 from burnish.report.results import check_result, render_table
@@ -97,10 +98,17 @@ def test_arms_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
     monkeypatch.setattr(study, "arms", {"plain": own})
     monkeypatch.setattr(study, "name", "tiny/own")
     monkeypatch.setattr(base.policy, "path", "runs/not/there")
-    measured = []
-    monkeypatch.setattr("burnish.study._train_and_measure", lambda study, run: measured.append(run.recipe.policy.path))
-    run_study(study, base)
+    measured, plain = [], burnish.study._train_and_measure
+
+    def measure(study, run):
+        measured.append(run.recipe.policy.path)
+        plain(study, run)
+
+    monkeypatch.setattr("burnish.study._train_and_measure", measure)
+    run_study(study, base, result=root / "own.json")
     assert measured == [str(root / "base")] * 2
+    rows = json.loads((root / "own.json").read_text())["rows"]
+    assert [(row["label"], row["eval"]) for row in rows] == [("plain", "main"), ("plain", "swap")]
 
 
 @pytest.mark.parametrize(

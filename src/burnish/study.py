@@ -7,6 +7,7 @@ may share the work (`--seeds 0` beside `--seeds 1`); a last call without the opt
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     runs = {
         (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
     }
-    if base.policy.path and any(run.recipe.eval.questions.root for run in runs.values()):
+    if base.policy.path and _ask_questions(runs.values()):
         with alone(folder), clocks["data"].stage("questions to the base"):
             _ask(base.policy.path, base.eval.questions, folder / "base")
     finished: list[_Run] = []
@@ -113,7 +114,7 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
             finished.append(run)
             if result:
                 minutes = sum(clock.minutes for clock in clocks.values())
-                _write(study, base, finished, facts, minutes, result)
+                _write(study, finished, facts, minutes, result)
     return folder
 
 
@@ -193,9 +194,12 @@ def _ask(policy: str | Path, questions: QuestionsConfig, folder: Path) -> None:
         write_json(folder / "retention.json", {"tuned": found.to_dict()})
 
 
-def _write(
-    study: StudyConfig, base: RecipeConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path
-) -> None:
+def _ask_questions(runs: Iterable[_Run]) -> bool:
+    """Whether the arms answer the held-out questions: they may turn off what the base recipe asks."""
+    return any(run.recipe.eval.questions.root for run in runs)
+
+
+def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
     from burnish.evaluate.arms import arm_rows, read_successes
     from burnish.report.results import write_result
 
@@ -203,12 +207,12 @@ def _write(
         return {run.seed: run for run in runs if run.arm == arm}
 
     rows = []
-    several = bool(study.evals or base.eval.questions.root)
+    several = bool(study.evals or _ask_questions(runs))
     for name in ["main", *study.evals]:
         arms = {arm: read_successes({s: r.folder / "eval" / name for s, r in of(arm).items()}) for arm in study.arms}
         rows += arm_rows(arms, study.reference, **({"eval": name} if several else {}))
     metrics: dict[str, Any] = {"runs": {f"{run.arm}-{run.seed}": _figures(run) for run in runs}}
-    if base.eval.questions.root:
+    if _ask_questions(runs):
         answers = {arm: {seed: _answers(run.folder) for seed, run in of(arm).items()} for arm in study.arms}
         rows += _question_rows(answers, study, metrics)
     write_result(

@@ -28,14 +28,14 @@ class AutoDecoder:
     Args:
         model: the policy's rows.
         plan: the commit rule; `block` and `append` are chosen.
-        repeats: timed decodes of each plan in the final.
         preset: name of the commit rule, for `chosen`.
+        repeats: timed decodes of each plan in the final.
 
     Raises:
         BurnishError: the plan does not fit the model.
     """
 
-    def __init__(self, model: RowModel, plan: DecodePlan, repeats: int = 3, preset: str = ""):
+    def __init__(self, model: RowModel, plan: DecodePlan, preset: str, repeats: int = 3):
         self.repeats = repeats
         self.decoders = {describe(p, preset): BlockDecoder(model, p) for p in candidates(model, plan)}
         self.chosen: dict[tuple, str] = {}
@@ -76,7 +76,7 @@ def candidates(model: RowModel, plan: DecodePlan) -> list[DecodePlan]:
 
 def describe(plan: DecodePlan, preset: str) -> str:
     """A plan's choice in words that `--option` of the decoder `pipelined` takes."""
-    return " ".join([f"preset={preset}"] * bool(preset) + [f"block={plan.block} append={plan.append}"])
+    return f"preset={preset} block={plan.block} append={plan.append}"
 
 
 def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) -> dict[str, float]:
@@ -107,4 +107,4 @@ def race(decoders: dict[str, BlockDecoder], prompt: PromptRows, repeats: int) ->
 @DECODERS.register("auto")
 def auto(model: RowModel, preset: str = "together", repeats: int = 3, **options: Any) -> AutoDecoder:
     """The fastest on this device of the exact block decoders with the commit rule of `preset`."""
-    return AutoDecoder(model, make_plan(preset_values(preset), options), repeats, preset)
+    return AutoDecoder(model, make_plan(preset_values(preset), options), preset, repeats)
