@@ -111,7 +111,8 @@ def test_the_clock_survives_an_error():
 
 @pytest.fixture(scope="module")
 def tiny_discrete(tmp_path_factory):
-    return make_tiny("burnish_discrete", tmp_path_factory.mktemp("profile") / "p", overrides={"block_size": 7})
+    overrides = {"block_size": 7, "decoder": "pipelined"}
+    return make_tiny("burnish_discrete", tmp_path_factory.mktemp("profile") / "p", overrides=overrides)
 
 
 @pytest.mark.parametrize("kind", ["tiny_smolvla", "tiny_pi0", "tiny_pi05", "tiny_discrete"])

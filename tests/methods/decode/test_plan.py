@@ -223,5 +223,5 @@ def test_all_decoders_are_plug_ins():
     make_decoder("one_pass", ToyRows())
     assert set(DECODERS) >= {
         "auto", "autoregressive", "bidirectional", "confidence", "d2f", "fast_dllm", "one_pass", "pipelined",
-        "prompt_cached", "sequential",
+        "prompt_cached", "sequential", "together",
     }  # fmt: skip

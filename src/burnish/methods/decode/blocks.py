@@ -164,6 +164,12 @@ def pipelined(model: RowModel, preset: str = "fast", **options: Any) -> BlockDec
     return BlockDecoder(model, make_plan(preset_values(preset), options))
 
 
+@DECODERS.register("together")
+def together(model: RowModel, **options: Any) -> BlockDecoder:
+    """`pipelined` with the preset of this name: all blocks in the first pass, none waits; keys are kept as exactly."""
+    return pipelined(model, "together", **options)
+
+
 @DECODERS.register("sequential")
 def sequential(model: RowModel, **options: Any) -> BlockDecoder:
     """One block after the other (block diffusion), storing a block's keys in the next one's first pass."""

@@ -75,7 +75,7 @@ class DiscreteConfig(PreTrainedConfig):
 
     # Decoding.
     decoder: str = ""
-    """Name of a decoder; empty means autoregressive, one_pass, prompt_cached or pipelined, as the training says."""
+    """Name of a decoder; empty means autoregressive, one_pass, prompt_cached or together, as the training says."""
     decoder_options: dict[str, Any] = field(default_factory=dict)
 
     optimizer_lr: float = 1e-4
@@ -145,7 +145,7 @@ class DiscreteConfig(PreTrainedConfig):
             return {"autoregressive": "autoregressive", "parallel": "one_pass"}[self.training]
         if self.open_prompt:
             return "bidirectional"
-        return "prompt_cached" if self.block == self.length else "pipelined"
+        return "prompt_cached" if self.block == self.length else "together"
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
