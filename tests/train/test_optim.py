@@ -81,6 +81,18 @@ def test_adapters_merge_into_ordinary_weights_and_come_apart_bit_for_bit(method)
     assert torch.equal(policy.head(x), out)
 
 
+def test_the_start_of_adapters_follows_from_the_seed_alone():
+    def start(seed, ambient):
+        policy = FakePolicy()
+        torch.manual_seed(ambient)
+        expected = torch.rand(3, generator=torch.Generator().manual_seed(ambient))
+        optim.add_adapters(policy, PeftConfig(method="lora", rank=2, target_modules="head"), seed)
+        assert torch.equal(torch.rand(3), expected)
+        return policy.head.lora_A["default"].weight
+
+    assert torch.equal(start(0, 1), start(0, 2)) and not torch.equal(start(0, 1), start(1, 1))
+
+
 def test_adapter_pattern_without_a_match():
     with pytest.raises(BurnishError, match="'q_proj' matches no linear layer"):
         optim.add_adapters(FakePolicy(), PeftConfig(method="lora", target_modules="q_proj"))

@@ -70,10 +70,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; BurnishError where a file is in the way or the system forbids it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BurnishError(f"the folder {folder} cannot be made ({error.strerror})", "a place you can write") from error
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Write the file that is handed out; on leaving it becomes `target` at once, on an error it vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with disk_errors(target):
@@ -119,7 +127,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     for stale in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.new")
@@ -135,12 +143,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def put_folder(temporary: Path, target: Path) -> None:
-    """Force a whole folder to disk and rename it to `target`; an earlier one becomes `.<name>.old`."""
+    """Force a whole folder to disk and rename it to `target`; an earlier one becomes `.<name>.old`.
+
+    A folder of that name is what a writer killed here has left; while `target` is there it is of no use.
+    """
     for path in sorted(temporary.rglob("*"), reverse=True):
         sync(path)
     sync(temporary)
     if target.exists():
-        os.rename(target, target.with_name(f".{target.name}.old"))
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
     os.rename(temporary, target)
     sync(target.absolute().parent)
 

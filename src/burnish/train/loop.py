@@ -77,7 +77,7 @@ class Run:
                 recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
             )
         self.policy.float()  # master weights; precision below that is autocast's business
-        add_adapters(self.policy, recipe.train.peft)
+        add_adapters(self.policy, recipe.train.peft, recipe.train.seed)
         choose_trained(self.policy, recipe.train.freeze, recipe.train.train_only)
         self.policy.to(self.device).train()
         self.objectives = make_objectives(recipe)

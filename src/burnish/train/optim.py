@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
 
 _ADAPTER = "default"
 _DEFAULT_TARGETS = (
@@ -45,10 +46,11 @@ def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
             raise BurnishError(f"{field}: '{pattern}' matches no parameter", f"names such as '{near[0]}'")
 
 
-def add_adapters(policy: nn.Module, config: PeftConfig) -> None:
+def add_adapters(policy: nn.Module, config: PeftConfig, seed: int = 0) -> None:
     """Put LoRA or DoRA layers into `policy`; everything else is frozen. `method: none` does nothing.
 
-    `target_modules` is searched in full module names; empty means attention, MLP and action projections.
+    `target_modules` is searched in full module names; empty means attention, MLP and action projections. peft draws
+    the start of A from torch's global generator, which is seeded by `seed` for this and put back.
     """
     if config.method == "none":
         return
@@ -71,7 +73,9 @@ def add_adapters(policy: nn.Module, config: PeftConfig) -> None:
         use_dora=config.method == "dora",
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
     if lora.use_dora:
         from burnish.methods.prefer.dora_layer import use_closed_form
 

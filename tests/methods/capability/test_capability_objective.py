@@ -101,8 +101,9 @@ def test_projected_gradients(fake, made, monkeypatch):
     )
 
 
-def test_retention_is_measured_along_the_vector(fake, made, monkeypatch):
-    result = train(fake, made, monkeypatch, "retained", weight=0.0, alpha=1.1)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_retention_is_measured_along_the_vector(fake, made, monkeypatch, normalize):
+    result = train(fake, made, monkeypatch, "retained", weight=0.0, alpha=1.1, normalize=normalize)
     base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
     tuned, plain = (load_file(made / n / "policy/model.safetensors") for n in ("aux", "plain"))
     gamma = {k: (tuned[k] - plain[k]).double() for k in base}
@@ -113,12 +114,13 @@ def test_retention_is_measured_along_the_vector(fake, made, monkeypatch):
 
 @pytest.mark.parametrize("reading", ["r1", "r2", "r3"])
 def test_lora_readings(fake, made, monkeypatch, reading):
-    result = train(fake, made, monkeypatch, reading, "base", *LORA, delta=str(made / "lora_delta"), weight=0.01,
+    every = "--train.log_every=1"
+    result = train(fake, made, monkeypatch, reading, "base", *LORA, every, delta=str(made / "lora_delta"), weight=0.01,
                    reading=reading)  # fmt: skip
     first = fake.figures(result.metrics)[0]
     assert result.final["loss_capability"] > 0
     # r2 regularises A itself, so it costs from the first step; B starts at zero and A at its start.
-    assert (first["capability_penalty"] > 1.0) == (reading == "r2") or reading == "r2"
+    assert (first["capability_penalty"] > 0) == (reading == "r2")
     assert ("capability_pinned" in result.final) == (reading != "r3")
 
 

@@ -107,3 +107,15 @@ def test_pinned_share():
     gamma, moved = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 4.0])
     grads = torch.tensor([0.05, 0.5, 0.0]) + 0.1 * gamma.abs() * moved.sign()
     assert pinned([grads], [gamma], [moved], 0.1).item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-7, 1e-9])
+def test_a_small_vector_has_a_direction_too(spread):
+    gammas, moved = tensors(0, spread), tensors(1)
+    torch.testing.assert_close(penalty("projection", gammas, moved), by_hand("projection", gammas, moved))
+    left = project_out(moved, gammas)
+    for g, d, rest in zip(gammas, moved, left, strict=True):
+        assert abs((g * rest).sum()) < 1e-5 * g.norm() * d.norm()
+    zeros = [torch.zeros_like(g) for g in gammas]
+    assert penalty("projection", zeros, moved) == 0
+    assert all(torch.equal(a, b) for a, b in zip(project_out(moved, zeros), moved, strict=True))

@@ -39,7 +39,7 @@ def control(
     job = _Control(source, kind, factor, seed)
     slots = {name: ("F32", tuple(entry["shape"])) for name, entry in source.tensors.items()}
     identity = {"delta": source.digest, "kind": kind, "factor": factor, "seed": seed}
-    plan = Plan(Path(output), {NUMBERS: (slots, {"format": "pt"})}, identity)
+    plan = Plan(Path(output), {NUMBERS: (slots, {"format": "pt"})}, identity, inputs=[source.path])
     if plan.is_done(META, force):
         return Delta(output)
     with filling(plan, force) as part:

@@ -70,6 +70,11 @@ class Delta:
             raise BurnishError(f"'{name}' in {self.path / NUMBERS} was changed or damaged", "the numbers it was "
                                "written with", "extract it again")  # fmt: skip
 
+    def check_numbers(self, name: str) -> None:
+        """Read all of a dense tensor and raise BurnishError unless it is as it was written."""
+        if self.tensors[name]["form"] == "dense":
+            self.check(name, tensor_digest(self.numbers, name))
+
     def norm(self) -> float:
         """Root of the sum of squares of all elements, scale included; what is tied counts once."""
         return abs(self.scale) * sum(entry["norm"] ** 2 for entry in self.tensors.values()) ** 0.5
@@ -77,7 +82,8 @@ class Delta:
     @property
     def digest(self) -> str:
         """Identity of the delta."""
-        return whole_digest({n: e["digest"] for n, e in self.tensors.items()} | {"low": self.meta["low"],
+        factors = {f"{n}::": f"{e['scales']} {e['transposed']}" for n, e in self.tensors.items() if "scales" in e}
+        return whole_digest({n: e["digest"] for n, e in self.tensors.items()} | factors | {"low": self.meta["low"],
                             "scale": repr(self.scale)})  # fmt: skip
 
     def updates(self, name: str) -> list[Update]:

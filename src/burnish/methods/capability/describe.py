@@ -40,10 +40,11 @@ def describe(job: "Extraction", part: Path, digests: dict[str, str]) -> dict[str
             who: {new: old for new, old in parent.source.names.items() if new != old}
             for who, parent in job.parents.items() if isinstance(parent.source, Stored)
         },
+        "rename": job.rules,
         "low": SparseFile(part / LOW).digest(),
         "low_elements": job.low.total,
         "not_exact": int(_sum(job, "not_exact")),
-        "embodiment": embodiment(job.parents["base"].path),
+        "embodiment": embodiment(job.parents["tuned"].path) or embodiment(job.parents["base"].path),
         **{who: {"path": str(parent.path.absolute()), "digest": whole_digest(hashes[who])}
            for who, parent in job.parents.items()},
     }  # fmt: skip

@@ -4,12 +4,14 @@ Everything lands in a hidden folder beside the target, with a journal of finishe
 killed run leaves the hidden folder; the same command goes on from it. An error removes it.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ import numpy as np
 import xxhash
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, put_folder, remove_folder, require_space, write_json
+from burnish.core.files import disk_errors, make_folder, put_folder, remove_folder, require_space, write_json
 from burnish.methods.capability.apart import run_apart, worth_it
 from burnish.methods.capability.rounding import Narrow
 from burnish.methods.capability.tensorfile import (
@@ -36,6 +38,8 @@ from burnish.methods.capability.tensorfile import (
 )
 
 JOURNAL = "journal.jsonl"
+_PATIENCE = 30
+"""Tenths of a second to wait for another writer of the same folder."""
 _FLUSH = 1 << 27
 """Bytes after which what is written is sent on to the disk, while the next ones are computed: otherwise most of it
 would wait in memory for the end, and the disk be idle until then."""
@@ -92,20 +96,22 @@ class Plan:
         files: file name to (tensor name to (dtype, shape), metadata).
         identity: anything JSON-able that fixes the result; an earlier run is continued only if it is equal.
         copies: further files, target name to source, copied as they are.
+        inputs: what is read; the target may not be one of them, nor hold one.
     """
 
     target: Path
     files: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]]
     identity: Any
     copies: dict[str, Path] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
 
     def seal(self) -> str:
         """Short form of `identity`, kept with the result."""
         return _seal(self.identity)
 
     def is_done(self, summary: str, force: bool) -> bool:
-        """Whether the target is there and was written for this very identity."""
-        if force or not (self.target / summary).is_file():
+        """Whether the target is there, whole, and was written for this very identity."""
+        if force or not all((self.target / name).is_file() for name in (summary, *self.files, *self.copies)):
             return False
         return read_summary(self.target / summary, "an untouched folder").get("identity") == self.seal()
 
@@ -121,29 +127,74 @@ def part_folder(target: Path) -> Path:
 
 @contextmanager
 def filling(plan: Plan, force: bool = False) -> Iterator[Path]:
-    """Hand out the hidden folder; on leaving it becomes `plan.target`, on an error it vanishes, on Ctrl-C it stays."""
+    """Hand out the hidden folder; on leaving it becomes `plan.target`, on an error it vanishes, on Ctrl-C it stays.
+
+    Raises:
+        BurnishError: the target exists, cannot be a folder, is or holds an input, or another process is writing it.
+    """
+    _check_target(plan, force)
     target, part = plan.target, part_folder(plan.target)
-    if target.exists() and not force:
-        raise BurnishError(f"{target} exists", "a new folder", "another -o, or --force to replace it")
-    state = part / "plan.json"
-    if part.exists() and (not state.is_file() or state.read_text() != json.dumps(plan.identity)):
-        shutil.rmtree(part)
-    written = sum(file.stat().st_blocks * 512 for file in part.rglob("*") if file.is_file()) if part.exists() else 0
-    require_space(target.absolute().parent, max(0, plan.nbytes() - written), f"{target}")
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        with disk_errors(target):
-            state.write_text(json.dumps(plan.identity))
-            yield part
-            for name in (state.name, JOURNAL):
-                (part / name).unlink(missing_ok=True)
-            put_folder(part, target)
-    except KeyboardInterrupt:
-        raise  # what is there is kept, to go on from
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    make_folder(part)
+    with _only_writer(part, target):
+        try:
+            _check_target(plan, force)  # whoever held the folder before may have finished
+            state, identity = part / "plan.json", json.dumps(plan.identity).encode()
+            if not state.is_file() or state.read_bytes() != identity:
+                _empty(part)
+            written = sum(file.stat().st_blocks * 512 for file in part.rglob("*") if file.is_file())
+            require_space(target.absolute().parent, max(0, plan.nbytes() - written), f"{target}")
+            with disk_errors(target):
+                state.write_bytes(identity)
+                yield part
+                for name in (state.name, JOURNAL):
+                    (part / name).unlink(missing_ok=True)
+                put_folder(part, target)
+        except KeyboardInterrupt:
+            raise  # what is there is kept, to go on from
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
     remove_folder(target.with_name(f".{target.name}.old"))
+
+
+def _check_target(plan: Plan, force: bool) -> None:
+    target = Path(os.path.abspath(plan.target))
+    if target.is_symlink() or (target.exists() and not force):
+        raise BurnishError(f"{plan.target} exists", "a new folder", "another -o, or --force to replace a folder")
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or (target.exists() and not target.is_dir()):
+        raise BurnishError(f"-o {plan.target}: {target if target.exists() else above} is a file", "a new folder")
+    for path in (*plan.inputs, Path.cwd()):
+        if target.resolve() in (path.resolve(), *path.resolve().parents):
+            raise BurnishError(f"-o {plan.target} would replace {path}", "a folder that holds no input", "another -o")
+
+
+@contextmanager
+def _only_writer(part: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on the hidden folder; processes of a writer that was just killed may take a moment to let go."""
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        for _ in range(_PATIENCE):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            if part.is_dir() and os.fstat(handle).st_ino == part.stat().st_ino:
+                yield
+                return
+            break  # its holder has finished and moved it away
+        raise BurnishError(f"another process is writing {target}", "one at a time", "wait for it, or another -o")
+    finally:
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_tensors(
@@ -188,6 +239,7 @@ class Writer:
         self._journal = open(part / JOURNAL, "a")  # noqa: SIM115  closed in close()
 
     def _open(self, path: Path, slots: dict, metadata: dict[str, str], done: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)  # an index may name shards in folders of their own
         header, placed = header_bytes(slots, metadata)
         end = len(header) + sum(slot.nbytes for slot in placed.values())
         whole = path.is_file() and path.stat().st_size == end
@@ -327,6 +379,8 @@ class Inputs:
 
 def cores(threads: int) -> int:
     """`threads`, or as many as there are cores this process may use (at most 8) for 0."""
+    if threads < 0:
+        raise BurnishError(f"--threads {threads}", "0 (one for each core) or more")
     return threads or min(8, len(os.sched_getaffinity(0)))
 
 
@@ -338,9 +392,9 @@ def write_summary(part: Path, name: str, value: Any) -> None:
 def read_summary(path: Path, what: str) -> dict[str, Any]:
     """Inverse of `write_summary`; refuses a file that is missing, unreadable or edited."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         sealed = value.pop("sealed")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BurnishError(f"{path} cannot be read ({error})", what) from error
     if sealed != _seal(value):
         raise BurnishError(f"{path} was changed after it was written", "an untouched file", "make it again")

@@ -12,9 +12,9 @@ from burnish.core.errors import BurnishError
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.describe import LOW, META, NUMBERS, describe
 from burnish.methods.capability.engine import Inputs, Plan, Worker, cores, filling, write_summary, write_tensors
-from burnish.methods.capability.keys import Choice, choose
-from burnish.methods.capability.rounding import dot
-from burnish.methods.capability.sources import Adapted, Adapter, Stored, is_adapter
+from burnish.methods.capability.keys import Choice, choose, embodiment, same_robot
+from burnish.methods.capability.rounding import difference, dot, unequal
+from burnish.methods.capability.sources import ADAPTER_CONFIG, Adapted, Adapter, Stored, is_adapter
 from burnish.methods.capability.sparse import SparseWriter
 from burnish.methods.capability.tensorfile import BLOCK, Checkpoint, tensor_digest
 
@@ -67,12 +67,14 @@ def extract(
     Raises:
         BurnishError: names, shapes or files that do not fit, too little disk, nothing chosen.
     """
-    root = Stored(Checkpoint(locate(base)))
-    parents = {"base": Parent(locate(base), root), "tuned": open_parent(tuned, root, rename)}
-    parents["control"] = open_parent(control, root, rename) if control is not None else parents["base"]
+    root, rules = Stored(Checkpoint(locate(base))), [tuple(rule) for rule in rename]
+    parents = {"base": Parent(locate(base), root), "tuned": open_parent(tuned, root, rules)}
+    parents["control"] = open_parent(control, root, rules) if control is not None else parents["base"]
     slots = {who: parent.source.slots for who, parent in parents.items()}
     choice = choose(slots, include, exclude, heads)
-    job = Extraction(parents, choice, DTYPES[dtype], _low_rank(parents, form))
+    if heads == "refuse":
+        _check_robots(parents, choice)
+    job = Extraction(parents, choice, DTYPES[dtype], _low_rank(parents, form), rules)
     plan = job.plan(Path(output))
     if plan.is_done(META, force):
         return Delta(output)
@@ -82,6 +84,17 @@ def extract(
         job.low.write(LOW)
         write_summary(part, META, describe(job, part, digests) | {"identity": plan.seal()})
     return Delta(output)
+
+
+def _check_robots(parents: dict[str, Parent], choice: Choice) -> None:
+    """Padded heads have one shape for every robot, but mean something else on each."""
+    head = next((name for name, group in choice.chosen.items() if group == "head"), None)
+    robots = {who: embodiment(parent.path) for who, parent in parents.items()}
+    for who, robot in robots.items():
+        if head is not None and same_robot(robot, robots["base"]) is False:
+            raise BurnishError(f"head '{head}' in a difference across robots: {who} {parents[who].path} declares "
+                               f"another state or action than the base", "a rule for heads", "--heads skip or keep"
+                               )  # fmt: skip
 
 
 def _low_rank(parents: dict[str, Parent], form: str) -> bool:
@@ -97,8 +110,10 @@ def _low_rank(parents: dict[str, Parent], form: str) -> bool:
 class Extraction:
     """The engine's maker: computes pieces of the delta and gathers digests and norms on the way."""
 
-    def __init__(self, parents: dict[str, Parent], choice: Choice, dtype: str, low_rank: bool):
-        self.parents, self.choice, self.dtype = parents, choice, dtype
+    def __init__(
+        self, parents: dict[str, Parent], choice: Choice, dtype: str, low_rank: bool, rules: list[tuple[str, str]]
+    ):
+        self.parents, self.choice, self.dtype, self.rules = parents, choice, dtype, rules
         self.base, self.tuned, self.control = (parents[w].source for w in ("base", "tuned", "control"))
         self.three = self.control is not self.base  # a control of its own, not the base
         self.inputs = {
@@ -109,6 +124,9 @@ class Extraction:
         self.lowrank: dict[str, dict[str, Any]] = {}
         if low_rank:
             self._take_factors()
+            if not self.lowrank:
+                raise BurnishError("the adapter changes none of the chosen tensors", "at least one",
+                                   "other --include and --exclude patterns")  # fmt: skip
         self.tied = {} if low_rank else self._find_tied()
         self.dense = [] if low_rank else [name for name in choice.chosen if name not in self.tied]
         self.sums: dict[str, dict[str, dict[str, float]]] = {}
@@ -126,23 +144,35 @@ class Extraction:
                 entry["scales"].append(sign * update.scale)
 
     def _find_tied(self) -> dict[str, str]:
-        """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner."""
+        """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner.
+
+        Raises:
+            BurnishError: the patterns let only one of two tied matrices take part.
+        """
         groups: dict[tuple, list[str]] = {}
-        for name in self.choice.chosen:
-            if len(self.base.slots.get(name, ("", ()))[1]) >= 2 and all(
-                isinstance(s, Stored) for s in (self.tuned, self.control)
-            ):
+        if not all(isinstance(source, Stored) for source in (self.tuned, self.control)):
+            return {}
+        everywhere = set(self.base.slots) & set(self.tuned.slots) & set(self.control.slots)
+        for name in sorted(everywhere):
+            if len(self.base.slots[name][1]) >= 2:
                 groups.setdefault(self.base.slots[name], []).append(name)
         tied: dict[str, str] = {}
         candidates = [g for g in groups.values() if any(_ties_names(a, b) for a in g for b in g if a != b)]
         for group in candidates:
+            if not any(name in self.choice.chosen for name in group):
+                continue
             owners: dict[tuple, str] = {}
             for name in sorted(group):
                 if not any(_ties_names(name, other) for other in group if other != name):
                     continue
                 key = tuple(tensor_digest(s.checkpoint, s.names[name]) for s in (self.base, self.tuned, self.control))
                 owner = owners.setdefault(key, name)
-                if owner != name:
+                if owner == name:
+                    continue
+                if (owner in self.choice.chosen) != (name in self.choice.chosen):
+                    raise BurnishError(f"'{owner}' and '{name}' are tied, but only one takes part in the delta",
+                                       "both or none", "--include and --exclude that fit both")  # fmt: skip
+                if name in self.choice.chosen:
                     tied[name] = owner
         return tied
 
@@ -152,9 +182,10 @@ class Extraction:
         slots |= {part: ("F64" if _needs_double(m) else "F32", m.shape) for part, m in self.factors.items()}
         identity = {
             "parents": {w: stamp(p.path) for w, p in self.parents.items()}, "tensors": sorted(slots),
-            "dtype": self.dtype, "version": __version__,
+            "dtype": self.dtype, "rename": self.rules, "version": __version__,
         }  # fmt: skip
-        return Plan(output, {NUMBERS: (slots, {"format": "pt"})}, identity)
+        inputs = [parent.path for parent in self.parents.values()]
+        return Plan(output, {NUMBERS: (slots, {"format": "pt"})}, identity, inputs=inputs)
 
     def piece(self, worker: Worker, name: str, start: int, stop: int) -> np.ndarray:
         if name in self.factors:
@@ -173,8 +204,7 @@ class Extraction:
         size, narrow = end - at, worker.narrow
         tuned = self.tuned.fill(name, at, end, worker.double(0, size), narrow)
         control = self.control.fill(name, at, end, worker.double(1, size), narrow)
-        delta = np.subtract(control, tuned, out=worker.double(2, size))
-        np.negative(delta, out=delta)  # an unchanged element becomes -0.0, which leaves a base of -0.0 as it is
+        delta = difference(tuned, control, worker.double(2, size))
         narrow.widen(narrow.narrow(delta, self.dtype, out[:size]), self.dtype, delta)
         self._leftover(worker, name, at, tuned, control, delta, sums)
         sums["delta"] += dot(delta, delta)
@@ -198,7 +228,11 @@ class Extraction:
         reached = np.add(control, delta, out=worker.double(3, tuned.size))
         wanted = worker.narrow.narrow(tuned, dtype, worker.spare(0, dtype, tuned.size))
         got = worker.narrow.narrow(reached, dtype, worker.spare(1, dtype, tuned.size))
-        wrong = np.flatnonzero(wanted != got)
+        wrong = np.flatnonzero(unequal(wanted, got))
+        # Nothing that is added to 0.0 gives -0.0.
+        signs = (tuned[wrong] == 0) & (reached[wrong] == 0)
+        sums["not_exact"] += float(signs.sum())
+        wrong = wrong[~signs]
         if not wrong.size:
             return
         if self.dtype in ("F32", "F64"):
@@ -206,7 +240,7 @@ class Extraction:
             self.low.add(name, at, wrong + at, low)
             reached = control[wrong] + (delta[wrong] + low)
             got = worker.narrow.narrow(reached, dtype, worker.spare(1, dtype, wrong.size))
-            sums["not_exact"] += float((got != wanted[wrong]).sum())
+            sums["not_exact"] += float(unequal(got, wanted[wrong]).sum())
         else:
             sums["not_exact"] += float(wrong.size)
 
@@ -239,6 +273,7 @@ def _needs_double(matrix: np.ndarray) -> bool:
 
 
 def stamp(path: Path) -> list:
-    """Names, sizes and times of a parent's files: whether a killed run may be continued."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Place, names, sizes and times of a parent's files: whether a killed run may be continued."""
+    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob(ADAPTER_CONFIG)])
+    times = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [str(path.resolve()), *times]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import save_figure
+from burnish.core.files import make_folder, save_figure
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.keys import GROUPS, module_of
 from burnish.methods.capability.rounding import Narrow, dot
@@ -62,6 +62,8 @@ def against(own: Delta, other: Delta) -> dict[str, Any]:
     sums: dict[str, np.ndarray] = {}  # module to [dot, square, other's square, conflicts, both non-zero]
     a, b, scratch = np.empty(BLOCK), np.empty(BLOCK), Narrow()
     for name in common:
+        own.check_numbers(name)
+        other.check_numbers(name)
         size, row = int(np.prod(own.tensors[name]["shape"])), sums.setdefault(module_of(name), np.zeros(5))
         for at in range(0, size, BLOCK):
             end = min(at + BLOCK, size)
@@ -113,7 +115,7 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     from matplotlib.patches import Patch
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     colours = dict(zip(GROUPS[:4], ("tab:green", "tab:blue", "tab:orange", "tab:red"), strict=True))
     names = list(found["modules"])
     modules = [found["modules"][name] for name in names]

@@ -11,8 +11,6 @@ from burnish.core.errors import BurnishError
 from burnish.methods.capability.tensorfile import FLOATS
 
 GROUPS = ("vision", "language", "expert", "head", "statistics", "buffer")
-BACKBONE = ("vision", "language")
-HEAD_RULES = ("refuse", "skip", "keep")
 _PATTERNS = (
     ("statistics", r"(^|\.)(un)?normalize_(inputs|outputs|targets)|buffer_(observation|action)|(^|\.)norm_stats"),
     ("buffer", r"position_ids$|inv_freq$|rotary_emb|num_batches_tracked$|\.(scales|zero_points|qzeros|g_idx)$"
@@ -57,7 +55,11 @@ def match_names(
     for name in names:
         renamed = name
         for pattern, replacement in rules:
-            renamed = re.sub(pattern, replacement, renamed)
+            try:
+                renamed = re.sub(pattern, replacement, renamed)
+            except (re.error, IndexError) as error:
+                raise BurnishError(f"--rename '{pattern}={replacement}' is no regular expression and replacement "
+                                   f"({error})", r"for instance '^old\.=new.'") from error  # fmt: skip
         if renamed not in reference:
             renamed = tails.get(_bare(renamed), renamed)
         found[name] = renamed
@@ -89,7 +91,7 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str], option: str) -> None:
     """Raise BurnishError for a pattern that is no regular expression or matches nothing."""
-    names = list(names)
+    names = list(names) or ["weight"]
     for pattern in patterns:
         try:
             hit = any(re.search(pattern, name) for name in names)
@@ -111,7 +113,8 @@ def choose(
         heads: refuse, skip or keep heads that are missing somewhere or differ in shape (keep cannot mend a shape).
 
     Raises:
-        BurnishError: a missing or extra tensor, a shape that differs, a head without a rule, nothing chosen.
+        BurnishError: a missing or extra tensor, a shape that differs, quantised weights, a head without a rule, nothing
+            chosen.
     """
     names = {name for slots in parents.values() for name in slots}
     check_patterns(include, names, "--include")
@@ -119,10 +122,12 @@ def choose(
     choice = Choice()
     for name in sorted(names):
         holders = {who: slots[name] for who, slots in parents.items() if name in slots}
-        group = group_of(name, next(iter(holders.values()))[0])
         if not selected(name, include, exclude):
             choice.skipped[name] = "not selected"
-        elif group in ("statistics", "buffer"):
+            continue
+        _check_dtypes(name, holders)
+        group = group_of(name, next(iter(holders.values()))[0])
+        if group in ("statistics", "buffer"):
             choice.skipped[name] = f"{group}: taken from the base"
         elif group == "head" and heads == "skip":
             choice.skipped[name] = "head, --heads skip"
@@ -132,6 +137,15 @@ def choose(
     if not choice.chosen:
         raise BurnishError("no tensor takes part in the delta", "at least one", "wider --include patterns")
     return choice
+
+
+def _check_dtypes(name: str, holders: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Stored integers (or 8-bit floats) of quantised weights are no numbers to subtract."""
+    odd = {who: dtype for who, (dtype, _) in holders.items() if dtype not in FLOATS}
+    if odd and (len(odd) < len(holders) or "weight" in name.rpartition(".")[2]):
+        who, dtype = next(iter(odd.items()))
+        raise BurnishError(f"'{name}' is {dtype} in {who}", f"floating-point weights ({', '.join(FLOATS)})",
+                           "give the checkpoint as it was before it was quantised")  # fmt: skip
 
 
 def _check_holders(name: str, group: str, parents: Mapping[str, Any], holders: Mapping[str, Any]) -> None:
@@ -153,6 +167,14 @@ def _check_holders(name: str, group: str, parents: Mapping[str, Any], holders: M
 
 def _said(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{list(shape)} in {who}" for who, shape in shapes.items())
+
+
+def same_robot(one: dict[str, list[int]] | None, other: dict[str, list[int]] | None) -> bool | None:
+    """Whether state and action of two `embodiment`s agree (cameras have no part in heads); None if one is unknown."""
+    if one is None or other is None:
+        return None
+    spaces = [{n: s for n, s in robot.items() if "image" not in n} for robot in (one, other)]
+    return spaces[0] == spaces[1]
 
 
 def embodiment(folder: Path) -> dict[str, list[int]] | None:

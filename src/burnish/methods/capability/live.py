@@ -8,25 +8,29 @@ import numpy as np
 
 from burnish.methods.capability.extract import open_parent
 from burnish.methods.capability.keys import choose, embodiment
-from burnish.methods.capability.rounding import Narrow
+from burnish.methods.capability.rounding import Narrow, difference
 from burnish.methods.capability.sources import Stored
 
 
 class Difference:
     """Stands in for a Delta in `merge`; nothing was recorded about it, so no hash of the base is asked for."""
 
-    def __init__(self, base: Stored, tuned: Path | str, heads: str, exclude: Sequence[str] = ()):
+    def __init__(
+        self, base: Stored, tuned: Path | str, heads: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    ):
         parent = open_parent(tuned, base, ())
         self.path, self.base, self.tuned = parent.path, base, parent.source
         slots = {"base": base.slots, "tuned": self.tuned.slots}
-        chosen = choose(slots, exclude=exclude, heads=heads).chosen
+        self.known = set(base.slots) | set(self.tuned.slots)
+        chosen = choose(slots, include, exclude, heads).chosen
         self.tensors: dict[str, dict[str, Any]] = {
             name: {"dtype": self.tuned.slots[name][0], "shape": list(self.tuned.slots[name][1]), "group": group,
                    "form": "live"}
             for name, group in chosen.items()
         }  # fmt: skip
         self.meta: dict[str, Any] = {
-            "tied": {}, "base": {"tensors": {}, "path": str(base.checkpoint.path)}, "embodiment": embodiment(self.path),
+            "tied": {}, "base": {"tensors": {}, "path": str(base.checkpoint.path)},
+            "embodiment": embodiment(self.path) or embodiment(base.checkpoint.path),
         }  # fmt: skip
 
     def raw(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -42,8 +46,7 @@ class Difference:
     def fill_from(self, base: np.ndarray, name: str, start: int, out: np.ndarray, scratch: Narrow) -> np.ndarray:
         """As `fill`, where the base's elements (float64) are at hand."""
         self.tuned.fill(name, start, start + base.size, out, scratch)
-        np.subtract(base, out, out=out)
-        return np.negative(out, out=out)  # -0.0 where nothing changed: adding it changes no bit
+        return difference(out, base, out)
 
     def release(self, name: str, start: int, stop: int) -> None:
         self.tuned.release(name, start, stop)

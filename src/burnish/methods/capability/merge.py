@@ -1,6 +1,7 @@
 """`burnish capability merge`: a base plus weighted deltas, as a checkpoint of the base's form."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,19 @@ from burnish.methods.capability.tensorfile import (
     BLOCK,
     FLOATS,
     INDEX,
+    UNDO,
     Checkpoint,
     TensorFile,
     tensor_digest,
     whole_digest,
 )
 
-RECORD, UNDO = "capability.json", "capability_undo.safetensors"
+RECORD = "capability.json"
+UNDONE = ("task", "linear")
+"""Operators that `unmerge` can take back."""
 _QUICK_LOOK = 16
+_TOO_LARGE_FOR_F16 = 65520
+_OTHER_WEIGHTS = ("model*.safetensors", "consolidated*", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", INDEX)
 
 
 def merge(
@@ -66,18 +72,25 @@ def merge(
         force: replace an existing `output`.
 
     Raises:
-        BurnishError: another base, tensors or shapes that do not fit, heads without a rule, a damaged file, no room.
+        BurnishError: another base, tensors or shapes that do not fit, heads without a rule, a damaged file, no room, an
+            `undoable` merge that `unmerge` could not take back.
     """
+    if undoable and (operator not in UNDONE or tuned):
+        raise BurnishError(f"an undoable merge {'of tuned models' if tuned else f'by {operator}'}",
+                           f"deltas and {' or '.join(UNDONE)}, which can be taken back")  # fmt: skip
     root = Stored(Checkpoint(locate(base)))
     parts = [Part.match(Delta(path), weight, root) for path, weight in deltas]
-    parts += [Part.match(Difference(root, path, heads, exclude), weight, root) for path, weight in tuned]
+    parts += [Part.match(Difference(root, path, heads, include, exclude), weight, root) for path, weight in tuned]
     if not parts:
         raise BurnishError("nothing to merge", "a delta or a tuned model", "--delta FOLDER=1.0")
     expected = {} if other_base else recorded_base(root, parts)
     check_patterns([pattern for pattern, _ in modules], root.slots, "--module")
+    if not all(math.isfinite(factor) for _, factor in modules):
+        raise BurnishError("a --module factor that is not finite", "a number, for instance 0.5")
     touched = fit(root, parts, modules, include, exclude, heads, other_base)
     job = Merging(root, parts, touched, operator, options or {}, dtype, expected)
     job.modules = [list(module) for module in modules]
+    job.choice = {"include": list(include), "exclude": list(exclude)}
     plan = job.plan(Path(output), undoable)
     if plan.is_done(RECORD, force):
         return read_summary(plan.target / RECORD, "an untouched folder")
@@ -103,7 +116,9 @@ class Merging:
         self.how = OPERATORS.get(operator)
         self.options = self.how.read_options(dict(options), operator)
         self.modules: list[list[Any]] = []
+        self.choice: dict[str, list[str]] = {}
         self.undo: SparseWriter | None = None
+        self._total = sum(part.weight for part in parts)
         self._states: dict[str, Any] = {}
         self._readers: dict[tuple[int, str], str] = {}
         self.read = {id(p): Inputs(str(p.delta.path), _stored_slots(p.delta), None) for p in self.parts}
@@ -117,14 +132,15 @@ class Merging:
         files = {}
         for file in self.base.checkpoint.files:
             slots = {name: (self.out_dtype(name), slot.shape) for name, slot in file.slots.items()}
-            files[file.path.name] = (slots, file.metadata)
+            files[self.base.checkpoint.place(file)] = (slots, file.metadata)
         identity = {
             "base": str(self.base.checkpoint.path.absolute()), "stamp": stamp(self.base.checkpoint.path),
             "undoable": undoable, "version": __version__, "dtype": self.dtype,
             "parts": [[_identity(p.delta), p.weight] for p in self.parts], "operator": self.operator,
             "options": self.options, "modules": self.modules, "touched": sorted(self.touched),
         }  # fmt: skip
-        return Plan(output, files, identity, companions(self.base.checkpoint, output))
+        inputs = [self.base.checkpoint.path, *(part.delta.path for part in self.parts)]
+        return Plan(output, files, identity, companions(self.base.checkpoint), inputs)
 
     def out_dtype(self, name: str) -> str:
         """dtype of an output: the base's where nothing is added, otherwise as `dtype` says."""
@@ -149,6 +165,8 @@ class Merging:
             block = self.block(worker, name, at, end)
             block.state = state
             self.how.apply(block, **self.options)
+            if dtype == "F16":
+                _check_range(name, block.base)
             bits = worker.narrow.narrow(block.base, dtype, out[at - start : end - start])
             if self.undo is not None:
                 self._keep_lost(worker, name, at, block, bits, raw[at - start : end - start])
@@ -178,7 +196,7 @@ class Merging:
                 deltas.append(part.delta.fill_from(base, own, at, out, worker.narrow))
             else:
                 deltas.append(part.delta.fill(own, at, end, out, worker.narrow))
-        return Block(name, at, base, deltas, [weight for _, weight in used])
+        return named_block([(p.names[name], w, p.weight) for p, w in used], self._total, at, base, deltas)
 
     def _state(self, name: str) -> Any:
         if self.how.prepare is None:
@@ -228,7 +246,7 @@ class Merging:
             "base": {"path": str(base.absolute()), "digest": whole_digest(self.inputs.digests)},
             "deltas": [{"path": str(p.delta.path.absolute()), "digest": self._digest(p), "weight": p.weight,
                         "stored": isinstance(p.delta, Delta)} for p in self.parts],
-            "operator": self.operator, "options": self.options, "modules": self.modules,
+            "operator": self.operator, "options": self.options, "modules": self.modules, **self.choice,
             "digest": whole_digest(digests), "undoable": undoable,
             "tensors": {name: {"digest": digests[name], "base_digest": self.inputs.digests[name],
                                "base_dtype": self.base.slots[name][0], "weights": self._weights(name)}
@@ -241,6 +259,19 @@ class Merging:
     def _weights(self, name: str) -> list[list[Any]]:
         """[number of the delta, name in it, weight] of every delta that changes `name`."""
         return [[self.parts.index(part), part.names[name], weight] for part, weight in self.touched.get(name, [])]
+
+
+def named_block(
+    used: list[tuple[str, float, float]], total: float, at: int, base: np.ndarray, deltas: list[np.ndarray]
+) -> Block:
+    """What an operator gets; `used`: name in the delta, weight, and that without its module's factor, of each delta."""
+    return Block(used[0][0], at, base, deltas, [w for _, w, _ in used], [own for _, _, own in used], total)
+
+
+def _check_range(name: str, value: np.ndarray) -> None:
+    largest = np.abs(value).max(initial=0.0)
+    if np.isfinite(largest) and largest >= _TOO_LARGE_FOR_F16:
+        raise BurnishError(f"'{name}' reaches {largest:.4g}, too large for F16", "less than 65520", "--dtype fp32")
 
 
 def _identity(delta: Delta | Difference) -> Any:
@@ -276,17 +307,25 @@ def stream(fill: Any, name: str, size: int) -> Any:
     return blocks
 
 
-def companions(checkpoint: Checkpoint, output: Path) -> dict[str, Path]:
-    """Config, processors, tokenizer: every other file of the base's folder, training state and hidden ones left out."""
+def companions(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Config, processors, tokenizer: every other file of the base's folder.
+
+    Left out: training state, hidden files, and other copies of the weights, which would be loaded as if they were new.
+    """
     if checkpoint.path.is_file():
         return {}
-    weights = {file.path.name for file in checkpoint.files}
+    weights = {checkpoint.place(file) for file in checkpoint.files}
     skip = {"burnish", "checkpoints", RECORD, UNDO}
     found = {}
     for file in sorted(checkpoint.path.rglob("*")):
         inside = file.relative_to(checkpoint.path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and inside.as_posix() not in weights and inside.parts[0] not in skip and not hidden:
+        other_weights = len(inside.parts) == 1 and any(inside.match(pattern) for pattern in _OTHER_WEIGHTS)
+        if checkpoint.index is not None and inside.name == INDEX:
+            other_weights = False
+        if not (hidden or other_weights) and file.is_file() and inside.as_posix() not in weights and (
+            inside.parts[0] not in skip
+        ):  # fmt: skip
             found[inside.as_posix()] = file
     return found
 
@@ -294,15 +333,12 @@ def companions(checkpoint: Checkpoint, output: Path) -> dict[str, Path]:
 def finish_folder(part: Path, target: Path, checkpoint: Checkpoint) -> None:
     """Bring the copied index and configs up to date: sizes, and absolute paths that point into the base's folder."""
     if checkpoint.index is not None:
-        total = sum(slot.nbytes for file in part.glob("*.safetensors") for slot in _slots_of(file, checkpoint))
-        metadata = {**checkpoint.index.get("metadata", {}), "total_size": total}
+        files = [TensorFile(part / checkpoint.place(file)) for file in checkpoint.files]
+        total = sum(slot.nbytes for file in files for slot in file.slots.values())
+        metadata = {**checkpoint.index["metadata"], "total_size": total}
         (part / INDEX).write_text(json.dumps({**checkpoint.index, "metadata": metadata}, indent=2))
-    old, new = str(checkpoint.path.absolute()), str(target.absolute())
+    old, new = (f"{path.absolute()}/".encode() for path in (checkpoint.path, target))
     for file in part.glob("*.json"):
-        text = file.read_text()
-        if old + "/" in text:
-            file.write_text(text.replace(old + "/", new + "/"))
-
-
-def _slots_of(file: Path, checkpoint: Checkpoint) -> list:
-    return list(TensorFile(file).slots.values()) if file.name in {f.path.name for f in checkpoint.files} else []
+        content = file.read_bytes()
+        if old in content:
+            file.write_bytes(content.replace(old, new))

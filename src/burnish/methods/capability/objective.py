@@ -1,5 +1,6 @@
 """The objective `capability`: fine-tune a merged policy without losing the vector that was merged into it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,9 @@ class Capability(Objective):
             if value not in known:
                 raise BurnishError(f"objective capability: {name} is '{value}'", f"one of {', '.join(known)}")
         self.weight, self.alpha = _number("weight", weight), _number("alpha", alpha)
-        if self.weight < 0 or self.alpha == 0:
+        if self.weight < 0 or self.alpha == 0 or not math.isfinite(self.weight + self.alpha):
             raise BurnishError(
-                f"objective capability: weight is {weight} and alpha {alpha}", "weight >= 0, alpha not 0"
+                f"objective capability: weight is {weight} and alpha {alpha}", "weight >= 0, alpha not 0, both finite"
             )
         self.path, self.kind, self.reading = delta, kind, reading
         self.normalize, self.include, self.exclude = normalize, include, exclude
@@ -77,6 +78,7 @@ class Capability(Objective):
         mean = sum(g.abs().sum() for g in self.gammas) / sum(g.numel() for g in self.gammas)
         if not mean > 0:
             raise BurnishError(f"{self.path} is zero on everything that is trained", "a vector that is not")
+        self.mean = mean if self.normalize else torch.ones_like(mean)
         if self.normalize:
             self.gammas = [g / mean for g in self.gammas]
         self.scale = self.weight / sum(g.numel() for g in self.gammas) if self.normalize else self.weight
@@ -157,7 +159,7 @@ class Capability(Objective):
             figures = {
                 "capability_distance": distance,
                 "capability_cosine": along / (distance * self.square.sqrt()).clamp_min(1e-12),
-                "capability_retained": 1 + along / (self.alpha * self.square),
+                "capability_retained": 1 + along / (self.alpha * self.square * self.mean),
             }
         return {name: float(value) for name, value in {**self._figures, **figures}.items()}
 
@@ -166,7 +168,7 @@ def _number(name: str, value: float | str) -> float:
     """YAML reads 1e-4 (no dot) as a word, which is no reason to refuse it."""
     try:
         return float(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise BurnishError(f"objective capability: {name} is '{value}'", "a number") from error
 
 

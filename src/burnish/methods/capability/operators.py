@@ -7,6 +7,7 @@ function: keyword-only arguments become `--option name=value` of `burnish capabi
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,13 @@ class Block:
     """One block of one tensor.
 
     Attributes:
-        name: the tensor.
+        name: the tensor, as the first delta calls it: tied tensors have one name.
         start: position of the block in the flattened tensor; the same for any number of threads.
         base: float64 [n]; the operator overwrites it.
         deltas: float64 [n] each; may be overwritten too.
-        weights: one for each delta.
+        weights: one for each delta, factors of modules included.
+        shares: the same without those factors.
+        total: sum of the weights of all deltas of the merge, whether they change this tensor or not.
         state: what `prepare` returned for this tensor.
     """
 
@@ -37,6 +40,8 @@ class Block:
     base: np.ndarray
     deltas: list[np.ndarray]
     weights: list[float]
+    shares: list[float]
+    total: float
     state: Any = None
 
 
@@ -68,6 +73,8 @@ class Operator:
             try:
                 kind = type(values[key])
                 values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+                if not math.isfinite(values[key]):
+                    raise ValueError(text)
             except (ValueError, KeyError) as error:
                 raise BurnishError(f"option {key} is '{text}'", f"a value such as {self.options[key]}") from error
         return values
@@ -103,11 +110,10 @@ def task(block: Block) -> None:
 
 @operator("linear")
 def linear(block: Block) -> None:
-    """Average of the models base + delta with the weights scaled to sum 1."""
-    total = sum(block.weights)
-    if total == 0:
+    """Average of the models base + delta with the weights of all deltas scaled to sum 1."""
+    if block.total == 0:
         raise BurnishError("the weights of a linear merge sum to 0", "a sum that can be scaled to 1")
-    block.weights = [weight / total for weight in block.weights]
+    block.weights = [weight / block.total for weight in block.weights]
     add_weighted(block)
 
 
@@ -177,7 +183,7 @@ def ties(block: Block, *, density: float = 0.2, normalize: bool = True, scale: f
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each delta, elect signs, merge those that agree.
 
     Keeps the `density` largest magnitudes of each tensor; the sign is that of the weighted sum. `normalize` divides by
-    the weights that agree; `scale` is the paper's lambda.
+    the weights that agree, so that a single delta's weight cancels; `scale` is the paper's lambda.
     """
     for delta, threshold in zip(block.deltas, block.state, strict=True):
         delta[np.abs(delta).astype(np.float32) < np.float32(threshold)] = 0.0
@@ -186,7 +192,7 @@ def ties(block: Block, *, density: float = 0.2, normalize: bool = True, scale: f
     agrees &= weighted != 0
     merged = (weighted * agrees).sum(0)
     if normalize:
-        share = (np.abs(np.array(block.weights))[:, None] * agrees).sum(0)
+        share = (np.abs(np.array(block.shares))[:, None] * agrees).sum(0)
         np.divide(merged, share, out=merged, where=share > 0)
     block.base += scale * merged
 

@@ -55,7 +55,7 @@ def _l1(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor]
 
 def _projection(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     square = torch._foreach_pow(torch._foreach_norm(gammas), 2)
-    torch._foreach_clamp_min_(square, _TINY)
+    square = [s.masked_fill(s == 0, 1.0) for s in square]  # a matrix of zeros has no direction
     along = inner_products(gammas, moved)
     grads = [g * (2 * a / s) for g, a, s in zip(gammas, along, square, strict=True)]
     return (along.square() / torch.stack(square)).sum(), grads
@@ -103,7 +103,8 @@ def project_out(grads: Sequence[Tensor], gammas: Sequence[Tensor]) -> list[Tenso
     A plain SGD step then leaves <gamma, D> as it is. Adam rescales coordinates one by one, so under it this holds only
     roughly.
     """
-    square = torch.stack(torch._foreach_norm(list(gammas))).square().clamp_min(_TINY)
+    square = torch.stack(torch._foreach_norm(list(gammas))).square()
+    square = square.masked_fill(square == 0, 1.0)
     share = inner_products(grads, gammas) / square
     return [g - gamma * share[k] for k, (g, gamma) in enumerate(zip(grads, gammas, strict=True))]
 

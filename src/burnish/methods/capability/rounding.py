@@ -50,13 +50,34 @@ class Narrow:
             single[:] = rounded.view(np.float64)
         kept = single.view(np.uint32)
         np.bitwise_and(kept, _LOW, out=self._low[: value.size])
-        odd_ones = self._low[: value.size].max(initial=0) > 0 or np.isnan(single.max(initial=0.0))
+        odd_ones = self._low[: value.size].max(initial=0) > 0 or np.isnan(value.max(initial=0.0))
         np.right_shift(kept, _HALF_WORD, out=kept)
         np.copyto(out, kept, casting="unsafe")
         if odd_ones:  # below the smallest normal number fewer bits are kept; a NaN must stay one
             strange = ~(np.abs(value) >= 2.0**-126)
             out[strange] = narrowed(value[strange], "BF16")
         return out
+
+
+def difference(tuned: np.ndarray, control: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Fill `out` with tuned - control; -0.0 where nothing changed, since adding that changes no bit of a base."""
+    with np.errstate(invalid="ignore"):
+        healthy = np.isfinite(tuned.sum())
+        same = None if healthy else control == tuned  # equal infinities have no difference; `out` may be `tuned`
+        np.subtract(control, tuned, out=out)
+        np.negative(out, out=out)
+    if same is not None:
+        out[same] = -0.0
+    return out
+
+
+def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where stored bits differ (bool); one NaN is as good as another, and -0.0 is not 0.0."""
+    kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(a.dtype.itemsize, np.uint8)
+    differ = a.view(kind) != b.view(kind)
+    if a.dtype.kind == "f" and differ.any():
+        differ &= ~(np.isnan(a) & np.isnan(b))
+    return differ
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> float:

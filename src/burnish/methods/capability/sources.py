@@ -14,15 +14,20 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
 from burnish.methods.capability.keys import match_names
 from burnish.methods.capability.rounding import Narrow, widened
-from burnish.methods.capability.tensorfile import Checkpoint, tensor_digest, whole_digest
+from burnish.methods.capability.tensorfile import FLOATS, Checkpoint, tensor_digest, whole_digest
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class Stored:
     """Tensors of a checkpoint under translated names.
+
+    Raises:
+        BurnishError: the checkpoint holds factors of adapters, which mean nothing one by one.
 
     Attributes:
         slots: name to (dtype, shape).
@@ -31,6 +36,11 @@ class Stored:
 
     def __init__(self, checkpoint: Checkpoint, reference: list[str] | None = None, rules: list[tuple[str, str]] = ()):
         self.checkpoint = checkpoint
+        factor = next((name for name in checkpoint.slots if "lora_" in name), None)
+        if factor is not None:
+            raise BurnishError(f"{checkpoint.path} holds the adapter factor '{factor}'",
+                               "whole weights, or a peft adapter's folder as --tuned or --control",
+                               "merge the adapter with peft first")  # fmt: skip
         renamed = match_names(checkpoint.slots, reference or checkpoint.slots, rules)
         self.names = {new: old for old, new in renamed.items()}
         self.slots = {new: (checkpoint.slots[old].dtype, checkpoint.slots[old].shape) for new, old in
@@ -94,6 +104,10 @@ class Adapted:
             shape = list(adapter.updates[wrong[0]].shape)
             raise BurnishError(f"the adapter's update of '{wrong[0]}' has shape {shape}",
                                f"{list(base.slots[wrong[0]][1])} as in the base")  # fmt: skip
+        whole = [n for n in adapter.updates if base.slots[n][0] not in FLOATS]
+        if whole:
+            raise BurnishError(f"'{whole[0]}' of the base {base.checkpoint.path} is {base.slots[whole[0]][0]}",
+                               "floating-point weights", "give the base as it was before it was quantised")  # fmt: skip
         self.slots = dict(base.slots) | {n: ("F32", base.slots[n][1]) for n in adapter.updates}
         self.slots |= {name: ("F32", value.shape) for name, value in adapter.replaced.items()}
 
@@ -136,7 +150,7 @@ class Adapter:
         self.path = path
         config = _read_config(path / ADAPTER_CONFIG)
         stored = Checkpoint(path, ADAPTER)
-        values = {n: widened(stored.raw(n, 0, s.size), s.dtype).reshape(s.shape) for n, s in stored.slots.items()}
+        values = {n: _value(stored, n) for n in stored.slots}
         modules: dict[str, dict[str, np.ndarray]] = {}
         plain: dict[str, np.ndarray] = {}
         for name, value in values.items():
@@ -167,14 +181,30 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
+def _value(stored: Checkpoint, name: str) -> np.ndarray:
+    """A tensor of an adapter as float64; refuses what is not a finite number."""
+    slot = stored.slots[name]
+    if slot.dtype not in FLOATS:
+        raise BurnishError(f"'{name}' in {stored.path} is {slot.dtype}", f"one of {', '.join(FLOATS)}")
+    value = widened(stored.raw(name, 0, slot.size), slot.dtype).reshape(slot.shape)
+    if not np.isfinite(value).all():
+        raise BurnishError(f"'{name}' in {stored.path} has numbers that are not finite", "a healthy adapter")
+    return value
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BurnishError(f"{path} cannot be read ({error})", "the config of a peft adapter") from error
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise BurnishError(f"{path}: peft_type {config.get('peft_type')!r}", "LORA (DoRA included)")
-    for setting in ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices"):
+    if not all(isinstance(config.get(number), int | float) for number in ("r", "lora_alpha")):
+        raise BurnishError(f"{path}: r is {config.get('r')} and lora_alpha {config.get('lora_alpha')}", "numbers")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        raise BurnishError(f"{path}: init_lora_weights {start} changes the base's own weights", "plain LoRA or DoRA",
+                           "merge it with peft first, or save it with path_initial_model_for_weight_conversion"
+                           )  # fmt: skip
+    for setting in ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices",
+                    "alora_invocation_tokens"):  # fmt: skip
         if config.get(setting):
             raise BurnishError(f"{path} uses {setting}", "plain LoRA or DoRA", "merge it with peft first")
     return config
@@ -185,10 +215,11 @@ def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[
         raise BurnishError(f"{path}: the adapter of '{module}' is incomplete or not on a linear layer",
                            "matrices lora_A and lora_B")  # fmt: skip
     down, up = parts["lora_A"], parts["lora_B"]
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    inside = module.removeprefix("base_model.model.")  # peft looks for patterns in the model's own names
+    rank = _pattern(path, config.get("rank_pattern"), inside, config["r"])
+    alpha = _pattern(path, config.get("alpha_pattern"), inside, config["lora_alpha"])
     if down.shape[0] != rank or up.shape[1] != rank:
-        raise BurnishError(f"{path}: '{module}' has factors {list(up.shape)} and {list(down.shape)}", f"rank {rank}")
+        raise BurnishError(f"{path}: '{module}' has factors {list(up.shape)} and {list(down.shape)}", f"rank {rank:g}")
     magnitude = parts.get("lora_magnitude_vector")
     if (magnitude is not None) != bool(config.get("use_dora")):
         raise BurnishError(f"{path}: use_dora is {config.get('use_dora')} but '{module}' disagrees", "a whole adapter")
@@ -199,9 +230,11 @@ def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[
     return Update(up, down, scale, None if magnitude is None else magnitude.reshape(-1), transposed)
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _pattern(path: Path, patterns: dict[str, Any] | None, module: str, default: float) -> float:
     """peft's rule: the first pattern that is the module's name or ends it after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    try:
+        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return float(next(found, default))
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise BurnishError(f"{path}: rank_pattern or alpha_pattern cannot be used ({error})",
+                           "patterns with a number each") from error  # fmt: skip

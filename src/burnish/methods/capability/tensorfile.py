@@ -20,7 +20,7 @@ import xxhash
 from burnish.core.errors import BurnishError
 
 PIECE, BLOCK = 1 << 21, 1 << 15
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, UNDO = "model.safetensors", "model.safetensors.index.json", "capability_undo.safetensors"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _AROUND = 1 << 20  # bytes; Linux maps neighbours of a page that is read too: 64 kB at least, often more
 _NUMPY = {
@@ -62,6 +62,8 @@ def check_header(path: Path, header: Any, data_bytes: int) -> dict[str, tuple[st
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         for name, entry in entries:
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise BurnishError(f"{path}: '{name}' has shape {list(shape)}", "whole numbers, none below 0")
             if dtype not in _NUMPY:
                 raise BurnishError(f"{path}: '{name}' has dtype {dtype}", f"one of {', '.join(_NUMPY)}")
             if start != end or stop - start != math.prod(shape) * raw_dtype(dtype).itemsize:
@@ -142,18 +144,33 @@ class Checkpoint:
         if (self.path / weights).is_file():
             return [self.path / weights]
         if (self.path / INDEX).is_file():
-            try:
-                self.index = json.loads((self.path / INDEX).read_text())
-                return [self.path / name for name in sorted(set(self.index["weight_map"].values()))]
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise BurnishError(f"{self.path / INDEX} is unreadable ({error!r})", "a weight_map") from error
+            return self._shards()
         single = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else []
-        single = [file for file in single if not file.name.startswith("policy_")]  # LeRobot's statistics
+        # LeRobot's statistics, and what `merge --undoable` keeps
+        single = [file for file in single if not file.name.startswith("policy_") and file.name != UNDO]
         if len(single) == 1:
             return single
         pickled = self.path.is_dir() and any(self.path.glob("*.bin"))
         fix = "convert it with save_pretrained(..., safe_serialization=True)" if pickled else ""
         raise BurnishError(f"no weights at {self.path}", f"{weights} or {INDEX} with its shards", fix)
+
+    def _shards(self) -> list[Path]:
+        try:
+            self.index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+            names = sorted({Path(name).as_posix() for name in self.index["weight_map"].values()})
+            self.index["metadata"] = dict(self.index.get("metadata") or {})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BurnishError(f"{self.path / INDEX} is unreadable ({error!r})", "a weight_map") from error
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise BurnishError(f"{self.path / INDEX} names '{outside[0]}'", "shards inside the folder")
+        return [self.path / name for name in names]
+
+    def place(self, file: TensorFile) -> str:
+        """A file's name inside the folder; that of a single file which is no .safetensors (a cache's blob) is new."""
+        if self.path.is_dir():
+            return file.path.relative_to(self.path).as_posix()
+        return file.path.name if file.path.suffix == ".safetensors" else WEIGHTS
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         wrong = sorted(set(weight_map) ^ set(self.slots))

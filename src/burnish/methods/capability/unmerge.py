@@ -9,10 +9,10 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.engine import Inputs, Plan, Worker, cores, filling, read_summary, write_tensors
-from burnish.methods.capability.merge import RECORD, UNDO, companions, finish_folder, take_away
+from burnish.methods.capability.merge import RECORD, UNDONE, companions, finish_folder, take_away
 from burnish.methods.capability.sources import Stored
 from burnish.methods.capability.sparse import SparseFile
-from burnish.methods.capability.tensorfile import BLOCK, Checkpoint
+from burnish.methods.capability.tensorfile import BLOCK, UNDO, Checkpoint
 
 
 def unmerge(
@@ -35,17 +35,21 @@ def unmerge(
     """
     path = Path(merged)
     record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
-    if record["operator"] not in ("task", "linear"):
-        raise BurnishError(f"{path} was merged with '{record['operator']}'", "task or linear, which can be taken back")
+    if record["operator"] not in UNDONE:
+        raise BurnishError(f"{path} was merged with '{record['operator']}'",
+                           f"{' or '.join(UNDONE)}, which can be taken back")  # fmt: skip
     if not all(entry["stored"] for entry in record["deltas"]):
         raise BurnishError(f"{path} was merged from tuned models, not from deltas", "a delta to take away",
                            "extract one first, then merge it")  # fmt: skip
     job = _Unmerging(Stored(Checkpoint(path)), record, [Delta(p) for p in deltas] or _recorded(record))
     files = {
-        file.path.name: ({n: (job.base_dtype(n), s.shape) for n, s in file.slots.items()}, file.metadata)
+        job.merged.checkpoint.place(file): (
+            {n: (job.base_dtype(n), s.shape) for n, s in file.slots.items()}, file.metadata,
+        )
         for file in job.merged.checkpoint.files
     }  # fmt: skip
-    plan = Plan(Path(output), files, {"merged": record}, companions(job.merged.checkpoint, Path(output)))
+    inputs = [path, *(delta.path for delta in job.deltas)]
+    plan = Plan(Path(output), files, {"merged": record}, companions(job.merged.checkpoint), inputs)
     with filling(plan, force) as part:
         digests = write_tensors(plan, part, job, cores(threads), "unmerging")
         finish_folder(part, Path(output), job.merged.checkpoint)
@@ -81,7 +85,7 @@ class _Unmerging:
         """As merged; a linear merge had scaled them to sum 1."""
         used = self.record["tensors"][name]["weights"]
         if self.record["operator"] == "linear" and used:
-            total = sum(weight for _, _, weight in used)
+            total = sum(entry["weight"] for entry in self.record["deltas"])
             return [[k, own, weight / total] for k, own, weight in used]
         return used
 

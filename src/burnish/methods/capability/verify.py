@@ -1,5 +1,6 @@
 """Reads finished artefacts back and checks every element against its inputs, with arithmetic of its own."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from burnish.methods.capability.delta import Delta
 from burnish.methods.capability.engine import cores, read_summary
 from burnish.methods.capability.extract import open_parent
 from burnish.methods.capability.live import Difference
-from burnish.methods.capability.merge import RECORD, stream
-from burnish.methods.capability.operators import OPERATORS, Block, Streams
-from burnish.methods.capability.rounding import Narrow, narrowed, widened
+from burnish.methods.capability.merge import RECORD, named_block, stream
+from burnish.methods.capability.operators import OPERATORS, Streams
+from burnish.methods.capability.rounding import Narrow, narrowed, unequal, widened
 from burnish.methods.capability.sources import Stored
 from burnish.methods.capability.tensorfile import BLOCK, Checkpoint, pieces, tensor_digest, whole_digest
 
@@ -51,15 +52,24 @@ class _Compare:
         raise NotImplementedError
 
 
+def _check_there(names: Iterable[str], there: Iterable[str], path: Path | str) -> None:
+    lacking = sorted(set(names) - set(there))
+    if lacking:
+        raise BurnishError(f"{path} lacks '{lacking[0]}' ({len(lacking)} in all)", "the tensors that were recorded")
+
+
 class _Extracted(_Compare):
     def __init__(self, path: Path):
         self.delta = Delta(path)
+        if self.delta.meta.get("control_vector"):
+            raise BurnishError(f"{path} is a control vector, made to differ from its parents", "an extracted delta")
         base = Stored(Checkpoint(self.delta.meta["base"]["path"]))
         self.tuned, self.control = (
-            open_parent(self.delta.meta[who]["path"], base, [(old, new) for new, old in
-                        self.delta.meta["key_map"].get(who, {}).items()]).source
+            open_parent(self.delta.meta[who]["path"], base, self.delta.meta["rename"]).source
             for who in ("tuned", "control")
-        )  # fmt: skip
+        )
+        for who, source in (("tuned", self.tuned), ("control", self.control)):
+            _check_there(self.delta.tensors, source.slots, self.delta.meta[who]["path"])
         super().__init__({name: self.tuned.slots[name] for name in self.delta.tensors})
 
     def unequal(self, name: str, start: int, stop: int) -> int:
@@ -70,7 +80,9 @@ class _Extracted(_Compare):
             control = self.control.fill(name, at, end, np.empty(end - at), scratch)
             delta = self.delta.fill(name, at, end, block[: end - at], scratch) / self.delta.scale
             tuned = self.tuned.fill(name, at, end, np.empty(end - at), scratch)
-            wrong += int((narrowed(control + delta, dtype) != narrowed(tuned, dtype)).sum())
+            got, wanted = narrowed(control + delta, dtype), narrowed(tuned, dtype)
+            zeros = (tuned == 0) & (control + delta == 0)  # no addition gives the sign of -0.0 to 0.0
+            wrong += int((unequal(got, wanted) & ~zeros).sum())
         self.delta.release(name, start, stop)
         for source in (self.control, self.tuned):
             source.release(name, start, stop)
@@ -83,12 +95,16 @@ class _Merged(_Compare):
         self.output = Stored(Checkpoint(path))
         self.base = Stored(Checkpoint(self.record["base"]["path"]))
         self.deltas = [
-            Delta(entry["path"]) if entry["stored"] else Difference(self.base, entry["path"], "skip")
+            Delta(entry["path"])
+            if entry["stored"]
+            else Difference(self.base, entry["path"], "skip", self.record["include"], self.record["exclude"])
             for entry in self.record["deltas"]
         ]
         for delta, entry in zip(self.deltas, self.record["deltas"], strict=True):
             if isinstance(delta, Delta) and delta.digest != entry["digest"]:
                 raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")
+        for source in (self.output, self.base):
+            _check_there(self.record["tensors"], source.slots, source.checkpoint.path)
         with ThreadPoolExecutor(threads) as pool:
             names = list(self.record["tensors"])
             found = list(pool.map(lambda n: tensor_digest(self.output.checkpoint, n), names))
@@ -105,12 +121,12 @@ class _Merged(_Compare):
         got, raw = self.output.raw(name, start, stop), self.base.raw(name, start, stop)
         used = self.record["tensors"][name]["weights"]
         if not used:
-            wrong = int((got != raw).sum())
+            wrong = int(unequal(got, raw).sum())
         else:
             wanted = np.concatenate([
                 self._expected(name, used, at, min(at + BLOCK, stop)) for at in range(start, stop, BLOCK)
             ] or [np.empty(0)])  # fmt: skip
-            wrong = int((narrowed(wanted, self.slots[name][0]) != got).sum())
+            wrong = int(unequal(narrowed(wanted, self.slots[name][0]), got).sum())
         self.output.release(name, start, stop)
         self.base.release(name, start, stop)
         return wrong
@@ -128,7 +144,9 @@ class _Merged(_Compare):
             return base
         how, options = OPERATORS.get(self.record["operator"]), self.record["options"]
         state = how.prepare(self._streams(name, used, weights), **options) if how.prepare is not None else None
-        block = Block(name, start, base, deltas, weights, state)
+        own = [entry["weight"] for entry in self.record["deltas"]]
+        block = named_block([(n, w, own[k]) for k, n, w in used], sum(own), start, base, deltas)
+        block.state = state
         how.apply(block, **options)
         return block.base
 
