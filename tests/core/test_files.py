@@ -19,6 +19,14 @@ def test_write_text_replaces_and_leaves_nothing_beside(tmp_path):
     assert (tmp_path / "a").read_text() == "two" and names(tmp_path) == ["a"]
 
 
+def test_the_earlier_folder_outlives_a_writer_killed_between_its_renames(tmp_path):
+    (tmp_path / ".x.old").mkdir()
+    (tmp_path / ".x.old/a").write_text("earlier")
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x"):
+        raise RuntimeError
+    assert (tmp_path / "x/a").read_text() == "earlier" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 def test_new_folder_is_whole_or_absent(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x") as folder:
         (folder / "half").write_text("h")

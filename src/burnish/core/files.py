@@ -125,9 +125,13 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Fill the folder that is handed out; on leaving it becomes `target` at once, on an error it vanishes.
 
-    An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first.
+    An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first, save
+    the earlier folder of one that was killed between its two renames, which comes back.
     """
     make_folder(target.parent)
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.exists():
+        os.rename(old, target)
     for stale in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.new")
@@ -139,7 +143,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    remove_folder(target.with_name(f".{target.name}.old"))
+    remove_folder(old)
 
 
 def put_folder(temporary: Path, target: Path) -> None:
