@@ -20,6 +20,7 @@ from burnish.core.errors import BurnishError
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
     from burnish.evaluate.retention import Retention
+    from burnish.policies.base import Policy
 
 RESULT_LABELS = {
     "tuned": "fine-tuned",
@@ -80,16 +81,22 @@ class Stages:
         write_json(self.file, self.content)
 
 
-def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None = None) -> Outcome:
+def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None = None, fresh: bool = False) -> Outcome:
     """Do everything that `recipe` asks for; finished stages of an earlier call are not repeated.
 
     Args:
+        fresh: delete an earlier training of this run and what was measured of it; the data stays.
         command: the command line to show in the report.
         result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
     """
     from burnish.core.recipe import run_folder, save_recipe
     from burnish.report import write_report
+    from burnish.train.loop import check_resumable
+    from burnish.train.setup import make_objectives
 
+    make_objectives(recipe)  # a mistake in their options shows before anything is made
+    if not fresh:
+        check_resumable(recipe)
     folder = run_folder(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / "recipe.yaml")
@@ -97,7 +104,7 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     stages = Stages(folder / "run.json", run_facts(recipe.name, command, seeds))
     outcome = Outcome(folder)
     make_data(recipe, stages)
-    _train(recipe, stages)
+    _train(recipe, stages, fresh)
     _measure(recipe, stages, outcome)
     with stages.stage("report"):
         outcome.report = write_report(folder)
@@ -149,11 +156,11 @@ def make_data(recipe: RecipeConfig, stages: Stages) -> None:
             )  # fmt: skip
 
 
-def _train(recipe: RecipeConfig, stages: Stages) -> None:
+def _train(recipe: RecipeConfig, stages: Stages, fresh: bool) -> None:
     from burnish.train.loop import train
 
     with stages.stage("training"):
-        done = train(recipe)
+        done = train(recipe, resume=not fresh)
     # Training may have been done by `burnish train` before; its own clock knows.
     stages.at_least("training", done.final.get("minutes", 0.0))
 
@@ -162,7 +169,10 @@ def evaluate_as(settings: EvalConfig, policy: str | Path, env: str, output: Path
     """`evaluate` with the settings of a recipe; `changes` are further arguments of it."""
     from burnish.evaluate.rollout import evaluate
 
-    return evaluate(policy, env, output=output, batch_size=settings.batch_size, **_trials(settings), **changes)
+    return evaluate(
+        policy, env, output=output, batch_size=settings.batch_size, cameras=settings.cameras or None,
+        device=settings.device, **_trials(settings), **changes,
+    )  # fmt: skip
 
 
 def _trials(settings: EvalConfig) -> dict[str, int]:
@@ -177,8 +187,8 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
     env = settings.env or recipe.demos.env
     if env:
         variants: dict[str, Callable[[Path], Evaluation]] = {"tuned": lambda to: evaluate_as(settings, tuned, env, to)}
-        if settings.base and recipe.policy.path:
-            variants["base"] = lambda to: evaluate_as(settings, recipe.policy.path, env, to)
+        if settings.base and recipe.policy.path and (base := _base(recipe, tuned)) is not None:
+            variants["base"] = lambda to: evaluate_as(settings, base, env, to)
         if settings.instruction_swap:
             variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
         if settings.random_object_expert:
@@ -194,18 +204,35 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
             _measure_retention(recipe, outcome)
 
 
+def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
+    """What training started from, with the recipe's overrides; None where it is made for another robot or cameras."""
+    from burnish.policies import load_policy
+    from burnish.policies.folder import choose_device
+
+    base = load_policy(recipe.policy.path, overrides=recipe.policy.overrides, device=choose_device(recipe.eval.device))
+    after = load_policy(tuned)
+    for what, one, other in (("actions", base.action_dim, after.action_dim), ("cameras", base.cameras, after.cameras)):
+        if one != other:
+            print(f"the base is not measured: it has {what} {one}, the fine-tuned policy {other}", file=sys.stderr)
+            return None
+    return base if recipe.policy.overrides else recipe.policy.path
+
+
 def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
     from burnish.evaluate.records import write_json
     from burnish.evaluate.retention import compare_retention, retention
     from burnish.policies import load_policy
+    from burnish.policies.folder import choose_device
 
+    device = choose_device(recipe.eval.device)
     paths = {"tuned": outcome.folder / "policy"}
     if recipe.policy.path:
         paths["base"] = recipe.policy.path
     for name, path in paths.items():
         outcome.retention[name] = retention(
-            load_policy(path), recipe.eval.questions.root, limit=recipe.eval.questions.limit, progress=True
-        )
+            load_policy(path, device=device), recipe.eval.questions.root, limit=recipe.eval.questions.limit,
+            progress=True,
+        )  # fmt: skip
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
     if len(outcome.retention) == 2:
         content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
@@ -233,6 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  burnish run recipes/tabletop/quickstart.yaml --train.steps=500"
     parser.add_argument("recipe", help="recipe file; any field can follow as --section.field=value")
     parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
+    parser.add_argument("--fresh", action="store_true", help="delete the run's earlier training and measurements")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -242,7 +270,7 @@ def main(args: argparse.Namespace) -> int:
     if not recipe.demos.env and not recipe.data.root:
         raise BurnishError(f"{args.recipe} names neither demos.env nor data.root", "one of them")
     command = shlex.join(["burnish", "run", args.recipe, *args.overrides])
-    outcome = run_recipe(recipe, command=command, result=Path(args.result) if args.result else None)
+    outcome = run_recipe(recipe, command=command, result=Path(args.result) if args.result else None, fresh=args.fresh)
     for variant, found in outcome.evaluations.items():
         print(f"{RESULT_LABELS[variant]}: {found.overall}")
     print(f"report: {outcome.report}")

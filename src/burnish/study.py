@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from burnish.core.config import EvalConfig, QuestionsConfig, RecipeConfig
+from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, read_object
 from burnish.core.options import refuse_unknown
@@ -85,20 +85,24 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
         The study's folder.
     """
     from burnish.pipeline import Stages, make_data, run_facts
+    from burnish.train.setup import make_objectives
 
     folder = study_folder(study)
     folder.mkdir(parents=True, exist_ok=True)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     clocks = {"data": Stages(folder / "data.json", facts)}
-    with alone(folder):
-        make_data(base, clocks["data"])
     # A mistake in the last arm should not wait for hours to show.
     runs = {
         (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
     }
+    for run in runs.values():
+        make_objectives(run.recipe)
+        _settings(study, run)
+    with alone(folder):
+        make_data(base, clocks["data"])
     if base.policy.path and _ask_questions(runs.values()):
         with alone(folder), clocks["data"].stage("questions to the base"):
-            _ask(base.policy.path, base.eval.questions, folder / "base")
+            _ask(base.policy.path, base.eval, folder / "base")
     finished: list[_Run] = []
     for seed in study.seeds:
         clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
@@ -179,19 +183,28 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
             instruction_swap=settings.instruction_swap,
         )  # fmt: skip
         print(f"{run.arm}, seed {run.seed}, {name}: {found.overall}", file=sys.stderr)
-    _ask(policy, run.recipe.eval.questions, run.folder)
+    _ask(policy, run.recipe.eval, run.folder)
 
 
-def _ask(policy: str | Path, questions: QuestionsConfig, folder: Path) -> None:
-    """Answers to the held-out questions, as retention.json; what is there already stays."""
-    from burnish.evaluate.records import write_json
+def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
+    """Answers to the held-out questions, as retention.json; those that the same weights gave to the same stay."""
+    from burnish.core.files import write_json
+    from burnish.evaluate.records import weights_hash
     from burnish.evaluate.retention import retention
     from burnish.policies import load_policy
+    from burnish.policies.folder import choose_device, resolve
 
-    if questions.root and not (folder / "retention.json").is_file():
-        found = retention(load_policy(policy), questions.root, limit=questions.limit, progress=True)
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "retention.json", {"tuned": found.to_dict()})
+    questions, path = settings.questions, folder / "retention.json"
+    if not questions.root:
+        return
+    asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(resolve(policy))}
+    if path.is_file() and read_object(path).get("asked") == asked:
+        return
+    found = retention(
+        load_policy(policy, device=choose_device(settings.device)), questions.root, limit=questions.limit, progress=True
+    )
+    folder.mkdir(exist_ok=True)
+    write_json(path, {"asked": asked, "tuned": found.to_dict()})
 
 
 def _ask_questions(runs: Iterable[_Run]) -> bool:
@@ -275,6 +288,8 @@ def main(args: argparse.Namespace) -> int:
             raise BurnishError(f"--arms={args.arms}", f"some of {', '.join(study.arms)}, with {study.reference}")
         study.arms = {arm: study.arms[arm] for arm in wanted}
     if args.seeds:
+        if not all(seed.strip().isdigit() for seed in args.seeds.split(",")):
+            raise BurnishError(f"--seeds={args.seeds}", "whole numbers, separated by commas")
         study.seeds = [int(seed) for seed in args.seeds.split(",")]
     only = [word for name in ("arms", "seeds") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     command = shlex.join(["burnish", "study", args.study, *only, *args.overrides])

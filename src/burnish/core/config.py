@@ -146,6 +146,10 @@ class EvalConfig:
     """Also run the expert that picks its object at random (tabletop only)."""
     base: bool = True
     """Also evaluate the policy that training started from, on the same initial states."""
+    cameras: list[str] = field(default_factory=list)
+    """The environment's cameras in the policy's order; empty means those of the same names."""
+    device: str = ""
+    """Torch device of the policy; empty means a GPU where there is one."""
 
 
 @dataclass

@@ -36,6 +36,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     source = str(path) if path is not None else "the recipe"
     values = read_yaml(Path(path)) if path is not None else {}
+    if {"recipe", "arms"} <= values.keys():
+        raise BurnishError(f"{path} is a study, not a recipe", "a recipe", f"burnish study {path}")
     _check_keys(RecipeConfig, values, "", source)
     for dotted, value in _split(overrides):
         nested: Any = value

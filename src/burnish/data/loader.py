@@ -92,7 +92,7 @@ class RobotData:
         return self.frames.hash
 
     def _camera_key(self, camera: str) -> str:
-        key = camera if camera.startswith(IMAGES) else IMAGES + camera
+        key = camera if camera in self.meta.camera_keys or camera.startswith(IMAGES) else IMAGES + camera
         if key not in self.meta.camera_keys:
             known = f"one of {', '.join(self.meta.camera_keys)}"
             raise BurnishError(f"the policy wants camera '{camera}', which {self.root} lacks", known, "record it")

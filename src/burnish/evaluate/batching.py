@@ -104,6 +104,6 @@ def match_cameras(policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None) 
         raise BurnishError(
             f"cameras {', '.join(chosen)} for a policy that sees {', '.join(policy.cameras)}",
             f"one of {', '.join(spec.cameras)} for each camera of the policy",
-            "--cameras with the environment's cameras in the policy's order",
+            "--cameras (in a recipe eval.cameras) with the environment's cameras in the policy's order",
         )
     return dict(zip(policy.cameras, chosen, strict=True))

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="side of the images in pixels (default: the policy's)")
     add("--cameras", nargs="+", help="the environment's cameras in the policy's order (default: same names)")
     add("--n-action-steps", type=int, help="actions executed of each chunk (default: the policy's)")
-    add("--device", default="cpu", help="torch device of the policy (default cpu)")
+    add("--device", default="", help="torch device of the policy (default: a GPU where there is one)")
     add("--instruction-swap", action="store_true", help="name another object in the instruction")
     add("--no-video", action="store_true", help="film no episode")
 

@@ -45,7 +45,7 @@ def evaluate(
     image_size: int | None = None,
     cameras: Sequence[str] | None = None,
     n_action_steps: int | None = None,
-    device: str = "cpu",
+    device: str = "",
     instruction_swap: bool = False,
     video: bool = True,
     progress: bool = True,
@@ -73,7 +73,7 @@ def evaluate(
         image_size: side of the images in pixels; None means what the policy was trained on.
         cameras: the environment's cameras in the policy's order; None means those of the same names.
         n_action_steps: actions executed of each chunk; None means the policy's own number.
-        device: torch device that a policy folder is loaded to.
+        device: torch device that a policy folder is loaded to; "" means a GPU where there is one.
         instruction_swap: name another object, where the environment offers it.
         video: film the first two initial states of every task.
         progress: show a bar on stderr.
@@ -85,10 +85,10 @@ def evaluate(
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
 
     if isinstance(policy, str | Path):
-        from burnish.policies.folder import load, resolve
+        from burnish.policies.folder import choose_device, load, resolve
 
         folder = resolve(policy)
-        weights, policy = weights_hash(folder), load(folder, device=device)
+        weights, policy = weights_hash(folder), load(folder, device=choose_device(device))
     else:
         weights = weights_hash(policy)
     job = _Job(

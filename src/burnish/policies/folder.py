@@ -90,6 +90,11 @@ def resolve(path: Path | str) -> Path:
     return folder.absolute()
 
 
+def choose_device(name: str = "") -> str:
+    """`name`, or for "" a GPU where there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | None, device: str) -> Any:
     """LeRobot's config object from its JSON form (with "type"), checked; `source` names it in errors."""
     import draccus

@@ -163,7 +163,8 @@ def create_policy(
 
     vlm_folder = Path(vlm_folder).absolute()
     if type != "smolvla":
-        raise BurnishError(f"a new policy of type '{type}'", "smolvla", "load a checkpoint of that type instead")
+        raise BurnishError(f"a new policy of type '{type}'", "smolvla or burnish_discrete",
+                           "load a checkpoint of that type instead")  # fmt: skip
     if not (vlm_folder / "config.json").is_file():
         raise BurnishError(f"no VLM in {vlm_folder}", "a folder with config.json")
     vlm_config = AutoConfig.from_pretrained(vlm_folder)

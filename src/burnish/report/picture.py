@@ -24,7 +24,8 @@ def write_picture(run_folder: Path | str, out: Path | str) -> Path:
     tuned = run.evaluations.get("tuned")
     strips = _strips(tuned) if tuned else []
     if not strips:
-        raise BurnishError(f"no film strips under {run.path}/eval/tuned", "an evaluation that was filmed")
+        raise BurnishError(f"no film strips of solved episodes under {run.path}/eval/tuned",
+                           "an evaluation that was filmed and succeeded at least once")  # fmt: skip
     rates = [one for one in run.evaluations.values() if one.variant != "swap"]
     heights = [*[1.5] * len(strips), 0.35 + 0.36 * len(rates)]
     figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained", facecolor="white")

@@ -79,7 +79,7 @@ def _checks(run: RunFolder) -> str:
         text = "lies above" if above else "does not lie above"
         items.append((above, f"The interval {text} that of the base."))
     if tuned and chance:
-        bar = 3 * chance.overall.rate
+        bar = min(1.0, 3 * chance.overall.rate)
         above = tuned.overall.low > bar
         text = "lies above" if above else "does not lie above"
         items.append(

@@ -99,7 +99,7 @@ def load(run: "Run", folder: Path) -> dict[str, Any]:
     for key, now, what in (("parent_hash", run.parent_hash, "base policy"), ("data_hash", run.data.hash, "data set")):
         if meta[key] != now:
             raise BurnishError(f"{folder} was made with another {what} (hash {meta[key]})", f"hash {now}",
-                               "another --output, or --fresh to start over")  # fmt: skip
+                               "another --output, or --fresh (train, run) to start over")  # fmt: skip
     state = _training_state(run)
     saved = {name: _read_tensors(folder / "burnish" / f"{name}.safetensors") for name in state}
     # AdamW makes its state at the first step, so a fresh run has nothing to compare with; the meta has the names.
@@ -143,7 +143,7 @@ def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path)
     ]
     if changed:
         raise BurnishError(f"the recipe has changed since {where}: {', '.join(changed)}", "the same values to resume",
-                           "another --output, or --fresh to start over")  # fmt: skip
+                           "another --output, or --fresh (train, run) to start over")  # fmt: skip
 
 
 def _finished(output: Path) -> list[Path]:

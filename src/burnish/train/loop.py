@@ -69,7 +69,7 @@ class Run:
         self.device: torch.device = self.accelerator.device
         self.step = 0
         self.window, self.drawn = Window(), time.perf_counter()
-        self._minutes_before, self._started = 0.0, time.perf_counter()
+        self._minutes_before, self._started = 0.0, math.nan
         self.generator = generator(recipe.train.seed, "setup", device=str(self.device))
         self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
         with self.accelerator.main_process_first():  # one rank decodes the frames, the others find them
@@ -91,14 +91,18 @@ class Run:
         self.editors = [o for o in self.objectives.values() if type(o).edit_gradients is not Objective.edit_gradients]
 
     def minutes(self) -> float:
-        """Minutes of training so far, earlier sittings included."""
+        """Minutes of training so far, earlier sittings included; what is made ready before the first step is not."""
         return self._minutes_before + (time.perf_counter() - self._started) / 60
+
+    def start_clock(self) -> None:
+        """Training begins now."""
+        self._started = time.perf_counter()
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint."""
         meta = checkpoint.load(self, folder)
         self.step, self.window = meta["step"], Window(**meta["window"])
-        self._minutes_before, self._started = meta["minutes"], time.perf_counter()
+        self._minutes_before = meta["minutes"]
         if meta["scaler"]:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
 
@@ -128,9 +132,10 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
     with own_accelerate_state():
         run = Run(recipe, progress)
         if run.accelerator.is_main_process and not resume:
-            for name in ("checkpoints", "policy", "adapter"):
+            for name in ("checkpoints", "policy", "adapter", "eval"):  # figures of the old weights go with them
                 remove_folder(output / name)
-            (output / "train.json").unlink(missing_ok=True)
+            for name in ("train.json", "retention.json"):
+                (output / name).unlink(missing_ok=True)
         run.accelerator.wait_for_everyone()
         newest = checkpoint.latest(output)
         if newest is not None:
@@ -156,13 +161,15 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
     shown = run.progress and accelerator.is_main_process
     bar = tqdm(total=config.steps, initial=run.step, desc="training", unit="step", disable=not shown)
     last_logged = run.step
+    run.start_clock()
     try:
         while run.step < config.steps:
             edits = (step or train_step)(run, streams, watch, check=config.self_check and run.step == first)
             bar.update()
             stop = run.step >= config.steps
-            if run.step % config.log_every == 0 or stop or config.max_minutes > 0:
-                stop = stop or _out_of_time(run)
+            if not stop and _out_of_time(run):
+                stop = True
+                run.say([f"train.max_minutes={config.max_minutes:g} are over: {run.step} of {config.steps} steps"])
             if run.step % config.log_every == 0 or stop:
                 elapsed = max(time.perf_counter() - since, 1e-9)
                 row = _row(run, edits, elapsed / (run.step - last_logged), (streams.waited - waited) / elapsed)
@@ -358,12 +365,25 @@ def _finish(run: Run, metrics: Metrics | None) -> TrainResult:
     return result
 
 
+def check_resumable(recipe: RecipeConfig) -> None:
+    """Raise BurnishError when the run folder holds a run of another recipe; nothing is loaded or written."""
+    import json
+
+    output = run_folder(recipe)
+    newest = checkpoint.latest(output)
+    if (output / "train.json").is_file():
+        before = json.loads((output / "train.json").read_text())
+        checkpoint.check_same_recipe(before["recipe"], recipe, output / "train.json")
+    elif newest is not None:
+        checkpoint.check_same_recipe(checkpoint.read_meta(newest)["recipe"], recipe, newest)
+
+
 def _result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
     return TrainResult(output, output / "policy", output / "metrics.jsonl", output / "curves.png", steps, final)
 
 
 def _finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
-    """The result of an earlier run of this very recipe that came to its end."""
+    """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
     import json
 
     from burnish.data.frames import dataset_hash
@@ -373,9 +393,12 @@ def _finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
         return None
     done = json.loads(path.read_text())
     checkpoint.check_same_recipe(done["recipe"], recipe, path)
+    limit = recipe.train.max_minutes
+    if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):
+        return None  # it ran out of time, and has more now
     if demos_root(recipe).is_dir() and dataset_hash(demos_root(recipe)) != done["data_hash"]:
         raise BurnishError(f"{output} was trained on other data than {demos_root(recipe)} holds now",
-                           "the same data set", "another --output, or --fresh to start over")  # fmt: skip
+                           "the same data set", "another --output, or --fresh (train, run) to start over")  # fmt: skip
     return _result(output, done["steps"], done["final"])
 
 

@@ -11,9 +11,10 @@ from burnish.core.errors import BurnishError
 if TYPE_CHECKING:
     from burnish.train.loop import Run
 
-LOSS_BAND = (1e-5, 3.0)
+LOSS_BAND = (1e-5, 10.0)
 """Flow matching on normalised actions: a net that knows nothing predicts about 0, whose loss is
-1 (noise) + 1 (normalised actions) = 2. Above 3 the normalisation does not fit; below 1e-5 the targets are constant."""
+1 (noise) + 1 (normalised actions) = 2; a base that is sure of another robot's actions reaches 5, and cross-entropy over
+bins 6. Far above that the normalisation does not fit; below 1e-5 the targets are constant."""
 OUTLIER = 4.0
 """Standard deviations beyond which an action counts as outside, where the policy normalises by mean and deviation."""
 

@@ -356,8 +356,11 @@ def _journal(part: Path) -> dict[str, Any]:
 class Inputs:
     """Digests of what is read, gathered piece by piece; checked against `expected` as each tensor is complete."""
 
-    def __init__(self, what: str, shapes: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, str] | None):
-        self.what, self.shapes, self.expected = what, shapes, expected
+    def __init__(
+        self, what: str, shapes: dict[str, tuple[str, tuple[int, ...]]], expected: dict[str, str] | None,
+        fix: str = "the very files that were recorded",
+    ):  # fmt: skip
+        self.what, self.shapes, self.expected, self.fix = what, shapes, expected, fix
         self.digests: dict[str, str] = {}
         self._found: dict[str, dict[int, bytes]] = {}
 
@@ -374,7 +377,7 @@ class Inputs:
     def check(self, name: str, digest: str) -> None:
         if self.expected is not None and name in self.expected and digest != self.expected[name]:
             raise BurnishError(f"{self.what} is not the one that was recorded: '{name}' has digest {digest}",
-                               self.expected[name], "the very files that the delta was made for")  # fmt: skip
+                               self.expected[name], self.fix)  # fmt: skip
 
 
 def cores(threads: int) -> int:

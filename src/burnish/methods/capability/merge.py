@@ -122,7 +122,8 @@ class Merging:
         self._states: dict[str, Any] = {}
         self._readers: dict[tuple[int, str], str] = {}
         self.read = {id(p): Inputs(str(p.delta.path), _stored_slots(p.delta), None) for p in self.parts}
-        self.inputs = Inputs(f"the base {base.checkpoint.path}", base.slots, expected)
+        fix = "the very files that the delta was made for, or --other-base"
+        self.inputs = Inputs(f"the base {base.checkpoint.path}", base.slots, expected, fix)
         # A few small tensors are hashed now, so that another base is refused at once and not after minutes.
         for name in sorted(touched, key=lambda n: np.prod(base.slots[n][1]))[:_QUICK_LOOK]:
             self.inputs.check(name, tensor_digest(base.checkpoint, base.names[name]))

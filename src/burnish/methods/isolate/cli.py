@@ -25,17 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import torch
-
     from burnish.core.errors import BurnishError
     from burnish.evaluate.records import weights_hash
     from burnish.methods.isolate.anchor import Provenance, build, question_batches
     from burnish.policies import load_policy
+    from burnish.policies.folder import choose_device
     from burnish.policies.vqa import PROMPT
 
     if args.samples < 0 or args.batch_size < 1:
         raise BurnishError(f"--samples={args.samples}, --batch-size={args.batch_size}", "at least 0 and 1")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     policy = load_policy(args.policy)
     base_hash = weights_hash(policy)  # before the cast: a run takes it from the weights as they are stored
     policy = policy.float().to(device)

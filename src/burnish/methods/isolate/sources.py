@@ -150,7 +150,9 @@ class Source:
         found = asdict(anchor.about)
         for key, value in wanted.items():
             if found[key] != value:
-                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants")
+                fix = {"tokens": f"burnish anchor build --tokens {value}", "answers": "burnish anchor build, with "
+                       "--answers or without"}.get(key, "another anchor")  # fmt: skip
+                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants", fix)
 
     def _width(self, run: "Run") -> int:
         with torch.no_grad():
