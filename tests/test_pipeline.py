@@ -6,7 +6,8 @@ import pytest
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
-from burnish.pipeline import Stages, main, run_recipe
+from burnish.pipeline import Stages, _base, main, run_recipe
+from burnish.policies import load_policy
 from burnish.policies.tiny import make_tiny
 
 
@@ -69,6 +70,31 @@ def test_a_finished_run_is_not_repeated(ran):
         r.to_line() for r in first.evaluations["tuned"].records
     ]
     assert second.evaluations["tuned"].new_episodes == 0
+
+
+def test_a_refused_run_changes_no_record(ran):
+    root = ran[0]
+    files = [root / "run/recipe.yaml", root / "run/run.json"]
+    before = [file.read_bytes() for file in files]
+    recipe = load_recipe(str(files[0]), [f"--output={root / 'run'}", "--train.steps=3"])
+    with pytest.raises(BurnishError, match="--fresh"):
+        run_recipe(recipe, command="another")
+    recipe = load_recipe(str(files[0]), [f"--output={root / 'new'}", "--objectives=[{name: alignn}]"])
+    with pytest.raises(BurnishError, match="alignn"):
+        run_recipe(recipe)
+    assert [file.read_bytes() for file in files] == before and not (root / "new").exists()
+
+
+def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, capsys):
+    root = ran[0]
+    recipe = load_recipe(str(root / "run/recipe.yaml"), ["--policy.overrides.n_action_steps=2"])
+    base = _base(recipe, root / "run/policy")
+    assert base.n_action_steps == 2 != load_policy(root / "base").n_action_steps
+    other = tmp_path / "other"
+    make_tiny("smolvla", other, cameras=("front",), state_dim=4, action_dim=7, image_size=32)
+    recipe.policy.path = str(other)
+    recipe.policy.overrides = {}
+    assert _base(recipe, root / "run/policy") is None and "actions 7" in capsys.readouterr().err
 
 
 def test_minutes_of_a_continued_run_add_up(tmp_path):

@@ -72,6 +72,32 @@ def test_a_second_call_repeats_nothing(ran, monkeypatch):
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+def test_questions_are_asked_again_when_they_are_others(ran, monkeypatch):
+    root, study, base = ran
+    monkeypatch.chdir(root)
+    file = root / "runs/tiny/core/plain-0/retention.json"
+    run = burnish.study._Run("plain", 0, burnish.study.arm_recipe(study, base, "plain", 0))
+    settings = run.recipe.eval
+    before = file.stat().st_mtime_ns
+    burnish.study._ask(run.folder / "policy", settings, run.folder)
+    assert file.stat().st_mtime_ns == before and len(json.loads(file.read_text())["tuned"]["correct"]) == 6
+    settings.questions.limit = 4
+    burnish.study._ask(run.folder / "policy", settings, run.folder)
+    assert len(json.loads(file.read_text())["tuned"]["correct"]) == 4
+    settings.questions.limit = 0
+    burnish.study._ask(run.folder / "policy", settings, run.folder)
+
+
+def test_a_mistake_in_the_last_arm_shows_first(ran, monkeypatch):
+    root, study, base = ran
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(study, "name", "tiny/typo")
+    monkeypatch.setattr(study, "arms", {"plain": {}, "typo": {"objectives": [{"name": "alignn"}]}})
+    with pytest.raises(BurnishError, match="alignn"):
+        run_study(study, base)
+    assert not list((root / "runs/tiny/typo").glob("plain-*"))
+
+
 def test_preparing_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 
 import fake
 import pytest
@@ -175,6 +176,30 @@ def test_full_disk_leaves_the_last_checkpoint(dataset, tmp_path, monkeypatch):
 def test_max_minutes_stops_and_exports(dataset, tmp_path):
     result = run(dataset, tmp_path / "r", "--train.max_minutes=0.000001")
     assert result.steps == 1 and (result.policy / "model.safetensors").is_file()
+
+
+def test_a_run_that_ran_out_of_time_goes_on_when_it_has_more(dataset, tmp_path, capsys):
+    whole = run(dataset, tmp_path / "whole")
+    short = run(dataset, tmp_path / "r", "--train.max_minutes=0.000001")
+    assert f"1 of {whole.steps} steps" in capsys.readouterr().err
+    assert run(dataset, tmp_path / "r", "--train.max_minutes=0.000001").steps == short.steps == 1
+    assert run(dataset, tmp_path / "r").steps == whole.steps
+    fake.assert_same_weights(whole.policy, tmp_path / "r/policy")
+
+
+def test_time_runs_from_the_first_step(dataset, tmp_path, monkeypatch):
+    """Frames and a teacher's features may take minutes to make, which are no training."""
+    slow = loop.make_objectives
+    monkeypatch.setattr(loop, "make_objectives", lambda recipe: (time.sleep(1.5), slow(recipe))[1])
+    assert run(dataset, tmp_path / "r", "--train.max_minutes=0.02").final["minutes"] < 0.02
+
+
+def test_a_fresh_start_leaves_no_figures_of_the_old_weights(dataset, tmp_path):
+    run(dataset, tmp_path / "r")
+    (tmp_path / "r/eval/tuned").mkdir(parents=True)
+    (tmp_path / "r/retention.json").write_text("{}")
+    run(dataset, tmp_path / "r", resume=False)
+    assert not (tmp_path / "r/eval").exists() and not (tmp_path / "r/retention.json").exists()
 
 
 class Poison(Objective):
