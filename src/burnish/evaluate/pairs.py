@@ -18,6 +18,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
+from burnish.core.options import number
 from burnish.core.seeding import derive_seed
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
@@ -28,6 +29,10 @@ from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, make_pair
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
+
+
+LONGEST = 100
+"""Steps within which the two sides of a labelled pair must differ; a policy's chunk may be shorter, and says so."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ def collect(
     leads: Sequence[int] = (0,),
     limit: int = 0,
     workers: int = 0,
-    device: str = "cpu",
+    device: str = "",
     progress: bool = True,
     make: MakeEnv = make_env,
 ) -> Collection:
@@ -100,22 +105,31 @@ def collect(
         expert: where all rollouts of a state failed, let the environment's expert complete one more.
         ties, leads, limit: see `make_pairs`.
         workers: simulator processes; 0 means one for each core.
-        device: torch device of a policy folder.
+        device: torch device of a policy folder; "" means a GPU where there is one.
         make: builds a simulator from a single-task id and an image size; importable by name.
 
     Raises:
         BurnishError: bad arguments, a folder made with other settings, no state with both outcomes. A folder that is
             complete is left as it is.
     """
-    from burnish.policies import load_policy
+    from burnish.policies.folder import choose_device, load, resolve
 
     root = Path(root)
     if states < 1 or rollouts < 2:
         raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
+    if workers < 0 or limit < 0 or image_size < 0 or not (number(action_noise) and action_noise >= 0):
+        raise BurnishError(f"workers {workers}, limit {limit}, image_size {image_size}, action_noise {action_noise}",
+                           "none of them below 0")  # fmt: skip
     if isinstance(policy, str | Path):
-        policy = load_policy(policy, device=device)
+        folder = resolve(policy)
+        weights, policy = weights_hash(folder), load(folder, device=choose_device(device))
+    else:
+        weights = weights_hash(policy)
+    if not leads or not all(0 <= lead < policy.chunk_size for lead in leads):
+        raise BurnishError(f"leads {list(leads)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach the "
+                           "point where the two part")  # fmt: skip
     request = {
-        "format": 1, "env": env, "policy": weights_hash(policy), "states": states, "rollouts": rollouts,
+        "format": 1, "env": env, "policy": weights, "states": states, "rollouts": rollouts,
         "first_state": first_state, "seed": seed, "image_size": image_size or policy.image_size,
         "action_noise": action_noise, "expert": expert,
     }  # fmt: skip
@@ -287,8 +301,8 @@ def _finish(
     mixed = 0
     for spec in specs:
         groups: dict[int, list[StoredRecording]] = {}
-        for number, path in sorted(spool.attempts(spec.task_id).items()):
-            groups.setdefault(number // step, []).append(StoredRecording(path))
+        for place, path in sorted(spool.attempts(spec.task_id).items()):
+            groups.setdefault(place // step, []).append(StoredRecording(path))
         for group in groups.values():
             outcomes = [bool(r.facts["success"]) for r in group]
             arrays = [{"state": r["state"], "action": r["action"]} for r in group]
@@ -321,7 +335,7 @@ def import_labels(root: Path | str, labels: Path | str, state_tolerance: float =
         raise BurnishError(f"{root} has pairs already", "a data set without", f"rm '{root / INDEX}'")
     write_index(root, pairs, {"source": "labels"}, state_tolerance)
     try:
-        return len(PairData(root, (), 1))
+        return len(PairData(root, (), LONGEST))
     except BurnishError:
         for name in (INDEX, FACTS):
             (root / name).unlink()

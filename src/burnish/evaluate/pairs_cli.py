@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--leads", type=int, nargs="+", default=[0], help="frames before the parting at which chunks start (default 0)")
     add("--limit", type=int, default=0, help="at most so many pairs for each initial state (default: all)")
     add("--workers", type=int, default=0, help="simulator processes (default: one for each core)")
-    add("--device", default="cpu", help="torch device of the policy (default cpu)")
+    add("--device", default="", help="torch device of the policy (default: a GPU where there is one)")
     add("--labels", type=Path, help="JSON lines of labels on the data set --root")
     add("--state-tolerance", type=float, default=0.0, help="how far the starts of a labelled pair may differ")
 

@@ -46,7 +46,10 @@ def plan_options(given: list[str]) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals:
             raise BurnishError(f"--option {item}", "NAME=VALUE")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BurnishError(f"--option {item} is unreadable", "NAME=VALUE, the value a number or word") from error
     return options
 
 
@@ -61,6 +64,10 @@ def main(args: argparse.Namespace) -> int:
     from burnish.policies import load_policy
     from burnish.policies.rows import row_model
 
+    if args.count < 1 or args.repeats < 1:
+        raise BurnishError(f"--count {args.count} --repeats {args.repeats}", "1 or more of each")
+    if args.own and args.decoder:
+        raise BurnishError(f"--own with --decoder {args.decoder[0]}", "one of them")
     policy = load_policy(args.policy, device=args.device)
     model = row_model(policy)
     batch = observations(policy, args.count, args.data)
@@ -111,16 +118,18 @@ def _add_columns(target: str, figures: dict[str, Any]) -> None:
     Raises:
         BurnishError: no such file, or no such row in it.
     """
-    from burnish.core.files import write_json
+    from burnish.core.files import read_object, write_json
 
     name, _, label = target.rpartition(":")
     path = Path(name)
     if not path.is_file():
         raise BurnishError(f"--into {target}", "FILE:LABEL with an existing result file")
-    result = json.loads(path.read_text())
-    rows = [row for row in result["rows"] if row["label"] == label]
+    result = read_object(path)
+    rows = [row for row in result.get("rows", []) if row["label"] == label]
     if not rows:
-        raise BurnishError(f"{path} has no row '{label}'", f"one of {', '.join(r['label'] for r in result['rows'])}")
+        raise BurnishError(
+            f"{path} has no row '{label}'", f"one of {', '.join(r['label'] for r in result.get('rows', []))}"
+        )
     for row in rows:
         row |= {key: figures[key] for key in COLUMNS if key in figures}
     write_json(path, result)

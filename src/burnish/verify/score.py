@@ -49,6 +49,11 @@ def verify_score(
     from burnish.methods.prefer.draws import ScoreConfig
     from burnish.methods.prefer.oracle import agreement, ode_scores
 
+    if steps < 1 or probes < 0 or not draws or min(draws) < 1 or not disturbance >= 0:
+        raise BurnishError(f"steps {steps}, probes {probes}, draws {draws}, disturbance {disturbance}",
+                           "steps and draws from 1, the others from 0")  # fmt: skip
+    if reference is not None and reference.chunk_size != policy.chunk_size:
+        raise BurnishError(f"a reference with chunks of {reference.chunk_size} steps", f"{policy.chunk_size}")
     models = [policy] if reference is None else [policy, reference]
     for model in models:
         model.eval()

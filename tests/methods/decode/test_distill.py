@@ -53,7 +53,8 @@ def started(folder, adapters=True, block=14, **options):
     if adapters:
         peft = SimpleNamespace(method="lora", rank=4, alpha=8, target_modules=r".*text_model.*\.(q|k|v|o)_proj")
         add_adapters(policy, peft)
-    run = SimpleNamespace(policy=policy, generator=generator(0))
+    recipe = SimpleNamespace(policy=SimpleNamespace(path=str(folder)))
+    run = SimpleNamespace(policy=policy, generator=generator(0), recipe=recipe)
     method = Distill(**options)
     method.setup(run)
     return run, method
@@ -67,7 +68,8 @@ def terms(run, method, batch):
 
 @pytest.mark.parametrize("teacher", ["adapters_off", "copy"])
 def test_equal_attention_is_no_loss_and_blocks_are_one(folder, batch, teacher):
-    run, method = started(folder, teacher=teacher, teacher_block=14)
+    run, method = started(folder, teacher=teacher)
+    method.teacher_block = 14
     assert terms(run, method, batch).abs() < 1e-6, "the same weights, the same attention"
     run, method = started(folder, teacher=teacher)
     loss = terms(run, method, batch)
@@ -116,10 +118,30 @@ def test_without_imitation_it_runs_its_own_forward(folder, batch):
 def test_what_cannot_be_distilled_is_refused(folder, tiny_smolvla):
     with pytest.raises(BurnishError, match="sideways"):
         Distill(direction="sideways")
+    for options in ({"weight": -1.0}, {"weight": math.nan}, {"teacher_block": -7}, {"teacher_block": 1.5}):
+        with pytest.raises(BurnishError, match="teacher_block"):
+            Distill(**options)
+    for block, teacher_block in ((0, 0), (14, 14), (14, 9)):
+        with pytest.raises(BurnishError, match="blocks that divide 56 and differ"):
+            started(folder, block=block, teacher_block=teacher_block)
     with pytest.raises(BurnishError, match="adapters"):
         started(folder, adapters=False)
     with pytest.raises(BurnishError, match="masked tokens"):
         Distill(teacher="copy").setup(SimpleNamespace(policy=load_policy(tiny_smolvla)))
+
+
+def test_a_teacher_with_an_open_prompt_keeps_it(tmp_path, batch):
+    folder = make_tiny("burnish_discrete", tmp_path / "p", cameras=("top",), overrides={"open_prompt": True})
+    policy = load_policy(folder, overrides={"block_size": 14, "noise": "pipeline", "open_prompt": False})
+    recipe = SimpleNamespace(policy=SimpleNamespace(path=str(folder)))
+    run = SimpleNamespace(policy=policy, generator=generator(0), recipe=recipe)
+    method = Distill(teacher="copy")
+    method.setup(run)
+    with policy.watch_tokens() as seen:
+        policy.loss(batch, policy.draw(4, generator(1)))
+    parent = load_policy(folder)
+    torch.testing.assert_close(method._ask_teacher(policy, batch, seen[0]), parent.token_logits(batch, seen[0]))
+    assert not torch.allclose(policy.token_logits(batch, seen[0], 56), parent.token_logits(batch, seen[0]), atol=1e-4)
 
 
 def test_the_loop_distils_and_exports_merged_weights(tmp_path):

@@ -67,7 +67,7 @@ class BlockDecoder:
                 if not fed:
                     break
                 if passes > model.length:
-                    raise RuntimeError(f"decoding stalled: {passes} passes for {model.length} tokens")
+                    raise not_finite(passes)
                 if plan.cache:
                     blocks = self.passes.blocks(fed, device)
                     outcome = self.passes.next(buffers, layout, blocks, slots, wanted)
@@ -132,6 +132,12 @@ def check_call(
     return prefix.to(device), goal
 
 
+def not_finite(passes: int) -> BurnishError:
+    """Every pass commits a token, unless its confidence is no number."""
+    return BurnishError(f"decoding came to no end in {passes} passes: the policy's logits are not finite", "numbers",
+                        "look at images, state and weights for NaN")  # fmt: skip
+
+
 def _precision(prompt: PromptRows) -> torch.dtype:
     """Confidences are float32, or float64 in a float64 model."""
     return torch.float64 if prompt.states.dtype == torch.float64 else torch.float32
@@ -153,7 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset_values(preset: str) -> dict[str, Any]:
     """Options of a preset. Raises BurnishError for an unknown one."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise BurnishError(f"unknown preset '{preset}'", f"one of {', '.join(PRESETS)}")
     return PRESETS[preset]
 
@@ -167,7 +173,7 @@ def pipelined(model: RowModel, preset: str = "fast", **options: Any) -> BlockDec
 @DECODERS.register("together")
 def together(model: RowModel, **options: Any) -> BlockDecoder:
     """`pipelined` with the preset of this name: all blocks in the first pass, none waits; keys are kept as exactly."""
-    return pipelined(model, "together", **options)
+    return BlockDecoder(model, make_plan(preset_values("together"), options))
 
 
 @DECODERS.register("sequential")
@@ -203,7 +209,7 @@ def confidence_threshold(model: RowModel, **options: Any) -> BlockDecoder:
 @DECODERS.register("one_pass")
 def one_pass(model: RowModel, **options: Any) -> BlockDecoder:
     """Everything in the first pass (OpenVLA-OFT; Dream-VLA with one step)."""
-    return _one_block(model, {"forced": "ceil", "share": 1, "conf": 0.0}, options)
+    return _one_block(model, {"forced": "ceil", "share": 1, "conf": 0.0, "cache": not model.open_prompt}, options)
 
 
 def _one_block(model: RowModel, defaults: dict[str, Any], options: dict[str, Any]) -> BlockDecoder:

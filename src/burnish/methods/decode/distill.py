@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
+from burnish.core.options import number
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.prefer.reference import check_adapters, without_adapters
 from burnish.policies.discrete.policy import Discrete, TokenForward
@@ -77,6 +79,9 @@ class Distill(Objective):
                                    ("weights", weights, WEIGHTS)):  # fmt: skip
             if value not in known:
                 raise BurnishError(f"distill: {name} is '{value}'", f"one of {', '.join(known)}")
+        if not number(weight) or weight < 0 or type(teacher_block) is not int or teacher_block < 0:
+            raise BurnishError(f"distill: weight {weight!r}, teacher_block {teacher_block!r}",
+                               "a weight of at least 0, and whole tokens or 0 for all")  # fmt: skip
         self.teacher, self.direction, self.weights, self.weight = teacher, direction, weights, weight
         self.teacher_block = teacher_block
         self._seen: list[TokenForward] = []
@@ -87,6 +92,12 @@ class Distill(Objective):
         if not isinstance(policy, Discrete) or policy.config.training != "diffusion":
             raise BurnishError(f"distill: a {type(policy).__name__} without masked tokens",
                                "a burnish_discrete policy trained by diffusion")  # fmt: skip
+        block = self.teacher_block or policy.length
+        self.teacher_opened = policy.config.open_prompt or _opened(run.recipe.policy.path)
+        if policy.length % block or (block == policy.config.block and self.teacher_opened == policy.config.open_prompt):
+            raise BurnishError(f"distill: a teacher with blocks of {block} tokens, a student with blocks of "
+                               f"{policy.config.block}", f"blocks that divide {policy.length} and differ",
+                               "--policy.overrides.block_size=" + str(policy.action_dim))  # fmt: skip
         if self.teacher == "adapters_off":
             check_adapters(policy)
         # In a list, so that the copy is neither trained nor saved with the run.
@@ -122,4 +133,11 @@ class Distill(Objective):
     def _ask_teacher(self, policy: Discrete, batch: Batch, student: TokenForward) -> Tensor:
         asked = self._copy[0] if self._copy else policy
         with without_adapters(policy) if not self._copy else nullcontext():
-            return asked.token_logits(batch, student, self.teacher_block or policy.length)
+            return asked.token_logits(batch, student, self.teacher_block or policy.length, self.teacher_opened)
+
+
+def _opened(parent: str) -> bool:
+    """Whether the policy that training starts from let its prompt see actions: as teacher it does so still."""
+    from burnish.policies.folder import resolve
+
+    return bool(parent) and bool(read_object(resolve(parent) / "config.json").get("open_prompt"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.policies.rows import PromptRows
 
@@ -18,6 +19,8 @@ def observations(policy: Any, count: int, root: str = "", seed: int = 0) -> Batc
     """
     import torch
 
+    if count < 1:
+        raise BurnishError(f"{count} observations", "at least 1")
     from burnish.data.loader import RobotData, to_device
 
     if root:

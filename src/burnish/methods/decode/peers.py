@@ -1,14 +1,15 @@
 """Decoders that do not fit the block machine: one token after the other, and Fast-dLLM's approximate cache."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.methods.decode.blocks import check_call
+from burnish.methods.decode.blocks import check_call, not_finite
 from burnish.methods.decode.commit import choose, confidence
-from burnish.methods.decode.plan import DecodePlan, make_plan
+from burnish.methods.decode.plan import DecodePlan, check_values, make_plan
 from burnish.policies.rows import DECODERS, Decoded, PromptRows, RowModel, Stream, sees
 
 
@@ -30,6 +31,7 @@ class AutoregressiveDecoder:
                 "one that was trained autoregressively (block 1, shift)",
                 "decoder pipelined, or sequential",
             )
+        check_values(replace(plan, block=plan.block or 1), model)
         self.model, self.plan = model, plan
 
     @torch.no_grad()
@@ -48,7 +50,7 @@ class AutoregressiveDecoder:
         if model.mask_id is not None:
             ids.fill_(model.mask_id)
         ids[:, :known] = prefix
-        committed = torch.zeros_like(ids)
+        committed, bad = torch.zeros_like(ids), torch.zeros((), dtype=torch.bool, device=device)
         if known >= goal:
             return Decoded(ids, passes=0, rows=0, committed=committed)
         slots = torch.arange(model.length, device=device)
@@ -66,9 +68,12 @@ class AutoregressiveDecoder:
                 logits = model.rows(ids[:, position - 1 : position], at, visible, cache)[:, 0]
                 rows += 1
             ids[:, position] = confidence(logits, self.plan)[0]
+            bad |= ~torch.isfinite(logits).all()
             committed[:, position] = position - known + 1
             if stream is not None and (position + 1) % model.step_length == 0:
                 stream((position + 1) // model.step_length, ids.clone())
+        if bool(bad):
+            raise not_finite(goal - known)
         return Decoded(ids, passes=goal - known, rows=rows, committed=committed)
 
 
@@ -83,6 +88,7 @@ class FastDLLMDecoder:
     """
 
     def __init__(self, model: RowModel, plan: DecodePlan):
+        check_values(plan, model)
         if model.length % plan.block:
             raise BurnishError(f"blocks of {plan.block} do not divide a chunk of {model.length} tokens", "a divisor")
         plan_as_one = make_plan({**vars(plan), "block": model.length, "cache": not model.open_prompt}, {})
@@ -110,10 +116,13 @@ class FastDLLMDecoder:
         passes = rows = syncs = 0
         told = prefix.shape[1] // model.step_length
         for begin in range(prefix.shape[1] // plan.block * plan.block, goal, plan.block):
-            inside, fresh = slice(begin, begin + plan.block), True
+            inside, fresh, turn = slice(begin, begin + plan.block), True, 0
             while bool((ids[:, inside] == model.mask_id).any()):
                 syncs += 1
                 passes += 1
+                turn += 1
+                if turn > plan.block:
+                    raise not_finite(passes)
                 if fresh:
                     logits = model.whole(prompt, ids, visible, cache, see_actions=model.open_prompt)
                     before = cache.prompt_logits[:, None] if begin == 0 else logits[:, begin - 1 : begin]
@@ -127,7 +136,7 @@ class FastDLLMDecoder:
                 if model.shift:
                     logits = torch.cat((before, logits[:, :-1]), 1)
                 told_ids, sure = confidence(logits, plan)
-                _commit(ids[:, inside], committed[:, inside], told_ids, sure, passes, model.mask_id, plan)
+                _commit(ids[:, inside], committed[:, inside], told_ids, sure, passes, turn, model.mask_id, plan)
             steps = min(begin + plan.block, goal) // model.step_length
             if stream is not None and steps > told:
                 told = steps
@@ -136,10 +145,10 @@ class FastDLLMDecoder:
 
 
 def _commit(
-    ids: Tensor, committed: Tensor, told: Tensor, sure: Tensor, passes: int, mask_id: int, plan: DecodePlan
+    ids: Tensor, committed: Tensor, told: Tensor, sure: Tensor, passes: int, turn: int, mask_id: int, plan: DecodePlan
 ) -> None:
-    """Commit in one block [B, k], in place."""
-    turns = torch.ones(len(ids), 1, dtype=torch.long, device=ids.device)
+    """Commit in one block [B, k], in place; `turn` counts the passes that this block has had."""
+    turns = torch.full((len(ids), 1), turn, device=ids.device)
     taken = choose(sure[:, None], (ids == mask_id)[:, None], turns.bool(), turns, plan)[:, 0]
     ids.copy_(torch.where(taken, told, ids))
     committed.masked_fill_(taken, passes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import number
 from burnish.policies.rows import RowModel
 
 Forced = Literal["floor", "ceil", "one", "cosine", "linear"]
@@ -71,7 +72,7 @@ class DecodePlan:
             BurnishError: a value out of range, or one that cannot work with this model, with the reason.
         """
         plan = replace(self, block=self.block or model.block, shift=model.shift if self.shift is None else self.shift)
-        _check_values(plan)
+        check_values(plan, model)
         _check_model(plan, model)
         return plan
 
@@ -88,15 +89,27 @@ def make_plan(defaults: dict[str, Any], options: dict[str, Any]) -> DecodePlan:
             raise BurnishError(f"unknown option '{name}' of a decoder", f"one of {', '.join(known)}")
     values = {**defaults, **options}
     if values.get("legal") is not None:
+        if not isinstance(values["legal"], list | tuple | range) or not all(type(i) is int for i in values["legal"]):
+            raise BurnishError(f"legal={values['legal']!r}", "a list of ids")
         values["legal"] = tuple(values["legal"])
     return DecodePlan(**values)
 
 
-def _check_values(plan: DecodePlan) -> None:
+def check_values(plan: DecodePlan, model: RowModel) -> None:
+    """Raise BurnishError for a value of the wrong type or out of range, whatever decoder it is for."""
+    for name in ("add", "act", "conf"):
+        if not number(getattr(plan, name)):
+            raise BurnishError(f"threshold {name}={getattr(plan, name)!r}", "a number")
+    for name, known in (("shift", (None, True, False)), ("graph", (None, True, False)), ("cache", (True, False)),
+                        ("compile", (True, False))):  # fmt: skip
+        if not any(getattr(plan, name) is value for value in known):
+            raise BurnishError(f"{name}={getattr(plan, name)!r}", "true or false")
+    if plan.legal is not None and not (plan.legal and set(plan.legal) <= set(range(model.vocabulary))):
+        raise BurnishError(f"legal ids {plan.legal[:8]}", f"some of 0 to {model.vocabulary - 1}")
     for name in ("add", "act"):
         if not 0 <= getattr(plan, name) <= 1:
             raise BurnishError(f"threshold {name}={getattr(plan, name)}", "a share of a block, 0 to 1")
-    if not plan.conf >= 0:
+    if plan.conf < 0:
         raise BurnishError(f"threshold conf={plan.conf}", "a probability, or more than 1 for never")
     for name in ("share", "steps", "append", "block"):
         value = getattr(plan, name)
@@ -110,8 +123,8 @@ def _check_values(plan: DecodePlan) -> None:
     for name, known in choices.items():
         if getattr(plan, name) not in known:
             raise BurnishError(f"{name}={getattr(plan, name)!r}", f"one of {', '.join(known)}")
-    if plan.confidence == "ordinal" and plan.width < 0:
-        raise BurnishError(f"width={plan.width}", "bins on either side, 0 or more")
+    if type(plan.width) is not int or plan.width < 0:
+        raise BurnishError(f"width={plan.width!r}", "bins on either side, 0 or more")
 
 
 def _check_model(plan: DecodePlan, model: RowModel) -> None:
@@ -145,5 +158,3 @@ def _check_model(plan: DecodePlan, model: RowModel) -> None:
         raise BurnishError(
             "ordinal confidence with FAST tokens, which have no order", "binned actions", "confidence max"
         )
-    if plan.legal is not None and not (plan.legal and set(plan.legal) <= set(range(model.vocabulary))):
-        raise BurnishError(f"legal ids {plan.legal[:8]}", f"some of 0 to {model.vocabulary - 1}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import number
 from burnish.core.types import Draws
 
 TIMES = ("logit", "uniform", "policy", "fixed")
@@ -60,11 +61,18 @@ class ScoreConfig:
         _one_of("reduce", self.reduce, ("sum", "mean"))
         if isinstance(self.weight, str):
             _one_of("weight", self.weight, WEIGHTS)
+        if type(self.draws) is not int or not (number(self.t_min) and number(self.t_max)):
+            raise BurnishError(
+                f"draws {self.draws!r}, t_min {self.t_min!r}, t_max {self.t_max!r}", "numbers, draws whole"
+            )
         if self.draws < 1 or not 0 < self.t_min < self.t_max < 1:
             raise BurnishError(f"draws {self.draws}, t_min {self.t_min}, t_max {self.t_max}",
                                "at least 1 draw and 0 < t_min < t_max < 1")  # fmt: skip
         if self.antithetic and self.draws % 2 and self.draws > 1:
             raise BurnishError(f"{self.draws} antithetic draws", "an even number", "draws: 4, or antithetic: false")
+        if self.antithetic and self.times == "fixed" and self.draws > 1:
+            raise BurnishError("antithetic draws at fixed times: the second half would use the times of the first",
+                               "one of them", "antithetic: false")  # fmt: skip
         if self.times == "fixed" and (
             len(self.fixed_times) != self.draws or not all(0 < t < 1 for t in self.fixed_times)
         ):

@@ -91,7 +91,7 @@ def diagnose(policy: Tensor, reference: Tensor | None, scale: float) -> dict[str
     }
 
 
-def warning(figures: dict[str, float], spread: float, scale: float) -> str:
+def warning(figures: dict[str, float], spread: float, scale: float, referenced: bool = True) -> str:
     """One line when the figures of a stretch of training say that it is not what it looks like; "" otherwise."""
     logit = figures["logit_scale"]
     if scale * spread > max(1.0, logit):
@@ -104,7 +104,7 @@ def warning(figures: dict[str, float], spread: float, scale: float) -> str:
             f"{figures['linear_share']:.0%} of the pairs have a logit near 0 (root mean square {logit:.2g}): "
             "the reference hardly matters and this is 'raise chosen, lower rejected'; a larger beta would regularise"
         )
-    if figures["chosen_displacement"] < 0 and figures["accuracy"] > 0.5:
+    if referenced and figures["chosen_displacement"] < 0 and figures["accuracy"] > 0.5:
         return (
             f"the chosen score has fallen by {-figures['chosen_displacement']:.3g} below the reference while the "
             "margin grows: the policy moves away from both; add sft_weight or proximal_weight"

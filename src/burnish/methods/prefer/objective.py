@@ -108,7 +108,8 @@ class Prefer(Objective):
             return {}
         figures = {name: float(value) / self._seen for name, value in self._sums.items()}
         self._sums, self._seen = {}, 0
-        line = losses.warning(figures, figures["margin_spread"], self.scale)
+        referenced = self.config.reference != "none"
+        line = losses.warning(figures, figures["margin_spread"], self.scale, referenced)
         kind = line.partition(" ")[2][:20]
         if line and kind not in self._warned and self.config.loss != "ipo":
             self._warned.add(kind)
@@ -142,14 +143,17 @@ class Prefer(Objective):
     def _cached_reference(self, run: "Run") -> Tensor:
         seed, config = run.recipe.train.seed, self.config
         about = reference.describe(
-            format=2, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
+            format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
             chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
+            image_size=run.recipe.data.image_size, precision=run.accelerator.mixed_precision,
+            settings=reference.settings(getattr(run.policy, "config", None)),
         )  # fmt: skip
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
         path = Path(config.reference_cache) if config.reference_cache else self.data.root / ".scores" / name
 
         def compute() -> Tensor:
-            return reference_scores(run.policy, self.data, self.score, config.pool, seed, progress=run.progress)
+            with run.accelerator.autocast():  # as the policy is scored: rounding must not look like a preference
+                return reference_scores(run.policy, self.data, self.score, config.pool, seed, progress=run.progress)
 
         return reference.cached(path, about, compute)
 

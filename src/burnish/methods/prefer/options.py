@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import refuse_unknown
+from burnish.core.options import number, refuse_unknown
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.losses import LOSSES
 
@@ -79,7 +79,10 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
     if preset not in PRESETS:
         raise BurnishError(f"prefer: preset '{preset}'", f"one of {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
-    score = {**values.pop("score", {}), **dict(options.get("score") or {})}
+    given = options.get("score") or {}
+    if not isinstance(given, dict):
+        raise BurnishError(f"prefer: score is {given!r}", "fields such as {draws: 4}")
+    score = {**values.pop("score", {}), **given}
     values |= {key: value for key, value in options.items() if key != "score"}
     refuse_unknown(PreferConfig, values, "prefer")
     refuse_unknown(ScoreConfig, score, "prefer.score")
@@ -89,6 +92,16 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
 
 
 def _check(config: PreferConfig) -> None:
+    for name in ("beta", "label_smoothing", "horizon", "weight", "sft_weight", "proximal_weight"):
+        if not number(getattr(config, name)) or getattr(config, name) < 0:
+            raise BurnishError(f"prefer: {name} is {getattr(config, name)!r}", "a number of at least 0")
+    for name in ("pool", "batch_size", "steps"):
+        if type(getattr(config, name)) is not int or getattr(config, name) < 0:
+            raise BurnishError(f"prefer: {name} is {getattr(config, name)!r}", "a whole number of at least 0")
+    if not isinstance(config.pairs, str) or not isinstance(config.reference_cache, str):
+        raise BurnishError(f"prefer: pairs {config.pairs!r}, reference_cache {config.reference_cache!r}", "paths")
+    if config.horizon == 0:
+        raise BurnishError("prefer: horizon is 0", "a number above 0")
     if not config.pairs:
         raise BurnishError("prefer: no pairs", "a pair folder", "burnish pairs --help")
     if config.loss not in (*LOSSES, "clone"):

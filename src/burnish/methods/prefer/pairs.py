@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_json, write_text
+from burnish.core.files import read_object, write_json, write_text
+from burnish.core.options import number
 from burnish.core.types import Batch
 
 INDEX, FACTS = "pairs.jsonl", "burnish_pairs.json"
@@ -103,13 +104,22 @@ def write_index(root: Path, pairs: Sequence[Pair], facts: dict[str, Any], state_
     """
     if not pairs:
         raise BurnishError("no pairs", "at least one success and one failure from the same start",
-                           "more rollouts, or a policy that neither always fails nor always succeeds")  # fmt: skip
-    if len(set(pairs)) < len(pairs):
-        twice = next(p for i, p in enumerate(pairs) if p in pairs[:i])
-        raise BurnishError(f"the pair {twice.chosen} over {twice.rejected} occurs twice", "each pair once")
+                           "more rollouts, --action-noise for a policy that always acts alike, or one that neither "
+                           "always fails nor always succeeds")  # fmt: skip
+    check_unique(pairs)
     lines = [json.dumps({"chosen": list(p.chosen), "rejected": list(p.rejected)}) + "\n" for p in pairs]
     write_json(root / FACTS, {"format": FORMAT, "pairs": len(pairs), "state_tolerance": state_tolerance, **facts})
     write_text(root / INDEX, "".join(lines))
+
+
+def check_unique(pairs: Sequence[Pair]) -> None:
+    """Raise BurnishError for a pair that occurs twice, or in both directions."""
+    seen: set[Pair] = set()
+    for pair in pairs:
+        if pair in seen or Pair(pair.rejected, pair.chosen) in seen:
+            again = "twice" if pair in seen else "in both directions"
+            raise BurnishError(f"the pair {pair.chosen} over {pair.rejected} occurs {again}", "each pair once")
+        seen.add(pair)
 
 
 def read_labels(path: Path) -> list[Pair]:
@@ -120,15 +130,15 @@ def read_labels(path: Path) -> list[Pair]:
     if not path.is_file():
         raise BurnishError(f"no file {path}", 'JSON lines such as {"chosen": 3, "rejected": 5}')
     pairs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for count, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             pairs.append(Pair(_place(row["chosen"]), _place(row["rejected"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise BurnishError(
-                f"{path}:{number} is no pair ({type(error).__name__}: {error})",
+                f"{path}:{count} is no pair ({type(error).__name__}: {error})",
                 '{"chosen": [episode, frame], "rejected": [episode, frame]}',
             ) from error
     return pairs
@@ -136,11 +146,12 @@ def read_labels(path: Path) -> list[Pair]:
 
 def _place(value: Any) -> tuple[int, int]:
     if isinstance(value, dict):
-        return int(value["episode"]), int(value.get("frame", 0))
-    if isinstance(value, list):
-        episode, frame = value
-        return int(episode), int(frame)
-    return int(value), 0
+        place = value["episode"], value.get("frame", 0)
+    else:
+        place = tuple(value) if isinstance(value, list) else (value, 0)
+    if len(place) != 2 or not all(type(item) is int for item in place):
+        raise ValueError(f"{value} is no episode and frame")
+    return place
 
 
 class PairData:
@@ -170,11 +181,20 @@ class PairData:
 
         if not (root / INDEX).is_file() or not (root / FACTS).is_file():
             raise BurnishError(f"no pairs in {root} (it has no {INDEX})", "a pair folder", "burnish pairs --help")
-        self.facts = json.loads((root / FACTS).read_text())
+        self.facts = read_object(root / FACTS)
+        tolerance = self.facts.get("state_tolerance", 0.0)
+        if self.facts.get("format") != FORMAT or not number(tolerance) or tolerance < 0:
+            raise BurnishError(f"{root / FACTS} has format {self.facts.get('format')} and state_tolerance {tolerance}",
+                               f"format {FORMAT} and a number of at least 0")  # fmt: skip
         self.robot = RobotData(root, cameras, chunk_size, 1, 0, image_size=image_size, cache_dir=cache_dir,
                                augmented=False, progress=progress)  # fmt: skip
         self.root, self.chunk_size, self.steps = root, chunk_size, steps or chunk_size
         self.pairs = read_labels(root / INDEX)
+        if len(self.pairs) != self.facts.get("pairs"):
+            raise BurnishError(
+                f"{root / INDEX} has {len(self.pairs)} pairs", f"{self.facts.get('pairs')}, as {FACTS} says"
+            )
+        check_unique(self.pairs)
         episodes = self.robot.episode_index
         self._first = np.searchsorted(episodes, np.arange(self.robot.meta.total_episodes))
         self._end = np.searchsorted(episodes, np.arange(self.robot.meta.total_episodes), side="right")

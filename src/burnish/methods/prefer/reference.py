@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
+from burnish.core.options import number
+
+_NO_MATTER = (
+    "device", "decoder", "n_action_steps", "optimizer", "scheduler", "pretrained_path", "push", "repo", "tags",
+    "license", "private", "vlm_model_name", "num_steps", "num_inference_steps", "compile",
+)  # fmt: skip
+"""Beginnings of config fields that no score depends on."""
 
 
 @contextmanager
@@ -45,9 +52,19 @@ def without_dropout(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def dropouts(policy: nn.Module) -> list[nn.Module]:
-    """All dropout modules inside `policy`."""
+    """All modules inside `policy` that drop something: dropout modules, and attention with a rate of its own."""
     kinds = (nn.modules.dropout._DropoutNd,)
-    return [m for m in policy.modules() if isinstance(m, kinds)]
+
+    def drops(module: nn.Module) -> bool:
+        return any("dropout" in name and number(rate) and rate > 0 for name, rate in vars(module).items())
+
+    return [m for m in policy.modules() if isinstance(m, kinds) or drops(m)]
+
+
+def settings(config: Any) -> str:
+    """A policy's config as far as scores may depend on it, in words."""
+    values = {} if config is None else vars(config)
+    return str({k: v for k, v in sorted(values.items()) if not k.startswith(("_", *_NO_MATTER))})
 
 
 def check_adapters(policy: nn.Module) -> None:

@@ -97,6 +97,10 @@ class DiscreteConfig(PreTrainedConfig):
             raise ValueError(f"bins is {self.bins}, not 2 to 4096")
         if self.tokenizer == "fast" and not self.fast_folder:
             raise ValueError("tokenizer is fast but fast_folder is empty")
+        if self.block_size < 0:
+            raise ValueError(f"block_size is {self.block_size}, not 0 (the whole chunk) or more")
+        if self.open_prompt and (self.training == "autoregressive" or self.block_size):
+            raise ValueError("open_prompt with attention over blocks: what a block tells the prompt, all blocks see")
         if self.training == "autoregressive":
             if self.block_size not in (0, 1):
                 raise ValueError(f"block_size is {self.block_size}, but an autoregressive policy sees back only")

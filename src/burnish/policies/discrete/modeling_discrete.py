@@ -72,7 +72,9 @@ class DiscretePolicy(PreTrainedPolicy):
         shares = NOISE.get(config.noise)(batch_size, config.length // block, generator, **config.noise_options)
         return Draws(noise, time, *hide(shares, block, generator))
 
-    def logits(self, prompt: PromptRows, ids: Tensor, hidden: Tensor, block: int | None = None) -> Tensor:
+    def logits(
+        self, prompt: PromptRows, ids: Tensor, hidden: Tensor, block: int | None = None, open_prompt: bool | None = None
+    ) -> Tensor:
         """[B, L, V] logits of every action token, one pass over prompt and actions.
 
         Args:
@@ -80,13 +82,15 @@ class DiscretePolicy(PreTrainedPolicy):
             ids: long [B, L], the true tokens.
             hidden: bool [B, L], tokens that the model does not see.
             block: tokens that see one another; None means the policy's own.
+            open_prompt: whether prompt rows see action rows; None means as in the policy.
         """
         config, model = self.config, self.model
+        opened = config.open_prompt if open_prompt is None else open_prompt
         index = torch.arange(config.length, device=ids.device)
         seen = sees(index[:, None], index[None, :], block or config.block)
         visible = _visible(prompt.valid, seen)
         given = torch.where(hidden, model.mask_id, ids)
-        states = model.joint(prompt, given, index.expand_as(ids), visible, see_actions=config.open_prompt)
+        states = model.joint(prompt, given, index.expand_as(ids), visible, see_actions=opened)
         first = prompt.states.shape[1] - int(config.shift)
         return model.head(states[:, first : first + config.length])
 
@@ -187,7 +191,8 @@ class DiscretePolicy(PreTrainedPolicy):
         Args:
             prompt: embedded observations.
             prefix: [B, n, A], committed normalised actions.
-            stream: told the number of finished control steps and the normalised actions [B, T, A] as they come.
+            stream: told the number of finished control steps and the normalised actions [B, T, A] as they come; FAST
+                tokens have no order, so all steps come at once.
 
         Raises:
             BurnishError: a prefix with FAST tokens.
@@ -202,8 +207,12 @@ class DiscretePolicy(PreTrainedPolicy):
         def actions(found: Tensor) -> Tensor:
             return self.model.tokens.decode(found.clamp(max=self.model.tokens.vocabulary - 1))  # MASK has no action
 
-        tell = None if stream is None else lambda steps, found: stream(steps, actions(found))
-        return actions(self.decoder()(prompt, prefix=ids, stream=tell).ids)
+        ordered = self.model.tokens.time_ordered
+        tell = None if stream is None or not ordered else lambda steps, found: stream(steps, actions(found))
+        found = actions(self.decoder()(prompt, prefix=ids, stream=tell).ids)
+        if stream is not None and not ordered:
+            stream(found.shape[1], found)
+        return found
 
     def decoder(self) -> Decode:
         """The decoder that the config names; made once, as it keeps its buffers."""

@@ -150,27 +150,34 @@ class Discrete(Adapter):
         if self._captures:
             self.row_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
 
-        def tell(steps: int, actions: Tensor) -> None:
-            stream(steps, self.postprocessor(actions[:, :steps]))
+        def exact(actions: Tensor) -> Tensor:
+            actions = self.postprocessor(actions)
+            if prefix is not None:  # its tokens are coarser than it
+                actions[:, : prefix.shape[1]] = prefix.to(actions)
+            return actions
 
-        actions = self.postprocessor(self.policy.decode(prompt, committed, None if stream is None else tell))
-        if prefix is not None:
-            actions[:, : prefix.shape[1]] = prefix.to(actions)
-        return Chunk(actions)
+        def tell(steps: int, actions: Tensor) -> None:
+            stream(steps, exact(actions)[:, :steps])
+
+        return Chunk(exact(self.policy.decode(prompt, committed, None if stream is None else tell)))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Noise [B, T, A], times [B], and the hidden tokens of the config's noise schedule, bool [B, L]."""
         return self.policy.draw(batch_size, generator)
 
-    def token_logits(self, batch: Batch, forward: TokenForward, block: int | None = None) -> Tensor:
+    def token_logits(
+        self, batch: Batch, forward: TokenForward, block: int | None = None, open_prompt: bool | None = None
+    ) -> Tensor:
         """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
 
         Args:
             batch: observations.
             forward: what `watch_tokens` caught.
             block: action tokens that see one another; None means the policy's own, L lets all see all.
+            open_prompt: whether prompt rows see action rows; None means as in the policy.
         """
-        return self.policy.logits(self._embed(self._prepare(batch, None)), forward.ids, forward.hidden, block)
+        prompt = self._embed(self._prepare(batch, None))
+        return self.policy.logits(prompt, forward.ids, forward.hidden, block, open_prompt)
 
     @contextmanager
     def watch_tokens(self) -> Iterator[list[TokenForward]]:

@@ -61,9 +61,14 @@ class Bins(nn.Module):
         return middle.repeat(self.length // self.action_dim, 1)
 
     def encode(self, actions: Tensor) -> Tensor:
-        """[B, T, A] normalised actions to ids [B, T * A]; what lies outside falls into the outermost bins."""
+        """[B, T, A] normalised actions to ids [B, T * A]; what lies outside falls into the outermost bins.
+
+        Quantile bins of an action that often has one value share that value as their edges: the middle one of them is
+        taken, which is as narrow as the value, and not the last, which reaches to the next value.
+        """
         columns = actions.to(self.edges.dtype).flatten(0, 1).T.contiguous()
-        ids = torch.searchsorted(self.edges[:, 1:-1].contiguous(), columns, right=True)
+        inner = self.edges[:, 1:-1].contiguous()
+        ids = (torch.searchsorted(inner, columns) + torch.searchsorted(inner, columns, right=True) + 1) // 2
         return ids.T.reshape(len(actions), -1)
 
     def decode(self, ids: Tensor) -> Tensor:
