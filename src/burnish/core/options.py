@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from burnish.core.errors import BurnishError
 
@@ -14,6 +14,18 @@ def refuse_unknown(kind: type, given: Iterable[str], where: str, what: str = "op
     unknown = [name for name in given if name not in known]
     if unknown:
         raise BurnishError(f"{where}: unknown {what} '{unknown[0]}'", f"one of {', '.join(known)}")
+
+
+def check_types(options: Any, where: str) -> None:
+    """Raise BurnishError for a field of a dataclass that holds another type than its int, float, bool or str."""
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        fits = {int: type(value) is int, bool: type(value) is bool, str: type(value) is str, float: number(value)}
+        if not fits.get(kind, True):
+            raise BurnishError(f"{where}: {name} is {value!r}", f"a {kind.__name__}")
+        if get_origin(kind) in (list, dict) and not isinstance(value, get_origin(kind) if get_origin(kind) is dict
+                                                               else (list, tuple)):  # fmt: skip
+            raise BurnishError(f"{where}: {name} is {value!r}", f"a {get_origin(kind).__name__}")
 
 
 def number(value: Any) -> bool:

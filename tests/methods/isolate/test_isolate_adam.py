@@ -29,7 +29,7 @@ def step(parameters, optimizer, layout, watch, draws, mode, number, max_norm=0.0
     metric = watch.metric(gradient, number) if mode == "preconditioned" else None
     edit(gradient, direction, layout, Rule("always"), metric)
     if mode != "plain":
-        watch.route(task, gradient)
+        watch.route(task, gradient, clipped=mode != "preconditioned")
     for name, view in layout.views(gradient).items():
         parameters[name].grad = view
     if max_norm:

@@ -4,13 +4,13 @@ import fake
 import numpy as np
 import pytest
 import torch
+from dissect import Dissected, assert_equal, recipe
 
 from burnish.core.errors import BurnishError
 from burnish.methods.isolate.options import METHODS, resolve
 from burnish.policies import load_policy
 from burnish.train import loop
 from burnish.train.loop import train
-from runs import Dissected, assert_equal, recipe
 
 LAYER_OF = r"^(.*?\blayers\.\d+)\."
 
@@ -194,7 +194,7 @@ def test_mistakes_are_one_clear_line(dataset, tiny_smolvla, tmp_path, words, obj
 
 
 def test_frozen_backbone_has_nothing_to_edit(dataset, tiny_smolvla, tmp_path):
-    with pytest.raises(BurnishError, match="nothing to edit"):
+    with pytest.raises(BurnishError, match="nothing to protect"):
         loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", "method: self_anchor", "--train.freeze=[vlm]"))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -197,12 +198,16 @@ class FeatureCache:
         self.folder, self.key = folder, expected
         if not (folder / "meta.json").is_file():
             raise BurnishError(f"no teacher features at {folder}", "a cache", "burnish align cache --help")
-        meta = json.loads((folder / "meta.json").read_text())
-        _check_key(meta["key"], asdict(expected), folder)
-        self.statistics = load_statistics(folder, expected.layers)
-        self.arrays = {
-            t: np.load(folder / f"layer-{t}.npy", mmap_mode="r", allow_pickle=False) for t in expected.layers
-        }
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            _check_key(meta["key"], asdict(expected), folder)
+            self.statistics = load_statistics(folder, expected.layers)
+            self.arrays = {
+                t: np.load(folder / f"layer-{t}.npy", mmap_mode="r", allow_pickle=False) for t in expected.layers
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise BurnishError(f"the teacher features in {folder} are damaged ({error!r})", "a whole cache",
+                               f"rm -r '{folder}' to have them made again")  from error  # fmt: skip
         for t, array in self.arrays.items():
             if list(array.shape) != meta["shapes"][str(t)]:
                 raise BurnishError(f"{folder}/layer-{t}.npy has shape {array.shape}", str(meta["shapes"][str(t)]))
@@ -288,6 +293,9 @@ def _fill(folder, spec, key, source, states, num_rows, workers, progress, device
     partial = folder.with_name(folder.name + ".partial")
     job = _prepare(partial, spec, key, source, states, num_rows, device)
     flags = np.fromfile(partial / "done", dtype=np.uint8)
+    if len(flags) != -(-num_rows // BLOCK):
+        raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{-(-num_rows // BLOCK)}",
+                           f"rm -r '{partial}'")  # fmt: skip
     todo = [b for b in range(len(flags)) if not flags[b]]
     blocks = [np.arange(b * BLOCK, min(num_rows, (b + 1) * BLOCK)) for b in todo]
     wanted = [(rows, None if states is None else states[rows]) for rows in blocks]

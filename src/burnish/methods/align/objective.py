@@ -7,6 +7,7 @@ docs/methods/align.md lists every option and where its default comes from.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, 
 from burnish.methods.align.layers import check_pairs, choose_pairs
 from burnish.methods.align.presets import make_config
 from burnish.methods.align.targets import IMAGES, make_targets
-from burnish.methods.align.teachers.base import make_teacher
+from burnish.methods.align.teachers.base import file_hash, fingerprint, make_teacher
 from burnish.policies.base import Captured
 from burnish.train.objective import OBJECTIVES, Objective
 
@@ -59,6 +60,12 @@ class Align(Objective):
         if not self.on:
             return
         config, policy = self.config, run.policy
+        if not any(p.requires_grad for _, p in policy.backbone_parameters()):
+            raise BurnishError("align: the backbone is frozen, so nothing can be aligned", "trained backbone layers",
+                               "train.freeze, train.train_only or the policy's train_expert_only")  # fmt: skip
+        if run.recipe.train.imitation_weight == 0:
+            raise BurnishError("align: with train.imitation_weight 0 no forward is made whose tokens could be aligned",
+                               "a weight above 0", "--train.imitation_weight=1.0")  # fmt: skip
         shapes = _probe(run)
         grid = square_grid(shapes, policy.cameras)
         teacher = make_teacher(config.teacher, grid)
@@ -100,7 +107,8 @@ class Align(Objective):
         every = self.config.measure_every
         if every and run.step % every == 0 and run.step != self._measured:
             self._measured = run.step
-            self._measure(run, states, captured.rows["image"], losses, out.total)
+            task = out.total * run.recipe.train.imitation_weight
+            self._measure(run, states, captured.rows["image"], losses, task)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
         # Matched, lambda acts on the student alone: multiplying the loss would also multiply the projectors' gradient,
@@ -194,20 +202,32 @@ def _probe(run: "Run") -> Captured:
     return captured
 
 
+def _keys(cameras) -> set[str]:
+    return {camera if camera.startswith(IMAGES) else f"{IMAGES}{camera}" for camera in cameras}
+
+
 def cache_key(config, teacher, pairs, data, cameras, grid) -> CacheKey:
     """What the features of this run depend on.
 
     Raises:
         BurnishError: images are not square, so the policy pads them and tokens lie elsewhere than the teacher's.
     """
-    size = data.frames.arrays[f"{IMAGES}{cameras[0]}"].shape[1:3]
+    sizes = {tuple(array.shape[1:3]) for key, array in data.frames.arrays.items() if key in _keys(cameras)}
+    if len(sizes) > 1:
+        raise BurnishError(f"align: views of several sizes, {' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}",
+                           "one size for all cameras", "--data.image_size=...")  # fmt: skip
+    size = sizes.pop()
     if size[0] != size[1]:
         raise BurnishError(
             f"align: views of {size[0]}x{size[1]} pixels, which the policy pads to a square",
             "square views", "cut or pad the data set's images",
         )  # fmt: skip
+    identity = dict(teacher.identity)
+    if teacher.needs_geometry:  # depth and poses lie beside the data set, whose hash does not know them
+        folder = Path(data.root) / "ground_truth"
+        identity["geometry"] = fingerprint([file_hash(file) for file in sorted(folder.rglob("*")) if file.is_file()])
     return CacheKey(
-        teacher=teacher.identity, data=data.hash, cameras=list(cameras), image_size=[int(edge) for edge in size],
+        teacher=identity, data=data.hash, cameras=list(cameras), image_size=[int(edge) for edge in size],
         layers=sorted({t for _, t in pairs}), grid=list(grid), pooling=config.pooling, positional=config.positional,
         standardise=teacher.standardise, format=config.cache_format, components=config.components,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import refuse_unknown
+from burnish.core.options import check_types, refuse_unknown
 from burnish.methods.align.cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
 from burnish.methods.align.loss import POOLINGS
@@ -101,7 +101,11 @@ def make_config(preset: str, options: dict[str, Any]) -> AlignConfig:
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise BurnishError(f"align: {name} is '{getattr(config, name)}'", f"one of {', '.join(choices)}")
-    for name in ("weight", "match", "positional"):
+    if config.cache is False:  # YAML reads off as false
+        config.cache = "off"
+    check_types(config, "align")
+    for name in ("weight", "match", "positional", "warmup_steps", "count", "hidden", "components", "late_tokens",
+                 "measure_every", "workers"):  # fmt: skip
         if not getattr(config, name) >= 0:
             raise BurnishError(f"align: {name} is {getattr(config, name)}", "a number from 0 on")
     if not 0 < config.nested_low <= config.nested_high <= 1:

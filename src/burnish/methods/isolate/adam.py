@@ -33,12 +33,13 @@ class AdamWatch:
         optimizer.register_step_pre_hook(lambda *_: self._enter())
         optimizer.register_step_post_hook(lambda *_: self._leave())
 
-    def route(self, plain: Tensor, edited: Tensor) -> None:
+    def route(self, plain: Tensor, edited: Tensor, clipped: bool = True) -> None:
         """For the next step: Adam's second moment is to see `plain` [P], its first moment the edited gradient [P].
 
-        `edited` must share memory with the parameters' gradients, so that clipping is seen in it.
+        With `clipped`, clipping of the edited gradient also shrinks what the second moment sees. Not so where the edit
+        was made in the metric of that moment, which must then be the one that Adam divides by.
         """
-        self._plain, self._edited = plain, edited
+        self._plain, self._clipped = plain, clipped
         self._edited_norm = edited.norm()
 
     def measure(self, direction: Tensor) -> None:
@@ -62,7 +63,7 @@ class AdamWatch:
     def _enter(self) -> None:
         if self._plain is not None:
             self._correct()
-            self._plain = self._edited = None
+            self._plain = None
         if self._direction is not None:
             self._before = self.layout.flatten({name: p.data for name, p in self.parameters.items()})
 
@@ -71,8 +72,10 @@ class AdamWatch:
         moments = self._second_moments()
         if moments is None:  # the very first step makes the state; from the second on it is exact
             return
-        clipped = self._edited.norm() / self._edited_norm.clamp_min(1e-30)
-        edited = self._edited.square()
+        # What Adam will see now: another method may have put gradients of its own in place of the edited ones.
+        seen = self.layout.flatten({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
+        clipped = (seen.norm() / self._edited_norm.clamp_min(1e-30)).clamp_max(1.0) if self._clipped else 1.0
+        edited = seen.square()
         ratio = (1 - self.beta2) / self.beta2
         shift = self.layout.views((self._plain * clipped).square_().sub_(edited).mul_(ratio))
         # Rounding must not take the result below zero, whose root is NaN.

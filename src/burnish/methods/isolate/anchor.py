@@ -95,11 +95,19 @@ class Anchor:
         if about.format != FORMAT:
             raise BurnishError(f"{path} has format {about.format}", str(FORMAT), make)
         moments = {}
-        for name in tensors:
-            layer, group, part = name.split(".")
-            if part == "count":
-                parts = (tensors[f"{layer}.{group}.{part}"] for part in ("count", "mean", "spread"))
-                moments[int(layer), group] = Moments(*parts)
+        try:
+            for name, tensor in tensors.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"'{name}' is not finite")
+                layer, group, part = name.split(".")
+                if part == "count":
+                    parts = (tensors[f"{layer}.{group}.{part}"] for part in ("count", "mean", "spread"))
+                    moments[int(layer), group] = Moments(*parts)
+            lacking = set(range(about.layers)) - {layer for layer, _ in moments}
+            if lacking or any(len(m.mean) != about.width for m in moments.values()):
+                raise ValueError(f"layers {sorted(lacking)} are missing" if lacking else "a layer of another width")
+        except (KeyError, ValueError) as error:
+            raise BurnishError(f"{path} is damaged ({error})", "a whole anchor", make) from None
         return cls(about, moments)
 
     def check(self, path: Path | str, base_hash: str, layers: int, width: int) -> None:
@@ -216,6 +224,8 @@ def question_batches(root: Path, samples: int, batch_size: int, seed: int, devic
     from burnish.data.loader import LanguageData, to_device
 
     data = LanguageData(root, batch_size, seed, rank, world)
-    count = max(1, min(samples, len(data.questions)) // batch_size)
-    for k in tqdm(range(count), desc="anchor", unit="batch", disable=not progress):
-        yield data.finish(to_device(data.raw(k), torch.device(device)), k)
+    left = min(samples, len(data.questions)) // world if world > 1 else min(samples, len(data.questions))
+    for k in tqdm(range(-(-left // batch_size)), desc="anchor", unit="batch", disable=not progress):
+        batch = data.finish(to_device(data.raw(k), torch.device(device)), k)
+        size, left = min(left, batch_size), left - batch_size
+        yield {name: value[:size] for name, value in batch.items()}

@@ -12,7 +12,7 @@ from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.layout import Layout, Vector
 from burnish.methods.isolate.options import resolve
-from burnish.methods.isolate.probe import Probe
+from burnish.methods.isolate.probe import Probe, check_probe
 from burnish.methods.isolate.project import Direction, Edited, Rule, edit, edit_several, orthonormal
 from burnish.methods.isolate.sources import Source
 from burnish.train.objective import OBJECTIVES, Objective
@@ -39,7 +39,14 @@ class Isolate(Objective):
         super().__init__()
         self.method, self.given, self.root = method, options, questions
         self.anchor_path, self.anchor_samples, self.probe_options = anchor, anchor_samples, dict(probe or {})
-        resolve(method, options, questions or "later")  # mistakes show before data is loaded
+        # Mistakes show before data is loaded.
+        if not all(isinstance(value, str) for value in (questions, anchor)) or type(anchor_samples) is not int:
+            raise BurnishError(f"isolate: questions {questions!r}, anchor {anchor!r}, "
+                               f"anchor_samples {anchor_samples!r}", "two paths and a whole number")  # fmt: skip
+        if anchor_samples < 1:
+            raise BurnishError(f"isolate: anchor_samples is {anchor_samples}", "at least 1")
+        check_probe(self.probe_options)
+        resolve(method, options, questions or "later")
 
     def setup(self, run: "Run") -> None:
         questions = self.root or run.recipe.language.root
@@ -58,10 +65,11 @@ class Isolate(Objective):
             self.source = Source(run, self.options, questions, self.anchor_path, self.anchor_samples)
         elif self.options.rule == "replay":
             self.source = Source(run, self.options, questions, "", 0)
+        if not backbone and self.options.rule not in ("none", "freeze", "lora"):
+            raise BurnishError(f"isolate: method '{self.method}' has nothing to protect, as the backbone is frozen",
+                               "trained backbone parameters", "fewer patterns in train.freeze, or no isolate"
+                               )  # fmt: skip
         if self.options.edits:
-            if not backbone:
-                raise BurnishError(f"isolate: method '{self.method}' has nothing to edit, as the backbone is frozen",
-                                   "trained backbone parameters", "fewer patterns in train.freeze")  # fmt: skip
             self.layout = Layout({n: p.shape for n, p in backbone.items()}, self.options.granularity, run.device)
             self._direction: Direction | tuple[Tensor, Tensor] | None = None
             self._adam: AdamWatch | None = None
@@ -72,10 +80,14 @@ class Isolate(Objective):
     def _prepare_backbone(self, run: "Run") -> None:
         """Freezing and adapters: what is trained is settled here, before the optimiser is made."""
         inside = {name for name, _ in run.policy.backbone_parameters()}
+        if self.options.rule in ("freeze", "replace"):
+            others = [entry["name"] for entry in run.recipe.objectives if entry["name"] != "isolate"]
+            if run.recipe.language.weight > 0 or (others and self.options.rule == "replace"):
+                what = "language.weight" if run.recipe.language.weight > 0 else f"objective '{others[0]}'"
+                raise BurnishError(f"isolate: by method '{self.method}' the backbone learns nothing from {what}",
+                                   "language.weight 0 and no other objective", "another method, such as l2sp"
+                                   )  # fmt: skip
         if self.options.rule == "freeze":
-            if run.recipe.language.weight > 0:
-                raise BurnishError("isolate: a frozen backbone learns nothing from language.weight",
-                                   "language.weight 0", "method: insulate")  # fmt: skip
             for _, parameter in run.policy.backbone_parameters():
                 parameter.requires_grad_(False)
         if self.options.rule == "lora":
@@ -90,7 +102,7 @@ class Isolate(Objective):
         import re
 
         adapted = [name for name, _ in run.policy.named_parameters() if ".lora_" in name and name not in inside]
-        if adapted:  # the recipe's target_modules reach the expert: then that is what it wants
+        if adapted or run.recipe.train.train_only:  # the recipe says itself what is trained of the rest
             return
         for name, parameter in run.policy.named_parameters():
             if name not in inside and not any(re.search(p, name) for p in run.recipe.train.freeze):
@@ -123,9 +135,15 @@ class Isolate(Objective):
         return terms
 
     def _due(self, run: "Run") -> bool:
-        """Whether the protected gradient is taken at this step: also after every checkpoint, so that a resumed run,
-        which has none, equals an uninterrupted one."""
-        return run.step % self.options.every == 0 or run.step % run.recipe.train.save_every == 0
+        """Whether the protected gradient is taken at this step.
+
+        Also after every checkpoint, so that a resumed run, which has none, equals an uninterrupted one; and, where the
+        run protects against itself, at its second step, since at the first it equals its start.
+        """
+        if self.options.edits and self._direction is None:
+            return True
+        second = self.options.protect == "self" and run.step == 1
+        return second or run.step % self.options.every == 0 or run.step % run.recipe.train.save_every == 0
 
     def _take(self, run: "Run", losses: Iterator[Tensor], shared: bool) -> None:
         """Add this micro-batch's protected gradients to the sums, without touching any `.grad`.
@@ -156,6 +174,8 @@ class Isolate(Objective):
         if not self.options.edits:
             return {}
         mine = {name: grads[name] for name in self._backbone if name in grads}
+        if self.options.rule == "replace":  # what questions reach is trained, whether actions reach it or not
+            mine = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in self._backbone.items()}
         if not mine:
             return {}
         if self.options.protect == "random":
@@ -221,7 +241,7 @@ class Isolate(Objective):
             if options.restore:
                 gradient.add_(self._restoring(direction, plain), alpha=options.restore)
         if options.optimiser != "plain":  # the metric holds only if Adam's second moment is the one it was made of
-            self._adam.route(plain, gradient)
+            self._adam.route(plain, gradient, clipped=options.optimiser != "preconditioned")
         return self._figures(edited, direction) if measured else {}
 
     def _restoring(self, direction: Direction, plain: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What to watch while a policy is fine-tuned: how far its states have drifted, and how well it still reads text."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from burnish.train.loop import Run
 
 IMAGE = "observation.images.text"
+
+
+def check_probe(options: dict[str, Any]) -> None:
+    """Raise BurnishError for an option that Probe lacks, or a value of another type."""
+    known = {"every": int, "questions": str, "text": str, "samples": int}
+    for name, value in options.items():
+        if name not in known or type(value) is not known[name]:
+            raise BurnishError(
+                f"isolate: probe {name}: {value!r}", ", ".join(f"{n} ({k.__name__})" for n, k in known.items())
+            )
 
 
 class Probe:
@@ -46,6 +56,10 @@ class Probe:
         size = min(64, run.recipe.train.batch_size, samples)
         root = questions or run.recipe.eval.questions.root or training_questions
         self.inputs = {"robot": list(robot_batches(run, samples))}
+        if questions and not Path(questions).is_dir():
+            raise BurnishError(
+                f"isolate: no question folder at {questions}", "probe.questions", "burnish questions --help"
+            )
         if root and Path(root).is_dir():
             self.inputs["questions"] = list(question_batches(Path(root), samples, min(size, 32), 1, run.device))
         with evaluating(run.policy):

@@ -55,8 +55,8 @@ class Edited:
 
     @property
     def firing(self) -> Tensor:
-        """Scalar: share of the groups in which something was removed."""
-        return (self.shed > 0).double().mean()
+        """Scalar: share of the groups in which something was taken away (in Adam's metric the norm may even grow)."""
+        return (self.shed != 0).double().mean()
 
 
 class Direction:

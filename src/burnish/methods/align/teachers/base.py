@@ -1,6 +1,7 @@
 """What a teacher is: a frozen network (or the simulator itself) with features on a token grid at several layers."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +76,12 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
     """
     options = dict(spec)
     name = options.pop("name", "")
+    if not isinstance(name, str):
+        raise BurnishError(f"teacher {name!r}", "{name: geometry, ...its options}")
     kind = _find(name)
-    if "grid" in kind.__init__.__code__.co_varnames:
+    if not (isinstance(kind, type) and issubclass(kind, Teacher)):
+        raise BurnishError(f"'{name}' is no teacher", "a subclass of burnish.methods.align.teachers.base.Teacher")
+    if "grid" in inspect.signature(kind).parameters:
         options.setdefault("grid", list(grid))
     try:
         teacher = kind(**options)
