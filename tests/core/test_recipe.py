@@ -94,3 +94,7 @@ def test_flatten_and_places():
     assert str(demos_root(recipe)) == "data/x" and str(run_folder(recipe)) == "runs/x"
     recipe = load_recipe(None, ["--data.root=here", "--output=there"])
     assert str(demos_root(recipe)) == "here" and str(run_folder(recipe)) == "there"
+
+
+def test_no_is_a_precision_however_yaml_reads_it():
+    assert load_recipe(None, ["--train.precision=no"]).train.precision == "no"

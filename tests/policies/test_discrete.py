@@ -1,6 +1,7 @@
 """burnish_discrete: every verb in every way of training, against forwards made by hand."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -367,6 +368,29 @@ def test_fast_tokens_have_no_prefix(tiny_smolvla, batch, fast_folder):
     assert torch.isfinite(policy.score(batch, batch["action"], draw(policy))).all()
     with pytest.raises(BurnishError, match="FAST"):
         policy.act(batch, prefix=batch["action"][:, :1])
+    told = []
+    chunk = policy.act(batch, stream=lambda steps, actions: told.append((steps, actions))).actions
+    assert [steps for steps, _ in told] == [T] and torch.equal(told[0][1], chunk), "no order, so all at once"
+
+
+def test_a_folder_with_fast_tokens_is_self_contained(tiny_smolvla, batch, fast_folder, tmp_path):
+    base = load_policy(tiny_smolvla)
+    features = {**base.config.input_features, **base.config.output_features}
+    options = {"tokenizer": "fast", "fast_folder": str(fast_folder), "fast_length": 96}
+    policy = create_policy(tiny_smolvla, features, default_statistics(7, 7), options, type="burnish_discrete")
+    policy.save(tmp_path / "p")
+    shutil.rmtree(fast_folder)
+    shutil.move(tmp_path / "p", tmp_path / "q")
+    again = load_policy(tmp_path / "q")
+    assert torch.equal(policy.eval().act(batch).actions, again.act(batch).actions)
+    again.save(tmp_path / "q")
+
+
+def test_a_decoder_that_cannot_work_is_told_when_the_policy_is_loaded(folders):
+    with pytest.raises(BurnishError, match="typo"):
+        load_policy(folders["diffusion"], overrides={"decoder": "typo"})
+    with pytest.raises(BurnishError, match="conf"):
+        load_policy(folders["diffusion"], overrides={"decoder_options": {"conf": -5}})
 
 
 def test_new_statistics_move_quantile_bins(folders):

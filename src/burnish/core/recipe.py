@@ -54,6 +54,9 @@ def recipe_from_dict(values: dict[str, Any], source: str = "the recipe") -> Reci
     from draccus.utils import DraccusException
 
     _check_keys(RecipeConfig, values, "", source)
+    train = values.get("train", {})
+    if train.get("precision") is False:  # YAML reads no as false
+        values = {**values, "train": {**train, "precision": "no"}}
     try:
         recipe = draccus.decode(RecipeConfig, values)
     except DraccusException as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies.adapter import Adapter
-from burnish.policies.discrete.policy import Discrete
+from burnish.policies.discrete.policy import FAST_FOLDER, Discrete
 from burnish.policies.pi import SIZES_FILE, TOKENIZER_FOLDER, Pi
 from burnish.policies.smolvla import VLM_FOLDER, SmolVLA
 
@@ -67,6 +67,8 @@ def load(
         raw["load_vlm_weights"] = False  # all weights are in model.safetensors
         if (folder / VLM_FOLDER).is_dir():
             raw["vlm_model_name"] = str(folder / VLM_FOLDER)
+    if raw["type"] == "burnish_discrete" and (folder / FAST_FOLDER).is_dir():
+        raw["fast_folder"] = str(folder / FAST_FOLDER)
     config = decode_config(raw, str(folder / CONFIG), features, device)
     sizes = _read_json(folder / SIZES_FILE) if (folder / SIZES_FILE).is_file() else None
     processors = _load_processors(config, folder, dataset_stats)
@@ -75,6 +77,8 @@ def load(
     if raw["type"] == "burnish_discrete" and dataset_stats is not None:
         policy.fit_tokens(dataset_stats)
     policy.to(device).eval()
+    if raw["type"] == "burnish_discrete":
+        policy.decoder()  # one that cannot work is told now and not after a training
     return ADAPTERS[raw["type"]](policy, *processors, **({"sizes": sizes} if raw["type"] in ("pi0", "pi05") else {}))
 
 
@@ -202,16 +206,19 @@ def write(
     policy.write_extras(folder, Path(home or folder).absolute())
 
 
-def point_at(folder: Path, target: str) -> None:
+def point_at(folder: Path, target: str, fast: str = "") -> None:
     """Store `target` as the place of the VLM's or the tokenizer's files, unless a hub name is stored.
 
     Args:
         folder: a policy folder.
         target: e.g. the absolute path of its `vlm/`, after the folder was moved.
+        fast: that of its FAST tokenizer, if it has one.
     """
     config, pre = _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR)
     if "vlm_model_name" in config and not _is_hub_name(config["vlm_model_name"]):
         config["vlm_model_name"] = target
+    if fast:
+        config["fast_folder"] = fast
     for step in pre["steps"]:
         name = step.get("config", {}).get("tokenizer_name")
         if name is not None and not _is_hub_name(name):

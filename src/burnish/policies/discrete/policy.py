@@ -1,5 +1,6 @@
 """burnish's verbs over DiscretePolicy."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
 from burnish.policies.adapter import ACTION, PAD, TOKEN_MASK, Adapter, Stage
 from burnish.policies.discrete.rows import NetRows
+from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.rows import PromptRows
 
-VLM_FOLDER = "vlm"
+VLM_FOLDER, FAST_FOLDER = "vlm", "fast"
 
 
 @dataclass
@@ -190,12 +192,17 @@ class Discrete(Adapter):
             self._watched = [other for other in self._watched if other is not watched]
 
     def write_extras(self, folder: Path, home: Path) -> None:
-        """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
+        """VLM config, tokenizer and processor under `vlm/` (weights are in model.safetensors), FAST's files under `fast/`."""
         from burnish.policies.folder import point_at
 
         self.vlm.config.save_pretrained(folder / VLM_FOLDER)
         self.tokenizer.save_pretrained(folder / VLM_FOLDER)
-        point_at(folder, str(home / VLM_FOLDER))
+        fast = self.config.tokenizer == "fast"
+        if fast and Path(self.config.fast_folder).absolute() != (folder / FAST_FOLDER).absolute():
+            (folder / FAST_FOLDER).mkdir(exist_ok=True)
+            for name in FAST_FILES:
+                shutil.copyfile(Path(self.config.fast_folder) / name, folder / FAST_FOLDER / name)
+        point_at(folder, str(home / VLM_FOLDER), str(home / FAST_FOLDER) if fast else "")
 
     # Inside.
 

@@ -14,6 +14,9 @@ _KNOWN = {"min": 0.0, "q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.
 """Quantiles of LeRobot's statistics, and their levels."""
 
 
+FAST_FILES = ("tokenizer.json", "processor_config.json")
+
+
 class Bins(nn.Module):
     """Every action dimension is cut into bins; an id is the number of a bin, its action the middle of it.
 
@@ -98,7 +101,7 @@ class Fast(nn.Module):
         super().__init__()
         from tokenizers import Tokenizer
 
-        files = [Path(folder) / name for name in ("tokenizer.json", "processor_config.json")]
+        files = [Path(folder) / name for name in FAST_FILES]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise BurnishError(f"no {missing[0]} in {folder}", "the files of a FAST tokenizer", "tokenizer uniform")

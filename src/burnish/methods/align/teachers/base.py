@@ -129,6 +129,18 @@ def run_teacher(teacher: Teacher, views: Views, layers: Sequence[int]) -> dict[i
     return checked
 
 
+def precision_dtype(precision: str | bool) -> torch.dtype | None:
+    """What autocast computes in, None for float32; YAML reads no as false.
+
+    Raises:
+        BurnishError: none of no, bf16 and fp16.
+    """
+    known = {"no": None, False: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in known:
+        raise BurnishError(f"teacher: precision {precision!r}", "no, bf16 or fp16")
+    return known[precision]
+
+
 def fingerprint(value: Any) -> str:
     """16 hex digits of JSON-able content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.methods.align.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint
+from burnish.methods.align.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint, precision_dtype
 
 
 @TEACHERS.register("folder")
@@ -43,7 +43,7 @@ class FolderTeacher(Teacher):
         side = crop.get("height") or crop.get("shortest_edge") or config.image_size
         self.side = side // config.patch_size * config.patch_size
         self.grid = self.side // config.patch_size
-        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = precision_dtype(precision)
         self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None])
         self.widths = (config.hidden_size,) * config.num_hidden_layers

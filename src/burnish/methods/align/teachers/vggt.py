@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.methods.align.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint
+from burnish.methods.align.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint, precision_dtype
 
 SIDE, PATCH, LAYERS, WIDTH = 518, 14, 24, 2048
 
@@ -36,7 +36,7 @@ class VggtTeacher(Teacher):
         if not weights:
             raise BurnishError(f"no VGGT weights in {path}", "a folder with model.safetensors")
         self.aggregator = VGGT.from_pretrained(path).aggregator
-        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = precision_dtype(precision)
         self.widths = (WIDTH,) * LAYERS
         self.identity = {
             "name": "vggt",
