@@ -192,7 +192,7 @@ class Discrete(Adapter):
             self._watched = [other for other in self._watched if other is not watched]
 
     def write_extras(self, folder: Path, home: Path) -> None:
-        """VLM config, tokenizer and processor under `vlm/` (weights are in model.safetensors), FAST's files under `fast/`."""
+        """VLM config, tokenizer and processor under `vlm/` (not its weights), the FAST tokenizer under `fast/`."""
         from burnish.policies.folder import point_at
 
         self.vlm.config.save_pretrained(folder / VLM_FOLDER)
