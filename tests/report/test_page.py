@@ -127,7 +127,7 @@ def test_nothing_to_report(tmp_path):
 
 
 def test_unwritable_target(run, tmp_path):
-    with pytest.raises(BurnishError, match="cannot write"):
+    with pytest.raises(BurnishError, match="cannot be made"):
         (tmp_path / "file").write_text("")
         write_report(run, tmp_path / "file" / "page.html")
 

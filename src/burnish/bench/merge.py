@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from burnish.bench import machine
     from burnish.methods.capability.engine import cores
 
-    layers, repeats = (2, 1) if args.quick else (43, 3)
+    layers, repeats = (2, 1) if args.quick else (43, 5)
     python = find_peer(args.mergekit)
     versions = machine()
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as temporary:

@@ -115,11 +115,7 @@ def collect(
     from burnish.policies.folder import choose_device, load, resolve
 
     root = Path(root)
-    if states < 1 or rollouts < 2:
-        raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
-    if workers < 0 or limit < 0 or image_size < 0 or not (number(action_noise) and action_noise >= 0):
-        raise BurnishError(f"workers {workers}, limit {limit}, image_size {image_size}, action_noise {action_noise}",
-                           "none of them below 0")  # fmt: skip
+    _check_numbers(states, rollouts, workers=workers, limit=limit, image_size=image_size, action_noise=action_noise)
     if isinstance(policy, str | Path):
         folder = resolve(policy)
         weights, policy = weights_hash(folder), load(folder, device=choose_device(device))
@@ -149,6 +145,14 @@ def collect(
         raise
     spool.remove()
     return collection
+
+
+def _check_numbers(states: int, rollouts: int, **others: float) -> None:
+    if states < 1 or rollouts < 2:
+        raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
+    for name, value in others.items():
+        if not number(value) or value < 0:
+            raise BurnishError(f"{name} is {value}", "a number of at least 0")
 
 
 def _collect_task(

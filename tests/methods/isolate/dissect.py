@@ -1,8 +1,12 @@
 """A run on a tiny policy, and one step of it taken apart."""
 
+from contextlib import contextmanager
+
 import fake
+import pytest
 import torch
 
+from burnish.train import loop
 from burnish.train.loop import Run, Streams
 from burnish.train.setup import own_accelerate_state
 from burnish.train.step import gradients
@@ -50,6 +54,21 @@ class Dissected:
                     self.protected = {n: g.clone() for n, g in pairs if g is not None}
                 self.figures = self.method.edit_gradients(run, batch, grads)
             self.edited = {name: g.clone() for name, g in grads.items()}
+
+
+@contextmanager
+def cut_at(monkeypatch, step):
+    """Inside, training is interrupted before this step."""
+    original = loop.train_step
+
+    def dying(run, *args, **named):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return original(run, *args, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_step", dying)
+        yield
 
 
 def assert_equal(one, two):

@@ -3,7 +3,7 @@
 import fake
 import pytest
 import torch
-from dissect import Dissected, recipe
+from dissect import Dissected, cut_at, recipe
 from test_isolate_adam import make, step
 
 from burnish.core.errors import BurnishError
@@ -109,20 +109,9 @@ def test_a_run_that_protects_against_itself_looks_again_at_its_second_step(datas
 
 def test_resuming_with_another_save_every_still_edits(dataset, questions, tiny_smolvla, tmp_path, monkeypatch):
     """The direction of the cut run is gone; a new one is taken at once."""
-    from burnish.train import loop
-
     objective = f"method: question_anchor, questions: {questions}, every: 100"
-    with monkeypatch.context() as patch:
-        original = loop.train_step
-
-        def dying(run, *args, **named):
-            if run.step == 3:
-                raise KeyboardInterrupt
-            return original(run, *args, **named)
-
-        patch.setattr(loop, "train_step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(dataset, tiny_smolvla, tmp_path / "a", objective), progress=False)
+    with cut_at(monkeypatch, 3):
+        train(recipe(dataset, tiny_smolvla, tmp_path / "a", objective), progress=False)
     again = recipe(dataset, tiny_smolvla, tmp_path / "a", objective, "--train.save_every=50")
     rows = fake.figures(train(again, progress=False).metrics)
     assert all("isolate_shed" in row for row in rows)
