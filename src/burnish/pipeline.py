@@ -207,9 +207,8 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
 def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
     """What training started from, with the recipe's overrides; None where it is made for another robot or cameras."""
     from burnish.policies import load_policy
-    from burnish.policies.folder import choose_device
 
-    base = load_policy(recipe.policy.path, overrides=recipe.policy.overrides, device=choose_device(recipe.eval.device))
+    base = load_policy(recipe.policy.path, overrides=recipe.policy.overrides, device=recipe.eval.device)
     after = load_policy(tuned)
     for what, one, other in (("actions", base.action_dim, after.action_dim), ("cameras", base.cameras, after.cameras)):
         if one != other:
@@ -222,15 +221,13 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
     from burnish.evaluate.records import write_json
     from burnish.evaluate.retention import compare_retention, retention
     from burnish.policies import load_policy
-    from burnish.policies.folder import choose_device
 
-    device = choose_device(recipe.eval.device)
     paths = {"tuned": outcome.folder / "policy"}
     if recipe.policy.path:
         paths["base"] = recipe.policy.path
     for name, path in paths.items():
         outcome.retention[name] = retention(
-            load_policy(path, device=device), recipe.eval.questions.root, limit=recipe.eval.questions.limit,
+            load_policy(path, device=recipe.eval.device), recipe.eval.questions.root, limit=recipe.eval.questions.limit,
             progress=True,
         )  # fmt: skip
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}

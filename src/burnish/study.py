@@ -192,7 +192,7 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     from burnish.evaluate.records import weights_hash
     from burnish.evaluate.retention import retention
     from burnish.policies import load_policy
-    from burnish.policies.folder import choose_device, resolve
+    from burnish.policies.folder import resolve
 
     questions, path = settings.questions, folder / "retention.json"
     if not questions.root:
@@ -200,9 +200,8 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(resolve(policy))}
     if path.is_file() and read_object(path).get("asked") == asked:
         return
-    found = retention(
-        load_policy(policy, device=choose_device(settings.device)), questions.root, limit=questions.limit, progress=True
-    )
+    asker = load_policy(policy, device=settings.device)
+    found = retention(asker, questions.root, limit=questions.limit, progress=True)
     folder.mkdir(exist_ok=True)
     write_json(path, {"asked": asked, "tuned": found.to_dict()})
 

@@ -17,15 +17,15 @@ def refuse_unknown(kind: type, given: Iterable[str], where: str, what: str = "op
 
 
 def check_types(options: Any, where: str) -> None:
-    """Raise BurnishError for a field of a dataclass that holds another type than its int, float, bool or str."""
-    for name, kind in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        fits = {int: type(value) is int, bool: type(value) is bool, str: type(value) is str, float: number(value)}
+    """Raise BurnishError for a field that holds another type than its int, float, bool, str, list or dict."""
+    for name, hint in get_type_hints(type(options)).items():
+        kind, value = get_origin(hint) or hint, getattr(options, name)
+        fits = {
+            int: type(value) is int, float: number(value), bool: type(value) is bool, str: type(value) is str,
+            list: isinstance(value, list | tuple), dict: isinstance(value, dict),
+        }  # fmt: skip
         if not fits.get(kind, True):
             raise BurnishError(f"{where}: {name} is {value!r}", f"a {kind.__name__}")
-        if get_origin(kind) in (list, dict) and not isinstance(value, get_origin(kind) if get_origin(kind) is dict
-                                                               else (list, tuple)):  # fmt: skip
-            raise BurnishError(f"{where}: {name} is {value!r}", f"a {get_origin(kind).__name__}")
 
 
 def number(value: Any) -> bool:

@@ -23,7 +23,7 @@ from burnish.core.seeding import derive_seed
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
-from burnish.evaluate.records import weights_hash
+from burnish.evaluate.records import policy_and_hash
 from burnish.evaluate.workers import Episode, Finished, MakeEnv, SimulatorPool, Waiting
 from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
 
@@ -112,15 +112,9 @@ def collect(
         BurnishError: bad arguments, a folder made with other settings, no state with both outcomes. A folder that is
             complete is left as it is.
     """
-    from burnish.policies.folder import choose_device, load, resolve
-
     root = Path(root)
     _check_numbers(states, rollouts, workers=workers, limit=limit, image_size=image_size, action_noise=action_noise)
-    if isinstance(policy, str | Path):
-        folder = resolve(policy)
-        weights, policy = weights_hash(folder), load(folder, device=choose_device(device))
-    else:
-        weights = weights_hash(policy)
+    policy, weights = policy_and_hash(policy, device)
     if not leads or not all(0 <= lead < policy.chunk_size for lead in leads):
         raise BurnishError(f"leads {list(leads)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach the "
                            "point where the two part")  # fmt: skip

@@ -197,6 +197,16 @@ class Journal:
 _NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
 
 
+def policy_and_hash(policy: Any, device: str = "") -> tuple[Any, str]:
+    """A policy, loaded where its folder is given, and the hash of what was given (see `weights_hash`)."""
+    if not isinstance(policy, str | Path):
+        return policy, weights_hash(policy)
+    from burnish.policies.folder import load, resolve
+
+    folder = resolve(policy)
+    return load(folder, device=device), weights_hash(folder)
+
+
 def weights_hash(policy: Any) -> str:
     """16 hex digits over a policy folder (its tensors, statistics and config) or a module's parameters and buffers.
 

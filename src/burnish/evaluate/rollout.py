@@ -18,7 +18,7 @@ from burnish.core.files import write_json
 from burnish.core.seeding import derive_seed
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
-from burnish.evaluate.records import SUMMARY, Journal, commit, weights_hash
+from burnish.evaluate.records import SUMMARY, Journal, commit, policy_and_hash
 from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
 
 if TYPE_CHECKING:
@@ -84,13 +84,7 @@ def evaluate(
     """
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
 
-    if isinstance(policy, str | Path):
-        from burnish.policies.folder import choose_device, load, resolve
-
-        folder = resolve(policy)
-        weights, policy = weights_hash(folder), load(folder, device=choose_device(device))
-    else:
-        weights = weights_hash(policy)
+    policy, weights = policy_and_hash(policy, device)
     job = _Job(
         env,
         episodes,

@@ -49,14 +49,14 @@ def load(
     Args:
         path: the folder, or the bare name of a base that ships with burnish ("small").
         overrides: fields of the LeRobot config to change before the model is built.
-        device: torch device.
+        device: torch device; "" means a GPU where there is one.
         dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
         features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
 
     Raises:
         BurnishError: anything missing, left over or not fitting, in one line.
     """
-    folder = resolve(path)
+    folder, device = resolve(path), choose_device(device)
     raw = _read_json(folder / CONFIG)
     if raw.get("type") not in ADAPTERS:
         raise BurnishError(f"policy type {raw.get('type')!r} in {folder / CONFIG}", f"one of {', '.join(ADAPTERS)}")

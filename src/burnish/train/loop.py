@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import remove_folder, write_json
+from burnish.core.files import read_object, remove_folder, write_json
 from burnish.core.recipe import demos_root, recipe_to_dict, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
@@ -367,13 +367,11 @@ def _finish(run: Run, metrics: Metrics | None) -> TrainResult:
 
 def check_resumable(recipe: RecipeConfig) -> None:
     """Raise BurnishError when the run folder holds a run of another recipe; nothing is loaded or written."""
-    import json
-
     output = run_folder(recipe)
     newest = checkpoint.latest(output)
     if (output / "train.json").is_file():
-        before = json.loads((output / "train.json").read_text())
-        checkpoint.check_same_recipe(before["recipe"], recipe, output / "train.json")
+        before = read_object(output / "train.json")["recipe"]
+        checkpoint.check_same_recipe(before, recipe, output / "train.json")
     elif newest is not None:
         checkpoint.check_same_recipe(checkpoint.read_meta(newest)["recipe"], recipe, newest)
 
@@ -384,14 +382,12 @@ def _result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
 
 def _finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
-    import json
-
     from burnish.data.frames import dataset_hash
 
     path = output / "train.json"
     if not path.is_file() or not (output / "policy").is_dir():
         return None
-    done = json.loads(path.read_text())
+    done = read_object(path)
     checkpoint.check_same_recipe(done["recipe"], recipe, path)
     limit = recipe.train.max_minutes
     if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):

@@ -21,7 +21,7 @@ from burnish.methods.align.cache import CacheKey
 from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.layers import check_pairs, choose_pairs
 from burnish.methods.align.presets import make_config
-from burnish.methods.align.targets import IMAGES, make_targets
+from burnish.methods.align.targets import make_targets
 from burnish.methods.align.teachers.base import file_hash, fingerprint, make_teacher
 from burnish.policies.base import Captured
 from burnish.train.objective import OBJECTIVES, Objective
@@ -202,17 +202,13 @@ def _probe(run: "Run") -> Captured:
     return captured
 
 
-def _keys(cameras) -> set[str]:
-    return {camera if camera.startswith(IMAGES) else f"{IMAGES}{camera}" for camera in cameras}
-
-
 def cache_key(config, teacher, pairs, data, cameras, grid) -> CacheKey:
     """What the features of this run depend on.
 
     Raises:
         BurnishError: images are not square, so the policy pads them and tokens lie elsewhere than the teacher's.
     """
-    sizes = {tuple(array.shape[1:3]) for key, array in data.frames.arrays.items() if key in _keys(cameras)}
+    sizes = {tuple(array.shape[1:3]) for array in data.frames.arrays.values()}
     if len(sizes) > 1:
         raise BurnishError(f"align: views of several sizes, {' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}",
                            "one size for all cameras", "--data.image_size=...")  # fmt: skip

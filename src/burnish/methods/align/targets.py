@@ -97,7 +97,7 @@ def make_targets(
     """
     from pathlib import Path
 
-    if cache in ("off", False):  # YAML reads off as false
+    if cache == "off":
         return LiveTargets(spec, key, data, device)
     folder = Path(cache) if cache else Path(data.root) / ".teachers" / key.name
     source = row_source(data, tuple(key.cameras), teacher.needs_geometry)

@@ -45,7 +45,7 @@ UNDONE = ("task", "linear")
 """Operators that `unmerge` can take back."""
 _QUICK_LOOK = 16
 _TOO_LARGE_FOR_F16 = 65520
-_OTHER_WEIGHTS = ("model*.safetensors", "consolidated*", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", INDEX)
+_OTHER_WEIGHTS = ("model*.safetensors", "consolidated*", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf")
 
 
 def merge(
@@ -317,16 +317,15 @@ def companions(checkpoint: Checkpoint) -> dict[str, Path]:
         return {}
     weights = {checkpoint.place(file) for file in checkpoint.files}
     skip = {"burnish", "checkpoints", RECORD, UNDO}
+    patterns = _OTHER_WEIGHTS if checkpoint.index is not None else (*_OTHER_WEIGHTS, INDEX)
     found = {}
     for file in sorted(checkpoint.path.rglob("*")):
         inside = file.relative_to(checkpoint.path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        other_weights = len(inside.parts) == 1 and any(inside.match(pattern) for pattern in _OTHER_WEIGHTS)
-        if checkpoint.index is not None and inside.name == INDEX:
-            other_weights = False
-        if not (hidden or other_weights) and file.is_file() and inside.as_posix() not in weights and (
-            inside.parts[0] not in skip
-        ):  # fmt: skip
+        others = len(inside.parts) == 1 and any(inside.match(pattern) for pattern in patterns)
+        if hidden or others or inside.parts[0] in skip or inside.as_posix() in weights:
+            continue
+        if file.is_file():
             found[inside.as_posix()] = file
     return found
 

@@ -224,7 +224,7 @@ def question_batches(root: Path, samples: int, batch_size: int, seed: int, devic
     from burnish.data.loader import LanguageData, to_device
 
     data = LanguageData(root, batch_size, seed, rank, world)
-    left = min(samples, len(data.questions)) // world if world > 1 else min(samples, len(data.questions))
+    left = min(samples, len(data.questions)) // world
     for k in tqdm(range(-(-left // batch_size)), desc="anchor", unit="batch", disable=not progress):
         batch = data.finish(to_device(data.raw(k), torch.device(device)), k)
         size, left = min(left, batch_size), left - batch_size

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import refuse_unknown
+from burnish.core.options import check_types, refuse_unknown
 from burnish.methods.isolate.layout import GRANULARITIES
 
 CHOICES = {
@@ -128,12 +128,8 @@ def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Op
     if method not in METHODS:
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")
     refuse_unknown(Options, given, "isolate")
-    options = replace(Options(), **METHODS[method])
-    for key, value in given.items():
-        kind = type(getattr(options, key))
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise BurnishError(f"isolate: {key} is {value!r}", f"a {kind.__name__}")
-    options = replace(options, **given)
+    options = replace(Options(), **{**METHODS[method], **given})
+    check_types(options, "isolate")
     _check(method, options, questions)
     return method, options
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import number, refuse_unknown
+from burnish.core.options import check_types, refuse_unknown
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.losses import LOSSES
 
@@ -92,14 +92,10 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
 
 
 def _check(config: PreferConfig) -> None:
-    for name in ("beta", "label_smoothing", "horizon", "weight", "sft_weight", "proximal_weight"):
-        if not number(getattr(config, name)) or getattr(config, name) < 0:
-            raise BurnishError(f"prefer: {name} is {getattr(config, name)!r}", "a number of at least 0")
-    for name in ("pool", "batch_size", "steps"):
-        if type(getattr(config, name)) is not int or getattr(config, name) < 0:
-            raise BurnishError(f"prefer: {name} is {getattr(config, name)!r}", "a whole number of at least 0")
-    if not isinstance(config.pairs, str) or not isinstance(config.reference_cache, str):
-        raise BurnishError(f"prefer: pairs {config.pairs!r}, reference_cache {config.reference_cache!r}", "paths")
+    check_types(config, "prefer")
+    for name in ("weight", "sft_weight", "proximal_weight", "horizon", "steps"):
+        if getattr(config, name) < 0:
+            raise BurnishError(f"prefer: {name} is {getattr(config, name)}", "a number of at least 0")
     if config.horizon == 0:
         raise BurnishError("prefer: horizon is 0", "a number above 0")
     if not config.pairs:
