@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from burnish.cli import COMMANDS, main
+from burnish.cli.main import COMMANDS, main
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,7 +68,7 @@ def cpu_seconds(*argv: str) -> float:
 def test_import_and_help_are_quick():
     # CPU time, so that a busy machine does not fail the test. Anything heavy costs several seconds at once.
     assert cpu_seconds("-c", "import burnish") < 1.0
-    assert cpu_seconds("-m", "burnish.cli", "--help") < 2.0
+    assert cpu_seconds("-m", "burnish.cli.main", "--help") < 2.0
 
 
 def test_names_of_packages_are_the_functions_too():
@@ -92,7 +92,7 @@ except BurnishError as error:
 def test_parsers_import_nothing_heavy():
     code = """
 import sys
-from burnish.cli import COMMANDS, build_parser
+from burnish.cli.main import COMMANDS, build_parser
 for command in COMMANDS:
     build_parser(command)
     heavy = {"torch", "lerobot", "mujoco", "transformers", "matplotlib", "scipy"} & set(sys.modules)

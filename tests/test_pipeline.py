@@ -6,7 +6,7 @@ import pytest
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
-from burnish.pipeline import Stages, _base, main, run_recipe
+from burnish.experiments.pipeline import Stages, _base, main, run_recipe
 from burnish.policies import load_policy
 from burnish.policies.tiny import make_tiny
 
@@ -54,7 +54,7 @@ def test_retention_is_measured_before_and_after(ran):
 
 
 def test_result_file_is_one_that_tables_are_made_of(ran):
-    from burnish.report.results import check_result
+    from burnish.experiments.results import check_result
 
     root = ran[0]
     result = json.loads((root / "result.json").read_text())
@@ -117,7 +117,7 @@ def test_a_recipe_without_data_is_refused(tmp_path):
 
 
 def test_named_data_are_made_where_they_are_absent_and_left_alone_where_not(tmp_path, monkeypatch):
-    from burnish.pipeline import make_data
+    from burnish.experiments.pipeline import make_data
 
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(

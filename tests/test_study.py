@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
-import burnish.study
+import burnish.experiments.study
 from burnish.core.errors import BurnishError
+from burnish.experiments.results import check_result, render_table
+from burnish.experiments.study import QUESTIONS, load_study, main, run_study
 from burnish.policies.tiny import make_tiny
-from burnish.report.results import check_result, render_table
-from burnish.study import QUESTIONS, load_study, main, run_study
 
 
 def write(root, **changes):
@@ -76,16 +76,16 @@ def test_questions_are_asked_again_when_they_are_others(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)
     file = root / "runs/tiny/core/plain-0/retention.json"
-    run = burnish.study._Run("plain", 0, burnish.study.arm_recipe(study, base, "plain", 0))
+    run = burnish.experiments.study._Run("plain", 0, burnish.experiments.study.arm_recipe(study, base, "plain", 0))
     settings = run.recipe.eval
     before = file.stat().st_mtime_ns
-    burnish.study._ask(run.folder / "policy", settings, run.folder)
+    burnish.experiments.study._ask(run.folder / "policy", settings, run.folder)
     assert file.stat().st_mtime_ns == before and len(json.loads(file.read_text())["tuned"]["correct"]) == 6
     settings.questions.limit = 4
-    burnish.study._ask(run.folder / "policy", settings, run.folder)
+    burnish.experiments.study._ask(run.folder / "policy", settings, run.folder)
     assert len(json.loads(file.read_text())["tuned"]["correct"]) == 4
     settings.questions.limit = 0
-    burnish.study._ask(run.folder / "policy", settings, run.folder)
+    burnish.experiments.study._ask(run.folder / "policy", settings, run.folder)
 
 
 def test_a_mistake_in_the_last_arm_shows_first(ran, monkeypatch):
@@ -124,13 +124,13 @@ def test_arms_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
     monkeypatch.setattr(study, "arms", {"plain": own})
     monkeypatch.setattr(study, "name", "tiny/own")
     monkeypatch.setattr(base.policy, "path", "runs/not/there")
-    measured, plain = [], burnish.study._train_and_measure
+    measured, plain = [], burnish.experiments.study._train_and_measure
 
     def measure(study, run):
         measured.append(run.recipe.policy.path)
         plain(study, run)
 
-    monkeypatch.setattr("burnish.study._train_and_measure", measure)
+    monkeypatch.setattr("burnish.experiments.study._train_and_measure", measure)
     run_study(study, base, result=root / "own.json")
     assert measured == [str(root / "base")] * 2
     rows = json.loads((root / "own.json").read_text())["rows"]
@@ -155,7 +155,7 @@ def test_wrong_studies_are_refused(tmp_path, changes, message):
 def test_wrong_arm_is_found_before_anything_is_trained(tmp_path, monkeypatch, arms):
     monkeypatch.chdir(tmp_path)
     study, base = load_study(write(tmp_path, arms=arms, reference="a"))
-    monkeypatch.setattr("burnish.pipeline.make_data", lambda *_: None)
+    monkeypatch.setattr("burnish.experiments.pipeline.make_data", lambda *_: None)
     with pytest.raises(BurnishError, match="step"):
         run_study(study, base)
     assert not list((tmp_path / "runs").rglob("policy"))

@@ -17,7 +17,7 @@ _PUBLIC = {
     "evaluate": "burnish.evaluate.rollout",
     "compare": "burnish.evaluate.compare",
     "retention": "burnish.evaluate.retention",
-    "run_recipe": "burnish.pipeline",
+    "run_recipe": "burnish.experiments.pipeline",
     "write_report": "burnish.report",
 }
 __all__ = sorted(_PUBLIC)

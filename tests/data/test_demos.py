@@ -226,7 +226,7 @@ KILLS = int(os.environ.get("BURNISH_KILLS", "3"))
 def test_killed_at_random_instants_the_data_set_is_the_uninterrupted_one(tmp_path):
     def command(root: Path) -> list[str]:
         return [
-            sys.executable, "-m", "burnish.cli", "demos", "--env", "tabletop:reach", "--episodes", "16",
+            sys.executable, "-m", "burnish.cli.main", "demos", "--env", "tabletop:reach", "--episodes", "16",
             "--root", str(root), "--image-size", str(SIZE), "--workers", "2",
         ]  # fmt: skip
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from burnish import BurnishError, inspect_dataset
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.data.inspect import find_gripper
 from burnish.data.inspect_views import orientation_hint
 from burnish.evaluate.video import write_video

@@ -8,7 +8,7 @@ import pytest
 from ranks import train_and_keep, two_ranks
 
 from burnish.core.errors import BurnishError
-from burnish.train.objective import OBJECTIVES
+from burnish.methods.objective import OBJECTIVES
 
 
 class Drift(fake.Objective):

@@ -16,12 +16,12 @@ import torch
 import yaml
 
 import burnish
-from burnish.cli import COMMANDS, build_parser, main
+from burnish.cli.main import COMMANDS, build_parser, main
 from burnish.core.recipe import load_recipe
-from burnish.methods.align.scene_train import read_scene_recipe
-from burnish.study import arm_recipe, load_study
-from burnish.train.pretrain import PretrainConfig
+from burnish.experiments.study import arm_recipe, load_study
 from burnish.train.setup import make_objectives
+from workshop.pretrain import PretrainConfig
+from workshop.scene_train import read_scene_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -3,8 +3,8 @@
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.arms import arm_rows, read_successes
 from burnish.evaluate.records import Record
+from burnish.experiments.variants import arm_rows, read_successes
 
 
 def test_success_is_at_what_the_policy_was_told(tmp_path):

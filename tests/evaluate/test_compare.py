@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.evaluate.compare import compare
 from burnish.evaluate.stats import mcnemar

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import EPISODES, Journal, Record, read_results, weights_hash
+from burnish.core.provenance import weights_hash
+from burnish.evaluate.records import EPISODES, Journal, Record, read_results
 
 RECORDS = [Record("t:a", i, 3, i % 2 == 0, 10 + i, (1.5, 2.5), "lift the rød ball") for i in range(3)]
 

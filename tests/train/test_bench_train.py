@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from burnish.bench import train as bench
+from bench import train as bench
 
 
 def test_quick_run_gives_the_figures(monkeypatch):

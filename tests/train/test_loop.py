@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.methods.objective import Objective
 from burnish.train import checkpoint, loop
 from burnish.train.loop import train
-from burnish.train.objective import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ class Poison(Objective):
 def test_nan_stops_with_the_batch_saved(dataset, tmp_path, monkeypatch, where, words):
     from safetensors.torch import load_file
 
-    from burnish.train.objective import OBJECTIVES
+    from burnish.methods.objective import OBJECTIVES
 
     monkeypatch.setitem(OBJECTIVES._entries, "poison", Poison)
     with pytest.raises(BurnishError, match=f"step 6: {words}.*nan_batch.safetensors"):

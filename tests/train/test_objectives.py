@@ -3,8 +3,8 @@
 import fake
 import pytest
 
+from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.train.loop import train
-from burnish.train.objective import OBJECTIVES, Objective
 
 
 class NearBase(Objective):

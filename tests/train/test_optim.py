@@ -11,7 +11,7 @@ from burnish.train import optim
 
 
 def test_learning_rate_in_closed_form():
-    config = TrainConfig(steps=110, warmup_steps=10, lr=2.0, final_lr_share=0.1)
+    config = TrainConfig(steps=110, warmup_steps=10, lr=2.0, min_lr_ratio=0.1)
     assert [optim.learning_rate(s, config) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert optim.learning_rate(10, config) == pytest.approx(2.0)
     assert optim.learning_rate(60, config) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from burnish.data.questions import make_questions
-from burnish.train.pretrain import PretrainConfig, pretrain, sincos_2d
-from burnish.train.pretrain_grounding import GroundingPhase, match_loudness, name_texts
-from burnish.train.pretrain_vision import OTHERS, VisionPhase, attention_loss, grid_targets, located_names
+from workshop.pretrain import PretrainConfig, pretrain, sincos_2d
+from workshop.pretrain_grounding import GroundingPhase, match_loudness, name_texts
+from workshop.pretrain_vision import OTHERS, VisionPhase, attention_loss, grid_targets, located_names
 
 WORDS = {"ball": 0, "cube": 1, "red": 2}
 

@@ -2,7 +2,7 @@ import fake
 import pytest
 import yaml
 
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.core.recipe import recipe_to_dict
 
 

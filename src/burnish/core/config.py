@@ -100,9 +100,9 @@ class TrainConfig:
     weight_decay: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     warmup_steps: int = 100
-    final_lr_share: float = 0.05
+    min_lr_ratio: float = 0.05
     """The cosine schedule ends at this share of `lr`."""
-    grad_clip: float = 10.0
+    max_grad_norm: float = 10.0
     ema_decay: float = 0.0
     """0 switches the moving average off; otherwise the averaged weights are the ones exported."""
     precision: str = "no"

@@ -1,14 +1,63 @@
-"""Options that come from a recipe or a command line as a mapping."""
+"""Options: dataclasses whose fields say default, meaning and range in one place.
+
+    @dataclass
+    class Options:
+        weight: float = option(0.1, "weight of the penalty", least=0)
+        mode: str = option("auto", "how parents are compared", choices=("auto", "strict"))
+
+    options = read_options(Options, {"weight": 0.2}, "l2sp")
+
+A recipe, a command line and Python all go through `check`, so that none of them takes what another refuses.
+"""
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from burnish.core.errors import BurnishError
 
 
-def refuse_unknown(kind: type, given: Iterable[str], where: str, what: str = "option") -> None:
+def option(
+    default: Any,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[Any] = (),
+) -> Any:
+    """A dataclass field with its meaning and what it may hold.
+
+    Args:
+        default: a list or dict is copied for every instance.
+        help: one sentence for `--help` and error messages.
+        least, most: bounds that are allowed themselves.
+        above, below: bounds that are not.
+        choices: all allowed values, where they are few.
+    """
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    metadata = {"help": help, "choices": tuple(choices)} | {k: v for k, v in bounds.items() if v is not None}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def read_options[T](kind: type[T], given: Mapping[str, Any], where: str) -> T:
+    """`kind(**given)`, checked; `where` begins every message.
+
+    Raises:
+        BurnishError: an unknown name, a wrong type, a value out of range.
+    """
+    refuse_unknown(kind, given, where)
+    options = kind(**given)
+    check(options, where)
+    return options
+
+
+def refuse_unknown(kind: type, given: Mapping[str, Any] | Sequence[str], where: str, what: str = "option") -> None:
     """Raise BurnishError for a name in `given` that is no field of the dataclass `kind`; `where` begins the message."""
     known = [f.name for f in fields(kind)]
     unknown = [name for name in given if name not in known]
@@ -16,18 +65,61 @@ def refuse_unknown(kind: type, given: Iterable[str], where: str, what: str = "op
         raise BurnishError(f"{where}: unknown {what} '{unknown[0]}'", f"one of {', '.join(known)}")
 
 
-def check_types(options: Any, where: str) -> None:
-    """Raise BurnishError for a field that holds another type than its int, float, bool, str, list or dict."""
-    for name, hint in get_type_hints(type(options)).items():
-        kind, value = get_origin(hint) or hint, getattr(options, name)
-        fits = {
-            int: type(value) is int, float: number(value), bool: type(value) is bool, str: type(value) is str,
-            list: isinstance(value, list | tuple), dict: isinstance(value, dict),
-        }  # fmt: skip
-        if not fits.get(kind, True):
-            raise BurnishError(f"{where}: {name} is {value!r}", f"a {kind.__name__}")
+def check(options: Any, where: str, prefix: str = "") -> None:
+    """Raise BurnishError for a field of another type than declared, outside its range, or none of its choices."""
+    hints = get_type_hints(type(options))
+    for one in fields(options):
+        name, value = prefix + one.name, getattr(options, one.name)
+        if not _fits(hints[one.name], value):
+            raise BurnishError(f"{where}: {name} is {value!r}", f"a {_words(hints[one.name])}")
+        check_value(value, one.metadata, f"{where}: {name}")
+
+
+def check_value(value: Any, metadata: Mapping[str, Any], what: str) -> None:
+    """Raise BurnishError where `value` is none of the choices or breaks a bound of `metadata` (see `option`)."""
+    choices = metadata.get("choices")
+    if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise BurnishError(f"{what} is {value!r}", f"one of {', '.join(map(str, choices))}")
+    if not number(value):
+        return
+    least, most, above, below = (metadata.get(key) for key in ("least", "most", "above", "below"))
+    if least is not None and value < least or above is not None and value <= above:
+        raise BurnishError(f"{what} is {value!r}", _range(metadata))
+    if most is not None and value > most or below is not None and value >= below:
+        raise BurnishError(f"{what} is {value!r}", _range(metadata))
 
 
 def number(value: Any) -> bool:
     """Whether a value, from YAML for instance, is a finite number (true and false are none)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _range(metadata: Mapping[str, Any]) -> str:
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    return " and ".join(f"{word} {metadata[key]:g}" for key, word in words.items() if key in metadata)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(part, value) for part in get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    kind = origin or hint
+    tests = {
+        int: type(value) is int, float: number(value), bool: type(value) is bool, str: type(value) is str,
+        list: isinstance(value, list | tuple), tuple: isinstance(value, list | tuple), dict: isinstance(value, dict),
+        type(None): value is None,
+    }  # fmt: skip
+    return tests.get(kind, True)
+
+
+def _words(hint: Any) -> str:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [
+        " or ".join(map(repr, get_args(p)))
+        if get_origin(p) is Literal
+        else getattr(get_origin(p) or p, "__name__", str(p))
+        for p in parts
+    ]
+    return " or ".join("nothing" if name == "NoneType" else name for name in names)

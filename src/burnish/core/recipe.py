@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.renames import rename_recipe
 
 _CHOICES = {
     "train.precision": ("no", "bf16", "fp16"),
@@ -17,7 +18,7 @@ _AT_LEAST = {
     "train.imitation_weight": 0,
     "train.steps": 1, "train.batch_size": 1, "train.grad_accumulation": 1, "train.log_every": 1,
     "train.save_every": 1, "train.warmup_steps": 0, "train.lr": 0, "train.weight_decay": 0,
-    "train.grad_clip": 0, "train.ema_decay": 0, "train.max_minutes": 0, "train.retention_every": 0,
+    "train.max_grad_norm": 0, "train.ema_decay": 0, "train.max_minutes": 0, "train.retention_every": 0,
     "train.peft.rank": 1, "language.weight": 0, "language.batch_size": 1, "language.turns": 1,
     "data.workers": 1, "data.image_size": 0,
 }  # fmt: skip
@@ -35,7 +36,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             a value has the wrong type or lies out of range.
     """
     source = str(path) if path is not None else "the recipe"
-    values = read_yaml(Path(path)) if path is not None else {}
+    values = rename_recipe(read_yaml(Path(path))) if path is not None else {}
     if {"recipe", "arms"} <= values.keys():
         raise BurnishError(f"{path} is a study, not a recipe", "a recipe", f"burnish study {path}")
     _check_keys(RecipeConfig, values, "", source)
@@ -43,6 +44,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         nested: Any = value
         for part in reversed(dotted.split(".")):
             nested = {part: nested}
+        nested = rename_recipe(nested)
         _check_keys(RecipeConfig, nested, "", "the command line")
         merge(values, nested)
     return recipe_from_dict(values, source)
@@ -53,6 +55,7 @@ def recipe_from_dict(values: dict[str, Any], source: str = "the recipe") -> Reci
     import draccus
     from draccus.utils import DraccusException
 
+    values = rename_recipe(values)
     _check_keys(RecipeConfig, values, "", source)
     train = values.get("train", {})
     if train.get("precision") is False:  # YAML reads no as false

@@ -141,12 +141,10 @@ class EnvFamily:
     default_cameras: tuple[str, ...] = field(default=())
 
 
-ENVS: Registry[EnvFamily] = Registry("environment")
+ENVS: Registry[EnvFamily] = Registry("environment", room="burnish.envs")
 
 
 def _family(env_id: str) -> tuple[EnvFamily, str, str]:
-    import burnish.envs  # noqa: F401  registers the families
-
     name, _, selector = env_id.partition(":")
     if not name:
         raise BurnishError(f"empty environment id '{env_id}'", "something like tabletop:lift")

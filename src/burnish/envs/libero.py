@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import EnvSpec, Expert, Observation
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
 from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
@@ -334,3 +334,6 @@ class Libero:
             self._renderer = None
         with _quiet():
             self._inner.close()
+
+
+ENVS.register("libero")(EnvFamily(tasks, make))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import EnvSpec, Expert, Observation
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
 from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
 
 SIMULATOR_STEPS = 5
@@ -178,3 +178,6 @@ class _ScriptedPolicy:
 
     def act(self) -> np.ndarray:
         return np.clip(self._policy.get_action(self._env._observation), -1, 1).astype(np.float32)
+
+
+ENVS.register("metaworld")(EnvFamily(tasks, make))

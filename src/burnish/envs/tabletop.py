@@ -16,7 +16,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.envs import tabletop_scene as scene
 from burnish.envs import tabletop_variants as variants
-from burnish.envs.base import EnvSpec, Expert, Observation
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
 from burnish.envs.tabletop_expert import TabletopExpert
 
 FAMILIES = ("reach", "push", "lift", "put_on", "stack")
@@ -302,3 +302,6 @@ class Tabletop:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+ENVS.register("tabletop")(EnvFamily(tasks, make))

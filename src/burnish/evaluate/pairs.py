@@ -20,12 +20,12 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import number
 from burnish.core.seeding import derive_seed
+from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
-from burnish.evaluate.records import policy_and_hash
 from burnish.evaluate.workers import Episode, Finished, MakeEnv, SimulatorPool, Waiting
-from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
+from burnish.policies.folder import policy_and_hash
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy

@@ -5,12 +5,9 @@ trial) and success.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-import subprocess
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,57 +188,3 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# Places and machines, which do not change what a policy does.
-_NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
-
-
-def policy_and_hash(policy: Any, device: str = "") -> tuple[Any, str]:
-    """A policy, loaded where its folder is given, and the hash of what was given (see `weights_hash`)."""
-    if not isinstance(policy, str | Path):
-        return policy, weights_hash(policy)
-    from burnish.policies.folder import load, resolve
-
-    folder = resolve(policy)
-    return load(folder, device=device), weights_hash(folder)
-
-
-def weights_hash(policy: Any) -> str:
-    """16 hex digits over a policy folder (its tensors, statistics and config) or a module's parameters and buffers.
-
-    A moved folder keeps its hash. Folder and module do not agree with each other: continue an evaluation with what
-    it was started with.
-    """
-    digest = hashlib.sha256()
-    if isinstance(policy, str | Path):
-        for path in sorted(Path(policy).glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        config = json.loads((Path(policy) / "config.json").read_text(encoding="utf-8"))
-        kept = {k: v for k, v in config.items() if k not in _NOT_HASHED}
-        digest.update(json.dumps(kept, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
-    import torch
-
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
-@cache
-def commit() -> str:
-    """Git commit of the checkout that burnish runs from, with "+" when files differ; "" outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
-    except FileNotFoundError:  # no git on this machine
-        return ""

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
-from burnish.evaluate.records import SUMMARY, Journal, commit, policy_and_hash
+from burnish.evaluate.records import SUMMARY, Journal
 from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
+from burnish.policies.folder import policy_and_hash
 
 if TYPE_CHECKING:
     from burnish.evaluate.batching import BatchedPolicy

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
-from burnish.policies.adapter import ACTION, PAD, TASK, Adapter, Stage
+from burnish.policies.wrapper import ACTION, PAD, TASK, PolicyWrapper, Stage
 
 
-class FlowPolicy(Adapter):
+class FlowPolicy(PolicyWrapper):
     """A LeRobot flow-matching policy with its processors."""
 
     # What a family of policies has to say.

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.policies.adapter import Adapter
+from burnish.core.provenance import weights_hash
 from burnish.policies.discrete.policy import FAST_FOLDER, Discrete
 from burnish.policies.pi import SIZES_FILE, TOKENIZER_FOLDER, Pi
 from burnish.policies.smolvla import VLM_FOLDER, SmolVLA
+from burnish.policies.wrapper import PolicyWrapper
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -182,7 +183,7 @@ def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any
 
 
 def write(
-    policy: Adapter, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
+    policy: PolicyWrapper, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write a LeRobot policy folder; making that atomic is the caller's business.
@@ -361,3 +362,11 @@ def _first(keys: Iterable[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def policy_and_hash(policy: Any, device: str = "") -> tuple[Any, str]:
+    """A policy, loaded where its folder is given, and the hash of what was given (see `weights_hash`)."""
+    if not isinstance(policy, str | Path):
+        return policy, weights_hash(policy)
+    folder = resolve(policy)
+    return load(folder, device=device), weights_hash(folder)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.policies import language
-from burnish.policies.adapter import TOKEN_MASK, TOKENS
 from burnish.policies.flow import FlowPolicy
+from burnish.policies.wrapper import TOKEN_MASK, TOKENS
 
 TOKENIZER_FOLDER = "tokenizer"
 SIZES_FILE = "tiny.json"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies import hidden, language
-from burnish.policies.adapter import STATE, TOKEN_MASK, TOKENS
 from burnish.policies.base import Captured
 from burnish.policies.flow import FlowPolicy
+from burnish.policies.wrapper import STATE, TOKEN_MASK, TOKENS
 
 VLM_FOLDER = "vlm"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.types import Batch
-from burnish.policies.adapter import Adapter
+from burnish.policies.wrapper import PolicyWrapper
 
 STAGES = ("preprocess", "vision", "prompt", "passes", "head", "postprocess", "host")
 
@@ -86,7 +86,7 @@ class Clock:
 
 
 @contextmanager
-def instrumented(policy: Adapter, clock: Clock, rows: list[int]) -> Iterator[None]:
+def instrumented(policy: PolicyWrapper, clock: Clock, rows: list[int]) -> Iterator[None]:
     """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `rows`."""
     with ExitStack() as stack:
         for stage in policy.stages():
@@ -122,7 +122,7 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> It
             setattr(owner, name, own)
 
 
-def dissect(policy: Adapter, batch: Batch) -> Anatomy:
+def dissect(policy: PolicyWrapper, batch: Batch) -> Anatomy:
     """One call of `act`, stage by stage."""
     clock, rows = Clock(policy.device), []
     with instrumented(policy, clock, rows):
@@ -181,7 +181,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def profile(
-    policy: Adapter, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
+    policy: PolicyWrapper, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
 ) -> Profile:
     """Time `repeats` undisturbed calls of `act`, each followed by a dissected one on the same batch.
 
@@ -212,11 +212,11 @@ def profile(
     return result
 
 
-def _streams(policy: Adapter) -> bool:
+def _streams(policy: PolicyWrapper) -> bool:
     """Whether the policy can send on control steps before the chunk is whole."""
     from burnish.policies.discrete.policy import Discrete
 
-    return isinstance(policy, Discrete) and policy.row_model().time_ordered
+    return isinstance(policy, Discrete) and policy.token_model().time_ordered
 
 
 def _first_action(policy: Any, batch: Batch, clock: Clock) -> float:

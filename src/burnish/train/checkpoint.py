@@ -170,7 +170,7 @@ def _training_state(run: "Run") -> dict[str, dict[str, Tensor]]:
 
 def _meta(run: "Run") -> dict[str, Any]:
     from burnish import __version__
-    from burnish.evaluate.records import commit
+    from burnish.core.provenance import commit
 
     extra = {
         name: value

@@ -18,13 +18,13 @@ from burnish.core.recipe import demos_root, recipe_to_dict, run_folder, save_rec
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.data.loader import LanguageData, Prefetch, RobotData, pin, to_device
+from burnish.methods.objective import Objective
 from burnish.train import checkpoint, selfcheck
+from burnish.train.divergence import DivergenceGuard
 from burnish.train.logging import Metrics, Window, draw_curves
-from burnish.train.objective import Objective
 from burnish.train.optim import Average, adamw, add_adapters, choose_trained, learning_rate
 from burnish.train.setup import make_accelerator, make_objectives, own_accelerate_state, policy_and_data
 from burnish.train.step import Step, clip, gradients, write_back
-from burnish.train.watch import Watch
 
 RETENTION_LIMIT = 256
 """Questions asked when retention is measured during training."""
@@ -156,7 +156,7 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
 
     config, accelerator = run.recipe.train, run.accelerator
     streams = Streams(run)
-    watch = Watch(run.output, accelerator.process_index, late=run.device.type != "cpu")
+    watch = DivergenceGuard(run.output, accelerator.process_index, late=run.device.type != "cpu")
     first, since, waited = run.step, time.perf_counter(), 0.0
     shown = run.progress and accelerator.is_main_process
     bar = tqdm(total=config.steps, initial=run.step, desc="training", unit="step", disable=not shown)
@@ -191,7 +191,7 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
         streams.close()
 
 
-def train_step(run: Run, streams: "Streams", watch: Watch, check: bool = False) -> dict[str, float]:
+def train_step(run: Run, streams: "Streams", watch: DivergenceGuard, check: bool = False) -> dict[str, float]:
     """One optimiser step over `grad_accumulation` micro-batches; returns the figures of the gradient edits."""
     config, accelerator, step = run.recipe.train, run.accelerator, run.step
     _seed_step(run)
@@ -218,7 +218,7 @@ def train_step(run: Run, streams: "Streams", watch: Watch, check: bool = False) 
         run.say(selfcheck.report_unreached(run.trained))
         if step == 0 and config.imitation_weight > 0:
             run.say(selfcheck.loss_warning(terms["policy"].item(), bool(run.recipe.policy.path)))
-    norm = clip(run.trained, config.grad_clip)
+    norm = clip(run.trained, config.max_grad_norm)
     run.window.add({"grad_norm": norm})
     if accelerator.scaler is None:  # with a scaler an infinite gradient is ordinary: it skips the step itself
         watch.look(step + 1, norm + 0 * total.detach(), figures, seen, run.trained)

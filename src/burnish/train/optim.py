@@ -77,7 +77,7 @@ def add_adapters(policy: nn.Module, config: PeftConfig, seed: int = 0) -> None:
         torch.manual_seed(derive_seed(seed, "adapters"))
         inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
     if lora.use_dora:
-        from burnish.methods.prefer.dora_layer import use_closed_form
+        from burnish.train.dora_layer import use_closed_form
 
         use_closed_form(policy)  # the same numbers, sooner
 
@@ -126,12 +126,12 @@ def adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of step 0, 1, ...: a linear rise over `warmup_steps`, then a half cosine down to `final_lr_share`."""
+    """Rate of step 0, 1, ...: a linear rise over `warmup_steps`, then a half cosine down to `min_lr_ratio`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(1, config.steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / span)
-    share = config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * share
 
 

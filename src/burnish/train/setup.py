@@ -14,8 +14,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.recipe import demos_root
 from burnish.data.frames import load_metadata
 from burnish.data.loader import IMAGES, RobotData
+from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
-from burnish.train.objective import OBJECTIVES, Objective
 from burnish.train.selfcheck import check_statistics
 
 
@@ -81,7 +81,7 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
         BurnishError: statistics are missing, the action dimensions differ, a camera is missing, and all that
             `load_policy` and `RobotData` refuse.
     """
-    from burnish.evaluate.records import weights_hash
+    from burnish.core.provenance import weights_hash
 
     root = demos_root(recipe)
     meta = load_metadata(root)
@@ -134,9 +134,6 @@ def _features(recipe: RecipeConfig, meta) -> dict[str, Any]:
 
 def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
     """The recipe's methods by name, in its order. A name "package.module:Class" is imported."""
-    from burnish.methods import register_shipped
-
-    register_shipped()
     objectives: dict[str, Objective] = {}
     for entry in recipe.objectives:
         options = dict(entry)
@@ -161,5 +158,5 @@ def _import_objective(name: str) -> type[Objective]:
     except (ImportError, AttributeError) as error:
         raise BurnishError(f"objective '{name}' cannot be imported ({error})", "package.module:Class") from error
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.train.objective.Objective")
+        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.methods.objective.Objective")
     return kind

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.data import feature_fill as filling
+from burnish.data.feature_cache import CacheKey, FeatureCache, Pooled, Statistics, open_cache
 from burnish.data.loader import RobotData
-from burnish.methods.align import filling
-from burnish.methods.align.cache import CacheKey, FeatureCache, Pooled, Statistics, open_cache
+from burnish.data.views import RowViews, row_source
 from burnish.methods.align.targets import LiveTargets, make_targets
-from burnish.methods.align.teachers.base import make_teacher
-from burnish.methods.align.views import RowViews, row_source
+from burnish.teachers.base import make_teacher
 
 SPEC = {"name": "edges:Edges", "grid": [4, 4]}
 
@@ -105,7 +105,7 @@ def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key
 
 
 def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
-    monkeypatch.setattr("burnish.methods.align.cache.BLOCK", 8)
+    monkeypatch.setattr("burnish.data.feature_cache.BLOCK", 8)
     whole = fill(tmp_path / "whole", key, data)
     original, done = filling.Filler.fill, []
 
@@ -130,7 +130,7 @@ def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
 
 
 def test_processes_give_the_same_bytes(tmp_path, key, data, monkeypatch, edges):
-    monkeypatch.setattr("burnish.methods.align.cache.BLOCK", 4)
+    monkeypatch.setattr("burnish.data.feature_cache.BLOCK", 4)
     monkeypatch.setenv("PYTHONPATH", str(edges))
     one, two = (fill(tmp_path / str(n), key, data, workers=n) for n in (1, 2))
     for layer in key.layers:

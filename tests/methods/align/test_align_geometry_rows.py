@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from burnish.core.errors import BurnishError
+from burnish.data.views import RowSource, RowViews
 from burnish.envs.base import make_env
-from burnish.methods.align.views import RowSource, RowViews
 
 SIDE = 48
 

@@ -16,7 +16,7 @@ def record(rank, root, output, option, *more):
     import align_student
 
     import burnish.policies
-    from burnish.train.objective import OBJECTIVES
+    from burnish.methods.objective import OBJECTIVES
 
     burnish.policies.load_policy = align_student.load_student
     lines = []

@@ -12,9 +12,9 @@ from torch import nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
-from burnish.methods.align.teachers.base import Teacher, Views, make_teacher, run_teacher
-from burnish.methods.align.teachers.geometry import GeometryTeacher, normals, patchify
-from burnish.methods.align.teachers.scene3d import DEFAULTS, SceneNet
+from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
+from burnish.teachers.geometry import GeometryTeacher, normals, patchify
+from burnish.teachers.scene3d import DEFAULTS, SceneNet
 
 
 def views(batch=2, cameras=2, side=24):
@@ -229,13 +229,13 @@ def test_points_lie_where_their_pixels_are(scene_folder):
 
 
 def test_missing_scene_net_names_the_command(tmp_path):
-    with pytest.raises(BurnishError, match="burnish align teacher recipes/align/scene3d.yaml"):
+    with pytest.raises(BurnishError, match="python -m workshop teacher recipes/align/scene3d.yaml"):
         make_teacher({"name": "scene3d", "path": str(tmp_path / "none")}, (2, 2))
 
 
 def test_scene_net_learns_a_scene_by_heart(tmp_path):
     """The training code brings the error below that of guessing the mean."""
-    from burnish.methods.align.scene_train import SceneRecipe, train_scene_net
+    from workshop.scene_train import SceneRecipe, train_scene_net
 
     sizes = {**DEFAULTS, "width": 32, "depth": 2, "heads": 2, "image_size": 24, "patch": 8, "cells": 2}
     for name, count, seed in (("train", 16, 0), ("held_out", 4, 7_000_000)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake import make_questions
 
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from burnish.cli import main
+from burnish.cli.main import main
 from burnish.core.errors import BurnishError
-from burnish.report.pareto_cli import front, read_arms
+from burnish.experiments.pareto import front, read_arms
 
 
 def row(label, rate, **more):

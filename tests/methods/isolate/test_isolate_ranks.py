@@ -10,8 +10,8 @@ from ranks import two_ranks
 def rank_main(rank, root, questions, output):
     fake.register()
     from burnish.methods.isolate.objective import Isolate
+    from burnish.methods.objective import OBJECTIVES
     from burnish.train import loop
-    from burnish.train.objective import OBJECTIVES
 
     class Recording(Isolate):
         """Writes down what the first step's edit starts from and ends with."""

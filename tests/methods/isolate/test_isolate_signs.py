@@ -184,7 +184,7 @@ def test_damaged_anchors(tiny_smolvla, questions, tmp_path):
 
 
 def test_an_anchor_made_otherwise_is_refused(dataset, tiny_smolvla, questions, tmp_path, capsys):
-    from burnish.cli import main
+    from burnish.cli.main import main
 
     file = tmp_path / "a.safetensors"
     assert (

@@ -8,9 +8,9 @@ import pair_fakes
 import pytest
 
 from burnish.core.errors import BurnishError
+from burnish.data.pairs import PairData
 from burnish.evaluate import pairs as collecting
 from burnish.evaluate.workers import SimulatorPool
-from burnish.methods.prefer.pairs import PairData
 
 
 @pytest.fixture(autouse=True)

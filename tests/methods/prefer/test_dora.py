@@ -10,9 +10,9 @@ from torch import nn
 
 from burnish.core.config import PeftConfig
 from burnish.core.errors import BurnishError
-from burnish.methods.prefer.dora import row_norms
-from burnish.methods.prefer.dora_layer import ClosedFormDora, use_closed_form
-from burnish.methods.prefer.reference import check_adapters, check_precision, without_adapters
+from burnish.methods.reference import check_adapters, check_precision, without_adapters
+from burnish.train.dora import row_norms
+from burnish.train.dora_layer import ClosedFormDora, use_closed_form
 from burnish.train.optim import add_adapters, merged
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from burnish import train
 from burnish.core.errors import BurnishError
+from burnish.data.pairs import Pair, PairData, write_index
 from burnish.methods.prefer.draws import ScoreConfig
-from burnish.methods.prefer.pairs import Pair, PairData, write_index
 from burnish.methods.prefer.scoring import pair_draws, policy_seeds, reference_scores
 
 FLOW = ScoreConfig(draws=2, times="policy", weight="uniform", stratified=False)

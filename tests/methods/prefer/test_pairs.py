@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.data.pairs import FACTS, INDEX, Pair, PairData, divergence, make_pairs, read_labels, write_index
 from burnish.evaluate.pairs import import_labels
-from burnish.methods.prefer.pairs import FACTS, INDEX, Pair, PairData, divergence, make_pairs, read_labels, write_index
 
 
 def rollout(*actions, start=0.0):

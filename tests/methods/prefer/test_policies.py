@@ -10,14 +10,14 @@ from burnish import train
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
 from burnish.core.types import Draws
+from burnish.data.pairs import Pair, write_index
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.objective import score_config
-from burnish.methods.prefer.oracle import agreement, ode_scores
-from burnish.methods.prefer.pairs import Pair, write_index
 from burnish.methods.prefer.scoring import pair_draws, policy_seeds
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
 from burnish.policies.tiny import make_tiny
+from burnish.runtime.flow_likelihood import agreement, ode_scores
 
 FLOWS = ("smolvla", "pi0", "pi05")
 TASKS = ["pick up the red cube", "open", "put the green ball on the plate"]
@@ -115,7 +115,7 @@ def test_ode_of_a_policy_exact_against_many_probes(tmp_path):
 
 
 def test_verify_score_from_the_command_line(tmp_path, capsys, dataset):
-    from burnish.cli import main
+    from burnish.cli.main import main
 
     folder = make_tiny("smolvla", tmp_path / "p", cameras=("front",), state_dim=4, action_dim=3,
                        overrides={"chunk_size": 2, "n_action_steps": 2})  # fmt: skip
@@ -179,7 +179,7 @@ def test_preferences_train_on_real_policies(tmp_path, dataset, kind):
 
 
 def test_the_bench_compares_layouts_of_equal_gradients(tiny_smolvla):
-    from burnish.bench import prefer as bench
+    from bench import prefer as bench
     from burnish.core.config import PeftConfig
     from burnish.train.optim import add_adapters
 

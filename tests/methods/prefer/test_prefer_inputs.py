@@ -7,9 +7,10 @@ import pytest
 from torch import nn
 
 from burnish.core.errors import BurnishError
-from burnish.methods.prefer import losses, reference
+from burnish.data.pairs import Pair, check_unique, read_labels
+from burnish.methods import reference
+from burnish.methods.prefer import losses
 from burnish.methods.prefer.options import make_config
-from burnish.methods.prefer.pairs import Pair, check_unique, read_labels
 
 
 @pytest.mark.parametrize("options", [

@@ -13,7 +13,7 @@ from burnish.methods.align.aligner import square_grid
 from burnish.methods.align.layers import StreamingCka, choose_pairs, match_by_cka, similar_layers
 from burnish.methods.align.objective import Align, cache_key
 from burnish.methods.align.targets import LiveTargets
-from burnish.methods.align.teachers.base import make_teacher
+from burnish.teachers.base import make_teacher
 
 if TYPE_CHECKING:
     from burnish.train.loop import Run

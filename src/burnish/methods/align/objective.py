@@ -16,15 +16,15 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, PolicyLoss
+from burnish.data.feature_cache import CacheKey
 from burnish.methods.align.aligner import Aligner, square_grid
-from burnish.methods.align.cache import CacheKey
 from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.layers import check_pairs, choose_pairs
 from burnish.methods.align.presets import make_config
 from burnish.methods.align.targets import make_targets
-from burnish.methods.align.teachers.base import file_hash, fingerprint, make_teacher
+from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Captured
-from burnish.train.objective import OBJECTIVES, Objective
+from burnish.teachers.base import file_hash, fingerprint, make_teacher
 
 if TYPE_CHECKING:
     from burnish.train.loop import Run

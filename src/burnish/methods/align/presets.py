@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import check_types, refuse_unknown
-from burnish.methods.align.cache import FORMATS
+from burnish.core.options import check, refuse_unknown
+from burnish.data.feature_cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
 from burnish.methods.align.loss import POOLINGS
 from burnish.methods.align.projector import SHARING
@@ -103,7 +103,7 @@ def make_config(preset: str, options: dict[str, Any]) -> AlignConfig:
             raise BurnishError(f"align: {name} is '{getattr(config, name)}'", f"one of {', '.join(choices)}")
     if config.cache is False:  # YAML reads off as false
         config.cache = "off"
-    check_types(config, "align")
+    check(config, "align")
     for name in ("weight", "match", "positional", "warmup_steps", "count", "hidden", "components", "late_tokens",
                  "measure_every", "workers"):  # fmt: skip
         if not getattr(config, name) >= 0:

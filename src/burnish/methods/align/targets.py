@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from burnish.core.types import Batch
-from burnish.methods.align.cache import (
-    CacheKey,
-    FeatureCache,
-    Pooled,
-    fit_statistics,
-    open_cache,
-    to_device,
-)
+from burnish.data.feature_cache import CacheKey, FeatureCache, Pooled, fit_statistics, open_cache, to_device
+from burnish.data.views import RowViews, row_source
 from burnish.methods.align.loss import shift_grid
-from burnish.methods.align.teachers.base import Teacher, Views, make_teacher
-from burnish.methods.align.views import RowViews, row_source
+from burnish.teachers.base import Teacher, Views, make_teacher
 
 if TYPE_CHECKING:
     from burnish.data.loader import RobotData

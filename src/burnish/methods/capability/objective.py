@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods.capability.delta import Delta
-from burnish.methods.capability.keys import check_patterns, match_names, selected
 from burnish.methods.capability.regularise import PENALTIES, inner_products, penalty, pinned, project_out
-from burnish.train.objective import OBJECTIVES, Objective
+from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.weights.delta import Delta
+from burnish.weights.names import check_patterns, match_names, selected
 
 if TYPE_CHECKING:
     from burnish.train.loop import Run

@@ -14,8 +14,8 @@ from burnish.methods.isolate.layout import Layout, Vector
 from burnish.methods.isolate.options import resolve
 from burnish.methods.isolate.probe import Probe, check_probe
 from burnish.methods.isolate.project import Direction, Edited, Rule, edit, edit_several, orthonormal
-from burnish.methods.isolate.sources import Source
-from burnish.train.objective import OBJECTIVES, Objective
+from burnish.methods.isolate.protected import Source
+from burnish.methods.objective import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from burnish.train.loop import Run

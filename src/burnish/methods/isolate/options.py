@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import check_types, refuse_unknown
+from burnish.core.options import check, refuse_unknown
 from burnish.methods.isolate.layout import GRANULARITIES
 
 CHOICES = {
@@ -129,7 +129,7 @@ def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Op
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")
     refuse_unknown(Options, given, "isolate")
     options = replace(Options(), **{**METHODS[method], **given})
-    check_types(options, "isolate")
+    check(options, "isolate")
     _check(method, options, questions)
     return method, options
 

@@ -10,7 +10,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import evaluating, forward, question_batches, token_groups
-from burnish.methods.isolate.sources import robot_batches
+from burnish.methods.isolate.protected import robot_batches
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods.prefer import losses, reference
+from burnish.data.pairs import PairData
+from burnish.methods import reference
+from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.prefer import losses
 from burnish.methods.prefer.draws import ScoreConfig, spread
 from burnish.methods.prefer.options import PreferConfig, make_config
-from burnish.methods.prefer.pairs import PairData
 from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
 from burnish.policies.discrete.policy import Discrete
 from burnish.policies.flow import FlowPolicy
-from burnish.train.objective import OBJECTIVES, Objective
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import check_types, refuse_unknown
+from burnish.core.options import check, refuse_unknown
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.losses import LOSSES
 
@@ -92,7 +92,7 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
 
 
 def _check(config: PreferConfig) -> None:
-    check_types(config, "prefer")
+    check(config, "prefer")
     for name in ("weight", "sft_weight", "proximal_weight", "horizon", "steps"):
         if getattr(config, name) < 0:
             raise BurnishError(f"prefer: {name} is {getattr(config, name)}", "a number of at least 0")

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
+from burnish.data.pairs import PairData
 from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, make_draws, weigh
 from burnish.methods.prefer.losses import finite
-from burnish.methods.prefer.pairs import PairData
 from burnish.policies.base import Policy
 
 ROWS_AT_ONCE = 256

@@ -65,7 +65,7 @@ class DiscreteConfig(PreTrainedConfig):
     action dimension means one control step; autoregressive has 1."""
     shift: bool = False
     """Read the token at a position from the row before it, as language models do; autoregressive always does."""
-    open_prompt: bool = False
+    prompt_sees_actions: bool = False
     """Let prompt rows see action rows in training. Keys of the prompt can then not be kept between passes."""
     noise: str = "uniform"
     """Schedule of the hidden tokens, see discrete/noise.py."""
@@ -99,8 +99,10 @@ class DiscreteConfig(PreTrainedConfig):
             raise ValueError("tokenizer is fast but fast_folder is empty")
         if self.block_size < 0:
             raise ValueError(f"block_size is {self.block_size}, not 0 (the whole chunk) or more")
-        if self.open_prompt and (self.training == "autoregressive" or self.block_size):
-            raise ValueError("open_prompt with attention over blocks: what a block tells the prompt, all blocks see")
+        if self.prompt_sees_actions and (self.training == "autoregressive" or self.block_size):
+            raise ValueError(
+                "prompt_sees_actions with attention over blocks: what a block tells the prompt, all blocks see"
+            )
         if self.training == "autoregressive":
             if self.block_size not in (0, 1):
                 raise ValueError(f"block_size is {self.block_size}, but an autoregressive policy sees back only")
@@ -147,7 +149,7 @@ class DiscreteConfig(PreTrainedConfig):
             return self.decoder
         if self.training != "diffusion":
             return {"autoregressive": "autoregressive", "parallel": "one_pass"}[self.training]
-        if self.open_prompt:
+        if self.prompt_sees_actions:
             return "bidirectional"
         return "prompt_cached" if self.block == self.length else "together"
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
-from burnish.policies.adapter import ACTION, PAD
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
 from burnish.policies.discrete.network import TokenNet
 from burnish.policies.discrete.noise import NOISE, hide
-from burnish.policies.discrete.rows import NetRows
-from burnish.policies.rows import Decode, PromptRows, make_decoder, sees
+from burnish.policies.discrete.token_model import NetTokenModel
+from burnish.policies.wrapper import ACTION, PAD
+from burnish.sampling.token_model import Decode, Prompt, make_decoder, sees
 
 
 class DiscretePolicy(PreTrainedPolicy):
@@ -73,7 +73,12 @@ class DiscretePolicy(PreTrainedPolicy):
         return Draws(noise, time, *hide(shares, block, generator))
 
     def logits(
-        self, prompt: PromptRows, ids: Tensor, hidden: Tensor, block: int | None = None, open_prompt: bool | None = None
+        self,
+        prompt: Prompt,
+        ids: Tensor,
+        hidden: Tensor,
+        block: int | None = None,
+        prompt_sees_actions: bool | None = None,
     ) -> Tensor:
         """[B, L, V] logits of every action token, one pass over prompt and actions.
 
@@ -82,10 +87,10 @@ class DiscretePolicy(PreTrainedPolicy):
             ids: long [B, L], the true tokens.
             hidden: bool [B, L], tokens that the model does not see.
             block: tokens that see one another; None means the policy's own.
-            open_prompt: whether prompt rows see action rows; None means as in the policy.
+            prompt_sees_actions: whether prompt rows see action rows; None means as in the policy.
         """
         config, model = self.config, self.model
-        opened = config.open_prompt if open_prompt is None else open_prompt
+        opened = config.prompt_sees_actions if prompt_sees_actions is None else prompt_sees_actions
         index = torch.arange(config.length, device=ids.device)
         seen = sees(index[:, None], index[None, :], block or config.block)
         visible = _visible(prompt.valid, seen)
@@ -94,9 +99,7 @@ class DiscretePolicy(PreTrainedPolicy):
         first = prompt.states.shape[1] - int(config.shift)
         return model.head(states[:, first : first + config.length])
 
-    def token_losses(
-        self, prompt: PromptRows, actions: Tensor, draws: Draws, padded: Tensor | None
-    ) -> dict[str, Tensor]:
+    def token_losses(self, prompt: Prompt, actions: Tensor, draws: Draws, padded: Tensor | None) -> dict[str, Tensor]:
         """Losses [B, L] by name, their weights [B, L] under "weight", and "ids", "hidden", "logits".
 
         Args:
@@ -143,7 +146,7 @@ class DiscretePolicy(PreTrainedPolicy):
             return out["cross_entropy"]
         return out["cross_entropy"] + self.config.ordinal_weight * out["ordinal"]
 
-    def log_likelihood(self, prompt: PromptRows, actions: Tensor, draws: Draws, padded: Tensor | None) -> Tensor:
+    def log_likelihood(self, prompt: Prompt, actions: Tensor, draws: Draws, padded: Tensor | None) -> Tensor:
         """[B] log-probability of `actions`: exact for autoregressive and parallel policies; for diffusion an unbiased
         estimate of its lower bound, whose masks follow from `draws.noise` and `draws.time`.
         """
@@ -158,7 +161,7 @@ class DiscretePolicy(PreTrainedPolicy):
         logits = self._given_clean_blocks(prompt, ids, hidden)
         return -(losses.cross_entropy(logits, ids) * weight).sum(1)
 
-    def _given_clean_blocks(self, prompt: PromptRows, ids: Tensor, hidden: Tensor) -> Tensor:
+    def _given_clean_blocks(self, prompt: Prompt, ids: Tensor, hidden: Tensor) -> Tensor:
         """[B, L, V]: every block with its own hidden tokens, given all earlier blocks without any.
 
         One pass over [noisy | clean] rows at the same positions, as in block diffusion (arXiv 2503.09573).
@@ -184,7 +187,7 @@ class DiscretePolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def decode(
-        self, prompt: PromptRows, prefix: Tensor | None = None, stream: Callable[[int, Tensor], None] | None = None
+        self, prompt: Prompt, prefix: Tensor | None = None, stream: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
         """Normalised actions [B, T, A].
 
@@ -219,7 +222,7 @@ class DiscretePolicy(PreTrainedPolicy):
         name = self.config.decoder_name
         key = f"{name} {sorted(self.config.decoder_options.items())}"
         if key not in self._decoders:
-            self._decoders[key] = make_decoder(name, NetRows(self.model), **self.config.decoder_options)
+            self._decoders[key] = make_decoder(name, NetTokenModel(self.model), **self.config.decoder_options)
         return self._decoders[key]
 
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.policies.adapter import STATE, TOKEN_MASK, TOKENS
 from burnish.policies.discrete.tokenizers import Bins, Fast
-from burnish.policies.rows import PromptRows
+from burnish.policies.wrapper import STATE, TOKEN_MASK, TOKENS
+from burnish.sampling.token_model import Prompt
 
 MULTI_IMAGE = ("smolvlm", "idefics3")
 """VLM types that take several images at once, [B, n, 3, H, W]."""
@@ -111,7 +111,7 @@ class TokenNet(nn.Module):
         several = self.vlm.config.model_type in MULTI_IMAGE
         return self.vlm.get_image_features(pixel_values=image[:, None] if several else image).pooler_output
 
-    def prompt(self, batch: dict[str, Any]) -> PromptRows:
+    def prompt(self, batch: dict[str, Any]) -> Prompt:
         """Embeddings of a batch that went through the preprocessor."""
         images, masks = self.prepare_images(batch)
         if not images:
@@ -123,7 +123,7 @@ class TokenNet(nn.Module):
         state = self._embed_state(batch[STATE])
         valid.append(valid[-1].new_ones(state.shape[:2]))
         seen = torch.cat(parts, dim=1) * self.scale
-        return PromptRows(torch.cat([seen, state.to(seen.dtype)], dim=1), torch.cat(valid, dim=1))
+        return Prompt(torch.cat([seen, state.to(seen.dtype)], dim=1), torch.cat(valid, dim=1))
 
     def _embed_state(self, state: Tensor) -> Tensor:
         state = state[:, -1] if state.ndim == 3 else state
@@ -147,7 +147,7 @@ class TokenNet(nn.Module):
         return valid[:, None, :] & (late[:, None] | ~late[None, :])
 
     def joint(
-        self, prompt: PromptRows, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
+        self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
         see_actions: bool = False,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, P + R, D] of prompt and action rows in one pass.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
-from burnish.policies.adapter import ACTION, PAD, TOKEN_MASK, Adapter, Stage
-from burnish.policies.discrete.rows import NetRows
+from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
-from burnish.policies.rows import PromptRows
+from burnish.policies.wrapper import ACTION, PAD, TOKEN_MASK, PolicyWrapper, Stage
+from burnish.sampling.token_model import Prompt
 
 VLM_FOLDER, FAST_FOLDER = "vlm", "fast"
 
@@ -38,7 +38,7 @@ class TokenForward:
     logits: Tensor
 
 
-class Discrete(Adapter):
+class Discrete(PolicyWrapper):
     """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action rows run through all of its layers."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
@@ -97,9 +97,9 @@ class Discrete(Adapter):
     def row_counters(self) -> list[nn.Module]:
         return [self.policy.model.text_model.layers[0].mlp]
 
-    def row_model(self) -> NetRows:
+    def token_model(self) -> NetTokenModel:
         """The policy as decoders see it; batches are those of the verbs."""
-        return NetRows(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
+        return NetTokenModel(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
 
     # The verbs.
 
@@ -150,7 +150,7 @@ class Discrete(Adapter):
         committed = None if prefix is None else prepared[ACTION]
         prompt = self._embed(prepared)
         if self._captures:
-            self.row_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
+            self.token_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
 
         def exact(actions: Tensor) -> Tensor:
             actions = self.postprocessor(actions)
@@ -168,7 +168,7 @@ class Discrete(Adapter):
         return self.policy.draw(batch_size, generator)
 
     def token_logits(
-        self, batch: Batch, forward: TokenForward, block: int | None = None, open_prompt: bool | None = None
+        self, batch: Batch, forward: TokenForward, block: int | None = None, prompt_sees_actions: bool | None = None
     ) -> Tensor:
         """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
 
@@ -176,10 +176,10 @@ class Discrete(Adapter):
             batch: observations.
             forward: what `watch_tokens` caught.
             block: action tokens that see one another; None means the policy's own, L lets all see all.
-            open_prompt: whether prompt rows see action rows; None means as in the policy.
+            prompt_sees_actions: whether prompt rows see action rows; None means as in the policy.
         """
         prompt = self._embed(self._prepare(batch, None))
-        return self.policy.logits(prompt, forward.ids, forward.hidden, block, open_prompt)
+        return self.policy.logits(prompt, forward.ids, forward.hidden, block, prompt_sees_actions)
 
     @contextmanager
     def watch_tokens(self) -> Iterator[list[TokenForward]]:
@@ -212,7 +212,7 @@ class Discrete(Adapter):
         prepared = self._prepare(batch, actions)
         return prepared, (draws or self.draw(len(actions), self.generator)).to(self.device)
 
-    def _embed(self, prepared: dict[str, Any], action_rows: int = 0) -> PromptRows:
+    def _embed(self, prepared: dict[str, Any], action_rows: int = 0) -> Prompt:
         if self._captures:
             images, masks = self.prepare_images(prepared)
             self._note(images, masks, prepared[TOKEN_MASK])

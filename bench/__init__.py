@@ -1,0 +1,92 @@
+"""`python -m bench NAME`: one JSON object of figures, measured against peers side by side in one run.
+
+A bench is a module here with `run(args) -> dict`, holding name, device, versions, n, figures (flat) and detail.
+"""
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+
+# name: the bounds that the figures are meant to keep, shown beside them
+BENCHES: dict[str, dict[str, str]] = {
+    "align": {
+        "step_ratio_cached": "<= 1.10",
+        "cache_fill_speedup": ">= 3",
+        "half_exact": "true",
+        "pca_cosine": ">= 0.99",
+    },
+    "data": {
+        "tabletop_demos_per_cpu_min": ">= 250",
+        "metaworld_demos_per_cpu_min": ">= 200",
+        "libero_goal_demos_per_cpu_min": ">= 25",
+    },
+    "decode": {
+        "bidirectional_over_ours": ">= 5",
+        "prompt_cached_over_ours": ">= 1.0",
+        "long_prompt_cached_over_ours": ">= 1.4",
+        "first_action_speedup": ">= 8",
+        "auto_worst_over_best": "<= 1.05",
+        "tokens_equal": "true",
+    },
+    "eval": {"speedup_over_lerobot_eval": ">= 5", "outcomes_equal": "true"},
+    "merge": {
+        "time_over_mergekit": "<= 0.4",
+        "throughput_over_copy": ">= 0.35",
+        "peak_rss_gb": "<= 0.5",
+        "memory_flat": "true",
+        "every_element_exact": "true",
+        "agrees_with_mergekit": "true",
+    },
+    "prefer": {
+        "gradients_equal": "true",
+        "speedup_over_textbook_k1": ">= 2.4",
+        "speedup_over_textbook_k4": ">= 5",
+        "pair_step_over_sft_step": "<= 1.3",
+        "memory_over_sft": "<= 1.25",
+        "dora_over_lora": "<= 1.2",
+        "dora_equals_peft": "true",
+    },
+    "isolate": {
+        "step_ratio_paper": "<= 1.8",
+        "step_ratio_default": "<= 1.2",
+        "default_cosine": ">= 0.95",
+        "edit_speedup_over_loop": ">= 2",
+        "edit_error": "<= 2e-6",
+    },
+    "train": {"data_wait_share": "<= 0.05", "loop_overhead": "<= 0.03"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  python -m bench train --json --output results/bench_train.json"
+    parser.add_argument("name", choices=sorted(BENCHES))
+    parser.add_argument("--json", action="store_true", help="print the whole JSON object instead of a table")
+    parser.add_argument("--output", default="", help="also write the JSON object to this file")
+    parser.add_argument("--mergekit", default="", metavar="PYTHON", help="merge: interpreter with mergekit, the peer")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
+
+
+def main(args: argparse.Namespace) -> int:
+    outcome = import_module(f"bench.{args.name}").run(args)
+    outcome["targets"] = BENCHES[args.name]
+    text = json.dumps(outcome, indent=1)
+    if args.output:
+        from burnish.core.files import write_text
+
+        write_text(Path(args.output), text + "\n")
+    if args.json:
+        print(text)
+    else:
+        for figure, value in outcome["figures"].items():
+            print(f"{figure:32s} {show(value):>12s}   {BENCHES[args.name].get(figure, '')}")
+    return 0
+
+
+def show(value: object) -> str:
+    """A figure as it is printed: floats with four digits that count, so that 1.704e-05 is not cut to "1.7042101556".
+
+    >>> show(1.7042101556e-05), show(0.25), show(3), show(True)
+    ('1.704e-05', '0.25', '3', 'True')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,216 @@
+"""What alignment costs: time of a step with kept and with live teacher features, memory, and filling the cache."""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, IMAGE = 32, 96
+MEASURE_EVERY = 50
+ARMS = ("plain", "cached", "live")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """SmolVLA-small on random pictures, with a scene3d teacher of full size and random weights (which cost the same).
+
+    Figures:
+        step_ratio_cached, step_ratio_live: time of an aligned step over a plain one beside it, the share of a gradient
+            measurement (every 50 steps) included. Live runs the teacher in every step.
+        cache_fill_speedup: five epochs of the teacher in the loop over filling the cache once.
+        half_exact: half precision equals the pooled features, rounded.
+        pca_cosine: mean cosine of the compressed features with those.
+        bytes_half, bytes_pca: of a sample (one view, three layers).
+        peak_mb_plain, peak_mb_cached, peak_mb_live: most memory of a process that trains so.
+    """
+    from burnish.core.provenance import machine
+    from burnish.train.setup import own_accelerate_state
+
+    with tempfile.TemporaryDirectory() as temporary, own_accelerate_state():
+        folder = Path(temporary)
+        name = _prepare(folder)
+        ratios, detail = _steps(folder, 8 if args.quick else 60)
+        cache = _cache(folder, 512 if args.quick else 32768)
+        peaks = {f"peak_mb_{arm}": _peak(folder, arm) for arm in ARMS}
+    info = machine()
+    return {
+        "name": "align",
+        "device": info.pop("device"),
+        "versions": info,
+        "n": detail.pop("n"),
+        "figures": ratios | {k: v for k, v in cache.items() if k != "detail"} | peaks,
+        "detail": {"policy": name, "batch_size": BATCH, "image_size": IMAGE, **detail, **cache["detail"]},
+    }
+
+
+def _prepare(folder: Path) -> str:
+    """Data, a teacher and the name of the policy."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from bench.train import _base, make_frames
+    from burnish.teachers.scene3d import DEFAULTS, SceneNet
+
+    make_frames(folder / "data", episodes=4, frames=60, size=IMAGE)
+    (folder / "teacher").mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(SceneNet(**DEFAULTS).state_dict(), folder / "teacher" / "model.safetensors")
+    (folder / "teacher" / "config.json").write_text(json.dumps({"model": DEFAULTS}))
+    policy, name = _base(folder)
+    (folder / "policy.txt").write_text(policy)
+    return name
+
+
+def _run(folder: Path, arm: str):
+    from burnish.core.recipe import load_recipe
+    from burnish.train.loop import Run
+
+    recipe = load_recipe(None, [
+        "--name=bench", f"--output={folder / arm}", f"--data.root={folder / 'data'}",
+        f"--policy.path={(folder / 'policy.txt').read_text()}", f"--train.batch_size={BATCH}",
+        "--train.steps=100000", "--train.self_check=false",
+    ])  # fmt: skip
+    if arm != "plain":
+        recipe.objectives = [{
+            "name": "align", "teacher": {"name": "scene3d", "path": str(folder / "teacher")},
+            "cache": "off" if arm == "live" else "", "measure_every": MEASURE_EVERY,
+        }]  # fmt: skip
+    (folder / arm).mkdir(exist_ok=True)
+    return Run(recipe, progress=False)
+
+
+class _Stepper:
+    """A run that does one step after another and says how long each took."""
+
+    def __init__(self, folder: Path, arm: str):
+        from burnish.train.divergence import DivergenceGuard
+        from burnish.train.loop import Streams
+
+        self.run = _run(folder, arm)
+        self.streams = Streams(self.run)
+        self.watch = DivergenceGuard(self.run.output, 0, late=self.run.device.type != "cpu")
+
+    def step(self) -> float:
+        from bench.train import _wait
+        from burnish.train.loop import train_step
+
+        _wait(self.run.device)
+        begin = time.perf_counter()
+        train_step(self.run, self.streams, self.watch)
+        _wait(self.run.device)
+        return time.perf_counter() - begin
+
+
+def _steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Ratios of the arms' steps, taken in turns."""
+    from tqdm import tqdm
+
+    steppers = {arm: _Stepper(folder, arm) for arm in ARMS}
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    measuring: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for k in tqdm(range(rounds + 3), desc="steps in turns", unit="round", file=sys.stderr):
+        for arm, stepper in steppers.items():
+            measured = stepper.run.step % MEASURE_EVERY == 0
+            seconds = stepper.step()
+            if k >= 3:
+                (measuring if measured and arm != "plain" else times)[arm].append(seconds)
+    for arm, stepper in steppers.items():  # one more measurement each, whatever the number of rounds
+        stepper.run.step = -(-stepper.run.step // MEASURE_EVERY) * MEASURE_EVERY
+        measuring[arm].append(stepper.step())
+        stepper.streams.close()
+    plain = statistics.median(times["plain"])
+    ratios, detail = {}, {"n": rounds, "plain_step_seconds": plain}
+    for arm in ARMS[1:]:
+        ordinary = [a / b for a, b in zip(times[arm], times["plain"], strict=False)]
+        extra = max(0.0, statistics.median(measuring[arm]) / plain - statistics.median(ordinary))
+        ratios[f"step_ratio_{arm}"] = statistics.median(ordinary) + extra / MEASURE_EVERY
+        quartiles = statistics.quantiles(ordinary, n=4)
+        detail[f"{arm}_quartiles"] = [quartiles[0], quartiles[2]]
+        detail[f"{arm}_measuring_step_over_plain"] = extra + statistics.median(ordinary)
+    return ratios, detail
+
+
+def _cache(folder: Path, rows: int) -> dict[str, Any]:
+    """Filling time against the teacher in the loop, exactness and size of both formats."""
+    from dataclasses import replace
+
+    import torch
+
+    from burnish.data.feature_cache import BLOCK, CacheKey, Pooled, open_cache, to_device
+    from burnish.data.views import RowSource, RowViews
+    from burnish.teachers.base import Views, make_teacher
+
+    spec = {"name": "scene3d", "path": str(folder / "teacher")}
+    teacher = make_teacher(spec, (4, 4))
+    frames = np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, (rows, IMAGE, IMAGE, 3))
+    drawn = np.random.default_rng(0).integers(0, 256, (64, 12, 12, 3), dtype=np.uint8)
+    for first in range(0, rows, 64):  # blocks of colour, another order of them in every image
+        part = drawn.transpose(0, 2, 1, 3) if first // 64 % 2 else drawn
+        smooth = np.roll(part, first, (1, 2)).repeat(IMAGE // 12, 1).repeat(IMAGE // 12, 2)
+        frames[first : first + 64] = smooth[: rows - first]
+    frames.flush()
+    source = RowSource({"front": folder / "frames.npy"}, folder, geometry=False)
+    key = CacheKey(teacher.identity, "bench", ["front"], [IMAGE, IMAGE], [1, 3, 5], [4, 4], standardise=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    begin = time.perf_counter()
+    half = open_cache(folder / "half", spec, key, source, None, rows, device=device)
+    filling = time.perf_counter() - begin
+    small = open_cache(
+        folder / "pca", spec, replace(key, format="pca"), source, None, rows, progress=False, device=device
+    )
+    views, pooled = RowViews(source), Pooled(teacher.to(device), key)
+    inputs = views(np.arange(BATCH), None).images.to(device)
+    live = Views(inputs, torch.ones(BATCH, 1, dtype=torch.bool, device=device), ("front",))
+    seconds = []
+    for _ in range(12):
+        begin = time.perf_counter()
+        pooled(live)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    in_loop = 5 * rows / BATCH * statistics.median(seconds[2:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the filling processes have it
+    block = torch.arange(min(BLOCK, rows))
+    exact = pooled(to_device(views(block.numpy(), None), device))
+    torch.set_num_threads(threads)
+    kept, back = half.read(block), small.read(block)
+    equal = all(torch.equal(half.statistics[t].encode(f.cpu()).float(), kept[t]) for t, f in exact.items())
+    cosines = [torch.cosine_similarity(kept[t], back[t], dim=-1).mean() for t in key.layers]
+    return {
+        "cache_fill_speedup": in_loop / filling,
+        "half_exact": equal,
+        "pca_cosine": float(torch.stack(cosines).mean()),
+        "bytes_half": half.bytes_per_sample,
+        "bytes_pca": small.bytes_per_sample,
+        "detail": {"rows_filled": rows, "fill_seconds": filling, "five_epochs_in_loop_seconds": in_loop},
+    }
+
+
+def _peak(folder: Path, arm: str) -> float:
+    """Most memory, in MB, of a process of its own that trains a few steps."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_of_this_process, (folder, arm))
+
+
+def _peak_of_this_process(folder: Path, arm: str) -> float:
+    import torch
+
+    stepper = _Stepper(folder, arm)
+    for _ in range(3):
+        stepper.step()
+    stepper.streams.close()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    # getrusage would do, but a started process inherits its parent's highest mark there.
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e3

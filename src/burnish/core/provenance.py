@@ -1,0 +1,68 @@
+"""Where a number comes from: hash of the weights, git commit, machine and versions."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Places and machines, which do not change what a policy does.
+_NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
+
+
+def weights_hash(policy: Any) -> str:
+    """16 hex digits over a policy folder (its tensors, statistics and config) or a module's parameters and buffers.
+
+    A moved folder keeps its hash. Folder and module do not agree with each other: continue an evaluation with what
+    it was started with.
+    """
+    digest = hashlib.sha256()
+    if isinstance(policy, str | Path):
+        for path in sorted(Path(policy).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        config = json.loads((Path(policy) / "config.json").read_text(encoding="utf-8"))
+        kept = {k: v for k, v in config.items() if k not in _NOT_HASHED}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+    import torch
+
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    """Git commit of the checkout that burnish runs from, with "+" when files differ; "" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        return ""
+
+
+def machine() -> dict[str, str]:
+    """Device and versions, by name, of the machine that measures; every bench and result names them."""
+    import torch
+
+    cores = os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ("burnish", "lerobot", "torch", "transformers", "mujoco")
+    return {
+        "device": f"{cores} CPU cores ({platform.machine()}), {gpu}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

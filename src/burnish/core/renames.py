@@ -1,0 +1,58 @@
+"""Old names of options, kept for one release: they give the same result and one line that names the new one."""
+
+import logging
+from typing import Any
+
+log = logging.getLogger("burnish")
+
+RECIPE = {
+    "train.final_lr_share": "train.min_lr_ratio",
+    "train.grad_clip": "train.max_grad_norm",
+}
+"""Keys of a recipe."""
+
+OBJECTIVES: dict[str, dict[str, str]] = {}
+"""Options of an entry in `objectives:`, by the method's name."""
+
+_told: set[str] = set()
+
+
+def note(old: str, new: str) -> None:
+    """Say once in a process that `old` is now called `new`."""
+    if old not in _told:
+        _told.add(old)
+        log.warning("%s is now called %s; the old name goes with the next release", old, new)
+
+
+def rename_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of a recipe, or of a part of one, with old names replaced; the argument stays as it is.
+
+    Where both names are given the new one counts.
+    """
+    values = _copy(values)
+    for old, new in RECIPE.items():
+        *path, last = old.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and last in section:
+            note(old, new)
+            section.setdefault(new.rpartition(".")[2], section.pop(last))
+            section.pop(last, None)
+    entries = values.get("objectives")
+    if isinstance(entries, list):
+        values["objectives"] = [rename_objective(entry) if isinstance(entry, dict) else entry for entry in entries]
+    return values
+
+
+def rename_objective(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `objectives:` with the present names of its options."""
+    name = entry.get("name")
+    table = OBJECTIVES.get(name, {}) if isinstance(name, str) else {}
+    for old in table.keys() & entry.keys():
+        note(f"{name}: {old}", table[old])
+    return {table.get(key, key): value for key, value in entry.items() if not (key in table and table[key] in entry)}
+
+
+def _copy(value: Any) -> Any:
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,150 @@
+"""What a data set's rows look like to a teacher: stored images, and depth rendered anew from stored states.
+
+Picklable and free of LeRobot, so that processes which fill the cache start quickly.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.teachers.base import Views
+
+RESTORABLE = "tabletop"
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Says where everything is; `RowViews` opens it.
+
+    Args:
+        frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3].
+        root: data set folder.
+        geometry: whether depth is wanted.
+    """
+
+    frames: dict[str, Path]
+    root: Path
+    geometry: bool
+
+
+def row_source(data: Any, cameras: tuple[str, ...], geometry: bool) -> RowSource:
+    """The source of a `RobotData`; raises BurnishError where depth is wanted and nothing tells it."""
+    arrays = data.frames.arrays
+    frames = {camera: Path(arrays[f"observation.images.{camera}"].filename) for camera in cameras}
+    if geometry:
+        _episodes(data.root)
+    return RowSource(frames, Path(data.root), geometry)
+
+
+class RowViews:
+    """Gives the views of dataset rows.
+
+    Args:
+        source: see `row_source`.
+    """
+
+    def __init__(self, source: RowSource):
+        self.source = source
+        self.arrays = {c: np.load(p, mmap_mode="r", allow_pickle=False) for c, p in source.frames.items()}
+        self._depth = _Depth(source.root) if source.geometry else None
+
+    def __call__(self, rows: np.ndarray, states: np.ndarray | None) -> Views:
+        """Views of B rows; `states` [B, D] are their observed states (needed for rendered depth)."""
+        images = np.stack([np.stack([self.arrays[c][row] for c in self.arrays]) for row in rows])
+        images_BV3HW = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float() / 255
+        views = Views(images_BV3HW, torch.ones(images.shape[:2], dtype=torch.bool), tuple(self.arrays))
+        if self._depth is not None:
+            size = images.shape[2]
+            seen = [
+                [self._depth(int(row), camera, size, None if states is None else states[i]) for camera in self.arrays]
+                for i, row in enumerate(rows)
+            ]
+            views.depth, views.points = (
+                torch.from_numpy(np.array([[view[kind] for view in row] for row in seen]))
+                for kind in ("depth", "points")
+            )
+        return views
+
+    def close(self) -> None:
+        if self._depth is not None:
+            self._depth.close()
+
+
+class _Depth:
+    """Depth and world points of one row and camera: stored beside the data set, or rendered from its states."""
+
+    def __init__(self, root: Path):
+        self._folder, self._episodes = root / "ground_truth", _episodes(root)
+        lengths = [episode["length"] for episode in self._episodes]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._facts: dict[int, list[dict]] = {}
+        self._env, self._env_id = None, ""
+
+    def __call__(self, row: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
+        place = int(np.searchsorted(self._starts, row, side="right")) - 1
+        episode, frame = self._episodes[place], row - int(self._starts[place])
+        facts = self._frames(episode)[frame]
+        stored = self._folder / episode["frames"].replace(".jsonl", f".{camera}.depth.npy")
+        if stored.is_file():
+            return _from_stored(np.load(stored, mmap_mode="r", allow_pickle=False)[frame], facts, camera, stored)
+        if episode["task_id"].partition(":")[0] != RESTORABLE:
+            raise BurnishError(
+                f"no depth of '{camera}' beside {self._folder.parent}, and {episode['task_id']} cannot be put back",
+                "demonstrations with depth", "burnish demos --geometry ...",
+            )  # fmt: skip
+        env = self._environment(episode["task_id"], size)
+        env.restore(facts, state)
+        return env.geometry(camera)
+
+    def _frames(self, episode: dict) -> list[dict]:
+        index = episode["episode_index"]
+        if index not in self._facts:
+            if len(self._facts) > 64:
+                self._facts.clear()
+            lines = (self._folder / episode["frames"]).read_text().splitlines()
+            self._facts[index] = [json.loads(line) for line in lines]
+        return self._facts[index]
+
+    def _environment(self, task_id: str, size: int):
+        from burnish.envs.base import make_env
+
+        if self._env_id != task_id:
+            self.close()
+            self._env, self._env_id = make_env(task_id, size), task_id
+        return self._env
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env, self._env_id = None, ""
+
+
+def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dict[str, np.ndarray]:
+    """World points of a stored depth image, by the camera's pose in the frame's facts."""
+    from burnish.envs.rendering import point_map
+
+    pose = facts.get("cameras", {}).get(camera)
+    if pose is None:
+        raise BurnishError(
+            f"no pose of camera '{camera}' beside {path}", "demonstrations recorded anew with --geometry"
+        )
+    depth = np.array(depth, np.float32)
+    turned = camera in facts.get("turned", ())
+    # Stored views are upright; the pose is that of the simulator's camera, which may hang upside down or be mirrored.
+    as_seen = depth[::-1, ::-1] if turned else depth[:, ::-1] if facts.get("mirrored") else depth
+    points = point_map(as_seen, np.array(pose["position"]), np.array(pose["rotation"]).reshape(3, 3), pose["fovy"])
+    points = points[::-1, ::-1] if turned else points[:, ::-1] if facts.get("mirrored") else points
+    return {"depth": depth, "points": np.ascontiguousarray(points)}
+
+
+def _episodes(root: Path) -> list[dict]:
+    path = Path(root) / "ground_truth" / "episodes.jsonl"
+    if not path.is_file():
+        raise BurnishError(f"no {path}: nothing tells where things were", "demonstrations made by burnish demos",
+                           "another teacher, e.g. teacher: {name: folder, path: ...}")  # fmt: skip
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,1 @@
+"""One recipe (pipeline), many of them (study), and the files that keep their results."""

@@ -1,0 +1,273 @@
+"""`burnish run RECIPE`: demonstrations, training, measurement and report, as one recipe says.
+
+Every stage continues where a killed run left it, so the same command can always be given again.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from burnish.core.config import EvalConfig, RecipeConfig
+from burnish.core.errors import BurnishError
+
+if TYPE_CHECKING:
+    from burnish.evaluate.evaluation import Evaluation
+    from burnish.evaluate.retention import Retention
+    from burnish.policies.base import Policy
+
+RESULT_LABELS = {
+    "tuned": "fine-tuned",
+    "base": "base, not tuned",
+    "swap": "fine-tuned, told another object",
+    "expert_random_object": "expert that picks its object at random",
+}
+
+
+@dataclass
+class Outcome:
+    """What a run found; `evaluations` by variant, `retention` by "base" and "tuned"."""
+
+    folder: Path
+    report: Path | None = None
+    evaluations: "dict[str, Evaluation]" = field(default_factory=dict)
+    retention: "dict[str, Retention]" = field(default_factory=dict)
+
+
+class Stages:
+    """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time."""
+
+    def __init__(self, file: Path, facts: dict[str, Any]):
+        import json
+
+        self.file = file
+        self.content = json.loads(file.read_text()) if file.exists() else {"stages": []}
+        self.content |= facts
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            minutes = (time.monotonic() - start) / 60
+            earlier = next((s for s in self.content["stages"] if s["name"] == name), None)
+            if earlier:
+                earlier["minutes"] += minutes
+            else:
+                self.content["stages"].append({"name": name, "minutes": minutes})
+            self.write()
+
+    def at_least(self, name: str, minutes: float) -> None:
+        """Correct a stage that was done elsewhere upwards."""
+        stage = next(s for s in self.content["stages"] if s["name"] == name)
+        stage["minutes"] = max(stage["minutes"], minutes)
+        self.write()
+
+    @property
+    def minutes(self) -> float:
+        return sum(s["minutes"] for s in self.content["stages"])
+
+    def write(self) -> None:
+        from burnish.core.files import write_json
+
+        write_json(self.file, self.content)
+
+
+def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None = None, fresh: bool = False) -> Outcome:
+    """Do everything that `recipe` asks for; finished stages of an earlier call are not repeated.
+
+    Args:
+        fresh: delete an earlier training of this run and what was measured of it; the data stays.
+        command: the command line to show in the report.
+        result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
+    """
+    from burnish.core.recipe import run_folder, save_recipe
+    from burnish.report import write_report
+    from burnish.train.loop import check_resumable
+    from burnish.train.setup import make_objectives
+
+    make_objectives(recipe)  # a mistake in their options shows before anything is made
+    if not fresh:
+        check_resumable(recipe)
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / "recipe.yaml")
+    seeds = {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed}
+    stages = Stages(folder / "run.json", run_facts(recipe.name, command, seeds))
+    outcome = Outcome(folder)
+    make_data(recipe, stages)
+    _train(recipe, stages, fresh)
+    _measure(recipe, stages, outcome)
+    with stages.stage("report"):
+        outcome.report = write_report(folder)
+    if result:
+        _write_result(recipe, stages, outcome, result)
+    return outcome
+
+
+def run_facts(name: str, command: str, seeds: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a run besides its stages: who, when, where, with which versions and seeds."""
+    from burnish.core.provenance import commit, machine
+
+    versions = machine()
+    return {
+        "name": name,
+        "commands": [command] if command else [],
+        "commit": commit(),
+        "hardware": versions.pop("device"),
+        "versions": versions,
+        "seeds": seeds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def make_data(recipe: RecipeConfig, stages: Stages) -> None:
+    """Demonstrations and held-out questions that the recipe asks for and that are not there yet."""
+    from burnish.core.recipe import demos_root
+
+    demos = recipe.demos
+    # A data set that the recipe names is left alone where it exists; where it does not, the recipe says how to make it.
+    if demos.env and not (recipe.data.root and Path(recipe.data.root).exists()):
+        from burnish.data.demos import make_demos
+
+        with stages.stage("demonstrations"):
+            summary = make_demos(
+                demos.env, demos.episodes, demos_root(recipe), image_size=demos.image_size,
+                cameras=tuple(demos.cameras), seed=demos.seed, workers=demos.workers,
+            )  # fmt: skip
+            print(summary, file=sys.stderr)
+    questions = recipe.eval.questions
+    if questions.root and not Path(questions.root).exists():
+        from burnish.data.questions import make_questions
+
+        with stages.stage("held-out questions"):
+            make_questions(
+                questions.env or demos.env, questions.scenes, questions.root, image_size=demos.image_size,
+                per_scene=questions.per_scene, seed=questions.seed,
+            )  # fmt: skip
+
+
+def _train(recipe: RecipeConfig, stages: Stages, fresh: bool) -> None:
+    from burnish.train.loop import train
+
+    with stages.stage("training"):
+        done = train(recipe, resume=not fresh)
+    # Training may have been done by `burnish train` before; its own clock knows.
+    stages.at_least("training", done.final.get("minutes", 0.0))
+
+
+def evaluate_as(settings: EvalConfig, policy: str | Path, env: str, output: Path, **changes: Any) -> "Evaluation":
+    """`evaluate` with the settings of a recipe; `changes` are further arguments of it."""
+    from burnish.evaluate.rollout import evaluate
+
+    return evaluate(
+        policy, env, output=output, batch_size=settings.batch_size, cameras=settings.cameras or None,
+        device=settings.device, **_trials(settings), **changes,
+    )  # fmt: skip
+
+
+def _trials(settings: EvalConfig) -> dict[str, int]:
+    names = ("episodes", "first_state", "seed", "workers", "max_steps")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
+    from burnish.evaluate.rollout import evaluate_expert
+
+    settings, tuned = recipe.eval, outcome.folder / "policy"
+    env = settings.env or recipe.demos.env
+    if env:
+        variants: dict[str, Callable[[Path], Evaluation]] = {"tuned": lambda to: evaluate_as(settings, tuned, env, to)}
+        if settings.base and recipe.policy.path and (base := _base(recipe, tuned)) is not None:
+            variants["base"] = lambda to: evaluate_as(settings, base, env, to)
+        if settings.instruction_swap:
+            variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
+        if settings.random_object_expert:
+            variants["expert_random_object"] = lambda to: evaluate_expert(
+                env, which="random_object", output=to, **_trials(settings)
+            )
+        for variant, measure in variants.items():
+            with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
+                outcome.evaluations[variant] = measure(outcome.folder / "eval" / variant)
+                print(outcome.evaluations[variant], file=sys.stderr)
+    if settings.questions.root:
+        with stages.stage("question retention"):
+            _measure_retention(recipe, outcome)
+
+
+def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
+    """What training started from, with the recipe's overrides; None where it is made for another robot or cameras."""
+    from burnish.policies import load_policy
+
+    base = load_policy(recipe.policy.path, overrides=recipe.policy.overrides, device=recipe.eval.device)
+    after = load_policy(tuned)
+    for what, one, other in (("actions", base.action_dim, after.action_dim), ("cameras", base.cameras, after.cameras)):
+        if one != other:
+            print(f"the base is not measured: it has {what} {one}, the fine-tuned policy {other}", file=sys.stderr)
+            return None
+    return base if recipe.policy.overrides else recipe.policy.path
+
+
+def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
+    from burnish.core.files import write_json
+    from burnish.evaluate.retention import compare_retention, retention
+    from burnish.policies import load_policy
+
+    paths = {"tuned": outcome.folder / "policy"}
+    if recipe.policy.path:
+        paths["base"] = recipe.policy.path
+    for name, path in paths.items():
+        outcome.retention[name] = retention(
+            load_policy(path, device=recipe.eval.device), recipe.eval.questions.root, limit=recipe.eval.questions.limit,
+            progress=True,
+        )  # fmt: skip
+    content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
+    if len(outcome.retention) == 2:
+        content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
+    write_json(outcome.folder / "retention.json", content)
+
+
+def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: Path) -> None:
+    from burnish.experiments.results import result_row, write_result
+
+    rows, metrics = [], {}
+    for variant, found in outcome.evaluations.items():
+        rows.append(result_row(RESULT_LABELS[variant], found.overall.successes, found.overall.n))
+        if found.other:
+            rows.append(result_row("… solved the object it was told", found.other.successes, found.other.n))
+    for name, found in outcome.retention.items():
+        metrics[f"questions_{name}"] = {k: v for k, v in found.to_dict().items() if k != "correct"}
+    facts = stages.content
+    write_result(
+        path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
+        date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  burnish run recipes/tabletop/quickstart.yaml --train.steps=500"
+    parser.add_argument("recipe", help="recipe file; any field can follow as --section.field=value")
+    parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
+    parser.add_argument("--fresh", action="store_true", help="delete the run's earlier training and measurements")
+
+
+def main(args: argparse.Namespace) -> int:
+    from burnish.core.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if not recipe.demos.env and not recipe.data.root:
+        raise BurnishError(f"{args.recipe} names neither demos.env nor data.root", "one of them")
+    command = shlex.join(["burnish", "run", args.recipe, *args.overrides])
+    outcome = run_recipe(recipe, command=command, result=Path(args.result) if args.result else None, fresh=args.fresh)
+    for variant, found in outcome.evaluations.items():
+        print(f"{RESULT_LABELS[variant]}: {found.overall}")
+    print(f"report: {outcome.report}")
+    return 0

@@ -1,0 +1,278 @@
+"""Results as small JSON files, and the tables of README and docs that are generated from them.
+
+`results/<name>.json` is the outcome of a recipe; `results/bench_<name>.json` what `burnish bench` printed. A page
+asks for a table with a pair of lines, and `burnish results` fills in what stands between them:
+
+    <!-- results:tabletop/quickstart -->
+    <!-- /results -->
+
+Several names, separated by spaces, give one table. `results:STUDY runs: KEY ...` gives means over seeds of what a
+study's runs logged. No number is typed by hand.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import write_text
+
+FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
+ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
+MARKER = re.compile(r"^<!-- results:(?P<names>[^>]*?)-->[ \t]*\n(?P<table>.*?)^<!-- /results -->[ \t]*$", re.M | re.S)
+OPENING = re.compile(r"^<!-- results:", re.M)
+RUNS = "runs:"
+"""Between the names of studies and what to show of their runs."""
+PAGES = ("README.md", "docs/**/*.md")
+
+
+def result_row(label: str, successes: int, n: int, **extra: Any) -> dict[str, Any]:
+    """One line of a result: the rate and its 95 % Wilson interval are computed here, further columns are `extra`."""
+    from burnish.evaluate.stats import wilson
+
+    rate = wilson(successes, n)
+    row = {"label": label, "n": n, "successes": successes, "rate": rate.rate, "interval": [rate.low, rate.high]}
+    return row | extra
+
+
+def write_result(
+    path: Path | str,
+    *,
+    recipe: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    commit: str,
+    date: str,
+    seeds: dict[str, int],
+    hardware: str,
+    minutes: float,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write the outcome of a recipe; the old file stays until the new one is complete.
+
+    Args:
+        path: results/<name>.json.
+        recipe: the recipe file, relative to the checkout.
+        command: the exact command that made it.
+        rows: one per variant, from `result_row`.
+        commit: git commit of the checkout.
+        date: ISO date.
+        seeds: name to seed.
+        hardware: in words, e.g. "2 CPU cores".
+        minutes: wall time of the whole recipe.
+        metrics: anything else that was measured (question accuracy, latency).
+
+    Raises:
+        BurnishError: a row lacks a field, or contradicts itself.
+    """
+    from burnish.core.files import write_json
+
+    path = Path(path)
+    content = {
+        "recipe": recipe, "command": command, "commit": commit, "date": date, "seeds": seeds, "hardware": hardware,
+        "minutes": round(float(minutes), 1), "rows": rows, "metrics": metrics or {},
+    }  # fmt: skip
+    check_result(content, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return path
+
+
+def check_result(content: Any, where: str) -> None:
+    """Raise BurnishError unless `content` is a complete result whose rates follow from their counts."""
+    if not isinstance(content, dict):
+        raise BurnishError(f"{where} does not hold a JSON object")
+    missing = [name for name in FIELDS if name not in content]
+    if missing:
+        raise BurnishError(f"{where} lacks {', '.join(missing)}", "a result written by `burnish run`")
+    for row in content["rows"]:
+        missing = [name for name in ROW_FIELDS if name not in row]
+        if missing:
+            raise BurnishError(f"{where}: row '{row.get('label', '?')}' lacks {', '.join(missing)}")
+        low, high = row["interval"]
+        n, successes = row["n"], row["successes"]
+        if n < 1 or abs(row["rate"] - successes / n) > 1e-9 or not low <= row["rate"] <= high:
+            raise BurnishError(
+                f"{where}: row '{row['label']}' contradicts itself", "rate = successes / n inside interval"
+            )
+
+
+def render_table(names: Iterable[str], results: Path) -> str:
+    """The markdown between one pair of markers; says so where a result does not exist yet."""
+    names = list(names)
+    if RUNS in names:
+        at = names.index(RUNS)
+        return _runs_table(names[:at], names[at + 1 :], results)
+    found = {name: _load(results / f"{name}.json") for name in names if (results / f"{name}.json").is_file()}
+    absent = [name for name in names if name not in found]
+    benches = {name: found[name] for name in found if "figures" in found[name]}
+    recipes = {name: found[name] for name in found if name not in benches}
+    parts = [_recipe_table(recipes)] if recipes else []
+    parts += [_bench_table(name, bench) for name, bench in benches.items()]
+    parts += [f"*Not measured yet: `results/{name}.json` does not exist.*" for name in absent]
+    return "\n\n".join(parts) + "\n"
+
+
+def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
+    """Means over training seeds of what a study's runs logged last: a row for each arm, a column for each key."""
+    parts = []
+    for name in names:
+        if not (results / f"{name}.json").is_file():
+            parts.append(f"*Not measured yet: `results/{name}.json` does not exist.*")
+            continue
+        found = _load(results / f"{name}.json")
+        arms: dict[str, list[dict[str, Any]]] = {}
+        for run, figures in found["metrics"].get("runs", {}).items():
+            arms.setdefault(run.rpartition("-")[0], []).append(figures)
+        lines = [
+            _line(["", "seeds", *(key.replace("_", " ") for key in keys)]),
+            _line(["---", *["---:"] * (len(keys) + 1)]),
+        ]
+        for arm, runs in arms.items():
+            values = [[run[key] for run in runs if run.get(key) is not None] for key in keys]
+            means = [_cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
+            lines.append(_line([arm, len(runs), *means]))
+        parts.append("\n".join(lines) + "\n\n" + _provenance(found))
+    return "\n\n".join(parts) + "\n"
+
+
+def fill(text: str, results: Path, where: str) -> str:
+    """`text` with every marked table written anew."""
+    if len(OPENING.findall(text)) != len(MARKER.findall(text)):
+        raise BurnishError(f"{where}: a results marker is not closed", "a line '<!-- /results -->' after the table")
+
+    def renew(match: re.Match) -> str:
+        names = match["names"].split()
+        return f"<!-- results:{' '.join(names)} -->\n{render_table(names, results)}<!-- /results -->"
+
+    return MARKER.sub(renew, text)
+
+
+def update_pages(root: Path, check: bool = False) -> list[Path]:
+    """Write the tables of README.md and docs/ under `root` from its results/.
+
+    Returns:
+        The pages that changed (or, with `check`, would change).
+    """
+    changed = []
+    for page in sorted(file for pattern in PAGES for file in root.glob(pattern)):
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, root / "results", str(page))
+        if after == before:
+            continue
+        changed.append(page)
+        if not check:
+            write_text(page, after)
+    return changed
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BurnishError(f"{path} is not JSON ({error.msg})") from None
+    if not (isinstance(content, dict) and "figures" in content):
+        check_result(content, str(path))
+    return content
+
+
+def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
+    rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
+    extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in ROW_FIELDS))
+    several = len(found) > 1
+    evals = "eval" in extra  # several evaluations of the same arms: named at the left
+    extra = [key for key in extra if key != "eval"]
+    names = [*(["recipe"] if several else []), "", *(["eval"] if evals else [])]
+    numbers = ["n", "success", "95 % interval", *(key.replace("_", " ") for key in extra)]
+    lines = [_line([*names, *numbers]), _line(["---"] * len(names) + ["---:"] * len(numbers))]
+    for name, row in rows:
+        low, high = row["interval"]
+        cells = [
+            row["label"],
+            *([row.get("eval", "")] if evals else []),
+            row["n"],
+            f"{100 * row['rate']:.1f} %",
+            f"{100 * low:.1f} to {100 * high:.1f} %",
+        ]
+        cells += [_cell(key, row.get(key)) for key in extra]
+        lines.append(_line([*([name] if several else []), *cells]))
+    return "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
+
+
+def _metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for the rates among the metrics, such as question accuracy before and after."""
+    rows = []
+    for name, value in result["metrics"].items():
+        rate = value.get("accuracy", value) if isinstance(value, dict) else None
+        if isinstance(rate, dict) and {"n", "successes"} <= rate.keys():
+            rows.append(result_row(name.replace("_", " "), rate["successes"], rate["n"]))
+    return rows
+
+
+def _bench_table(name: str, bench: dict[str, Any]) -> str:
+    targets = bench.get("targets") or (bench.get("detail") or {}).get("targets") or {}
+    lines = [_line(["figure", "value", "target"]), _line(["---", "---:", "---"])]
+    for figure, value in bench["figures"].items():
+        lines.append(_line([f"`{figure}`", _cell(figure, value), str(targets.get(figure, ""))]))
+    made = f"`{bench.get('command') or 'burnish bench ' + name.removeprefix('bench_') + ' --json'}`"
+    facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if "n" in bench else ""]
+    return "\n".join(lines) + "\n\n" + " · ".join(fact for fact in facts if fact)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    facts = [
+        f"`{result['command']}`", f"commit {str(result['commit'])[:10]}", _words(result["hardware"]),
+        f"{result['minutes']:g} minutes", str(result["date"]), f"seeds {_words(result['seeds'])}",
+    ]  # fmt: skip
+    return " · ".join(facts)
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _cell(key: str, value: Any) -> str:
+    """A number to three digits; accuracies, rates and shares as percent."""
+    if value is None:
+        return ""
+    if key == "by_seed":
+        return ", ".join(f"{100 * rate:.1f}" for rate in value)
+    if key.startswith("minus_"):
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        if key.endswith(("accuracy", "rate", "share")):
+            return f"{100 * value:.1f} %"
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return _words(value)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
+    parser.epilog = (
+        "Fills what stands between '<!-- results:NAME -->' and '<!-- /results -->' in README.md and docs/\n"
+        "from results/NAME.json.\n\nexample:\n  burnish results --check"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    if not (args.root / "README.md").is_file():
+        raise BurnishError(f"no README.md in {args.root.resolve()}", "the root of a checkout", "--root DIR")
+    changed = update_pages(args.root, check=args.check)
+    if args.check and changed:
+        names = ", ".join(str(page) for page in changed)
+        raise BurnishError(f"tables out of date in {names}", "what results/ says", "burnish results")
+    for page in changed:
+        print(f"updated {page}")
+    return 0

@@ -1,0 +1,1 @@
+"""Fine-tuning a token policy for block-wise decoding."""

@@ -1,0 +1,107 @@
+"""The network as decoders see it; see policies/rows.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.policies.discrete.network import TokenNet
+from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
+
+
+class Slots:
+    """A transformers cache that writes keys and values into given slots and hands out the first ones.
+
+    Args:
+        cache: its tensors are written in place.
+        slots: long [B, R] where the rows of this pass go; None means the first ones.
+        used: how many slots attention looks at.
+    """
+
+    is_compileable = True
+
+    def __init__(self, cache: TokenCache, slots: Tensor | None, used: int):
+        self.cache, self.used = cache, used
+        self.index = None if slots is None else slots[:, None, :, None]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer with [B, H_kv, R, D_h]."""
+        kept = self.cache.keys[layer], self.cache.values[layer]
+        for place, new in zip(kept, (keys, values), strict=True):
+            new = new.to(place.dtype)  # under autocast keys and values differ
+            if self.index is None:
+                place[:, :, : new.shape[2]] = new
+            else:
+                place.scatter_(2, self.index.expand_as(new), new)
+        return kept[0][:, :, : self.used], kept[1][:, :, : self.used]
+
+
+class NetTokenModel(TokenModel):
+    """Rows of a TokenNet.
+
+    Args:
+        net: the network.
+        embed: batch to prompt rows; None for batches that went through the preprocessor.
+    """
+
+    def __init__(self, net: TokenNet, embed: Callable[[Any], Prompt] | None = None):
+        config = net.config
+        self.net, self._embed = net, embed or net.prompt
+        self.length, self.vocabulary = config.length, net.tokens.vocabulary
+        self.time_ordered = net.tokens.time_ordered
+        self.step_length = config.action_dim if self.time_ordered else self.length
+        self.mask_id = None if config.training == "autoregressive" else net.mask_id
+        self.shift, self.block, self.prompt_sees_actions = config.shift, config.block, config.prompt_sees_actions
+
+    def embed(self, batch: Any) -> Prompt:
+        return self._embed(batch)
+
+    def empty(self, prompt: Prompt) -> TokenCache:
+        text = self.net.text_model.config
+        heads, dim = (
+            text.num_key_value_heads,
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        )
+        B, P, _ = prompt.states.shape
+        shape = (B, heads, P + self.length + 1, dim)
+        layers = range(text.num_hidden_layers)
+        return TokenCache(
+            keys=[prompt.states.new_zeros(shape) for _ in layers],
+            values=[prompt.states.new_zeros(shape) for _ in layers],
+            valid=prompt.valid,
+            prompt_logits=prompt.states.new_zeros(B, self.vocabulary),
+        )
+
+    def prefill(self, prompt: Prompt) -> TokenCache:
+        """A cache after a pass over the prompt alone."""
+        cache, batch = self.empty(prompt), len(prompt.valid)
+        ids = torch.zeros(batch, 0, dtype=torch.long, device=prompt.valid.device)
+        self.whole(prompt, ids, prompt.valid.new_zeros(batch, 0, prompt.valid.shape[1]), cache)
+        return cache
+
+    def whole(
+        self, prompt: Prompt, ids: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None,
+        see_actions: bool = False,
+    ) -> Tensor:  # fmt: skip
+        P, R = prompt.states.shape[1], ids.shape[1]
+        positions = ids.new_zeros(ids.shape) + _counting(ids)
+        hidden = self.net.joint(prompt, ids, positions, visible, Slots(cache, None, P + R), see_actions)
+        cache.prompt_logits.copy_(self.net.head(hidden[:, P - 1]))
+        return self.net.head(_chosen(hidden[:, P:], read))
+
+    def rows(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None
+    ) -> Tensor:
+        slots = Slots(cache, cache.valid.shape[1] + positions, visible.shape[2])
+        return self.net.head(_chosen(self.net.rows(ids, positions, visible, cache.valid, slots), read))
+
+
+def _counting(ids: Tensor) -> Tensor:
+    return ids.new_ones(ids.shape[1]).cumsum(0) - 1
+
+
+def _chosen(hidden: Tensor, read: Tensor | None) -> Tensor:
+    if read is None:
+        return hidden
+    return hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,243 @@
+"""Does a checkpoint decode as its plan assumes? Looks ahead, leaks into the prompt, drifts, shifts: each is one check.
+
+Every check runs the model itself; none trusts what its configuration says.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from burnish.sampling.blocks import BlockDecoder
+from burnish.sampling.masks import dense_mask
+from burnish.sampling.plan import DecodePlan
+from burnish.sampling.token_model import Decoded, Prompt, TokenCache, TokenModel
+
+# Share of the logits' own spread that rounding may move them, by precision of the model.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+THRESHOLDS = (0.3, 0.5, 0.9, 1.01)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer.
+
+    Args:
+        name: what was checked.
+        ok: None where it does not apply to this policy.
+        worst: the largest deviation found, in units of the logits' (keys') standard deviation, or a count.
+        limit: the largest that passes.
+        meaning: what it means for the user.
+    """
+
+    name: str
+    ok: bool | None
+    worst: float
+    limit: float
+    meaning: str
+
+
+class Watched(TokenModel):
+    """A model that keeps a log of the rows it was fed: (ids, positions) of each pass.
+
+    Args:
+        model: the model that does the work.
+    """
+
+    def __init__(self, model: TokenModel):
+        self.model = model
+        self.fed: list[tuple[Tensor, Tensor]] = []
+        self.cache: TokenCache | None = None
+        for name in TokenModel.__annotations__:
+            setattr(self, name, getattr(model, name))
+
+    def embed(self, batch):
+        return self.model.embed(batch)
+
+    def empty(self, prompt):
+        self.cache = self.model.empty(prompt)
+        return self.cache
+
+    def whole(self, prompt, ids, visible, cache, **options):
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.fed.append((ids.clone(), positions))
+        return self.model.whole(prompt, ids, visible, cache, **options)
+
+    def rows(self, ids, positions, visible, cache, **options):
+        self.fed.append((ids.clone(), positions.clone()))
+        return self.model.rows(ids, positions, visible, cache, **options)
+
+
+@torch.no_grad()
+def check_model(
+    model: TokenModel, prompt: Prompt, plan: DecodePlan | None = None, truth: Tensor | None = None, seed: int = 0
+) -> Iterator[Check]:
+    """All checks of a masked policy on a few observations, one by one.
+
+    Args:
+        model: rows of the policy.
+        prompt: of a batch of observations, best at least four.
+        plan: the plan to check; None takes the defaults.
+        truth: long [B, L], the true tokens of those observations; without them the shift is not checked.
+        seed: of the random action tokens.
+
+    Raises:
+        BurnishError: the plan cannot work with this model.
+    """
+    plan = replace(plan or DecodePlan(), compile=False, graph=False)
+    if model.prompt_sees_actions:
+        plan = replace(plan, cache=False)
+    plan = plan.fit(model)
+    draws = torch.Generator().manual_seed(seed)
+    yield look_ahead(model, prompt, draws)
+    yield prompt_isolation(model, prompt, draws)
+    if plan.cache:
+        yield cached_equals_uncached(model, prompt, plan)
+        yield freeze_once(model, prompt, plan)
+    yield monotone(model, prompt, plan)
+    yield batch_independence(model, prompt, plan)
+    yield shift(model, prompt, truth)
+
+
+def look_ahead(model: TokenModel, prompt: Prompt, draws: torch.Generator) -> Check:
+    """Tokens of later blocks, changed, must not change the logits of a block."""
+    name, meaning = "no look-ahead", "a block that sees later ones changes after it was frozen: do not cache"
+    if model.block == model.length:
+        return Check(name, None, 0.0, 0.0, "bidirectional: one block, nothing is later")
+    ids = _random_ids(model, prompt, draws)
+    limit, worst = _limit(model, prompt), 0.0
+    logits, _ = _whole(model, prompt, ids)
+    for begin in range(model.block, model.length, model.block):
+        other = ids.clone()
+        other[:, begin:] = _random_ids(model, prompt, draws)[:, begin:]
+        worst = max(worst, _apart(_whole(model, prompt, other)[0][:, :begin], logits[:, :begin]))
+    return Check(name, worst <= limit, worst, limit, meaning)
+
+
+def prompt_isolation(model: TokenModel, prompt: Prompt, draws: torch.Generator) -> Check:
+    """Keys and values of the prompt must be those of a pass without any action token."""
+    name, meaning = "prompt isolation", "a prompt that sees action tokens has new keys at every pass: do not cache"
+    if model.prompt_sees_actions:
+        return Check(name, None, 0.0, 0.0, "the policy declares an open prompt; decoders recompute it in every pass")
+    size, limit, worst = prompt.valid.shape[1], _limit(model, prompt), 0.0
+    alone = _whole(model, prompt, _random_ids(model, prompt, draws)[:, :0])[1]
+    for _ in range(2):
+        cache = _whole(model, prompt, _random_ids(model, prompt, draws))[1]
+        for kind in ("keys", "values"):
+            for one, other in zip(getattr(cache, kind), getattr(alone, kind), strict=True):
+                keep = prompt.valid[:, None, :, None].expand_as(one[:, :, :size])
+                worst = max(worst, _apart(one[:, :, :size][keep], other[:, :, :size][keep]))
+    return Check(name, worst <= limit, worst, limit, meaning)
+
+
+def cached_equals_uncached(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
+    """Same tokens in the same passes with and without the cache, at several thresholds."""
+    different = 0
+    for conf in THRESHOLDS:
+        one = BlockDecoder(model, replace(plan, conf=conf))(prompt)
+        other = BlockDecoder(model, replace(plan, conf=conf, cache=False))(prompt)
+        different += int(((one.ids != other.ids) | (one.committed != other.committed)).any(1).sum())
+    # Rounding decides near-ties; in low precision a few chunks may differ because of it.
+    limit = 0 if _dtype(prompt) in (torch.float32, torch.float64) else 0.1 * len(THRESHOLDS) * len(prompt.states)
+    return Check("cached = uncached", different <= limit, different, limit, "chunks that the cache changes")
+
+
+def freeze_once(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
+    """Frozen keys and values are never written again and are those of the clean chunk."""
+    watched = Watched(model)
+    decoded = BlockDecoder(watched, plan)(prompt)
+    frozen_at = decoded.detail["blocks"]["frozen"]
+    again, worst = 0, 0.0
+    for number, (_, positions) in enumerate(watched.fed, start=1):
+        inside = positions < model.length
+        block = positions.clamp_max(model.length - 1) // plan.block
+        at = frozen_at.gather(1, block)
+        again += int((inside & (at > 0) & (at < number)).sum())
+    clean = _whole(model, prompt, decoded.ids)[1]
+    size = prompt.valid.shape[1]
+    frozen = (frozen_at > 0).repeat_interleave(plan.block, 1)[:, None, :, None]
+    for kind in ("keys", "values"):
+        for one, other in zip(getattr(watched.cache, kind), getattr(clean, kind), strict=True):
+            one, other = one[:, :, size:-1], other[:, :, size:-1]
+            worst = max(worst, _apart(one[frozen.expand_as(one)], other[frozen.expand_as(one)]))
+    limit = _limit(model, prompt)
+    return Check(
+        "freeze once", again == 0 and worst <= limit, worst, limit, "frozen keys against those of the clean chunk"
+    )
+
+
+def monotone(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
+    """A committed id never changes, and every pass commits at least one token of every unfinished sample."""
+    watched, wrong = Watched(model), 0
+    decoded = BlockDecoder(watched, plan)(prompt)
+    for ids, positions in watched.fed:
+        final = torch.cat((decoded.ids, torch.zeros_like(decoded.ids[:, :1])), 1).gather(1, positions)
+        wrong += int(((positions < model.length) & (ids != model.mask_id) & (ids != final)).sum())
+    for sample in decoded.committed:
+        wrong += int(sample.max()) - len(set(sample[sample > 0].tolist()))
+    return Check("monotone commits", wrong == 0, wrong, 0, "tokens that changed, and passes that committed none")
+
+
+def batch_independence(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
+    """A sample gets the same tokens alone and among others."""
+    together = BlockDecoder(model, plan)(prompt)
+    different = 0
+    for b in range(len(prompt.states)):
+        alone = _one(BlockDecoder(model, plan), prompt, b)
+        different += int((alone.ids[0] != together.ids[b]).any())
+    limit = 0 if _dtype(prompt) in (torch.float32, torch.float64) else 0.1 * len(prompt.states)
+    return Check("batch independence", different <= limit, different, limit, "chunks that change among others")
+
+
+def shift(model: TokenModel, prompt: Prompt, truth: Tensor | None) -> Check:
+    """Which row tells a token: true tokens [B, L], masked one by one, are told by the declared row or by the other."""
+    name = "shift"
+    if truth is None:
+        return Check(name, None, 0.0, 0.0, "needs demonstrations")
+    agree = {False: 0, True: 0}
+    for position in range(1, model.length):
+        other = truth.clone()
+        other[:, position] = model.mask_id
+        logits = _whole(model, prompt, other)[0]
+        for by_one in agree:
+            agree[by_one] += int((logits[:, position - int(by_one)].argmax(-1) == truth[:, position]).sum())
+    total = truth.numel() - len(truth)
+    declared, other = agree[model.shift] / total, agree[not model.shift] / total
+    meaning = f"share of true tokens that the other row tells, less that of the declared one ({declared:.2f})"
+    return Check(name, other - declared <= 0.05, other - declared, 0.05, meaning)
+
+
+def _one(decoder: BlockDecoder, prompt: Prompt, b: int) -> Decoded:
+    return decoder(Prompt(prompt.states[b : b + 1], prompt.valid[b : b + 1]))
+
+
+def _dtype(prompt: Prompt) -> torch.dtype:
+    return prompt.states.dtype
+
+
+def _limit(model: TokenModel, prompt: Prompt) -> float:
+    return TOLERANCE[_dtype(prompt)]
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference in standard deviations of `other`."""
+    if not one.numel():
+        return 0.0
+    spread = other.double().std().clamp_min(1e-12)
+    return float((one.double() - other.double()).abs().max() / spread)
+
+
+def _random_ids(model: TokenModel, prompt: Prompt, draws: torch.Generator) -> Tensor:
+    """Random action tokens [B, L], a third of them MASK."""
+    shape = (len(prompt.states), model.length)
+    ids = torch.randint(model.vocabulary, shape, generator=draws)
+    ids[torch.rand(shape, generator=draws) < 1 / 3] = model.mask_id
+    return ids.to(prompt.states.device)
+
+
+def _whole(model: TokenModel, prompt: Prompt, ids: Tensor) -> tuple[Tensor, TokenCache]:
+    """Logits and cache of one joint pass over everything."""
+    cache, size = model.empty(prompt), prompt.valid.shape[1]
+    visible = dense_mask(prompt.valid, ids.shape[1], model.block)[:, size:]
+    return model.whole(prompt, ids, visible, cache, see_actions=model.prompt_sees_actions), cache

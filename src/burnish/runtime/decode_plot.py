@@ -1,0 +1,73 @@
+"""One picture of a real decode: every token of every pass, masked, just committed, committed, or in a frozen block."""
+
+from pathlib import Path
+
+import numpy as np
+
+from burnish.core.files import save_figure
+from burnish.sampling.token_model import Decoded, TokenModel
+
+# Not fed yet, MASK in a semi-activated block, MASK in a fully activated one, committed in this pass, committed, frozen.
+STATES = ("not fed", "masked, waiting", "masked, active", "committed now", "committed", "frozen")
+COLOURS = ("#f2f2f2", "#fde0c5", "#f59f5a", "#c0392b", "#8fb8de", "#1f4e79")
+
+
+def token_states(decoded: Decoded, block: int) -> np.ndarray:
+    """int [passes, L] of the first sample, indices into STATES, after each pass.
+
+    Args:
+        decoded: of a block decoder.
+        block: tokens of a block.
+    """
+    committed = decoded.committed[0].cpu().numpy()
+    opened, active, frozen = (
+        decoded.detail["blocks"][name][0].cpu().numpy().repeat(block) for name in ("opened", "active", "frozen")
+    )
+    turns = np.arange(1, decoded.passes + 1)[:, None]
+    states = np.zeros((decoded.passes, len(committed)), dtype=int)
+    states[(opened > 0) & (opened <= turns)] = 1
+    states[(active > 0) & (active <= turns)] = 2
+    done = committed < turns
+    states[done & (states > 0)] = 4
+    states[committed == turns] = 3
+    states[(frozen > 0) & (frozen <= turns)] = 5
+    return states
+
+
+def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> None:
+    """Draw passes (downwards) over tokens (to the right); lines between control steps.
+
+    Raises:
+        BurnishError: a decoder that keeps no blocks.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    from burnish.core.errors import BurnishError
+
+    if "blocks" not in decoded.detail:
+        raise BurnishError(f"a picture of '{title}', which has no blocks", "a masked decoder", "--decoder pipelined")
+    history = decoded.detail["blocks"]["opened"]
+    states = token_states(decoded, model.length // history.shape[1])
+    height = 1.6 + 0.22 * len(states)
+    figure, axes = plt.subplots(figsize=(min(12, 3 + 0.14 * model.length), height), layout="constrained")
+    axes.imshow(states, cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=5.5, aspect="auto", interpolation="nearest")
+    for step in range(1, model.length // model.step_length):
+        axes.axvline(step * model.step_length - 0.5, color="white", linewidth=2)
+    for line in range(1, len(states)):
+        axes.axhline(line - 0.5, color="white", linewidth=0.5)
+    middle = np.arange(model.length // model.step_length) * model.step_length + model.step_length / 2 - 0.5
+    axes.set_xticks(middle, [str(step + 1) for step in range(len(middle))])
+    axes.set_yticks(range(len(states)), [str(turn + 1) for turn in range(len(states))])
+    axes.tick_params(length=0)
+    axes.set_xlabel(f"control step ({model.step_length} tokens each)")
+    axes.set_ylabel("pass")
+    axes.set_title(f"{title}: {decoded.passes} passes, {decoded.rows} rows", fontsize=10)
+    used = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, STATES, strict=True)]
+    figure.legend(handles=used, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1)
+    save_figure(figure, path)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""How actions come out of a network, on small protocols that no model is named in. See docs/methods/decode.md."""

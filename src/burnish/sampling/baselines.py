@@ -1,0 +1,166 @@
+"""Decoders that do not fit the block machine: one token after the other, and Fast-dLLM's approximate cache."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.sampling.blocks import check_call, not_finite
+from burnish.sampling.plan import DecodePlan, check_values, make_plan
+from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel, sees
+from burnish.sampling.unmask import choose, confidence
+
+
+class AutoregressiveDecoder:
+    """Greedy decoding of a causal policy: as many passes as tokens, one row each, the prompt's pass being the first.
+
+    Args:
+        model: rows of a policy with `block` 1 and `shift`.
+        plan: `legal` is used.
+
+    Raises:
+        BurnishError: the policy was not trained autoregressively.
+    """
+
+    def __init__(self, model: TokenModel, plan: DecodePlan):
+        if model.block != 1 or not model.shift:
+            raise BurnishError(
+                f"a policy with attention over blocks of {model.block}{'' if model.shift else ' and no shift'}",
+                "one that was trained autoregressively (block 1, shift)",
+                "decoder pipelined, or sequential",
+            )
+        check_values(replace(plan, block=plan.block or 1), model)
+        self.model, self.plan = model, plan
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        prefix: Tensor | None = None,
+        until: int | None = None,
+        stream: Stream | None = None,
+    ) -> Decoded:
+        model, num, device = self.model, len(prompt.states), prompt.states.device
+        prefix, goal = check_call(model, num, device, prefix, until)
+        known = prefix.shape[1]
+        ids = torch.zeros(num, model.length, dtype=torch.long, device=device)
+        if model.mask_id is not None:
+            ids.fill_(model.mask_id)
+        ids[:, :known] = prefix
+        committed, bad = torch.zeros_like(ids), torch.zeros((), dtype=torch.bool, device=device)
+        if known >= goal:
+            return Decoded(ids, passes=0, rows=0, committed=committed)
+        slots = torch.arange(model.length, device=device)
+        seen = sees(slots[:, None], slots[None], 1).expand(num, -1, -1)
+        valid = prompt.valid[:, None]
+        cache = model.empty(prompt)
+        first = torch.cat((valid.expand(-1, known, -1), seen[:, :known, :known]), 2)
+        logits = model.whole(prompt, prefix, first, cache)
+        logits = logits[:, -1] if known else cache.prompt_logits
+        rows = prompt.states.shape[1] + known
+        for position in range(known, goal):
+            if position > known:
+                visible = torch.cat((valid, seen[:, position - 1 : position, :position]), 2)
+                at = slots[position - 1].expand(num, 1)
+                logits = model.rows(ids[:, position - 1 : position], at, visible, cache)[:, 0]
+                rows += 1
+            ids[:, position] = confidence(logits, self.plan)[0]
+            bad |= ~torch.isfinite(logits).all()
+            committed[:, position] = position - known + 1
+            if stream is not None and (position + 1) % model.step_length == 0:
+                stream((position + 1) // model.step_length, ids.clone())
+        if bool(bad):
+            raise not_finite(goal - known)
+        return Decoded(ids, passes=goal - known, rows=rows, committed=committed)
+
+
+class FastDLLMDecoder:
+    """Fast-dLLM with its dual cache: everything anew when a block begins, then only that block's rows.
+
+    The other blocks' keys are stale while a block is refined, so tokens differ from an exact decode.
+
+    Args:
+        model: the policy's rows.
+        plan: `block`, `conf`, `forced` and `legal` are used; blocks need not match the training pattern.
+    """
+
+    def __init__(self, model: TokenModel, plan: DecodePlan):
+        check_values(plan, model)
+        if model.length % plan.block:
+            raise BurnishError(f"blocks of {plan.block} do not divide a chunk of {model.length} tokens", "a divisor")
+        plan_as_one = make_plan({**vars(plan), "block": model.length, "cache": not model.prompt_sees_actions}, {})
+        plan_as_one.fit(model)
+        self.model, self.plan = model, plan
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        prefix: Tensor | None = None,
+        until: int | None = None,
+        stream: Stream | None = None,
+    ) -> Decoded:
+        model, plan, num = self.model, self.plan, len(prompt.states)
+        prefix, goal = check_call(model, num, prompt.states.device, prefix, until)
+        ids = torch.full((num, model.length), model.mask_id, device=prompt.states.device)
+        ids[:, : prefix.shape[1]] = prefix
+        committed = torch.zeros_like(ids)
+        slots = torch.arange(model.length, device=ids.device)
+        seen = sees(slots[:, None], slots[None], model.block)
+        visible = torch.cat((prompt.valid[:, None].expand(-1, model.length, -1), seen.expand(num, -1, -1)), 2)
+        cache = model.empty(prompt)
+        passes = rows = syncs = 0
+        told = prefix.shape[1] // model.step_length
+        for begin in range(prefix.shape[1] // plan.block * plan.block, goal, plan.block):
+            inside, fresh, turn = slice(begin, begin + plan.block), True, 0
+            while bool((ids[:, inside] == model.mask_id).any()):
+                syncs += 1
+                passes += 1
+                turn += 1
+                if turn > plan.block:
+                    raise not_finite(passes)
+                if fresh:
+                    logits = model.whole(prompt, ids, visible, cache, see_actions=model.prompt_sees_actions)
+                    before = cache.prompt_logits[:, None] if begin == 0 else logits[:, begin - 1 : begin]
+                    logits = logits[:, inside]
+                    rows += prompt.states.shape[1] + model.length
+                    fresh = False
+                else:
+                    at = slots[inside].expand(num, -1)
+                    logits = model.rows(ids[:, inside], at, visible[:, inside], cache)
+                    rows += plan.block
+                if model.shift:
+                    logits = torch.cat((before, logits[:, :-1]), 1)
+                told_ids, sure = confidence(logits, plan)
+                _commit(ids[:, inside], committed[:, inside], told_ids, sure, passes, turn, model.mask_id, plan)
+            steps = min(begin + plan.block, goal) // model.step_length
+            if stream is not None and steps > told:
+                told = steps
+                stream(steps, ids.clone())
+        return Decoded(ids, passes=passes, rows=rows, committed=committed, host_syncs=syncs)
+
+
+def _commit(
+    ids: Tensor, committed: Tensor, told: Tensor, sure: Tensor, passes: int, turn: int, mask_id: int, plan: DecodePlan
+) -> None:
+    """Commit in one block [B, k], in place; `turn` counts the passes that this block has had."""
+    turns = torch.full((len(ids), 1), turn, device=ids.device)
+    taken = choose(sure[:, None], (ids == mask_id)[:, None], turns.bool(), turns, plan)[:, 0]
+    ids.copy_(torch.where(taken, told, ids))
+    committed.masked_fill_(taken, passes)
+
+
+@DECODERS.register("autoregressive")
+def autoregressive(model: TokenModel, **options: Any) -> AutoregressiveDecoder:
+    """One token after the other."""
+    return AutoregressiveDecoder(model, make_plan({}, options))
+
+
+@DECODERS.register("fast_dllm")
+def fast_dllm(model: TokenModel, **options: Any) -> FastDLLMDecoder:
+    """Fast-dLLM (arXiv 2505.22618), dual cache, blocks of one control step."""
+    return FastDLLMDecoder(model, make_plan({"block": model.step_length, "forced": "one", "conf": 0.9}, options))

@@ -1,0 +1,218 @@
+"""The decoder behind every masked one: passes over open blocks until no MASK is left; a plan makes it a certain method.
+
+Pipelined decoding is section 3.4 of Fast-dVLA (arXiv 2603.25661); a single block as long as the chunk is MaskGIT.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.sampling.passes import Buffers, Passes
+from burnish.sampling.plan import DecodePlan, make_plan
+from burnish.sampling.state import BlockState, Layout, begin
+from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel
+
+# Keeps its buffers and graphs for so many shapes of prompt.
+_MAX_SHAPES = 4
+
+
+class BlockDecoder:
+    """Decodes chunks of one model by one plan; see `burnish.sampling.token_model.Decode`.
+
+    Args:
+        model: the policy's rows.
+        plan: checked against the model here.
+
+    Raises:
+        BurnishError: the plan cannot work, with the reason.
+    """
+
+    def __init__(self, model: TokenModel, plan: DecodePlan):
+        self.model, self.plan = model, plan.fit(model)
+        self.passes = Passes(model, self.plan)
+        self._layout: Layout | None = None
+        self._buffers: dict[Any, Buffers] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        prefix: Tensor | None = None,
+        until: int | None = None,
+        stream: Stream | None = None,
+    ) -> Decoded:
+        model, plan, device = self.model, self.plan, prompt.states.device
+        prefix, goal = check_call(model, len(prompt.states), device, prefix, until)
+        if self._layout is None or self._layout.seen.device != device:
+            self._layout, self._buffers = Layout.of(model, device), {}
+        layout = self._layout
+        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, _precision(prompt)))
+        state = buffers.state
+        told = prefix.shape[1] // model.step_length
+        passes = syncs = rows = 0
+        if prefix.shape[1] < goal:
+            opened = min(prefix.shape[1] // plan.block + plan.append, -(-goal // plan.block))
+            outcome = self.passes.first(buffers, layout, opened)
+            rows += prompt.states.shape[1] + opened * plan.block
+            while True:
+                passes += 1
+                fed, slots, wanted, steps = outcome.tolist()
+                syncs += 1
+                if stream is not None and steps > told:
+                    told = steps
+                    stream(steps, state.ids[:, :-1].clone())
+                if not fed:
+                    break
+                if passes > model.length:
+                    raise not_finite(passes)
+                if plan.cache:
+                    blocks = self.passes.blocks(fed, device)
+                    outcome = self.passes.next(buffers, layout, blocks, slots, wanted)
+                else:
+                    blocks = fed
+                    outcome = self.passes.first(buffers, layout, blocks)
+                    rows += prompt.states.shape[1]
+                rows += blocks * plan.block
+        return Decoded(
+            ids=state.ids[:, :-1].clone(), passes=passes, rows=rows, committed=state.committed[:, :-1].clone(),
+            host_syncs=syncs, detail={"blocks": _history(state)},
+        )  # fmt: skip
+
+    def _prepare(self, prompt: Prompt, state: BlockState) -> Buffers:
+        """Buffers for prompts of this shape; where graphs refer to them, prompt and state are copied into place."""
+        key = (prompt.states.shape, prompt.states.dtype)
+        buffers = self._buffers.pop(key, None)
+        if buffers is None:
+            kept = prompt
+            if self.passes.graphed(prompt.states.device):
+                kept = Prompt(prompt.states.clone(), prompt.valid.clone())
+            buffers = Buffers(kept, self.model.empty(kept), state)
+        elif self.passes.graphed(prompt.states.device):
+            buffers.prompt.states.copy_(prompt.states)
+            buffers.prompt.valid.copy_(prompt.valid)
+            buffers.state.copy_(state)
+        else:
+            buffers.prompt, buffers.state = prompt, state
+            buffers.cache.valid = prompt.valid
+        self._buffers[key] = buffers
+        if len(self._buffers) > _MAX_SHAPES:
+            self._buffers.pop(next(iter(self._buffers)))
+        return buffers
+
+
+def check_call(
+    model: TokenModel, num: int, device: torch.device, prefix: Tensor | None, until: int | None
+) -> tuple[Tensor, int]:
+    """The prefix (empty where there is none) and the number of tokens to decode.
+
+    Raises:
+        BurnishError: FAST tokens with a prefix or an early exit; a prefix or exit that does not fit the chunk.
+    """
+    steps = model.length // model.step_length
+    if not model.time_ordered and (until is not None or (prefix is not None and prefix.shape[1])):
+        raise BurnishError(
+            "a prefix or an early exit with FAST tokens, which stand for frequencies and not for control steps",
+            "binned actions",
+        )
+    if until is not None and not 1 <= until <= steps:
+        raise BurnishError(f"early exit after {until} control steps", f"1 to {steps}")
+    goal = model.length if until is None else until * model.step_length
+    if prefix is None:
+        return torch.zeros(num, 0, dtype=torch.long, device=device), goal
+    if prefix.ndim != 2 or len(prefix) != num or prefix.shape[1] > model.length or prefix.shape[1] % model.step_length:
+        raise BurnishError(
+            f"a prefix of shape {list(prefix.shape)}",
+            f"[{num}, n] with n a multiple of the {model.step_length} tokens of a control step, at most {model.length}",
+        )
+    if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= model.vocabulary):
+        raise BurnishError("a prefix with ids that are no actions", f"ids of 0 to {model.vocabulary - 1}")
+    return prefix.to(device), goal
+
+
+def not_finite(passes: int) -> BurnishError:
+    """Every pass commits a token, unless its confidence is no number."""
+    return BurnishError(f"decoding came to no end in {passes} passes: the policy's logits are not finite", "numbers",
+                        "look at images, state and weights for NaN")  # fmt: skip
+
+
+def _precision(prompt: Prompt) -> torch.dtype:
+    """Confidences are float32, or float64 in a float64 model."""
+    return torch.float64 if prompt.states.dtype == torch.float64 else torch.float32
+
+
+def _history(state: BlockState) -> dict[str, Tensor]:
+    """Pass by which each block of each sample was opened, fully activated, frozen, long [B, N]; 0 is never."""
+    return {name: getattr(state, f"{name}_at").clone() for name in ("opened", "active", "frozen")}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"forced": "floor", "act": 4 / 7},
+    # Half is the same as 4/7 for 7 tokens. A block of an even length reaches it one pass earlier.
+    "fast": {"forced": "ceil", "act": 1 / 2},
+    # All blocks at once, none waits for its predecessor: the passes of a single block, however long the chunk.
+    "together": {"forced": "ceil", "add": 0.0, "act": 0.0, "append": 1 << 16},
+}
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """Options of a preset. Raises BurnishError for an unknown one."""
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise BurnishError(f"unknown preset '{preset}'", f"one of {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+@DECODERS.register("pipelined")
+def pipelined(model: TokenModel, preset: str = "fast", **options: Any) -> BlockDecoder:
+    """Fast-dVLA: several blocks at once, each block as soon as its predecessor is decoded far enough."""
+    return BlockDecoder(model, make_plan(preset_values(preset), options))
+
+
+@DECODERS.register("together")
+def together(model: TokenModel, **options: Any) -> BlockDecoder:
+    """`pipelined` with the preset of this name: all blocks in the first pass, none waits; keys are kept as exactly."""
+    return BlockDecoder(model, make_plan(preset_values("together"), options))
+
+
+@DECODERS.register("sequential")
+def sequential(model: TokenModel, **options: Any) -> BlockDecoder:
+    """One block after the other (block diffusion), storing a block's keys in the next one's first pass."""
+    return BlockDecoder(model, make_plan({"add": 1.0, "act": 1.0, "forced": "ceil"}, options))
+
+
+@DECODERS.register("d2f")
+def d2f(model: TokenModel, **options: Any) -> BlockDecoder:
+    """D2F (arXiv 2508.09192): pipelined, but a fully activated block is forced to commit one token only."""
+    return BlockDecoder(model, make_plan({"add": 0.1, "act": 0.95, "conf": 0.9, "forced": "one"}, options))
+
+
+@DECODERS.register("bidirectional")
+def bidirectional(model: TokenModel, **options: Any) -> BlockDecoder:
+    """All tokens in every pass, prompt recomputed, as many committed as a cosine schedule says (DD-VLA, UD-VLA)."""
+    return _one_block(model, {"forced": "cosine", "cache": False}, options)
+
+
+@DECODERS.register("prompt_cached")
+def prompt_cached(model: TokenModel, **options: Any) -> BlockDecoder:
+    """As `bidirectional`, with the prompt computed once: exact where it sees no action token."""
+    return _one_block(model, {"forced": "cosine"}, options)
+
+
+@DECODERS.register("confidence")
+def confidence_threshold(model: TokenModel, **options: Any) -> BlockDecoder:
+    """As `prompt_cached`, but committing whatever is confident, at least one token a pass."""
+    return _one_block(model, {"forced": "one", "conf": 0.9}, options)
+
+
+@DECODERS.register("one_pass")
+def one_pass(model: TokenModel, **options: Any) -> BlockDecoder:
+    """Everything in the first pass (OpenVLA-OFT; Dream-VLA with one step)."""
+    return _one_block(
+        model, {"forced": "ceil", "share": 1, "conf": 0.0, "cache": not model.prompt_sees_actions}, options
+    )
+
+
+def _one_block(model: TokenModel, defaults: dict[str, Any], options: dict[str, Any]) -> BlockDecoder:
+    return BlockDecoder(model, make_plan({"block": model.length, **defaults}, options))

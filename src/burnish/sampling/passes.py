@@ -1,0 +1,129 @@
+"""How a pass is run: as it is, through torch.compile, or as a CUDA graph. What it computes is always the same."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from burnish.sampling.plan import DecodePlan
+from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_rows
+from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
+from burnish.sampling.unmask import confidence
+
+
+@dataclass
+class Buffers:
+    """Everything that stays in place from call to call, so that graphs may refer to it."""
+
+    prompt: Prompt
+    cache: TokenCache
+    state: BlockState
+    graphs: dict[Hashable, tuple["torch.cuda.CUDAGraph", Tensor]] = field(default_factory=dict)
+
+
+class Passes:
+    """Runs the passes of a plan over one model.
+
+    Args:
+        model: the policy's rows.
+        plan: a fitted plan.
+    """
+
+    def __init__(self, model: TokenModel, plan: DecodePlan):
+        self.model, self.plan = model, plan
+        self._whole = torch.compile(model.whole, dynamic=False) if plan.compile else model.whole
+        self._rows = torch.compile(model.rows, dynamic=False) if plan.compile else model.rows
+
+    def static(self, device: torch.device) -> bool:
+        """True where shapes come from a short list."""
+        return self.plan.compile or self.graphed(device)
+
+    def graphed(self, device: torch.device) -> bool:
+        return device.type == "cuda" and self.plan.graph is not False
+
+    def blocks(self, fed: int, device: torch.device) -> int:
+        """Blocks to feed when `fed` are needed: that many, or the next of a short list where shapes are static.
+
+        The list is 1, 2, 3, 4, 6, 8, 12 for graphs and 1, 2, 4, 8 for torch.compile, which gives up after eight shapes.
+        """
+        if not self.static(device):
+            return fed
+        size = 1
+        while size < fed:
+            size += size if self.plan.compile else 1 << max(0, size.bit_length() - 2)
+        return min(size, self.model.length // self.plan.block)
+
+    def first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
+        """The pass over the prompt and the first `blocks` blocks together; returns the summary for the next one."""
+        return self._run(("first", blocks), buffers, partial(self._first, buffers, layout, blocks))
+
+    def next(self, buffers: Buffers, layout: Layout, blocks: int, slots: int, wanted: int) -> Tensor:
+        """A pass over `blocks` blocks behind the frozen ones; returns the summary for the next one.
+
+        `slots` action slots are in use and the logits of `wanted` rows are needed; static shapes ignore both.
+        """
+        rows = blocks * self.plan.block
+        if self.static(buffers.state.ids.device):
+            slots, wanted = self.model.length, rows
+        wanted = min(rows, wanted + int(bool(self.plan.shift)))
+        return self._run(("next", blocks), buffers, partial(self._next, buffers, layout, rows, slots, wanted))
+
+    def _first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
+        plan, state, prompt, cache = self.plan, buffers.state, buffers.prompt, buffers.cache
+        ids, positions, seen = lay_out(state, layout, plan, blocks * plan.block)
+        visible = _visible(prompt.valid, seen[:, :, : ids.shape[1]])
+        logits = self._whole(prompt, ids, visible, cache, see_actions=self.model.prompt_sees_actions)
+        if plan.shift:
+            carry_ids, carry_sure = confidence(cache.prompt_logits, plan)
+            state.carry_ids.copy_(carry_ids)
+            state.carry_sure.copy_(carry_sure)
+        settle(state, layout, plan, positions, *confidence(logits, plan))
+        advance(state, layout, plan)
+        return summary(state, layout, plan)
+
+    def _next(self, buffers: Buffers, layout: Layout, rows: int, slots: int, wanted: int) -> Tensor:
+        plan, state, cache = self.plan, buffers.state, buffers.cache
+        ids, positions, seen = lay_out(state, layout, plan, rows)
+        visible = _visible(buffers.prompt.valid, seen[:, :, :slots])
+        if wanted == rows:
+            told, sure = confidence(self._rows(ids, positions, visible, cache), plan)
+        else:
+            read = wanted_rows(state, layout, plan, positions, wanted)
+            some, some_sure = confidence(self._rows(ids, positions, visible, cache, read=read), plan)
+            told = torch.zeros_like(ids).scatter_(1, read, some)
+            sure = some_sure.new_zeros(ids.shape).scatter_(1, read, some_sure)
+        settle(state, layout, plan, positions, told, sure)
+        advance(state, layout, plan)
+        return summary(state, layout, plan)
+
+    def _run(self, key: Hashable, buffers: Buffers, work: Callable[[], Tensor]) -> Tensor:
+        if not self.graphed(buffers.state.ids.device):
+            return work()
+        if key not in buffers.graphs:
+            buffers.graphs[key] = _capture(buffers.state, work)
+        graph, outcome = buffers.graphs[key]
+        graph.replay()
+        return outcome
+
+
+def _visible(valid: Tensor, seen: Tensor) -> Tensor:
+    """bool [B, R, P + S]: the valid rows of the prompt, then action slots."""
+    return torch.cat((valid[:, None].expand(-1, seen.shape[1], -1), seen), 2)
+
+
+def _capture(state: BlockState, work: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    """A CUDA graph of `work`. Warming up runs it for real, so the state is put back; keys are written twice alike."""
+    before = state.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+            state.copy_(before)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcome = work()
+    return graph, outcome

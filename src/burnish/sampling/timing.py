@@ -1,0 +1,87 @@
+"""What a decoder costs and how far its actions are from true ones: synchronised, warmed up, one at a time."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from burnish.sampling.token_model import Decode, Prompt, TokenModel
+
+
+def measure_decoder(
+    decode: Decode, prompts: list[Prompt], model: TokenModel, *, repeats: int = 1,
+    truth: Tensor | None = None, actions: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Decode every prompt alone.
+
+    Args:
+        decode: a decoder of `model`.
+        prompts: of one observation each.
+        model: the policy's rows.
+        repeats: timed decodes of each prompt; one more warms up.
+        truth: long [B, L], true tokens of the observations.
+        actions: ids [B, L] to normalised actions [B, T, A], for the error.
+
+    Returns:
+        ms, p95, p99 of a chunk; first_step_ms until the first control step is final; means of passes, rows and
+        host_syncs; left_to_right, Kendall's tau between control step and pass of commitment (1: strictly in order of
+        time); action_error, the mean distance to the true actions in normalised units; ids of the first prompt.
+    """
+    times, firsts, decoded = [], [], []
+    decode(prompts[0])
+    for prompt in prompts:
+        for _ in range(repeats):
+            whole, first = run_streaming(decode, prompt)
+            times.append(whole)
+            if model.time_ordered:
+                firsts.append(first)
+        decoded.append(decode(prompt))
+    found = {
+        "ms": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "p99": float(np.quantile(times, 0.99)),
+        "first_step_ms": statistics.median(firsts or times),
+        **{name: statistics.fmean(getattr(d, name) for d in decoded) for name in ("passes", "rows", "host_syncs")},
+        "left_to_right": statistics.fmean(left_to_right(d.committed[0], model.step_length) for d in decoded),
+        "n": len(prompts), "ids": decoded[0].ids[0].tolist(),
+    }  # fmt: skip
+    if truth is not None and actions is not None:
+        ids = torch.cat([d.ids for d in decoded])
+        found["action_error"] = float((actions(ids) - actions(truth.to(ids.device))).abs().mean())
+    return found
+
+
+def left_to_right(committed: Tensor, step_length: int) -> float:
+    """Kendall's tau-b between the control step of a token and the pass that committed it; 0 where all came at once."""
+    from scipy.stats import kendalltau
+
+    steps = np.arange(len(committed)) // step_length
+    tau = kendalltau(steps, committed.cpu().numpy()).statistic
+    return 0.0 if np.isnan(tau) else float(tau)
+
+
+def run_once(decode: Decode, prompt: Prompt) -> float:
+    """Milliseconds of one decode."""
+    _wait(prompt.states.device)
+    begin = time.perf_counter()
+    decode(prompt)
+    _wait(prompt.states.device)
+    return 1000 * (time.perf_counter() - begin)
+
+
+def run_streaming(decode: Decode, prompt: Prompt) -> tuple[float, float]:
+    """Milliseconds of one decode, and until it told that the first control step is final."""
+    told: list[float] = []
+    _wait(prompt.states.device)
+    begin = time.perf_counter()
+    decode(prompt, stream=lambda steps, ids: told.append(time.perf_counter()))
+    _wait(prompt.states.device)
+    end = time.perf_counter()
+    return 1000 * (end - begin), 1000 * ((told[0] if told else end) - begin)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

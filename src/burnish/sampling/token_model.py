@@ -1,0 +1,192 @@
+"""What a token policy and a decoder agree on: rows of action tokens, a cache with one slot for each position.
+
+The sequence is [prompt | L action tokens]. Slot s < P of the cache belongs to prompt row s, slot P + i to action
+position i, and the last slot P + L is scrap. A pass feeds any action rows; their keys and values go into their own
+slots before attention looks at the slots, so a block is frozen by no longer feeding it. Nothing here knows how a block
+is decoded, and no decoder knows a model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.registry import Registry
+from burnish.core.types import Batch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt after the vision tower and the embedding: what the language model is fed.
+
+    Args:
+        states: float [B, P, D].
+        valid: bool [B, P], False on padding.
+    """
+
+    states: Tensor
+    valid: Tensor
+
+
+@dataclass
+class TokenCache:
+    """Keys and values in slots that never move; the model writes them in place.
+
+    Args:
+        keys: for each layer [B, H_kv, P + L + 1, D_h].
+        values: like `keys`.
+        valid: bool [B, P], False on padding of the prompt.
+        prompt_logits: [B, V] of the last prompt row, which tells action position 0 where the policy shifts by one.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    valid: Tensor
+    prompt_logits: Tensor
+
+
+def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
+    """Whether the action row at `query` may attend to that at `slot` (positions; they broadcast): no later block."""
+    return slot // block <= query // block
+
+
+class TokenModel(ABC):
+    """A token policy as decoders see it: a plain object around the module, cheap to make.
+
+    Attributes:
+        length: L, action tokens in a chunk (time-major: position = step * A + dimension).
+        step_length: A, tokens of one control step.
+        vocabulary: V, legal action ids 0 .. V - 1.
+        mask_id: the id that stands for MASK (V), or None where the policy was never trained with one.
+        shift: True where the token at a position is read from the row before it.
+        block: action tokens that see one another in training: L is bidirectional, 1 is causal, anything between
+            is block-causal. A row sees all rows of its own and of earlier blocks.
+        prompt_sees_actions: True where prompt rows saw action rows in training; their keys then change at every pass.
+        time_ordered: False where positions do not follow control steps (FAST): no prefix, no streaming.
+    """
+
+    length: int
+    step_length: int
+    vocabulary: int
+    mask_id: int | None
+    shift: bool
+    block: int
+    prompt_sees_actions: bool
+    time_ordered: bool
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Prompt:
+        """Vision tower and embeddings of a batch: no language-model layer runs."""
+
+    @abstractmethod
+    def empty(self, prompt: Prompt) -> TokenCache:
+        """A cache of zeros for `prompt`; its buffers may be used again for prompts of the same shape."""
+
+    @abstractmethod
+    def whole(self, prompt: Prompt, ids: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None,
+              see_actions: bool = False) -> Tensor:  # fmt: skip
+        """One joint pass over the prompt and the action rows 0 .. R - 1; R = 0 is a plain prefill.
+
+        Fills slots 0 .. P + R - 1, `valid` and `prompt_logits` of the cache.
+
+        Args:
+            prompt: of `embed`. How its rows see one another is the model's affair; padding is never seen.
+            ids: long [B, R], `mask_id` for MASK.
+            visible: bool [B, R, P + R], the slots that each action row may attend to.
+            cache: of `empty`.
+            read: as in `rows`.
+            see_actions: prompt rows attend to all R action rows too (as in policies with `prompt_sees_actions`).
+
+        Returns:
+            Logits as in `rows`.
+        """
+
+    @abstractmethod
+    def rows(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None
+    ) -> Tensor:
+        """One pass over R action rows, which need not be neighbours and may differ between samples.
+
+        Writes the rows' keys and values into slots P + positions, then attends to the first S slots.
+
+        Args:
+            ids: long [B, R], `mask_id` for MASK, anything legal on padding.
+            positions: long [B, R], 0 .. L - 1; L marks padding (it lands in the scrap slot, which nobody may see).
+            visible: bool [B, R, S], S <= P + L; S may be cut short so that no time is lost on slots that nobody sees.
+                Every row, padding too, sees at least one slot, so that nothing becomes NaN.
+            cache: with prompt and earlier rows in it.
+            read: long [B, M], indices into R of the rows whose logits are wanted; None means all. The others need
+                no head (and no query in the last layer).
+
+        Returns:
+            Logits over the legal ids, [B, M, V] or [B, R, V], of the rows as they are: the caller knows about `shift`.
+        """
+
+
+@dataclass
+class Decoded:
+    """What a decoder returns.
+
+    Args:
+        ids: long [B, L]; `mask_id` where an early exit left a token open.
+        passes: model passes, those over the prompt included; the prompt shares its pass with the first rows if it can.
+        rows: rows fed in all passes for each sample, prompt included, padding too.
+        committed: long [B, L], the pass (from 1) in which each token became final; 0 for those of the prefix.
+        host_syncs: times that the host waited for the device.
+        detail: figures of single decoders.
+    """
+
+    ids: Tensor
+    passes: int
+    rows: int
+    committed: Tensor
+    host_syncs: int = 0
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Stream = Callable[[int, Tensor], None]
+"""Called as stream(number of finished control steps, ids [B, L]) whenever more steps of every sample are final."""
+
+
+class Decode(Protocol):
+    """A decoder made for one model and one plan; keeps its buffers and compiled passes from call to call."""
+
+    def __call__(self, prompt: Prompt, *, prefix: Tensor | None = None, until: int | None = None,
+                 stream: Stream | None = None) -> Decoded:  # fmt: skip
+        """Decode one chunk, without gradient.
+
+        Args:
+            prompt: of `TokenModel.embed`.
+            prefix: long [B, n], committed tokens that the chunk starts with (whole control steps).
+            until: stop as soon as so many control steps are final; None decodes the whole chunk.
+            stream: told about finished steps as they come.
+        """
+        ...
+
+
+DECODERS: Registry[Callable[..., Decode]] = Registry("decoder", room="burnish.sampling")
+"""Decoders by name: DECODERS.get(name)(model, **options of a DecodePlan) -> Decode. Use `make_decoder`."""
+
+
+def make_decoder(name: str, model: TokenModel, **options: Any) -> Decode:
+    """The decoder called `name` for `model`; those of outside packages too (entry points `burnish.decoders`).
+
+    Raises:
+        BurnishError: unknown name, or options that cannot work with this model, with the reason.
+    """
+    return DECODERS.get(name)(model, **options)
+
+
+def token_model(policy: Any) -> TokenModel:
+    """The rows of a token policy (its method `token_model()`).
+
+    Raises:
+        BurnishError: a policy that does not write its actions as tokens.
+    """
+    make = getattr(policy, "token_model", None)
+    if make is None:
+        raise BurnishError(f"a {type(policy).__name__}, which has no action tokens", "a burnish_discrete policy")
+    return make()

@@ -1,0 +1,1 @@
+"""Checkpoints as tensors: names, sources, exact arithmetic, and task vectors (CapVector) on top of them."""

@@ -1,0 +1,240 @@
+"""Where the numbers of a parent come from: stored tensors, or stored tensors with a LoRA or DoRA adapter on top.
+
+An adapter is always taken through its product. (A, B) and (G A, B G^-1) are the same update for any invertible G, so
+differences of factors mean nothing; the product does not depend on G.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
+from burnish.weights.names import match_names
+from burnish.weights.rounding import Narrow, widened
+from burnish.weights.tensorfile import FLOATS, Checkpoint, tensor_digest, whole_digest
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+class Stored:
+    """Tensors of a checkpoint under translated names.
+
+    Raises:
+        BurnishError: the checkpoint holds factors of adapters, which mean nothing one by one.
+
+    Attributes:
+        slots: name to (dtype, shape).
+        names: name to the name inside the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, reference: list[str] | None = None, rules: list[tuple[str, str]] = ()):
+        self.checkpoint = checkpoint
+        factor = next((name for name in checkpoint.slots if "lora_" in name), None)
+        if factor is not None:
+            raise BurnishError(f"{checkpoint.path} holds the adapter factor '{factor}'",
+                               "whole weights, or a peft adapter's folder as --tuned or --control",
+                               "merge the adapter with peft first")  # fmt: skip
+        renamed = match_names(checkpoint.slots, reference or checkpoint.slots, rules)
+        self.names = {new: old for old, new in renamed.items()}
+        self.slots = {new: (checkpoint.slots[old].dtype, checkpoint.slots[old].shape) for new, old in
+                      self.names.items()}  # fmt: skip
+
+    def raw(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.checkpoint.raw(self.names[name], start, stop)
+
+    def fill(self, name: str, start: int, stop: int, out: np.ndarray, scratch: Narrow) -> np.ndarray:
+        """Put elements start:stop (at most a block) into float64 `out`, exactly."""
+        return scratch.widen(self.raw(name, start, stop), self.slots[name][0], out)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        self.checkpoint.release(self.names[name], start, stop)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A LoRA update scale * up @ down of a weight [rows, columns]; DoRA when `magnitude` [rows] is there.
+
+    Factors are float64 copies of what is stored, which is exact. `transposed` weights are [columns, rows].
+    """
+
+    up: np.ndarray
+    down: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.up.shape[0], self.down.shape[1]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Rows first:last of the product, [last - first, columns] float64."""
+        if self.transposed:
+            return self.scale * (self.down[:, first:last].T @ self.up.T)
+        return self.scale * (self.up[first:last] @ self.down)
+
+
+def product_block(updates: list[Update], start: int, stop: int) -> np.ndarray:
+    """Elements start:stop of the flattened sum of products, float64."""
+    columns = updates[0].shape[1]
+    first, last = start // columns, -(-stop // columns)
+    total = sum(update.rows(first, last) for update in updates)
+    return total.reshape(-1)[start - first * columns : stop - first * columns]
+
+
+class Adapted:
+    """A base checkpoint with an adapter folded in, block by block, in float64."""
+
+    def __init__(self, base: Stored, adapter: "Adapter"):
+        self.base, self.adapter = base, adapter
+        unknown = [name for name in (*adapter.updates, *adapter.replaced) if name not in base.slots]
+        if unknown:
+            raise BurnishError(f"the adapter {adapter.path} changes '{unknown[0]}', which the base lacks",
+                               "an adapter of this base", "--rename PATTERN=NAME")  # fmt: skip
+        wrong = [n for n, u in adapter.updates.items() if u.shape != base.slots[n][1]]
+        if wrong:
+            shape = list(adapter.updates[wrong[0]].shape)
+            raise BurnishError(f"the adapter's update of '{wrong[0]}' has shape {shape}",
+                               f"{list(base.slots[wrong[0]][1])} as in the base")  # fmt: skip
+        whole = [n for n in adapter.updates if base.slots[n][0] not in FLOATS]
+        if whole:
+            raise BurnishError(f"'{whole[0]}' of the base {base.checkpoint.path} is {base.slots[whole[0]][0]}",
+                               "floating-point weights", "give the base as it was before it was quantised")  # fmt: skip
+        self.slots = dict(base.slots) | {n: ("F32", base.slots[n][1]) for n in adapter.updates}
+        self.slots |= {name: ("F32", value.shape) for name, value in adapter.replaced.items()}
+
+    def fill(self, name: str, start: int, stop: int, out: np.ndarray, scratch: Narrow) -> np.ndarray:
+        if name in self.adapter.replaced:
+            out[:] = self.adapter.replaced[name].reshape(-1)[start:stop]
+            return out
+        update = self.adapter.updates.get(name)
+        if update is None or update.magnitude is None:
+            self.base.fill(name, start, stop, out, scratch)
+            if update is not None:
+                out += product_block([update], start, stop)
+            return out
+        out[:] = self._dora(name, update, start, stop)
+        return out
+
+    def _dora(self, name: str, update: Update, start: int, stop: int) -> np.ndarray:
+        """magnitude * (W + update) / |row of (W + update)| (Liu et al. 2024, arXiv:2402.09353, eq. 5)."""
+        dtype, (_, columns) = self.base.slots[name]
+        first, last = start // columns, -(-stop // columns)
+        rows = widened(self.base.raw(name, first * columns, last * columns), dtype).reshape(-1, columns)
+        rows = rows + update.rows(first, last)
+        rows *= (update.magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
+        return rows.reshape(-1)[start - first * columns : stop - first * columns]
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        self.base.release(name, start, stop)
+
+
+class Adapter:
+    """A peft adapter folder: updates and replaced tensors under the base's names.
+
+    Attributes:
+        updates: weight name to Update.
+        replaced: tensor name to float64 values that replace the base's (peft's modules_to_save, biases).
+        digest: of all its tensors and the settings that enter the arithmetic.
+    """
+
+    def __init__(self, path: Path, reference: list[str], rules: list[tuple[str, str]] = ()):
+        self.path = path
+        config = _read_config(path / ADAPTER_CONFIG)
+        stored = Checkpoint(path, ADAPTER)
+        values = {n: _value(stored, n) for n in stored.slots}
+        modules: dict[str, dict[str, np.ndarray]] = {}
+        plain: dict[str, np.ndarray] = {}
+        for name, value in values.items():
+            found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?", name)
+            if found:
+                modules.setdefault(found[1], {})[found[2]] = value
+            elif "lora_" in name:
+                raise BurnishError(f"{path}: '{name}' is an adapter of a kind that is not supported",
+                                   "LoRA or DoRA on linear layers", "merge it with peft first")  # fmt: skip
+            else:
+                plain[name.replace(".modules_to_save.default", "").replace(".base_layer", "")] = value
+        weights = match_names((f"{module}.weight" for module in modules), reference, rules)
+        self.updates = {
+            weights[f"{module}.weight"]: _update(path, module, parts, config) for module, parts in modules.items()
+        }
+        names = match_names(plain, reference, rules)
+        self.replaced = {names[name]: value for name, value in plain.items()}
+        settings = json.dumps({n: [u.scale, u.transposed] for n, u in sorted(self.updates.items())})
+        self.digest = whole_digest({n: tensor_digest(stored, n) for n in stored.slots} | {"settings": settings})
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every change is a plain product, so that the delta can stay in factors."""
+        return not self.replaced and all(update.magnitude is None for update in self.updates.values())
+
+
+def is_adapter(path: Path) -> bool:
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def _value(stored: Checkpoint, name: str) -> np.ndarray:
+    """A tensor of an adapter as float64; refuses what is not a finite number."""
+    slot = stored.slots[name]
+    if slot.dtype not in FLOATS:
+        raise BurnishError(f"'{name}' in {stored.path} is {slot.dtype}", f"one of {', '.join(FLOATS)}")
+    value = widened(stored.raw(name, 0, slot.size), slot.dtype).reshape(slot.shape)
+    if not np.isfinite(value).all():
+        raise BurnishError(f"'{name}' in {stored.path} has numbers that are not finite", "a healthy adapter")
+    return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_object(path)
+    if config.get("peft_type") != "LORA":
+        raise BurnishError(f"{path}: peft_type {config.get('peft_type')!r}", "LORA (DoRA included)")
+    if not all(isinstance(config.get(number), int | float) for number in ("r", "lora_alpha")):
+        raise BurnishError(f"{path}: r is {config.get('r')} and lora_alpha {config.get('lora_alpha')}", "numbers")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        raise BurnishError(f"{path}: init_lora_weights {start} changes the base's own weights", "plain LoRA or DoRA",
+                           "merge it with peft first, or save it with path_initial_model_for_weight_conversion"
+                           )  # fmt: skip
+    for setting in ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices",
+                    "alora_invocation_tokens"):  # fmt: skip
+        if config.get(setting):
+            raise BurnishError(f"{path} uses {setting}", "plain LoRA or DoRA", "merge it with peft first")
+    return config
+
+
+def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[str, Any]) -> Update:
+    if not {"lora_A", "lora_B"} <= parts.keys() or any(parts[k].ndim != 2 for k in ("lora_A", "lora_B")):
+        raise BurnishError(f"{path}: the adapter of '{module}' is incomplete or not on a linear layer",
+                           "matrices lora_A and lora_B")  # fmt: skip
+    down, up = parts["lora_A"], parts["lora_B"]
+    inside = module.removeprefix("base_model.model.")  # peft looks for patterns in the model's own names
+    rank = _pattern(path, config.get("rank_pattern"), inside, config["r"])
+    alpha = _pattern(path, config.get("alpha_pattern"), inside, config["lora_alpha"])
+    if down.shape[0] != rank or up.shape[1] != rank:
+        raise BurnishError(f"{path}: '{module}' has factors {list(up.shape)} and {list(down.shape)}", f"rank {rank:g}")
+    magnitude = parts.get("lora_magnitude_vector")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        raise BurnishError(f"{path}: use_dora is {config.get('use_dora')} but '{module}' disagrees", "a whole adapter")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    transposed = bool(config.get("fan_in_fan_out"))
+    if transposed and magnitude is not None:
+        raise BurnishError(f"{path}: DoRA with fan_in_fan_out", "DoRA on linear layers", "merge it with peft first")
+    return Update(up, down, scale, None if magnitude is None else magnitude.reshape(-1), transposed)
+
+
+def _pattern(path: Path, patterns: dict[str, Any] | None, module: str, default: float) -> float:
+    """peft's rule: the first pattern that is the module's name or ends it after a dot."""
+    try:
+        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+        return float(next(found, default))
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise BurnishError(f"{path}: rank_pattern or alpha_pattern cannot be used ({error})",
+                           "patterns with a number each") from error  # fmt: skip

@@ -1,0 +1,175 @@
+"""The objective in the real loop, on a policy that trains in milliseconds."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import burnish
+from burnish.core.errors import BurnishError
+from burnish.weights.extract import extract
+from burnish.weights.merge import merge
+
+
+@pytest.fixture(scope="module")
+def fake():
+    spec = importlib.util.spec_from_file_location("capability_fake", Path(__file__).parents[2] / "train" / "fake.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def made(fake, tmp_path_factory):
+    """Base, two fine-tunes (another seed stands for the capability), their delta, merged; two LoRA runs."""
+    root = tmp_path_factory.mktemp("capability")
+    with pytest.MonkeyPatch.context() as patch:
+        fake.register(patch.setattr)
+        fake.FakePolicy().save(root / "base")
+        fake.make_dataset(root / "data")
+        for name, seed, more in (("plain", 0, []), ("aux", 1, []), ("lora_a", 0, LORA), ("lora_b", 1, LORA)):
+            burnish.train(run(fake, root, name, f"--train.seed={seed}", "--train.lr=0.02", *more), progress=False)
+    parents = {"base": root / "base", "tuned": root / "aux/policy", "control": root / "plain/policy"}
+    extract(**parents, output=root / "delta")
+    extract(root / "base", root / "lora_a/adapter", root / "lora_b/adapter", output=root / "lora_delta")
+    merge(root / "base", [(root / "delta", 1.1)], output=root / "merged")
+    return root
+
+
+LORA = ["--train.peft.method=lora", "--train.peft.rank=2", "--train.peft.target_modules=(backbone.0|head)"]
+
+
+def run(fake, root, name, *more):
+    shutil.rmtree(root / name, ignore_errors=True)
+    return fake.recipe(root / "data", root / name, f"--policy.path={root / 'base'}", "--train.log_every=2", *more)
+
+
+def train(fake, made, monkeypatch, name, start="merged", *more, **options):
+    fake.register(monkeypatch.setattr)
+    entry = {"name": "capability", "delta": str(made / "delta"), **options}
+    given = [f"--policy.path={made / start}", f"--objectives=[{entry}]", *more]
+    return burnish.train(run(fake, made, name, *given), progress=False)
+
+
+def distance(made, result, gamma=False):
+    start, end = load_file(made / "merged/model.safetensors"), load_file(result.policy / "model.safetensors")
+    return torch.stack([(end[k] - start[k]).norm() for k in start]).norm().item()
+
+
+def test_weight_zero_is_plain_fine_tuning(fake, made, monkeypatch):
+    fake.register(monkeypatch.setattr)
+    plain = burnish.train(run(fake, made, "none", f"--policy.path={made / 'merged'}"), progress=False)
+    with_objective = train(fake, made, monkeypatch, "zero", weight=0.0)
+    fake.assert_same_weights(plain.policy, with_objective.policy)
+    assert set(load_file(plain.policy / "model.safetensors")) == set(load_file(made / "base/model.safetensors"))
+    assert "loss_capability" not in with_objective.final and with_objective.final["capability_distance"] > 0
+
+
+@pytest.mark.parametrize("kind", ["l1", "projection", "cosine", "ewc", "l2"])
+def test_every_penalty_trains(fake, made, monkeypatch, kind):
+    result = train(fake, made, monkeypatch, kind, kind=kind, weight=0.01, alpha=1.1)
+    assert result.final["loss_capability"] == pytest.approx(0.01 * result.final["capability_penalty"], rel=1.0)
+    assert ("capability_pinned" in result.final) == (kind == "l1")
+
+
+def test_the_stronger_the_longer_it_stays(fake, made, monkeypatch):
+    results = [train(fake, made, monkeypatch, f"w{w}", weight=w) for w in (0.0, 0.3, 30.0)]
+    distances = [distance(made, r) for r in results]
+    assert distances[0] > distances[1] > distances[2]
+    assert results[1].final["capability_distance"] == pytest.approx(distances[1], rel=1e-4)
+    assert results[2].final["capability_pinned"] > results[1].final["capability_pinned"] > 0
+
+
+def test_normalised_weight_does_not_depend_on_the_size_of_the_vector(fake, made, monkeypatch, tmp_path):
+    from burnish.weights.control import control
+
+    loud = control(made / "delta", "rescale", output=tmp_path / "loud", norm_of=made / "lora_delta")
+    a = train(fake, made, monkeypatch, "quiet", weight=0.5, normalize=True)
+    b = train(fake, made, monkeypatch, "loud", weight=0.5, normalize=True, delta=str(loud.path))
+    assert distance(made, a) == pytest.approx(distance(made, b), rel=0.01)
+
+
+def test_projected_gradients(fake, made, monkeypatch):
+    """Adam blurs it, but movement along the vector is far smaller than without."""
+    free = train(fake, made, monkeypatch, "free", weight=0.0)
+    held = train(fake, made, monkeypatch, "held", kind="gradient")
+    assert abs(held.final["capability_cosine"]) < abs(free.final["capability_cosine"]) or (
+        abs(held.final["capability_cosine"]) < 0.02
+    )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_retention_is_measured_along_the_vector(fake, made, monkeypatch, normalize):
+    result = train(fake, made, monkeypatch, "retained", weight=0.0, alpha=1.1, normalize=normalize)
+    base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
+    tuned, plain = (load_file(made / n / "policy/model.safetensors") for n in ("aux", "plain"))
+    gamma = {k: (tuned[k] - plain[k]).double() for k in base}
+    along = sum(((end[k] - base[k]).double() * gamma[k]).sum() for k in base)
+    whole = 1.1 * sum(g.square().sum() for g in gamma.values())
+    assert result.final["capability_retained"] == pytest.approx(float(along / whole), abs=1e-3)
+
+
+@pytest.mark.parametrize("reading", ["r1", "r2", "r3"])
+def test_lora_readings(fake, made, monkeypatch, reading):
+    every = "--train.log_every=1"
+    result = train(fake, made, monkeypatch, reading, "base", *LORA, every, delta=str(made / "lora_delta"), weight=0.01,
+                   reading=reading)  # fmt: skip
+    first = fake.figures(result.metrics)[0]
+    assert result.final["loss_capability"] > 0
+    # r2 regularises A itself, so it costs from the first step; B starts at zero and A at its start.
+    assert (first["capability_penalty"] > 0) == (reading == "r2")
+    assert ("capability_pinned" in result.final) == (reading != "r3")
+
+
+def test_r3_is_the_whole_product(fake, made, monkeypatch):
+    """With no other loss to speak of, the logged distance is the norm of the merged update."""
+    result = train(fake, made, monkeypatch, "r3d", "base", *LORA, delta=str(made / "lora_delta"), weight=1e-6)
+    base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
+    names = ("backbone.0.weight", "head.weight")
+    moved = torch.stack([(end[n] - base[n]).norm() for n in names]).norm().item()
+    assert result.final["capability_distance"] == pytest.approx(moved, rel=1e-3)
+
+
+def test_dora(fake, made, monkeypatch):
+    dora = [LORA[0].replace("lora", "dora"), *LORA[1:]]
+    result = train(fake, made, monkeypatch, "dora", "base", *dora, delta=str(made / "lora_delta"), weight=1e-6)
+    base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
+    moved = torch.stack([(end[n] - base[n]).norm() for n in ("backbone.0.weight", "head.weight")]).norm().item()
+    assert result.final["capability_distance"] == pytest.approx(moved, rel=1e-3)
+
+
+def test_resumed_is_uninterrupted(fake, made, monkeypatch):
+    whole = train(fake, made, monkeypatch, "whole", weight=0.1)
+    (made / "cut").mkdir(exist_ok=True)
+    train(fake, made, monkeypatch, "cut", weight=0.1)
+    shutil.rmtree(made / "cut/policy")
+    (made / "cut/train.json").unlink()
+    shutil.rmtree(made / "cut/checkpoints/000012")
+    entry = {"name": "capability", "delta": str(made / "delta"), "weight": 0.1}
+    recipe = fake.recipe(made / "data", made / "cut", f"--policy.path={made / 'merged'}", "--train.log_every=2",
+                         f"--objectives=[{entry}]")  # fmt: skip
+    again = burnish.train(recipe, progress=False)
+    fake.assert_same_weights(whole.policy, again.policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "magic"}, "kind is 'magic'"),
+        ({"reading": "r3"}, "reading r3"),
+        ({"weight": -1.0}, "weight is -1.0"),
+        ({"delta": "nowhere"}, "no delta at nowhere"),
+        ({"include": ["nothing_like_it"]}, "matches no tensor"),
+    ],
+)
+def test_refusals(fake, made, monkeypatch, options, words):
+    with pytest.raises(BurnishError, match=words):
+        train(fake, made, monkeypatch, "refused", **options)
+
+
+def test_a_frozen_policy_has_nothing_to_hold(fake, made, monkeypatch):
+    with pytest.raises(BurnishError, match="is trained"):
+        train(fake, made, monkeypatch, "frozen", "merged", "--train.freeze=[backbone]", include=["backbone"])
