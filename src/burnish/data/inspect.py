@@ -186,10 +186,8 @@ def _control(action: np.ndarray, state: np.ndarray | None) -> str:
     if state is None or len(action) < 10:
         return ""
     shared = min(action.shape[1], state.shape[1])
-    follows = []
-    for i in range(shared):
-        if np.ptp(action[:, i]) > 0 and np.ptp(state[:, i]) > 0:
-            follows.append(np.corrcoef(action[:, i], state[:, i])[0, 1] > 0.9)
+    moving = [i for i in range(shared) if np.ptp(action[:, i]) > 0 and np.ptp(state[:, i]) > 0]
+    follows = [np.corrcoef(action[:, i], state[:, i])[0, 1] > 0.9 for i in moving]
     return "absolute" if follows and np.mean(follows) > 0.6 else "relative"
 
 

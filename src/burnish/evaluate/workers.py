@@ -129,8 +129,7 @@ class _Running:
         self.success = bool(self.env.step(action))
         self.steps += 1
         if self.episode.swap:
-            assert isinstance(self.env, InstructionSwap)
-            self.other_success = bool(self.env.other_success())
+            self.other_success = bool(cast(InstructionSwap, self.env).other_success())
         self._film()
 
     def finish_with_expert(self) -> None:

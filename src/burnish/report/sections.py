@@ -232,12 +232,9 @@ def recordings(run: RunFolder) -> str:
 
 def latency(run: RunFolder) -> str:
     """Percentiles of one policy call, per variant."""
-    rows, names = [], []
-    for one in run.evaluations.values():
-        names += [name for name in one.latency_ms if name.startswith("p") and name not in names]
-    for one in run.evaluations.values():
-        if one.latency_ms:
-            rows.append([escape(one.label), *(_milliseconds(one.latency_ms.get(name)) for name in names)])
+    timed = [one for one in run.evaluations.values() if one.latency_ms]
+    names = list(dict.fromkeys(name for one in timed for name in one.latency_ms if name.startswith("p")))
+    rows = [[escape(one.label), *(_milliseconds(one.latency_ms.get(name)) for name in names)] for one in timed]
     if not rows:
         return ""
     lead = "Milliseconds for one call of the policy, which serves a whole batch of simulators."

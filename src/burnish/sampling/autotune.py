@@ -69,8 +69,8 @@ def candidates(model: TokenModel, plan: DecodePlan) -> list[DecodePlan]:
     plans = []
     for width in [w for w in range(1, WIDEST + 1) if num % w == 0]:
         count = num // width
-        for append in sorted({min(append, count) for append in (1, *APPENDS, count)}):
-            plans.append(replace(plan, block=unit * width, append=append).fit(model))
+        appends = sorted({min(append, count) for append in (1, *APPENDS, count)})
+        plans += [replace(plan, block=unit * width, append=append).fit(model) for append in appends]
     return plans
 
 
