@@ -10,8 +10,8 @@ from torch import nn
 
 from burnish.cli.main import main
 from burnish.policies import load_policy
+from burnish.policies.base import Stage
 from burnish.policies.tiny import make_tiny
-from burnish.policies.wrapper import Stage
 from burnish.runtime import profile as module
 from burnish.runtime.observations import observations
 from burnish.runtime.profile import Clock, dissect, profile, quantiles
@@ -30,11 +30,14 @@ class Sleepy:
         names = {"look": "vision", "read": "prompt", "step": "pass", "speak": "head"}
         return [Stage(stage, self, call) for call, stage in names.items()]
 
-    def row_counters(self):
+    def token_counters(self):
         return [self.counter]
 
     def eval(self):
         return self
+
+    def supports(self, capability):
+        return False
 
     def act(self, batch):
         self.ticks(1)

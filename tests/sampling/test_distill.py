@@ -150,7 +150,7 @@ def test_the_loop_distils_and_exports_merged_weights(tmp_path):
 
     from burnish.train.loop import train
 
-    spec = importlib.util.spec_from_file_location("distill_fake", Path(__file__).parents[2] / "train" / "fake.py")
+    spec = importlib.util.spec_from_file_location("distill_fake", Path(__file__).parents[1] / "train" / "fake.py")
     fake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fake)
     base = make_tiny("burnish_discrete", tmp_path / "base", cameras=("front",), state_dim=4, action_dim=3,

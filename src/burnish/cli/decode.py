@@ -54,54 +54,27 @@ def plan_options(given: list[str]) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> int:
-    import sys
-
-    import torch
-    from tqdm import tqdm
-
     from burnish.policies import load_policy
-    from burnish.runtime.observations import observations, split, true_tokens
-    from burnish.sampling.timing import measure_decoder
-    from burnish.sampling.token_model import token_model
+    from burnish.runtime.decoders import compare_decoders
 
-    if args.count < 1 or args.repeats < 1:
-        raise BurnishError(f"--count {args.count} --repeats {args.repeats}", "1 or more of each")
-    if args.own and args.decoder:
-        raise BurnishError(f"--own with --decoder {args.decoder[0]}", "one of them")
-    policy = load_policy(args.policy, device=args.device)
-    model = token_model(policy)
-    batch = observations(policy, args.count, args.data)
-    with torch.no_grad():
-        prompts = split(model.embed(batch))
-    truth = true_tokens(policy, batch) if args.data else None
-    names, options = args.decoder, plan_options(args.option)
-    if args.own:
-        names, options = [policy.config.decoder_name], {**policy.config.decoder_options, **options}
-    made, refused = _decoders(model, names, options)
-    found = {}
-    for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False):
-        found[name] = measure_decoder(
-            made[name], prompts, model, repeats=args.repeats, truth=truth, actions=policy.policy.model.tokens.decode
-        )
+    found = compare_decoders(
+        load_policy(args.policy, device=args.device), decoders=args.decoder, options=plan_options(args.option),
+        own=args.own, data=args.data, count=args.count, repeats=args.repeats, picture=args.picture,
+    )  # fmt: skip
     outcome = {
         "policy": args.policy, "options": args.option, "data": args.data, "count": args.count,
-        "device": args.device, "decoders": found, "refused": refused,
+        "device": args.device, **found,
     }  # fmt: skip
     if args.output:
         from burnish.core.files import write_json
 
         write_json(Path(args.output), outcome)
     if args.into:
-        _add_columns(args.into, next(iter(found.values())))
+        _add_columns(args.into, next(iter(found["decoders"].values())))
     if args.json:
         print(json.dumps(outcome, indent=1))
     else:
-        _print(found, refused)
-    if args.picture:
-        from burnish.runtime.decode_plot import draw_decode
-
-        name = next(iter(made)) if names or "pipelined" not in made else "pipelined"
-        draw_decode(model, made[name](prompts[0]), name, Path(args.picture))
+        _print(**found)
     return 0
 
 
@@ -135,27 +108,10 @@ def _add_columns(target: str, figures: dict[str, Any]) -> None:
     write_json(path, result)
 
 
-def _print(found: dict[str, dict[str, Any]], refused: dict[str, str]) -> None:
-    shown = {key: value for key, value in COLUMNS.items() if key in next(iter(found.values()))}
+def _print(decoders: dict[str, dict[str, Any]], refused: dict[str, str]) -> None:
+    shown = {key: value for key, value in COLUMNS.items() if key in next(iter(decoders.values()))}
     print(" " * 16 + "  ".join(f"{title:>{form.partition('.')[0]}s}" for title, form in shown.values()))
-    for name, row in found.items():
+    for name, row in decoders.items():
         print(f"{name:16s}" + "  ".join(f"{row[key]:{form}}" for key, (_, form) in shown.items()))
     for name, reason in refused.items():
         print(f"{name:16s}does not fit: {reason}")
-
-
-def _decoders(model: Any, names: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Decoders by name, and why others do not fit; one that was asked for by name must fit."""
-    from burnish.sampling.token_model import DECODERS, make_decoder
-
-    made, refused = {}, {}
-    for name in names or [name for name in DECODERS if name != "auto"]:
-        try:
-            made[name] = make_decoder(name, model, **options)
-        except BurnishError as error:
-            if names:
-                raise
-            refused[name] = str(error)
-    if not made:
-        raise BurnishError("no decoder fits this policy with these options", "", "leave --option away")
-    return made, refused

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
-
-from burnish.core.errors import BurnishError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,29 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    for name, least in (("batch_size", 1), ("repeats", 1), ("warmup", 0), ("threads", 0)):
-        if getattr(args, name) < least:
-            raise BurnishError(f"--{name.replace('_', '-')} {getattr(args, name)}", f"at least {least}")
-    import torch
-
     from burnish.cli.decode import plan_options
-    from burnish.core.provenance import machine
-    from burnish.policies import load_policy
-    from burnish.runtime.observations import observations
-    from burnish.runtime.profile import profile
+    from burnish.runtime.profile import profile_policy, write_profile
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    policy: Any = load_policy(args.policy, overrides=plan_options(args.set), device=args.device)
-    batches = [observations(policy, args.batch_size, args.data, seed) for seed in range(8)]
-    measured = profile(policy, batches, repeats=args.repeats, warmup=args.warmup)
-    outcome = {
-        "policy": args.policy, "type": policy.config.type, "batch_size": args.batch_size,
-        "decoder": getattr(policy.config, "decoder_name", None), "threads": torch.get_num_threads(),
-        "device": args.device, "machine": machine(), **measured.figures(),
-    }  # fmt: skip
+    outcome = profile_policy(
+        args.policy, overrides=plan_options(args.set), data=args.data, batch_size=args.batch_size,
+        repeats=args.repeats, warmup=args.warmup, device=args.device, threads=args.threads,
+    )  # fmt: skip
     if args.output:
-        _write(Path(args.output), outcome)
+        write_profile(outcome, args.output)
     print(json.dumps(outcome, indent=1) if args.json else table(outcome))
     return 0
 
@@ -80,12 +63,3 @@ def table(outcome: dict[str, Any]) -> str:
         f"{outcome['threads']} threads; stages make up {outcome['stages_over_total']:.1%} of the calls"
     )
     return "\n".join(lines)
-
-
-def _write(folder: Path, outcome: dict[str, Any]) -> None:
-    from burnish.core.files import write_json
-    from burnish.runtime.profile_plot import draw
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "profile.json", outcome)
-    draw(outcome, folder / "profile.png")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,26 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints one line for each check; the status is 1 where one fails."""
-    import torch
-    from tqdm import tqdm
-
     from burnish.cli.decode import plan_options
     from burnish.policies import load_policy
-    from burnish.runtime.decode_checks import check_model
-    from burnish.runtime.observations import observations, true_tokens
-    from burnish.sampling.plan import make_plan
-    from burnish.sampling.token_model import token_model
+    from burnish.runtime.decode_checks import verify_decode
 
     policy = load_policy(args.policy, device=args.device)
-    model = token_model(policy)
-    batch = observations(policy, args.count, args.data)
-    truth = true_tokens(policy, batch) if args.data else None
-    if args.double:
-        policy.double()
-    with torch.no_grad():
-        prompt = model.embed(batch)
-    plan = make_plan({"block": _block(model)}, plan_options(args.option))
-    checks = list(tqdm(check_model(model, prompt, plan, truth), desc="checks", unit="", file=sys.stderr, leave=False))
+    options = plan_options(args.option)
+    checks = verify_decode(policy, data=args.data, count=args.count, options=options, double=args.double)
     if args.json:
         print(json.dumps([vars(check) for check in checks], indent=1))
     else:
@@ -50,8 +36,3 @@ def main(args: argparse.Namespace) -> int:
             numbers = "" if check.ok is None else f"{check.worst:.2g} (limit {check.limit:.2g})"
             print(f"{check.name:20s} {word:7s} {numbers:28s} {check.meaning}")
     return int(any(check.ok is False for check in checks))
-
-
-def _block(model) -> int:
-    """The model's own blocks, or those of one control step where any would do."""
-    return model.step_length if model.block == 1 else model.block

@@ -1,15 +1,38 @@
-"""The four verbs that every policy speaks, and `capture`. No method may reach round them into a model."""
+"""The four verbs of a policy, `capture`, and what else a policy may be able to do.
+
+No method may reach round them into a model. What only some policies can do has a name in CAPABILITIES: a policy
+declares it, a method asks `policy.supports(name)` or calls `require`.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss
+from burnish.sampling.token_model import TokenModel
+
+CAPABILITIES: dict[str, tuple[str, str]] = {
+    "score": ("a log-probability of its actions", "a flow-matching or token policy"),
+    "likelihood": ("an exact log-probability of its actions", "an autoregressive or parallel burnish_discrete"),
+    "language": ("a language model that answers questions", "a policy on a vision-language model"),
+    "capture": ("hidden states of a backbone", "a policy on a vision-language model"),
+    "velocity": ("a velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
+    "tokens": ("action tokens", "a burnish_discrete policy"),
+    "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
+}
+"""What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
+
+score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
+capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `act(stream=)`.
+masked_diffusion: `watch_tokens`, `token_logits` of partly hidden tokens.
+"""
 
 
 @dataclass
@@ -27,6 +50,22 @@ class Captured:
     cameras: dict[str, slice] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A call inside `act` that a profiler may time.
+
+    Args:
+        name: preprocess, vision, prompt, pass, head or postprocess. The prompt's call counts as such once, later ones
+            are passes; inside a pass it is part of that.
+        owner: object whose attribute is called; a module's `forward` will do.
+        call: the attribute.
+    """
+
+    name: str
+    owner: Any
+    call: str
+
+
 class Policy(nn.Module, ABC):
     """A policy as the rest of burnish sees it.
 
@@ -34,28 +73,38 @@ class Policy(nn.Module, ABC):
     inside its verbs.
 
     Attributes:
+        name: LeRobot's name of its type, e.g. smolvla.
+        capabilities: names from CAPABILITIES (or a package's own), see `supports`.
         cameras: names of its cameras.
         chunk_size: T, actions in a chunk.
         n_action_steps: actions of a chunk to execute before asking again.
         image_size: side of the images it was trained on, in pixels.
         action_dim: A.
+        state_dim: dimensions of the state.
         num_layers: layers of the backbone.
     """
 
+    name: str = ""
+    capabilities: frozenset[str] = frozenset()
     cameras: tuple[str, ...]
     chunk_size: int
     n_action_steps: int
     image_size: int
     action_dim: int
+    state_dim: int
     num_layers: int
+
+    def supports(self, capability: str) -> bool:
+        """Whether this policy can do what `capability` (see CAPABILITIES) stands for."""
+        return capability in self.capabilities
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws | None = None) -> PolicyLoss:
         """Imitation loss of one forward; without `draws` they are drawn by `draw` with the module's generator."""
 
-    @abstractmethod
     def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
         """[B] log-probability of `actions` [B, T, A] or its surrogate (higher is likelier), with gradient."""
+        raise lacks(self, "score", "score")
 
     def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
         """`score` of several chunks for each observation, on several draws, kept apart: [B, C, K], with gradient.
@@ -81,28 +130,65 @@ class Policy(nn.Module, ABC):
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
         """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions it must continue."""
 
-    @abstractmethod
     def language(self, batch: Batch) -> LanguageLoss:
         """Answer loss of the very backbone that acts.
 
         The batch holds "observation.images.<camera>" (one image) [B, 3, H, W] and lists "question", "answer".
         """
+        raise lacks(self, "language", "language")
 
-    @abstractmethod
     def answer(self, batch: Batch, max_new_tokens: int = 8) -> list[str]:
         """Greedy answers to `batch["question"]`."""
+        raise lacks(self, "language", "answer")
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Noise and time for `batch_size` samples, on the generator's device."""
 
-    @abstractmethod
     def capture(self, layers: Sequence[int]) -> AbstractContextManager[Captured]:
         """Hand out hidden states of the backbone for the forward that runs inside."""
+        raise lacks(self, "capture", "capture")
 
-    @abstractmethod
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that hold the VLM's knowledge: vision tower, connector, language model."""
+        """The parameters that hold the VLM's knowledge: vision tower, connector, language model. None without one."""
+        return iter(())
+
+    def velocity(self, batch: Batch, points: Tensor, time: Tensor) -> Tensor:
+        """[B, R, T, A_model] velocities (noise minus data) at R points of each observation's flow, see FlowPolicy."""
+        raise lacks(self, "velocity", "velocity")
+
+    def to_model(self, batch: Batch, actions: Tensor) -> Tensor:
+        """Actions [B, T, A] in environment units as `velocity` takes them: [B, T, A_model], normalised and padded."""
+        raise lacks(self, "velocity", "to_model")
+
+    def token_model(self) -> TokenModel:
+        """The policy as decoders see it; batches are those of the verbs."""
+        raise lacks(self, "tokens", "token_model")
+
+    def token_actions(self, ids: Tensor) -> Tensor:
+        """[B, L] token ids to normalised actions [B, T, A]."""
+        raise lacks(self, "tokens", "token_actions")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def normalization(self, kind: str) -> str:
+        """LeRobot's normalisation mode of a kind of feature ("ACTION", "STATE"), "" where the policy names none."""
+        return ""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of its config by name, for the keys of caches."""
+        return {}
+
+    def stages(self) -> list[Stage]:
+        """What `act` consists of, for the profiler; time of no stage is the host's."""
+        return []
+
+    def token_counters(self) -> list[nn.Module]:
+        """Modules whose inputs [B, S, D] together are all token positions of a forward pass, each once."""
+        return []
 
     @abstractmethod
     def save(self, folder: Path, *, home: Path | None = None) -> None:
@@ -110,3 +196,15 @@ class Policy(nn.Module, ABC):
 
         `home` is where the folder will lie in the end, when it is written elsewhere and renamed.
         """
+
+
+def lacks(policy: Policy, capability: str, wanted: str) -> BurnishError:
+    """The error of a policy that cannot do what is asked; `wanted` is the method or verb that asks."""
+    what, which = CAPABILITIES.get(capability, (f"the capability '{capability}'", "one that declares it"))
+    return BurnishError(f"{wanted}: a {policy.name or type(policy).__name__} policy without {what}", which)
+
+
+def require(policy: Policy, capability: str, method: str) -> None:
+    """Raise BurnishError where `policy` cannot do what `method` needs of it (a name from CAPABILITIES)."""
+    if not policy.supports(capability):
+        raise lacks(policy, capability, method)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
-from burnish.policies.wrapper import ACTION, PAD, TASK, PolicyWrapper, Stage
+from burnish.policies.base import Stage
+from burnish.policies.wrapper import ACTION, PAD, TASK, PolicyWrapper
 
 
 class FlowPolicy(PolicyWrapper):
     """A LeRobot flow-matching policy with its processors."""
+
+    capabilities = PolicyWrapper.capabilities | {"velocity"}
 
     # What a family of policies has to say.
 

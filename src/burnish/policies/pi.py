@@ -38,7 +38,7 @@ class Pi(FlowPolicy):
     def inner(self) -> nn.Module:
         return self.policy.model.paligemma_with_expert
 
-    def row_counters(self) -> list[nn.Module]:
+    def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.language_model.layers[0].mlp, self.inner.gemma_expert.model.layers[0].mlp]
 
     @property

@@ -31,7 +31,7 @@ class SmolVLA(FlowPolicy):
     def inner(self) -> nn.Module:
         return self.policy.model.vlm_with_expert
 
-    def row_counters(self) -> list[nn.Module]:
+    def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.text_model.layers[0].mlp, self.inner.lm_expert.layers[0].mlp]
 
     @property

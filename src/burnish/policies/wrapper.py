@@ -7,7 +7,6 @@ those of `model.safetensors`. Its processors sit beside it and are used inside t
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,10 @@ from burnish.core import seeding
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, LanguageLoss
 from burnish.policies import hidden, language
-from burnish.policies.base import Captured, Policy
+from burnish.policies.base import Captured, Policy, Stage
 
 IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A call inside `act` that a profiler may time.
-
-    Args:
-        name: preprocess, vision, prompt, pass, head or postprocess. The prompt's call counts as such once, later ones
-            are passes; inside a pass it is part of that.
-        owner: object whose attribute is called; a module's `forward` will do.
-        call: the attribute.
-    """
-
-    name: str
-    owner: Any
-    call: str
 
 
 class PolicyWrapper(Policy):
@@ -52,6 +35,7 @@ class PolicyWrapper(Policy):
         n_action_steps: steps of a chunk to execute before asking again.
     """
 
+    capabilities = frozenset({"language", "capture", "score"})
     state_rows = 0
     """Rows of state at the end of the backbone's sequence."""
 
@@ -61,6 +45,7 @@ class PolicyWrapper(Policy):
         self.preprocessor = preprocessor
         self.postprocessor = postprocessor
         self.config = policy.config
+        self.name = policy.config.type
         self.camera_keys = tuple(k for k in self.config.image_features if not k.startswith(f"{IMAGES}empty_camera_"))
         self.cameras = tuple(key.removeprefix(IMAGES) for key in self.camera_keys)
         self.chunk_size = self.config.chunk_size
@@ -105,10 +90,6 @@ class PolicyWrapper(Policy):
     def model_stages(self) -> list[Stage]:
         """The model's calls of names vision, prompt, pass and head."""
 
-    @abstractmethod
-    def row_counters(self) -> list[nn.Module]:
-        """Modules whose inputs [B, S, D] together are all rows of a pass through the model, each once."""
-
     def stages(self) -> list[Stage]:
         """What `act` consists of, for the profiler."""
         return [
@@ -147,6 +128,13 @@ class PolicyWrapper(Policy):
         inside = {id(parameter) for parameter in self.vlm.parameters()}
         return ((name, p) for name, p in self.named_parameters() if id(p) in inside)
 
+    def normalization(self, kind: str) -> str:
+        mode = self.config.normalization_mapping.get(kind)
+        return "" if mode is None else mode.value
+
+    def settings(self) -> dict[str, Any]:
+        return dict(vars(self.config))
+
     def save(
         self,
         folder: Path,
@@ -163,10 +151,6 @@ class PolicyWrapper(Policy):
     @abstractmethod
     def write_extras(self, folder: Path, home: Path) -> None:
         """Write the files beside config, weights and processors that make the folder self-contained."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     # Inside.
 

@@ -3,15 +3,20 @@
 Every check runs the model itself; none trusts what its configuration says.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.policies.base import Policy, require
+from burnish.runtime.observations import observations, true_tokens
 from burnish.sampling.blocks import BlockDecoder
 from burnish.sampling.masks import dense_mask
-from burnish.sampling.plan import DecodePlan
+from burnish.sampling.plan import DecodePlan, make_plan
 from burnish.sampling.token_model import Decoded, Prompt, TokenCache, TokenModel
 
 # Share of the logits' own spread that rounding may move them, by precision of the model.
@@ -36,6 +41,43 @@ class Check:
     worst: float
     limit: float
     meaning: str
+
+
+def verify_decode(
+    policy: Policy,
+    *,
+    data: Path | str = "",
+    count: int = 4,
+    options: dict[str, Any] | None = None,
+    double: bool = False,
+    progress: bool = True,
+) -> list[Check]:
+    """All checks of a token policy, see `check_model`.
+
+    Args:
+        policy: a token policy; converted to float64 in place with `double`.
+        data: LeRobot data set with true actions; "" takes random images and leaves the shift unchecked.
+        count: observations.
+        options: of the decode plan.
+        double: compute in float64, where rounding decides nothing.
+        progress: show a bar on stderr.
+
+    Raises:
+        BurnishError: no token policy, or a plan that cannot work with it.
+    """
+    from tqdm import tqdm
+
+    require(policy, "tokens", "verify decode")
+    model = policy.token_model()
+    batch = observations(policy, count, data)
+    truth = true_tokens(policy, batch) if data else None
+    if double:
+        policy.double()
+    with torch.no_grad():
+        prompt = model.embed(batch)
+    block = model.step_length if model.block == 1 else model.block  # where any would do, those of one control step
+    checks = check_model(model, prompt, make_plan({"block": block}, options or {}), truth)
+    return list(tqdm(checks, desc="checks", unit="", file=sys.stderr, leave=False, disable=not progress))
 
 
 class Watched(TokenModel):

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from burnish.core.types import Batch
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.base import Policy
 from burnish.runtime.ode import log_prob, signs
 
 
 def ode_scores(
-    policy: FlowPolicy, batch: Batch, candidates: Tensor, *, steps: int = 32, probes: int = 0, seed: int = 0
+    policy: Policy, batch: Batch, candidates: Tensor, *, steps: int = 32, probes: int = 0, seed: int = 0
 ) -> Tensor:
     """[B, C] log-probabilities of `candidates` [B, C, T, A] by the policy's own ODE.
 

@@ -9,14 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
+from burnish.core.provenance import machine
 from burnish.core.types import Batch
-from burnish.policies.wrapper import PolicyWrapper
+from burnish.policies import load_policy
+from burnish.policies.base import Policy
+from burnish.runtime.observations import observations
+from burnish.runtime.profile_plot import draw
 
 STAGES = ("preprocess", "vision", "prompt", "passes", "head", "postprocess", "host")
 
@@ -86,12 +93,12 @@ class Clock:
 
 
 @contextmanager
-def instrumented(policy: PolicyWrapper, clock: Clock, rows: list[int]) -> Iterator[None]:
+def instrumented(policy: Policy, clock: Clock, rows: list[int]) -> Iterator[None]:
     """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `rows`."""
     with ExitStack() as stack:
         for stage in policy.stages():
             stack.enter_context(_replaced(stage.owner, stage.call, _timed(clock, stage.name)))
-        for module in policy.row_counters():
+        for module in policy.token_counters():
             handle = module.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[1]))
             stack.callback(handle.remove)
         yield
@@ -122,7 +129,7 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> It
             setattr(owner, name, own)
 
 
-def dissect(policy: PolicyWrapper, batch: Batch) -> Anatomy:
+def dissect(policy: Policy, batch: Batch) -> Anatomy:
     """One call of `act`, stage by stage."""
     clock, rows = Clock(policy.device), []
     with instrumented(policy, clock, rows):
@@ -180,8 +187,59 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"median": float(median), "p95": float(p95), "p99": float(p99)}
 
 
+def profile_policy(
+    path: Path | str,
+    *,
+    overrides: dict[str, Any] | None = None,
+    data: Path | str = "",
+    batch_size: int = 1,
+    repeats: int = 30,
+    warmup: int = 3,
+    device: str = "cpu",
+    threads: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Figures of a policy's latency, with all that they depend on, as JSON holds them; see `Profile.figures`.
+
+    Args:
+        path: policy folder, or the name of a shipped base.
+        overrides: fields of the policy's config.
+        data: LeRobot data set whose observations are used; "" takes random images.
+        batch_size: observations in a call.
+        repeats, warmup: see `profile`.
+        device: torch device.
+        threads: CPU threads, from here on in this process; 0 leaves torch's own number.
+        progress: show a bar on stderr.
+
+    Raises:
+        BurnishError: a number out of range, or a policy that cannot be loaded.
+    """
+    numbers = {"batch_size": (batch_size, 1), "repeats": (repeats, 1), "warmup": (warmup, 0), "threads": (threads, 0)}
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise BurnishError(f"{name} {value}", f"at least {least}")
+    if threads:
+        torch.set_num_threads(threads)
+    policy = load_policy(path, overrides=overrides, device=device)
+    batches = [observations(policy, batch_size, data, seed) for seed in range(8)]
+    measured = profile(policy, batches, repeats=repeats, warmup=warmup, progress=progress)
+    decoder = policy.decoder[0] if policy.supports("tokens") else None
+    return {
+        "policy": str(path), "type": policy.name, "batch_size": batch_size, "decoder": decoder,
+        "threads": torch.get_num_threads(), "device": device, "machine": machine(), **measured.figures(),
+    }  # fmt: skip
+
+
+def write_profile(outcome: dict[str, Any], folder: Path | str) -> None:
+    """Write profile.json and profile.png of the outcome of `profile_policy` into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "profile.json", outcome)
+    draw(outcome, folder / "profile.png")
+
+
 def profile(
-    policy: PolicyWrapper, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
+    policy: Policy, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
 ) -> Profile:
     """Time `repeats` undisturbed calls of `act`, each followed by a dissected one on the same batch.
 
@@ -212,14 +270,12 @@ def profile(
     return result
 
 
-def _streams(policy: PolicyWrapper) -> bool:
+def _streams(policy: Policy) -> bool:
     """Whether the policy can send on control steps before the chunk is whole."""
-    from burnish.policies.discrete.policy import Discrete
-
-    return isinstance(policy, Discrete) and policy.token_model().time_ordered
+    return policy.supports("tokens") and policy.token_model().time_ordered
 
 
-def _first_action(policy: Any, batch: Batch, clock: Clock) -> float:
+def _first_action(policy: Policy, batch: Batch, clock: Clock) -> float:
     told: list[float] = []
 
     def note(_steps: int, _actions: Tensor) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch
 
@@ -178,15 +177,3 @@ def make_decoder(name: str, model: TokenModel, **options: Any) -> Decode:
         BurnishError: unknown name, or options that cannot work with this model, with the reason.
     """
     return DECODERS.get(name)(model, **options)
-
-
-def token_model(policy: Any) -> TokenModel:
-    """The rows of a token policy (its method `token_model()`).
-
-    Raises:
-        BurnishError: a policy that does not write its actions as tokens.
-    """
-    make = getattr(policy, "token_model", None)
-    if make is None:
-        raise BurnishError(f"a {type(policy).__name__}, which has no action tokens", "a burnish_discrete policy")
-    return make()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
+from burnish.policies.base import Stage
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
-from burnish.policies.wrapper import ACTION, PAD, TOKEN_MASK, PolicyWrapper, Stage
+from burnish.policies.wrapper import ACTION, PAD, TOKEN_MASK, PolicyWrapper
 from burnish.sampling.token_model import Prompt
 
 VLM_FOLDER, FAST_FOLDER = "vlm", "fast"
@@ -46,6 +47,8 @@ class Discrete(PolicyWrapper):
         self._watched: list[list[TokenForward]] = []
         self._image_tokens: dict[torch.Size, int] = {}
         self.state_rows, self.length = policy.model.state_rows, self.config.length
+        exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
+        self.capabilities = PolicyWrapper.capabilities | {"tokens", exact}
 
     @property
     def vlm(self) -> nn.Module:
@@ -94,12 +97,21 @@ class Discrete(PolicyWrapper):
             Stage("head", model.head, "forward"),
         ]
 
-    def row_counters(self) -> list[nn.Module]:
+    def token_counters(self) -> list[nn.Module]:
         return [self.policy.model.text_model.layers[0].mlp]
 
     def token_model(self) -> NetTokenModel:
         """The policy as decoders see it; batches are those of the verbs."""
         return NetTokenModel(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
+
+    def token_actions(self, ids: Tensor) -> Tensor:
+        """[B, L] token ids to normalised actions [B, T, A]."""
+        return self.policy.model.tokens.decode(ids)
+
+    @property
+    def decoder(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the decoder that `act` uses."""
+        return self.config.decoder_name, dict(self.config.decoder_options)
 
     # The verbs.
 
