@@ -144,8 +144,9 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
 
     import torch
 
-    from burnish.data.feature_cache import BLOCK, CacheKey, Pooled, open_cache, to_device
-    from burnish.data.views import RowSource, RowViews
+    from burnish.data.feature_cache import CacheKey
+    from burnish.data.feature_fill import BLOCK, FeatureJob, Pooled, open_cache
+    from burnish.data.views import FrameSource, FrameViews
     from burnish.teachers.base import Views, make_teacher
 
     spec = {"name": "scene3d", "path": str(folder / "teacher")}
@@ -157,16 +158,15 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
         smooth = np.roll(part, first, (1, 2)).repeat(IMAGE // 12, 1).repeat(IMAGE // 12, 2)
         frames[first : first + 64] = smooth[: rows - first]
     frames.flush()
-    source = RowSource({"front": folder / "frames.npy"}, folder, geometry=False)
+    source = FrameSource({"front": folder / "frames.npy"}, folder, geometry=False)
     key = CacheKey(teacher.identity, "bench", ["front"], [IMAGE, IMAGE], [1, 3, 5], [4, 4], standardise=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
-    half = open_cache(folder / "half", spec, key, source, None, rows, device=device)
+    half = open_cache(folder / "half", FeatureJob(spec, key, source, None, rows), device=device)
     filling = time.perf_counter() - begin
-    small = open_cache(
-        folder / "pca", spec, replace(key, format="pca"), source, None, rows, progress=False, device=device
-    )
-    views, pooled = RowViews(source), Pooled(teacher.to(device), key)
+    smaller = FeatureJob(spec, replace(key, format="pca"), source, None, rows)
+    small = open_cache(folder / "pca", smaller, progress=False, device=device)
+    views, pooled = FrameViews(source), Pooled(teacher.to(device), key)
     inputs = views(np.arange(BATCH), None).images.to(device)
     live = Views(inputs, torch.ones(BATCH, 1, dtype=torch.bool, device=device), ("front",))
     seconds = []
@@ -180,7 +180,7 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the filling processes have it
     block = torch.arange(min(BLOCK, rows))
-    exact = pooled(to_device(views(block.numpy(), None), device))
+    exact = pooled(views(block.numpy(), None).to(device))
     torch.set_num_threads(threads)
     kept, back = half.read(block), small.read(block)
     equal = all(torch.equal(half.statistics[t].encode(f.cpu()).float(), kept[t]) for t, f in exact.items())

@@ -50,7 +50,15 @@ class Registry[T]:
         return add
 
     def get(self, name: str) -> T:
-        """The entry called `name`; raises BurnishError that lists the known names."""
+        """The entry called `name`, or for "package.module:Class" that class; BurnishError where there is none."""
+        if ":" in name:
+            module, _, attribute = name.partition(":")
+            try:
+                return getattr(import_module(module), attribute)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise BurnishError(
+                    f"{self.kind} '{name}' cannot be imported ({error})", "package.module:Class"
+                ) from error
         if not self._find(name):
             raise BurnishError(f"unknown {self.kind} {name!r}", f"one of {', '.join(self)}")
         return self._entries[name]

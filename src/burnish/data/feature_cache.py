@@ -1,19 +1,15 @@
-"""Teacher features on disk: half precision or PCA with int8, memory-mapped, filled in parallel, safe to interrupt.
+"""Teacher features on disk: half precision or PCA with int8, memory-mapped; `feature_fill` computes them.
 
     <folder>/meta.json            what the features depend on, and shapes; a cache of anything else is refused
     <folder>/layer-<t>.npy        float16 [N, V, h, w, D]   ("half"), or int8 [N, V, h, w, K] ("pca")
     <folder>/statistics.safetensors   mean.<t> [V, h, w, D], scale.<t> [D]; for "pca" basis.<t> [K, D], step.<t> [K]
-    <folder>.partial/             the same while it is being filled, with one byte for each finished block of rows
 
 Features are stored after pooling to the student's grid (and standardising, where the teacher asks for it).
 """
 
 import json
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from io import BytesIO
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, disk_errors, new_folder, remove_folder, require_space, sync, write_json
-from burnish.core.seeding import derive_seed
-from burnish.data.views import RowSource, RowViews
-from burnish.methods.align.loss import pool_grid, positional_term
-from burnish.teachers.base import Teacher, Views, fingerprint, make_teacher, run_teacher
+from burnish.teachers.base import fingerprint
 
-BLOCK = 64
-"""Rows that are filled at once."""
-SAMPLE = 512
-"""Rows from which statistics and bases are computed."""
 FORMATS = ("half", "pca")
 LEAST_COSINE = 0.99
 """Mean cosine between a teacher's tokens and what the compressed format gives back."""
-_NAMES = ("mean", "scale", "basis", "step")
+NAMES = ("mean", "scale", "basis", "step")
+"""Of the tensors in statistics.safetensors, each followed by a dot and the layer."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class CacheKey:
         image_size: [H, W] of the frames that the teacher sees.
         layers: teacher layers.
         grid: tokens along height and width.
-        pooling, positional: see loss.pool_grid and loss.positional_term (its factor; 0 adds nothing).
+        pooling, positional: see teachers.pooling (the second is a factor; 0 adds nothing).
         standardise: features centred at each place and scaled by dimension.
         format: "half" or "pca".
         components: K of "pca"; 0 takes as few as keep the cosine at LEAST_COSINE.
@@ -72,33 +61,6 @@ class CacheKey:
     @property
     def name(self) -> str:
         return f"{self.teacher['name']}-{fingerprint(asdict(self))}"
-
-
-class Pooled:
-    """A teacher whose features come out on the student's grid.
-
-    Args:
-        teacher: see teachers.base.
-        key: which layers, grid, pooling and positional term.
-    """
-
-    def __init__(self, teacher: Teacher, key: CacheKey):
-        self.teacher, self.key = teacher, key
-
-    def __call__(self, views: Views) -> dict[int, Tensor]:
-        """{layer: float32 [B, V, h, w, D]}; raises BurnishError where a present view's feature is not finite."""
-        pooled = {}
-        for layer, features in run_teacher(self.teacher, views, self.key.layers).items():
-            if self.key.positional:
-                term = positional_term(tuple(features.shape[2:4]), features.shape[-1]).to(features)
-                features = features + self.key.positional * term
-            pooled[layer] = pool_grid(features, tuple(self.key.grid), self.key.pooling)
-            if not bool(torch.isfinite(pooled[layer][views.present]).all()):
-                raise BurnishError(
-                    f"teacher '{self.key.teacher['name']}' gives values that are not finite at layer {layer}",
-                    "finite features", "other weights, or a higher precision",
-                )  # fmt: skip
-        return pooled
 
 
 @dataclass
@@ -126,8 +88,7 @@ class Statistics:
         statistics = cls(mean, scale)
         if key.format == "pca":
             scaled = ((features - mean) / scale).flatten(0, -2).double()
-            _, _, rows = torch.linalg.svd(scaled, full_matrices=False)
-            statistics.basis = rows.float()
+            statistics.basis = torch.linalg.svd(scaled, full_matrices=False)[2].float()
             statistics.step = (scaled.float() @ statistics.basis.T).abs().amax(0).clamp_min(1e-12) * 1.2 / 127
             statistics._cut(features, key.components)
         return statistics
@@ -180,7 +141,7 @@ def load_statistics(folder: Path, layers: Sequence[int]) -> dict[int, Statistics
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "statistics.safetensors")
-    return {t: Statistics(*(tensors.get(f"{name}.{t}") for name in _NAMES)) for t in layers}
+    return {t: Statistics(*(tensors.get(f"{name}.{t}") for name in NAMES)) for t in layers}
 
 
 class FeatureCache:
@@ -226,13 +187,13 @@ class FeatureCache:
         self._resident = {t: torch.from_numpy(np.array(array)).to(device) for t, array in self.arrays.items()}
         self.statistics = {t: statistics.to(device) for t, statistics in self.statistics.items()}
 
-    def read(self, rows: Tensor) -> dict[int, Tensor]:
-        """{layer: float32 [B, V, h, w, D]} of dataset rows [B], on the device of `rows`."""
+    def read(self, indices: Tensor) -> dict[int, Tensor]:
+        """{layer: float32 [B, V, h, w, D]} of the frames with these indices [B], on their device."""
         if self._resident:
-            return {t: self.statistics[t].decode(stored[rows]) for t, stored in self._resident.items()}
-        numbers = rows.cpu().numpy()
-        read = {t: torch.from_numpy(array[numbers]).to(rows.device) for t, array in self.arrays.items()}
-        return {t: self.statistics[t].to(rows.device).decode(stored) for t, stored in read.items()}
+            return {t: self.statistics[t].decode(stored[indices]) for t, stored in self._resident.items()}
+        chosen = indices.cpu().numpy()
+        read = {t: torch.from_numpy(array[chosen]).to(indices.device) for t, array in self.arrays.items()}
+        return {t: self.statistics[t].to(indices.device).decode(stored) for t, stored in read.items()}
 
 
 def _check_key(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
@@ -244,152 +205,3 @@ def _check_key(found: dict[str, Any], expected: dict[str, Any], folder: Path) ->
             f"{folder} holds features of {what} ({found.get(name)})", f"{expected[name]}",
             "leave `cache` empty to make the right one",
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FillJob:
-    """What a filling process needs; picklable."""
-
-    spec: dict[str, Any]
-    key: CacheKey
-    source: RowSource
-    folder: Path
-    shapes: dict[int, list[int]]
-
-
-def open_cache(
-    folder: Path, spec: dict[str, Any], key: CacheKey, source: RowSource, states: np.ndarray | None, num_rows: int, *,
-    workers: int = 0, progress: bool = True, device: str = "cpu",
-) -> FeatureCache:  # fmt: skip
-    """Open the cache in `folder`, filling it first where it is not there or was interrupted.
-
-    Args:
-        folder: where it lies; only a cache of exactly `key` is taken.
-        spec: the teacher's specification, see `make_teacher`.
-        key: what the features depend on.
-        source: what the rows look like.
-        states: [N, D] observed states of all rows, or None.
-        num_rows: N.
-        workers: processes; 0 means one for each core. Ignored on a GPU.
-        progress: show a bar.
-        device: where the teacher runs.
-
-    Raises:
-        BurnishError: the folder holds something else, the disk is full, or the teacher's features are unusable.
-            Finished blocks stay, and the same call continues.
-    """
-    if not folder.exists():
-        with alone(folder.parent):
-            if not folder.exists():  # another process may have filled it while this one waited
-                _fill(folder, spec, key, source, states, num_rows, workers, progress, device)
-    return FeatureCache(folder, key)
-
-
-def _fill(folder, spec, key, source, states, num_rows, workers, progress, device) -> None:
-    from tqdm import tqdm
-
-    from burnish.data.feature_fill import run_blocks
-
-    partial = folder.with_name(folder.name + ".partial")
-    job = _prepare(partial, spec, key, source, states, num_rows, device)
-    flags = np.fromfile(partial / "done", dtype=np.uint8)
-    if len(flags) != -(-num_rows // BLOCK):
-        raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{-(-num_rows // BLOCK)}",
-                           f"rm -r '{partial}'")  # fmt: skip
-    todo = [b for b in range(len(flags)) if not flags[b]]
-    blocks = [np.arange(b * BLOCK, min(num_rows, (b + 1) * BLOCK)) for b in todo]
-    wanted = [(rows, None if states is None else states[rows]) for rows in blocks]
-    bar = tqdm(total=num_rows, initial=num_rows - sum(map(len, blocks)), unit="frame",
-               desc=f"features of {key.teacher['name']}", disable=not progress)  # fmt: skip
-    handle = os.open(partial / "done", os.O_RDWR)
-    try:
-        with disk_errors(folder), bar:
-            for rows in run_blocks(job, wanted, workers, device):
-                os.pwrite(handle, b"\x01", int(rows[0]) // BLOCK)
-                bar.update(len(rows))
-    finally:
-        os.close(handle)
-    for t in key.layers:
-        _sync(partial / f"layer-{t}.npy")
-    write_json(partial / "meta.json", {"key": asdict(key), "shapes": {str(t): s for t, s in job.shapes.items()}})
-    (partial / "done").unlink()
-    os.rename(partial, folder)
-    sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _prepare(partial, spec, key, source, states, num_rows, device) -> FillJob:
-    """The partial folder with its files at full size; an interrupted one of the same key is continued."""
-    from safetensors.torch import save_file
-
-    begun = partial / "begun.json"
-    if begun.is_file() and json.loads(begun.read_text()) == asdict(key):
-        return FillJob(spec, key, source, partial, _shapes(load_statistics(partial, key.layers), key, num_rows))
-    remove_folder(partial)
-    statistics = fit_statistics(spec, key, source, states, num_rows, device)
-    shapes = _shapes(statistics, key, num_rows)
-    kind = np.float16 if key.format == "half" else np.int8
-    require_space(partial.parent, sum(math.prod(s) for s in shapes.values()) * np.dtype(kind).itemsize, str(partial))
-    with new_folder(partial) as folder:
-        named = {
-            f"{name}.{t}": value.contiguous()
-            for t, s in statistics.items()
-            for name, value in zip(_NAMES, s.tensors(), strict=True)
-            if value is not None
-        }
-        save_file(named, folder / "statistics.safetensors")
-        for t, shape in shapes.items():
-            _empty_array(folder / f"layer-{t}.npy", shape, kind)
-        np.zeros(-(-num_rows // BLOCK), np.uint8).tofile(folder / "done")
-        write_json(folder / "begun.json", asdict(key))
-    return FillJob(spec, key, source, partial, shapes)
-
-
-def _shapes(statistics: dict[int, Statistics], key: CacheKey, num_rows: int) -> dict[int, list[int]]:
-    return {
-        t: [num_rows, len(key.cameras), *key.grid, s.mean.shape[-1] if s.basis is None else len(s.basis)]
-        for t, s in statistics.items()
-    }
-
-
-def fit_statistics(
-    spec: dict[str, Any], key: CacheKey, source: RowSource, states: np.ndarray | None, num_rows: int, device: str
-) -> dict[int, Statistics]:
-    """Statistics of each layer from rows drawn all over the data set; the same rows for the same data."""
-    rng = np.random.default_rng(derive_seed("align statistics", key.data))
-    chosen = np.sort(rng.permutation(num_rows)[:SAMPLE])
-    views = RowViews(source)
-    teacher = Pooled(make_teacher(spec, tuple(key.grid)).to(device), key)
-    parts: dict[int, list[Tensor]] = {t: [] for t in key.layers}
-    try:
-        for first in range(0, len(chosen), BLOCK):
-            rows = chosen[first : first + BLOCK]
-            found = teacher(to_device(views(rows, None if states is None else states[rows]), device))
-            for t, features in found.items():
-                parts[t].append(features.cpu())
-    finally:
-        views.close()
-    return {t: Statistics.fit(torch.cat(features), key) for t, features in parts.items()}
-
-
-def to_device(views: Views, device: torch.device | str) -> Views:
-    """Views on a device."""
-    moved = {f: getattr(views, f) for f in ("images", "present", "depth", "points")}
-    return replace(views, **{f: tensor.to(device) for f, tensor in moved.items() if tensor is not None})
-
-
-def _empty_array(path: Path, shape: Sequence[int], kind) -> None:
-    """A .npy file of full size; the space is taken now, so that a full disk shows before hours of work."""
-    buffer = BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    size = math.prod(shape) * np.dtype(kind).itemsize
-    with open(path, "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.posix_fallocate(file.fileno(), 0, buffer.tell() + max(1, size))

@@ -1,47 +1,227 @@
-"""Computing teacher features block by block, in processes on the CPU, in this process on a GPU."""
+"""Computing teacher features block by block, in processes on the CPU, in this process on a GPU; safe to interrupt.
 
-import multiprocessing
+While it is being filled a cache is called <folder>.partial and has one byte for each block of frames in `done`.
+"""
+
+import json
+import math
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors
-from burnish.data.feature_cache import FillJob, Pooled, load_statistics, to_device
-from burnish.data.views import RowViews
-from burnish.teachers.base import make_teacher
+from burnish.core.files import alone, disk_errors, new_folder, remove_folder, require_space, sync, write_json
+from burnish.core.seeding import derive_seed
+from burnish.core.workers import WorkerPool, count_workers
+from burnish.data.feature_cache import NAMES, CacheKey, FeatureCache, Statistics, load_statistics
+from burnish.data.views import FrameSource, FrameViews
+from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
+from burnish.teachers.pooling import pool_grid, positional_term
+
+BLOCK = 64
+"""Frames that are filled together."""
+SAMPLE = 512
+"""Frames from which statistics and bases are computed."""
 
 Block = tuple[np.ndarray, np.ndarray | None]
-"""Rows and their observed states."""
+"""Indices of frames and their observed states."""
+
+
+class Pooled:
+    """A teacher whose features come out on the student's grid.
+
+    Args:
+        teacher: see teachers.base.
+        key: which layers, grid, pooling and positional term.
+    """
+
+    def __init__(self, teacher: Teacher, key: CacheKey):
+        self.teacher, self.key = teacher, key
+
+    def __call__(self, views: Views) -> dict[int, Tensor]:
+        """{layer: float32 [B, V, h, w, D]}; raises BurnishError where a present view's feature is not finite."""
+        pooled = {}
+        for layer, features in run_teacher(self.teacher, views, self.key.layers).items():
+            if self.key.positional:
+                term = positional_term(tuple(features.shape[2:4]), features.shape[-1]).to(features)
+                features = features + self.key.positional * term
+            pooled[layer] = pool_grid(features, tuple(self.key.grid), self.key.pooling)
+            if not bool(torch.isfinite(pooled[layer][views.present]).all()):
+                raise BurnishError(
+                    f"teacher '{self.key.teacher['name']}' gives values that are not finite at layer {layer}",
+                    "finite features", "other weights, or a higher precision",
+                )  # fmt: skip
+        return pooled
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """Features of a data set that are to be computed; picklable.
+
+    Args:
+        spec: the teacher's specification, see `make_teacher`.
+        key: what the features depend on.
+        source: what the frames look like.
+        states: [N, D] observed states of all frames, or None.
+        num_frames: N.
+    """
+
+    spec: dict[str, Any]
+    key: CacheKey
+    source: FrameSource
+    states: np.ndarray | None
+    num_frames: int
+
+    def block(self, indices: np.ndarray) -> Block:
+        """These frames with their states."""
+        return indices, None if self.states is None else self.states[indices]
+
+    def teacher(self, device: str) -> Pooled:
+        """The teacher on a device."""
+        return Pooled(make_teacher(self.spec, tuple(self.key.grid)).to(device), self.key)
+
+
+def open_cache(
+    folder: Path, job: FeatureJob, *, workers: int = 0, progress: bool = True, device: str = "cpu"
+) -> FeatureCache:
+    """Open the cache in `folder`, filling it first where it is not there or was interrupted.
+
+    Args:
+        folder: where it lies; only a cache of exactly the job's key is taken.
+        job: what is computed.
+        workers: processes; 0 means one for each core. Ignored on a GPU.
+        progress: show a bar.
+        device: where the teacher runs.
+
+    Raises:
+        BurnishError: the folder holds something else, the disk is full, or the teacher's features are unusable.
+            Finished blocks stay, and the same call continues.
+    """
+    if not folder.exists():
+        with alone(folder.parent):
+            if not folder.exists():  # another process may have filled it while this one waited
+                _fill(folder, job, workers, progress, device)
+    return FeatureCache(folder, job.key)
+
+
+def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: str) -> None:
+    from tqdm import tqdm
+
+    key, num_frames = job.key, job.num_frames
+    partial = folder.with_name(folder.name + ".partial")
+    shapes = _prepare(partial, job, device)
+    flags = np.fromfile(partial / "done", dtype=np.uint8)
+    if len(flags) != -(-num_frames // BLOCK):
+        raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{-(-num_frames // BLOCK)}",
+                           f"rm -r '{partial}'")  # fmt: skip
+    todo = [b for b in range(len(flags)) if not flags[b]]
+    blocks = [np.arange(b * BLOCK, min(num_frames, (b + 1) * BLOCK)) for b in todo]
+    bar = tqdm(total=num_frames, initial=num_frames - sum(map(len, blocks)), unit="frame",
+               desc=f"features of {key.teacher['name']}", disable=not progress)  # fmt: skip
+    handle = os.open(partial / "done", os.O_RDWR)
+    try:
+        with disk_errors(folder), bar:
+            for frames in run_blocks(job, partial, blocks, workers, device):
+                os.pwrite(handle, b"\x01", int(frames[0]) // BLOCK)
+                bar.update(len(frames))
+    finally:
+        os.close(handle)
+    for t in key.layers:
+        sync(partial / f"layer-{t}.npy")
+    write_json(partial / "meta.json", {"key": asdict(key), "shapes": {str(t): s for t, s in shapes.items()}})
+    (partial / "done").unlink()
+    os.rename(partial, folder)
+    sync(folder.parent)
+
+
+def _prepare(partial: Path, job: FeatureJob, device: str) -> dict[int, list[int]]:
+    """The partial folder with its files at full size, whose shapes are returned; one of the same key is continued."""
+    from safetensors.torch import save_file
+
+    key, begun = job.key, partial / "begun.json"
+    if begun.is_file() and json.loads(begun.read_text()) == asdict(key):
+        return _shapes(load_statistics(partial, key.layers), job)
+    remove_folder(partial)
+    statistics = fit_statistics(job, device)
+    shapes = _shapes(statistics, job)
+    kind = np.float16 if key.format == "half" else np.int8
+    require_space(partial.parent, sum(math.prod(s) for s in shapes.values()) * np.dtype(kind).itemsize, str(partial))
+    with new_folder(partial) as folder:
+        named = {
+            f"{name}.{t}": value.contiguous()
+            for t, s in statistics.items()
+            for name, value in zip(NAMES, s.tensors(), strict=True)
+            if value is not None
+        }
+        save_file(named, folder / "statistics.safetensors")
+        for t, shape in shapes.items():
+            _empty_array(folder / f"layer-{t}.npy", shape, kind)
+        np.zeros(-(-job.num_frames // BLOCK), np.uint8).tofile(folder / "done")
+        write_json(folder / "begun.json", asdict(key))
+    return shapes
+
+
+def _shapes(statistics: dict[int, Statistics], job: FeatureJob) -> dict[int, list[int]]:
+    views = [job.num_frames, len(job.key.cameras), *job.key.grid]
+    return {t: [*views, s.mean.shape[-1] if s.basis is None else len(s.basis)] for t, s in statistics.items()}
+
+
+def fit_statistics(job: FeatureJob, device: str) -> dict[int, Statistics]:
+    """Statistics of each layer from frames drawn all over the data set; the same ones for the same data."""
+    rng = np.random.default_rng(derive_seed("align statistics", job.key.data))
+    chosen = np.sort(rng.permutation(job.num_frames)[:SAMPLE])
+    teacher = job.teacher(device)
+    parts: dict[int, list[Tensor]] = {t: [] for t in job.key.layers}
+    with closing(FrameViews(job.source)) as views:
+        for first in range(0, len(chosen), BLOCK):
+            found = teacher(views(*job.block(chosen[first : first + BLOCK])).to(device))
+            for t, features in found.items():
+                parts[t].append(features.cpu())
+    return {t: Statistics.fit(torch.cat(features), job.key) for t, features in parts.items()}
+
+
+def _empty_array(path: Path, shape: Sequence[int], kind) -> None:
+    """A .npy file of full size; the space is taken now, so that a full disk shows before hours of work."""
+    buffer = BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    with open(path, "wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, buffer.tell() + max(1, size))
 
 
 class Filler:
     """Holds teacher, views and open files; `fill` computes one block and writes it where it belongs."""
 
-    def __init__(self, job: FillJob, device: str):
-        self.job, self.device = job, device
-        self.statistics = load_statistics(job.folder, job.key.layers)
-        self.teacher = Pooled(make_teacher(job.spec, tuple(job.key.grid)).to(device), job.key)
-        self.views = RowViews(job.source)
-        paths = {t: job.folder / f"layer-{t}.npy" for t in job.key.layers}
+    def __init__(self, job: FeatureJob, folder: Path, device: str):
+        self.folder, self.device = folder, device
+        self.statistics = load_statistics(folder, job.key.layers)
+        self.teacher, self.views = job.teacher(device), FrameViews(job.source)
+        paths = {t: folder / f"layer-{t}.npy" for t in job.key.layers}
         self.starts = {t: np.load(p, mmap_mode="r", allow_pickle=False).offset for t, p in paths.items()}
         self.handles = {t: os.open(p, os.O_RDWR) for t, p in paths.items()}
 
-    def fill(self, rows: np.ndarray, states: np.ndarray | None) -> None:
-        found = self.teacher(to_device(self.views(rows, states), self.device))
+    def fill(self, frames: np.ndarray, states: np.ndarray | None) -> None:
+        found = self.teacher(self.views(frames, states).to(self.device))
         for t, features in found.items():
             stored = self.statistics[t].encode(features.cpu()).contiguous().numpy()
             if stored.dtype == np.float16 and not np.isfinite(stored).all():
                 raise BurnishError(f"features of teacher layer {t} exceed half precision", "values below 65504",
                                    "cache_format: pca")  # fmt: skip
             data = stored.tobytes()
-            place = self.starts[t] + int(rows[0]) * (len(data) // len(rows))
+            place = self.starts[t] + int(frames[0]) * (len(data) // len(frames))
             # A memory map on a full disk dies of SIGBUS; a positioned write raises an error that can be told.
-            with disk_errors(self.job.folder):
+            with disk_errors(self.folder):
                 if os.pwrite(self.handles[t], data, place) != len(data):
                     raise OSError(28, "no space left")
 
@@ -51,92 +231,31 @@ class Filler:
             os.close(handle)
 
 
-def run_blocks(job: FillJob, blocks: Sequence[Block], workers: int, device: str) -> Iterator[np.ndarray]:
-    """Compute and write every block; yields the rows of each as it is finished."""
-    cores = len(os.sched_getaffinity(0)) if workers < 1 else workers
-    count = min(cores, max(1, len(blocks) // 4))
-    if torch.device(device).type != "cpu" or count < 2:
-        filler = Filler(job, device)
-        try:
-            for rows, states in blocks:
-                filler.fill(rows, states)
-                yield rows
-        finally:
-            filler.close()
-        return
-    context = multiprocessing.get_context("spawn")  # a rendering context does not survive a fork
-    pool = [_Process(context, job) for _ in range(count)]
-    waiting = list(blocks)[::-1]
-    try:
-        while waiting or any(p.busy for p in pool):
-            for process in pool:
-                if waiting and not process.busy:
-                    process.start(waiting.pop())
-            ready = wait([p.connection for p in pool if p.busy])
-            for process in pool:
-                if process.connection in ready:
-                    yield process.finish()
-    finally:
-        for process in pool:
-            process.stop()
+def fill_blocks(blocks: Iterable[Block], job: FeatureJob, folder: Path, device: str) -> Iterator[np.ndarray]:
+    """Compute and write each block; yields the indices of its frames when they are written."""
+    with closing(Filler(job, folder, device)) as filler:
+        for frames, states in blocks:
+            filler.fill(frames, states)
+            yield frames
 
 
-class _Process:
-    def __init__(self, context, job: FillJob):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_filling_process, args=(theirs, job), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.block: Block | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self.block is not None
-
-    def start(self, block: Block) -> None:
-        self.block = block
-        self.connection.send(block)
-
-    def finish(self) -> np.ndarray:
-        try:
-            error = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            raise BurnishError(
-                f"a process that computes teacher features died (exit {self.process.exitcode})",
-                fix="run the same command again to continue",
-            ) from None
-        if error:
-            raise BurnishError(error)
-        rows, self.block = self.block[0], None
-        return rows
-
-    def stop(self) -> None:
-        self.connection.close()
-        if self.busy:
-            self.process.terminate()
-        self.process.join(timeout=20)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-def _filling_process(connection: Connection, job: FillJob) -> None:
-    """Body of a process: receives blocks, answers "" or an error, ends when its parent closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+def _fill_in_process(blocks: Iterable[Block], job: FeatureJob, folder: Path) -> Iterator[np.ndarray]:
     torch.set_num_threads(1)
-    filler = None
-    try:
-        while True:
-            rows, states = connection.recv()
-            try:
-                filler = filler or Filler(job, "cpu")
-                filler.fill(rows, states)
-                connection.send("")
-            except BurnishError as error:
-                connection.send(str(error))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
-    finally:
-        if filler is not None:
-            filler.close()
+    yield from fill_blocks(blocks, job, folder, "cpu")
+
+
+def run_blocks(
+    job: FeatureJob, folder: Path, indices: Sequence[np.ndarray], workers: int, device: str
+) -> Iterator[np.ndarray]:
+    """Compute and write blocks of frames; yields the indices of each block as it is finished."""
+    count = min(count_workers(workers), max(1, len(indices) // 4))
+    blocks = map(job.block, indices)
+    if torch.device(device).type != "cpu" or count < 2:
+        yield from fill_blocks(blocks, job, folder, device)
+        return
+    alone, name = replace(job, states=None), "the process for teacher features"  # states travel with their blocks
+    with WorkerPool(
+        _fill_in_process, alone, folder, count=count, name=name, fix="run the same command again to continue"
+    ) as pool:
+        for _, frames in pool.run(blocks, label=lambda block: f"frames {block[0][0]} to {block[0][-1]}"):
+            yield frames

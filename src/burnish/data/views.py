@@ -1,4 +1,4 @@
-"""What a data set's rows look like to a teacher: stored images, and depth rendered anew from stored states.
+"""What a data set's frames look like to a teacher: stored images, and depth rendered anew from stored states.
 
 Picklable and free of LeRobot, so that processes which fill the cache start quickly.
 """
@@ -18,8 +18,8 @@ RESTORABLE = "tabletop"
 
 
 @dataclass(frozen=True)
-class RowSource:
-    """Says where everything is; `RowViews` opens it.
+class FrameSource:
+    """Says where everything is; `FrameViews` opens it.
 
     Args:
         frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3].
@@ -32,40 +32,40 @@ class RowSource:
     geometry: bool
 
 
-def row_source(data: Any, cameras: tuple[str, ...], geometry: bool) -> RowSource:
+def frame_source(data: Any, cameras: tuple[str, ...], geometry: bool) -> FrameSource:
     """The source of a `RobotData`; raises BurnishError where depth is wanted and nothing tells it."""
     arrays = data.frames.arrays
     frames = {camera: Path(arrays[f"observation.images.{camera}"].filename) for camera in cameras}
     if geometry:
         _episodes(data.root)
-    return RowSource(frames, Path(data.root), geometry)
+    return FrameSource(frames, Path(data.root), geometry)
 
 
-class RowViews:
-    """Gives the views of dataset rows.
+class FrameViews:
+    """Gives the views of a data set's frames.
 
     Args:
-        source: see `row_source`.
+        source: see `frame_source`.
     """
 
-    def __init__(self, source: RowSource):
+    def __init__(self, source: FrameSource):
         self.source = source
         self.arrays = {c: np.load(p, mmap_mode="r", allow_pickle=False) for c, p in source.frames.items()}
         self._depth = _Depth(source.root) if source.geometry else None
 
-    def __call__(self, rows: np.ndarray, states: np.ndarray | None) -> Views:
-        """Views of B rows; `states` [B, D] are their observed states (needed for rendered depth)."""
-        images = np.stack([np.stack([self.arrays[c][row] for c in self.arrays]) for row in rows])
+    def __call__(self, indices: np.ndarray, states: np.ndarray | None) -> Views:
+        """Views of B frames; `states` [B, D] are their observed states (needed for rendered depth)."""
+        images = np.stack([np.stack([self.arrays[c][index] for c in self.arrays]) for index in indices])
         images_BV3HW = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float() / 255
         views = Views(images_BV3HW, torch.ones(images.shape[:2], dtype=torch.bool), tuple(self.arrays))
         if self._depth is not None:
             size = images.shape[2]
             seen = [
-                [self._depth(int(row), camera, size, None if states is None else states[i]) for camera in self.arrays]
-                for i, row in enumerate(rows)
+                [self._depth(int(index), camera, size, None if states is None else states[i]) for camera in self.arrays]
+                for i, index in enumerate(indices)
             ]
             views.depth, views.points = (
-                torch.from_numpy(np.array([[view[kind] for view in row] for row in seen]))
+                torch.from_numpy(np.array([[view[kind] for view in moment] for moment in seen]))
                 for kind in ("depth", "points")
             )
         return views
@@ -76,7 +76,7 @@ class RowViews:
 
 
 class _Depth:
-    """Depth and world points of one row and camera: stored beside the data set, or rendered from its states."""
+    """Depth and world points of one frame and camera: stored beside the data set, or rendered from its states."""
 
     def __init__(self, root: Path):
         self._folder, self._episodes = root / "ground_truth", _episodes(root)
@@ -85,9 +85,9 @@ class _Depth:
         self._facts: dict[int, list[dict]] = {}
         self._env, self._env_id = None, ""
 
-    def __call__(self, row: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
-        place = int(np.searchsorted(self._starts, row, side="right")) - 1
-        episode, frame = self._episodes[place], row - int(self._starts[place])
+    def __call__(self, index: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
+        place = int(np.searchsorted(self._starts, index, side="right")) - 1
+        episode, frame = self._episodes[place], index - int(self._starts[place])
         facts = self._frames(episode)[frame]
         stored = self._folder / episode["frames"].replace(".jsonl", f".{camera}.depth.npy")
         if stored.is_file():

@@ -4,8 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,9 +32,17 @@ class Views:
     depth: Tensor | None = None
     points: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Views":
+        """All tensors on a device."""
+        moved = {f: getattr(self, f) for f in ("images", "present", "depth", "points")}
+        return replace(self, **{f: tensor.to(device) for f, tensor in moved.items() if tensor is not None})
+
 
 class Teacher(nn.Module):
-    """Base class. A new teacher sets the attributes and writes `features`; docs/methods/align.md has an example.
+    """Base class. A new teacher is one file that registers itself: it sets the attributes and writes `features`.
+
+    A package from outside names its class under the entry points `burnish.teachers`; a recipe may also say
+    `teacher: {name: "package.module:Class"}`. docs/methods/align.md has an example.
 
     Attributes:
         widths: D of each layer that it offers, shallow to deep.
@@ -62,7 +69,7 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
     """Build a frozen teacher.
 
     Args:
-        spec: {name: <shipped name or package.module:Class>, ...its options}.
+        spec: {name: <registered name or package.module:Class>, ...its options}.
         grid: the student's token grid; teachers whose own grid can be chosen take it where their options name none.
 
     Raises:
@@ -72,7 +79,7 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
     name = options.pop("name", "")
     if not isinstance(name, str):
         raise BurnishError(f"teacher {name!r}", "{name: geometry, ...its options}")
-    kind = _find(name)
+    kind = TEACHERS.get(name)
     if not (isinstance(kind, type) and issubclass(kind, Teacher)):
         raise BurnishError(f"'{name}' is no teacher", "a subclass of burnish.teachers.base.Teacher")
     if "grid" in inspect.signature(kind).parameters:
@@ -87,16 +94,6 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
         if getattr(teacher, attribute, None) is None:
             raise BurnishError(f"teacher '{name}' sets no {attribute}", f"self.{attribute} in __init__")
     return teacher.eval().requires_grad_(False)
-
-
-def _find(name: str) -> type[Teacher]:
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise BurnishError(f"teacher '{name}' cannot be imported ({error})", "package.module:Class") from error
-    return TEACHERS.get(name)
 
 
 @torch.no_grad()

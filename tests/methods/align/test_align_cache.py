@@ -9,9 +9,10 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.data import feature_fill as filling
-from burnish.data.feature_cache import CacheKey, FeatureCache, Pooled, Statistics, open_cache
+from burnish.data.feature_cache import CacheKey, FeatureCache, Statistics
+from burnish.data.feature_fill import FeatureJob, Pooled, open_cache
 from burnish.data.loader import RobotData
-from burnish.data.views import RowViews, row_source
+from burnish.data.views import FrameViews, frame_source
 from burnish.methods.align.targets import LiveTargets, make_targets
 from burnish.teachers.base import make_teacher
 
@@ -33,14 +34,15 @@ def key(data, edges):
 
 
 def fill(folder, key, data, spec=SPEC, workers=1):
-    source = row_source(data, ("front",), False)
-    return open_cache(folder, spec, key, source, data.states, len(data.actions), workers=workers, progress=False)
+    source = frame_source(data, ("front",), False)
+    job = FeatureJob(spec, key, source, data.states, len(data.actions))
+    return open_cache(folder, job, workers=workers, progress=False)
 
 
 def by_hand(key, data, rows):
     """Pooled features of some rows straight from the teacher, centred at each place and scaled by dimension."""
     pooled = Pooled(make_teacher(SPEC, (2, 2)), key)
-    views = RowViews(row_source(data, ("front",), False))
+    views = FrameViews(frame_source(data, ("front",), False))
     everything = pooled(views(np.arange(len(data.actions)), None))
     scaled = {}
     for layer, features in everything.items():
@@ -105,7 +107,7 @@ def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key
 
 
 def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
-    monkeypatch.setattr("burnish.data.feature_cache.BLOCK", 8)
+    monkeypatch.setattr("burnish.data.feature_fill.BLOCK", 8)
     whole = fill(tmp_path / "whole", key, data)
     original, done = filling.Filler.fill, []
 
@@ -130,7 +132,7 @@ def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
 
 
 def test_processes_give_the_same_bytes(tmp_path, key, data, monkeypatch, edges):
-    monkeypatch.setattr("burnish.data.feature_cache.BLOCK", 4)
+    monkeypatch.setattr("burnish.data.feature_fill.BLOCK", 4)
     monkeypatch.setenv("PYTHONPATH", str(edges))
     one, two = (fill(tmp_path / str(n), key, data, workers=n) for n in (1, 2))
     for layer in key.layers:

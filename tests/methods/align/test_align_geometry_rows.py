@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.data.views import RowSource, RowViews
+from burnish.data.views import FrameSource, FrameViews
 from burnish.envs.base import make_env
 
 SIDE = 48
@@ -38,7 +38,7 @@ def episode(tmp_path_factory):
 
 def test_a_restored_frame_shows_what_was_there(episode):
     root, seen, states = episode
-    views = RowViews(RowSource({"front": root / "front.npy"}, root, geometry=True))
+    views = FrameViews(FrameSource({"front": root / "front.npy"}, root, geometry=True))
     found = views(np.array([8, 0, 5]), states[[8, 0, 5]])
     views.close()
     assert found.images.shape == (3, 1, 3, SIDE, SIDE) and found.points.shape == (3, 1, SIDE, SIDE, 3)
@@ -51,7 +51,7 @@ def test_stored_depth_is_taken_where_it_lies(episode, tmp_path):
     root, seen, states = episode
     path = root / "ground_truth/tabletop_lift/000000.front.depth.npy"
     np.save(path, np.stack([s["depth"] for s in seen]).astype(np.float16))
-    views = RowViews(RowSource({"front": root / "front.npy"}, root, geometry=True))
+    views = FrameViews(FrameSource({"front": root / "front.npy"}, root, geometry=True))
     found = views(np.array([3]), None)
     path.unlink()
     assert views._depth._env is None  # no simulator was needed
@@ -62,12 +62,12 @@ def test_stored_depth_is_taken_where_it_lies(episode, tmp_path):
 def test_what_cannot_be_put_back_is_told(episode, tmp_path):
     root, _, states = episode
     with pytest.raises(BurnishError, match="nothing tells where things were"):
-        RowViews(RowSource({"front": root / "front.npy"}, tmp_path, geometry=True))
+        FrameViews(FrameSource({"front": root / "front.npy"}, tmp_path, geometry=True))
     other = tmp_path / "ground_truth"
     other.mkdir()
     row = {"episode_index": 0, "task_id": "libero:goal/0", "length": 9, "frames": "x.jsonl"}
     (other / "episodes.jsonl").write_text(json.dumps(row) + "\n")
     (other / "x.jsonl").write_text("{}\n" * 9)
-    views = RowViews(RowSource({"front": root / "front.npy"}, tmp_path, geometry=True))
+    views = FrameViews(FrameSource({"front": root / "front.npy"}, tmp_path, geometry=True))
     with pytest.raises(BurnishError, match="libero:goal/0 cannot be put back.*burnish demos --geometry"):
         views(np.array([0]), states[:1])

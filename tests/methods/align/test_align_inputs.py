@@ -9,11 +9,11 @@ from align_student import load_student, recipe
 from test_align_cache import SPEC, data, fill, key  # noqa: F401  fixtures
 
 from burnish.core.errors import BurnishError
-from burnish.data import feature_cache as cache
+from burnish.data import feature_fill as filling
 from burnish.methods.align.objective import cache_key
 from burnish.methods.align.presets import make_config
 from burnish.methods.align.targets import LiveTargets
-from burnish.teachers.base import Teacher, make_teacher
+from burnish.teachers.base import TEACHERS, Teacher, make_teacher
 from burnish.train.loop import Run
 
 TEACHER = "teacher: 'edges:Edges'"
@@ -48,7 +48,7 @@ def test_a_local_variable_is_no_option(monkeypatch):
             grid = 3
             self.widths, self.identity = (grid,), {"name": "plain"}
 
-    monkeypatch.setattr("burnish.teachers.base._find", lambda name: Plain)
+    monkeypatch.setitem(TEACHERS._entries, "plain", Plain)
     assert make_teacher({"name": "plain"}, (2, 2)).widths == (3,)
 
 
@@ -116,8 +116,7 @@ def test_damaged_features_are_told(tmp_path, key, data, file, how):  # noqa: F81
 
 def test_a_short_list_of_blocks_is_no_whole_cache(tmp_path, key, data, monkeypatch):  # noqa: F811
     """Blocks that nobody noted are rows of zeros."""
-    monkeypatch.setattr(cache, "BLOCK", 8)
-    from burnish.data import feature_fill as filling
+    monkeypatch.setattr(filling, "BLOCK", 8)
 
     def stop(*_):
         raise KeyboardInterrupt

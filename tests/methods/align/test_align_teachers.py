@@ -86,7 +86,7 @@ def test_wrong_teachers_are_told_in_one_line(edges, monkeypatch):
     module.Crooked, module.Bare = Crooked, type("Bare", (Teacher,), {})
     monkeypatch.setitem(sys.modules, "crooked", module)
     for spec, words in (
-        ({"name": "dino"}, "unknown teacher 'dino'.*geometry, scene3d, folder, vggt"),
+        ({"name": "dino"}, "unknown teacher 'dino'.*folder, geometry, scene3d, vggt"),
         ({"name": "nowhere:Teacher"}, "cannot be imported"),
         ({"name": "edges:Edges", "colour": 1}, "does not take these options.*colour"),
         ({"name": "crooked:Bare"}, "sets no widths"),

@@ -12,7 +12,7 @@ from burnish.core.seeding import generator
 from burnish.methods.align.aligner import square_grid
 from burnish.methods.align.layers import StreamingCka, choose_pairs, match_by_cka, similar_layers
 from burnish.methods.align.objective import Align, cache_key
-from burnish.methods.align.targets import LiveTargets
+from burnish.methods.align.targets import make_targets
 from burnish.teachers.base import make_teacher
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def compare_layers(run: "Run", objective: Align, batches: int, progress: bool = 
             teacher = make_teacher(config.teacher, grid)
             pairs = [(0, t) for t in range(len(teacher.widths))]
             key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid)
-            targets = LiveTargets(config.teacher, key, run.data, run.device)
+            targets = make_targets(config.teacher, teacher, key, run.data, cache="off", device=run.device)
             cka = StreamingCka([captured.hidden[i].shape[-1] for i in layers], teacher.widths)
         student = [image_tokens(captured, captured.hidden[i], policy.cameras).flatten(0, 1) for i in layers]
         cka.add(student, [t.flatten(0, 3) for t in targets(batch).values()])

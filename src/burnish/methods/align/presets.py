@@ -7,8 +7,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import check, refuse_unknown
 from burnish.data.feature_cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
-from burnish.methods.align.loss import POOLINGS
 from burnish.methods.align.projector import SHARING
+from burnish.teachers.pooling import POOLINGS
 
 
 @dataclass
@@ -53,7 +53,7 @@ class AlignConfig:
     norm: bool = True
     """LayerNorm before the projector (released code; Eq. 12 has none)."""
     pooling: str = "area"
-    """How the teacher's grid comes to the student's, see loss.pool_grid."""
+    """How the teacher's grid comes to the student's, see teachers.pooling."""
     positional: float = 0.0
     """Factor of the positional term added to the teacher's tokens (released code: 0.1)."""
     late_tokens: int = 0

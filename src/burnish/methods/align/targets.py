@@ -1,15 +1,17 @@
 """The teacher's tokens for a training batch: from the cache, or from the teacher itself, moved as the images were."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from burnish.core.types import Batch
-from burnish.data.feature_cache import CacheKey, FeatureCache, Pooled, fit_statistics, open_cache, to_device
-from burnish.data.views import RowViews, row_source
+from burnish.data.feature_cache import CacheKey, FeatureCache
+from burnish.data.feature_fill import FeatureJob, fit_statistics, open_cache
+from burnish.data.views import FrameViews, frame_source
 from burnish.methods.align.loss import shift_grid
-from burnish.teachers.base import Teacher, Views, make_teacher
+from burnish.teachers.base import Teacher, Views
 
 if TYPE_CHECKING:
     from burnish.data.loader import RobotData
@@ -28,7 +30,7 @@ class CachedTargets:
             cache.move_to(device)
 
     def __call__(self, batch: Batch) -> dict[int, Tensor]:
-        """{layer: [B, V, h, w, D]} for the rows of a batch."""
+        """{layer: [B, V, h, w, D]} for the frames of a batch."""
         return {t: shifted(grid, batch, self.key) for t, grid in self.cache.read(batch["index"]).items()}
 
 
@@ -38,27 +40,24 @@ class LiveTargets:
     Only what the simulator knows (depth, world points) has no augmented version; its token grid is shifted instead.
     """
 
-    def __init__(self, spec: dict[str, Any], key: CacheKey, data: "RobotData", device: torch.device):
-        teacher = make_teacher(spec, tuple(key.grid)).to(device)
-        self.teacher, self.key, self.states, self.device = Pooled(teacher, key), key, data.states, device
-        source = row_source(data, tuple(key.cameras), teacher.needs_geometry)
-        self.rows = RowViews(source) if teacher.needs_geometry else None
-        sample = fit_statistics(spec, key, source, data.states, len(data.actions), str(device))
-        self.statistics = {t: statistics.to(device) for t, statistics in sample.items()}
+    def __init__(self, job: FeatureJob, device: torch.device):
+        self.job, self.key, self.device = job, job.key, device
+        self.teacher = job.teacher(str(device))
+        self.views = FrameViews(job.source) if job.source.geometry else None
+        self.statistics = {t: statistics.to(device) for t, statistics in fit_statistics(job, str(device)).items()}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[int, Tensor]:
         """{layer: [B, V, h, w, D]} for a batch."""
-        if self.rows is None:
+        if self.views is None:
             images = torch.stack([batch[f"{IMAGES}{camera}"] for camera in self.key.cameras], 1)
             present = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
             views = Views(images, present, tuple(self.key.cameras))
         else:
-            numbers = batch["index"].cpu().numpy()
-            views = to_device(self.rows(numbers, None if self.states is None else self.states[numbers]), self.device)
+            views = self.views(*self.job.block(batch["index"].cpu().numpy())).to(self.device)
         found = self.teacher(views)
         scaled = {t: (f - self.statistics[t].mean) / self.statistics[t].scale for t, f in found.items()}
-        return scaled if self.rows is None else {t: shifted(f, batch, self.key) for t, f in scaled.items()}
+        return scaled if self.views is None else {t: shifted(f, batch, self.key) for t, f in scaled.items()}
 
 
 def shifted(features_BVHWD: Tensor, batch: Batch, key: CacheKey) -> Tensor:
@@ -88,14 +87,10 @@ def make_targets(
         cache: "" for one beside the data set, "off" for none, or a folder.
         device: where training runs.
     """
-    from pathlib import Path
-
+    source = frame_source(data, tuple(key.cameras), teacher.needs_geometry)
+    job = FeatureJob(spec, key, source, data.states, len(data.actions))
     if cache == "off":
-        return LiveTargets(spec, key, data, device)
+        return LiveTargets(job, device)
     folder = Path(cache) if cache else Path(data.root) / ".teachers" / key.name
-    source = row_source(data, tuple(key.cameras), teacher.needs_geometry)
-    opened = open_cache(
-        folder, spec, key, source, data.states, len(data.actions), workers=workers, progress=progress,
-        device=str(device),
-    )  # fmt: skip
+    opened = open_cache(folder, job, workers=workers, progress=progress, device=str(device))
     return CachedTargets(opened, key, device)
