@@ -24,7 +24,9 @@ def ship(policy: Path | str, name: str, facts: dict | None = None) -> Path:
 
     from burnish.core.files import remove_folder
     from burnish.policies import load_policy
-    from burnish.policies.folder import ASSETS, VLM_FOLDER, point_at
+    from burnish.policies.folder import point_at
+    from burnish.policies.keys import VLM_FOLDER
+    from burnish.policies.load import ASSETS
 
     target = ASSETS / name
     partial = target.with_name(f".{name}.partial")

@@ -11,9 +11,10 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from safetensors.torch import load_file, save_file
 
 from burnish.core.errors import BurnishError
-from burnish.policies import create_policy, load_policy
+from burnish.policies import create_policy, load, load_policy
 from burnish.policies import folder as folders
-from burnish.policies.tiny import default_statistics, make_tiny, small_pi
+from burnish.policies.pi_sizes import small_pi
+from burnish.policies.tiny import default_statistics, make_tiny
 
 
 def draw(policy, size=3):
@@ -199,7 +200,7 @@ def test_missing_vlm_files(tiny_smolvla, tmp_path):
 def test_shipped_bases_go_by_name(tiny_smolvla, tmp_path, monkeypatch):
     shutil.copytree(tiny_smolvla, tmp_path / "assets/small")
     folders.point_at(tmp_path / "assets/small", "vlm")
-    monkeypatch.setattr(folders, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(load, "ASSETS", tmp_path / "assets")
     assert load_policy("small").cameras == ("top", "wrist")
 
 
@@ -259,5 +260,5 @@ def test_tiny_sizes_are_put_back():
 
 
 def test_unknown_tiny_type(tmp_path):
-    with pytest.raises(BurnishError, match="policy type 'act'"):
+    with pytest.raises(BurnishError, match="unknown policy 'act'"):
         make_tiny("act", tmp_path)

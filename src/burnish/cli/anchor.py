@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     from burnish.core.provenance import weights_hash
     from burnish.methods.isolate.anchor import Provenance, build, question_batches
     from burnish.policies import load_policy
-    from burnish.policies.folder import choose_device
+    from burnish.policies.load import choose_device
     from burnish.policies.vqa import PROMPT
 
     if args.samples < 0 or args.batch_size < 1:

@@ -21,7 +21,7 @@ from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import SUMMARY, Journal
 from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
-from burnish.policies.folder import policy_and_hash
+from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:
     from burnish.evaluate.batching import BatchedPolicy

@@ -192,7 +192,7 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     from burnish.core.provenance import weights_hash
     from burnish.evaluate.retention import retention
     from burnish.policies import load_policy
-    from burnish.policies.folder import resolve
+    from burnish.policies.load import resolve
 
     questions, path = settings.questions, folder / "retention.json"
     if not questions.root:

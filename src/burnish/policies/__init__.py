@@ -17,19 +17,19 @@ def load_policy(
     dataset_stats: dict[str, Any] | None = None,
     features: dict[str, Any] | None = None,
 ) -> "Policy":
-    """Load a LeRobot policy folder (smolvla, pi0, pi05, burnish_discrete), or a shipped base by its bare name.
+    """Load a LeRobot policy folder, or a shipped base by its bare name.
 
     Args:
-        path: the folder, or e.g. "small".
+        path: the folder (smolvla, pi0, pi05, burnish_discrete, or a type of an installed package), or e.g. "small".
         overrides: fields of the LeRobot config to change before the model is built.
-        device: torch device.
+        device: torch device; "" means a GPU where there is one.
         dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
         features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
 
     Raises:
         BurnishError: missing or left-over tensors, missing statistics, dimensions that do not fit, in one line.
     """
-    from burnish.policies.folder import load
+    from burnish.policies.load import load
 
     return load(path, overrides=overrides, device=device, dataset_stats=dataset_stats, features=features)
 
@@ -45,16 +45,12 @@ def create_policy(
 ) -> "Policy":
     """A new policy on a VLM folder.
 
-    See `burnish.policies.smolvla.create_policy`, and for type burnish_discrete, which takes a SmolVLA folder or a
-    shipped base too, `burnish.policies.discrete.create.create_discrete`.
+    See `SmolVLA.create` in `burnish.policies.smolvla`, and for type burnish_discrete, which takes a SmolVLA folder or a
+    shipped base too, `burnish.policies.discrete.create.new_policy`.
     """
-    if type == "burnish_discrete":
-        from burnish.policies.discrete.create import create_discrete
+    from burnish.policies.load import POLICIES
 
-        return create_discrete(vlm_folder, features, dataset_stats, overrides, **options)
-    from burnish.policies.smolvla import create_policy as create
-
-    return create(vlm_folder, features, dataset_stats, overrides, type=type, **options)
+    return POLICIES.get(type).create(type, vlm_folder, features, dataset_stats, overrides or {}, **options)
 
 
 def __getattr__(name: str):

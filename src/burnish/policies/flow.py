@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
-from burnish.policies.wrapper import ACTION, PAD, TASK, PolicyWrapper
+from burnish.policies.keys import ACTION, PAD, TASK
+from burnish.policies.vlm import VLMPolicy
 
 
-class FlowPolicy(PolicyWrapper):
+class FlowPolicy(VLMPolicy):
     """A LeRobot flow-matching policy with its processors."""
 
-    capabilities = PolicyWrapper.capabilities | {"velocity"}
+    capabilities = VLMPolicy.capabilities | {"velocity"}
 
     # What a family of policies has to say.
 

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.provenance import weights_hash
-from burnish.policies.discrete.policy import FAST_FOLDER, Discrete
-from burnish.policies.pi import SIZES_FILE, TOKENIZER_FOLDER, Pi
-from burnish.policies.smolvla import VLM_FOLDER, SmolVLA
-from burnish.policies.wrapper import PolicyWrapper
+from burnish.policies.keys import ACTION, CONFIG, POSTPROCESSOR, PREPROCESSOR, STATE, VLM_FOLDER
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-ADAPTERS = {"smolvla": SmolVLA, "pi0": Pi, "pi05": Pi, "burnish_discrete": Discrete}
-KEEPS_VLM = ("smolvla", "burnish_discrete")
-"""Types whose folder has the VLM's files in vlm/."""
 _STATS = {
     "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
     "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
 }  # fmt: skip
-
-
-def load(
-    path: Path | str,
-    *,
-    overrides: dict[str, Any] | None = None,
-    device: str = "cpu",
-    dataset_stats: dict[str, Any] | None = None,
-    features: dict[str, Any] | None = None,
-) -> SmolVLA | Pi | Discrete:
-    """Load a LeRobot policy folder.
-
-    Args:
-        path: the folder, or the bare name of a base that ships with burnish ("small").
-        overrides: fields of the LeRobot config to change before the model is built.
-        device: torch device; "" means a GPU where there is one.
-        dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
-        features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
-
-    Raises:
-        BurnishError: anything missing, left over or not fitting, in one line.
-    """
-    folder, device = resolve(path), choose_device(device)
-    raw = _read_json(folder / CONFIG)
-    if raw.get("type") not in ADAPTERS:
-        raise BurnishError(f"policy type {raw.get('type')!r} in {folder / CONFIG}", f"one of {', '.join(ADAPTERS)}")
-    if raw["type"] == "burnish_discrete":
-        from burnish.policies.discrete import configuration_discrete  # noqa: F401  makes the type known to LeRobot
-    raw.update(_known(overrides or {}, raw["type"]))
-    if raw["type"] in KEEPS_VLM:
-        raw["load_vlm_weights"] = False  # all weights are in model.safetensors
-        if (folder / VLM_FOLDER).is_dir():
-            raw["vlm_model_name"] = str(folder / VLM_FOLDER)
-    if raw["type"] == "burnish_discrete" and (folder / FAST_FOLDER).is_dir():
-        raw["fast_folder"] = str(folder / FAST_FOLDER)
-    config = decode_config(raw, str(folder / CONFIG), features, device)
-    sizes = _read_json(folder / SIZES_FILE) if (folder / SIZES_FILE).is_file() else None
-    processors = _load_processors(config, folder, dataset_stats)
-    policy = build(config, 0, sizes)
-    load_tensors(policy, _read_tensors(policy, folder / WEIGHTS), str(folder / WEIGHTS))
-    if raw["type"] == "burnish_discrete" and dataset_stats is not None:
-        policy.fit_tokens(dataset_stats)
-    policy.to(device).eval()
-    if raw["type"] == "burnish_discrete":
-        policy.decoder()  # one that cannot work is told now and not after a training
-    return ADAPTERS[raw["type"]](policy, *processors, **({"sizes": sizes} if raw["type"] in ("pi0", "pi05") else {}))
-
-
-def resolve(path: Path | str) -> Path:
-    """The folder behind a path or the name of a shipped base."""
-    folder = Path(path)
-    if not folder.is_dir() and len(folder.parts) == 1 and (ASSETS / folder).is_dir():
-        folder = ASSETS / folder
-    if not (folder / CONFIG).is_file():
-        shipped = sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG}"))
-        also = f" or a shipped base ({', '.join(shipped)})" if shipped else ""
-        raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}")
-    return folder.absolute()
-
-
-def choose_device(name: str = "") -> str:
-    """`name`, or for "" a GPU where there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | None, device: str) -> Any:
@@ -127,13 +54,11 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
     return config
 
 
-def build(config: Any, seed: int, sizes: dict | None = None) -> nn.Module:
+def build(config: Any, seed: int) -> nn.Module:
     """LeRobot's policy with random weights of `seed`; the global generator is left as it was."""
     from lerobot.policies.factory import get_policy_class
 
-    if sizes is not None:
-        from burnish.policies.tiny import small_pi
-    with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), small_pi(sizes) if sizes else nullcontext():
+    with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()):
         torch.manual_seed(seed)
         try:
             return get_policy_class(config.type)(config)
@@ -182,44 +107,36 @@ def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any
     return pre, post
 
 
-def write(
-    policy: PolicyWrapper, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
-    state_dict: dict[str, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Write a LeRobot policy folder; making that atomic is the caller's business.
+def write(policy: Any, folder: Path, state: dict[str, Tensor] | None, dtype: torch.dtype | None = None) -> None:
+    """Write config, weights and processors of a PolicyWrapper; making that atomic is the caller's business.
 
     Args:
         policy: what to write.
         folder: where; made if missing.
-        home: where the folder will be in the end, when it is written elsewhere and renamed. Its absolute path is
-            what LeRobot's own commands will look for.
+        state: weights to store instead of the policy's own (a moving average), with the names of
+            `policy.policy.state_dict()`; None takes its own.
         dtype: store floating tensors so (e.g. torch.float16); None keeps them.
-        state_dict: weights to store instead of the policy's own (a moving average), with the names of
-            `policy.policy.state_dict()`.
     """
-    state = policy.policy.state_dict() if state_dict is None else state_dict
     if dtype is not None:
+        state = policy.policy.state_dict() if state is None else state
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    plain = dtype is None and state_dict is None
-    policy.policy.save_pretrained(folder, state_dict=None if plain else state)
+    policy.policy.save_pretrained(folder, state_dict=state)
     policy.preprocessor.save_pretrained(folder)
     policy.postprocessor.save_pretrained(folder)
-    policy.write_extras(folder, Path(home or folder).absolute())
 
 
-def point_at(folder: Path, target: str, fast: str = "") -> None:
+def point_at(folder: Path, target: str, **fields: str) -> None:
     """Store `target` as the place of the VLM's or the tokenizer's files, unless a hub name is stored.
 
     Args:
         folder: a policy folder.
         target: e.g. the absolute path of its `vlm/`, after the folder was moved.
-        fast: that of its FAST tokenizer, if it has one.
+        **fields: other fields of its config, e.g. the place of a second tokenizer.
     """
-    config, pre = _read_json(folder / CONFIG), _read_json(folder / PREPROCESSOR)
+    config, pre = read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
     if "vlm_model_name" in config and not _is_hub_name(config["vlm_model_name"]):
         config["vlm_model_name"] = target
-    if fast:
-        config["fast_folder"] = fast
+    config.update(fields)
     for step in pre["steps"]:
         name = step.get("config", {}).get("tokenizer_name")
         if name is not None and not _is_hub_name(name):
@@ -232,14 +149,16 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises BurnishError where the file is missing or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise BurnishError(f"{file} cannot be read: {_one_line(error)}", "a JSON file as LeRobot writes it") from error
 
 
-def _known(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
+def known_fields(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
+    """`overrides` as they are; raises BurnishError for one that is no field of that type's config."""
     from lerobot.policies.factory import get_policy_class
 
     known = {field.name for field in dataclasses.fields(get_policy_class(policy_type).config_class)}
@@ -257,35 +176,41 @@ def _check_features(config: Any, source: str) -> None:
             f"features {found} in {source}", "a camera, observation.state and action", "give features= of the data set"
         )
     for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
-        if feature.shape[0] > getattr(config, limit):
+        most = getattr(config, limit, feature.shape[0])  # policies that do not pad have no limit
+        if feature.shape[0] > most:
             raise BurnishError(
                 f"{name} of {feature.shape[0]} dimensions",
-                f"at most {limit} = {getattr(config, limit)}",
+                f"at most {limit} = {most}",
                 f"a policy trained with a larger {limit}",
             )
 
 
-def _read_tensors(policy: nn.Module, file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Raises BurnishError where the file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise BurnishError(f"{file} cannot be read: {_one_line(error)}", "the weights of the policy") from error
-    if policy.config.type in ("pi0", "pi05") and not set(policy.state_dict()) >= set(state):
-        # Names of openpi's own conversions, mapped as LeRobot's from_pretrained does.
-        state = policy._fix_pytorch_state_dict_keys(state, policy.config)
-        state = {key if key.startswith("model.") else f"model.{key}": value for key, value in state.items()}
-    return state
 
 
-def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) -> tuple[Any, Any]:
-    """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does."""
+def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tokenizer: Path) -> tuple[Any, Any]:
+    """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does.
+
+    Args:
+        config: LeRobot's.
+        folder: the policy's.
+        stats: LeRobot statistics that replace the stored ones; None keeps them.
+        tokenizer: folder of the tokenizer, used where it is there.
+
+    Raises:
+        BurnishError: missing files or statistics.
+    """
     from lerobot.policies.factory import make_pre_post_processors
 
     lacking = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
-    inside = folder / (VLM_FOLDER if config.type in KEEPS_VLM else TOKENIZER_FOLDER)
     if lacking and stats is not None:
         return new_processors(config, stats)
     if lacking:
@@ -302,8 +227,8 @@ def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) ->
     back = {"unnormalizer_processor": {"features": config.output_features, "norm_map": config.normalization_mapping}}
     if stats is not None:
         changes["normalizer_processor"]["stats"] = back["unnormalizer_processor"]["stats"] = stats
-    if inside.is_dir():
-        changes["tokenizer_processor"] = {"tokenizer_name": str(inside)}
+    if tokenizer.is_dir():
+        changes["tokenizer_processor"] = {"tokenizer_name": str(tokenizer)}
     try:
         pre, post = make_pre_post_processors(
             config,
@@ -315,7 +240,7 @@ def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) ->
         raise BurnishError(
             f"the processors in {folder} cannot be loaded: {_one_line(error)}",
             "LeRobot's processor files and a tokenizer that can be found",
-            f"put the tokenizer's files into {inside}",
+            f"put the tokenizer's files into {tokenizer}",
         ) from error
     _check_statistics(config, pre, post, str(folder))
     return pre, post
@@ -323,7 +248,7 @@ def _load_processors(config: Any, folder: Path, stats: dict[str, Any] | None) ->
 
 def _only(changes: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
     """Those changes whose step the pipeline has; LeRobot refuses others."""
-    steps = {step.get("registry_name") for step in _read_json(file).get("steps", [])}
+    steps = {step.get("registry_name") for step in read_json(file).get("steps", [])}
     return {name: change for name, change in changes.items() if name in steps}
 
 
@@ -335,8 +260,8 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         return {key: value for step in steps if isinstance(step, kind) for key, value in step.state_dict().items()}
 
     before, after = stored(pre.steps, NormalizerProcessorStep), stored(post.steps, UnnormalizerProcessorStep)
-    needed = [("observation.state", config.robot_state_feature, before),
-              ("action", config.action_feature, before), ("action", config.action_feature, after)]  # fmt: skip
+    needed = [(STATE, config.robot_state_feature, before),
+              (ACTION, config.action_feature, before), (ACTION, config.action_feature, after)]  # fmt: skip
     for key, feature, found in needed:
         mode = config.normalization_mapping.get(feature.type.value)
         for statistic in _STATS.get(mode.name if mode else "IDENTITY", ()):
@@ -362,11 +287,3 @@ def _first(keys: Iterable[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def policy_and_hash(policy: Any, device: str = "") -> tuple[Any, str]:
-    """A policy, loaded where its folder is given, and the hash of what was given (see `weights_hash`)."""
-    if not isinstance(policy, str | Path):
-        return policy, weights_hash(policy)
-    folder = resolve(policy)
-    return load(folder, device=device), weights_hash(folder)

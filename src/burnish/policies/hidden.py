@@ -14,7 +14,7 @@ from burnish.policies.base import Captured
 def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> Iterator[None]:
     """Fill `captured.hidden` with the outputs of `layers` in a forward inside.
 
-    `note_rows` starts a new forward; of that, the first run through a layer counts (decoding a token or recomputing
+    `note_layout` starts a new forward; of that, the first run through a layer counts (decoding a token or recomputing
     a checkpointed layer comes later).
 
     LeRobot's joint forward calls the parts of a layer one by one, so hooks on whole layers stay silent. But every
@@ -51,12 +51,12 @@ def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> I
             handle.remove()
 
 
-def note_rows(
+def note_layout(
     captured: Captured,
     images: Sequence[tuple[str, int, Tensor]],
     text_mask: Tensor,
     *,
-    state_rows: int = 0,
+    state_positions: int = 0,
     around_image: tuple[int, int] = (0, 0),
     width: int = 0,
 ) -> None:
@@ -66,14 +66,14 @@ def note_rows(
         captured: gets `rows` and `cameras`.
         images: camera (empty for a blank filler), number of tokens, and a bool [B] whether it is there.
         text_mask: bool [B, L], False on padding.
-        state_rows: rows of state after the text.
+        state_positions: rows of state after the text.
         around_image: special tokens before and after each image; they count as neither image nor text.
         width: the sequence is padded to this length where it is shorter.
     """
     batch, device = text_mask.shape[0], text_mask.device
     before, after = around_image
-    image_rows = sum(before + tokens + after for _, tokens, _ in images)
-    used = image_rows + text_mask.shape[1] + state_rows
+    image_positions = sum(before + tokens + after for _, tokens, _ in images)
+    used = image_positions + text_mask.shape[1] + state_positions
     empty = torch.zeros(batch, max(used, width), dtype=torch.bool, device=device)
     rows = {name: empty.clone() for name in ("image", "text", "state")}
     captured.cameras.clear()
@@ -85,7 +85,7 @@ def note_rows(
             captured.cameras[camera] = place
         start = place.stop + after
     rows["text"][:, start : start + text_mask.shape[1]] = text_mask.bool()
-    rows["state"][:, used - state_rows : used] = True
+    rows["state"][:, used - state_positions : used] = True
     captured.hidden.clear()
     captured.rows.clear()
     captured.rows.update(rows)

@@ -2,20 +2,26 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from burnish.policies import folder as folders
 from burnish.policies import language
 from burnish.policies.flow import FlowPolicy
-from burnish.policies.wrapper import TOKEN_MASK, TOKENS
+from burnish.policies.keys import TOKEN_MASK, TOKENS
+from burnish.policies.load import POLICIES
+from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.tiny import NANO_TEXTS, build_tokenizer
 
-TOKENIZER_FOLDER = "tokenizer"
 SIZES_FILE = "tiny.json"
+"""In the folder of a tiny policy: the sizes that LeRobot cannot store."""
 
 
+@POLICIES.register("pi0", "pi05")
 class Pi(FlowPolicy):
     """burnish's verbs over lerobot's PI0Policy and PI05Policy.
 
@@ -30,6 +36,26 @@ class Pi(FlowPolicy):
         # language verb bit for bit the same before and after.
         self.backbone.text_model.config._attn_implementation = "eager"
 
+    @classmethod
+    def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
+        sizes = None if folder is None else _read_sizes(folder)
+        with small_pi(sizes) if sizes else nullcontext():
+            return folders.build(config, seed)
+
+    @classmethod
+    def rename_tensors(cls, policy: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Names of openpi's own conversions are mapped as LeRobot's from_pretrained does."""
+        if set(policy.state_dict()) >= set(state):
+            return state
+        state = policy._fix_pytorch_state_dict_keys(state, policy.config)
+        return {key if key.startswith("model.") else f"model.{key}": value for key, value in state.items()}
+
+    @classmethod
+    def open(
+        cls, policy: nn.Module, preprocessor: Any, postprocessor: Any, folder: Path, dataset_stats: dict | None
+    ) -> Self:
+        return cls(policy, preprocessor, postprocessor, _read_sizes(folder))
+
     @property
     def vlm(self) -> nn.Module:
         return self.policy.model.paligemma_with_expert.paligemma
@@ -40,12 +66,6 @@ class Pi(FlowPolicy):
 
     def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.language_model.layers[0].mlp, self.inner.gemma_expert.model.layers[0].mlp]
-
-    @property
-    def tokenizer(self) -> Any:
-        from lerobot.processor import TokenizerProcessorStep
-
-        return next(s for s in self.preprocessor.steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
 
     @property
     def backbone(self) -> language.Backbone:
@@ -109,9 +129,41 @@ class Pi(FlowPolicy):
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """The tokenizer's files; LeRobot itself only knows a hub name for it."""
-        from burnish.policies.folder import point_at
-
-        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-        point_at(folder, str(home / TOKENIZER_FOLDER))
+        self.tokenizer.save_pretrained(folder / self.tokenizer_folder)
+        folders.point_at(folder, str(home / self.tokenizer_folder))
         if self.sizes is not None:
             (folder / SIZES_FILE).write_text(json.dumps(self.sizes, indent=2))
+
+    @classmethod
+    def make_tiny(
+        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
+    ) -> None:
+        from lerobot.processor import TokenizerProcessorStep
+
+        tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
+        tokenizer_folder = (folder / cls.tokenizer_folder).absolute()
+        tokenizer.save_pretrained(tokenizer_folder)
+        sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
+        raw = {
+            "type": name,
+            "image_resolution": [28, 28],
+            "num_inference_steps": 3,
+            "push_to_hub": False,
+            "tokenizer_max_length": 96,
+            **overrides,
+        }
+        config = folders.decode_config(raw, "the tiny config", features, "cpu")
+        with small_pi(sizes, tokenizer_folder):
+            policy = folders.build(config, seed)
+            pre, post = folders.new_processors(config, dataset_stats)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter_name, parameter in policy.named_parameters():
+            if ".dense." in parameter_name:  # adaptive norms start as zero gates, which would shut images and text out
+                with torch.no_grad():
+                    parameter.normal_(0.0, 0.5, generator=generator)
+        next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
+        cls(policy, pre, post, sizes=sizes).save(folder)
+
+
+def _read_sizes(folder: Path) -> dict[str, Any] | None:
+    return folders.read_json(folder / SIZES_FILE) if (folder / SIZES_FILE).is_file() else None

@@ -2,26 +2,36 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.policies import folder as folders
 from burnish.policies import hidden, language
 from burnish.policies.base import Captured
 from burnish.policies.flow import FlowPolicy
-from burnish.policies.wrapper import STATE, TOKEN_MASK, TOKENS
+from burnish.policies.keys import CONFIG, STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
+from burnish.policies.load import POLICIES
+from burnish.policies.tiny import build_vlm
 
-VLM_FOLDER = "vlm"
 
-
+@POLICIES.register("smolvla")
 class SmolVLA(FlowPolicy):
     """burnish's verbs over lerobot's SmolVLAPolicy. The language verbs use the very VLM of the policy, which LeRobot
     cuts down to `num_vlm_layers`.
     """
 
-    state_rows = 1
+    tokenizer_folder = VLM_FOLDER
+    state_positions = 1
+
+    @classmethod
+    def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """All weights are in model.safetensors, and the VLM's other files inside the folder if they are anywhere."""
+        inside = {"vlm_model_name": str(folder / VLM_FOLDER)} if (folder / VLM_FOLDER).is_dir() else {}
+        return {**raw, **inside, "load_vlm_weights": False}
 
     @property
     def vlm(self) -> nn.Module:
@@ -67,12 +77,12 @@ class SmolVLA(FlowPolicy):
         patch = config.vision_config.patch_size
         return (image.shape[-2] // patch) * (image.shape[-1] // patch) // config.scale_factor**2
 
-    def _note_rows(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
-        hidden.note_rows(
+    def _note_layout(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
+        hidden.note_layout(
             captured,
             parts,
             text_mask,
-            state_rows=self.state_rows,
+            state_positions=self.state_positions,
             width=self.config.prefix_length,
             around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0),
         )
@@ -124,69 +134,72 @@ class SmolVLA(FlowPolicy):
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
-        from burnish.policies.folder import point_at
-
         inner = self.policy.model.vlm_with_expert
         inner.config.save_pretrained(folder / VLM_FOLDER)
         inner.processor.save_pretrained(folder / VLM_FOLDER)
-        point_at(folder, str(home / VLM_FOLDER))
+        folders.point_at(folder, str(home / VLM_FOLDER))
 
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        source: Path | str,
+        features: dict[str, Any],
+        dataset_stats: dict[str, Any],
+        overrides: dict[str, Any],
+        *,
+        generator_seed: int = 0,
+        device: str = "cpu",
+    ) -> "SmolVLA":
+        """A new SmolVLA on a VLM: its weights in float32, the action expert random.
 
-def create_policy(
-    vlm_folder: Path | str,
-    features: dict[str, Any],
-    dataset_stats: dict[str, Any],
-    overrides: dict[str, Any] | None = None,
-    *,
-    type: str = "smolvla",
-    generator_seed: int = 0,
-    device: str = "cpu",
-) -> SmolVLA:
-    """A new SmolVLA on a VLM: its weights in float32, the action expert random.
+        Args:
+            name: "smolvla".
+            source: SmolVLM folder with weights, tokenizer and processor.
+            features: LeRobot PolicyFeatures of inputs and outputs by key, e.g. "observation.images.top".
+            dataset_stats: LeRobot statistics by key.
+            overrides: fields of SmolVLAConfig. Images are resized to the VLM's own size and everything is trainable
+                unless given otherwise.
+            generator_seed: of the expert's weights; the global generator is left as it was.
+            device: torch device.
 
-    Args:
-        vlm_folder: SmolVLM folder with weights, tokenizer and processor.
-        features: LeRobot PolicyFeatures of inputs and outputs by key, e.g. "observation.images.top".
-        dataset_stats: LeRobot statistics by key.
-        overrides: fields of SmolVLAConfig. Images are resized to the VLM's own size and everything is trainable
-            unless given otherwise.
-        type: only "smolvla".
-        generator_seed: of the expert's weights; the global generator is left as it was.
-        device: torch device.
+        Raises:
+            BurnishError: not a SmolVLM folder, or features that do not fit.
+        """
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
-    Raises:
-        BurnishError: not a SmolVLM folder, or features that do not fit.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+        vlm_folder = Path(source).absolute()
+        if not (vlm_folder / CONFIG).is_file():
+            raise BurnishError(f"no VLM in {vlm_folder}", "a folder with config.json")
+        vlm_config = AutoConfig.from_pretrained(vlm_folder)
+        if vlm_config.model_type != "smolvlm":
+            raise BurnishError(
+                f"a VLM of type '{vlm_config.model_type}' in {vlm_folder}", "smolvlm, which SmolVLA is made of"
+            )
+        size = vlm_config.vision_config.image_size
+        raw = {
+            "type": name,
+            "resize_imgs_with_padding": [size, size],
+            "freeze_vision_encoder": False,
+            "train_expert_only": False,
+            "push_to_hub": False,
+            **overrides,
+            "vlm_model_name": str(vlm_folder),
+            "load_vlm_weights": False,
+        }
+        config = folders.decode_config(raw, str(vlm_folder), features, device)
+        policy = cls.build(config, generator_seed)
+        vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
+        target = policy.model.vlm_with_expert.vlm
+        folders.load_tensors(target, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
+        processors = folders.new_processors(config, dataset_stats)
+        return cls(policy.to(device), *processors)
 
-    from burnish.policies import folder as folders
-
-    vlm_folder = Path(vlm_folder).absolute()
-    if type != "smolvla":
-        raise BurnishError(f"a new policy of type '{type}'", "smolvla or burnish_discrete",
-                           "load a checkpoint of that type instead")  # fmt: skip
-    if not (vlm_folder / "config.json").is_file():
-        raise BurnishError(f"no VLM in {vlm_folder}", "a folder with config.json")
-    vlm_config = AutoConfig.from_pretrained(vlm_folder)
-    if vlm_config.model_type != "smolvlm":
-        raise BurnishError(
-            f"a VLM of type '{vlm_config.model_type}' in {vlm_folder}", "smolvlm, which SmolVLA is made of"
-        )
-    size = vlm_config.vision_config.image_size
-    raw = {
-        "type": type,
-        "resize_imgs_with_padding": [size, size],
-        "freeze_vision_encoder": False,
-        "train_expert_only": False,
-        "push_to_hub": False,
-        **(overrides or {}),
-        "vlm_model_name": str(vlm_folder),
-        "load_vlm_weights": False,
-    }
-    config = folders.decode_config(raw, str(vlm_folder), features, device)
-    policy = folders.build(config, generator_seed)
-    vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
-    target = policy.model.vlm_with_expert.vlm
-    folders.load_tensors(target, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
-    processors = folders.new_processors(config, dataset_stats)
-    return SmolVLA(policy.to(device), *processors)
+    @classmethod
+    def make_tiny(
+        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
+    ) -> None:
+        with TemporaryDirectory() as vlm:
+            build_vlm(vlm, seed=seed)
+            fields = {"num_steps": 3, **overrides}
+            cls.create(name, vlm, features, dataset_stats, fields, generator_seed=seed).save(folder)

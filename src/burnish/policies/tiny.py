@@ -1,14 +1,13 @@
 """Small random-weight VLMs and policies, made on the spot: for tests, for docs, and as the start of a base model."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from burnish.core.errors import BurnishError
+from burnish.policies.keys import ACTION, IMAGES, STATE
+from burnish.policies.load import POLICIES
 
 IMAGE_TOKEN = "<image>"
 _SPECIAL = [
@@ -178,7 +177,7 @@ def default_statistics(state_dim: int, action_dim: int) -> dict[str, dict[str, t
             "q01": mean - 2 * spread, "q99": mean + 2 * spread, "q10": mean - spread, "q90": mean + spread, "q50": mean,
         }  # fmt: skip
 
-    return {"observation.state": one(state_dim), "action": one(action_dim)}
+    return {STATE: one(state_dim), ACTION: one(action_dim)}
 
 
 def make_tiny(
@@ -195,7 +194,7 @@ def make_tiny(
 ) -> Path:
     """Write a policy folder with small random weights, which `load_policy` loads.
 
-    LeRobot itself loads a tiny smolvla as it is; for pi0 and pi05 its sizes are fixed, so that needs `small_pi`.
+    LeRobot itself loads a tiny smolvla as it is; for pi0 and pi05 it needs `pi_sizes.small_pi`.
 
     Args:
         type: smolvla, pi0, pi05 or burnish_discrete.
@@ -213,122 +212,12 @@ def make_tiny(
     from lerobot.configs.types import FeatureType, PolicyFeature
 
     features = {
-        **{f"observation.images.{c}": PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size)) for c in cameras},
-        "observation.state": PolicyFeature(FeatureType.STATE, (state_dim,)),
-        "action": PolicyFeature(FeatureType.ACTION, (action_dim,)),
+        **{f"{IMAGES}{c}": PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size)) for c in cameras},
+        STATE: PolicyFeature(FeatureType.STATE, (state_dim,)),
+        ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,)),
     }
     stats = dataset_stats or default_statistics(state_dim, action_dim)
     config = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, **(overrides or {})}
-    makers = {"smolvla": _make_smolvla, "pi0": _make_pi, "pi05": _make_pi, "burnish_discrete": _make_discrete}
-    if type not in makers:
-        raise BurnishError(f"policy type '{type}'", f"one of {', '.join(makers)}")
     folder = Path(folder)
-    makers[type](type, folder, features, stats, config, seed)
+    POLICIES.get(type).make_tiny(type, folder, features, stats, config, seed)
     return folder
-
-
-def _make_smolvla(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
-    from tempfile import TemporaryDirectory
-
-    from burnish.policies.smolvla import create_policy
-
-    with TemporaryDirectory() as vlm:
-        build_vlm(vlm, seed=seed)
-        create_policy(vlm, features, stats, {"num_steps": 3, **overrides}, generator_seed=seed).save(folder)
-
-
-def _make_discrete(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
-    from tempfile import TemporaryDirectory
-
-    from burnish.policies import create_policy
-
-    fields = {"bins": 16, **overrides}
-    del fields["max_action_dim"]
-    with TemporaryDirectory() as vlm:
-        build_vlm(vlm, seed=seed)
-        create_policy(vlm, features, stats, fields, type=type, generator_seed=seed).save(folder)
-
-
-PI_SIZES = {
-    "gemma_2b": {"width": 48, "depth": 3, "mlp_dim": 64, "num_heads": 8, "num_kv_heads": 1, "head_dim": 8},
-    "gemma_300m": {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 8, "num_kv_heads": 1, "head_dim": 8},
-    "vision": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-}
-
-
-def _make_pi(type: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
-    from lerobot.processor import TokenizerProcessorStep
-
-    from burnish.policies import folder as folders
-    from burnish.policies.pi import TOKENIZER_FOLDER, Pi
-
-    tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
-    tokenizer_folder = (folder / TOKENIZER_FOLDER).absolute()
-    tokenizer.save_pretrained(tokenizer_folder)
-    sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
-    raw = {
-        "type": type,
-        "image_resolution": [28, 28],
-        "num_inference_steps": 3,
-        "push_to_hub": False,
-        "tokenizer_max_length": 96,
-        **overrides,
-    }
-    config = folders.decode_config(raw, "the tiny config", features, "cpu")
-    policy = folders.build(config, seed, sizes)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in policy.named_parameters():
-        if ".dense." in name:  # adaptive norms start as zero gates, which would shut images and text out
-            with torch.no_grad():
-                parameter.normal_(0.0, 0.5, generator=generator)
-    with small_pi(sizes, tokenizer_folder):
-        pre, post = folders.new_processors(config, stats)
-    next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
-    Pi(policy, pre, post, sizes=sizes).save(folder)
-
-
-@contextmanager
-def small_pi(sizes: dict[str, Any], tokenizer: Path | None = None) -> Iterator[None]:
-    """Inside, LeRobot builds pi0 and pi05 in the sizes of a tiny policy (its `tiny.json`) instead of its only ones.
-
-    Args:
-        sizes: as PI_SIZES, with "vocab_size".
-        tokenizer: folder that stands in for the tokenizer on the hub.
-    """
-    from lerobot.policies.pi0 import modeling_pi0
-    from lerobot.policies.pi05 import modeling_pi05
-    from lerobot.processor import tokenizer_processor
-
-    def pali_gemma(plain: Any) -> Any:
-        def build(config: Any) -> Any:
-            for name, value in sizes["vision"].items():
-                setattr(config.vision_config, name, value)
-            config.vision_config.projection_dim = config.text_config.hidden_size
-            config.text_config.vocab_size = sizes["vocab_size"]
-            config.image_token_id = sizes["vocab_size"] - 1
-            return plain(config=config)
-
-        return build
-
-    def gemma(plain: Any) -> Any:
-        def build(config: Any) -> Any:
-            config.vocab_size = sizes["vocab_size"]
-            return plain(config=config)
-
-        return build
-
-    with ExitStack() as stack:
-        for module in (modeling_pi0, modeling_pi05):
-            changes = {
-                "get_gemma_config": lambda variant, m=module: m.GemmaConfig(**sizes[variant]),
-                "PaliGemmaForConditionalGenerationWithPiGemma": pali_gemma(
-                    module.PaliGemmaForConditionalGenerationWithPiGemma
-                ),
-                "PiGemmaForCausalLM": gemma(module.PiGemmaForCausalLM),
-            }
-            stack.enter_context(patch.multiple(module, **changes))
-        if tokenizer is not None:
-            plain = tokenizer_processor.AutoTokenizer.from_pretrained
-            local = type("LocalTokenizer", (), {"from_pretrained": staticmethod(lambda *_: plain(tokenizer))})
-            stack.enter_context(patch.object(tokenizer_processor, "AutoTokenizer", local))
-        yield

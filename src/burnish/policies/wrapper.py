@@ -1,26 +1,21 @@
-"""What all adapters of LeRobot policies share: processors, language verbs, capture, saving.
+"""A LeRobot policy with its processors: preparing batches, saving, and how a folder of its type is read.
 
 The LeRobot policy sits in `PolicyWrapper.policy`, unchanged, so parameter names start with "policy." and are otherwise
 those of `model.safetensors`. Its processors sit beside it and are used inside the verbs, once.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from burnish.core import seeding
 from burnish.core.errors import BurnishError
-from burnish.core.types import Batch, LanguageLoss
-from burnish.policies import hidden, language
-from burnish.policies.base import Captured, Policy, Stage
-
-IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
-TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
+from burnish.core.types import Batch
+from burnish.policies import folder as folders
+from burnish.policies.base import Policy, Stage
+from burnish.policies.keys import ACTION, IMAGES, STATE, TASK
 
 
 class PolicyWrapper(Policy):
@@ -35,9 +30,8 @@ class PolicyWrapper(Policy):
         n_action_steps: steps of a chunk to execute before asking again.
     """
 
-    capabilities = frozenset({"language", "capture", "score"})
-    state_rows = 0
-    """Rows of state at the end of the backbone's sequence."""
+    tokenizer_folder = "tokenizer"
+    """Folder inside a policy folder that has the tokenizer's files, for the preprocessor."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__()
@@ -53,87 +47,52 @@ class PolicyWrapper(Policy):
         self.image_size = self.config.image_features[self.camera_keys[0]].shape[-1]
         self.action_dim = self.config.action_feature.shape[0]
         self.state_dim = self.config.robot_state_feature.shape[0]
-        self.num_layers = len(self.backbone.text_model.layers)
+        self.num_layers = 0
         self.generator = seeding.generator("policy draws")
-        self._captures: list[Captured] = []
         self.requires_grad_(True)
 
-    # What a family of policies has to say.
+    # How a folder of its type is read and made.
 
-    @property
-    @abstractmethod
-    def vlm(self) -> nn.Module:
-        """The vision-language model inside: vision tower, connector, language model, head."""
+    @classmethod
+    def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The fields of config.json (with "type") as the config is to be made of them."""
+        return raw
 
-    @property
-    @abstractmethod
-    def backbone(self) -> language.Backbone:
-        """The parts of `vlm` that the language verbs need."""
+    @classmethod
+    def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
+        """LeRobot's policy with random weights of `seed`; `folder` is the one that it is loaded from, if any."""
+        return folders.build(config, seed)
 
-    @abstractmethod
-    def embed_image(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W], as the model takes it, to [B, n, D] as the language model takes it."""
+    @classmethod
+    def rename_tensors(cls, policy: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors under the names of `policy`."""
+        return state
 
-    @abstractmethod
-    def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """LeRobot's resized images, list of [B, 3, H, W] in [-1, 1], and list of bool [B]."""
+    @classmethod
+    def open(
+        cls, policy: nn.Module, preprocessor: Any, postprocessor: Any, folder: Path, dataset_stats: dict | None
+    ) -> Self:
+        """The wrapper of a policy loaded from `folder`; `dataset_stats` are given where they replace the stored ones.
 
-    @abstractmethod
-    def image_tokens(self, image: Tensor) -> int:
-        """Number of backbone rows of `image` [B, 3, H, W]."""
+        Raises:
+            BurnishError: a policy that could not act; this is the place to find out, not after a training.
+        """
+        return cls(policy, preprocessor, postprocessor)
 
-    @abstractmethod
-    def unused_parameters(self) -> list[str]:
-        """Names of parameters that `loss` leaves without gradient (None or exactly zero)."""
+    @classmethod
+    def create(
+        cls, name: str, source: Path | str, features: dict, dataset_stats: dict, overrides: dict, **options: Any
+    ) -> "PolicyWrapper":
+        """A new policy of type `name`, see `burnish.policies.create_policy`."""
+        raise BurnishError(f"a new policy of type '{name}'", "smolvla or burnish_discrete",
+                           "load a checkpoint of that type instead")  # fmt: skip
 
-    @abstractmethod
-    def model_stages(self) -> list[Stage]:
-        """The model's calls of names vision, prompt, pass and head."""
-
-    def stages(self) -> list[Stage]:
-        """What `act` consists of, for the profiler."""
-        return [
-            Stage("preprocess", self, "_prepare"),
-            Stage("preprocess", self, "prepare_images"),
-            *self.model_stages(),
-            Stage("postprocess", self, "postprocessor"),
-        ]
-
-    # The verbs that all families answer alike.
-
-    def language(self, batch: Batch) -> LanguageLoss:
-        """Losses of `batch["answer"]`: B strings, or B lists of them (several questions about one image)."""
-        image = self._question_image(batch)
-        return language.answer_loss(self.backbone, image, batch["question"], batch["answer"])
-
-    @torch.no_grad()
-    def answer(self, batch: Batch, max_new_tokens: int = 8) -> list[str]:
-        """Greedy answers to `batch["question"]`, each independent of the rest of the batch."""
-        image = self._question_image(batch)
-        return language.greedy_answers(self.backbone, image, batch["question"], max_new_tokens)
-
-    @contextmanager
-    def capture(self, layers: Sequence[int]) -> Iterator[Captured]:
-        """Hidden states of the backbone's `layers` (see hidden.catch); contexts may be nested."""
-        captured = Captured()
-        with hidden.catch(self.backbone.text_model, layers, captured):
-            self._captures.append(captured)
-            try:
-                yield captured
-            finally:
-                self._captures.remove(captured)
-
-    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Vision tower, connector, language model and its head; not the action expert, not the projections."""
-        inside = {id(parameter) for parameter in self.vlm.parameters()}
-        return ((name, p) for name, p in self.named_parameters() if id(p) in inside)
-
-    def normalization(self, kind: str) -> str:
-        mode = self.config.normalization_mapping.get(kind)
-        return "" if mode is None else mode.value
-
-    def settings(self) -> dict[str, Any]:
-        return dict(vars(self.config))
+    @classmethod
+    def make_tiny(
+        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
+    ) -> None:
+        """Write a policy folder with small random weights, see `burnish.policies.tiny.make_tiny`."""
+        raise BurnishError(f"a tiny policy of type '{name}'", "smolvla, pi0, pi05 or burnish_discrete")
 
     def save(
         self,
@@ -143,14 +102,46 @@ class PolicyWrapper(Policy):
         dtype: torch.dtype | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write an ordinary LeRobot policy folder; see folder.write for the arguments."""
-        from burnish.policies.folder import write
+        """Write an ordinary LeRobot policy folder; making that atomic is the caller's business.
 
-        write(self, Path(folder), home=home, dtype=dtype, state_dict=state_dict)
+        Args:
+            folder: where; made if missing.
+            home: where the folder will be in the end, when it is written elsewhere and renamed. Its absolute path is
+                what LeRobot's own commands will look for.
+            dtype: store floating tensors so (e.g. torch.float16); None keeps them.
+            state_dict: weights to store instead of the policy's own (a moving average), with the names of
+                `policy.policy.state_dict()`.
+        """
+        folder = Path(folder)
+        folders.write(self, folder, state_dict, dtype)
+        self.write_extras(folder, Path(home or folder).absolute())
 
-    @abstractmethod
     def write_extras(self, folder: Path, home: Path) -> None:
         """Write the files beside config, weights and processors that make the folder self-contained."""
+
+    # What burnish asks of every policy.
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that `loss` leaves without gradient (None or exactly zero)."""
+        return []
+
+    def normalization(self, kind: str) -> str:
+        mode = self.config.normalization_mapping.get(kind)
+        return "" if mode is None else mode.value
+
+    def settings(self) -> dict[str, Any]:
+        return dict(vars(self.config))
+
+    def model_stages(self) -> list[Stage]:
+        """The model's calls of names vision, prompt, pass and head."""
+        return []
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("preprocess", self, "_prepare"),
+            *self.model_stages(),
+            Stage("postprocess", self, "postprocessor"),
+        ]
 
     # Inside.
 
@@ -172,34 +163,6 @@ class PolicyWrapper(Policy):
         _check_width(STATE, chosen[STATE], self.state_dim)
         prepared = self.preprocessor(chosen)
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in prepared.items()}
-
-    def _note(self, images: list[Tensor], masks: list[Tensor], text_mask: Tensor) -> None:
-        """Give every open capture the token layout of the forward that follows."""
-        if not self._captures:
-            return
-        names = [*self.cameras, *[""] * (len(images) - len(self.cameras))]
-        parts = [(n, self.image_tokens(i), m) for n, i, m in zip(names, images, masks, strict=True)]
-        for captured in self._captures:
-            self._note_rows(captured, parts, text_mask)
-
-    def _note_rows(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
-        hidden.note_rows(captured, parts, text_mask, state_rows=self.state_rows)
-
-    def _question_image(self, batch: Batch) -> Tensor:
-        """[B, n, D] embeddings of the one image of a question batch, resized as the policy's images are."""
-        keys = [key for key in batch if key.startswith(IMAGES)]
-        if len(keys) != 1:
-            raise BurnishError(f"a question batch with {len(keys)} images", f"one {IMAGES}<camera>")
-        # Any camera will do; LeRobot's preparation only knows those of the policy.
-        images, _ = self.prepare_images({self.camera_keys[0]: batch[keys[0]].to(self.device)})
-        image = self.embed_image(images[0])
-        if self._captures:
-            encoded = language.encode(self.backbone, image, batch["question"], batch.get("answer"))
-            present = torch.ones(len(image), dtype=torch.bool, device=self.device)
-            part = (keys[0].removeprefix(IMAGES), image.shape[1], present)
-            for captured in self._captures:
-                hidden.note_rows(captured, [part], encoded.attention_mask.bool())
-        return image
 
 
 def _check_width(key: str, value: Tensor, width: int) -> None:

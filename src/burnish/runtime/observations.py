@@ -9,7 +9,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.data.loader import RobotData, to_device
 from burnish.policies.base import Policy
-from burnish.policies.wrapper import IMAGES, STATE, TASK
+from burnish.policies.keys import IMAGES, STATE, TASK
 from burnish.sampling.token_model import Prompt
 
 

@@ -140,6 +140,6 @@ class Distill(Objective):
 
 def _opened(parent: str) -> bool:
     """Whether the policy that training starts from let its prompt see actions: as teacher it does so still."""
-    from burnish.policies.folder import resolve
+    from burnish.policies.load import resolve
 
     return bool(parent) and bool(read_object(resolve(parent) / "config.json").get("prompt_sees_actions"))

@@ -10,66 +10,64 @@ from torch import nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies import folder as folders
-from burnish.policies.discrete.policy import Discrete
+from burnish.policies.keys import CONFIG
+from burnish.policies.load import load
 
 _SHARED = ("max_state_dim", "tokenizer_max_length", "pad_language_to")
 """Config fields that a new policy takes over from a SmolVLA."""
 
 
-def create_discrete(
+def new_policy(
     source: Path | str,
     features: dict[str, Any],
     dataset_stats: dict[str, Any],
-    overrides: dict[str, Any] | None = None,
+    fields: dict[str, Any],
     *,
     generator_seed: int = 0,
     device: str = "cpu",
-) -> Discrete:
-    """A new policy: the VLM as it is, action embeddings and head fresh.
+) -> tuple[nn.Module, Any, Any]:
+    """A new DiscretePolicy and its processors: the VLM as it is, action embeddings and head fresh.
 
     Args:
         source: a VLM folder (config, weights, tokenizer), a SmolVLA policy folder, or a shipped base's name. From a
             SmolVLA come the VLM, the state projection and the way it scales embeddings; its action expert is left.
         features: LeRobot PolicyFeatures of inputs and outputs by key.
         dataset_stats: LeRobot statistics by key.
-        overrides: fields of DiscreteConfig.
+        fields: of DiscreteConfig, and its "type".
         generator_seed: of the fresh weights; the global generator is left as it was.
         device: torch device.
 
     Raises:
         BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.
     """
-    from burnish.policies.discrete import configuration_discrete  # noqa: F401  makes the type known to LeRobot
-
     source = Path(source)
     if _is_vlm(source):
-        return _build(source.absolute(), None, features, dataset_stats, overrides or {}, generator_seed, device)
-    base = folders.load(folders.resolve(source))
-    if base.config.type != "smolvla":
-        raise BurnishError(f"a policy of type {base.config.type} in {source}", "a SmolVLA or a VLM folder")
+        return _build(source.absolute(), None, features, dataset_stats, fields, generator_seed, device)
+    base = load(source)
+    if base.name != "smolvla":
+        raise BurnishError(f"a policy of type {base.name} in {source}", "a SmolVLA or a VLM folder")
     with TemporaryDirectory() as vlm:
         base.vlm.config.text_config.num_hidden_layers = base.num_layers  # LeRobot cuts layers off, not the config
         base.vlm.config.save_pretrained(vlm)
         base.policy.model.vlm_with_expert.processor.save_pretrained(vlm)
-        return _build(Path(vlm), base, features, dataset_stats, overrides or {}, generator_seed, device)
+        return _build(Path(vlm), base, features, dataset_stats, fields, generator_seed, device)
 
 
 def _is_vlm(folder: Path) -> bool:
-    config = folder / "config.json"
+    config = folder / CONFIG
     return config.is_file() and "type" not in json.loads(config.read_text())
 
 
 def _build(
-    vlm_folder: Path, base: Any, features: dict, stats: dict, overrides: dict, seed: int, device: str
-) -> Discrete:
+    vlm_folder: Path, base: Any, features: dict, stats: dict, fields: dict, seed: int, device: str
+) -> tuple[nn.Module, Any, Any]:
     taken = {} if base is None else {name: getattr(base.config, name) for name in _SHARED}
     raw = {
-        "type": "burnish_discrete",
         "push_to_hub": False,
         "scale_embeddings": base is not None,
         **_pixels(vlm_folder),
         **taken,
-        **overrides,
+        **fields,
         "vlm_model_name": str(vlm_folder),
         "load_vlm_weights": False,
     }
@@ -84,7 +82,7 @@ def _build(
         policy.model.start()
     policy.fit_tokens(stats)
     _check_images(policy)
-    return Discrete(policy.to(device).eval(), *folders.new_processors(config, stats))
+    return policy.to(device).eval(), *folders.new_processors(config, stats)
 
 
 def _pixels(vlm_folder: Path) -> dict[str, list[float]]:

@@ -15,7 +15,7 @@ from burnish.policies.discrete.configuration_discrete import DiscreteConfig
 from burnish.policies.discrete.network import TokenNet
 from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
-from burnish.policies.wrapper import ACTION, PAD
+from burnish.policies.keys import ACTION, PAD
 from burnish.sampling.token_model import Decode, Prompt, make_decoder, sees
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies.discrete.tokenizers import Bins, Fast
-from burnish.policies.wrapper import STATE, TOKEN_MASK, TOKENS
+from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS
 from burnish.sampling.token_model import Prompt
 
 MULTI_IMAGE = ("smolvlm", "idefics3")

@@ -5,21 +5,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
+from burnish.policies import folder as folders
 from burnish.policies import language
 from burnish.policies.base import Stage
+from burnish.policies.discrete.configuration_discrete import DiscreteConfig  # makes the type known to LeRobot
+from burnish.policies.discrete.create import new_policy
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
-from burnish.policies.wrapper import ACTION, PAD, TOKEN_MASK, PolicyWrapper
+from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
+from burnish.policies.load import POLICIES
+from burnish.policies.tiny import build_vlm
+from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt
 
-VLM_FOLDER, FAST_FOLDER = "vlm", "fast"
+FAST_FOLDER = "fast"
 
 
 @dataclass
@@ -39,26 +46,57 @@ class TokenForward:
     logits: Tensor
 
 
-class Discrete(PolicyWrapper):
-    """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action rows run through all of its layers."""
+@POLICIES.register("burnish_discrete")
+class Discrete(VLMPolicy):
+    """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action tokens run through all of its layers."""
+
+    config: DiscreteConfig
+    tokenizer_folder = VLM_FOLDER
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
         self._watched: list[list[TokenForward]] = []
         self._image_tokens: dict[torch.Size, int] = {}
-        self.state_rows, self.length = policy.model.state_rows, self.config.length
+        self.state_positions, self.length = policy.model.state_rows, self.config.length
         exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
-        self.capabilities = PolicyWrapper.capabilities | {"tokens", exact}
+        self.capabilities = VLMPolicy.capabilities | {"tokens", exact}
+
+    @classmethod
+    def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """All weights are in model.safetensors, the VLM's and FAST's other files inside the folder if anywhere."""
+        places = {"vlm_model_name": folder / VLM_FOLDER, "fast_folder": folder / FAST_FOLDER}
+        inside = {field: str(place) for field, place in places.items() if place.is_dir()}
+        return {**raw, **inside, "load_vlm_weights": False}
+
+    @classmethod
+    def open(
+        cls, policy: nn.Module, preprocessor: Any, postprocessor: Any, folder: Path, dataset_stats: dict | None
+    ) -> Self:
+        if dataset_stats is not None:
+            policy.fit_tokens(dataset_stats)
+        policy.decoder()  # one that cannot work is found here and not after a training
+        return cls(policy, preprocessor, postprocessor)
+
+    @classmethod
+    def create(
+        cls, name: str, source: Path | str, features: dict, dataset_stats: dict, overrides: dict, **options: Any
+    ) -> Self:
+        """See `burnish.policies.discrete.create.new_policy`."""
+        return cls(*new_policy(source, features, dataset_stats, {"type": name, **overrides}, **options))
+
+    @classmethod
+    def make_tiny(
+        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
+    ) -> None:
+        fields = {"bins": 16, **overrides}
+        del fields["max_action_dim"]
+        with TemporaryDirectory() as vlm:
+            build_vlm(vlm, seed=seed)
+            cls.create(name, vlm, features, dataset_stats, fields, generator_seed=seed).save(folder)
 
     @property
     def vlm(self) -> nn.Module:
         return self.policy.model.vlm
-
-    @property
-    def tokenizer(self) -> Any:
-        from lerobot.processor import TokenizerProcessorStep
-
-        return next(s for s in self.preprocessor.steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
 
     @property
     def backbone(self) -> language.Backbone:
@@ -205,8 +243,6 @@ class Discrete(PolicyWrapper):
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (not its weights), the FAST tokenizer under `fast/`."""
-        from burnish.policies.folder import point_at
-
         self.vlm.config.save_pretrained(folder / VLM_FOLDER)
         self.tokenizer.save_pretrained(folder / VLM_FOLDER)
         fast = self.config.tokenizer == "fast"
@@ -214,7 +250,7 @@ class Discrete(PolicyWrapper):
             (folder / FAST_FOLDER).mkdir(exist_ok=True)
             for name in FAST_FILES:
                 shutil.copyfile(Path(self.config.fast_folder) / name, folder / FAST_FOLDER / name)
-        point_at(folder, str(home / VLM_FOLDER), str(home / FAST_FOLDER) if fast else "")
+        folders.point_at(folder, str(home / VLM_FOLDER), **({"fast_folder": str(home / FAST_FOLDER)} if fast else {}))
 
     # Inside.
 

@@ -1,0 +1,9 @@
+"""Keys of batches and names of files, as LeRobot has them."""
+
+IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
+TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+VLM_FOLDER = "vlm"
+"""Inside a policy folder: config, tokenizer and processor of its VLM."""
