@@ -71,7 +71,7 @@ def _prepare(folder: Path) -> str:
 
 def _run(folder: Path, arm: str):
     from burnish.core.recipe import load_recipe
-    from burnish.train.loop import Run
+    from burnish.train.run import Run
 
     recipe = load_recipe(None, [
         "--name=bench", f"--output={folder / arm}", f"--data.root={folder / 'data'}",
@@ -92,7 +92,7 @@ class _Stepper:
 
     def __init__(self, folder: Path, arm: str):
         from burnish.train.divergence import DivergenceGuard
-        from burnish.train.loop import Streams
+        from burnish.train.streams import Streams
 
         self.run = _run(folder, arm)
         self.streams = Streams(self.run)

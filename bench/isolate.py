@@ -105,7 +105,8 @@ class _Training:
         from bench.train import _base
         from burnish.core.recipe import load_recipe
         from burnish.train.divergence import DivergenceGuard
-        from burnish.train.loop import Run, Streams
+        from burnish.train.run import Run
+        from burnish.train.streams import Streams
 
         method = f"[{{name: isolate, questions: '{questions}', anchor_samples: 64, {inside}}}]" if inside else "[]"
         recipe = load_recipe(None, [

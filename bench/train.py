@@ -117,7 +117,7 @@ def _base(folder: Path) -> tuple[str, str]:
 
 def _start(folder: Path, policy: str):
     from burnish.core.recipe import load_recipe
-    from burnish.train.loop import Run, start_files
+    from burnish.train.run import Run, start_files
 
     root = make_frames(folder / "data", episodes=4, frames=60, size=IMAGE)
     recipe = load_recipe(None, [

@@ -10,6 +10,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.methods.objective import Objective
 from burnish.train import checkpoint, loop
+from burnish.train import run as run_module
 from burnish.train.loop import train
 
 
@@ -178,10 +179,10 @@ def test_max_minutes_stops_and_exports(dataset, tmp_path):
     assert result.steps == 1 and (result.policy / "model.safetensors").is_file()
 
 
-def test_a_run_that_ran_out_of_time_goes_on_when_it_has_more(dataset, tmp_path, capsys):
+def test_a_run_that_ran_out_of_time_goes_on_when_it_has_more(dataset, tmp_path, caplog):
     whole = run(dataset, tmp_path / "whole")
     short = run(dataset, tmp_path / "r", "--train.max_minutes=0.000001")
-    assert f"1 of {whole.steps} steps" in capsys.readouterr().err
+    assert f"1 of {whole.steps} steps" in caplog.text
     assert run(dataset, tmp_path / "r", "--train.max_minutes=0.000001").steps == short.steps == 1
     assert run(dataset, tmp_path / "r").steps == whole.steps
     fake.assert_same_weights(whole.policy, tmp_path / "r/policy")
@@ -189,8 +190,8 @@ def test_a_run_that_ran_out_of_time_goes_on_when_it_has_more(dataset, tmp_path, 
 
 def test_time_runs_from_the_first_step(dataset, tmp_path, monkeypatch):
     """Frames and a teacher's features may take minutes to make, which are no training."""
-    slow = loop.make_objectives
-    monkeypatch.setattr(loop, "make_objectives", lambda recipe: (time.sleep(1.5), slow(recipe))[1])
+    slow = run_module.make_objectives
+    monkeypatch.setattr(run_module, "make_objectives", lambda recipe: (time.sleep(1.5), slow(recipe))[1])
     assert run(dataset, tmp_path / "r", "--train.max_minutes=0.02").final["minutes"] < 0.02
 
 

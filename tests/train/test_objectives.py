@@ -1,4 +1,4 @@
-"""The seat of a method: each hook does what train/objective.py says, and two methods combine."""
+"""The seat of a method: each hook does what methods/objective.py says, and two methods combine."""
 
 import fake
 import pytest

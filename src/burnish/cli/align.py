@@ -34,7 +34,7 @@ def _run(recipe_path: str, objective_set_up: bool):
     """A Run of a recipe with no objective but align (our default where it names none), or with none; and the Align."""
     from burnish.core.recipe import load_recipe
     from burnish.methods.align.objective import Align
-    from burnish.train.loop import Run
+    from burnish.train.run import Run
 
     recipe = load_recipe(recipe_path, ["--train.self_check=false"])
     entries = [dict(entry) for entry in recipe.objectives if entry["name"] == "align"] or [{"name": "align"}]
@@ -91,7 +91,7 @@ def _picture(args: argparse.Namespace) -> int:
     from burnish.core.recipe import load_recipe
     from burnish.policies import load_policy
     from burnish.report.align_tokens import show_tokens
-    from burnish.train.loop import Run
+    from burnish.train.run import Run
     from burnish.train.setup import own_accelerate_state
 
     recipe = load_recipe(args.runs[0] / "recipe.yaml", ["--train.batch_size=128", "--train.self_check=false"])

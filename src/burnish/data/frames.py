@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,8 +71,9 @@ class FrameCache:
 
 
 def open_frames(
-    root: Path, cameras: Sequence[str], image_size: int = 0, cache_dir: str | Path = "", progress: bool = True
-) -> FrameCache:
+    root: Path, cameras: Sequence[str], image_size: int = 0, cache_dir: str | Path = "", progress: bool = True,
+    meta: Any = None,
+) -> FrameCache:  # fmt: skip
     """Open the decoded frames, decoding what is not there yet.
 
     Args:
@@ -79,12 +81,13 @@ def open_frames(
         cameras: full feature keys, e.g. "observation.images.front".
         image_size: longest edge in pixels, the shape of the image kept; 0 keeps the recorded size.
         cache_dir: where the arrays live; empty means <root>/.frames.
+        meta: what `load_metadata(root)` gave, where it has been read already.
 
     Raises:
         BurnishError: a video is missing, unreadable or too short, has another size than meta/info.json says,
             or the disk is full. Nothing is left behind then.
     """
-    meta = load_metadata(root)
+    meta = load_metadata(root) if meta is None else meta
     key = dataset_hash(root)
     folder = Path(cache_dir) if cache_dir else root / ".frames"
     arrays = {}

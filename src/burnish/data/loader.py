@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class RobotData:
         episodes: episode numbers to use; empty means all.
         image_size, cache_dir: see `open_frames`.
         augmented: shift and jitter the images.
+        meta: what `load_metadata(root)` gave, where it has been read already.
 
     Raises:
         BurnishError: no data set there, unknown episode or camera, columns missing, unreadable video.
@@ -66,12 +68,12 @@ class RobotData:
     def __init__(
         self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", augmented: bool = True,
-        rank: int = 0, world: int = 1, progress: bool = True,
+        rank: int = 0, world: int = 1, progress: bool = True, meta: Any = None,
     ):  # fmt: skip
-        self.meta = load_metadata(root)
+        self.meta = load_metadata(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
-        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress)
+        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta)
         self.actions, self.states, self.task_index, self.episode_index = _columns(root, self.meta)
         self.tasks = _task_names(self.meta)
         self._episode_end = _episode_ends(self.meta)

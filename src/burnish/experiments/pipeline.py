@@ -91,7 +91,7 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     """
     from burnish.core.recipe import run_folder, save_recipe
     from burnish.report import write_report
-    from burnish.train.loop import check_resumable
+    from burnish.train.run import check_resumable
     from burnish.train.setup import make_objectives
 
     make_objectives(recipe)  # a mistake in their options shows before anything is made

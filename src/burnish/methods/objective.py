@@ -1,15 +1,86 @@
-"""The seat of a training method: the hooks that the loop calls, in this order."""
+"""The seat of a training method: what a method is (`Objective`), and what it may see of a run (`Run`)."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch, PolicyLoss
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from accelerate import Accelerator
+
+    from burnish.core.config import RecipeConfig
+    from burnish.data.loader import RobotData
+    from burnish.policies.base import Policy
+
+Tensors = Mapping[str, Tensor] | Sequence[Tensor]
+"""Contiguous tensors by name or in order."""
+
+
+class Run(Protocol):
+    """What a method may see of a run. The loop's own class fulfils it; methods never import that one.
+
+    Attributes:
+        recipe: the whole recipe.
+        policy: the policy in training; its verbs may be called inside `Objective.loss`.
+        data: the robot's frames; `data.meta` is LeRobot's metadata (fps, features, stats, tasks).
+        objectives: all methods of the run by name.
+        trained: trained parameters by name, those of methods as "objectives.<objective>.<parameter>" (from the first
+            step on: while methods are set up, the policy's alone).
+        average: moving average of the trained parameters (`shadow`, by the same names), or None.
+        optimizer: torch's AdamW over `trained`.
+        step: optimiser steps done.
+        device: where parameters and batches live.
+        generator: for draws about this rank's batch, on `device`; reseeded at every step from seed, rank and step.
+        shared_generator: the same on every rank: for draws in `edit_gradients`, or ranks would drift apart.
+        accelerator: accelerate's (`num_processes`, `process_index`, `reduce`, `gather`, `scaler`).
+        output: the run folder.
+        parent_hash: of the weights that the run starts from, see core.provenance.weights_hash.
+        progress: whether to show progress bars.
+    """
+
+    recipe: "RecipeConfig"
+    policy: "Policy"
+    data: "RobotData"
+    objectives: "dict[str, Objective]"
+    trained: dict[str, nn.Parameter]
+    average: Any
+    optimizer: torch.optim.Optimizer
+    step: int
+    device: torch.device
+    generator: torch.Generator
+    shared_generator: torch.Generator
+    accelerator: "Accelerator"
+    output: Path
+    parent_hash: str
+    progress: bool
+
+    def dot(self, one: Tensors, other: Tensors) -> Tensor:
+        """Scalar product of two collections of equal names or order and shapes: a float64 scalar on the device.
+
+        Weights and gradients may be shards; this and `norm` and `dots` are over the whole, with one reduction over
+        ranks. Sums that a method forms itself are over this rank's part.
+        """
+        ...
+
+    def norm(self, tensors: Tensors) -> Tensor:
+        """Euclidean norm of a collection: a float64 scalar on the device."""
+        ...
+
+    def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
+        """float64 [groups, others]: many scalar products with one reduction over ranks, see methods.products.dots."""
+        ...
+
+    def say(self, lines: list[str]) -> None:
+        """Log warnings, on the first rank only."""
+        ...
 
 
 class Objective(nn.Module):
@@ -18,23 +89,36 @@ class Objective(nn.Module):
     It is a module, so parameters it owns (a projector, say) are trained, synchronised between ranks and saved
     with the run; they never reach the exported policy. Buffers are saved too; any other state goes through torch's
     `get_extra_state` and `set_extra_state` and must be JSON-able. docs/add_a_method.md has a whole example.
+
+    Attributes:
+        needs_full_gradients: whether `edit_gradients` needs whole tensors. Elementwise edits and `run.dot` do not;
+            a method that does is refused where gradients are shards.
     """
 
-    def setup(self, run: "Run") -> None:
-        """Called once before the first step: build projector, anchor, reference cache.
+    needs_full_gradients = False
 
-        The policy then holds the weights it starts from, also in a run that resumes from a checkpoint.
+    def choose_trained(self, recipe: "RecipeConfig", policy: "Policy") -> None:
+        """Called once, before the optimiser is made: the place to switch `requires_grad` of the policy's parameters.
+
+        Adapters are in place and the recipe's patterns have been applied.
         """
 
-    def watch(self, run: "Run") -> AbstractContextManager[Any]:
+    def setup(self, run: Run) -> None:
+        """Called once before the first step, on a complete run: build projector, anchor, reference cache.
+
+        The policy then holds the weights it starts from, also in a run that resumes from a checkpoint. Parameters that
+        are made here are trained from the first step.
+        """
+
+    def watch(self, run: Run) -> AbstractContextManager[Any]:
         """Open around the policy's own forward of a step; `run.policy.capture(layers)` fits here."""
         return nullcontext()
 
-    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+    def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         """Added loss terms by name, each a scalar with gradient; runs inside the step's one forward."""
         return {}
 
-    def edit_gradients(self, run: "Run", batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
+    def edit_gradients(self, run: Run, batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
         """Edit or replace entries of `grads`, between backward (all ranks averaged) and clipping; returns figures.
 
         Names are the policy's own, and objectives.<objective>.<name> for parameters of methods. Whatever is drawn
@@ -48,3 +132,21 @@ class Objective(nn.Module):
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", room="burnish.methods", module="objective")
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class that is registered as `name`, or that "package.module:Class" names.
+
+    Raises:
+        BurnishError: no such method, or it cannot be imported.
+    """
+    if ":" not in name:
+        return OBJECTIVES.get(name)
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BurnishError(f"objective '{name}' cannot be imported ({error})", "package.module:Class") from error
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.methods.objective.Objective")
+    return kind

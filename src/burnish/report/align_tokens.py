@@ -13,7 +13,7 @@ from burnish.policies.base import Policy
 from burnish.report.align_plots import draw_tokens
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.train.run import Run
 
 SHOWN = 8
 """Images shown; the principal components are those of the whole batch."""

@@ -14,7 +14,7 @@ All randomness of a step follows from the seed, the rank and the step: the step 
 import json
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,9 @@ from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
+from burnish.methods.objective import Run
+from burnish.policies.base import Policy
 from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensors
-
-if TYPE_CHECKING:
-    from burnish.train.loop import Run
 
 FORMAT = 1
 KEEP = 2
@@ -38,7 +37,7 @@ _MAY_CHANGE = (
 
 
 @contextmanager
-def exported(run: "Run"):
+def exported(run: Run):
     """Inside, `run.policy` is what is handed out: averaged weights, adapters merged, evaluation mode."""
     with ExitStack() as stack:
         if run.average is not None:
@@ -51,8 +50,11 @@ def exported(run: "Run"):
         run.policy.train(training)
 
 
-def save(run: "Run") -> Path:
-    """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two. One rank calls this."""
+def save(run: Run, log_state: dict[str, Any]) -> Path:
+    """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two. One rank calls this.
+
+    `log_state` is kept in meta.json as it is: minutes of training, and the figures that no row has yet.
+    """
     target = run.output / "checkpoints" / f"{run.step:06d}"
     tensors = _training_state(run)
     size = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
@@ -64,14 +66,14 @@ def save(run: "Run") -> Path:
         (folder / "burnish").mkdir(exist_ok=True)
         for name, part in tensors.items():
             _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
-        write_json(folder / "burnish" / "meta.json", _meta(run))
+        write_json(folder / "burnish" / "meta.json", _meta(run, log_state))
     point_to(target.parent / "last", target.name)
     for old in _finished(run.output)[:-KEEP]:
         remove_folder(old)
     return target
 
 
-def export(run: "Run") -> Path:
+def export(run: Run) -> Path:
     """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format."""
     target = run.output / "policy"
     with new_folder(target) as folder, exported(run) as policy:
@@ -88,7 +90,7 @@ def latest(output: Path) -> Path | None:
     return finished[-1] if finished else None
 
 
-def load(run: "Run", folder: Path) -> dict[str, Any]:
+def load(run: Run, folder: Path) -> dict[str, Any]:
     """Bring `run` to the state of a checkpoint; returns its meta.
 
     Raises:
@@ -151,10 +153,10 @@ def _finished(output: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def _training_state(run: "Run") -> dict[str, dict[str, Tensor]]:
+def _training_state(run: Run) -> dict[str, dict[str, Tensor]]:
     policy = {name: p.detach() for name, p in run.trained.items() if not name.startswith("objectives.")}
     state = {
-        "weights": policy | {f"buffer:{name}": b for name, b in run.module.policy_buffers().items()},
+        "weights": policy | {f"buffer:{name}": b for name, b in _buffers(run.policy).items()},
         "optimizer": optimizer_tensors(run.optimizer, run.trained),
         "objectives": {
             f"{name}.{key}": value
@@ -168,7 +170,13 @@ def _training_state(run: "Run") -> dict[str, dict[str, Tensor]]:
     return state
 
 
-def _meta(run: "Run") -> dict[str, Any]:
+def _buffers(policy: Policy) -> dict[str, Tensor]:
+    """The policy's persistent buffers (running statistics and the like)."""
+    kept = policy.state_dict().keys()
+    return {name: buffer for name, buffer in policy.named_buffers() if name in kept}
+
+
+def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
     from burnish import __version__
     from burnish.core.provenance import commit
 
@@ -182,7 +190,6 @@ def _meta(run: "Run") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": run.step,
-        "minutes": run.minutes(),
         "recipe": recipe_to_dict(run.recipe),
         "parent_hash": run.parent_hash,
         "data_hash": run.data.hash,
@@ -190,7 +197,7 @@ def _meta(run: "Run") -> dict[str, Any]:
         "versions": {"burnish": __version__, "torch": torch.__version__},
         "processes": run.accelerator.num_processes,
         "randomness": "every draw follows from train.seed, the rank and the step",
-        "window": run.window.state(),
+        **log_state,
         "scaler": scaler,
         "objectives": extra,
         "optimizer": sorted(optimizer_tensors(run.optimizer, run.trained)),
@@ -236,7 +243,7 @@ def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) ->
             tensor.copy_(saved[name])
 
 
-def _save_adapter(run: "Run", folder: Path) -> None:
+def _save_adapter(run: Run, folder: Path) -> None:
     """adapter_model.safetensors and adapter_config.json, which peft.PeftModel.from_pretrained reads."""
     from peft import get_peft_model_state_dict
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,13 +117,23 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW, fused where the device offers it; weight decay on matrices only, not on biases, norms and scales."""
+    fused = all(p.device.type in ("cuda", "cpu") and p.dtype == torch.float32 for p in trained.values())
+    kind = {"fused": True} if fused else {"foreach": True}
+    return torch.optim.AdamW(_groups(trained, config), lr=config.lr, betas=tuple(config.betas), **kind)
+
+
+def add_parameters(optimizer: torch.optim.Optimizer, more: dict[str, nn.Parameter], config: TrainConfig) -> None:
+    """Let the AdamW of `adamw` train `more` as well."""
+    for group in _groups(more, config):
+        optimizer.add_param_group(group)
+
+
+def _groups(trained: dict[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
     groups = [
         {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cuda", "cpu") and p.dtype == torch.float32 for p in trained.values())
-    kind = {"fused": True} if fused else {"foreach": True}
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=tuple(config.betas), **kind)
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -140,8 +151,14 @@ class Average:
 
     def __init__(self, trained: dict[str, nn.Parameter], decay: float):
         self.decay = decay
-        self.live = trained
-        self.shadow = {name: p.detach().clone() for name, p in trained.items()}
+        self.live: dict[str, nn.Parameter] = {}
+        self.shadow: dict[str, Tensor] = {}
+        self.add(trained)
+
+    def add(self, trained: dict[str, nn.Parameter]) -> None:
+        """Average these parameters too, from now on."""
+        self.live |= trained
+        self.shadow |= {name: p.detach().clone() for name, p in trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -1,15 +1,13 @@
 """What a start-up check can tell before hours are spent: unequal ranks, clipped actions, an implausible loss."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-
-if TYPE_CHECKING:
-    from burnish.train.loop import Run
+from burnish.methods.objective import Run
 
 LOSS_BAND = (1e-5, 10.0)
 """Flow matching on normalised actions: a net that knows nothing predicts about 0, whose loss is
@@ -91,7 +89,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, 2, dtype=torch.float64)
 
 
-def check_ranks(run: "Run", tensors: dict[str, Tensor], what: str) -> None:
+def check_ranks(run: Run, tensors: dict[str, Tensor], what: str) -> None:
     """Raise BurnishError on every rank when `tensors` (same names, in any order) differ between ranks."""
     if run.accelerator.num_processes == 1:
         return

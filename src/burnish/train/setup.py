@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.recipe import demos_root
 from burnish.data.frames import load_metadata
 from burnish.data.loader import IMAGES, RobotData
-from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.objective import Objective, find_objective
 from burnish.policies.base import Policy
 from burnish.train.selfcheck import check_statistics
 
@@ -95,7 +94,7 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     data = RobotData(
         root, policy.cameras, policy.chunk_size, recipe.train.batch_size, recipe.train.seed,
         episodes=recipe.data.episodes, image_size=recipe.data.image_size, cache_dir=recipe.data.cache_dir,
-        augmented=recipe.data.augment, rank=rank, world=world, progress=progress,
+        augmented=recipe.data.augment, rank=rank, world=world, progress=progress, meta=meta,
     )  # fmt: skip
     return policy, data, weights_hash(policy)
 
@@ -138,7 +137,7 @@ def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
     for entry in recipe.objectives:
         options = dict(entry)
         name = options.pop("name")
-        kind = _import_objective(name) if ":" in name else OBJECTIVES.get(name)
+        kind = find_objective(name)
         short = name.rpartition(":")[2]
         if short in objectives:
             raise BurnishError(f"objective '{name}' is listed twice", "each method once")
@@ -149,14 +148,3 @@ def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
                 f"objective '{name}' does not take these options ({error})", "the options of its page"
             ) from error
     return objectives
-
-
-def _import_objective(name: str) -> type[Objective]:
-    module, _, attribute = name.partition(":")
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BurnishError(f"objective '{name}' cannot be imported ({error})", "package.module:Class") from error
-    if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.methods.objective.Objective")
-    return kind

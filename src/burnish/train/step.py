@@ -1,33 +1,32 @@
 """The one forward of a training step: imitation, language and the added terms of every objective."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
+from burnish.methods.objective import Objective, Run
+from burnish.policies.base import Policy
 
-if TYPE_CHECKING:
-    from burnish.train.loop import Run
+OWN = "objectives."
+"""Names of methods' own parameters begin so."""
 
 
 class Step(nn.Module):
     """Policy and objectives under one roof, so that data-parallel hooks fire once for everything that is trained."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, policy: Policy, objectives: dict[str, Objective]):
         super().__init__()
-        self.policy = run.policy
-        self.objectives = nn.ModuleDict(run.objectives)
-        self._run = run
+        self.policy = policy
+        self.objectives = nn.ModuleDict(objectives)
 
-    def forward(self, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, run: Run, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss (scalar with gradient) and the detached terms by name, "policy" first."""
-        run = self._run
         weight = run.recipe.train.imitation_weight
         if weight > 0:
-            out = self._imitate(batch)
+            out = self._imitate(run, batch)
         else:
             nothing = batch["action"].new_zeros(len(batch["action"]))
             out = PolicyLoss(nothing.sum(), nothing)
@@ -51,8 +50,7 @@ class Step(nn.Module):
             )  # fmt: skip
         return total, terms
 
-    def _imitate(self, batch: Batch) -> PolicyLoss:
-        run = self._run
+    def _imitate(self, run: Run, batch: Batch) -> PolicyLoss:
         with ExitStack() as watching:
             for objective in run.objectives.values():
                 watching.enter_context(objective.watch(run))
@@ -65,11 +63,6 @@ class Step(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.requires_grad
         }
-
-    def policy_buffers(self) -> dict[str, Tensor]:
-        """The policy's persistent buffers (running statistics and the like)."""
-        kept = self.policy.state_dict().keys()
-        return {name: buffer for name, buffer in self.policy.named_buffers() if name in kept}
 
 
 def gradients(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:

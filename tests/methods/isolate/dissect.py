@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from burnish.train import loop
-from burnish.train.loop import Run, Streams
+from burnish.train.run import Run
 from burnish.train.setup import own_accelerate_state
 from burnish.train.step import gradients
+from burnish.train.streams import Streams
 
 
 def recipe(root, policy, output, objective="", *more):
@@ -40,7 +41,7 @@ class Dissected:
                 for _ in range(recipe.train.grad_accumulation):
                     batch, language = streams.next()
                     with run.accelerator.accumulate(run.wrapped):
-                        self.total, self.terms = run.wrapped(batch, language)
+                        self.total, self.terms = run.forward(batch, language)
                         run.accelerator.backward(self.total)
             finally:
                 streams.close()

@@ -154,8 +154,7 @@ def test_probe_reads_text_and_starts_at_zero_drift(dataset, questions, tiny_smol
     (tmp_path / "text.txt").write_text("the cube is red\n\nopen the drawer\n")
     objective = f"method: naive, probe: {{questions: {questions}, text: {tmp_path / 'text.txt'}, samples: 6}}"
     run = loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r", objective, "--train.steps=1"), progress=False)
-    run.step = 1
-    figures = run.objectives["isolate"].metrics()
+    figures = run.objectives["isolate"].probe.measure(1)
     assert figures["drift_robot"] == figures["drift_questions"] == 0
     assert figures["text_loss"] == figures["text_loss_base"] > 1  # a random model knows nothing
     with pytest.raises(BurnishError, match="cannot be read"):

@@ -16,7 +16,7 @@ from burnish.methods.align.targets import make_targets
 from burnish.teachers.base import make_teacher
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.methods.objective import Run
 
 
 @dataclass

@@ -27,7 +27,7 @@ from burnish.policies.base import Captured
 from burnish.teachers.base import file_hash, fingerprint, make_teacher
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.methods.objective import Run
 
 STRONGEST = 100.0
 """lambda is never matched above this: where the alignment gradient vanishes there is nothing to match."""

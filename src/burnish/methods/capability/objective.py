@@ -15,7 +15,7 @@ from burnish.weights.delta import Delta
 from burnish.weights.names import check_patterns, match_names, selected
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.methods.objective import Run
 
 KINDS = (*PENALTIES, "gradient")
 READINGS = ("auto", "full", "r1", "r2", "r3")

@@ -22,7 +22,7 @@ from burnish.methods.reference import check_adapters, without_adapters
 from burnish.policies.discrete.policy import Discrete, TokenForward
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.methods.objective import Run
 
 DIRECTIONS, TEACHERS, WEIGHTS = ("forward", "reverse"), ("adapters_off", "copy"), ("equal", "inverse_share")
 

@@ -1,5 +1,6 @@
 """`isolate`: the objective that keeps the VLM's knowledge while its policy is fine-tuned."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from burnish.methods.isolate.options import resolve
 from burnish.methods.isolate.probe import Probe, check_probe
 from burnish.methods.isolate.project import Direction, Edited, Rule, edit, edit_several, orthonormal
 from burnish.methods.isolate.protected import Source
-from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.objective import OBJECTIVES, Objective, Run
 
 if TYPE_CHECKING:
-    from burnish.train.loop import Run
+    from burnish.core.config import RecipeConfig
+    from burnish.policies.base import Policy
 
 
 @OBJECTIVES.register("isolate")
@@ -37,7 +39,7 @@ class Isolate(Objective):
     def __init__(self, method: str = "auto", questions: str = "", anchor: str = "", anchor_samples: int = 3000,
                  probe: dict[str, Any] | None = None, **options: Any):  # fmt: skip
         super().__init__()
-        self.method, self.given, self.root = method, options, questions
+        self.given, self.root = options, questions
         self.anchor_path, self.anchor_samples, self.probe_options = anchor, anchor_samples, dict(probe or {})
         # Mistakes show before data is loaded.
         if not all(isinstance(value, str) for value in (questions, anchor)) or type(anchor_samples) is not int:
@@ -46,14 +48,11 @@ class Isolate(Objective):
         if anchor_samples < 1:
             raise BurnishError(f"isolate: anchor_samples is {anchor_samples}", "at least 1")
         check_probe(self.probe_options)
-        resolve(method, options, questions or "later")
+        self.method, self.options = resolve(method, options, questions or "later")
 
-    def setup(self, run: "Run") -> None:
+    def setup(self, run: Run) -> None:
         questions = self.root or run.recipe.language.root
-        self.method, self.options = resolve(self.method, self.given, questions)
         self.probe = Probe(run, questions, **self.probe_options) if self.probe_options else None
-        self.run = _Reference(run)
-        self._prepare_backbone(run)
         self._micro, self._last_step = -1, -1
         self._sums: list[list[Tensor | None]] = []
         self._measured: dict[str, float | Tensor] = {}
@@ -77,46 +76,31 @@ class Isolate(Objective):
         if self.options.rule == "l2sp":
             self._start = {name: p.detach().clone() for name, p in backbone.items()}
 
-    def _prepare_backbone(self, run: "Run") -> None:
-        """Freezing and adapters: what is trained is settled here, before the optimiser is made."""
-        inside = {name for name, _ in run.policy.backbone_parameters()}
-        if self.options.rule in ("freeze", "replace"):
-            others = [entry["name"] for entry in run.recipe.objectives if entry["name"] != "isolate"]
-            if run.recipe.language.weight > 0 or (others and self.options.rule == "replace"):
-                what = "language.weight" if run.recipe.language.weight > 0 else f"objective '{others[0]}'"
-                raise BurnishError(f"isolate: by method '{self.method}' the backbone learns nothing from {what}",
-                                   "language.weight 0 and no other objective", "another method, such as l2sp"
-                                   )  # fmt: skip
-        if self.options.rule == "freeze":
-            for _, parameter in run.policy.backbone_parameters():
+    def choose_trained(self, recipe: "RecipeConfig", policy: "Policy") -> None:
+        resolve(self.method, self.given, self.root or recipe.language.root)  # by now it is known whether there are any
+        rule, others = self.options.rule, [entry["name"] for entry in recipe.objectives if entry["name"] != "isolate"]
+        if rule in ("freeze", "replace") and (recipe.language.weight > 0 or (others and rule == "replace")):
+            what = "language.weight" if recipe.language.weight > 0 else f"objective '{others[0]}'"
+            raise BurnishError(f"isolate: by method '{self.method}' the backbone learns nothing from {what}",
+                               "language.weight 0 and no other objective", "another method, such as l2sp")  # fmt: skip
+        if rule == "freeze":
+            for _, parameter in policy.backbone_parameters():
                 parameter.requires_grad_(False)
-        if self.options.rule == "lora":
-            if run.recipe.train.peft.method == "none":
+        if rule == "lora":
+            if recipe.train.peft.method == "none":
                 raise BurnishError("isolate: method 'lora' needs adapters", "train.peft.method lora or dora",
                                    "--train.peft.method=lora")  # fmt: skip
-            self._train_what_surrounds(run, inside)
-
-    @staticmethod
-    def _train_what_surrounds(run: "Run", inside: set[str]) -> None:
-        """Adapters freeze everything else; the action expert is new to the task and learns in full."""
-        import re
-
-        adapted = [name for name, _ in run.policy.named_parameters() if ".lora_" in name and name not in inside]
-        if adapted or run.recipe.train.train_only:  # the recipe says itself what is trained of the rest
-            return
-        for name, parameter in run.policy.named_parameters():
-            if name not in inside and not any(re.search(p, name) for p in run.recipe.train.freeze):
-                parameter.requires_grad_(True)
+            _train_what_surrounds(recipe, policy)
 
     @contextmanager
-    def watch(self, run: "Run") -> Iterator[None]:
+    def watch(self, run: Run) -> Iterator[None]:
         if self.options.shares_forward and (self.options.rule == "penalty" or self._due(run)):
             with run.policy.capture(self.source.layers) as self._captured:
                 yield
         else:
             yield
 
-    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+    def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         if run.step != self._last_step:
             self._micro, self._last_step, self._sums, self._measured = -1, run.step, [], {}
         self._micro += 1
@@ -134,7 +118,7 @@ class Isolate(Objective):
             self._take(run, self.source.losses(run.policy, batch, captured, k), shared=captured is not None)
         return terms
 
-    def _due(self, run: "Run") -> bool:
+    def _due(self, run: Run) -> bool:
         """Whether the protected gradient is taken at this step.
 
         Also after every checkpoint, so that a resumed run, which has none, equals an uninterrupted one; and, where the
@@ -145,7 +129,7 @@ class Isolate(Objective):
         second = self.options.protect == "self" and run.step == 1
         return second or run.step % self.options.every == 0 or run.step % run.recipe.train.save_every == 0
 
-    def _take(self, run: "Run", losses: Iterator[Tensor], shared: bool) -> None:
+    def _take(self, run: Run, losses: Iterator[Tensor], shared: bool) -> None:
         """Add this micro-batch's protected gradients to the sums, without touching any `.grad`.
 
         torch.autograd.grad leaves the hooks that synchronise ranks alone, so this backward is local, and the ranks'
@@ -168,7 +152,7 @@ class Isolate(Objective):
                 ]
 
     @torch.no_grad()
-    def edit_gradients(self, run: "Run", batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
+    def edit_gradients(self, run: Run, batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
         if self.options.rule == "l2sp":
             return self._pull_back(grads)
         if not self.options.edits:
@@ -191,7 +175,7 @@ class Isolate(Objective):
         grads.update({name: edited[name] for name in mine})
         return figures
 
-    def _edits_in_place(self, run: "Run") -> bool:
+    def _edits_in_place(self, run: Run) -> bool:
         """Whether gradients are edited where they lie; the other ways need them in one buffer (see `Layout`)."""
         options = self.options
         simple = options.rule != "replace" and options.optimiser == "plain" and not options.restore
@@ -199,7 +183,7 @@ class Isolate(Objective):
         plain = all(p.is_contiguous() and p.dtype is torch.float32 for p in self._backbone.values())
         return simple and local and plain and options.directions == 1
 
-    def _refresh(self, run: "Run", reached: dict[str, Tensor]) -> "Direction | tuple[Tensor, Tensor]":
+    def _refresh(self, run: Run, reached: dict[str, Tensor]) -> "Direction | tuple[Tensor, Tensor]":
         """The protected direction(s) of this step, from what all micro-batches and ranks summed up.
 
         Parameters that the task does not reach stay as they are, so they are left out of the direction too.
@@ -221,7 +205,7 @@ class Isolate(Objective):
             return flats[0]
         return orthonormal(torch.stack([one.unit(self.layout) for one in flats]), self.layout)
 
-    def _project(self, run: "Run", gradient: Vector) -> dict[str, float]:
+    def _project(self, run: Run, gradient: Vector) -> dict[str, float]:
         """Edit `gradient` [P] in place; the figures are tensors that are read when a row is logged."""
         options, direction, measured = self.options, self._direction, self._is_logged(run)
         if direction is None:
@@ -259,7 +243,7 @@ class Isolate(Objective):
             "isolate_shed": edited.shed_overall, "isolate_shed_max": edited.shed.max(), **self._measured,
         }  # fmt: skip
 
-    def _is_logged(self, run: "Run") -> bool:
+    def _is_logged(self, run: Run) -> bool:
         step, config = run.step + 1, run.recipe.train
         return step % config.log_every == 0 or step >= config.steps
 
@@ -271,15 +255,19 @@ class Isolate(Objective):
         return {"isolate_distance": torch.stack(torch._foreach_norm(away)).norm()}
 
     def metrics(self) -> dict[str, float]:
-        figures = {} if self.probe is None else self.probe.measure(self.run.it)
+        figures = {} if self.probe is None else self.probe.measure(self._last_step + 1)
         if self.options.edits and self._adam is not None and self._adam.leak is not None:
             figures["isolate_leak"] = float(self._adam.leak.mean())
             figures["isolate_leak_share"] = float((self._adam.leak > 0).double().mean())
         return figures
 
 
-class _Reference:
-    """Holds the run where torch.nn.Module would look for parameters."""
-
-    def __init__(self, it: Any):
-        self.it = it
+def _train_what_surrounds(recipe: "RecipeConfig", policy: "Policy") -> None:
+    """Adapters freeze everything else; the action expert is new to the task and learns in full."""
+    inside = {name for name, _ in policy.backbone_parameters()}
+    adapted = [name for name, _ in policy.named_parameters() if ".lora_" in name and name not in inside]
+    if adapted or recipe.train.train_only:  # the recipe says itself what is trained of the rest
+        return
+    for name, parameter in policy.named_parameters():
+        if name not in inside and not any(re.search(p, name) for p in recipe.train.freeze):
+            parameter.requires_grad_(True)

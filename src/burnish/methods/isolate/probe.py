@@ -11,10 +11,10 @@ from burnish.core.types import Batch
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import evaluating, forward, question_batches, token_groups
 from burnish.methods.isolate.protected import robot_batches
+from burnish.methods.objective import Run
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
-    from burnish.train.loop import Run
 
 IMAGE = "observation.images.text"
 
@@ -47,9 +47,9 @@ class Probe:
         samples: questions and robot frames each.
     """
 
-    def __init__(self, run: "Run", training_questions: str, every: int = 0, questions: str = "", text: str = "",
+    def __init__(self, run: Run, training_questions: str, every: int = 0, questions: str = "", text: str = "",
                  samples: int = 128):  # fmt: skip
-        self.every, self.last = every, -1
+        self.policy, self.every, self.steps = run.policy, every, run.recipe.train.steps
         self.layers = list(range(run.policy.num_layers))
         self.texts = read_passages(Path(text)) if text else []
         self.base_text = text_loss(run.policy, self.texts) if text else 0.0
@@ -63,27 +63,27 @@ class Probe:
         if root and Path(root).is_dir():
             self.inputs["questions"] = list(question_batches(Path(root), samples, min(size, 32), 1, run.device))
         with evaluating(run.policy):
-            self.base = {name: self._states(run.policy, batches) for name, batches in self.inputs.items()}
+            self.base = {name: self._states(batches) for name, batches in self.inputs.items()}
 
-    def measure(self, run: "Run") -> dict[str, float]:
-        """The figures at this step, or nothing when it is not their turn."""
-        due = self.every and run.step % self.every == 0
-        if not (due or run.step >= run.recipe.train.steps):
+    def measure(self, step: int) -> dict[str, float]:
+        """The figures after `step` steps, or nothing when it is not their turn."""
+        due = self.every and step % self.every == 0
+        if not (due or step >= self.steps):
             return {}
         figures: dict[str, float] = {}
-        with evaluating(run.policy):
+        with evaluating(self.policy):
             for name, batches in self.inputs.items():
-                figures |= self._drift(name, self._states(run.policy, batches))
+                figures |= self._drift(name, self._states(batches))
             if self.texts:
-                figures |= {"text_loss": text_loss(run.policy, self.texts), "text_loss_base": self.base_text}
+                figures |= {"text_loss": text_loss(self.policy, self.texts), "text_loss_base": self.base_text}
         return figures
 
     @torch.no_grad()
-    def _states(self, policy: "Policy", batches: list[Batch]) -> list[Tensor]:
+    def _states(self, batches: list[Batch]) -> list[Tensor]:
         """[N, D] of each layer: the states of all image and text tokens."""
         kept: list[list[Tensor]] = [[] for _ in self.layers]
         for batch in batches:
-            captured, _ = forward(policy, batch, self.layers)
+            captured, _ = forward(self.policy, batch, self.layers)
             mask = token_groups(captured, "pooled")["tokens"]
             for layer in self.layers:
                 kept[layer].append(captured.hidden[layer][mask].float())

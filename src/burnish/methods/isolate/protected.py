@@ -15,16 +15,16 @@ from burnish.core.types import Batch
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups
 from burnish.methods.isolate.options import Options
+from burnish.methods.objective import Run
 
 if TYPE_CHECKING:
     from burnish.policies.base import Captured, Policy
-    from burnish.train.loop import Run
 
 
 class Questions:
     """Question batches beside the robot batches; batch k follows from the run's seed, k and the rank."""
 
-    def __init__(self, run: "Run", root: str, batch_size: int, turns: int):
+    def __init__(self, run: Run, root: str, batch_size: int, turns: int):
         from burnish.data.loader import LanguageData
 
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
@@ -50,7 +50,7 @@ class Source:
         samples: questions or robot frames to build it from.
     """
 
-    def __init__(self, run: "Run", options: Options, questions: str, anchor_path: str, samples: int):
+    def __init__(self, run: Run, options: Options, questions: str, anchor_path: str, samples: int):
         self.options = options
         self.layers = list(range(run.policy.num_layers))
         size = max(options.directions, round(options.share * run.recipe.train.batch_size))
@@ -115,7 +115,7 @@ class Source:
         distance = distances.w2_diagonal if self.options.distance == "w2" else distances.w2_normalised
         return distance(states, moments.mean, moments.variance)
 
-    def _anchor(self, run: "Run", questions: str, path: str, samples: int) -> Anchor:
+    def _anchor(self, run: Run, questions: str, path: str, samples: int) -> Anchor:
         inputs = "robot" if self.options.protect == "self" else "questions"
         if path:
             anchor = Anchor.load(Path(path))
@@ -133,7 +133,7 @@ class Source:
             batches = robot_batches(run, samples)
         return _same_everywhere(run, build(run.policy, batches, about))
 
-    def _about(self, run: "Run", inputs: str, questions: str) -> Provenance:
+    def _about(self, run: Run, inputs: str, questions: str) -> Provenance:
         from burnish.policies.vqa import PROMPT
 
         options, asked = self.options, inputs == "questions"
@@ -154,13 +154,13 @@ class Source:
                        "--answers or without"}.get(key, "another anchor")  # fmt: skip
                 raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants", fix)
 
-    def _width(self, run: "Run") -> int:
+    def _width(self, run: Run) -> int:
         with torch.no_grad():
             captured, _ = forward(run.policy, _head(next(robot_batches(run, 1)), 1), [0])
         return captured.hidden[0].shape[-1]
 
 
-def robot_batches(run: "Run", samples: int) -> Iterator[Batch]:
+def robot_batches(run: Run, samples: int) -> Iterator[Batch]:
     """The first batches of the run's data, about `samples` frames."""
     from burnish.data.loader import to_device
 
@@ -169,7 +169,7 @@ def robot_batches(run: "Run", samples: int) -> Iterator[Batch]:
         yield run.data.finish(to_device(run.data.raw(k), run.device), k)
 
 
-def _same_everywhere(run: "Run", anchor: Anchor) -> Anchor:
+def _same_everywhere(run: Run, anchor: Anchor) -> Anchor:
     """Robot frames differ between ranks: merge what all of them saw, in the order of the ranks."""
     if run.accelerator.num_processes == 1 or anchor.about.inputs == "questions":
         return anchor

@@ -1,6 +1,6 @@
 """The `prefer` objective: wires pairs, scores, reference and loss to a run."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.pairs import PairData
 from burnish.methods import reference
-from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.prefer import losses
 from burnish.methods.prefer.draws import ScoreConfig, spread
 from burnish.methods.prefer.options import PreferConfig, make_config
@@ -23,7 +23,8 @@ from burnish.policies.flow import FlowPolicy
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
-    from burnish.train.loop import Run
+
+log = logging.getLogger("burnish")
 
 
 @OBJECTIVES.register("prefer")
@@ -45,7 +46,7 @@ class Prefer(Objective):
         self._seen = 0
         self._warned: set[str] = set()
 
-    def setup(self, run: "Run") -> None:
+    def setup(self, run: Run) -> None:
         config = self.config
         self.data = PairData(
             Path(config.pairs), run.policy.cameras, run.policy.chunk_size, image_size=run.recipe.data.image_size,
@@ -53,7 +54,7 @@ class Prefer(Objective):
         )  # fmt: skip
         self.data.check_units(run.data.meta.stats["action"])
         self.score = score_config(run.policy, config.score)
-        self.say: Callable[[list[str]], None] = run.say
+        self._warns = run.accelerator.is_main_process
         self.dropouts = reference.dropouts(run.policy)
         reference.check_precision(run.policy)
         if config.reference == "adapter_off":
@@ -62,7 +63,7 @@ class Prefer(Objective):
             with run.accelerator.main_process_first(), reference.without_dropout(self.dropouts):
                 self.cache = self._cached_reference(run)
 
-    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+    def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         random = self._random(run)
         if self.config.loss == "clone":
             rows = self.data.successes[random.integers(len(self.data.successes), size=self.config.batch_size)]
@@ -75,7 +76,7 @@ class Prefer(Objective):
             slots = slots + self.config.pool * (1 + run.step)
         return self._preference(run, ids, slots)
 
-    def _preference(self, run: "Run", ids: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
+    def _preference(self, run: Run, ids: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
         config, seed = self.config, run.recipe.train.seed
         pairs, candidates = self.data.batch(ids)
         valid = counts(pairs, candidates).to(run.device)
@@ -112,9 +113,9 @@ class Prefer(Objective):
         referenced = self.config.reference != "none"
         line = losses.warning(figures, figures["margin_spread"], self.scale, referenced)
         kind = line.partition(" ")[2][:20]
-        if line and kind not in self._warned and self.config.loss != "ipo":
+        if line and self._warns and kind not in self._warned and self.config.loss != "ipo":
             self._warned.add(kind)
-            self.say([f"prefer: {line}"])
+            log.warning("prefer: %s", line)
         return {f"prefer_{name}": value for name, value in figures.items()}
 
     def _note(self, figures: dict[str, Tensor]) -> None:
@@ -122,14 +123,14 @@ class Prefer(Objective):
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._seen += 1
 
-    def _random(self, run: "Run") -> np.random.Generator:
+    def _random(self, run: Run) -> np.random.Generator:
         """Which pairs a micro-batch has follows from seed, rank, step and its place in the step alone."""
         self._micro = self._micro + 1 if run.step == self._step else 0
         self._step = run.step
         rank = run.accelerator.process_index
         return np.random.default_rng(derive_seed(run.recipe.train.seed, "pairs", rank, run.step, self._micro))
 
-    def _reference(self, run: "Run", ids, slots, pairs: Batch, candidates: Tensor, valid: Tensor) -> Tensor | None:
+    def _reference(self, run: Run, ids, slots, pairs: Batch, candidates: Tensor, valid: Tensor) -> Tensor | None:
         """[B, 2, K] weighted scores of the reference, without gradient; None where there is none."""
         if self.config.reference == "none":
             return None
@@ -141,7 +142,7 @@ class Prefer(Objective):
             per_draw = run.policy.scores(pairs, candidates, draws.draws)
         return weighted(per_draw, draws.weight, self.score, valid)
 
-    def _cached_reference(self, run: "Run") -> Tensor:
+    def _cached_reference(self, run: Run) -> Tensor:
         seed, config = run.recipe.train.seed, self.config
         about = reference.describe(
             format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,

@@ -1,0 +1,55 @@
+"""Scalar products of many tensors: each number is read once, sums are added in float64, nothing large is made.
+
+`torch.dot` writes nothing in between, where multiplying and summing would write everything once more. Tensors are cut
+into parts, so that partial sums in float32 stay short and 32-bit indices of the libraries below are never exceeded.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+PART_CPU = 1 << 18
+"""Numbers in one partial sum on a CPU: two such parts stay in its cache."""
+PART = 1 << 26
+"""The same elsewhere, where a sum is a tree."""
+
+
+def parts(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors as flat parts that share their memory, in order; none is longer than a partial sum."""
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors
+    cut: list[Tensor] = []
+    for tensor in values:
+        cut += tensor.view(-1).split(part_size(tensor.device))
+    return cut
+
+
+def part_size(device: torch.device) -> int:
+    """Numbers of a part on this device, at most."""
+    return PART_CPU if device.type == "cpu" else PART
+
+
+def dots(one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
+    """Scalar products of one vector with several others, each the parts of `parts`, apart for groups of parts.
+
+    Args:
+        one: parts; may be made as they are asked for.
+        others: as many parts each, of the same sizes and type.
+        group: int64 [number of parts], the group of each part, on the parts' device.
+        count: number of groups, L.
+
+    Returns:
+        float64 [L, len(others)]; the host never waits for the device.
+    """
+    partial = [torch.dot(part, other) for part, *rest in zip(one, *others, strict=True) for other in rest]
+    total = torch.zeros(count, len(others), dtype=torch.float64, device=group.device)
+    return total.index_add_(0, group, torch.stack(partial).double().view(-1, len(others))) if partial else total
+
+
+def dot(one: Mapping[str, Tensor] | Sequence[Tensor], other: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    """float64 scalar product of two collections of equal shapes, by name or in order."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        other = {name: other[name] for name in one}
+    first, second = parts(one), parts(other)
+    device = first[0].device if first else torch.device("cpu")
+    return dots(first, [second], torch.zeros(len(first), dtype=torch.int64, device=device), 1)[0, 0]

@@ -1,0 +1,196 @@
+"""One training run, built in one direction: policy and data, what is trained, its optimiser, and only then methods."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
+from burnish.core.files import read_object
+from burnish.core.recipe import demos_root, run_folder, save_recipe
+from burnish.core.seeding import derive_seed, generator
+from burnish.core.types import Batch
+from burnish.methods import objective as seat
+from burnish.methods import products
+from burnish.methods.objective import Objective
+from burnish.train import checkpoint
+from burnish.train.logging import Metrics, Window
+from burnish.train.optim import Average, adamw, add_adapters, add_parameters, choose_trained
+from burnish.train.setup import make_accelerator, make_objectives, policy_and_data
+from burnish.train.step import OWN, Step
+
+log = logging.getLogger("burnish")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left behind: folders, files, and the last value of every logged figure."""
+
+    output: Path
+    policy: Path
+    metrics: Path
+    curves: Path
+    steps: int
+    final: dict[str, float]
+
+
+class Run(seat.Run):
+    """The state of a run; methods see it as `burnish.methods.objective.Run`, which says what its parts are.
+
+    Nothing that a run holds holds the run, so that it goes when its last user does.
+    """
+
+    def __init__(self, recipe: RecipeConfig, progress: bool = True):
+        self.recipe, self.progress = recipe, progress
+        self.output = run_folder(recipe)
+        self.accelerator = make_accelerator(recipe, self.output)
+        self.device: torch.device = self.accelerator.device
+        self.step = 0
+        self.window, self.drawn = Window(), time.perf_counter()
+        self._minutes_before, self._started = 0.0, math.nan
+        self.generator = generator(recipe.train.seed, "setup", device=str(self.device))
+        self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
+        with self.accelerator.main_process_first():  # one rank decodes the frames, the others find them
+            self.policy, self.data, self.parent_hash = policy_and_data(
+                recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
+            )
+        self.objectives = make_objectives(recipe)
+        self._prepare_policy()
+        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.average = Average(self.trained, recipe.train.ema_decay) if recipe.train.ema_decay > 0 else None
+        self.optimizer = adamw(self.trained, recipe.train)
+        for objective in self.objectives.values():
+            objective.setup(self)
+        module = Step(self.policy, self.objectives).to(self.device)
+        self._take_in_objectives(module.trained())
+        self.wrapped, self.stepper = self.accelerator.prepare(module, self.optimizer)
+        self.editors = [o for o in self.objectives.values() if type(o).edit_gradients is not Objective.edit_gradients]
+
+    def _prepare_policy(self) -> None:
+        """Master weights in float32, adapters, and which parameters are trained."""
+        recipe, policy = self.recipe, self.policy
+        policy.float()  # precision below that is autocast's
+        add_adapters(policy, recipe.train.peft, recipe.train.seed)
+        choose_trained(policy, recipe.train.freeze, recipe.train.train_only)
+        policy.to(self.device).train()
+        for objective in self.objectives.values():
+            objective.choose_trained(recipe, policy)
+
+    def _take_in_objectives(self, trained: dict[str, nn.Parameter]) -> None:
+        """Parameters that methods made in `setup` are trained and averaged with the policy's."""
+        own = {name: p for name, p in trained.items() if name.startswith(OWN)}
+        changed = (trained.keys() - own.keys()) ^ self.trained.keys()
+        if changed:
+            raise BurnishError(f"an objective switched requires_grad of '{min(changed)}' in setup",
+                               "what is trained is chosen in Objective.choose_trained")  # fmt: skip
+        self.trained |= own
+        add_parameters(self.optimizer, own, self.recipe.train)
+        if self.average is not None:
+            self.average.add(own)
+
+    def forward(self, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss (scalar with gradient) and the detached terms by name; synchronised between ranks."""
+        return self.wrapped(self, batch, language)
+
+    def dot(self, one: seat.Tensors, other: seat.Tensors) -> Tensor:
+        return self._over_ranks(products.dot(one, other))
+
+    def norm(self, tensors: seat.Tensors) -> Tensor:
+        return self.dot(tensors, tensors).sqrt()
+
+    def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
+        return self._over_ranks(products.dots(one, others, group, count))
+
+    def _over_ranks(self, partial: Tensor) -> Tensor:
+        """Every rank holds whole tensors, so its sums are those of the whole; sums over shards are added up here."""
+        return partial
+
+    def seed_step(self) -> None:
+        """All randomness of a step follows from seed, rank and step.
+
+        Dropout inside the libraries' modules knows only torch's global generators, so those are seeded too
+        (not by torch.manual_seed, which takes half a millisecond to visit every kind of device).
+        """
+        seed = derive_seed(self.recipe.train.seed, self.accelerator.process_index, "step", self.step)
+        self.generator.manual_seed(seed)
+        self.shared_generator.manual_seed(derive_seed(self.recipe.train.seed, "shared", self.step))
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
+
+    def minutes(self) -> float:
+        """Minutes of training so far, earlier calls included; what is made ready before the first step is not."""
+        return self._minutes_before + (time.perf_counter() - self._started) / 60
+
+    def start_clock(self) -> None:
+        """Training begins now."""
+        self._started = time.perf_counter()
+
+    def log_state(self) -> dict[str, Any]:
+        """Time and unlogged figures, as a checkpoint keeps them."""
+        return {"minutes": self.minutes(), "window": self.window.state()}
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        meta = checkpoint.load(self, folder)
+        self.step, self.window = meta["step"], Window(**meta["window"])
+        self._minutes_before = meta["minutes"]
+        if meta["scaler"]:
+            self.accelerator.scaler.load_state_dict(meta["scaler"])
+
+    def say(self, lines: list[str]) -> None:
+        for line in lines if self.accelerator.is_main_process else []:
+            log.warning("%s", line)
+
+
+def check_resumable(recipe: RecipeConfig) -> None:
+    """Raise BurnishError when the run folder holds a run of another recipe; nothing is loaded or written."""
+    output = run_folder(recipe)
+    newest = checkpoint.latest(output)
+    if (output / "train.json").is_file():
+        before = read_object(output / "train.json")["recipe"]
+        checkpoint.check_same_recipe(before, recipe, output / "train.json")
+    elif newest is not None:
+        checkpoint.check_same_recipe(checkpoint.read_meta(newest)["recipe"], recipe, newest)
+
+
+def result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
+    """The result of the run in `output`."""
+    return TrainResult(output, output / "policy", output / "metrics.jsonl", output / "curves.png", steps, final)
+
+
+def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
+    """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
+    from burnish.data.frames import dataset_hash
+
+    path = output / "train.json"
+    if not path.is_file() or not (output / "policy").is_dir():
+        return None
+    done = read_object(path)
+    checkpoint.check_same_recipe(done["recipe"], recipe, path)
+    limit = recipe.train.max_minutes
+    if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):
+        return None  # it ran out of time, and has more now
+    root = demos_root(recipe)
+    if root.is_dir() and dataset_hash(root) != done["data_hash"]:
+        raise BurnishError(f"{output} was trained on other data than {root} holds now",
+                           "the same data set", "another --output, or --fresh (train, run) to start over")  # fmt: skip
+    return result(output, done["steps"], done["final"])
+
+
+def start_files(run: Run, resumed: bool) -> Metrics | None:
+    """recipe.yaml and metrics.jsonl, on the first rank only."""
+    if not run.accelerator.is_main_process:
+        return None
+    run.output.mkdir(parents=True, exist_ok=True)
+    save_recipe(run.recipe, run.output / "recipe.yaml")
+    return Metrics(run.output / "metrics.jsonl", run.step if resumed else -1)
