@@ -16,7 +16,7 @@ from burnish.weights.merge import merge
 
 @pytest.fixture(scope="module")
 def fake():
-    spec = importlib.util.spec_from_file_location("capability_fake", Path(__file__).parents[2] / "train" / "fake.py")
+    spec = importlib.util.spec_from_file_location("capability_fake", Path(__file__).parents[1] / "train" / "fake.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
