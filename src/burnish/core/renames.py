@@ -14,6 +14,12 @@ RECIPE = {
 OBJECTIVES: dict[str, dict[str, str]] = {}
 """Options of an entry in `objectives:`, by the method's name."""
 
+POLICY_FIELDS = {"burnish_discrete": {"open_prompt": "prompt_sees_actions"}}
+"""Fields of stored policy configs and of `policy.overrides`, by the policy's type."""
+
+DECODER_OPTIONS = {"forced": "min_unmasked", "conf": "threshold"}
+"""Options of a decode plan."""
+
 _told: set[str] = set()
 
 
@@ -48,10 +54,19 @@ def rename_recipe(values: dict[str, Any]) -> dict[str, Any]:
 def rename_objective(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of `objectives:` with the present names of its options."""
     name = entry.get("name")
-    table = OBJECTIVES.get(name, {}) if isinstance(name, str) else {}
-    for old in table.keys() & entry.keys():
-        note(f"{name}: {old}", table[old])
-    return {table.get(key, key): value for key, value in entry.items() if not (key in table and table[key] in entry)}
+    return rename(entry, OBJECTIVES.get(name, {}) if isinstance(name, str) else {}, f"{name}: ")
+
+
+def rename(values: dict[str, Any], table: dict[str, str], where: str = "") -> dict[str, Any]:
+    """`values` with the names of `table` replaced, each with a note; where both names are given the new one counts.
+
+    An old name that holds None was never set.
+    """
+    for old in table.keys() & values.keys():
+        if values[old] is not None:
+            note(where + old, table[old])
+    kept = {k: v for k, v in values.items() if k not in table or (v is not None and table[k] not in values)}
+    return {table.get(key, key): value for key, value in kept.items()}
 
 
 def _copy(value: Any) -> Any:

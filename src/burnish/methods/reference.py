@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
 from burnish.core.options import number
+from burnish.policies.base import Policy
 
 _NO_MATTER = (
     "device", "decoder", "n_action_steps", "optimizer", "scheduler", "pretrained_path", "push", "repo", "tags",
@@ -61,10 +62,9 @@ def dropouts(policy: nn.Module) -> list[nn.Module]:
     return [m for m in policy.modules() if isinstance(m, kinds) or drops(m)]
 
 
-def settings(config: Any) -> str:
+def settings(policy: Policy) -> str:
     """A policy's config as far as scores may depend on it, in words."""
-    values = {} if config is None else vars(config)
-    return str({k: v for k, v in sorted(values.items()) if not k.startswith(("_", *_NO_MATTER))})
+    return str({k: v for k, v in sorted(policy.settings().items()) if not k.startswith(("_", *_NO_MATTER))})
 
 
 def check_adapters(policy: nn.Module) -> None:

@@ -48,9 +48,11 @@ def create_policy(
     See `SmolVLA.create` in `burnish.policies.smolvla`, and for type burnish_discrete, which takes a SmolVLA folder or a
     shipped base too, `burnish.policies.discrete.create.new_policy`.
     """
+    from burnish.core import renames
     from burnish.policies.load import POLICIES
 
-    return POLICIES.get(type).create(type, vlm_folder, features, dataset_stats, overrides or {}, **options)
+    fields = renames.rename(overrides or {}, renames.POLICY_FIELDS.get(type, {}))
+    return POLICIES.get(type).create(type, vlm_folder, features, dataset_stats, fields, **options)
 
 
 def __getattr__(name: str):

@@ -30,8 +30,8 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
 
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
-capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `act(stream=)`.
-masked_diffusion: `watch_tokens`, `token_logits` of partly hidden tokens.
+capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
+`watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens.
 """
 
 
@@ -48,6 +48,23 @@ class Captured:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     cameras: dict[str, slice] = field(default_factory=dict)
+
+
+@dataclass
+class TokenForward:
+    """The forward of a `loss` that ran inside `watch_tokens`.
+
+    Args:
+        ids: [B, L] true tokens.
+        hidden: bool [B, L], those that the model did not see.
+        weight: [B, L] of each token's loss.
+        logits: [B, L, V], with gradient.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    weight: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,28 @@ class Policy(nn.Module, ABC):
     def token_actions(self, ids: Tensor) -> Tensor:
         """[B, L] token ids to normalised actions [B, T, A]."""
         raise lacks(self, "tokens", "token_actions")
+
+    @property
+    def decoder(self) -> tuple[str, dict[str, Any]]:
+        """Name and options of the decoder that `act` uses."""
+        raise lacks(self, "tokens", "decoder")
+
+    def watch_tokens(self) -> AbstractContextManager[list[TokenForward]]:
+        """Hand out a list that gets ids, masks and logits of every `loss` inside."""
+        raise lacks(self, "tokens", "watch_tokens")
+
+    def token_logits(
+        self, batch: Batch, forward: TokenForward, block: int | None = None, prompt_sees_actions: bool | None = None
+    ) -> Tensor:
+        """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
+
+        Args:
+            batch: observations.
+            forward: what `watch_tokens` caught.
+            block: action tokens that see one another; None means the policy's own, L lets all see all.
+            prompt_sees_actions: whether the prompt attends to action tokens; None means as in the policy.
+        """
+        raise lacks(self, "tokens", "token_logits")
 
     @property
     def device(self) -> torch.device:

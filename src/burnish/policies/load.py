@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from burnish.core import renames
 from burnish.core.errors import BurnishError
 from burnish.core.provenance import weights_hash
 from burnish.core.registry import Registry
@@ -33,8 +34,9 @@ def load(
     name = raw.get("type")
     if name not in POLICIES:
         raise BurnishError(f"policy type {name!r} in {folder / CONFIG}", f"one of {', '.join(POLICIES)}")
-    kind = POLICIES.get(name)
-    raw = kind.read_config({**raw, **folders.known_fields(overrides or {}, name)}, folder)
+    kind, old = POLICIES.get(name), renames.POLICY_FIELDS.get(name, {})
+    changes = folders.known_fields(renames.rename(overrides or {}, old), name)
+    raw = kind.read_config({**renames.rename(raw, old), **changes}, folder)
     config = folders.decode_config(raw, str(folder / CONFIG), features, device)
     processors = folders.load_processors(config, folder, dataset_stats, folder / kind.tokenizer_folder)
     policy = kind.build(config, 0, folder)

@@ -223,8 +223,7 @@ def _finish(run: Run, metrics: Metrics | None) -> TrainResult:
 
 
 def _static_checks(run: Run) -> list[str]:
-    mapping = getattr(getattr(run.policy, "config", None), "normalization_mapping", {})
-    mode = getattr(mapping.get("ACTION"), "value", "MEAN_STD")
+    mode = run.policy.normalization("ACTION") or "MEAN_STD"
     names = run.data.meta.features["action"].get("names") or range(run.data.actions.shape[1])
     names = names.get("axes", range(run.data.actions.shape[1])) if isinstance(names, dict) else names
     return selfcheck.normalisation_warnings(

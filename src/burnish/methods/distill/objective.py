@@ -8,6 +8,7 @@ make the input.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import read_object
-from burnish.core.options import number
+from burnish.core.options import option, read_options
+from burnish.core.renames import POLICY_FIELDS, rename
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.methods.reference import check_adapters, without_adapters
-from burnish.policies.discrete.policy import Discrete, TokenForward
+from burnish.policies.base import Policy, TokenForward, require
+from burnish.policies.keys import CONFIG
+from burnish.policies.load import resolve
 
 if TYPE_CHECKING:
     from burnish.methods.objective import Run
-
-DIRECTIONS, TEACHERS, WEIGHTS = ("forward", "reverse"), ("adapters_off", "copy"), ("equal", "inverse_share")
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: str = "forward") -> Tensor:
@@ -50,6 +52,20 @@ def inverse_share(hidden: Tensor, block: int) -> Tensor:
     return (block / blocks.sum(-1).clamp_min(1)).repeat_interleave(block, dim=1)
 
 
+@dataclass(frozen=True)
+class DistillOptions:
+    """What the objective does."""
+
+    teacher: str = option(
+        "adapters_off", "the policy without its LoRA layers (needs train.peft), or a frozen copy of its start",
+        choices=("adapters_off", "copy"),
+    )  # fmt: skip
+    direction: str = option("forward", "see `divergence`", choices=("forward", "reverse"))
+    weights: str = option("equal", "of tokens, see `inverse_share`", choices=("equal", "inverse_share"))
+    weight: float = option(1.0, "of the loss", least=0)
+    teacher_block: int = option(0, "action tokens that see one another in the teacher; 0 means all", least=0)
+
+
 @OBJECTIVES.register("distill")
 class Distill(Objective):
     """Draws a block-causal burnish_discrete towards what it would say with attention over the whole chunk.
@@ -58,54 +74,33 @@ class Distill(Objective):
     forward.
 
     Args:
-        teacher: "adapters_off" is the policy without its LoRA layers (needs train.peft), "copy" a frozen copy of the
-            weights that the run starts from.
-        direction: see `divergence`.
-        weights: "equal", or "inverse_share", see that function.
-        weight: of the loss.
-        teacher_block: action tokens that see one another in the teacher; 0 means all.
+        **options: fields of DistillOptions.
     """
 
-    def __init__(
-        self,
-        teacher: str = "adapters_off",
-        direction: str = "forward",
-        weights: str = "equal",
-        weight: float = 1.0,
-        teacher_block: int = 0,
-    ):
+    def __init__(self, **options: Any):
         super().__init__()
-        for name, value, known in (("teacher", teacher, TEACHERS), ("direction", direction, DIRECTIONS),
-                                   ("weights", weights, WEIGHTS)):  # fmt: skip
-            if value not in known:
-                raise BurnishError(f"distill: {name} is '{value}'", f"one of {', '.join(known)}")
-        if not number(weight) or weight < 0 or type(teacher_block) is not int or teacher_block < 0:
-            raise BurnishError(f"distill: weight {weight!r}, teacher_block {teacher_block!r}",
-                               "a weight of at least 0, and whole tokens or 0 for all")  # fmt: skip
-        self.teacher, self.direction, self.weights, self.weight = teacher, direction, weights, weight
-        self.teacher_block = teacher_block
+        self.options = read_options(DistillOptions, options, "distill")
         self._seen: list[TokenForward] = []
         self._agreement: Tensor | None = None
 
     def setup(self, run: "Run") -> None:
         policy = run.policy
-        if not isinstance(policy, Discrete) or policy.config.training != "diffusion":
-            raise BurnishError(f"distill: a {type(policy).__name__} without masked tokens",
-                               "a burnish_discrete policy trained by diffusion")  # fmt: skip
-        block = self.teacher_block or policy.length
-        self.teacher_opened = policy.config.prompt_sees_actions or _opened(run.recipe.policy.path)
-        if policy.length % block or (
-            block == policy.config.block and self.teacher_opened == policy.config.prompt_sees_actions
-        ):
-            raise BurnishError(f"distill: a teacher with blocks of {block} tokens, a student with blocks of "
-                               f"{policy.config.block}", f"blocks that divide {policy.length} and differ",
+        require(policy, "masked_diffusion", "distill")
+        student = policy.token_model()
+        self.block, length = student.block, student.length
+        self.teacher_block = self.options.teacher_block or length
+        self.teacher_prompt = student.prompt_sees_actions or _prompt_sees_actions(run.recipe.policy.path)
+        same = self.teacher_block == self.block and self.teacher_prompt == student.prompt_sees_actions
+        if length % self.teacher_block or same:
+            raise BurnishError(f"distill: a teacher with blocks of {self.teacher_block} tokens, a student with blocks "
+                               f"of {self.block}", f"blocks that divide {length} and differ",
                                "--policy.overrides.block_size=" + str(policy.action_dim))  # fmt: skip
-        if self.teacher == "adapters_off":
-            check_adapters(policy)
         # In a list, so that the copy is neither trained nor saved with the run.
-        self._copy: list[Any] = []
-        if self.teacher == "copy":
+        self._copy: list[Policy] = []
+        if self.options.teacher == "copy":
             self._copy = [copy.deepcopy(policy).eval().requires_grad_(False)]
+        else:
+            check_adapters(policy)
 
     @contextmanager
     def watch(self, run: "Run") -> Iterator[None]:
@@ -119,27 +114,28 @@ class Distill(Objective):
         student, self._seen = self._seen[-1], []
         teacher = self._ask_teacher(run.policy, batch, student)
         weight = student.weight
-        if self.weights == "inverse_share":
-            weight = weight * inverse_share(student.hidden, run.policy.config.block)
-        nats = divergence(teacher, student.logits, self.direction)
+        if self.options.weights == "inverse_share":
+            weight = weight * inverse_share(student.hidden, self.block)
+        nats = divergence(teacher, student.logits, self.options.direction)
         with torch.no_grad():
             same = (teacher.argmax(-1) == student.logits.argmax(-1)) & (weight > 0)
             self._agreement = same.sum() / (weight > 0).sum().clamp_min(1)
-        return {"distill": self.weight * (nats * weight).sum() / weight.sum().clamp_min(1)}
+        return {"distill": self.options.weight * (nats * weight).sum() / weight.sum().clamp_min(1)}
 
     def metrics(self) -> dict[str, float]:
         """Share of hidden tokens on which student and teacher prefer the same id."""
         return {} if self._agreement is None else {"distill_agreement": float(self._agreement)}
 
     @torch.no_grad()
-    def _ask_teacher(self, policy: Discrete, batch: Batch, student: TokenForward) -> Tensor:
+    def _ask_teacher(self, policy: Policy, batch: Batch, student: TokenForward) -> Tensor:
         asked = self._copy[0] if self._copy else policy
         with without_adapters(policy) if not self._copy else nullcontext():
-            return asked.token_logits(batch, student, self.teacher_block or policy.length, self.teacher_opened)
+            return asked.token_logits(batch, student, self.teacher_block, self.teacher_prompt)
 
 
-def _opened(parent: str) -> bool:
-    """Whether the policy that training starts from let its prompt see actions: as teacher it does so still."""
-    from burnish.policies.load import resolve
-
-    return bool(parent) and bool(read_object(resolve(parent) / "config.json").get("prompt_sees_actions"))
+def _prompt_sees_actions(parent: str) -> bool:
+    """Whether the prompt of the policy that training starts from saw actions: as teacher it does so still."""
+    if not parent:
+        return False
+    fields = read_object(resolve(parent) / CONFIG)
+    return bool(rename(fields, POLICY_FIELDS.get(fields.get("type"), {})).get("prompt_sees_actions"))

@@ -18,8 +18,6 @@ from burnish.methods.prefer import losses
 from burnish.methods.prefer.draws import ScoreConfig, spread
 from burnish.methods.prefer.options import PreferConfig, make_config
 from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
-from burnish.policies.discrete.policy import Discrete
-from burnish.policies.flow import FlowPolicy
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
@@ -148,7 +146,7 @@ class Prefer(Objective):
             format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
             chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
             image_size=run.recipe.data.image_size, precision=run.accelerator.mixed_precision,
-            settings=reference.settings(getattr(run.policy, "config", None)),
+            settings=reference.settings(run.policy),
         )  # fmt: skip
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
         path = Path(config.reference_cache) if config.reference_cache else self.data.root / ".scores" / name
@@ -165,9 +163,9 @@ def score_config(policy: "Policy", config: ScoreConfig) -> ScoreConfig:
 
     A policy whose score is exact needs one draw, which it does not look at.
     """
-    if isinstance(policy, FlowPolicy):
+    if policy.supports("velocity"):
         return config
-    draws = 1 if isinstance(policy, Discrete) and policy.config.training != "diffusion" else config.draws
+    draws = 1 if policy.supports("likelihood") else config.draws
     return replace(
         config, draws=draws, times="policy", fixed_times=(), weight="uniform", stratified=False, antithetic=False
     )

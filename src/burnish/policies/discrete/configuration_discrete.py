@@ -7,6 +7,7 @@ from typing import Any
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
+from burnish.core.renames import note
 from burnish.policies.discrete.noise import NOISE
 
 TRAININGS = ("autoregressive", "parallel", "diffusion")
@@ -67,6 +68,8 @@ class DiscreteConfig(PreTrainedConfig):
     """Read the token at a position from the row before it, as language models do; autoregressive always does."""
     prompt_sees_actions: bool = False
     """Let prompt rows see action rows in training. Keys of the prompt can then not be kept between passes."""
+    open_prompt: bool | None = None
+    """Former name of `prompt_sees_actions`, in policies stored before."""
     noise: str = "uniform"
     """Schedule of the hidden tokens, see discrete/noise.py."""
     noise_options: dict[str, float] = field(default_factory=dict)
@@ -88,6 +91,9 @@ class DiscreteConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.open_prompt is not None:  # stored under its former name, and read by LeRobot's own commands
+            note("burnish_discrete: open_prompt", "prompt_sees_actions")
+            self.prompt_sees_actions, self.open_prompt = self.open_prompt, None
         for name, known in (("training", TRAININGS), ("tokenizer", TOKENIZERS), ("state_as", ("row", "tokens"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is '{getattr(self, name)}', not one of {', '.join(known)}")

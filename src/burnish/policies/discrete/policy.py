@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -15,7 +14,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
 from burnish.policies import language
-from burnish.policies.base import Stage
+from burnish.policies.base import Stage, TokenForward
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig  # makes the type known to LeRobot
 from burnish.policies.discrete.create import new_policy
 from burnish.policies.discrete.token_model import NetTokenModel
@@ -27,23 +26,6 @@ from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt
 
 FAST_FOLDER = "fast"
-
-
-@dataclass
-class TokenForward:
-    """The forward of a `loss` that ran inside `watch_tokens`.
-
-    Args:
-        ids: [B, L] true tokens.
-        hidden: bool [B, L], those that the model did not see.
-        weight: [B, L] of each token's loss.
-        logits: [B, L, V], with gradient.
-    """
-
-    ids: Tensor
-    hidden: Tensor
-    weight: Tensor
-    logits: Tensor
 
 
 @POLICIES.register("burnish_discrete")
@@ -143,12 +125,10 @@ class Discrete(VLMPolicy):
         return NetTokenModel(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
 
     def token_actions(self, ids: Tensor) -> Tensor:
-        """[B, L] token ids to normalised actions [B, T, A]."""
         return self.policy.model.tokens.decode(ids)
 
     @property
     def decoder(self) -> tuple[str, dict[str, Any]]:
-        """Name and options of the decoder that `act` uses."""
         return self.config.decoder_name, dict(self.config.decoder_options)
 
     # The verbs.
@@ -220,20 +200,11 @@ class Discrete(VLMPolicy):
     def token_logits(
         self, batch: Batch, forward: TokenForward, block: int | None = None, prompt_sees_actions: bool | None = None
     ) -> Tensor:
-        """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
-
-        Args:
-            batch: observations.
-            forward: what `watch_tokens` caught.
-            block: action tokens that see one another; None means the policy's own, L lets all see all.
-            prompt_sees_actions: whether prompt rows see action rows; None means as in the policy.
-        """
         prompt = self._embed(self._prepare(batch, None))
         return self.policy.logits(prompt, forward.ids, forward.hidden, block, prompt_sees_actions)
 
     @contextmanager
     def watch_tokens(self) -> Iterator[list[TokenForward]]:
-        """Hand out a list that gets ids, masks and logits of every `loss` inside."""
         watched: list[TokenForward] = []
         self._watched.append(watched)
         try:
