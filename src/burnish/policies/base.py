@@ -19,11 +19,11 @@ from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss
 from burnish.sampling.token_model import TokenModel
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
-    "score": ("a log-probability of its actions", "a flow-matching or token policy"),
-    "likelihood": ("an exact log-probability of its actions", "an autoregressive or parallel burnish_discrete"),
-    "language": ("a language model that answers questions", "a policy on a vision-language model"),
+    "score": ("log-probability of its actions", "a flow-matching or token policy"),
+    "likelihood": ("exact log-probability of its actions", "an autoregressive or parallel burnish_discrete"),
+    "language": ("language model that answers questions", "a policy on a vision-language model"),
     "capture": ("hidden states of a backbone", "a policy on a vision-language model"),
-    "velocity": ("a velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
+    "velocity": ("velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
     "tokens": ("action tokens", "a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
 }
@@ -239,8 +239,8 @@ class Policy(nn.Module, ABC):
 
 def lacks(policy: Policy, capability: str, wanted: str) -> BurnishError:
     """The error of a policy that cannot do what is asked; `wanted` is the method or verb that asks."""
-    what, which = CAPABILITIES.get(capability, (f"the capability '{capability}'", "one that declares it"))
-    return BurnishError(f"{wanted}: a {policy.name or type(policy).__name__} policy without {what}", which)
+    what, which = CAPABILITIES.get(capability, (f"capability '{capability}'", "one that declares it"))
+    return BurnishError(f"{wanted}: a policy of type {policy.name or type(policy).__name__} has no {what}", which)
 
 
 def require(policy: Policy, capability: str, method: str) -> None:

@@ -132,7 +132,7 @@ def test_verify_score_from_the_command_line(tmp_path, capsys, dataset):
     assert all(-1 <= r["rank_correlation"] <= 1 and 0 <= r["sign_agreement"] <= 1 for r in rows)
     tokens = make_tiny("burnish_discrete", tmp_path / "d", cameras=("front",), state_dim=4, action_dim=3)
     assert main(["verify", "score", str(tokens), "--data", str(data)]) == 2
-    assert "burnish_discrete policy without a velocity field" in capsys.readouterr().err
+    assert "a policy of type burnish_discrete has no velocity field" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("training", ["autoregressive", "parallel", "diffusion"])
