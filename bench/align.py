@@ -1,11 +1,11 @@
 """What alignment costs: time of a step with kept and with live teacher features, memory, and filling the cache."""
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +197,22 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
 
 def _peak(folder: Path, arm: str) -> float:
     """Most memory, in MB, of a process of its own that trains a few steps."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_of_this_process, (folder, arm))
+    from burnish.core.workers import WorkerPool
+
+    with WorkerPool(_peaks, folder, count=1) as pool:
+        return dict(pool.run([arm]))[arm]
 
 
-def _peak_of_this_process(folder: Path, arm: str) -> float:
+def _peaks(arms: Iterable[str], folder: Path) -> Generator[float, None, None]:
     import torch
 
-    stepper = _Stepper(folder, arm)
-    for _ in range(3):
-        stepper.step()
-    stepper.streams.close()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    # getrusage would do, but a started process inherits its parent's highest mark there.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1e3
+    for arm in arms:
+        stepper = _Stepper(folder, arm)
+        for _ in range(3):
+            stepper.step()
+        stepper.streams.close()
+        if torch.cuda.is_available():
+            yield torch.cuda.max_memory_allocated() / 1e6
+        else:  # getrusage would do, but a started process inherits its parent's highest mark there
+            status = Path("/proc/self/status").read_text().splitlines()
+            yield int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1e3

@@ -26,7 +26,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.envs.base import Env, expand, make_env
-from burnish.evaluate.workers import MakeEnv
+from burnish.evaluate.simulators import MakeEnv
 
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation

@@ -166,7 +166,7 @@ def pretrain(config: PretrainConfig) -> Path:
         raise BurnishError(
             f"{config.questions} holds images of {data.questions.images.shape[1]} px", f"{config.image_size} px"
         )
-    texts = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in data.questions.rows[:100_000]]
+    texts = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in data.questions.entries[:100_000]]
     folder = build_vlm(
         Path(config.output) / "vlm",
         texts=texts + config.extra_texts * 200,

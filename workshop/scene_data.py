@@ -1,14 +1,14 @@
 """Scenes for training the scene3d teacher: images of two tabletop cameras and the points behind their pixels."""
 
-import multiprocessing
-import os
-import signal
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from burnish.core.files import new_folder, require_space, write_json
 from burnish.core.seeding import derive_seed
+from burnish.core.workers import WorkerPool, count_workers
+from burnish.envs.base import make_env
 from burnish.teachers.scene3d import CAMERAS
 
 ENVS = ("tabletop:lift", "tabletop:put_on", "tabletop:lift+light+texture")
@@ -37,50 +37,47 @@ def make_scenes(folder: Path, count: int, image_size: int, points: int, seed: in
         return folder
     shape = (count, len(CAMERAS))
     require_space(folder.parent, count * len(CAMERAS) * (image_size**2 * 3 + points**2 * 6), str(folder))
-    starts = range(0, count, SHARE)
-    jobs = [(seed + start, min(SHARE, count - start), image_size, points) for start in starts]
-    context = multiprocessing.get_context("spawn")  # a rendering context does not survive a fork
-    with new_folder(folder) as new, context.Pool(len(os.sched_getaffinity(0)), _quiet) as pool:
+    shares = [(first, min(first + SHARE, count)) for first in range(0, count, SHARE)]
+    name = "simulator process"
+    with (
+        new_folder(folder) as new,
+        WorkerPool(draw_scenes, seed, image_size, points, count=min(count_workers(), len(shares)), name=name) as pool,
+        tqdm(total=count, desc="scenes", unit="scene", disable=not progress) as bar,
+    ):
         images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (*shape, image_size, image_size, 3))
         maps = np.lib.format.open_memmap(new / "points.npy", "w+", np.float16, (*shape, points, points, 3))
-        bar = tqdm(total=count, desc="scenes", unit="scene", disable=not progress)
-        for start, (seen, where) in zip(starts, pool.imap(_draw, jobs), strict=True):
-            place = slice(start, start + len(seen))
-            images[place], maps[place] = seen, where
-            bar.update(len(seen))
-        bar.close()
+        for (first, last), (seen, where) in pool.run(shares, label=lambda share: f"scenes from {share[0]} on"):
+            images[first:last], maps[first:last] = seen, where
+            bar.update(last - first)
         for array in (images, maps):
             array.flush()
         write_json(new / "scenes.json", request)
     return folder
 
 
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _draw(job: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    from burnish.envs.base import make_env
-
-    first, count, image_size, points = job
+def draw_scenes(
+    shares: Iterable[tuple[int, int]], seed: int, image_size: int, points: int
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """The worker of `make_scenes`: images and points of scenes first to last - 1 of each share."""
     envs = [make_env(name, image_size) for name in ENVS]
-    images = np.zeros((count, len(CAMERAS), image_size, image_size, 3), np.uint8)
-    maps = np.zeros((count, len(CAMERAS), points, points, 3), np.float16)
-    for i in range(count):
-        rng = np.random.default_rng(derive_seed("scene3d", first + i))
-        env = envs[int(rng.integers(len(envs)))]
-        env.reset(first + i)
-        facts, state = _disturbed(env, rng)
-        env.restore(facts, state)
-        seen = env.observe(CAMERAS).images
-        for v, camera in enumerate(CAMERAS):
-            images[i, v] = seen[camera]
-            world = env.geometry(camera)["points"]
-            cells = image_size // points
-            maps[i, v] = world[cells // 2 :: cells, cells // 2 :: cells][:points, :points]
+    for first, last in shares:
+        images = np.zeros((last - first, len(CAMERAS), image_size, image_size, 3), np.uint8)
+        maps = np.zeros((last - first, len(CAMERAS), points, points, 3), np.float16)
+        for i, scene in enumerate(range(seed + first, seed + last)):
+            rng = np.random.default_rng(derive_seed("scene3d", scene))
+            env = envs[int(rng.integers(len(envs)))]
+            env.reset(scene)
+            facts, state = _disturbed(env, rng)
+            env.restore(facts, state)
+            seen = env.observe(CAMERAS).images
+            for v, camera in enumerate(CAMERAS):
+                images[i, v] = seen[camera]
+                world = env.geometry(camera)["points"]
+                cells = image_size // points
+                maps[i, v] = world[cells // 2 :: cells, cells // 2 :: cells][:points, :points]
+        yield images, maps
     for env in envs:
         env.close()
-    return images, maps
 
 
 def _disturbed(env, rng: np.random.Generator) -> tuple[dict, np.ndarray]:

@@ -5,8 +5,8 @@ import pytest
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import InstructionSwap, RandomObject, expand, make_env
-from burnish.envs.tabletop import DIRECTIONS, FAMILIES
-from burnish.envs.tabletop_scene import HALF_SIZE, NUM_OBJECTS
+from burnish.envs.tabletop import FAMILIES
+from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS
 
 
 @pytest.fixture(scope="module")

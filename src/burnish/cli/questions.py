@@ -29,5 +29,5 @@ def main(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     questions = open_questions(root)
-    print(f"{len(questions.rows)} questions about {len(questions.images)} images in {root}")
+    print(f"{len(questions.entries)} questions about {len(questions.images)} images in {root}")
     return 0

@@ -20,7 +20,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -33,7 +33,7 @@ GRACE = 2.0
 """Seconds in which processes may end by themselves before they are stopped."""
 _DONE, _REFUSED, _FAILED = "done", "refused", "failed"
 
-Worker = Callable[..., Iterator[Any]]
+Worker = Callable[..., Generator[Any, None, None]]
 
 
 def count_workers(wanted: int = 0) -> int:

@@ -5,18 +5,17 @@ order until each task has its share of solved ones, so the data set is the same 
 and however many processes did it.
 """
 
-import multiprocessing
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, require_space, write_json
+from burnish.core.workers import WorkerPool, count_workers
+from burnish.data.record import record_attempts
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 
 FORMAT = 1
@@ -203,17 +202,19 @@ def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: b
     missing = sum(share.wanted - share.solved_before_enough() for share in shares)
     if not missing:
         return shares
-    cores = len(os.sched_getaffinity(0)) if workers < 1 else workers
-    pool = _Pool(min(cores, max(1, (missing + 1) // 2)), request)
     total = request["episodes"]
     name = f"demonstrations of {request['env']}"
     bar = tqdm(total=total, initial=total - missing, desc=name, unit="demo", disable=not progress)
-    try:
+    count = min(count_workers(workers), max(1, (missing + 1) // 2))
+    fix = "run the same command again to continue"
+    held: dict[int, _Share] = {}
+    with bar, WorkerPool(record_attempts, request, count=count, name="simulator process", fix=fix) as pool:
         while True:
-            _hand_out(pool, shares, spool)
-            if not pool.busy:
+            _hand_out(pool, held, shares, spool)
+            if len(pool.idle()) == len(pool):
                 return shares
-            for share, number, solved, reason in pool.finished():
+            for process, (_, number, _), (solved, reason) in pool.receive():
+                share = held[process]
                 if reason:
                     share.skipped, share.running = reason, set()
                     _share_out(shares, request["episodes"])
@@ -221,87 +222,22 @@ def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: b
                     share.add(number, solved)
                 bar.n = sum(share.solved_before_enough() for share in shares)
                 bar.refresh()
-    finally:
-        bar.close()
-        pool.stop()
 
 
-def _hand_out(pool: "_Pool", shares: list[_Share], spool: Spool) -> None:
-    """Give every idle process an attempt, of the task it holds already where that has any left."""
-    for worker in pool.idle():
-        mine = [share for share in shares if share is worker.share]
+def _hand_out(pool: WorkerPool, held: dict[int, _Share], shares: list[_Share], spool: Spool) -> None:
+    """Give every idle process an attempt, of the task that it `held` last where that has any left."""
+    for process in pool.idle():
+        mine = [share for share in shares if share is held.get(process)]
         # otherwise the task with the fewest processes on it
-        others = sorted((s for s in shares if s is not worker.share), key=lambda s: len(s.running))
+        others = sorted((s for s in shares if s not in mine), key=lambda s: len(s.running))
         for share in mine + others:
             number = share.next_attempt()
             if number is not None:
                 share.running.add(number)
-                worker.start(share, number, spool.task_folder(share.task_id))
+                held[process] = share
+                task = share.task_id, number, spool.task_folder(share.task_id)
+                pool.send(process, task, f"{share.task_id}, attempt {number}")
                 break
-
-
-class _Worker:
-    """One simulator process and what it is doing."""
-
-    def __init__(self, context, request: dict[str, Any]):
-        from burnish.data.record import recorder_process
-
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=recorder_process, args=(theirs, request), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.share: _Share | None = None
-        self.number: int | None = None
-
-    def start(self, share: _Share, number: int, folder: Path) -> None:
-        self.share, self.number = share, number
-        self.connection.send((share.task_id, number, str(folder)))
-
-
-class _Pool:
-    """Simulator processes, started with the spawn method: a rendering context does not survive a fork."""
-
-    def __init__(self, size: int, request: dict[str, Any]):
-        context = multiprocessing.get_context("spawn")
-        self._workers = [_Worker(context, request) for _ in range(size)]
-
-    @property
-    def busy(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.number is not None]
-
-    def idle(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.number is None]
-
-    def finished(self) -> list[tuple[_Share, int, bool, str]]:
-        """Wait for at least one attempt to end: (share, number, solved, reason why there is no expert)."""
-        by_connection: dict[Connection, _Worker] = {worker.connection: worker for worker in self.busy}
-        ended = []
-        for connection in wait(list(by_connection)):
-            worker = by_connection[connection]
-            try:
-                number, solved, reason, error = connection.recv()
-            except (EOFError, ConnectionResetError):
-                worker.process.join()
-                raise BurnishError(
-                    f"a simulator process died (exit {worker.process.exitcode}) in {worker.share.task_id}, attempt "
-                    f"{worker.number}", fix="run the same command again to continue"
-                ) from None  # fmt: skip
-            if error:
-                raise BurnishError(error)
-            worker.number = None
-            ended.append((worker.share, number, solved, reason))
-        return ended
-
-    def stop(self) -> None:
-        for worker in self._workers:
-            worker.connection.close()
-        for worker in self._workers:
-            if worker.number is not None:
-                worker.process.terminate()
-            worker.process.join(timeout=20)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
 
 
 def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_Share]) -> DemosSummary:

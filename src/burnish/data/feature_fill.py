@@ -6,7 +6,7 @@ While it is being filled a cache is called <folder>.partial and has one byte for
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
@@ -231,7 +231,9 @@ class Filler:
             os.close(handle)
 
 
-def fill_blocks(blocks: Iterable[Block], job: FeatureJob, folder: Path, device: str) -> Iterator[np.ndarray]:
+def fill_blocks(
+    blocks: Iterable[Block], job: FeatureJob, folder: Path, device: str
+) -> Generator[np.ndarray, None, None]:
     """Compute and write each block; yields the indices of its frames when they are written."""
     with closing(Filler(job, folder, device)) as filler:
         for frames, states in blocks:
@@ -239,7 +241,7 @@ def fill_blocks(blocks: Iterable[Block], job: FeatureJob, folder: Path, device: 
             yield frames
 
 
-def _fill_in_process(blocks: Iterable[Block], job: FeatureJob, folder: Path) -> Iterator[np.ndarray]:
+def _fill_in_process(blocks: Iterable[Block], job: FeatureJob, folder: Path) -> Generator[np.ndarray, None, None]:
     torch.set_num_threads(1)
     yield from fill_blocks(blocks, job, folder, "cpu")
 

@@ -141,7 +141,7 @@ class LanguageData:
 
     def __init__(self, root: Path, batch_size: int, seed: int, rank: int = 0, world: int = 1, turns: int = 1):
         found = open_questions(root)
-        self.images, self.questions, camera = found.images, found.rows, found.camera
+        self.images, self.questions, camera = found.images, found.entries, found.camera
         self.key = camera if camera.startswith(IMAGES) else IMAGES + camera
         self.order = Order(len(self.questions), batch_size, (seed, "language"), rank, world)
         self.turns, self.seed = turns, seed

@@ -6,10 +6,9 @@ holding, nearer, move (which object an instruction moves).
 """
 
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
+from burnish.core.workers import WorkerPool, count_workers
+from burnish.envs.base import Env, expand, make_env
 
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
 MIN_GAP = 0.09
@@ -42,7 +43,7 @@ class SceneFacts:
     held: str | None
 
 
-def scene_facts(env, camera: str) -> SceneFacts:
+def scene_facts(env: Env, camera: str) -> SceneFacts:
     """Read the facts of the running episode through the environment's protocol."""
     truth = env.ground_truth()
     names = list(truth["objects"])
@@ -120,32 +121,41 @@ def _absent_pairs(env_id: str) -> list[tuple[str, str]]:
     return [(c, s) for c in COLOURS for s in SHAPES]
 
 
-def _work(job: tuple) -> tuple[int, list[list[tuple[str, str, str]]]]:
-    """Render one block of scenes straight into the shared image file; runs in its own process."""
-    from burnish.envs.base import expand, make_env
+def draw_scenes(
+    blocks: Iterable[tuple[int, int]],
+    env_id: str,
+    image_size: int,
+    camera: str,
+    seed: int,
+    per_scene: int,
+    images: Path,
+) -> Generator[list[list[tuple[str, str, str]]], None, None]:
+    """The worker of `make_questions`: draws scenes first to last - 1 of a block straight into the file `images`.
 
-    env_id, image_size, camera, seed, first, count, per_scene, images_path = job
-    images = np.load(images_path, mmap_mode="r+", allow_pickle=False)
-    envs = [make_env(t, image_size) for t in expand(env_id)]
-    absent, asked = _absent_pairs(env_id), []
-    for scene in range(first, first + count):
-        rng = np.random.default_rng(derive_seed("questions", env_id, seed, scene))
-        env = envs[scene % len(envs)]
-        states = env.spec.num_initial_states
-        env.reset(seed + scene if states is None else int(rng.integers(states)))
-        expert = env.expert(scene)
-        for _ in range(int(rng.integers(0, 15)) if rng.random() < 0.6 else 0):
-            env.step(expert.act())
-        camera = camera or env.spec.cameras[0]
-        images[scene] = env.observe([camera]).images[camera]
-        questions = ask(scene_facts(env, camera), rng, absent)
-        if per_scene:
-            questions = [questions[i] for i in rng.permutation(len(questions))[:per_scene]]
-        asked.append(questions)
-    images.flush()
+    Yields the questions about each scene of a block.
+    """
+    array = np.load(images, mmap_mode="r+", allow_pickle=False)
+    envs = [make_env(task, image_size) for task in expand(env_id)]
+    absent = _absent_pairs(env_id)
+    for first, last in blocks:
+        asked = []
+        for scene in range(first, last):
+            rng = np.random.default_rng(derive_seed("questions", env_id, seed, scene))
+            env = envs[scene % len(envs)]
+            states = env.spec.num_initial_states
+            env.reset(seed + scene if states is None else int(rng.integers(states)))
+            expert = env.expert(scene)
+            for _ in range(int(rng.integers(0, 15)) if rng.random() < 0.6 else 0):
+                env.step(expert.act())
+            array[scene] = env.observe([camera]).images[camera]
+            questions = ask(scene_facts(env, camera), rng, absent)
+            if per_scene:
+                questions = [questions[i] for i in rng.permutation(len(questions))[:per_scene]]
+            asked.append(questions)
+        array.flush()
+        yield asked
     for env in envs:
         env.close()
-    return first, asked
 
 
 def make_questions(
@@ -160,33 +170,31 @@ def make_questions(
     workers: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Make `scenes` images with their questions and answers under `root`.
+    """Make images of scenes with their questions and answers under `root`, and return it.
 
     Args:
         env: environment id; several tasks take turns.
-        camera: empty means the environment's first one.
+        scenes: how many images.
+        root: folder to make; one that holds just what is asked for is left as it is.
+        image_size: height and width of the images in pixels.
+        camera: the view; empty means the environment's first one.
         per_scene: how many questions to keep for each image; 0 keeps all.
         seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
+        workers: simulator processes; 0 means one for each core.
+        progress: show a bar on stderr.
 
     Raises:
-        BurnishError: `root` exists and holds other questions than asked for.
+        BurnishError: bad arguments, or `root` exists and holds other questions than asked for.
     """
-    from tqdm import tqdm
-
-    from burnish.envs.base import expand, make_env
-
+    if scenes < 1:
+        raise BurnishError(f"{scenes} scenes", "at least 1")
     root = Path(root)
     probe = make_env(expand(env)[0], image_size)
-    meta = dict(
-        env=env,
-        scenes=scenes,
-        image_size=image_size,
-        camera=camera or probe.spec.cameras[0],
-        per_scene=per_scene,
-        seed=seed,
-        format=1,
-    )
+    camera = camera or probe.spec.cameras[0]
     probe.close()
+    meta = dict(
+        env=env, scenes=scenes, image_size=image_size, camera=camera, per_scene=per_scene, seed=seed, format=1
+    )  # fmt: skip
     if (root / "meta.json").exists():
         found = json.loads((root / "meta.json").read_text())
         if found != meta:
@@ -195,47 +203,52 @@ def make_questions(
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    images_path = partial / "images.npy"
     shape = (scenes, image_size, image_size, 3)
-    np.lib.format.open_memmap(images_path, mode="w+", dtype=np.uint8, shape=shape).flush()
-    block = max(1, min(200, scenes // 8))
-    jobs = [
-        (env, image_size, meta["camera"], seed, i, min(block, scenes - i), per_scene, str(images_path))
-        for i in range(0, scenes, block)
-    ]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    blocks: dict[int, list] = {}
-    with (
-        multiprocessing.get_context("spawn").Pool(workers) as pool,
-        tqdm(total=scenes, desc="questions", unit="scene", disable=not progress) as bar,
-    ):
-        for first, asked in pool.imap_unordered(_work, jobs):
-            blocks[first] = asked
-            bar.update(len(asked))
+    np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
+    asked = _ask_about_all(
+        scenes, (env, image_size, camera, seed, per_scene, partial / "images.npy"), workers, progress
+    )  # fmt: skip
     with open(partial / "questions.jsonl", "w") as lines:
-        for first in sorted(blocks):
-            for offset, questions in enumerate(blocks[first]):
-                for kind, question, answer in questions:
-                    row = {"image": first + offset, "question": question, "answer": answer, "kind": kind}
-                    lines.write(json.dumps(row) + "\n")
+        for image in range(scenes):
+            for kind, question, answer in asked[image]:
+                entry = {"image": image, "question": question, "answer": answer, "kind": kind}
+                lines.write(json.dumps(entry) + "\n")
     (partial / "meta.json").write_text(json.dumps(meta))
     os.replace(partial, root)
     return root
 
 
+def _ask_about_all(scenes: int, arguments: tuple, workers: int, progress: bool) -> dict[int, list]:
+    """The questions about each scene; `arguments` are those of `draw_scenes`."""
+    from tqdm import tqdm
+
+    size = max(1, min(200, scenes // 8))
+    blocks = [(first, min(first + size, scenes)) for first in range(0, scenes, size)]
+    count, name = min(count_workers(workers), len(blocks)), "simulator process"
+    asked: dict[int, list] = {}
+    with (
+        WorkerPool(draw_scenes, *arguments, count=count, name=name, fix="fewer workers if memory ran out") as pool,
+        tqdm(total=scenes, desc="questions", unit="scene", disable=not progress) as bar,
+    ):
+        for (first, last), found in pool.run(blocks, label=lambda block: f"scenes {block[0]} to {block[1] - 1}"):
+            asked |= zip(range(first, last), found, strict=True)
+            bar.update(last - first)
+    return asked
+
+
 @dataclass(frozen=True)
 class Questions:
-    """An opened question folder: `images` [N, H, W, 3] uint8 (memory-mapped) and one row per question."""
+    """An opened question folder: `images` [N, H, W, 3] uint8 (memory-mapped) and one entry per question."""
 
     images: np.ndarray
-    rows: list[dict]
+    entries: list[dict]
     camera: str
 
     def by_image(self) -> list[list[dict]]:
-        """Rows grouped by image, in the order of images."""
+        """Entries grouped by image, in the order of images."""
         grouped: list[list[dict]] = [[] for _ in range(len(self.images))]
-        for row in self.rows:
-            grouped[row["image"]].append(row)
+        for entry in self.entries:
+            grouped[entry["image"]].append(entry)
         return grouped
 
 
@@ -256,12 +269,12 @@ def open_questions(root: Path | str) -> Questions:
     try:
         meta = json.loads((root / "meta.json").read_text())
         images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
-        rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines() if line.strip()]
+        entries = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines() if line.strip()]
         camera = meta["camera"]
     except (ValueError, KeyError) as error:
         raise BurnishError(f"{root} cannot be read ({error!r})", "a question folder written by burnish") from error
-    if not rows:
+    if not entries:
         raise BurnishError(f"{root}/questions.jsonl is empty", "at least one question")
-    if max(r["image"] for r in rows) >= len(images):
+    if max(r["image"] for r in entries) >= len(images):
         raise BurnishError(f"{root}/questions.jsonl names an image beyond the {len(images)} in images.npy")
-    return Questions(images, rows, camera)
+    return Questions(images, entries, camera)

@@ -3,11 +3,10 @@
 Imports neither torch nor LeRobot, so that a simulator process starts quickly.
 """
 
-import errno
 import io
 import json
-import signal
-from multiprocessing.connection import Connection
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +174,10 @@ class Recorder:
             self._env = None
 
 
-def recorder_process(connection: Connection, request: dict[str, Any]) -> None:
-    """Body of a simulator process: takes (task id, number, folder), answers (number, success, reason, error).
-
-    Ends when its parent closes the connection or dies.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    recorder = Recorder(request)
-    try:
-        while True:
-            task_id, number, folder = connection.recv()
-            try:
-                success, reason = recorder.attempt(task_id, number, Path(folder))
-                connection.send((number, success, reason, ""))
-            except BurnishError as error:
-                connection.send((number, False, "", str(error)))
-            except OSError as error:
-                if error.errno != errno.ENOENT:  # else: the parent has finished without us
-                    raise
-    except (EOFError, BrokenPipeError):
-        pass
-    finally:
-        recorder.close()
+def record_attempts(
+    tasks: Iterable[tuple[str, int, Path]], request: dict[str, Any]
+) -> Generator[tuple[bool, str], None, None]:
+    """The worker of `make_demos`: of (task id, number, folder) it makes what `Recorder.attempt` returns."""
+    with closing(Recorder(request)) as recorder:
+        for task_id, number, folder in tasks:
+            yield recorder.attempt(task_id, number, folder)

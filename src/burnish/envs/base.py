@@ -9,10 +9,13 @@ An environment id is `family`, `family:selector` or `family:selector/task`:
 
 `expand` turns an id into single-task ids; `make_env` builds one of those. Rendering is separate from stepping,
 because a policy that executes chunks needs an image only when it replans.
+
+A new family is one file of this folder that ends in `ENVS.register("name")(EnvFamily(tasks, make))`; a package from
+outside names its EnvFamily under the entry points `burnish.environments`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -127,18 +130,22 @@ class InstructionSwap(Protocol):
 
 @runtime_checkable
 class RandomObject(Protocol):
-    """Offered by an environment whose expert can pick its object with closed eyes: what chance alone reaches."""
+    """Offered by an environment whose expert can pick its object at random: what ignoring language reaches."""
 
     def random_object_expert(self, seed: int) -> Expert: ...
 
 
 @dataclass(frozen=True)
 class EnvFamily:
-    """How a family is listed and built. `tasks(selector)` returns single-task selectors."""
+    """How the tasks of a family are listed and built.
 
-    tasks: Any  # Callable[[str], list[str]]
-    make: Any  # Callable[[str, int], Env]  (selector, image_size)
-    default_cameras: tuple[str, ...] = field(default=())
+    Args:
+        tasks: the single-task selectors that a selector stands for, in a fixed order; BurnishError for an unknown one.
+        make: builds the environment of a single-task selector, with images of the given side in pixels.
+    """
+
+    tasks: Callable[[str], list[str]]
+    make: Callable[[str, int], Env]
 
 
 ENVS: Registry[EnvFamily] = Registry("environment", room="burnish.envs")

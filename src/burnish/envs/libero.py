@@ -103,19 +103,6 @@ def make(selector: str, image_size: int) -> "Libero":
     return Libero(suite, index, tasks_of_suite[index], image_size)
 
 
-def no_expert_reason(selector: str) -> str:
-    """Why the scripted expert cannot solve a single task; empty where it can."""
-    from burnish.envs.libero_expert import unsupported_goal
-
-    _, tasks_of_suite, index = _parse(selector)
-    task = tasks_of_suite[index]
-    with _quiet():
-        from libero.libero.envs import bddl_utils
-
-        problem = bddl_utils.robosuite_parse_problem(_path("bddl_files", task.problem_folder, task.bddl_file))
-    return unsupported_goal(problem)
-
-
 class Libero:
     """One LIBERO task; see `burnish.envs.base.Env` for the protocol.
 

@@ -21,7 +21,6 @@ from burnish.envs.tabletop_expert import TabletopExpert
 
 FAMILIES = ("reach", "push", "lift", "put_on", "stack")
 MAX_STEPS = {"reach": 25, "push": 40, "lift": 40, "put_on": 60, "stack": 60}
-DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "away": (0.0, 1.0), "nearer": (0.0, -1.0)}
 STEP_LENGTH = 0.04
 SUBSTEPS = 20
 
@@ -100,7 +99,7 @@ class Tabletop:
             self.target = int(rng.choice(plates)) if plates else None
         places = self.layout.places[self.source]
         # A push must have room on the table: only directions that point inwards at the edge.
-        open_ways = [d for d, v in DIRECTIONS.items() if np.dot(v, places) < scene.TABLE_REACH - 0.06]
+        open_ways = [d for d, v in scene.DIRECTIONS.items() if np.dot(v, places) < scene.TABLE_REACH - 0.06]
         self.direction = str(rng.choice(open_ways))
         self.candidates = movable
         self._instruction = self._sentence(self.source)
@@ -205,7 +204,7 @@ class Tabletop:
         if self.family == "reach":  # the first object reached decides, so sweeping over all of them fails
             return self._first_reached == source
         if self.family == "push":
-            way = np.array(DIRECTIONS[self.direction])
+            way = np.array(scene.DIRECTIONS[self.direction])
             moved = position[:2] - start[:2]
             return bool(moved @ way > PUSH_DISTANCE and np.abs(moved - (moved @ way) * way).max() < 0.05)
         if self.family == "lift":
@@ -224,7 +223,7 @@ class Tabletop:
         return TabletopExpert(self, self.source, seed)
 
     def random_object_expert(self, seed: int) -> Expert:
-        """The expert with its eyes closed to language: it picks any object that could be meant."""
+        """The expert that ignores language: it picks at random among the objects that could be meant."""
         rng = np.random.default_rng(derive_seed("random object", seed))
         others = [i for i in self.candidates if i != self.target]
         return TabletopExpert(self, int(rng.choice(others)), seed)

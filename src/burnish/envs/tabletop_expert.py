@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from burnish.core.seeding import derive_seed
+from burnish.envs.tabletop_scene import DIRECTIONS
 
 if TYPE_CHECKING:
     from burnish.envs.tabletop import Tabletop
@@ -51,8 +52,6 @@ class TabletopExpert:
         return self._above(self.env.object_position(self.source)[:2], HOVER_HEIGHT), -1.0
 
     def _push(self) -> tuple[np.ndarray, float]:
-        from burnish.envs.tabletop import DIRECTIONS
-
         env = self.env
         way = np.array(DIRECTIONS[env.direction])
         hand, place = env.hand_position(), env.object_position(self.source)[:2]

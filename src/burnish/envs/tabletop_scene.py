@@ -29,6 +29,8 @@ MIN_GAP = 0.098
 """Smallest distance between two object centres, so that an open gripper fits between them."""
 FINGER_RANGE = 0.05
 CAMERAS = ("front", "side", "wrist")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "away": (0.0, 1.0), "nearer": (0.0, -1.0)}
+"""Of a push, as unit vectors in x and y."""
 
 _GEOM_TYPES = {"cube": 6, "cylinder": 5, "ball": 2, "plate": 5}  # mjtGeom: BOX, CYLINDER, SPHERE
 _SIZES = {

@@ -24,7 +24,7 @@ from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_la
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
-from burnish.evaluate.workers import Episode, Finished, MakeEnv, SimulatorPool, Waiting
+from burnish.evaluate.simulators import Episode, Finished, MakeEnv, SimulatorPool, Waiting
 from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:

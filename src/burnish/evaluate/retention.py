@@ -71,24 +71,24 @@ def retention(
     from tqdm import tqdm
 
     questions = open_questions(questions_root)
-    chosen = _subset(questions.rows, limit)
+    chosen = _subset(questions.entries, limit)
     was_training = policy.training
     policy.eval()
     total, tokens, correct = 0.0, 0, []
     try:
         with torch.no_grad(), tqdm(total=len(chosen), desc="questions", disable=not progress, file=sys.stderr) as bar:
-            for rows in _batches(chosen, batch_size):
-                batch = _batch(rows, questions.images, questions.camera, policy)
+            for entries in _batches(chosen, batch_size):
+                batch = _batch(entries, questions.images, questions.camera, policy)
                 loss = policy.language(batch)
                 total += float((loss.per_token * loss.mask).sum())
                 tokens += int(loss.mask.sum())
                 answers = policy.answer(batch, max_new_tokens=16)
-                correct += [_same(a, row["answer"]) for a, row in zip(answers, rows, strict=True)]
-                bar.update(len(rows))
+                correct += [_same(a, entry["answer"]) for a, entry in zip(answers, entries, strict=True)]
+                bar.update(len(entries))
     finally:
         policy.train(was_training)
-    kinds = sorted({row["kind"] for row in chosen})
-    flags = {kind: [c for c, row in zip(correct, chosen, strict=True) if row["kind"] == kind] for kind in kinds}
+    kinds = sorted({entry["kind"] for entry in chosen})
+    flags = {kind: [c for c, entry in zip(correct, chosen, strict=True) if entry["kind"] == kind] for kind in kinds}
     by_kind = {kind: wilson(sum(some), len(some)) for kind, some in flags.items()}
     return Retention(total / max(tokens, 1), wilson(sum(correct), len(correct)), by_kind, correct)
 
@@ -124,21 +124,21 @@ def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]
     return [questions[i] for i in sorted(chosen.tolist())]
 
 
-def _batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _batches(entries: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]
 
 
-def _batch(rows: list[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
+def _batch(entries: list[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
     import torch
 
-    pixels = torch.from_numpy(np.stack([images[row["image"]] for row in rows]))
+    pixels = torch.from_numpy(np.stack([images[entry["image"]] for entry in entries]))
     parameter = next(policy.parameters(), None)
     device = "cpu" if parameter is None else parameter.device
     return {
         f"observation.images.{camera}": pixels.to(device).permute(0, 3, 1, 2).float() / 255,
-        "question": [row["question"] for row in rows],
-        "answer": [row["answer"] for row in rows],
+        "question": [entry["question"] for entry in entries],
+        "answer": [entry["answer"] for entry in entries],
     }
 
 

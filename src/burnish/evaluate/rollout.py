@@ -20,7 +20,7 @@ from burnish.core.seeding import derive_seed
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import SUMMARY, Journal
-from burnish.evaluate.workers import Episode, MakeEnv, SimulatorPool
+from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
 from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def evaluate_expert(
     """Measure a scripted expert on the same initial states, with the same files as `evaluate`.
 
     Args:
-        which: "expert", or "random_object" for the one that picks its object with closed eyes: what a policy that
-            does not listen can reach at best.
+        which: "expert", or "random_object" for the one that picks its object at random: what a policy that ignores
+            language can reach at best.
 
     The other arguments are those of `evaluate`.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.records import Journal, Record
-from burnish.evaluate.workers import Episode, Finished, SimulatorPool, Waiting
+from burnish.evaluate.simulators import Episode, Finished, SimulatorPool, Waiting
 
 
 @dataclass

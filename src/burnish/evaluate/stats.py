@@ -62,7 +62,8 @@ def sign_flip(differences: np.ndarray) -> float:
         differences: [n] integers, e.g. successes of A minus successes of B on one initial state.
     """
     sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.int64)), return_counts=True)
-    mass, offset = np.ones(1), 0  # mass[i] = P(sum = i - offset)
+    mass: np.ndarray = np.ones(1)  # mass[i] = P(sum = i - offset)
+    offset = 0
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         if size == 0:
             continue

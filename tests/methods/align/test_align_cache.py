@@ -71,8 +71,14 @@ def test_int8_keeps_the_direction_of_every_token(tmp_path, key, data):
     assert small.bytes_per_sample <= half.bytes_per_sample / 2
 
 
+def anisotropic():
+    """Features [200, 1, 2, 2, 6] that lie almost in three of their dimensions."""
+    drawn = torch.randn(200, 1, 2, 2, 6, generator=torch.Generator().manual_seed(0))
+    return drawn @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0.1]))
+
+
 def test_pca_is_the_best_subspace():
-    features = torch.randn(200, 1, 2, 2, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0.1]))
+    features = anisotropic()
     key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca", components=3)
     statistics = Statistics.fit(features, key)
     assert statistics.basis.shape == (3, 6) and statistics.basis[:, 3:].abs().max() < 0.05
@@ -81,7 +87,7 @@ def test_pca_is_the_best_subspace():
 
 
 def test_compression_is_gated_and_finds_its_own_size():
-    features = torch.randn(200, 1, 2, 2, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0.1]))
+    features = anisotropic()
     key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca")
     assert len(Statistics.fit(features, key).basis) == 3
     with pytest.raises(BurnishError, match=r"2 components keep .* to a cosine of 0.9.*at least 0.99"):

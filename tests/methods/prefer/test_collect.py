@@ -10,7 +10,7 @@ import pytest
 from burnish.core.errors import BurnishError
 from burnish.data.pairs import PairData
 from burnish.evaluate import pairs as collecting
-from burnish.evaluate.workers import SimulatorPool
+from burnish.evaluate.simulators import SimulatorPool
 
 
 @pytest.fixture(autouse=True)

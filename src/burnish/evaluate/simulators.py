@@ -1,20 +1,18 @@
 """Simulator processes: each holds a few episodes, executes whole chunks and renders only when asked to replan.
 
-Imports no torch, so that a process starts quickly. Started with the spawn method, because a rendering context does
-not survive a fork; a script that evaluates therefore needs the usual `if __name__ == "__main__":`.
+Imports no torch, so that a process starts quickly.
 """
 
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.workers import WorkerPool
 from burnish.data.record import Tape
 from burnish.data.spool import write_recording
 from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject
@@ -68,16 +66,6 @@ class Finished:
     steps: int
     instruction: str
     other_success: bool | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A user error inside the simulator process, forwarded as its text."""
-
-    message: str
-
-
-Reply = Waiting | Finished | Failed
 
 
 @dataclass
@@ -156,11 +144,11 @@ class _Running:
         return Finished(slot, self.success, self.steps, self.instruction, self.other_success)
 
 
-class _Server:
-    """The loop of one simulator process. Simulators are kept and reused for later episodes of their task."""
+class _Simulators:
+    """What one process holds. Simulators are kept and reused for later episodes of their task."""
 
-    def __init__(self, connection: Connection, make: MakeEnv, image_size: int):
-        self.connection, self.make, self.image_size = connection, make, image_size
+    def __init__(self, make: MakeEnv, image_size: int):
+        self.make, self.image_size = make, image_size
         self.running: dict[int, _Running] = {}
         self.idle: list[Env] = []
 
@@ -173,53 +161,49 @@ class _Server:
             self.idle.pop().close()
         return self.make(task, self.image_size)
 
-    def describe(self, task: str) -> None:
+    def describe(self, task: str) -> EnvSpec:
         env = self.take_env(task)
         self.idle.append(env)
-        self.connection.send(env.spec)
+        return env.spec
 
-    def start(self, slot: int, episode: Episode) -> None:
+    def start(self, slot: int, episode: Episode) -> Waiting | Finished:
         run = self.running[slot] = _Running(self.take_env(episode.task), episode)
         run.begin()
         if run.expert is not None:
             run.finish_with_expert()
-        self.reply(slot)
+        return self.reply(slot)
 
-    def act(self, slot: int, actions: np.ndarray) -> None:
+    def act(self, slot: int, actions: np.ndarray) -> Waiting | Finished:
         self.running[slot].execute(actions)
-        self.reply(slot)
+        return self.reply(slot)
 
-    def finish(self, slot: int) -> None:
+    def finish(self, slot: int) -> Waiting | Finished:
         run = self.running[slot]
         run.expert = run.env.expert(run.episode.actor_seed)
         run.finish_with_expert()
-        self.reply(slot)
+        return self.reply(slot)
 
-    def reply(self, slot: int) -> None:
+    def reply(self, slot: int) -> Waiting | Finished:
         run = self.running[slot]
-        if run.over:
-            del self.running[slot]
-            self.idle.append(run.env)
-            self.connection.send(run.end(slot))
-        else:
-            self.connection.send(Waiting(slot, run.env.observe(run.episode.cameras)))
+        if not run.over:
+            return Waiting(slot, run.env.observe(run.episode.cameras))
+        del self.running[slot]
+        self.idle.append(run.env)
+        return run.end(slot)
 
-    def serve(self) -> None:
-        while (command := self.connection.recv()) is not None:
-            name, *arguments = command
-            {"describe": self.describe, "start": self.start, "act": self.act, "finish": self.finish}[name](*arguments)
+    def close(self) -> None:
         for env in [*self.idle, *(run.env for run in self.running.values())]:
             env.close()
 
 
-def _main(connection: Connection, make: MakeEnv, image_size: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    try:
-        _Server(connection, make, image_size).serve()
-    except BurnishError as error:
-        connection.send(Failed(str(error)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is gone, so there is nobody left to work for
+def run_episodes(
+    commands: Iterable[tuple], make: MakeEnv, image_size: int
+) -> Generator[EnvSpec | Waiting | Finished, None, None]:
+    """The worker of a `SimulatorPool`: a command is (describe, start, act or finish, *its arguments)."""
+    with closing(_Simulators(make, image_size)) as held:
+        known = {"describe": held.describe, "start": held.start, "act": held.act, "finish": held.finish}
+        for name, *arguments in commands:
+            yield known[name](*arguments)
 
 
 class SimulatorPool:
@@ -232,85 +216,43 @@ class SimulatorPool:
     """
 
     def __init__(self, workers: int, make: MakeEnv, image_size: int):
-        context = multiprocessing.get_context("spawn")
-        self._connections: list[Connection] = []
-        self._processes = []
-        self._busy: dict[int, Episode] = {}
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(theirs, make, image_size), daemon=True)
-            process.start()
-            theirs.close()  # so that a dead process shows as the end of its pipe
-            self._connections.append(ours)
-            self._processes.append(process)
+        fix = "the same command continues after the finished episodes; fewer --workers if memory ran out"
+        self._pool = WorkerPool(run_episodes, make, image_size, count=workers, name="simulator process", fix=fix)
+        self._episodes: dict[int, Episode] = {}
 
     def describe(self, tasks: Iterable[str]) -> list[EnvSpec]:
         """Specs of single-task ids, asked of all processes at once. Only before the first `start`."""
-        asked = [(task, i % len(self._processes)) for i, task in enumerate(tasks)]
-        for task, worker in asked:
-            self._send(worker, ("describe", task))
-        return [self._receive(worker, task) for task, worker in asked]
+        tasks = list(tasks)
+        for i, task in enumerate(tasks):
+            self._pool.send(i % len(self._pool), ("describe", task), task)
+        specs: dict[str, EnvSpec] = {}
+        while len(self._pool.idle()) < len(self._pool):
+            specs |= {task: spec for _, (_, task), spec in self._pool.receive()}
+        return [specs[task] for task in tasks]
 
     def start(self, slot: int, episode: Episode) -> None:
         """Begin an episode in a free slot."""
-        self._busy[slot] = episode
-        self._send(slot % len(self._processes), ("start", slot, episode))
+        self._episodes[slot] = episode
+        self._send("start", slot, episode)
 
     def act(self, slot: int, actions: np.ndarray) -> None:
         """Hand the waiting episode of `slot` its next actions [T, A]."""
-        self._send(slot % len(self._processes), ("act", slot, actions))
+        self._send("act", slot, actions)
 
     def finish(self, slot: int) -> None:
         """Let the environment's expert complete the waiting episode of `slot`."""
-        self._send(slot % len(self._processes), ("finish", slot))
+        self._send("finish", slot)
 
     def poll(self) -> list[Waiting | Finished]:
         """Wait for at least one reply and return all that are there."""
-        ready = wait(self._connections)
-        return [self._receive(self._connections.index(connection)) for connection in ready]
+        return [reply for _, _, reply in self._pool.receive()]
 
-    def _send(self, worker: int, message: tuple) -> None:
-        try:
-            self._connections[worker].send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            self._receive(worker)  # says why it stopped, where it still could
-            self._died(worker)
-
-    def _receive(self, worker: int, task: str = ""):
-        try:
-            reply = self._connections[worker].recv()
-        except (EOFError, ConnectionResetError):
-            self._died(worker, task)
-        if isinstance(reply, Failed):
-            raise BurnishError(reply.message)
-        if isinstance(reply, Finished):
-            self._busy.pop(reply.slot)
-        return reply
-
-    def _died(self, worker: int, task: str = "") -> None:
-        process = self._processes[worker]
-        process.join(5)
-        held = [str(e) for slot, e in self._busy.items() if slot % len(self._processes) == worker]
-        raise BurnishError(
-            f"simulator process {worker} ended with exit code {process.exitcode} "
-            f"while it held {'; '.join(held) or task or 'nothing'}",
-            fix="the same command continues after the finished episodes; fewer --workers if memory ran out",
-        )
+    def _send(self, command: str, slot: int, *arguments: Any) -> None:
+        self._pool.send(slot % len(self._pool), (command, slot, *arguments), str(self._episodes[slot]))
 
     def close(self) -> None:
         """Stop all processes, also those in the middle of an episode."""
-        for connection in self._connections:
-            try:
-                connection.send(None)
-            except (BrokenPipeError, ConnectionResetError):
-                continue
-        for process in self._processes:
-            process.join(2)
-            if process.is_alive():
-                process.terminate()
-                process.join()
-        for connection in self._connections:
-            connection.close()
+        self._pool.close()
 
     def __enter__(self) -> "SimulatorPool":
         return self
