@@ -1,72 +1,137 @@
-"""The command line: parses, calls, prints. Nothing heavy is imported before a command runs."""
+"""The `burnish` command: finds what is called, calls it, and says mistakes in one line."""
 
-import argparse
+import logging
+import subprocess
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
+from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError
 
-# command: (module holding add_arguments(parser) and main(args), one line of help)
-COMMANDS = {
-    "demos": ("burnish.cli.demos", "record expert demonstrations as a LeRobot data set"),
-    "questions": ("burnish.cli.questions", "make scene questions with answers from simulator states"),
-    "inspect": ("burnish.cli.inspect", "say what a practitioner must know about a data set"),
-    "pretrain": ("workshop.pretrain", "train a small VLM from scratch on scene questions"),
-    "tower": ("workshop.build_vlm_cli", "build a VLM around a real language model that installs as a package"),
-    "train": ("burnish.cli.train", "fine-tune a policy as a recipe says"),
-    "eval": ("burnish.cli.eval", "measure a policy in closed loop"),
-    "compare": ("burnish.cli.compare", "compare two evaluations, paired on the initial states"),
-    "pairs": ("burnish.cli.pairs", "make preference pairs from rollouts of a policy, or import labels"),
-    "verify": ("burnish.cli.verify", "check on a policy of yours that an estimate or a shortcut says what it should"),
-    "anchor": ("burnish.cli.anchor", "keep statistics of a frozen policy's hidden states, for isolate"),
-    "decode": ("burnish.cli.decode", "decode a chunk of action tokens, in figures and a picture"),
-    "profile": ("burnish.cli.profile", "say where the time of a policy's call goes"),
-    "run": ("burnish.experiments.pipeline", "run a whole recipe: data, training, evaluation, report"),
-    "study": ("burnish.experiments.study", "train and measure several arms with several seeds, as one table"),
-    "align": ("burnish.cli.align", "3D teachers, their cached features, and which layers to align"),
-    "ship": ("workshop.package_base", "store a policy in half precision as a base that comes with the package"),
-    "capability": ("burnish.cli.weights", "extract, merge and inspect what a fine-tune has learnt"),
-    "report": ("burnish.cli.report", "write the HTML page of a run"),
-    "pareto": ("burnish.experiments.pareto", "plot what a study's arms can do against what they still know"),
-    "results": ("burnish.experiments.results", "write the tables of README and docs from results/"),
-    "bench": ("bench", "measure burnish against its peers, as JSON"),
-}
+COMMANDS = Group(
+    "Post-training for vision-language-action policies.",
+    {
+        "data": data.COMMANDS,
+        "train": train.train,
+        "eval": eval.eval,
+        "compare": compare.compare,
+        "run": run.run,
+        "weights": weights.COMMANDS,
+        "policy": policy.COMMANDS,
+        "method": method.COMMANDS,
+        "report": report.COMMANDS,
+    },
+)
 
+OLD = {
+    "demos": "data demos", "questions": "data questions", "inspect": "data inspect", "pairs": "data pairs",
+    "study": "run", "align picture": "method align figure", "align": "method align",
+    "anchor build": "method isolate anchor", "anchor": "method isolate", "capability": "weights",
+    "decode": "policy decode", "profile": "policy profile", "verify": "policy verify", "pareto": "report pareto",
+    "results": "report results",
+}  # fmt: skip
+"""Earlier names, kept for one release; two words go before one."""
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only the module of `command` is imported, so that --help stays quick."""
-    parser = argparse.ArgumentParser(prog="burnish", description="Post-training for vision-language-action policies.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, help_line) in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name,
-            help=help_line,
-            description=help_line[0].upper() + help_line[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name == command:
-            import_module(module).add_arguments(sub)
-    return parser
+OUTSIDE = {
+    "align teacher": "workshop teacher", "bench": "bench", "pretrain": "workshop pretrain",
+    "ship": "workshop package-base", "tower": "workshop build-vlm",
+}  # fmt: skip
+"""Earlier names of what is no part of the package: `python -m`, in a checkout."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `burnish` command; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv and argv[0] in COMMANDS else None
-    parser = build_parser(command)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and command not in ("train", "run", "study", "pretrain"):
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    args.overrides = unknown
+    """Entry point; returns the exit status: 2 after a mistake of the user's, 130 after an interruption."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    shown = " ".join(["burnish", *words[:1]])
     try:
-        return import_module(COMMANDS[args.command][0]).main(args) or 0
+        with messages(shown):
+            words, outside = present_names(words)
+        if outside:
+            return run_outside(words)
+        shown, command, words = find(words)
+        with messages(shown):
+            return CommandParser(shown, command, words).call(words)
     except BurnishError as error:
-        print(f"burnish {args.command}: {error}", file=sys.stderr)
+        print(f"{shown}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"burnish {args.command}: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"{shown}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def find(words: Sequence[str]) -> tuple[str, Command, list[str]]:
+    """Full name of the command, the command, and what follows; exits where there is none, with help or an error."""
+    name, found, rest = "burnish", COMMANDS, list(words)
+    while isinstance(found, Group):
+        if not rest or rest[0] not in found.commands:
+            parser = group_parser(name, found)
+            if found is COMMANDS:
+                parser.add_argument("--version", action="version", version=version())
+            parser.parse_args(rest)  # prints the help, or refuses the word
+        name, found, rest = f"{name} {rest[0]}", found.commands[rest[0]], rest[1:]
+    return name, found, rest
+
+
+def version() -> str:
+    from burnish import __version__
+
+    return __version__
+
+
+def present_names(words: Sequence[str]) -> tuple[list[str], bool]:
+    """`words` with the present name of the command, and whether it is one outside the package; tells of an old name."""
+    words = list(words)
+    for table in (OLD, OUTSIDE):
+        for length in (2, 1):
+            old, rest = " ".join(words[:length]), words[length:]
+            if len(words) >= length and old in table:
+                start = "python -m" if table is OUTSIDE else "burnish"
+                _tell(f"burnish {old}", f"{start} {table[old]}")
+                return [*table[old].split(), *rest], table is OUTSIDE
+    pages = [*report.COMMANDS.commands, "-h", "--help"]
+    if words[:1] == ["report"] and len(words) > 1 and words[1] not in pages:
+        _tell("burnish report RUN_FOLDER", "burnish report page RUN_FOLDER")
+        words.insert(1, "page")
+    return words, False
+
+
+def _tell(old: str, new: str) -> None:
+    logging.getLogger("burnish").warning("%s is now called %s; the old name goes with the next release", old, new)
+
+
+def run_outside(words: Sequence[str]) -> int:
+    """Run `python -m WORDS` for the packages bench and workshop, which lie in a checkout."""
+    if not Path(words[0], "__main__.py").is_file():
+        raise BurnishError(f"{words[0]} is no part of the package", "a checkout of burnish as the present folder")
+    return subprocess.run([sys.executable, "-m", *words], check=False).returncode
+
+
+@contextmanager
+def messages(name: str) -> Iterator[None]:
+    """Show what burnish logs as lines `NAME: message` on stderr."""
+    log = logging.getLogger("burnish")
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [_Lines(name)], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+
+
+class _Lines(logging.Handler):
+    """Prints to the stderr of the moment, so that a progress bar or a test may have put another in its place."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.command = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{self.command}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
