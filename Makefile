@@ -39,7 +39,7 @@ lint: $(READY)
 
 # Fill the tables of README and docs from results/*.json.
 results: $(READY)
-	.venv/bin/burnish results
+	.venv/bin/burnish report results
 
 # Names and versions of everything that the package and its extras pull in.
 constraints: $(READY)

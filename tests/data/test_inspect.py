@@ -164,7 +164,7 @@ def test_quantiles_of_lerobot_are_measured_not_believed(v30):
 
 def test_command_prints_and_writes_a_page(v21, tmp_path, capsys):
     page = tmp_path / "page.html"
-    assert main(["inspect", str(v21), "--html", str(page)]) == 0
+    assert main(["data", "inspect", str(v21), "--html", str(page)]) == 0
     text = capsys.readouterr().out
     for word in ("v2.1", "3, 35 frames", "gripper", "48x64", "outside min/max", "differ in case"):
         assert word in text
@@ -301,7 +301,7 @@ def test_malformed_data_sets_get_one_clear_line(broken, damage, message, capsys)
     damage(broken)
     with pytest.raises(BurnishError, match=message):
         inspect_dataset(broken)
-    assert main(["inspect", str(broken)]) == 2
+    assert main(["data", "inspect", str(broken)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from burnish import BurnishError, write_report
 from burnish.cli.main import main
-from burnish.report.picture import write_picture
+from burnish.report.figure import write_figure
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "path"}
 
@@ -162,13 +162,13 @@ def test_broken_video_is_left_out(run, monkeypatch):
     assert page_of(run).count("data:image/") == 4
 
 
-def test_picture_of_a_run(run, tmp_path):
+def test_figure_of_a_run(run, tmp_path):
     from PIL import Image
 
     target = tmp_path / "img/run.png"
-    assert main(["report", str(run), "--picture", str(target)]) == 0
+    assert main(["report", "page", str(run), "--figure", str(target)]) == 0
     with Image.open(target) as image:
         assert image.width > 900 and image.convert("L").getextrema()[0] < 200
     shutil.rmtree(run / "eval/tuned/videos")
     with pytest.raises(BurnishError, match="no film strips"):
-        write_picture(run, target)
+        write_figure(run, target)

@@ -1,32 +1,37 @@
-"""`burnish compare`: parses, calls, prints."""
+"""`burnish compare`."""
 
-import argparse
-import json
+from json import dumps
+from typing import Annotated
 
-EPILOG = """examples:
-  burnish compare runs/lift/eval/base runs/lift/eval/tuned
-  burnish compare base.jsonl tuned.jsonl --task-regex 'spatial/[0-4]$' --json
-  burnish compare base/seed0 tuned/seed0 --a base/seed1 --b tuned/seed1      several runs of each arm
+from burnish.cli.parser import Arg
 
-A and B are evaluation folders, or files with one JSON object per line: task, seed (or initial_state, or trial),
-success. Trials are paired on task and initial state.
-"""
+FURTHER = Arg(metavar="PATH")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument("A", help="first arm, for instance the base")
-    parser.add_argument("B", help="second arm, for instance the tuned policy; differences are B minus A")
-    parser.add_argument("--a", action="append", default=[], metavar="PATH", help="a further run of A; repeat at will")
-    parser.add_argument("--b", action="append", default=[], metavar="PATH", help="a further run of B; repeat at will")
-    parser.add_argument("--task-regex", metavar="REGEX", help="only tasks in which this is found")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def compare(
+    first: str, second: str, *, a: Annotated[list[str], FURTHER] = (), b: Annotated[list[str], FURTHER] = (),
+    task_regex: str | None = None, seed: int = 0, json: bool = False,
+) -> None:  # fmt: skip
+    """Compare two evaluations, paired on the initial states.
 
+    Each is an evaluation folder, or a file with one JSON object per line: task, seed (or initial_state, or trial),
+    success. Trials are paired on task and initial state.
 
-def main(args: argparse.Namespace) -> int:
+    Args:
+        first: A, for instance the base
+        second: B, for instance the tuned policy; differences are B minus A
+        a: a further run of A; repeat at will
+        b: a further run of B; repeat at will
+        task_regex: only tasks in which this is found
+        seed: seed of the bootstrap
+        json: print one JSON object
+
+    Examples:
+        burnish compare runs/lift/eval/base runs/lift/eval/tuned
+        burnish compare base.jsonl tuned.jsonl --task-regex 'spatial/[0-4]$' --json
+        burnish compare base/seed0 tuned/seed0 --a base/seed1 --b tuned/seed1      several runs of each
+    """
     from burnish.evaluate.compare import compare
 
-    found = compare([args.A, *args.a], [args.B, *args.b], task_regex=args.task_regex, seed=args.seed)
-    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
-    return 0
+    found = compare([first, *a], [second, *b], task_regex=task_regex, seed=seed)
+    print(dumps(found.to_dict(), indent=2) if json else found)

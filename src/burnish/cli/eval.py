@@ -1,65 +1,57 @@
-"""`burnish eval`: parses, calls, prints."""
+"""`burnish eval`."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-EPILOG = """examples:
-  burnish eval runs/lift/policy --env tabletop:lift --episodes 100 --output runs/lift/eval/tuned
-  burnish eval small --env tabletop:lift --output runs/lift/eval/base
-  burnish eval runs/lift/policy --env tabletop:lift --instruction-swap --output runs/lift/eval/swap
-  burnish eval random_object --env tabletop:lift --output runs/lift/eval/chance
-  burnish eval CHECKPOINT --env libero:spatial/3 --cameras agentview wrist --output runs/spatial3
-
-The same command again continues a killed evaluation. `burnish compare` compares two of them.
-"""
+from burnish.cli.parser import Arg
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    add = parser.add_argument
-    add("policy", help="LeRobot policy folder, a shipped base (small), or expert, random_object")
-    add("--env", required=True, help="environment id, e.g. tabletop:lift, metaworld:mt10, libero:spatial/3")
-    add("--output", required=True, type=Path, help="folder of this evaluation")
-    add("--episodes", type=int, default=100, help="for each task (default 100)")
-    add("--first-state", type=int, default=1_000_000, help="first initial state, where they are unlimited")
-    add("--seed", type=int, default=0, help="seed of the policy's noise (default 0)")
-    add("--workers", type=int, default=0, help="simulator processes (default: one for each core)")
-    add("--batch-size", type=int, default=0, help="episodes in flight (default: four for each worker)")
-    add("--max-steps", type=int, default=0, help="limit in control steps (default: the environment's)")
-    add("--image-size", type=int, help="side of the images in pixels (default: the policy's)")
-    add("--cameras", nargs="+", help="the environment's cameras in the policy's order (default: same names)")
-    add("--n-action-steps", type=int, help="actions executed of each chunk (default: the policy's)")
-    add("--device", default="", help="torch device of the policy (default: a GPU where there is one)")
-    add("--instruction-swap", action="store_true", help="name another object in the instruction")
-    add("--no-video", action="store_true", help="film no episode")
+def evaluate(
+    policy: str, env: str, *, output: Path, episodes: int = 100, first_state: int = 1_000_000, seed: int = 0,
+    workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
+    cameras: Annotated[list[str], Arg(several=True)] = (), n_action_steps: int | None = None, device: str = "",
+    instruction_swap: bool = False, video: bool = True,
+) -> None:  # fmt: skip
+    """Measure a policy in closed loop.
 
+    The same command again continues a killed evaluation. `burnish compare` compares two of them.
 
-def main(args: argparse.Namespace) -> int:
+    Args:
+        policy: LeRobot policy folder, a shipped base (small), or expert, random_object
+        env: environment id, e.g. tabletop:lift, metaworld:mt10, libero:spatial/3
+        output: folder of this evaluation
+        episodes: for each task
+        first_state: first initial state, where they are unlimited
+        seed: seed of the policy's noise
+        workers: simulator processes; 0 means one for each core
+        batch_size: episodes in flight; 0 means four for each worker
+        max_steps: limit in control steps; 0 means the environment's
+        image_size: side of the images in pixels; default: the policy's
+        cameras: the environment's cameras in the policy's order; default: same names
+        n_action_steps: actions executed of each chunk; default: the policy's
+        device: torch device of the policy; default: a GPU where there is one
+        instruction_swap: name another object in the instruction
+        video: film no episode
+
+    Examples:
+        burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
+        burnish eval small tabletop:lift --output runs/lift/eval/base
+        burnish eval runs/lift/policy tabletop:lift --instruction-swap --output runs/lift/eval/swap
+        burnish eval random_object tabletop:lift --output runs/lift/eval/chance
+        burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
+    """
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
-    shared = {
-        "episodes": args.episodes,
-        "output": args.output,
-        "first_state": args.first_state,
-        "seed": args.seed,
-        "workers": args.workers,
-        "max_steps": args.max_steps,
-        "video": not args.no_video,
-    }
-    if args.policy in ("expert", "random_object"):
-        found = evaluate_expert(args.env, which=args.policy, image_size=args.image_size or 128, **shared)
+    if policy in ("expert", "random_object"):
+        found = evaluate_expert(
+            env, which=policy, episodes=episodes, output=output, first_state=first_state, seed=seed, workers=workers,
+            max_steps=max_steps, image_size=image_size or 128, video=video,
+        )  # fmt: skip
     else:
         found = evaluate(
-            args.policy,
-            args.env,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            cameras=args.cameras,
-            n_action_steps=args.n_action_steps,
-            device=args.device,
-            instruction_swap=args.instruction_swap,
-            **shared,
-        )
+            policy, env, episodes=episodes, output=output, first_state=first_state, seed=seed, workers=workers,
+            batch_size=batch_size, max_steps=max_steps, image_size=image_size, cameras=cameras or None,
+            n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap, video=video,
+        )  # fmt: skip
     print(found)
-    print(f"written to {args.output}")
-    return 0
+    print(f"written to {output}")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
-from burnish.cli.parser import Command, CommandParser, Group, group_parser
+from burnish.cli import compare, data, eval, method, policy, report, run, train
+from burnish.cli.parser import Command, CommandParser, Group, Legacy, group_parser
 from burnish.core.errors import BurnishError
 
 COMMANDS = Group(
@@ -16,10 +16,10 @@ COMMANDS = Group(
     {
         "data": data.COMMANDS,
         "train": train.train,
-        "eval": eval.eval,
+        "eval": eval.evaluate,
         "compare": compare.compare,
         "run": run.run,
-        "weights": weights.COMMANDS,
+        "weights": Legacy("weights", "extract, merge and inspect what a fine-tune has learnt"),
         "policy": policy.COMMANDS,
         "method": method.COMMANDS,
         "report": report.COMMANDS,
@@ -27,8 +27,8 @@ COMMANDS = Group(
 )
 
 OLD = {
-    "demos": "data demos", "questions": "data questions", "inspect": "data inspect", "pairs": "data pairs",
-    "study": "run", "align picture": "method align figure", "align": "method align",
+    "demos": "data demos", "questions": "data questions --scenes 1000", "inspect": "data inspect",
+    "pairs": "data pairs", "study": "run", "align picture": "method align figure", "align": "method align",
     "anchor build": "method isolate anchor", "anchor": "method isolate", "capability": "weights",
     "decode": "policy decode", "profile": "policy profile", "verify": "policy verify", "pareto": "report pareto",
     "results": "report results",
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_outside(words)
         shown, command, words = find(words)
         with messages(shown):
+            if isinstance(command, Legacy):
+                return command.call(shown, words)
             return CommandParser(shown, command, words).call(words)
     except BurnishError as error:
         print(f"{shown}: {error}", file=sys.stderr)
@@ -84,12 +86,12 @@ def version() -> str:
 def present_names(words: Sequence[str]) -> tuple[list[str], bool]:
     """`words` with the present name of the command, and whether it is one outside the package; tells of an old name."""
     words = list(words)
-    for table in (OLD, OUTSIDE):
-        for length in (2, 1):
+    for length in (2, 1):
+        for table in (OLD, OUTSIDE):
             old, rest = " ".join(words[:length]), words[length:]
             if len(words) >= length and old in table:
                 start = "python -m" if table is OUTSIDE else "burnish"
-                _tell(f"burnish {old}", f"{start} {table[old]}")
+                _tell(f"burnish {old}", f"{start} {table[old].partition(' --')[0]}")
                 return [*table[old].split(), *rest], table is OUTSIDE
     pages = [*report.COMMANDS.commands, "-h", "--help"]
     if words[:1] == ["report"] and len(words) > 1 and words[1] not in pages:

@@ -20,7 +20,9 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from textwrap import dedent, indent
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +37,20 @@ class Group:
 
     help: str
     commands: "Mapping[str, Command | Group]"
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """A command of the older form: a module of cli/ with add_arguments(parser) and main(args)."""
+
+    module: str
+    help: str
+
+    def call(self, name: str, words: Sequence[str]) -> int:
+        module = import_module(f"burnish.cli.{self.module}")
+        parser = argparse.ArgumentParser(name, description=self.help, formatter_class=argparse.RawTextHelpFormatter)
+        module.add_arguments(parser)
+        return module.main(parser.parse_args(words)) or 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Help:
 
 def read_help(command: Command | Group) -> Help:
     """Summary, details, arguments and examples of a docstring with the sections Args and Example."""
-    if isinstance(command, Group):
+    if isinstance(command, Group | Legacy):
         return Help(command.help, "")
     text = inspect.getdoc(command) or ""
     parts = re.split(r"^(Args|Examples?|Raises|Returns):\n", text, flags=re.M)
@@ -85,7 +101,7 @@ def read_help(command: Command | Group) -> Help:
     for entry in re.finditer(r"^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)", sections.get("Args", ""), flags=re.M):
         meaning = " ".join(entry[2].split())
         found.arguments |= {name.strip().lstrip("*"): meaning for name in entry[1].split(",")}
-    found.examples = (sections.get("Examples") or sections.get("Example") or "").rstrip()
+    found.examples = indent(dedent(sections.get("Examples") or sections.get("Example") or "").rstrip(), "  ")
     return found
 
 
@@ -201,9 +217,6 @@ class _Parameter:
         return value | {"type": self.kind} | ({"metavar": metavar} if metavar and not self.positional else {})
 
     def _help(self) -> str:
-        shown = self.meaning
-        if isinstance(self.default, list | tuple) and self.default:
-            shown += f" (default {' '.join(map(str, self.default))})"
-        elif self.kind is not bool and self.default not in (None, "") and not isinstance(self.default, list | tuple):
-            shown += f" (default {self.default})"
-        return shown.strip().replace("%", "%%")
+        default = " ".join(map(str, self.default)) if isinstance(self.default, list | tuple) else self.default
+        told = self.kind is bool or default in (None, "") or f"{default} means" in self.meaning
+        return (self.meaning if told else f"{self.meaning} (default {default})").replace("%", "%%")

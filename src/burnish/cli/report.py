@@ -1,25 +1,78 @@
-"""`burnish report`."""
+"""`burnish report`: the page of a run, a study as a picture, the tables of README and docs."""
 
-import argparse
 from pathlib import Path
+from typing import Annotated
+
+from burnish.cli.parser import Arg, Group
+from burnish.core.errors import BurnishError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, help="folder that `burnish run` or `burnish train` wrote")
-    parser.add_argument("--out", type=Path, help="where the page goes (default: RUN_FOLDER/report.html)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw film strips and success rates")
-    parser.epilog = (
-        "The page is one file with everything inside; it shows what the folder holds.\n\n"
-        "example:\n  burnish report runs/tabletop/quickstart"
-    )
+def page(
+    run_folder: Path, *, out: Path | None = None,
+    figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None,
+) -> None:  # fmt: skip
+    """Write the HTML page of a run.
 
+    The page is one file with everything inside; it shows what the folder holds.
 
-def main(args: argparse.Namespace) -> int:
+    Args:
+        run_folder: folder that `burnish run` or `burnish train` wrote
+        out: where the page goes; default: RUN_FOLDER/report.html
+        figure: also draw film strips and success rates
+
+    Example:
+        burnish report page runs/tabletop/quickstart
+    """
     from burnish.report.page import write_report
 
-    print(write_report(args.run_folder, args.out))
-    if args.picture:
-        from burnish.report.picture import write_picture
+    print(write_report(run_folder, out))
+    if figure:
+        from burnish.report.figure import write_figure
 
-        print(write_picture(args.run_folder, args.picture))
-    return 0
+        print(write_figure(run_folder, figure))
+
+
+def pareto(result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("pareto.png")) -> None:
+    """Plot what a study's variants can do against what they still know.
+
+    Args:
+        result: result of a study whose recipe sets eval.questions
+        output: PNG to write
+
+    Example:
+        burnish report pareto results/isolate/core.json -o docs/img/isolate.png
+    """
+    from burnish.experiments.pareto import write_pareto
+
+    print(write_pareto(result, output))
+
+
+def results(*, root: Path = Path(), check: bool = False) -> None:
+    """Write the tables of README and docs from results/.
+
+    Fills what stands between '<!-- results:NAME -->' and '<!-- /results -->' in README.md and docs/ of a checkout
+    from results/NAME.json.
+
+    Args:
+        root: the checkout; default: this folder
+        check: change nothing; fail when a table is out of date
+
+    Example:
+        burnish report results --check
+    """
+    from burnish.experiments.results import update_pages
+
+    if not (root / "README.md").is_file():
+        raise BurnishError(f"no README.md in {root.resolve()}", "the root of a checkout", "--root DIR")
+    changed = update_pages(root, check=check)
+    if check and changed:
+        names = ", ".join(str(page) for page in changed)
+        raise BurnishError(f"tables out of date in {names}", "what results/ says", "burnish report results")
+    for page in changed:
+        print(f"updated {page}")
+
+
+COMMANDS = Group(
+    "Write the page of a run, a study as a picture, the tables of README and docs.",
+    {"page": page, "pareto": pareto, "results": results},
+)

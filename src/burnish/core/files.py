@@ -93,12 +93,6 @@ def new_file(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def save_figure(figure, path: Path, dpi: int = 120) -> None:
-    """Write a matplotlib figure as PNG, at once."""
-    with new_file(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` at once; a kill leaves the old content."""
     with new_file(path) as file:

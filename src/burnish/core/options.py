@@ -12,7 +12,7 @@ A recipe, a command line and Python all go through `check`, so that none of them
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -66,10 +66,16 @@ def refuse_unknown(kind: type, given: Mapping[str, Any] | Sequence[str], where: 
 
 
 def check(options: Any, where: str, prefix: str = "") -> None:
-    """Raise BurnishError for a field of another type than declared, outside its range, or none of its choices."""
+    """Raise BurnishError for a field of another type than declared, outside its range, or none of its choices.
+
+    Fields that are dataclasses themselves are checked too, as "section.field".
+    """
     hints = get_type_hints(type(options))
     for one in fields(options):
         name, value = prefix + one.name, getattr(options, one.name)
+        if is_dataclass(value):
+            check(value, where, f"{name}.")
+            continue
         if not _fits(hints[one.name], value):
             raise BurnishError(f"{where}: {name} is {value!r}", f"a {_words(hints[one.name])}")
         check_value(value, one.metadata, f"{where}: {name}")

@@ -1,6 +1,6 @@
-"""Reading and writing recipes: one YAML file plus --section.field=value, every mistake named with its remedy."""
+"""Recipes: one YAML file plus --section.field=value, found from any folder, every mistake named with its remedy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,27 +8,53 @@ from typing import Any, get_type_hints
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.options import check
 from burnish.core.renames import rename_recipe
 
-_CHOICES = {
-    "train.precision": ("no", "bf16", "fp16"),
-    "train.peft.method": ("none", "lora", "dora"),
-}
-_AT_LEAST = {
-    "train.imitation_weight": 0,
-    "train.steps": 1, "train.batch_size": 1, "train.grad_accumulation": 1, "train.log_every": 1,
-    "train.save_every": 1, "train.warmup_steps": 0, "train.lr": 0, "train.weight_decay": 0,
-    "train.max_grad_norm": 0, "train.ema_decay": 0, "train.max_minutes": 0, "train.retention_every": 0,
-    "train.peft.rank": 1, "language.weight": 0, "language.batch_size": 1, "language.turns": 1,
-    "data.workers": 1, "data.image_size": 0,
-}  # fmt: skip
+SHIPPED = Path(__file__).parents[1] / "recipes"
+"""Recipes and studies that come with the package."""
+
+
+def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
+    """The file that `name` means: one that exists, else one that comes with the package.
+
+    The latter may be called "tabletop/quickstart", "tabletop/quickstart.yaml" or "recipes/tabletop/quickstart.yaml",
+    from any folder.
+
+    Args:
+        name: a path or the name of a shipped file.
+        beside: a file whose folder is looked at first.
+
+    Raises:
+        BurnishError: there is none; names the nearest shipped ones.
+    """
+    path = Path(name)
+    if beside is not None and (beside.parent / path).is_file():
+        return beside.parent / path
+    if path.is_file():
+        return path
+    inside = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
+    if not path.is_absolute() and ".." not in path.parts:
+        for shipped in (SHIPPED / inside, SHIPPED / f"{inside}.yaml"):
+            if shipped.is_file():
+                return shipped
+    known = sorted(str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml"))
+    wanted = str(inside.with_suffix(""))
+    near = [one for one in known if one.rpartition("/")[2] == inside.stem] or get_close_matches(wanted, known, 3, 0.5)
+    expected = f"a file, or a recipe that comes with burnish: {', '.join(near or known)}"
+    raise BurnishError(f"no recipe at {name}", expected)
+
+
+def is_study(values: Mapping[str, Any]) -> bool:
+    """Whether the content of a YAML file is a study (many runs of a recipe) and not a recipe."""
+    return "recipe" in values and bool({"variants", "arms"} & values.keys())
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> RecipeConfig:
     """Read a recipe.
 
     Args:
-        path: YAML file; None starts from the defaults.
+        path: YAML file or the name of a shipped one, see `find_recipe`; None starts from the defaults.
         overrides: "--section.field=value" each (also "--section.field", "value" as two items); values are YAML.
 
     Raises:
@@ -36,9 +62,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             a value has the wrong type or lies out of range.
     """
     source = str(path) if path is not None else "the recipe"
-    values = rename_recipe(read_yaml(Path(path))) if path is not None else {}
-    if {"recipe", "arms"} <= values.keys():
-        raise BurnishError(f"{path} is a study, not a recipe", "a recipe", f"burnish study {path}")
+    values = rename_recipe(read_yaml(find_recipe(path))) if path is not None else {}
+    if is_study(values):
+        raise BurnishError(f"{path} is a study, not a recipe", "a recipe", f"burnish run {path}")
     _check_keys(RecipeConfig, values, "", source)
     for dotted, value in _split(overrides):
         nested: Any = value
@@ -106,10 +132,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty one; raises BurnishError where it is none."""
     import yaml
 
-    if not path.is_file():
-        raise BurnishError(f"no recipe at {path}", "a YAML file", "burnish train --config recipes/<method>/<name>.yaml")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -179,15 +204,7 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, source: str) -> 
 
 
 def _check_values(recipe: RecipeConfig, source: str) -> None:
-    flat = flatten(recipe_to_dict(recipe))
-    for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise BurnishError(f"{source}: {key} is '{flat[key]}'", f"one of {', '.join(choices)}")
-    for key, least in _AT_LEAST.items():
-        if not flat[key] >= least:
-            raise BurnishError(f"{source}: {key} is {flat[key]}", f"at least {least}")
-    if not 0 <= recipe.train.ema_decay < 1:
-        raise BurnishError(f"{source}: train.ema_decay is {recipe.train.ema_decay}", "0 (off) or a value below 1")
+    check(recipe, source)
     if len(recipe.train.betas) != 2:
         raise BurnishError(f"{source}: train.betas is {recipe.train.betas}", "two numbers")
     for entry in recipe.objectives:
@@ -195,4 +212,4 @@ def _check_values(recipe: RecipeConfig, source: str) -> None:
             raise BurnishError(f"{source}: an entry of 'objectives' has no name: {entry}", "{name: <method>, ...}")
     if recipe.language.weight > 0 and not recipe.language.root:
         raise BurnishError(f"{source}: language.weight is {recipe.language.weight} but language.root is empty",
-                           "a question folder", "burnish questions --help")  # fmt: skip
+                           "a question folder", "burnish data questions --help")  # fmt: skip

@@ -11,6 +11,9 @@ RECIPE = {
 }
 """Keys of a recipe."""
 
+STUDY = {"arms": "variants", "before": "setup"}
+"""Keys of a study file."""
+
 OBJECTIVES: dict[str, dict[str, str]] = {}
 """Options of an entry in `objectives:`, by the method's name."""
 

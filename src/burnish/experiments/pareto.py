@@ -1,46 +1,31 @@
-"""`burnish pareto`: what a study's arms can do against what they still know, as one picture."""
+"""What a study's variants can do against what they still know, as one figure."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object, save_figure
+from burnish.core.figures import new_figure, save_figure
+from burnish.core.files import read_object
 from burnish.experiments.study import QUESTIONS
 
 ABILITY, KNOWLEDGE = "main", QUESTIONS
 COLOURS = ("#0f766e", "#c2580c", "#7c5cbf", "#b4262a", "#2563a8", "#6b7280", "#a16207", "#be185d", "#15803d", "#0e7490")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example:\n  burnish pareto results/isolate/core.json -o docs/img/isolate.png"
-    parser.add_argument("result", help="result of a study whose recipe sets eval.questions")
-    parser.add_argument("-o", "--output", default="pareto.png", help="PNG to write")
+def write_pareto(result: Path, out: Path = Path("pareto.png")) -> Path:
+    """Draw closed-loop success against exact answers and against answer loss, one colour for each variant.
 
-
-def main(args: argparse.Namespace) -> int:
-    print(write_pareto(Path(args.result), Path(args.output)))
-    return 0
-
-
-def write_pareto(result: Path, out: Path) -> Path:
-    """Draw closed-loop success against exact answers and against answer loss, one colour for each arm.
-
-    Large marks are means over seeds, with the intervals of the result; small ones single seeds. A line joins the arms
-    that no other arm beats in both; dotted, what the base knew before.
+    Large marks are means over seeds, with the intervals of the result; small ones single seeds. A line joins the
+    variants that no other beats in both; dotted, what the base knew before.
 
     Raises:
         BurnishError: no such result, or one without both measurements.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    arms = read_arms(result)
-    figure = Figure(figsize=(10, 4.6), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    variants = read_variants(result)
+    figure = new_figure(10, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw(left, arms, "accuracy", "exact answers to held-out questions", +1)
-    _draw(right, arms, "loss", "loss on their answers, nats per token", -1)
+    _draw(left, variants, "accuracy", "exact answers to held-out questions", +1)
+    _draw(right, variants, "loss", "loss on their answers, nats per token", -1)
     for axis, value in zip((left, right), read_base(result), strict=True):
         if value is not None:
             axis.axvline(value, color="#6b7280", linestyle=":", linewidth=1)
@@ -53,26 +38,31 @@ def write_pareto(result: Path, out: Path) -> Path:
     return out
 
 
-def read_arms(result: Path) -> dict[str, dict[str, Any]]:
-    """Arm to `success`, `accuracy` and `loss`, each a dict of rate, interval (or None) and by_seed."""
+def read_variants(result: Path) -> dict[str, dict[str, Any]]:
+    """Variant to `success`, `accuracy` and `loss`, each a dict of rate, interval (or None) and by_seed."""
     if not result.is_file():
-        raise BurnishError(f"{result} does not exist", "a file that burnish study wrote")
+        raise BurnishError(f"{result} does not exist", "a file that `burnish run STUDY` wrote")
     content = read_object(result)
-    arms: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     for row in content.get("rows", []):
         kind = {ABILITY: "success", KNOWLEDGE: "accuracy"}.get(row.get("eval", ABILITY))
         if kind:
-            arms.setdefault(row["label"], {})[kind] = row
+            variants.setdefault(row["label"], {})[kind] = row
     for name, run in content.get("metrics", {}).get("runs", {}).items():
-        arm = name.rpartition("-")[0]
-        if arm in arms and "answer_loss" in run:
-            arms[arm].setdefault("loss", {"by_seed": [], "interval": None})["by_seed"].append(run["answer_loss"])
-    arms = {name: arm for name, arm in arms.items() if {"success", "accuracy", "loss"} <= arm.keys()}
-    if not arms:
-        raise BurnishError(f"{result} has no arm with success and answers", "a study whose recipe sets eval.questions")
-    for arm in arms.values():
-        arm["loss"]["rate"] = sum(arm["loss"]["by_seed"]) / len(arm["loss"]["by_seed"])
-    return arms
+        variant = name.rpartition("-")[0]
+        if variant in variants and "answer_loss" in run:
+            variants[variant].setdefault("loss", {"by_seed": [], "interval": None})["by_seed"].append(
+                run["answer_loss"]
+            )
+    wanted = {"success", "accuracy", "loss"}
+    variants = {name: found for name, found in variants.items() if wanted <= found.keys()}
+    if not variants:
+        raise BurnishError(
+            f"{result} has no variant with success and answers", "a study whose recipe sets eval.questions"
+        )
+    for found in variants.values():
+        found["loss"]["rate"] = sum(found["loss"]["by_seed"]) / len(found["loss"]["by_seed"])
+    return variants
 
 
 def read_base(result: Path) -> tuple[float | None, float | None]:
@@ -92,18 +82,18 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     return sorted(kept, key=lambda name: points[name])
 
 
-def _draw(axis: Any, arms: dict[str, dict[str, Any]], kind: str, label: str, sign: int) -> None:
-    for colour, (name, arm) in zip(COLOURS * 3, arms.items(), strict=False):
-        x, y = arm[kind], arm["success"]
+def _draw(axis: Any, variants: dict[str, dict[str, Any]], kind: str, label: str, sign: int) -> None:
+    for colour, (name, found) in zip(COLOURS * 3, variants.items(), strict=False):
+        x, y = found[kind], found["success"]
         low, high = y["interval"]
         across = None if x["interval"] is None else [[x["rate"] - x["interval"][0]], [x["interval"][1] - x["rate"]]]
         axis.errorbar(x["rate"], y["rate"], xerr=across, yerr=[[y["rate"] - low], [high - y["rate"]]], fmt="o",
                       color=colour, label=name, capsize=2, elinewidth=0.8, markersize=7)  # fmt: skip
         if len(x["by_seed"]) == len(y["by_seed"]):
             axis.plot(x["by_seed"], y["by_seed"], ".", color=colour, alpha=0.45, markersize=5)
-    points = {name: (sign * arm[kind]["rate"], arm["success"]["rate"]) for name, arm in arms.items()}
+    points = {name: (sign * one[kind]["rate"], one["success"]["rate"]) for name, one in variants.items()}
     best = front(points)
-    axis.plot([arms[n][kind]["rate"] for n in best], [arms[n]["success"]["rate"] for n in best], color="#c9ced6",
-              linewidth=1, zorder=0)  # fmt: skip
+    x, y = ([variants[name][what]["rate"] for name in best] for what in (kind, "success"))
+    axis.plot(x, y, color="#c9ced6", linewidth=1, zorder=0)
     axis.set_xlabel(label)
     axis.spines[["top", "right"]].set_visible(False)

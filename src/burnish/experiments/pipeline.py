@@ -1,11 +1,9 @@
-"""`burnish run RECIPE`: demonstrations, training, measurement and report, as one recipe says.
+"""One recipe: demonstrations, training, measurement and report, as one recipe says.
 
 Every stage continues where a killed run left it, so the same command can always be given again.
 """
 
-import argparse
-import shlex
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
     from burnish.evaluate.retention import Retention
     from burnish.policies.base import Policy
+
+log = logging.getLogger("burnish")
 
 RESULT_LABELS = {
     "tuned": "fine-tuned",
@@ -52,7 +52,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        print(f"== {name}", file=sys.stderr, flush=True)
+        log.info("== %s", name)
         start = time.monotonic()
         try:
             yield
@@ -94,6 +94,8 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     from burnish.train.run import check_resumable
     from burnish.train.setup import make_objectives
 
+    if not recipe.demos.env and not recipe.data.root:
+        raise BurnishError(f"recipe '{recipe.name}' names neither demos.env nor data.root", "one of them")
     make_objectives(recipe)  # a mistake in their options shows before anything is made
     if not fresh:
         check_resumable(recipe)
@@ -143,7 +145,7 @@ def make_data(recipe: RecipeConfig, stages: Stages) -> None:
                 demos.env, demos.episodes, demos_root(recipe), image_size=demos.image_size,
                 cameras=tuple(demos.cameras), seed=demos.seed, workers=demos.workers,
             )  # fmt: skip
-            print(summary, file=sys.stderr)
+            log.info("%s", summary)
     questions = recipe.eval.questions
     if questions.root and not Path(questions.root).exists():
         from burnish.data.questions import make_questions
@@ -197,7 +199,7 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
         for variant, measure in variants.items():
             with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
                 outcome.evaluations[variant] = measure(outcome.folder / "eval" / variant)
-                print(outcome.evaluations[variant], file=sys.stderr)
+                log.info("%s", outcome.evaluations[variant])
     if settings.questions.root:
         with stages.stage("question retention"):
             _measure_retention(recipe, outcome)
@@ -211,7 +213,7 @@ def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
     after = load_policy(tuned)
     for what, one, other in (("actions", base.action_dim, after.action_dim), ("cameras", base.cameras, after.cameras)):
         if one != other:
-            print(f"the base is not measured: it has {what} {one}, the fine-tuned policy {other}", file=sys.stderr)
+            log.warning("the base is not measured: it has %s %s, the fine-tuned policy %s", what, one, other)
             return None
     return base if recipe.policy.overrides else recipe.policy.path
 
@@ -250,24 +252,3 @@ def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: 
         path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
         date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
     )  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example:\n  burnish run recipes/tabletop/quickstart.yaml --train.steps=500"
-    parser.add_argument("recipe", help="recipe file; any field can follow as --section.field=value")
-    parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
-    parser.add_argument("--fresh", action="store_true", help="delete the run's earlier training and measurements")
-
-
-def main(args: argparse.Namespace) -> int:
-    from burnish.core.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)
-    if not recipe.demos.env and not recipe.data.root:
-        raise BurnishError(f"{args.recipe} names neither demos.env nor data.root", "one of them")
-    command = shlex.join(["burnish", "run", args.recipe, *args.overrides])
-    outcome = run_recipe(recipe, command=command, result=Path(args.result) if args.result else None, fresh=args.fresh)
-    for variant, found in outcome.evaluations.items():
-        print(f"{RESULT_LABELS[variant]}: {found.overall}")
-    print(f"report: {outcome.report}")
-    return 0

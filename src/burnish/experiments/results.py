@@ -1,7 +1,7 @@
 """Results as small JSON files, and the tables of README and docs that are generated from them.
 
-`results/<name>.json` is the outcome of a recipe; `results/bench_<name>.json` what `burnish bench` printed. A page
-asks for a table with a pair of lines, and `burnish results` fills in what stands between them:
+`results/<name>.json` is the outcome of a recipe; `results/bench_<name>.json` what `python -m bench` printed. A page
+asks for a table with a pair of lines, and `burnish report results` fills in what stands between them:
 
     <!-- results:tabletop/quickstart -->
     <!-- /results -->
@@ -10,7 +10,6 @@ Several names, separated by spaces, give one table. `results:STUDY runs: KEY ...
 study's runs logged. No number is typed by hand.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -117,24 +116,24 @@ def render_table(names: Iterable[str], results: Path) -> str:
 
 
 def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
-    """Means over training seeds of what a study's runs logged last: a row for each arm, a column for each key."""
+    """Means over training seeds of what a study's runs logged last: a row for each variant, a column for each key."""
     parts = []
     for name in names:
         if not (results / f"{name}.json").is_file():
             parts.append(f"*Not measured yet: `results/{name}.json` does not exist.*")
             continue
         found = _load(results / f"{name}.json")
-        arms: dict[str, list[dict[str, Any]]] = {}
+        variants: dict[str, list[dict[str, Any]]] = {}
         for run, figures in found["metrics"].get("runs", {}).items():
-            arms.setdefault(run.rpartition("-")[0], []).append(figures)
+            variants.setdefault(run.rpartition("-")[0], []).append(figures)
         lines = [
             _line(["", "seeds", *(key.replace("_", " ") for key in keys)]),
             _line(["---", *["---:"] * (len(keys) + 1)]),
         ]
-        for arm, runs in arms.items():
+        for variant, runs in variants.items():
             values = [[run[key] for run in runs if run.get(key) is not None] for key in keys]
             means = [_cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
-            lines.append(_line([arm, len(runs), *means]))
+            lines.append(_line([variant, len(runs), *means]))
         parts.append("\n".join(lines) + "\n\n" + _provenance(found))
     return "\n\n".join(parts) + "\n"
 
@@ -151,13 +150,17 @@ def fill(text: str, results: Path, where: str) -> str:
     return MARKER.sub(renew, text)
 
 
-def update_pages(root: Path, check: bool = False) -> list[Path]:
+def update_pages(root: Path | str = Path(), check: bool = False) -> list[Path]:
     """Write the tables of README.md and docs/ under `root` from its results/.
+
+    Args:
+        root: a checkout; the present folder when not given.
+        check: change nothing.
 
     Returns:
         The pages that changed (or, with `check`, would change).
     """
-    changed = []
+    root, changed = Path(root), []
     for page in sorted(file for pattern in PAGES for file in root.glob(pattern)):
         before = page.read_text(encoding="utf-8")
         after = fill(before, root / "results", str(page))
@@ -183,7 +186,7 @@ def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
     rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
     extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in ROW_FIELDS))
     several = len(found) > 1
-    evals = "eval" in extra  # several evaluations of the same arms: named at the left
+    evals = "eval" in extra  # several evaluations of the same variants: named at the left
     extra = [key for key in extra if key != "eval"]
     names = [*(["recipe"] if several else []), "", *(["eval"] if evals else [])]
     numbers = ["n", "success", "95 % interval", *(key.replace("_", " ") for key in extra)]
@@ -217,7 +220,7 @@ def _bench_table(name: str, bench: dict[str, Any]) -> str:
     lines = [_line(["figure", "value", "target"]), _line(["---", "---:", "---"])]
     for figure, value in bench["figures"].items():
         lines.append(_line([f"`{figure}`", _cell(figure, value), str(targets.get(figure, ""))]))
-    made = f"`{bench.get('command') or 'burnish bench ' + name.removeprefix('bench_') + ' --json'}`"
+    made = f"`{bench.get('command') or 'python -m bench ' + name.removeprefix('bench_') + ' --json'}`"
     facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if "n" in bench else ""]
     return "\n".join(lines) + "\n\n" + " · ".join(fact for fact in facts if fact)
 
@@ -255,24 +258,3 @@ def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
     return "" if value is None else str(value)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
-    parser.epilog = (
-        "Fills what stands between '<!-- results:NAME -->' and '<!-- /results -->' in README.md and docs/\n"
-        "from results/NAME.json.\n\nexample:\n  burnish results --check"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    if not (args.root / "README.md").is_file():
-        raise BurnishError(f"no README.md in {args.root.resolve()}", "the root of a checkout", "--root DIR")
-    changed = update_pages(args.root, check=args.check)
-    if args.check and changed:
-        names = ", ".join(str(page) for page in changed)
-        raise BurnishError(f"tables out of date in {names}", "what results/ says", "burnish results")
-    for page in changed:
-        print(f"updated {page}")
-    return 0

@@ -1,51 +1,60 @@
-"""`burnish study FILE`: arms x seeds, each an ordinary run, measured on the same trials and put into one table.
+"""A study: variants x seeds, each an ordinary run, measured on the same trials and put into one table.
 
-Every stage continues where a killed study left it, and the result is written anew after each run. Several processes
-may share the work (`--seeds 0` beside `--seeds 1`); a last call without the option finds it done and collects it.
+Every stage continues where a killed study left it, and the result is written again after each run. Several processes
+may share the work (seed 0 in one, seed 1 in another); a last call with all seeds finds it done and collects it.
 """
 
-import argparse
-import shlex
-import sys
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, read_object
-from burnish.core.options import refuse_unknown
-from burnish.core.recipe import demos_root, load_recipe, merge, read_yaml, recipe_from_dict, recipe_to_dict, run_folder
+from burnish.core.options import check, option, refuse_unknown
+from burnish.core.recipe import (
+    demos_root,
+    find_recipe,
+    load_recipe,
+    merge,
+    read_yaml,
+    recipe_from_dict,
+    recipe_to_dict,
+    run_folder,
+)
+from burnish.core.renames import STUDY, rename
+
+log = logging.getLogger("burnish")
 
 QUESTIONS = "questions, exact"
 """Name of the questions among the evaluations."""
 
 
+SetupRunner = Callable[[str], int]
+"""Runs one command line of `setup` and returns its exit status."""
+
+
 @dataclass
 class StudyConfig:
-    """A study file. `{seed}` and `{out}` in `before` and `arms` stand for the seed and the study's folder."""
+    """A study file. `{seed}` and `{out}` in `setup` and `variants` stand for the seed and the study's folder."""
 
-    name: str = ""
-    """Result name; runs go to runs/<name>/<arm>-<seed>."""
-    recipe: str = ""
-    """What all arms share: a recipe file, relative to the study file."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Training seeds (and seeds of the policy's noise in evaluation)."""
-    reference: str = ""
-    """The arm that the others are compared with; empty means the first."""
-    before: list[str] = field(default_factory=list)
-    """Burnish commands to run once for each seed before its arms."""
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name to changes of the recipe."""
-    evals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Further evaluations: name to changes of the recipe's eval section; "main" is the section itself."""
+    name: str = option("", "result name; runs go to runs/<name>/<variant>-<seed>")
+    recipe: str = option("", "what all variants share: a recipe file, beside the study file or shipped")
+    seeds: list[int] = option([0, 1, 2], "training seeds (and seeds of the policy's noise in evaluation)")
+    reference: str = option("", "the variant that the others are compared with; empty means the first")
+    setup: list[str] = option([], "burnish commands to run once for each seed before its variants")
+    variants: dict[str, dict[str, Any]] = option({}, "name to changes of the recipe")
+    evals: dict[str, dict[str, Any]] = option(
+        {}, 'further evaluations: name to changes of the recipe\'s eval section; "main" is the section itself'
+    )
 
 
 @dataclass
 class _Run:
-    arm: str
+    variant: str
     seed: int
     recipe: RecipeConfig
 
@@ -54,35 +63,69 @@ class _Run:
         return run_folder(self.recipe)
 
 
-def load_study(path: str | Path) -> tuple[StudyConfig, RecipeConfig]:
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyConfig, RecipeConfig]:
     """Read a study and its recipe.
 
+    Args:
+        path: study file, or the name of a shipped one, see `find_recipe`.
+        overrides: changes of the recipe that all variants share, see `load_recipe`.
+
     Raises:
-        BurnishError: a missing file, an unknown key, a reference that is no arm.
+        BurnishError: a missing file, an unknown key, a value of the wrong type, a reference that is no variant.
     """
-    path = Path(path)
-    values = read_yaml(path)
+    path = find_recipe(path)
+    values = rename(read_yaml(path), STUDY)
     refuse_unknown(StudyConfig, values, str(path), "key")
     study = StudyConfig(**values)
-    missing = [key for key in ("name", "recipe", "seeds", "arms") if not getattr(study, key)]
+    missing = [key for key in ("name", "recipe", "seeds", "variants") if not getattr(study, key)]
     if missing:
-        raise BurnishError(f"{path}: '{missing[0]}' is empty", "name, recipe, seeds and arms")
-    study.reference = study.reference or next(iter(study.arms))
-    if study.reference not in study.arms:
-        raise BurnishError(f"{path}: reference '{study.reference}' is no arm", f"one of {', '.join(study.arms)}")
+        raise BurnishError(f"{path}: '{missing[0]}' is empty", "name, recipe, seeds and variants")
+    check(study, str(path))
+    study.reference = study.reference or next(iter(study.variants))
+    if study.reference not in study.variants:
+        expected = f"one of {', '.join(study.variants)}"
+        raise BurnishError(f"{path}: reference '{study.reference}' is no variant", expected)
     if "main" in study.evals:
         raise BurnishError(f"{path}: an evaluation is called 'main'", "another name; 'main' is the recipe's own")
-    return study, load_recipe(path.parent / study.recipe)
+    return study, load_recipe(find_recipe(study.recipe, beside=path), overrides)
 
 
-def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", result: Path | None = None) -> Path:
-    """Train and measure every arm with every seed; finished runs are not repeated.
+def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
+    """Keep only the variants (the reference among them) and seeds of comma-separated lists; "" keeps all.
+
+    Raises:
+        BurnishError: an unknown variant, no reference, a seed that is no whole number.
+    """
+    if variants:
+        wanted = variants.split(",")
+        unknown = [name for name in wanted if name not in study.variants]
+        if unknown or study.reference not in wanted:
+            known = ", ".join(study.variants)
+            raise BurnishError(f"the variants '{variants}'", f"some of {known}, with {study.reference}")
+        study.variants = {name: study.variants[name] for name in wanted}
+    if seeds:
+        if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+            raise BurnishError(f"the seeds '{seeds}'", "whole numbers, separated by commas")
+        study.seeds = [int(seed) for seed in seeds.split(",")]
+
+
+def run_study(
+    study: StudyConfig, base: RecipeConfig, *, command: str = "", result: Path | None = None,
+    run_setup: SetupRunner | None = None,
+) -> Path:  # fmt: skip
+    """Train and measure every variant with every seed; finished runs are not repeated.
 
     Args:
+        study, base: from `load_study`.
+        command: the command line that the result names.
         result: the committed outcome, e.g. results/align/core.json; it grows with every finished run.
+        run_setup: runs the lines of `setup`; a study that has some needs it.
 
     Returns:
         The study's folder.
+
+    Raises:
+        BurnishError: a mistake in any variant (before anything is trained), a setup command that failed.
     """
     from burnish.experiments.pipeline import Stages, make_data, run_facts
     from burnish.train.setup import make_objectives
@@ -91,9 +134,11 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     folder.mkdir(parents=True, exist_ok=True)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     clocks = {"data": Stages(folder / "data.json", facts)}
-    # A mistake in the last arm should not wait for hours to show.
+    # A mistake in the last variant should not wait for hours to show.
     runs = {
-        (seed, arm): _Run(arm, seed, arm_recipe(study, base, arm, seed)) for seed in study.seeds for arm in study.arms
+        (seed, variant): _Run(variant, seed, variant_recipe(study, base, variant, seed))
+        for seed in study.seeds
+        for variant in study.variants
     }
     for run in runs.values():
         make_objectives(run.recipe)
@@ -105,15 +150,15 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
             _ask(base.policy.path, base.eval, folder / "base")
     finished: list[_Run] = []
     for seed in study.seeds:
-        clock = clocks[f"before {seed}"] = Stages(folder / f"before-{seed}.json", facts)
-        for line in study.before:
+        clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
+        for line in study.setup:
             with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
-                _before(_fill(line, seed, folder), clock)
-        for arm in study.arms:
-            run = runs[seed, arm]
+                _set_up(_fill(line, seed, folder), clock, run_setup)
+        for variant in study.variants:
+            run = runs[seed, variant]
             run.folder.mkdir(exist_ok=True)
-            clock = clocks[f"{arm} {seed}"] = Stages(run.folder / "run.json", facts)
-            with clock.stage(f"{arm}, seed {seed}"):
+            clock = clocks[f"{variant} {seed}"] = Stages(run.folder / "run.json", facts)
+            with clock.stage(f"{variant}, seed {seed}"):
                 _train_and_measure(study, run)
             finished.append(run)
             if result:
@@ -122,19 +167,19 @@ def run_study(study: StudyConfig, base: RecipeConfig, *, command: str = "", resu
     return folder
 
 
-def arm_recipe(study: StudyConfig, base: RecipeConfig, arm: str, seed: int) -> RecipeConfig:
-    """The ordinary recipe of one arm and seed.
+def variant_recipe(study: StudyConfig, base: RecipeConfig, variant: str, seed: int) -> RecipeConfig:
+    """The ordinary recipe of one variant and seed.
 
     Raises:
-        BurnishError: the arm changes a field that recipes lack, or gives it an impossible value.
+        BurnishError: the variant changes a field that recipes lack, or gives it an impossible value.
     """
     folder = study_folder(study)
     values = recipe_to_dict(base)
     values["data"]["root"] = str(demos_root(base))
-    merge(values, _fill(study.arms[arm], seed, folder))
-    values |= {"name": f"{study.name}/{arm}-{seed}", "output": str(folder / f"{arm}-{seed}")}
+    merge(values, _fill(study.variants[variant], seed, folder))
+    values |= {"name": f"{study.name}/{variant}-{seed}", "output": str(folder / f"{variant}-{seed}")}
     values["train"]["seed"] = values["eval"]["seed"] = seed
-    return recipe_from_dict(values, f"arm '{arm}'")
+    return recipe_from_dict(values, f"variant '{variant}'")
 
 
 def study_folder(study: StudyConfig) -> Path:
@@ -150,15 +195,17 @@ def _fill(value: Any, seed: int, folder: Path) -> Any:
     return [_fill(item, seed, folder) for item in value] if isinstance(value, list) else value
 
 
-def _before(line: str, stages: Any) -> None:
-    """One preparing command; the stages file remembers those that came to their end."""
-    from burnish.cli.main import main as burnish
-
+def _set_up(line: str, stages: Any, run_setup: SetupRunner | None) -> None:
+    """One setup command; the stages file remembers those that came to their end."""
     if line in stages.content.setdefault("done", []):
         return
-    with stages.stage(f"burnish {line}"):
-        if burnish(shlex.split(line)):
-            raise BurnishError(f"the preparing command failed: burnish {line}")
+    if run_setup is None:
+        raise BurnishError(
+            f"nothing runs the setup command '{line}'", "a function run_setup(line)", "burnish run STUDY"
+        )
+    with stages.stage(line):
+        if run_setup(line):
+            raise BurnishError(f"the setup command failed: {line}")
     stages.content["done"].append(line)
     stages.write()
 
@@ -182,7 +229,7 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
             settings, policy, settings.env or run.recipe.demos.env, run.folder / "eval" / name,
             instruction_swap=settings.instruction_swap,
         )  # fmt: skip
-        print(f"{run.arm}, seed {run.seed}, {name}: {found.overall}", file=sys.stderr)
+        log.info("%s, seed %d, %s: %s", run.variant, run.seed, name, found.overall)
     _ask(policy, run.recipe.eval, run.folder)
 
 
@@ -207,25 +254,30 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
 
 
 def _ask_questions(runs: Iterable[_Run]) -> bool:
-    """Whether the arms answer the held-out questions: they may turn off what the base recipe asks."""
+    """Whether the variants answer the held-out questions: they may turn off what the base recipe asks."""
     return any(run.recipe.eval.questions.root for run in runs)
 
 
 def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
     from burnish.experiments.results import write_result
-    from burnish.experiments.variants import arm_rows, read_successes
+    from burnish.experiments.variants import read_successes, variant_rows
 
-    def of(arm: str) -> dict[int, _Run]:
-        return {run.seed: run for run in runs if run.arm == arm}
+    def of(variant: str) -> dict[int, _Run]:
+        return {run.seed: run for run in runs if run.variant == variant}
 
     rows = []
     several = bool(study.evals or _ask_questions(runs))
     for name in ["main", *study.evals]:
-        arms = {arm: read_successes({s: r.folder / "eval" / name for s, r in of(arm).items()}) for arm in study.arms}
-        rows += arm_rows(arms, study.reference, **({"eval": name} if several else {}))
-    metrics: dict[str, Any] = {"runs": {f"{run.arm}-{run.seed}": _figures(run) for run in runs}}
+        found = {
+            variant: read_successes({seed: run.folder / "eval" / name for seed, run in of(variant).items()})
+            for variant in study.variants
+        }
+        rows += variant_rows(found, study.reference, **({"eval": name} if several else {}))
+    metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": _figures(run) for run in runs}}
     if _ask_questions(runs):
-        answers = {arm: {seed: _answers(run.folder) for seed, run in of(arm).items()} for arm in study.arms}
+        answers = {
+            variant: {seed: _answers(run.folder) for seed, run in of(variant).items()} for variant in study.variants
+        }
         rows += _question_rows(answers, study, metrics)
     write_result(
         path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows,
@@ -235,10 +287,10 @@ def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes:
 
 
 def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metrics: dict[str, Any]) -> list[Any]:
-    """Rows of the held-out questions; also against the base, where the arms start from one."""
-    from burnish.experiments.variants import arm_rows
+    """Rows of the held-out questions; also against the base, where the variants start from one."""
+    from burnish.experiments.variants import variant_rows
 
-    rows = arm_rows(answers, study.reference, eval=QUESTIONS)
+    rows = variant_rows(answers, study.reference, eval=QUESTIONS)
     folder = study_folder(study) / "base"
     if not (folder / "retention.json").is_file():
         return rows
@@ -246,9 +298,9 @@ def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metri
     metrics["base"] = {"answer_loss": _retention(folder)["loss"]}
     for row in rows:
         seeds = answers[row["label"]]
-        pair = arm_rows({"base": dict.fromkeys(seeds, before), row["label"]: seeds}, "base")
+        pair = variant_rows({"base": dict.fromkeys(seeds, before), row["label"]: seeds}, "base")
         row["minus_base"] = pair[1]["minus_reference"]
-    return arm_rows({"base": {0: before}}, "", eval=QUESTIONS) + rows
+    return variant_rows({"base": {0: before}}, "", eval=QUESTIONS) + rows
 
 
 def _retention(folder: Path) -> dict[str, Any]:
@@ -266,32 +318,3 @@ def _figures(run: _Run) -> dict[str, Any]:
     if (run.folder / "retention.json").is_file():
         figures["answer_loss"] = _retention(run.folder)["loss"]
     return figures
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example:\n  burnish study recipes/align/core.yaml --result results/align/core.json"
-    parser.add_argument("study", help="study file; fields of its recipe can follow as --section.field=value")
-    parser.add_argument("--result", default="", help="also write the outcome to this file, e.g. results/x.json")
-    parser.add_argument("--arms", default="", help="only these arms, separated by commas (the reference among them)")
-    parser.add_argument("--seeds", default="", help="only these seeds, separated by commas")
-
-
-def main(args: argparse.Namespace) -> int:
-    study, base = load_study(args.study)
-    if args.overrides:
-        base = load_recipe(Path(args.study).parent / study.recipe, args.overrides)
-    if args.arms:
-        wanted = args.arms.split(",")
-        unknown = [arm for arm in wanted if arm not in study.arms]
-        if unknown or study.reference not in wanted:
-            raise BurnishError(f"--arms={args.arms}", f"some of {', '.join(study.arms)}, with {study.reference}")
-        study.arms = {arm: study.arms[arm] for arm in wanted}
-    if args.seeds:
-        if not all(seed.strip().isdigit() for seed in args.seeds.split(",")):
-            raise BurnishError(f"--seeds={args.seeds}", "whole numbers, separated by commas")
-        study.seeds = [int(seed) for seed in args.seeds.split(",")]
-    only = [word for name in ("arms", "seeds") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-    command = shlex.join(["burnish", "study", args.study, *only, *args.overrides])
-    folder = run_study(study, base, command=command, result=Path(args.result) if args.result else None)
-    print(f"runs: {folder}")
-    return 0

@@ -1,4 +1,4 @@
-"""Several arms, each trained with several seeds and measured on the same trials: one table, one row for each arm."""
+"""Variants of a recipe, trained with several seeds and measured on the same trials: one table, one row for each."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ Trials = dict[int, dict[Any, float]]
 
 
 def read_successes(evaluations: Mapping[int, Path]) -> Trials:
-    """Success of every episode of one arm at what it was told; `evaluations` maps a training seed to its folder.
+    """Success of every episode of one variant at what it was told; `evaluations` maps a training seed to its folder.
 
     Under an instruction swap that is the task with the newly named object.
     """
@@ -26,22 +26,22 @@ def read_successes(evaluations: Mapping[int, Path]) -> Trials:
     return {seed: {r.key: told(r) for r in read_results(folder)} for seed, folder in evaluations.items()}
 
 
-def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:
-    """Rows of a result: rate and interval of each arm, and its difference from the reference paired on seed and trial.
+def variant_rows(variants: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:
+    """Rows of a result: rate and interval of each variant; its difference from the reference, paired on seed and trial.
 
     Intervals hold over seeds and trials (`stats.crossed_bootstrap`); with one seed they hold over trials alone. Where
     all outcomes are equal they are Wilson's for the number of trials.
 
     Args:
-        arms: name to trials; arms without any seed are left out.
-        reference: the arm that the others are compared with.
+        variants: name to trials; those without any seed are left out.
+        reference: the one that the others are compared with.
         extra: further columns, the same in every row.
 
     Raises:
-        BurnishError: two seeds of an arm, or an arm and the reference, share no trial.
+        BurnishError: two seeds of a variant, or a variant and the reference, share no trial.
     """
     rows = []
-    for name, trials in arms.items():
+    for name, trials in variants.items():
         if not trials:
             continue
         table = _table([trials], name)[0]
@@ -50,9 +50,9 @@ def arm_rows(arms: Mapping[str, Trials], reference: str, **extra: Any) -> list[d
             "label": name, **extra, "n": table.size, "successes": int(table.sum()), "rate": float(table.mean()),
             "interval": [low, high], "by_seed": [float(rate) for rate in table.mean(1)],
         }  # fmt: skip
-        shared = trials.keys() & arms.get(reference, {}).keys()
+        shared = trials.keys() & variants.get(reference, {}).keys()
         if name != reference and shared:
-            ours, theirs = _table([_only(trials, shared), _only(arms[reference], shared)], name)
+            ours, theirs = _table([_only(trials, shared), _only(variants[reference], shared)], name)
             difference = ours - theirs
             row["minus_reference"] = [float(difference.mean()), *_interval(difference, -1.0)]
         rows.append(row)
@@ -63,13 +63,13 @@ def _only(trials: Trials, seeds: set[int]) -> Trials:
     return {seed: trials[seed] for seed in sorted(seeds)}
 
 
-def _table(arms: Sequence[Trials], name: str) -> list[np.ndarray]:
-    """[seeds, trials] of each arm, on the trials that all of their runs have in common."""
-    runs = [run for trials in arms for run in trials.values()]
+def _table(variants: Sequence[Trials], name: str) -> list[np.ndarray]:
+    """[seeds, trials] of each variant, on the trials that all of their runs have in common."""
+    runs = [run for trials in variants for run in trials.values()]
     shared = [key for key in runs[0] if all(key in run for run in runs)]
     if not shared:
-        raise BurnishError(f"the runs of arm '{name}' share no trial", "the same initial states in every run")
-    return [np.array([[run[key] for key in shared] for run in trials.values()]) for trials in arms]
+        raise BurnishError(f"the runs of variant '{name}' share no trial", "the same initial states in every run")
+    return [np.array([[run[key] for key in shared] for run in trials.values()]) for trials in variants]
 
 
 def _interval(table: np.ndarray, least: float = 0.0) -> tuple[float, float]:

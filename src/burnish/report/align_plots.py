@@ -7,16 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.files import save_figure
+from burnish.core.figures import new_figure, save_figure
 from burnish.methods.align.analysis import Comparison
 
 
 def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Path) -> None:
     """CKA of all layers, the best one-to-one matching marked."""
-    from matplotlib.figure import Figure
-
     rows, columns = comparison.cka.shape
-    figure = Figure(figsize=(1.6 + 0.55 * columns, 1.4 + 0.5 * rows), layout="constrained")
+    figure = new_figure(1.6 + 0.55 * columns, 1.4 + 0.5 * rows)
     axes = figure.subplots()
     image = axes.imshow(comparison.cka, vmin=0, vmax=max(0.1, float(comparison.cka.max())), cmap="viridis")
     axes.set(xlabel="teacher layer", ylabel="student layer", xticks=range(columns), yticks=range(rows))
@@ -38,8 +36,6 @@ def draw_gradients(runs: dict[str, list[dict]], path: Path) -> None:
     Args:
         runs: name to the rows of its metrics.jsonl.
     """
-    from matplotlib.figure import Figure
-
     from burnish.core.errors import BurnishError
 
     wanted = {
@@ -50,7 +46,7 @@ def draw_gradients(runs: dict[str, list[dict]], path: Path) -> None:
     if not any(key.startswith("align_") for rows in runs.values() for row in rows for key in row):
         raise BurnishError(f"no align figures in {', '.join(runs)}", "runs with the objective align")
     pairs = sorted({key for rows in runs.values() for row in rows for key in row if _is_pair(key)})
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = new_figure(12, 6)
     grid = figure.subplots(2, 3).ravel()
     for axes, (prefix, title) in zip(grid, wanted.items(), strict=False):
         for name, rows in runs.items():
@@ -98,10 +94,8 @@ def draw_tokens(images: np.ndarray, rows: dict[str, Tensor], grid: tuple[int, in
             reference for colours.
         grid: tokens h, w of an image.
     """
-    from matplotlib.figure import Figure
-
     count = len(images)
-    figure = Figure(figsize=(1.3 * count + 1.2, 1.35 * (len(rows) + 1)), layout="constrained")
+    figure = new_figure(1.3 * count + 1.2, 1.35 * (len(rows) + 1))
     axes = figure.subplots(len(rows) + 1, count, squeeze=False)
     reference = None
     for ax, image in zip(axes[0], images, strict=True):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from burnish.core.files import save_figure
+from burnish.core.figures import new_figure, save_figure
 from burnish.sampling.token_model import Decoded, TokenModel
 
 # Not fed yet, MASK in a semi-activated block, MASK in a fully activated one, committed in this pass, committed, frozen.
@@ -40,10 +40,6 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     Raises:
         BurnishError: a decoder that keeps no blocks.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -54,7 +50,8 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     history = decoded.detail["blocks"]["opened"]
     states = token_states(decoded, model.length // history.shape[1])
     height = 1.6 + 0.22 * len(states)
-    figure, axes = plt.subplots(figsize=(min(12, 3 + 0.14 * model.length), height), layout="constrained")
+    figure = new_figure(min(12, 3 + 0.14 * model.length), height)
+    axes = figure.subplots()
     axes.imshow(states, cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=5.5, aspect="auto", interpolation="nearest")
     for step in range(1, model.length // model.step_length):
         axes.axvline(step * model.step_length - 0.5, color="white", linewidth=2)
@@ -70,4 +67,3 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     used = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, STATES, strict=True)]
     figure.legend(handles=used, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1)
     save_figure(figure, path)
-    plt.close(figure)

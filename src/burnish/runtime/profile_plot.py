@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from burnish.core.files import save_figure
+from burnish.core.figures import new_figure, save_figure
 
 COLOURS = {
     "preprocess": "#9aa5b1", "vision": "#2b6cb0", "prompt": "#2f855a", "passes": "#dd6b20", "head": "#b83280",
@@ -18,9 +18,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         outcome: as `burnish profile --json` prints it.
         path: where.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    figure = new_figure(9, 2.6)
     axes = figure.subplots()
     left = 0.0
     for name, figures in outcome["stages"].items():

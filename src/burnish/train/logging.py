@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.core.files import disk_errors, save_figure, write_text
+from burnish.core.figures import new_figure, save_figure
+from burnish.core.files import disk_errors, write_text
 
 _PANELS = ("loss", "lr", "grad_norm", "data_wait_share", "retention_loss", "retention_accuracy")
 
@@ -79,19 +80,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw the main columns of metrics.jsonl over the step into a PNG, at once."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_rows(metrics)
     columns = {name for row in rows for name in row}
     names = [n for n in _PANELS if n in columns] + sorted(n for n in columns if n.startswith("loss_"))
     if not names:
         return
-    figure = Figure(
-        figsize=(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3)),
-    )
+    figure = new_figure(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3), layout=None)
     figure.subplots_adjust(hspace=0.5, wspace=0.3, left=0.07, right=0.98)
-    FigureCanvasAgg(figure)
     for place, name in enumerate(names):
         axis = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), place + 1)
         points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]

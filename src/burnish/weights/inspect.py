@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import make_folder, save_figure
+from burnish.core.figures import new_figure, save_figure
+from burnish.core.files import make_folder
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
 from burnish.weights.rounding import Narrow, dot
@@ -108,10 +109,6 @@ def _said(value: float | None) -> str:
 
 def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     """norm.png (norm of each module, coloured by part) and, with others, cosine.png; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
     folder = Path(folder)
@@ -120,7 +117,8 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     names = list(found["modules"])
     modules = [found["modules"][name] for name in names]
     height = 1.2 + 0.2 * len(names)
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+    figure = new_figure(9, height)
+    axis = figure.subplots()
     axis.barh(range(len(names)), [m["norm"] for m in modules], color=[colours[m["group"]] for m in modules])
     axis.set_yticks(range(len(names)), names, fontsize=6)
     axis.invert_yaxis()
@@ -129,9 +127,9 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     axis.legend(handles=handles, title="share of energy")
     paths = [folder / "norm.png"]
     save_figure(figure, paths[0])
-    plt.close(figure)
     if found["others"]:
-        figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+        figure = new_figure(9, height)
+        axis = figure.subplots()
         for path, other in found["others"].items():
             shown = [other["modules"].get(name) for name in names]
             axis.plot([np.nan if v is None else v for v in shown], range(len(names)), "o-", ms=3, label=Path(path).name)
@@ -142,5 +140,4 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
         axis.legend()
         paths.append(folder / "cosine.png")
         save_figure(figure, paths[1])
-        plt.close(figure)
     return paths

@@ -6,7 +6,7 @@ import pytest
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
-from burnish.experiments.pipeline import Stages, _base, main, run_recipe
+from burnish.experiments.pipeline import Stages, _base, run_recipe
 from burnish.policies import load_policy
 from burnish.policies.tiny import make_tiny
 
@@ -85,7 +85,7 @@ def test_a_refused_run_changes_no_record(ran):
     assert [file.read_bytes() for file in files] == before and not (root / "new").exists()
 
 
-def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, capsys):
+def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, caplog):
     root = ran[0]
     recipe = load_recipe(str(root / "run/recipe.yaml"), ["--policy.overrides.n_action_steps=2"])
     base = _base(recipe, root / "run/policy")
@@ -94,7 +94,7 @@ def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, capsys)
     make_tiny("smolvla", other, cameras=("front",), state_dim=4, action_dim=7, image_size=32)
     recipe.policy.path = str(other)
     recipe.policy.overrides = {}
-    assert _base(recipe, root / "run/policy") is None and "actions 7" in capsys.readouterr().err
+    assert _base(recipe, root / "run/policy") is None and "actions 7" in caplog.text
 
 
 def test_minutes_of_a_continued_run_add_up(tmp_path):
@@ -108,12 +108,9 @@ def test_minutes_of_a_continued_run_add_up(tmp_path):
 
 
 def test_a_recipe_without_data_is_refused(tmp_path):
-    import argparse
-
-    file = tmp_path / "r.yaml"
-    file.write_text("name: nothing\n")
     with pytest.raises(BurnishError, match="neither demos.env nor data.root"):
-        main(argparse.Namespace(recipe=str(file), overrides=[], result=""))
+        run_recipe(load_recipe(None, ["--name=nothing", f"--output={tmp_path / 'run'}"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_named_data_are_made_where_they_are_absent_and_left_alone_where_not(tmp_path, monkeypatch):

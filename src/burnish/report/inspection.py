@@ -1,40 +1,14 @@
-"""`burnish inspect`."""
+"""What `inspect_dataset` found, as text for a terminal and as a page."""
 
-import argparse
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from burnish.data.inspect import Dimension, Inspection
+from burnish.data.inspect import Dimension, Inspection
+from burnish.report.html import document, facts, png_uri, section, table
 
 SCHEMES = {"min_max": "min/max", "quantiles": "1-99 %", "mean_std": "3 std"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", type=Path, help="LeRobotDataset folder, v3.0 or v2.1")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with thumbnails")
-    parser.add_argument("--quick", action="store_true", help="do not read every video to its end")
-    parser.epilog = (
-        "Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.\n\n"
-        "example:\n  burnish inspect data/lift --html inspect.html"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    from burnish.data.inspect import inspect_dataset
-
-    found = inspect_dataset(args.dataset, quick=args.quick)
-    print(as_text(found))
-    if args.html:
-        from burnish.report.page import write_page
-
-        write_page(args.html, as_html(found))
-        print(f"\n{args.html}")
-    return 0 if found.ok else 1
-
-
-def as_text(found: "Inspection") -> str:
+def as_text(found: Inspection) -> str:
     """What the terminal shows."""
     out = [f"{found.root}  LeRobotDataset {found.version}", ""]
     out += [f"{name:<14}{value}" for name, value in _overview(found)]
@@ -55,7 +29,7 @@ def as_text(found: "Inspection") -> str:
     return "\n".join(out)
 
 
-def _overview(found: "Inspection") -> list[tuple[str, str]]:
+def _overview(found: Inspection) -> list[tuple[str, str]]:
     lengths = found.lengths
     seconds = lengths / found.fps
     pairs = [
@@ -84,7 +58,7 @@ def _median(values) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _dimension_lines(title: str, dimensions: "list[Dimension]") -> list[str]:
+def _dimension_lines(title: str, dimensions: list[Dimension]) -> list[str]:
     schemes = [name for name in SCHEMES if any(name in one.outside for one in dimensions)]
     head = f"{title:<20}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}"
     head += "".join(f"{'outside ' + SCHEMES[name]:>17}" for name in schemes)
@@ -96,7 +70,7 @@ def _dimension_lines(title: str, dimensions: "list[Dimension]") -> list[str]:
     return lines
 
 
-def _verdict(found: "Inspection") -> str:
+def _verdict(found: Inspection) -> str:
     errors = sum(problem.kind == "error" for problem in found.problems)
     rest = len(found.problems) - errors
     if not found.problems:
@@ -104,10 +78,8 @@ def _verdict(found: "Inspection") -> str:
     return f"{errors} error{'s' * (errors != 1)}, {rest} other remark{'s' * (rest != 1)}"
 
 
-def as_html(found: "Inspection") -> str:
+def as_html(found: Inspection) -> str:
     """The same with thumbnails, as one self-contained page."""
-    from burnish.report.html import document, facts, png_uri, section, table
-
     name = found.root.resolve().name
     marks = {"error": "fail", "warning": "warn", "hint": "ok"}
     rows = [[f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.what)] for p in found.problems]
@@ -129,9 +101,7 @@ def as_html(found: "Inspection") -> str:
     return document(f"{name} · burnish inspect", "".join(parts))
 
 
-def _dimension_section(title: str, dimensions: "list[Dimension]") -> str:
-    from burnish.report.html import section, table
-
+def _dimension_section(title: str, dimensions: list[Dimension]) -> str:
     if not dimensions:
         return ""
     schemes = [name for name in SCHEMES if any(name in one.outside for one in dimensions)]

@@ -39,9 +39,9 @@ def test_rates_carry_wilson_intervals():
 
 def test_tables_are_filled_once_and_then_agree(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
-    assert main(["results", "--check"]) == 2
-    assert main(["results"]) == 0
-    assert main(["results", "--check"]) == 0
+    assert main(["report", "results", "--check"]) == 2
+    assert main(["report", "results"]) == 0
+    assert main(["report", "results", "--check"]) == 0
     readme = (checkout / "README.md").read_text()
     assert "| tuned | 100 | 83.0 % | 74.5 to 89.1 % | 41.2 |" in readme
     assert "| base | 100 | 0.0 % | 0.0 to 3.7 % |  |" in readme
@@ -54,7 +54,7 @@ def test_a_number_typed_by_hand_is_noticed(checkout, capsys):
     update_pages(checkout)
     page = checkout / "README.md"
     page.write_text(page.read_text().replace("83.0 %", "93.0 %"))
-    assert main(["results", "--check", "--root", str(checkout)]) == 2
+    assert main(["report", "results", "--check", "--root", str(checkout)]) == 2
     assert "README.md" in capsys.readouterr().err
 
 
@@ -70,7 +70,7 @@ def test_bench_table(checkout):
     (checkout / "results/bench_train.json").write_text(json.dumps(bench))
     out = fill("<!-- results:bench_train -->\n<!-- /results -->", checkout / "results", "x")
     assert "| `data_wait_share` | 3.1 % | at most 5 % |" in out
-    assert "| `exact` | yes |  |" in out and "`burnish bench train --json`" in out
+    assert "| `exact` | yes |  |" in out and "`python -m bench train --json`" in out
 
 
 def test_rates_among_the_metrics_become_rows(checkout):

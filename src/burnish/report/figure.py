@@ -1,9 +1,9 @@
-"""One picture of a run for a README: film strips with their instructions, and the success rates below."""
+"""One figure of a run for a README: film strips with their instructions, and the success rates below."""
 
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import save_figure
+from burnish.core.figures import new_figure, save_figure
 from burnish.report.plots import percent
 from burnish.report.run_folder import Evaluation, load_run
 
@@ -11,15 +11,12 @@ COLOURS = {"tuned": "#0f766e", "base": "#8a929c", "swap": "#c2580c", "expert": "
 ROWS = 3
 
 
-def write_picture(run_folder: Path | str, out: Path | str) -> Path:
+def write_figure(run_folder: Path | str, out: Path | str) -> Path:
     """Draw a PNG of at most three solved episodes of the tuned policy and all success rates with intervals.
 
     Raises:
         BurnishError: the run holds no evaluation of the tuned policy with film strips.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     run = load_run(Path(run_folder))
     tuned = run.evaluations.get("tuned")
     strips = _strips(tuned) if tuned else []
@@ -28,8 +25,7 @@ def write_picture(run_folder: Path | str, out: Path | str) -> Path:
                            "an evaluation that was filmed and succeeded at least once")  # fmt: skip
     rates = [one for one in run.evaluations.values() if one.variant != "swap"]
     heights = [*[1.5] * len(strips), 0.35 + 0.36 * len(rates)]
-    figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, sum(heights) + 0.5)
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, (image, text) in zip(axes, strips, strict=False):
         axis.imshow(image, interpolation="lanczos")

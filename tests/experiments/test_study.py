@@ -1,4 +1,4 @@
-"""A study in miniature: two arms, two seeds, two evaluations, one table."""
+"""A study in miniature: two variants, two seeds, two evaluations, one table."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 import burnish.experiments.study
+from burnish.cli.run import run_setup
 from burnish.core.errors import BurnishError
 from burnish.experiments.results import check_result, render_table
-from burnish.experiments.study import QUESTIONS, load_study, main, run_study
+from burnish.experiments.study import QUESTIONS, choose, load_study, run_study
 from burnish.policies.tiny import make_tiny
 
 
@@ -21,7 +22,7 @@ def write(root, **changes):
     }  # fmt: skip
     study = {
         "name": "tiny/core", "recipe": "recipe.yaml", "seeds": [0, 1], "reference": "plain",
-        "arms": {"plain": {}, "faster": {"train": {"lr": 1.0e-3}}},
+        "variants": {"plain": {}, "faster": {"train": {"lr": 1.0e-3}}},
         "evals": {"swap": {"instruction_swap": True}},
     } | changes  # fmt: skip
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -40,11 +41,11 @@ def ran(tmp_path_factory):
     return root, study, base
 
 
-def test_table_has_a_row_for_each_arm_and_evaluation(ran):
+def test_table_has_a_row_for_each_variant_and_evaluation(ran):
     result = json.loads((ran[0] / "core.json").read_text())
     check_result(result, "core.json")
     rows = {(row["label"], row["eval"]): row for row in result["rows"]}
-    assert set(rows) == {(arm, e) for arm in ("plain", "faster") for e in ("main", "swap", QUESTIONS)} | {
+    assert set(rows) == {(name, e) for name in ("plain", "faster") for e in ("main", "swap", QUESTIONS)} | {
         ("base", QUESTIONS)
     }
     assert rows["plain", "main"]["n"] == 4 and rows["plain", QUESTIONS]["n"] == 12
@@ -55,7 +56,7 @@ def test_table_has_a_row_for_each_arm_and_evaluation(ran):
     assert "+0.0 [-65.8, +65.8]" in render_table(["core"], ran[0])
 
 
-def test_arms_share_data_and_differ_in_what_they_say(ran):
+def test_variants_share_data_and_differ_in_what_they_say(ran):
     runs = ran[0] / "runs/tiny/core"
     recipes = {run.name: yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs.glob("*-?")}
     assert {r["data"]["root"] for r in recipes.values()} == {"data/tiny/base"}
@@ -76,7 +77,7 @@ def test_questions_are_asked_again_when_they_are_others(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)
     file = root / "runs/tiny/core/plain-0/retention.json"
-    run = burnish.experiments.study._Run("plain", 0, burnish.experiments.study.arm_recipe(study, base, "plain", 0))
+    run = burnish.experiments.study._Run("plain", 0, burnish.experiments.study.variant_recipe(study, base, "plain", 0))
     settings = run.recipe.eval
     before = file.stat().st_mtime_ns
     burnish.experiments.study._ask(run.folder / "policy", settings, run.folder)
@@ -88,40 +89,40 @@ def test_questions_are_asked_again_when_they_are_others(ran, monkeypatch):
     burnish.experiments.study._ask(run.folder / "policy", settings, run.folder)
 
 
-def test_a_mistake_in_the_last_arm_shows_first(ran, monkeypatch):
+def test_a_mistake_in_the_last_variant_shows_first(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)
     monkeypatch.setattr(study, "name", "tiny/typo")
-    monkeypatch.setattr(study, "arms", {"plain": {}, "typo": {"objectives": [{"name": "alignn"}]}})
+    monkeypatch.setattr(study, "variants", {"plain": {}, "typo": {"objectives": [{"name": "alignn"}]}})
     with pytest.raises(BurnishError, match="alignn"):
         run_study(study, base)
     assert not list((root / "runs/tiny/typo").glob("plain-*"))
 
 
-def test_preparing_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypatch):
+def test_setup_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)
-    monkeypatch.setattr(study, "arms", {"plain": {}})
-    monkeypatch.setattr(study, "name", "tiny/before")
-    monkeypatch.setattr(
-        study, "before", ["demos --env tabletop:reach --episodes 1 --image-size 32 --root {out}/made-{seed}"]
-    )
+    monkeypatch.setattr(study, "variants", {"plain": {}})
+    monkeypatch.setattr(study, "name", "tiny/setup")
+    monkeypatch.setattr(study, "setup", ["data demos tabletop:reach 1 {out}/made-{seed} --image-size 32"])
     monkeypatch.setattr(study, "seeds", [3])
-    run_study(study, base)
-    made = root / "runs/tiny/before/made-3/meta/info.json"
+    run_study(study, base, run_setup=run_setup)
+    made = root / "runs/tiny/setup/made-3/meta/info.json"
     stamp = made.stat().st_mtime_ns
-    run_study(study, base)
+    run_study(study, base, run_setup=run_setup)
     assert made.stat().st_mtime_ns == stamp
-    monkeypatch.setattr(study, "before", ["demos --env nowhere --episodes 1 --root {out}/x"])
-    with pytest.raises(BurnishError, match="preparing command failed"):
+    monkeypatch.setattr(study, "setup", ["data demos nowhere 1 {out}/x"])
+    with pytest.raises(BurnishError, match="setup command failed"):
+        run_study(study, base, run_setup=run_setup)
+    with pytest.raises(BurnishError, match="nothing runs the setup command"):
         run_study(study, base)
 
 
-def test_arms_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
+def test_variants_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
     root, study, base = ran
     monkeypatch.chdir(root)
     own = {"policy": {"path": str(root / "base")}, "eval": {"questions": {"root": ""}}}
-    monkeypatch.setattr(study, "arms", {"plain": own})
+    monkeypatch.setattr(study, "variants", {"plain": own})
     monkeypatch.setattr(study, "name", "tiny/own")
     monkeypatch.setattr(base.policy, "path", "runs/not/there")
     measured, plain = [], burnish.experiments.study._train_and_measure
@@ -140,8 +141,8 @@ def test_arms_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"reference": "nobody"}, "reference 'nobody' is no arm"),
-        ({"arms": {}}, "'arms' is empty"),
+        ({"reference": "nobody"}, "reference 'nobody' is no variant"),
+        ({"variants": {}}, "'variants' is empty"),
         ({"evals": {"main": {}}}, "called 'main'"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
     ],
@@ -151,19 +152,32 @@ def test_wrong_studies_are_refused(tmp_path, changes, message):
         load_study(write(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("arms", [{"a": {"train": {"stepz": 1}}}, {"a": {"train": {"steps": 0}}}])
-def test_wrong_arm_is_found_before_anything_is_trained(tmp_path, monkeypatch, arms):
+@pytest.mark.parametrize("variants", [{"a": {"train": {"stepz": 1}}}, {"a": {"train": {"steps": 0}}}])
+def test_wrong_variant_is_found_before_anything_is_trained(tmp_path, monkeypatch, variants):
     monkeypatch.chdir(tmp_path)
-    study, base = load_study(write(tmp_path, arms=arms, reference="a"))
+    study, base = load_study(write(tmp_path, variants=variants, reference="a"))
     monkeypatch.setattr("burnish.experiments.pipeline.make_data", lambda *_: None)
     with pytest.raises(BurnishError, match="step"):
         run_study(study, base)
     assert not list((tmp_path / "runs").rglob("policy"))
 
 
-def test_arms_option_keeps_the_reference(tmp_path, monkeypatch):
-    from argparse import Namespace
-
-    path = write(tmp_path)
+def test_a_choice_keeps_the_reference(tmp_path):
+    study, _ = load_study(write(tmp_path))
     with pytest.raises(BurnishError, match="some of plain, faster, with plain"):
-        main(Namespace(study=str(path), overrides=[], arms="faster", seeds="", result=""))
+        choose(study, "faster")
+    with pytest.raises(BurnishError, match="whole numbers"):
+        choose(study, seeds="0,one")
+    choose(study, "plain", "1")
+    assert list(study.variants) == ["plain"] and study.seeds == [1]
+
+
+def test_old_keys_of_a_study_are_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("burnish.core.renames._told", set())
+    path = write(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    values |= {"arms": values.pop("variants"), "before": ["data inspect x"]}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    study, _ = load_study(path)
+    assert list(study.variants) == ["plain", "faster"] and study.setup == ["data inspect x"]
+    assert "arms is now called variants" in caplog.text and "before is now called setup" in caplog.text

@@ -1,4 +1,4 @@
-"""`burnish pareto`: which arms lie on the front, and the picture from a study's result."""
+"""`burnish report pareto`: which variants lie on the front, and the figure from a study's result."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
-from burnish.experiments.pareto import front, read_arms
+from burnish.experiments.pareto import front, read_variants
 
 
 def row(label, rate, **more):
@@ -21,17 +21,19 @@ def test_front():
     assert front(points) == ["a", "b", "twin", "d"]
 
 
-def test_picture_from_a_result(tmp_path, capsys):
+def test_figure_from_a_result(tmp_path, capsys):
     rows = [row("naive", 0.8, eval="main"), row("kept", 0.6, eval="main"), row("naive", 0.3, eval="questions, exact"),
             row("kept", 0.5, eval="questions, exact"), row("lost", 0.5, eval="main")]  # fmt: skip
-    runs = {f"{arm}-{seed}": {"answer_loss": loss} for arm, loss in (("naive", 0.9), ("kept", 0.6)) for seed in (0, 1)}
+    runs = {
+        f"{name}-{seed}": {"answer_loss": loss} for name, loss in (("naive", 0.9), ("kept", 0.6)) for seed in (0, 1)
+    }
     result = tmp_path / "core.json"
     result.write_text(json.dumps({"rows": rows, "metrics": {"runs": runs}}))
-    arms = read_arms(result)
-    assert list(arms) == ["naive", "kept"] and arms["kept"]["loss"]["rate"] == pytest.approx(0.6)
-    assert main(["pareto", str(result), "-o", str(tmp_path / "out" / "p.png")]) == 0
+    found = read_variants(result)
+    assert list(found) == ["naive", "kept"] and found["kept"]["loss"]["rate"] == pytest.approx(0.6)
+    assert main(["report", "pareto", str(result), "-o", str(tmp_path / "out" / "p.png")]) == 0
     assert (tmp_path / "out" / "p.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["p.png"]
     result.write_text("{}")
-    with pytest.raises(BurnishError, match="no arm"):
-        read_arms(result)
+    with pytest.raises(BurnishError, match="no variant"):
+        read_variants(result)

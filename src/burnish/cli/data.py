@@ -1,0 +1,139 @@
+"""`burnish data`: demonstrations, questions, preference pairs, and a look at any data set."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from burnish.cli.parser import Arg, Group
+from burnish.core.errors import BurnishError
+
+
+def demos(
+    env: str, episodes: int, root: Path, *, image_size: int = 96, cameras: str = "", seed: int = 0, workers: int = 0,
+    geometry: bool = False,
+) -> None:  # fmt: skip
+    """Record expert demonstrations as a LeRobot data set.
+
+    Only solved episodes enter it. Killed or interrupted, the same command continues.
+
+    Args:
+        env: environment id: tabletop:lift, metaworld:mt10, libero:spatial, libero:goal/3, ...
+        episodes: demonstrations in all, shared by the tasks
+        root: folder of the data set to make
+        image_size: height and width in pixels
+        cameras: views to record, separated by commas; default: the first one
+        seed: first initial state
+        workers: simulator processes; 0 means one for each core
+        geometry: also keep depth and object masks of every frame
+
+    Example:
+        burnish data demos tabletop:lift 200 data/lift --cameras front,wrist
+    """
+    from burnish.data.demos import make_demos
+
+    views = [camera for camera in cameras.split(",") if camera]
+    print(make_demos(env, episodes, root, image_size=image_size, cameras=views, seed=seed, workers=workers,
+                     geometry=geometry))  # fmt: skip
+
+
+def questions(
+    env: str, scenes: int, root: Path, *, image_size: int = 96, camera: str = "", per_scene: int = 0, seed: int = 0,
+    workers: int = 0,
+) -> None:  # fmt: skip
+    """Make scene questions with answers from the simulator's state.
+
+    Args:
+        env: environment id; "tabletop" takes turns over its families
+        scenes: number of images
+        root: folder to make
+        image_size: height and width in pixels
+        camera: default: the environment's first one
+        per_scene: questions kept for each image; 0 keeps all
+        seed: first initial state
+        workers: processes; 0 means one for each core
+
+    Example:
+        burnish data questions tabletop 2000 data/questions --seed 2000000
+    """
+    from burnish.data.questions import make_questions, open_questions
+
+    made = make_questions(env, scenes, root, image_size=image_size, camera=camera, per_scene=per_scene, seed=seed,
+                          workers=workers)  # fmt: skip
+    found = open_questions(made)
+    print(f"{len(found.entries)} questions about {len(found.images)} images in {made}")
+
+
+def pairs(
+    policy: str = "", env: str = "", *, root: Path, states: int = 100, rollouts: int = 4, first_state: int = 500_000,
+    seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
+    ties: Literal["skip", "faster"] = "skip", leads: Annotated[list[int], Arg(several=True)] = (0,), limit: int = 0,
+    workers: int = 0, device: str = "", labels: Path | None = None, state_tolerance: float = 0.0,
+) -> None:  # fmt: skip
+    """Make preference pairs from rollouts of a policy, or import labels.
+
+    With --labels the pairs are of a data set that is there: one line {"chosen": [episode, frame], "rejected":
+    [episode, frame]} for each human or programmatic label. Killed or interrupted, the same command continues.
+
+    Args:
+        policy: LeRobot policy folder; left out with --labels
+        env: environment id, e.g. tabletop:lift
+        root: pair folder to make, or the data set that the labels are about
+        states: initial states for each task
+        rollouts: rollouts for each of them
+        first_state: first initial state, where they are unlimited
+        seed: seed of the policy's noise
+        image_size: side of the recorded images; 0 means the policy's
+        action_noise: noise on a branch's first chunk, share of half the range
+        expert: where all rollouts failed, let the expert complete one
+        ties: what to do with two successes
+        leads: frames before the branch point at which chunks start
+        limit: at most so many pairs for each initial state; 0 means all
+        workers: simulator processes; 0 means one for each core
+        device: torch device of the policy; default: a GPU where there is one
+        labels: JSON lines of labels on the data set --root
+        state_tolerance: how far the starts of a labelled pair may differ
+
+    Examples:
+        burnish data pairs runs/lift/policy tabletop:lift --states 200 --rollouts 4 --root data/pairs/lift
+        burnish data pairs --labels labels.jsonl --root data/my_robot
+    """
+    from burnish.evaluate.pairs import collect, import_labels
+
+    if labels:
+        print(f"{import_labels(root, labels, state_tolerance)} pairs in {root}")
+        return
+    if not policy or not env:
+        raise BurnishError("pairs without a policy or without an environment", "both, or --labels")
+    print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
+                  image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, leads=leads, limit=limit,
+                  workers=workers, device=device))  # fmt: skip
+
+
+def inspect(dataset: Path, *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False) -> int:
+    """Say what a practitioner must know about a data set.
+
+    Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.
+
+    Args:
+        dataset: LeRobotDataset folder, v3.0 or v2.1
+        html: also write a page with thumbnails
+        quick: do not read every video to its end
+
+    Example:
+        burnish data inspect data/lift --html inspect.html
+    """
+    from burnish.data.inspect import inspect_dataset
+    from burnish.report.inspection import as_html, as_text
+    from burnish.report.page import write_page
+
+    found = inspect_dataset(dataset, quick=quick)
+    print(as_text(found))
+    if html:
+        write_page(html, as_html(found))
+        print(f"\n{html}")
+    return 0 if found.ok else 1
+
+
+COMMANDS = Group(
+    "Make data sets, questions and preference pairs; inspect data sets.",
+    {"demos": demos, "questions": questions, "pairs": pairs, "inspect": inspect},
+)

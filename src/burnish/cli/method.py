@@ -1,0 +1,179 @@
+"""`burnish method`: what the methods prepare before training and show after it."""
+
+from json import loads
+from pathlib import Path
+from typing import Annotated, Literal
+
+from burnish.cli.parser import Arg, Group
+from burnish.core.errors import BurnishError
+
+FIGURE = Arg(old=("--picture",), metavar="PNG")
+
+
+def align_cache(recipe: str) -> None:
+    """Compute the teacher features that a recipe needs, before training.
+
+    Args:
+        recipe: a training recipe; its align entry, or our default one, says what is needed
+
+    Example:
+        burnish method align cache align/base
+    """
+    from burnish.methods.align.targets import CachedTargets
+    from burnish.train.setup import own_accelerate_state
+
+    with own_accelerate_state():
+        run, _ = _run(recipe, objective_set_up=True)
+    targets = run.objectives["align"].targets
+    if not isinstance(targets, CachedTargets):
+        raise BurnishError(f"{recipe} says cache: off", "a recipe that keeps teacher features")
+    cache = targets.cache
+    print(f"{cache.folder}: {cache.num_bytes / 1e6:.1f} MB, {cache.bytes_per_sample:.0f} bytes a sample")
+
+
+def align_select(
+    recipe: str, *, count: int = 3, batches: int = 8, figure: Annotated[Path, FIGURE] = Path("cka.png")
+) -> None:
+    """Compare layers and print the pairs of every strategy.
+
+    Args:
+        recipe: a training recipe; its align entry names the teacher
+        count: pairs wanted
+        batches: batches to measure on
+        figure: where the CKA heatmap goes
+
+    Example:
+        burnish method align select align/base --count 3
+    """
+    from burnish.methods.align.analysis import all_selections, compare_layers
+    from burnish.report.align_plots import draw_cka
+    from burnish.train.setup import own_accelerate_state
+
+    with own_accelerate_state():
+        run, objective = _run(recipe, objective_set_up=False)
+        comparison = compare_layers(run, objective, batches)
+    chosen = all_selections(comparison, count)
+    for name, pairs in chosen.items():
+        print(f"{name:12s} pairs: {[list(pair) for pair in pairs]}")
+    draw_cka(comparison, chosen["cka"], figure)
+    print(f"CKA of all layers: {figure}")
+
+
+def align_plot(runs: list[Path], *, figure: Annotated[Path, FIGURE] = Path("gradients.png")) -> None:
+    """Draw coherence and conflict of the gradients over training.
+
+    Args:
+        runs: run folders
+        figure: where the figure goes
+
+    Example:
+        burnish method align plot runs/align/core/single-0 runs/align/core/three-0
+    """
+    from burnish.report.align_plots import draw_gradients
+
+    rows = {}
+    for folder in runs:
+        path = folder / "metrics.jsonl"
+        if not path.is_file():
+            raise BurnishError(f"no metrics.jsonl in {folder}", "a run folder")
+        rows[folder.name] = [loads(line) for line in path.read_text().splitlines()]
+    draw_gradients(rows, figure)
+    print(figure)
+
+
+def align_figure(
+    runs: list[Path], *, layer: int = -1, figure: Annotated[Path, FIGURE] = Path("tokens.png")
+) -> None:  # fmt: skip
+    """Draw what image tokens see before and after, beside the teacher's.
+
+    Args:
+        runs: run folders; the first one's teacher is shown
+        layer: student layer; -1 means the deepest aligned one
+        figure: where the figure goes
+
+    Example:
+        burnish method align figure runs/align/core/single-0 --figure tokens.png
+    """
+    from burnish.core.recipe import load_recipe
+    from burnish.policies import load_policy
+    from burnish.report.align_tokens import show_tokens
+    from burnish.train.run import Run
+    from burnish.train.setup import own_accelerate_state
+
+    recipe = load_recipe(runs[0] / "recipe.yaml", ["--train.batch_size=128", "--train.self_check=false"])
+    recipe.objectives = [entry for entry in recipe.objectives if entry["name"] == "align"]
+    if not recipe.objectives:
+        raise BurnishError(f"{runs[0]} was trained without the objective align", "an aligned run first")
+    with own_accelerate_state():
+        run = Run(recipe, progress=False)
+        policies = {folder.name: load_policy(folder / "policy") for folder in runs}
+        show_tokens(run, run.objectives["align"], {"before": run.policy, **policies}, layer, figure)
+    print(figure)
+
+
+def _run(recipe_path: str, objective_set_up: bool):
+    """A Run of a recipe with no objective but align (our default where it names none), or with none; and the Align."""
+    from burnish.core.recipe import load_recipe
+    from burnish.methods.align.objective import Align
+    from burnish.train.run import Run
+
+    recipe = load_recipe(recipe_path, ["--train.self_check=false"])
+    entries = [dict(entry) for entry in recipe.objectives if entry["name"] == "align"] or [{"name": "align"}]
+    options = {k: v for k, v in entries[0].items() if k != "name"}
+    recipe.objectives = entries if objective_set_up else []
+    return Run(recipe), Align(**options)
+
+
+def anchor(
+    policy: str, questions: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("anchor.safetensors"),
+    samples: Annotated[int, Arg(least=0)] = 3000, batch_size: Annotated[int, Arg(least=1)] = 64,
+    tokens: Literal["apart", "pooled"] = "apart", answers: bool = False, covariance: bool = False, device: str = "",
+) -> None:  # fmt: skip
+    """Keep mean and variance of the hidden states of a frozen policy, as the anchor of the objective `isolate`.
+
+    Args:
+        policy: policy folder or name of a shipped base: the one that training starts from
+        questions: question folder, see burnish data questions
+        output: file to write
+        samples: questions to run; 0 means all
+        batch_size: questions in a forward pass
+        tokens: image and text tokens, each by itself or together
+        answers: count the tokens of answers too
+        covariance: keep full covariances, for distance=bures
+        device: torch device; default: a GPU where there is one
+
+    Example:
+        burnish method isolate anchor small data/questions -o anchor.safetensors
+    """
+    from burnish.core.provenance import weights_hash
+    from burnish.methods.isolate.anchor import Provenance, build, question_batches
+    from burnish.policies import load_policy
+    from burnish.policies.load import choose_device
+    from burnish.policies.vqa import PROMPT
+
+    place = choose_device(device)
+    model = load_policy(policy)
+    base_hash = weights_hash(model)  # before the cast: a run takes it from the weights as they are stored
+    model = model.float().to(place)
+    about = Provenance(
+        base_hash, model.num_layers, 0, "questions", questions.name, 0, template=PROMPT, answers=answers,
+        tokens=tokens, covariance=covariance,
+    )  # fmt: skip
+    most = samples or 1 << 40
+    made = build(model, question_batches(questions, most, min(batch_size, most), 0, place, progress=True), about)
+    made.save(output)
+    groups = sorted({group for _, group in made.moments})
+    print(f"{output}: {made.about.layers} layers of {made.about.width} channels, {made.about.samples} questions, "
+          f"tokens {' and '.join(groups)}, base {base_hash}")  # fmt: skip
+
+
+COMMANDS = Group(
+    "What methods prepare before training and show after it.",
+    {
+        "align": Group(
+            "Teacher features, which layers to align, and what alignment did.",
+            {"cache": align_cache, "select": align_select, "plot": align_plot, "figure": align_figure},
+        ),
+        "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
+    },
+)

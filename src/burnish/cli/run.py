@@ -1,0 +1,70 @@
+"""`burnish run`: a recipe from data to report, or a study of many runs."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from burnish.cli.parser import Arg
+from burnish.core.errors import BurnishError
+
+
+def run(
+    recipe: str, *overrides: str, result: Path | None = None, fresh: bool = False,
+    variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "",
+) -> None:  # fmt: skip
+    """Run a whole recipe (data, training, evaluation, report), or a study: several variants with several seeds.
+
+    Any field of the recipe can follow as --section.field=value. The same command again goes on where it stopped.
+
+    Args:
+        recipe: recipe or study: a YAML file, or the name of a shipped one
+        result: also write the outcome to this file, e.g. results/x.json
+        fresh: of a recipe: delete the run's earlier training and measurements
+        variants: of a study: only these, separated by commas (the reference among them)
+        seeds: of a study: only these, separated by commas
+
+    Examples:
+        burnish run tabletop/quickstart --train.steps=500
+        burnish run align/core --seeds 0,1 --result results/align/core.json
+    """
+    from burnish.core.recipe import find_recipe, is_study, read_yaml
+
+    if is_study(read_yaml(find_recipe(recipe))):
+        if fresh:
+            raise BurnishError("--fresh with a study", "a recipe", "delete the run folders that are to be made again")
+        _run_study(recipe, overrides, result, variants, seeds)
+    elif variants or seeds:
+        raise BurnishError(f"--variants or --seeds with {recipe}, which is no study", "a study file")
+    else:
+        _run_recipe(recipe, overrides, result, fresh)
+
+
+def _run_recipe(path: str, overrides: tuple[str, ...], result: Path | None, fresh: bool) -> None:
+    from burnish.core.recipe import load_recipe
+    from burnish.experiments.pipeline import RESULT_LABELS, run_recipe
+
+    recipe = load_recipe(path, overrides)
+    command = shlex.join(["burnish", "run", path, *overrides])
+    outcome = run_recipe(recipe, command=command, result=result, fresh=fresh)
+    for variant, found in outcome.evaluations.items():
+        print(f"{RESULT_LABELS[variant]}: {found.overall}")
+    print(f"report: {outcome.report}")
+
+
+def _run_study(path: str, overrides: tuple[str, ...], result: Path | None, variants: str, seeds: str) -> None:
+    from burnish.experiments.study import choose, load_study, run_study
+
+    study, base = load_study(path, overrides)
+    choose(study, variants, seeds)
+    only = [word for name, value in (("--variants", variants), ("--seeds", seeds)) if value for word in (name, value)]
+    command = shlex.join(["burnish", "run", path, *only, *overrides])
+    print(f"runs: {run_study(study, base, command=command, result=result, run_setup=run_setup)}")
+
+
+def run_setup(line: str) -> int:
+    """Run a setup command of a study, a burnish command or `python -m MODULE ...`, in a process of its own."""
+    words = shlex.split(line)
+    words = words[1:] if words[:2] == ["python", "-m"] else ["-m", "burnish.cli.main", *words]
+    return subprocess.run([sys.executable, *words], check=False).returncode

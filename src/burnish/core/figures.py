@@ -1,0 +1,22 @@
+"""Figures: one matplotlib set-up for all, without a screen and without pyplot's global state."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from burnish.core.files import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
+    """An empty white figure of that many inches; `layout` None leaves the space between axes to the caller."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout, facecolor="white")
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 120) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
