@@ -140,7 +140,7 @@ def test_first_action_comes_before_the_last(tiny_discrete):
 
 
 def test_command_writes_table_json_and_picture(tiny_discrete, tmp_path, capsys):
-    command = ["profile", str(tiny_discrete), "--repeats", "2", "--warmup", "1"]
+    command = ["policy", "profile", str(tiny_discrete), "--repeats", "2", "--warmup", "1"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "pass 2" in shown and "actions a second" in shown
@@ -149,4 +149,4 @@ def test_command_writes_table_json_and_picture(tiny_discrete, tmp_path, capsys):
     assert (tmp_path / "out" / "profile.png").stat().st_size > 5_000
     assert main([*command, "--set", "decoder=sequential", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decoder"] == "sequential"
-    assert main(["profile", str(tiny_discrete), "--repeats", "0"]) == 2
+    assert main(["policy", "profile", str(tiny_discrete), "--repeats", "0"]) == 2

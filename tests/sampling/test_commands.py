@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import decode as bench
-from burnish.cli.decode import _add_columns
 from burnish.cli.main import main
+from burnish.cli.policy import add_columns
 from burnish.core.errors import BurnishError
 from burnish.policies.tiny import make_tiny
 from burnish.sampling.timing import left_to_right
@@ -22,20 +22,30 @@ def folder(tmp_path_factory):
 def test_decode_verify_and_picture(folder, tmp_path, capsys):
     out = tmp_path / "figures.json"
     picture = tmp_path / "blocks.png"
-    argv = ["decode", str(folder), "--decoder", "pipelined", "--decoder", "prompt_cached", "--option", "conf=1.01"]
-    assert main([*argv, "--count", "2", "--repeats", "1", "--output", str(out), "--picture", str(picture)]) == 0
+    argv = [
+        "policy",
+        "decode",
+        str(folder),
+        "--decoder",
+        "pipelined",
+        "--decoder",
+        "prompt_cached",
+        "--option",
+        "conf=1.01",
+    ]
+    assert main([*argv, "--count", "2", "--repeats", "1", "--output", str(out), "--figure", str(picture)]) == 0
     found = json.loads(out.read_text())["decoders"]
     assert found["pipelined"]["passes"] == 10 and found["prompt_cached"]["passes"] == 12
     assert picture.stat().st_size > 5000 and "prompt_cached" in capsys.readouterr().out
-    assert main(["verify", "decode", str(folder), "--count", "2", "--double", "--json"]) == 0
+    assert main(["policy", "verify", "decode", str(folder), "--count", "2", "--double", "--json"]) == 0
     checks = {check["name"]: check["ok"] for check in json.loads(capsys.readouterr().out)}
     assert checks.pop("shift") is None and set(checks.values()) == {True}
 
 
 def test_mistakes_are_one_line(folder, capsys):
-    assert main(["decode", str(folder), "--decoder", "autoregressive"]) == 2
-    assert main(["decode", str(folder), "--decoder", "pipelined", "--option", "block=9"]) == 2
-    assert main(["decode", str(folder), "--option", "conf"]) == 2
+    assert main(["policy", "decode", str(folder), "--decoder", "autoregressive"]) == 2
+    assert main(["policy", "decode", str(folder), "--decoder", "pipelined", "--option", "block=9"]) == 2
+    assert main(["policy", "decode", str(folder), "--option", "conf"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 3 and "blocks of 9 do not divide" in lines[1]
 
@@ -43,10 +53,10 @@ def test_mistakes_are_one_line(folder, capsys):
 def test_figures_go_beside_the_success_rate(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"rows": [{"label": "a"}, {"label": "b"}]}))
-    _add_columns(f"{path}:b", {"passes": 9.5, "ids": [1]})
+    add_columns(f"{path}:b", {"passes": 9.5, "ids": [1]})
     assert json.loads(path.read_text())["rows"] == [{"label": "a"}, {"label": "b", "passes": 9.5}]
     with pytest.raises(BurnishError, match="no row 'c'"):
-        _add_columns(f"{path}:c", {})
+        add_columns(f"{path}:c", {})
 
 
 def test_left_to_right():

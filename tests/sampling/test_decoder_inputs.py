@@ -80,7 +80,7 @@ def test_quantile_bins_of_an_action_that_often_has_one_value():
 ], ids=" ".join)  # fmt: skip
 def test_commands_with_odd_arguments(tmp_path, line, capsys):
     folder = make_tiny("burnish_discrete", tmp_path / "p", overrides={"block_size": 7})
-    assert main(["decode", str(folder), *line]) == 2
+    assert main(["policy", "decode", str(folder), *line]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -1,12 +1,301 @@
 """`burnish policy`: how fast a policy is, how it decodes, and whether a shortcut says what it should."""
 
-from burnish.cli.parser import Group, Legacy
+import shlex
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any
+
+from burnish.cli.parser import Arg, Group
+from burnish.core.errors import BurnishError
+
+Options = Annotated[list[str], Arg(metavar="NAME=VALUE")]
+Count = Annotated[int, Arg(least=1)]
+OrZero = Annotated[int, Arg(least=0)]
+
+
+def profile(
+    policy: str, *, data: str = "", set_: Annotated[list[str], Arg(metavar="FIELD=VALUE")] = (), batch_size: Count = 1,
+    repeats: Count = 30, warmup: OrZero = 3, device: str = "cpu", threads: OrZero = 0, json: bool = False,
+    output: Path | None = None,
+) -> None:  # fmt: skip
+    """Say where the time of a policy's call goes.
+
+    Args:
+        policy: policy folder or the name of a shipped base
+        data: data set whose observations are used; default: random images
+        set_: a field of the policy's config, e.g. num_steps=5; repeat at will
+        batch_size: observations in a call
+        repeats: calls to time
+        warmup: calls before that
+        device: torch device
+        threads: CPU threads; 0 means torch's own number
+        json: print JSON instead of a table
+        output: folder for profile.json and profile.png
+
+    Examples:
+        burnish policy profile small
+        burnish policy profile runs/decode/policy --set decoder=one_pass --data data/tabletop/lift --output profile
+    """
+    from burnish.runtime.profile import profile_policy, write_profile
+
+    outcome = profile_policy(
+        policy, overrides=read_options(set_, "--set"), data=data, batch_size=batch_size, repeats=repeats,
+        warmup=warmup, device=device, threads=threads,
+    )  # fmt: skip
+    if output:
+        write_profile(outcome, output)
+    print(dumps(outcome, indent=1) if json else profile_table(outcome))
+
+
+def profile_table(outcome: dict[str, Any]) -> str:
+    """Stages and totals as lines of text."""
+
+    def line(name: str, figures: dict[str, float], share: float | None = None) -> str:
+        part = "" if share is None else f"{share:7.1%}"
+        return f"{name:14s}{figures['median']:10.2f}{figures['p95']:10.2f}{figures['p99']:10.2f}  {part}"
+
+    whole = outcome["profiled_total"]["median"]
+    lines = [f"{'ms':14s}{'median':>10s}{'p95':>10s}{'p99':>10s}    share"]
+    for name, figures in outcome["stages"].items():
+        lines.append(line(name, figures, figures["median"] / whole))
+        if name == "passes":
+            lines += [line(f"  pass {i + 2}", each) for i, each in enumerate(outcome["each_pass"])]
+    lines += [line("profiled", outcome["profiled_total"]), line("undisturbed", outcome["total"])]
+    lines += [line("first action", outcome["first_action"]), ""]
+    lines.append(
+        f"{outcome['passes']:g} passes over {outcome['rows']:g} rows (prompt included); "
+        f"{outcome['actions_per_second']:.1f} actions a second ({outcome['actions_executed_of_a_chunk']} executed of "
+        f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second"
+    )
+    lines.append(
+        f"{outcome['calls']} calls of {outcome['batch_size']}, {outcome['type']}, {outcome['machine']['device']}, "
+        f"{outcome['threads']} threads; stages make up {outcome['stages_over_total']:.1%} of the calls"
+    )
+    return "\n".join(lines)
+
+
+def decode(
+    policy: str, *, decoder: list[str] = (), option: Options = (), data: str = "", count: Count = 4,
+    repeats: Count = 3, device: str = "cpu",
+    figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None, json: bool = False,
+    output: Path | None = None, own: bool = False, into: Annotated[str, Arg(metavar="FILE:LABEL")] = "",
+) -> None:  # fmt: skip
+    """Decode a chunk of action tokens by one or more decoders, in figures.
+
+    Args:
+        policy: folder of a token policy
+        decoder: a decoder; repeat at will; default: all that fit the policy
+        option: an option of the decode plan, e.g. threshold=0.9; repeat at will
+        data: data set to decode, with action errors; default: random images
+        count: observations, decoded one at a time
+        repeats: timed decodes of each
+        device: torch device
+        figure: draw the forward passes of a decoder (the first named, or pipelined)
+        json: print JSON instead of a table
+        output: also write the figures as JSON to this file
+        own: the decoder and the options in the policy's config
+        into: add the first decoder's figures to the row LABEL of a result file
+
+    Examples:
+        burnish policy decode runs/blocks/policy --data data/tabletop/quickstart --count 32
+        burnish policy decode runs/blocks/policy --decoder pipelined --option preset=paper --figure blocks.png
+    """
+    from burnish.core.files import write_json
+    from burnish.policies import load_policy
+    from burnish.runtime.decoders import compare_decoders
+
+    found = compare_decoders(
+        load_policy(policy, device=device), decoders=decoder, options=read_options(option, "--option"), own=own,
+        data=data, count=count, repeats=repeats, picture=figure or "",
+    )  # fmt: skip
+    outcome = {"policy": policy, "options": option, "data": data, "count": count, "device": device, **found}
+    if output:
+        write_json(output, outcome)
+    if into:
+        add_columns(into, next(iter(found["decoders"].values())))
+    print(dumps(outcome, indent=1) if json else decoder_table(**found))
+
+
+COLUMNS = {
+    "passes": ("passes", "6.1f"), "rows": ("rows", "7.0f"), "ms": ("ms a chunk", "10.1f"), "p95": ("p95", "8.1f"),
+    "first_step_ms": ("ms to step 1", "12.1f"), "left_to_right": ("left to right", "13.2f"),
+    "action_error": ("action error", "12.4f"),
+}  # fmt: skip
+
+
+def decoder_table(decoders: dict[str, dict[str, Any]], refused: dict[str, str]) -> str:
+    """A line for each decoder, and why the others do not fit."""
+    shown = {key: value for key, value in COLUMNS.items() if key in next(iter(decoders.values()))}
+    lines = [" " * 16 + "  ".join(f"{title:>{form.partition('.')[0]}s}" for title, form in shown.values())]
+    for name, row in decoders.items():
+        lines.append(f"{name:16s}" + "  ".join(f"{row[key]:{form}}" for key, (_, form) in shown.items()))
+    lines += [f"{name:16s}does not fit: {reason}" for name, reason in refused.items()]
+    return "\n".join(lines)
+
+
+def add_columns(target: str, figures: dict[str, Any]) -> None:
+    """Put passes, rows, times and errors beside the success rate of the same decoder, in a result file.
+
+    Raises:
+        BurnishError: no such file, or no such row in it.
+    """
+    from burnish.core.files import read_object, write_json
+
+    name, _, label = target.rpartition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise BurnishError(f"--into {target}", "FILE:LABEL with an existing result file")
+    result = read_object(path)
+    rows = [row for row in result.get("rows", []) if row["label"] == label]
+    if not rows:
+        labels = ", ".join(row["label"] for row in result.get("rows", []))
+        raise BurnishError(f"{path} has no row '{label}'", f"one of {labels}")
+    for row in rows:
+        row |= {key: figures[key] for key in COLUMNS if key in figures}
+    write_json(path, result)
+
+
+def verify_decode(
+    policy: str, *, data: str = "", count: Count = 4, option: Options = (), double: bool = False, device: str = "cpu",
+    json: bool = False,
+) -> int:  # fmt: skip
+    """Check a token policy against the assumptions of fast decoding: look-ahead, leaks, drift, shift.
+
+    The exit status is 1 where a check fails.
+
+    Args:
+        policy: folder of a token policy
+        data: data set with true actions; default: random images
+        count: observations
+        option: an option of the decode plan, e.g. threshold=0.9; repeat at will
+        double: compute in float64, where rounding decides nothing
+        device: torch device
+        json: print JSON instead of a table
+
+    Examples:
+        burnish policy verify decode runs/blocks/policy
+        burnish policy verify decode runs/blocks/policy --data data/tabletop/quickstart --count 8
+    """
+    from burnish.policies import load_policy
+    from burnish.runtime.decode_checks import verify_decode
+
+    checks = verify_decode(
+        load_policy(policy, device=device), data=data, count=count, options=read_options(option, "--option"),
+        double=double,
+    )  # fmt: skip
+    if json:
+        print(dumps([vars(check) for check in checks], indent=1))
+    else:
+        for check in checks:
+            word = {True: "ok", False: "FAILED", None: "-"}[check.ok]
+            numbers = "" if check.ok is None else f"{check.worst:.2g} (limit {check.limit:.2g})"
+            print(f"{check.name:20s} {word:7s} {numbers:28s} {check.meaning}")
+    return int(any(check.ok is False for check in checks))
+
+
+def verify_score(
+    policy: str, data: Path, *, reference: str = "", observations: int = 16, candidates: int = 4,
+    draws: Annotated[list[int], Arg(several=True)] = (1, 4, 16, 64), steps: int = 24, probes: int = 0,
+    disturbance: float = 0.3, seed: int = 0, device: str = "cpu", json: bool = False, output: Path | None = None,
+) -> None:  # fmt: skip
+    """Check a flow policy's score against its exact log-probability by the ODE.
+
+    For each observation the chunk of the data set, one disturbed chunk and samples of the policy are compared. With
+    --reference the margins of preference optimisation are compared: how much more than the reference the policy
+    prefers one chunk to another. Divergences are exact; --probes estimates them where chunks are long.
+
+    Args:
+        policy: folder of a flow policy
+        data: LeRobot data set with the policy's cameras
+        reference: policy folder to take margins against
+        observations: how many
+        candidates: chunks for each
+        draws: numbers of draws
+        steps: steps of the ODE
+        probes: random probes of the divergence; 0 means none, it is taken exactly
+        disturbance: noise on the disturbed chunk, in standard deviations
+        seed: seed of observations, noise and draws
+        device: torch device
+        json: print JSON instead of a table
+        output: also write the JSON to this file
+
+    Examples:
+        burnish policy verify score runs/lift/policy data/tabletop/quickstart
+        burnish policy verify score runs/tuned/policy data/tabletop/quickstart --reference runs/lift/policy --draws 1 4
+    """
+    from burnish.core.files import write_json
+    from burnish.methods.prefer.verify import verify_score
+    from burnish.policies import load_policy
+
+    numbers = {
+        "observations": observations, "candidates": candidates, "steps": steps, "probes": probes,
+        "disturbance": disturbance, "seed": seed,
+    }  # fmt: skip
+    model = load_policy(policy, device=device)
+    other = load_policy(reference, device=device) if reference else None
+    rows = verify_score(model, data, reference=other, draws=draws, **numbers)
+    found = {"policy": policy, "reference": reference, "observations": observations, "candidates": candidates,
+             "ode_steps": steps, "rows": rows}  # fmt: skip
+    if output:
+        command = ["burnish", "policy", "verify", "score", policy, str(data)]
+        command += ["--reference", reference] if reference else []
+        command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+        command += ["--draws", *map(str, draws)]
+        write_json(output, _as_figures(shlex.join(command), found))
+    if json:
+        print(dumps(found, indent=1))
+        return
+    print(f"{'weight':8s} {'draws':>5s} {'shared':>11s} {'rank correlation':>17s} {'sign agreement':>15s}")
+    for row in rows:
+        kind = "shared" if row["shared"] else "independent"
+        print(f"{row['weight']:8s} {row['draws']:5d} {kind:>11s} {row['rank_correlation']:17.3f} "
+              f"{row['sign_agreement']:15.3f}")  # fmt: skip
+
+
+def _as_figures(command: str, found: dict[str, Any]) -> dict[str, Any]:
+    """In the form of `python -m bench`, so that pages can show it."""
+    from burnish.core.provenance import commit, machine
+
+    versions = machine()
+    return {
+        "name": "verify score", "command": command, "device": versions.pop("device"),
+        "versions": versions, "commit": commit(), "n": found["observations"],
+        "figures": {
+            f"{figure}_{row['weight']}_{row['draws']}_{'shared' if row['shared'] else 'independent'}": row[figure]
+            for figure in ("sign_agreement", "rank_correlation") for row in found["rows"]
+        },
+        "detail": found,
+    }  # fmt: skip
+
+
+def read_options(given: list[str], flag: str) -> dict[str, Any]:
+    """NAME=VALUE items as options; values are YAML.
+
+    Raises:
+        BurnishError: an item without "=", or a value that is no YAML.
+    """
+    import yaml
+
+    options = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BurnishError(f"{flag} {item}", "NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BurnishError(f"{flag} {item} is unreadable", "NAME=VALUE, the value a number or word") from error
+    return options
+
 
 COMMANDS = Group(
     "Profile a policy, decode with it, and verify shortcuts on it.",
     {
-        "profile": Legacy("profile", "say where the time of a policy's call goes"),
-        "decode": Legacy("decode", "decode a chunk of action tokens, in figures and a picture"),
-        "verify": Legacy("verify", "check on a policy of yours that an estimate or a shortcut says what it should"),
+        "profile": profile,
+        "decode": decode,
+        "verify": Group(
+            "Check on a policy of yours that an estimate or a shortcut says what it should.",
+            {"decode": verify_decode, "score": verify_score},
+        ),
     },
 )

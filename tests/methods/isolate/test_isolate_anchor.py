@@ -114,11 +114,11 @@ def test_empty_question_folder(policy, questions, tmp_path):
 
 def test_command(tiny_smolvla, questions, tmp_path, capsys):
     out = tmp_path / "anchor.safetensors"
-    command = ["anchor", "build", str(tiny_smolvla), "--questions", str(questions), "-o", str(out), "--samples=16"]
+    command = ["method", "isolate", "anchor", str(tiny_smolvla), str(questions), "-o", str(out), "--samples=16"]
     assert main([*command, "--batch-size=8", "--device=cpu"]) == 0
     assert "4 layers of 48 channels, 16 questions" in capsys.readouterr().out
     assert len(Anchor.load(out).moments) == 8
-    assert main(["anchor", "build", str(tiny_smolvla), "--questions", str(tmp_path / "none")]) == 2
+    assert main(["method", "isolate", "anchor", str(tiny_smolvla), str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert "question folder" in error and len(error.strip().splitlines()) == 1
     assert json.loads((questions / "meta.json").read_text())["camera"] == "front"

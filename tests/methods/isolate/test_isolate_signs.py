@@ -188,8 +188,7 @@ def test_an_anchor_made_otherwise_is_refused(dataset, tiny_smolvla, questions, t
 
     file = tmp_path / "a.safetensors"
     assert (
-        main(["anchor", "build", str(tiny_smolvla), "--questions", str(questions), "-o", str(file), "--samples", "8"])
-        == 0
+        main(["method", "isolate", "anchor", str(tiny_smolvla), str(questions), "-o", str(file), "--samples", "8"]) == 0
     )
     with pytest.raises(BurnishError, match="burnish anchor build --tokens pooled"):
         taken(dataset, tiny_smolvla, tmp_path / "r", f"method: aegis, questions: {questions}, anchor: {file}")

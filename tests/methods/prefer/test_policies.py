@@ -120,7 +120,7 @@ def test_verify_score_from_the_command_line(tmp_path, capsys, dataset):
     folder = make_tiny("smolvla", tmp_path / "p", cameras=("front",), state_dim=4, action_dim=3,
                        overrides={"chunk_size": 2, "n_action_steps": 2})  # fmt: skip
     data = shutil.copytree(dataset, tmp_path / "data")
-    arguments = ["verify", "score", str(folder), "--data", str(data), "--observations", "2", "--candidates", "3",
+    arguments = ["policy", "verify", "score", str(folder), str(data), "--observations", "2", "--candidates", "3",
                  "--draws", "2", "--steps", "2", "--json", "--output", str(tmp_path / "score.json")]  # fmt: skip
     assert main(arguments) == 0
     written = json.loads((tmp_path / "score.json").read_text())
@@ -131,7 +131,7 @@ def test_verify_score_from_the_command_line(tmp_path, capsys, dataset):
     ]  # fmt: skip
     assert all(-1 <= r["rank_correlation"] <= 1 and 0 <= r["sign_agreement"] <= 1 for r in rows)
     tokens = make_tiny("burnish_discrete", tmp_path / "d", cameras=("front",), state_dim=4, action_dim=3)
-    assert main(["verify", "score", str(tokens), "--data", str(data)]) == 2
+    assert main(["policy", "verify", "score", str(tokens), str(data)]) == 2
     assert "a policy of type burnish_discrete has no velocity field" in capsys.readouterr().err
 
 
