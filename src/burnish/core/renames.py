@@ -14,7 +14,7 @@ RECIPE = {
 STUDY = {"arms": "variants", "before": "setup"}
 """Keys of a study file."""
 
-OBJECTIVES: dict[str, dict[str, str]] = {}
+OBJECTIVES: dict[str, dict[str, str]] = {"align": {"match": "gradient_norm_ratio"}}
 """Options of an entry in `objectives:`, by the method's name."""
 
 POLICY_FIELDS = {"burnish_discrete": {"open_prompt": "prompt_sees_actions"}}

@@ -1,7 +1,6 @@
 """Tokens of a policy before and after training beside those of its teacher, as one picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,18 +8,16 @@ from torch import Tensor
 from burnish.core.seeding import generator
 from burnish.methods.align.analysis import image_tokens, student_batch
 from burnish.methods.align.objective import Align
+from burnish.methods.objective import Run
 from burnish.policies.base import Policy
 from burnish.report.align_plots import draw_tokens
-
-if TYPE_CHECKING:
-    from burnish.train.run import Run
 
 SHOWN = 8
 """Images shown; the principal components are those of the whole batch."""
 
 
 @torch.no_grad()
-def show_tokens(run: "Run", objective: Align, policies: dict[str, Policy], layer: int, path: Path) -> None:
+def show_tokens(run: Run, objective: Align, policies: dict[str, Policy], layer: int, path: Path) -> None:
     """Draw image, teacher and each policy's tokens, coloured by three principal components.
 
     Args:

@@ -33,7 +33,7 @@ def measure(rho_student, rho_teacher, sharing, nested=False, repeats=4):
     cosines, coherences = [], []
     for seed in range(repeats):
         widths = prefix_widths(PAIRS, HIDDEN) if nested else [HIDDEN] * PAIRS
-        projectors = Projectors(STUDENT, [TEACHER] * PAIRS, HIDDEN, widths, sharing, False, 1, generator("toy", seed))
+        projectors = Projectors(STUDENT, [TEACHER] * PAIRS, HIDDEN, widths, sharing, False, generator("toy", seed))
         students, teachers = streams(rho_student, rho_teacher, seed)
         mask, gradients = torch.ones(1, TOKENS, dtype=torch.bool), []
         for pair, (h, t) in enumerate(zip(students, teachers, strict=True)):

@@ -11,7 +11,7 @@ from test_align_cache import SPEC, data, fill, key  # noqa: F401  fixtures
 from burnish.core.errors import BurnishError
 from burnish.data import feature_fill as filling
 from burnish.methods.align.objective import cache_key
-from burnish.methods.align.presets import make_config
+from burnish.methods.align.options import make_config
 from burnish.methods.align.targets import LiveTargets
 from burnish.teachers.base import TEACHERS, Teacher, make_teacher
 from burnish.train.loop import Run
@@ -27,8 +27,9 @@ def tiny(monkeypatch, edges):
 
 
 @pytest.mark.parametrize("options", [
-    {"warmup_steps": -5}, {"hidden": "wide"}, {"pairs": 5}, {"select": 3}, {"ensemble": "two"}, {"components": 1.5},
-    {"measure_every": None}, {"cache": 5}, {"decay": "false"}, {"weight": float("nan")}, {"match": "a"},
+    {"warmup_steps": -5}, {"hidden": "wide"}, {"pairs": 5}, {"select": 3}, {"ensemble": 2}, {"components": 1.5},
+    {"measure_every": None}, {"cache": 5}, {"decay": "false"}, {"weight": float("nan")}, {"workers": 2},
+    {"gradient_norm_ratio": "a"},
 ], ids=str)  # fmt: skip
 def test_options_that_cannot_be(options):
     with pytest.raises(BurnishError):
@@ -68,8 +69,8 @@ def test_matching_counts_the_weight_of_imitation(dataset, tmp_path):
     """A quarter of the task's push leaves a quarter of lambda."""
     strengths = []
     for weight in (1.0, 0.25):
-        made = recipe(dataset, tmp_path / "x", f"{{name: align, {TEACHER}, match: 0.5, measure_every: 1}}",
-                      more=[f"--train.imitation_weight={weight}"])  # fmt: skip
+        objective = f"{{name: align, {TEACHER}, gradient_norm_ratio: 0.5, measure_every: 1}}"
+        made = recipe(dataset, tmp_path / "x", objective, more=[f"--train.imitation_weight={weight}"])
         run = Run(made, progress=False)
         align, policy = run.objectives["align"], run.policy
         batch = run.data.finish(run.data.raw(0), 0)

@@ -57,7 +57,7 @@ def test_aligned_run_learns_the_teacher_keeps_its_projector_and_exports_none(dat
 
 
 def test_resumed_is_uninterrupted(dataset, tmp_path, monkeypatch):
-    objective = f"{{name: align, {TEACHER}, match: 0.5, measure_every: 3, warmup_steps: 5, decay: true}}"
+    objective = f"{{name: align, {TEACHER}, gradient_norm_ratio: 0.5, measure_every: 3, warmup_steps: 5, decay: true}}"
     whole = train(recipe(dataset, tmp_path / "whole", objective), progress=False)
     original = loop.train_step
 
@@ -73,6 +73,19 @@ def test_resumed_is_uninterrupted(dataset, tmp_path, monkeypatch):
     cut = train(recipe(dataset, tmp_path / "cut", objective), progress=False)
     fake.assert_same_weights(whole.policy, cut.policy)
     assert fake.figures(whole.metrics) == fake.figures(cut.metrics)
+
+
+def test_a_run_begun_under_the_old_name_of_an_option_goes_on_under_the_new_one(dataset, tmp_path, monkeypatch):
+    old, new = (f"{{name: align, {TEACHER}, {name}: 0.5, measure_every: 3}}" for name in ("match", "gradient_norm_ratio"))
+    whole = train(recipe(dataset, tmp_path / "whole", new), progress=False)
+    begun = train(recipe(dataset, tmp_path / "begun", old), progress=False)
+    stored = tmp_path / "begun/train.json"
+    facts = json.loads(stored.read_text())
+    (entry,) = facts["recipe"]["objectives"]
+    entry["match"] = entry.pop("gradient_norm_ratio")
+    stored.write_text(json.dumps(facts))
+    fake.assert_same_weights(whole.policy, begun.policy)
+    assert train(recipe(dataset, tmp_path / "begun", new), progress=False).final == begun.final
 
 
 def test_one_pair_without_projector_cut_is_the_loss_by_hand(dataset, tmp_path):
@@ -110,7 +123,8 @@ def test_duplicated_pairs_change_nothing_when_one_projector_is_shared(dataset, t
 @pytest.mark.parametrize("sharing", ["shared", "independent"])
 def test_matched_strength_pushes_every_arm_equally_hard(dataset, tmp_path, sharing):
     """After matching, what really arrives at the shallowest image tokens is the wished share of the task's."""
-    objective = f"{{name: align, {TEACHER}, match: 0.5, measure_every: 1, sharing: {sharing}, pairs: [[1, 0], [2, 1]]}}"
+    options = f"gradient_norm_ratio: 0.5, measure_every: 1, sharing: {sharing}, pairs: [[1, 0], [2, 1]]"
+    objective = f"{{name: align, {TEACHER}, {options}}}"
     training = run(dataset, tmp_path / sharing, objective)
     align, policy = training.objectives["align"], training.policy
     batch = training.data.finish(training.data.raw(0), 0)
@@ -155,9 +169,12 @@ def test_measurements_of_the_gradients_are_logged(dataset, tmp_path):
         ("preset: best", "preset is 'best'.*default, spatial_forcing, paper, released_code"),
         ("lambda: 1", "unknown option 'lambda'.*teacher.*weight"),
         ("sharing: both", "sharing is 'both'.*shared, trunk, independent, same_start"),
-        ("weight: -1", "weight is -1.*from 0"),
-        ("match: 0.3, measure_every: 0", "match needs measurements"),
-        ("nested_low: 0.0", "0 < low <= high <= 1"),
+        ("weight: -1", "weight is -1.*at least 0"),
+        ("match: 0.3, measure_every: 0", "gradient_norm_ratio needs measurements"),
+        ("nested_low: 0.0", "nested_low is 0.0.*above 0 and at most 1"),
+        ("nested_low: 0.5, nested_high: 0.4", "0 < low <= high <= 1"),
+        ("stop_after: 1.5", "stop_after is 1.5.*above 0 and at most 1"),
+        ("late_tokens: -1", "late_tokens is -1.*at least 0"),
         ("select: best", "select is 'best'"),
         (f"{TEACHER}, pairs: [[3, 0]]", "student layer 3.*0 to 2"),
         (f"{TEACHER}, pairs: [[0, 2]]", "teacher layer 2.*0 to 1"),

@@ -5,7 +5,7 @@ import torch
 
 from burnish.core.seeding import generator
 from burnish.methods.align.aligner import Aligner, square_grid
-from burnish.methods.align.presets import make_config
+from burnish.methods.align.options import make_config
 from burnish.policies import load_policy
 
 TASKS = ["pick up the red cube", "open", "put the green ball on the plate"]

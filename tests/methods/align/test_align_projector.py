@@ -12,8 +12,8 @@ from burnish.core.seeding import generator
 from burnish.methods.align.projector import Projectors, prefix_widths
 
 
-def make(sharing="shared", widths=(4, 7, 12), teacher=(6, 6, 6), norm=True, copies=1):
-    return Projectors(8, teacher, 12, widths, sharing, norm, copies, generator("projector test")).double()
+def make(sharing="shared", widths=(4, 7, 12), teacher=(6, 6, 6), norm=True):
+    return Projectors(8, teacher, 12, widths, sharing, norm, generator("projector test")).double()
 
 
 def states(seed=0, tokens=5):
@@ -93,9 +93,3 @@ def test_same_start_and_independent():
 def test_invariant_to_shift_and_scale_of_the_student_behind_a_norm():
     projectors = make()
     torch.testing.assert_close(projectors(1, 3 * states() + 0.7), projectors(1, states()), atol=1e-4, rtol=1e-4)
-
-
-def test_an_ensemble_averages():
-    projectors = make(copies=3)
-    outputs = [members[1](states(), projectors.widths[1]) for members in projectors.members]
-    torch.testing.assert_close(projectors(1, states()), sum(outputs) / 3)

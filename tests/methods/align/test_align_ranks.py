@@ -41,7 +41,7 @@ def read(output, rank):
 
 
 def test_projectors_are_synchronised(dataset, edges, tmp_path):
-    two_ranks(record, dataset, tmp_path / "run", "match: 0.5")
+    two_ranks(record, dataset, tmp_path / "run", "gradient_norm_ratio: 0.5")
     one, two = (read(tmp_path / "run", rank) for rank in range(2))
     assert one["weights"] == two["weights"] and one["strength"] == two["strength"]
     assert any(name.startswith(OWN) for name in one["weights"])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.methods.align.layers import Pairs
 from burnish.methods.align.loss import alignment_loss
-from burnish.methods.align.presets import AlignConfig
+from burnish.methods.align.options import AlignConfig
 from burnish.methods.align.projector import Projectors, prefix_widths
 from burnish.policies.base import Captured
 
@@ -17,7 +17,7 @@ class Aligner(nn.Module):
     """The alignment losses of all pairs.
 
     Args:
-        config: see presets.AlignConfig.
+        config: see options.AlignConfig.
         pairs: (student layer, teacher layer), ascending.
         student_width: D_s.
         teacher_widths: D_t of every teacher layer.
@@ -54,9 +54,7 @@ class Aligner(nn.Module):
         if len(given) != len(pairs) or min(given) < 0 or not sum(given):
             raise BurnishError(f"align: pair_weights {given}", f"{len(pairs)} numbers from 0 on, not all 0")
         self.shares = [value / sum(given) for value in given]
-        self.projectors = Projectors(
-            student_width, outputs, hidden, widths, config.sharing, config.norm, config.ensemble, generator
-        )
+        self.projectors = Projectors(student_width, outputs, hidden, widths, config.sharing, config.norm, generator)
 
     def tokens(self, hidden_BSD: Tensor, captured: Captured) -> Tensor:
         """[B, V * T, D]: the rows of the image tokens of all views, in the order of `cameras`."""

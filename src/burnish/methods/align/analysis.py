@@ -1,7 +1,7 @@
 """What student and teacher layers have in common, measured on a data set before anything is trained."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from burnish.methods.align.aligner import square_grid
 from burnish.methods.align.layers import StreamingCka, choose_pairs, match_by_cka, similar_layers
 from burnish.methods.align.objective import Align, cache_key
 from burnish.methods.align.targets import make_targets
+from burnish.methods.objective import Run
 from burnish.teachers.base import make_teacher
-
-if TYPE_CHECKING:
-    from burnish.methods.objective import Run
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare_layers(run: "Run", objective: Align, batches: int, progress: bool = True) -> Comparison:
+def compare_layers(run: Run, objective: Align, batches: int, progress: bool = True) -> Comparison:
     """Run student and teacher over some batches of a run's data.
 
     Args:
@@ -63,7 +61,7 @@ def compare_layers(run: "Run", objective: Align, batches: int, progress: bool = 
     return Comparison(cka.matrix(), (sums / batches).tolist(), tokens)
 
 
-def student_batch(run: "Run", k: int) -> dict[str, Any]:
+def student_batch(run: Run, k: int) -> dict[str, Any]:
     """Batch k of a run's data without augmentation, on its device."""
     batch = run.data.raw(k)
     for key in run.data.cameras:

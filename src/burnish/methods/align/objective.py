@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,14 @@ from burnish.data.feature_cache import CacheKey
 from burnish.methods.align.aligner import Aligner, square_grid
 from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.layers import check_pairs, choose_pairs
-from burnish.methods.align.presets import make_config
+from burnish.methods.align.options import make_config
 from burnish.methods.align.targets import make_targets
-from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.policies.base import Captured
 from burnish.teachers.base import file_hash, fingerprint, make_teacher
 
-if TYPE_CHECKING:
-    from burnish.methods.objective import Run
-
 STRONGEST = 100.0
-"""lambda is never matched above this: where the alignment gradient vanishes there is nothing to match."""
+"""lambda is never set above this: where the alignment gradient vanishes, no lambda gives it a norm."""
 
 
 @OBJECTIVES.register("align")
@@ -41,7 +38,7 @@ class Align(Objective):
 
     Args:
         preset: default, spatial_forcing, paper or released_code.
-        options: fields of presets.AlignConfig.
+        options: fields of options.AlignConfig.
     """
 
     def __init__(self, preset: str = "default", **options: Any):
@@ -54,9 +51,9 @@ class Align(Objective):
     @property
     def on(self) -> bool:
         """Whether there is anything to align."""
-        return self.config.weight > 0 or self.config.match > 0
+        return self.config.weight > 0 or self.config.gradient_norm_ratio > 0
 
-    def setup(self, run: "Run") -> None:
+    def setup(self, run: Run) -> None:
         if not self.on:
             return
         config, policy = self.config, run.policy
@@ -78,29 +75,29 @@ class Align(Objective):
         with run.accelerator.main_process_first():
             self.targets = make_targets(
                 config.teacher, teacher, key, run.data, cache=config.cache, device=run.device,
-                workers=config.workers, progress=run.progress and run.accelerator.is_main_process,
+                progress=run.progress and run.accelerator.is_main_process,
             )  # fmt: skip
         width = shapes.hidden[0].shape[-1]
         draws = generator(run.recipe.train.seed, "align")
         self.aligner = Aligner(config, pairs, width, teacher.widths, policy.cameras, draws).to(run.device)
-        # lambda: a tensor, so that matching it costs no wait; a buffer, so that it resumes.
+        # lambda: a tensor, so that setting it costs no wait; a buffer, so that it resumes.
         self.register_buffer("strength", torch.tensor(float(config.weight or 1.0), device=run.device))
 
     @contextmanager
-    def watch(self, run: "Run") -> Iterator[None]:
+    def watch(self, run: Run) -> Iterator[None]:
         if not self._active(run):
             yield
             return
         with run.policy.capture(self.layers) as self.captured:
             yield
 
-    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+    def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         captured, self.captured = self.captured, None
         if captured is None:
             return {}
-        strength = self.strength * self._schedule(run)  # a copy: matching changes the buffer in place
+        strength = self.strength * self._schedule(run)  # a copy: a measurement changes the buffer in place
         states = dict(captured.hidden)
-        if self.config.match:
+        if self.config.gradient_norm_ratio:
             captured.hidden.update({layer: scale_gradient(state, strength) for layer, state in states.items()})
         losses = self.aligner(captured, self.targets(batch))
         total = self.aligner.total(losses)
@@ -111,9 +108,9 @@ class Align(Objective):
             self._measure(run, states, captured.rows["image"], losses, task)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
-        # Matched, lambda acts on the student alone: multiplying the loss would also multiply the projectors' gradient,
-        # and clipping by the norm of all gradients would then starve the task.
-        return {"align": total if self.config.match else strength * total}
+        # With a given ratio lambda acts on the student alone: multiplying the loss would also multiply the projectors'
+        # gradient, and clipping by the norm of all gradients would then starve the task.
+        return {"align": total if self.config.gradient_norm_ratio else strength * total}
 
     def metrics(self) -> dict[str, float]:
         """Loss of each pair, lambda, and the last measurement of the gradients."""
@@ -129,10 +126,10 @@ class Align(Objective):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._figures = {name: torch.tensor(value) for name, value in state["figures"].items()}
 
-    def _active(self, run: "Run") -> bool:
+    def _active(self, run: Run) -> bool:
         return self.on and run.step < self.config.stop_after * run.recipe.train.steps
 
-    def _schedule(self, run: "Run") -> float:
+    def _schedule(self, run: Run) -> float:
         config = self.config
         rise = min(1.0, (run.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if not config.decay:
@@ -140,7 +137,7 @@ class Align(Objective):
         return rise * 0.5 * (1 + math.cos(math.pi * run.step / (config.stop_after * run.recipe.train.steps)))
 
     def _measure(
-        self, run: "Run", hidden: dict[int, Tensor], rows_BS: Tensor, losses: list[Tensor], task: Tensor
+        self, run: Run, hidden: dict[int, Tensor], rows_BS: Tensor, losses: list[Tensor], task: Tensor
     ) -> None:
         """Gradients of every pair and of the task with respect to the image tokens of each captured layer."""
         trained = [layer for layer in self.layers if hidden[layer].requires_grad]
@@ -157,7 +154,7 @@ class Align(Objective):
                     for g, s in zip(found, states, strict=True)]  # fmt: skip
 
         lam = self.strength * self._schedule(run)
-        by_pair = [gradients(loss, lam.clamp_min(1e-12) if self.config.match else 1.0) for loss in losses]
+        by_pair = [gradients(loss, lam.clamp_min(1e-12) if self.config.gradient_norm_ratio else 1.0) for loss in losses]
         by_task = gradients(task)
         figures = {}
         for place, layer in enumerate(trained):
@@ -177,19 +174,19 @@ class Align(Objective):
                 figures[f"align_cosine_{names[0]}_vs_{names[1]}"] = matrix[a, b]
         figures["align_projector_similarity"] = self.aligner.projectors.similarity()
         self._figures |= {name: value.detach() for name, value in figures.items()}
-        if self.config.match:
-            self._match(run, figures[f"align_push_{trained[0]}"], figures[f"align_task_push_{trained[0]}"])
+        if self.config.gradient_norm_ratio:
+            self._set_strength(run, figures[f"align_push_{trained[0]}"], figures[f"align_task_push_{trained[0]}"])
 
     @torch.no_grad()
-    def _match(self, run: "Run", push: Tensor, task_push: Tensor) -> None:
-        """lambda such that alignment's gradient on the shallowest image tokens has `match` times the task's norm."""
+    def _set_strength(self, run: Run, push: Tensor, task_push: Tensor) -> None:
+        """lambda that gives alignment's gradient on the shallowest image tokens its share of the norm of the task's."""
         if run.accelerator.num_processes > 1:  # ranks see different batches and must agree
             push, task_push = run.accelerator.reduce(torch.stack([push, task_push]), "mean")
-        wanted = (self.config.match * task_push / push.clamp_min(1e-12)).clamp_max(STRONGEST)
+        wanted = (self.config.gradient_norm_ratio * task_push / push.clamp_min(1e-12)).clamp_max(STRONGEST)
         self.strength.copy_(wanted if run.step == 0 else 0.8 * self.strength + 0.2 * wanted)
 
 
-def _probe(run: "Run") -> Captured:
+def _probe(run: Run) -> Captured:
     """The token layout and the width of the policy, from one forward on two rows of the data."""
     data = run.data
     batch = data.raw(0)

@@ -80,34 +80,29 @@ class Projectors(nn.Module):
         sharing: "shared" one for all; "trunk" first layer shared, output layer of its own for each pair;
             "independent" one each; "same_start" one each, starting from equal weights.
         norm: see `Projector`.
-        copies: ensembles whose outputs are averaged.
         generator: draws the weights.
     """
 
     def __init__(
         self, student: int, teacher: Sequence[int], hidden: int, widths: Sequence[int], sharing: str, norm: bool,
-        copies: int, generator: torch.Generator,
+        generator: torch.Generator,
     ):  # fmt: skip
         super().__init__()
-        self.widths, self.copies, count = list(widths), copies, len(widths)
-
-        def new(pair: int) -> Projector:
-            return Projector(student, hidden, teacher[pair], norm, generator)
-
-        self.members = nn.ModuleList()
-        for _ in range(copies):
-            members = [new(0)] * count if sharing == "shared" else [new(pair) for pair in range(count)]
-            for member in members[1:]:
-                if sharing == "trunk":
-                    member.norm, member.fc1 = members[0].norm, members[0].fc1
-                elif sharing == "same_start":
-                    member.load_state_dict(members[0].state_dict())
-            self.members.append(nn.ModuleList(members))
+        self.widths = list(widths)
+        first = Projector(student, hidden, teacher[0], norm, generator)
+        members = [first]
+        for width in teacher[1:]:
+            member = first if sharing == "shared" else Projector(student, hidden, width, norm, generator)
+            if sharing == "trunk":
+                member.norm, member.fc1 = first.norm, first.fc1
+            elif sharing == "same_start":
+                member.load_state_dict(first.state_dict())
+            members.append(member)
+        self.members = nn.ModuleList([nn.ModuleList(members)])  # stored checkpoints name them members.0.<pair>
 
     def forward(self, pair: int, hidden_BTD: Tensor) -> Tensor:
         """Student states [B, T, D_s] of one pair as the teacher's features [B, T, D_t]."""
-        outputs = [members[pair](hidden_BTD, self.widths[pair]) for members in self.members]
-        return outputs[0] if self.copies == 1 else torch.stack(outputs).mean(0)
+        return self.members[0][pair](hidden_BTD, self.widths[pair])
 
     def similarity(self) -> Tensor:
         """Mean cosine of the flattened parameters of different projectors; 1 where one is shared.

@@ -76,7 +76,7 @@ def shifted(features_BVHWD: Tensor, batch: Batch, key: CacheKey) -> Tensor:
 
 def make_targets(
     spec: dict[str, Any], teacher: Teacher, key: CacheKey, data: "RobotData", *, cache: str, device: torch.device,
-    workers: int = 0, progress: bool = True,
+    progress: bool = True,
 ) -> CachedTargets | LiveTargets:  # fmt: skip
     """Open (and fill) the cache of a data set, or run the teacher at every step.
 
@@ -92,5 +92,5 @@ def make_targets(
     if cache == "off":
         return LiveTargets(job, device)
     folder = Path(cache) if cache else Path(data.root) / ".teachers" / key.name
-    opened = open_cache(folder, job, workers=workers, progress=progress, device=str(device))
+    opened = open_cache(folder, job, progress=progress, device=str(device))
     return CachedTargets(opened, key, device)
