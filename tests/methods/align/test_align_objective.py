@@ -75,8 +75,8 @@ def test_resumed_is_uninterrupted(dataset, tmp_path, monkeypatch):
     assert fake.figures(whole.metrics) == fake.figures(cut.metrics)
 
 
-def test_a_run_begun_under_the_old_name_of_an_option_goes_on_under_the_new_one(dataset, tmp_path, monkeypatch):
-    old, new = (f"{{name: align, {TEACHER}, {name}: 0.5, measure_every: 3}}" for name in ("match", "gradient_norm_ratio"))
+def test_a_run_begun_under_the_old_name_of_an_option_goes_on_under_the_new_one(dataset, tmp_path):
+    old, new = (f"{{name: align, {TEACHER}, {n}: 0.5, measure_every: 3}}" for n in ("match", "gradient_norm_ratio"))
     whole = train(recipe(dataset, tmp_path / "whole", new), progress=False)
     begun = train(recipe(dataset, tmp_path / "begun", old), progress=False)
     stored = tmp_path / "begun/train.json"
