@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import (
     demos_root,
+    find_recipe,
     flatten,
     load_recipe,
     recipe_from_dict,
@@ -98,3 +99,59 @@ def test_flatten_and_places():
 
 def test_no_is_a_precision_however_yaml_reads_it():
     assert load_recipe(None, ["--train.precision=no"]).train.precision == "no"
+
+
+@pytest.mark.parametrize(
+    "name", ["tabletop/quickstart", "tabletop/quickstart.yaml", "recipes/tabletop/quickstart.yaml"]
+)
+def test_shipped_recipes_are_found_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name).name == "tabletop/quickstart"
+    assert find_recipe("recipes/isolate/facts.jsonl").is_file()
+
+
+def test_an_existing_file_goes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tabletop").mkdir()
+    (tmp_path / "tabletop/quickstart").write_text("name: mine\n")
+    assert load_recipe("tabletop/quickstart").name == "mine"
+    (tmp_path / "tabletop/base.yaml").write_text("name: beside\n")
+    assert find_recipe("base.yaml", beside=tmp_path / "tabletop/study.yaml").read_text() == "name: beside\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("tabletop/quikstart", "tabletop/quickstart"), ("quickstart", "tabletop/quickstart"), ("qqq", "align/base")],
+)
+def test_a_missing_recipe_names_near_ones(tmp_path, monkeypatch, name, near):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BurnishError, match=f"no recipe at {name}; expected a file, or .*{near}"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["../recipes/tabletop/quickstart.yaml", "/tabletop/quickstart.yaml"])
+def test_a_name_does_not_leave_the_package(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BurnishError, match="no recipe"):
+        find_recipe(name)
+
+
+def test_a_study_is_no_recipe():
+    with pytest.raises(
+        BurnishError, match="is a study, not a recipe; expected a recipe; try: burnish run isolate/core"
+    ):
+        load_recipe("isolate/core")
+
+
+def test_every_range_of_a_recipe_stands_in_its_fields(tmp_path):
+    """What a section refuses by itself a whole recipe refuses too, with the full name of the field."""
+    for line, words in {
+        "train: {peft: {rank: 0}}": "train.peft.rank is 0; expected at least 1",
+        "train: {lr: .nan}": "train.lr is nan",
+        "train: {ema_decay: -0.1}": "train.ema_decay is -0.1; expected at least 0 and below 1",
+        "language: {turns: 0}": "language.turns is 0; expected at least 1",
+        "data: {workers: 0}": "data.workers is 0",
+        "train: {peft: {method: qlora}}": "train.peft.method is 'qlora'; expected one of none, lora, dora",
+    }.items():
+        with pytest.raises(BurnishError, match=words):
+            load_recipe(write(tmp_path, line))
