@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """An empty white figure of that many inches; `layout` None leaves the space between axes to the caller."""
+def new_figure(width: float, height: float, *, constrained: bool = True) -> "Figure":
+    """An empty white figure of that many inches; not `constrained`, its space between axes is the caller's."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout=layout, facecolor="white")
+    return Figure(figsize=(width, height), layout="constrained" if constrained else None, facecolor="white")
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int = 120) -> None:

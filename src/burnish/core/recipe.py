@@ -122,7 +122,7 @@ def run_folder(recipe: RecipeConfig) -> Path:
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"lr": 1}} to {"train.lr": 1}; lists and empty mappings stay whole."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")

@@ -85,7 +85,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     names = [n for n in _PANELS if n in columns] + sorted(n for n in columns if n.startswith("loss_"))
     if not names:
         return
-    figure = new_figure(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3), layout=None)
+    figure = new_figure(4.2 * min(3, len(names)), 2.6 * -(-len(names) // 3), constrained=False)
     figure.subplots_adjust(hspace=0.5, wspace=0.3, left=0.07, right=0.98)
     for place, name in enumerate(names):
         axis = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), place + 1)
