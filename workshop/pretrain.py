@@ -1,4 +1,4 @@
-"""`burnish pretrain`: a small vision-language model from scratch on scene questions, the start of a base policy.
+"""`python -m workshop pretrain`: a small vision-language model from scratch on scene questions.
 
 This is ordinary language modelling on a transformers model, so transformers' Trainer runs it; everything after it
 (demonstrations, methods) goes through burnish's own loop.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.recipe import find_recipe
 from burnish.core.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -85,17 +86,17 @@ class PackedQuestions:
         }
 
 
-def _ground(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
+def _train_grounding(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
     """The second phase; returns its log."""
     import torch
     from transformers import Trainer
 
-    from workshop.pretrain_grounding import GroundingPhase, match_loudness, name_texts
+    from workshop.pretrain_grounding import GroundingPhase, match_rms, name_texts
     from workshop.pretrain_vision import located_names
 
     located = [located_names(rows) for rows in data.by_image]
     indices = [i for i, scene in enumerate(located) if scene]
-    match_loudness(model, _pixels([data[i] for i in indices[:32]]))
+    match_rms(model, _pixels([data[i] for i in indices[:32]]))
     seen = 0
 
     def prepare(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _ground(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQues
             "attention_mask": torch.tensor([[1] * len(t[0]) + [0] * (width - len(t[0])) for t in texts]),
             "names": torch.tensor([t[1] + [-1] * (names - len(t[1])) for t in texts]),
             "points": torch.tensor([t[2] + [(0.0, 0.0)] * (names - len(t[2])) for t in texts], dtype=torch.float32),
-            "loud": torch.tensor(bool(rng.random() < 0.5)),
+            "scaled": torch.tensor(bool(rng.random() < 0.5)),
         }
 
     phase = GroundingPhase(model)
@@ -186,10 +187,10 @@ def pretrain(config: PretrainConfig) -> Path:
     tokens = (config.image_size // config.patch_size // config.scale_factor) ** 2
     log = {}
     if config.vision_steps:
-        log["vision"] = _see(config, model, tokenizer, data)
+        log["vision"] = _train_vision(config, model, tokenizer, data)
         model.save_pretrained(folder)
     if config.grounding_steps:
-        log["grounding"] = _ground(config, model, tokenizer, data)
+        log["grounding"] = _train_grounding(config, model, tokenizer, data)
         model.save_pretrained(folder)
     if config.steps:
         trainer = Trainer(
@@ -215,7 +216,7 @@ def _arguments(config: PretrainConfig, steps: int) -> "TrainingArguments":
     )  # fmt: skip
 
 
-def _see(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
+def _train_vision(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestions) -> list[dict]:
     """The first phase; returns its log."""
     import torch
     from transformers import Trainer
@@ -246,14 +247,14 @@ def _see(config: PretrainConfig, model: Any, tokenizer: Any, data: PackedQuestio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example:\n  burnish pretrain --config recipes/base/vlm_small.yaml --steps=4000"
+    parser.epilog = "example:\n  python -m workshop pretrain --config recipes/base/vlm_small.yaml --steps=4000"
     parser.add_argument("--config", required=True, help="recipe file; any field can follow as --field=value")
 
 
 def main(args: argparse.Namespace) -> int:
     import draccus
 
-    config = draccus.parse(PretrainConfig, config_path=args.config, args=args.overrides)
+    config = draccus.parse(PretrainConfig, config_path=find_recipe(args.config), args=args.overrides)
     folder = pretrain(config)
     print(f"VLM folder: {folder}")
     return 0

@@ -1,4 +1,4 @@
-"""First phase of `burnish pretrain`: the vision tower learns what is where, before any language model listens.
+"""First phase of `python -m workshop pretrain`: the vision tower learns what is where, without a language model.
 
 Located names ("red cube" at x 40, y 62), as the `where` questions hold them, label every patch: which words apply
 to it and how far the object's centre is. At the same time the first attention layer of the language model learns to

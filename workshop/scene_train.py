@@ -12,7 +12,7 @@ from torch import Tensor
 
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import refuse_unknown
-from burnish.core.recipe import read_yaml
+from burnish.core.recipe import find_recipe, read_yaml
 from burnish.core.seeding import derive_seed, generator
 from burnish.data.augment import colour_jitter
 from burnish.teachers.scene3d import DEFAULTS, SceneNet
@@ -46,7 +46,7 @@ class SceneRecipe:
 
 def read_scene_recipe(path: Path) -> SceneRecipe:
     """Raises BurnishError for a missing file or an unknown key."""
-    values = read_yaml(path)
+    values = read_yaml(find_recipe(path))
     refuse_unknown(SceneRecipe, values, str(path), "key")
     recipe = SceneRecipe(**values)
     recipe.model = {**DEFAULTS, **recipe.model}

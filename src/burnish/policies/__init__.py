@@ -56,7 +56,7 @@ def create_policy(
 
 
 def __getattr__(name: str):
-    # The base class needs torch; `burnish ship --help` does without.
+    # The base class needs torch; `burnish --help` does without.
     if name in ("Captured", "Policy"):
         from burnish.policies import base
 

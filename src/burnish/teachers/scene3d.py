@@ -74,7 +74,7 @@ class SceneNet(nn.Module):
 
 
 def load_scene_net(folder: Path) -> tuple[SceneNet, dict[str, Any]]:
-    """The network of a folder that `burnish align teacher` wrote, and its facts (accuracy among them)."""
+    """The network of a folder that `python -m workshop teacher` wrote, and its facts (accuracy among them)."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -94,7 +94,7 @@ class Scene3dTeacher(Teacher):
     """Hidden states of the trained network after each of its blocks.
 
     Args:
-        path: folder that `burnish align teacher` wrote.
+        path: folder that `python -m workshop teacher` wrote.
         untrained: random weights of the same build instead: the control that tells 3D knowledge from mere pulling.
     """
 

@@ -6,7 +6,7 @@ import torch
 
 from burnish.data.questions import make_questions
 from workshop.pretrain import PretrainConfig, pretrain, sincos_2d
-from workshop.pretrain_grounding import GroundingPhase, match_loudness, name_texts
+from workshop.pretrain_grounding import GroundingPhase, match_rms, name_texts
 from workshop.pretrain_vision import OTHERS, VisionPhase, attention_loss, grid_targets, located_names
 
 WORDS = {"ball": 0, "cube": 1, "red": 2}
@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_models_first_layer(vlm):
     torch.testing.assert_close(ours, attention[0, :, 4], atol=1e-5, rtol=1e-4)
 
 
-def test_match_loudness_leaves_the_first_attention_alone(vlm):
+def test_match_rms_leaves_the_first_attention_alone(vlm):
     import copy
 
     model = copy.deepcopy(vlm)
@@ -72,13 +72,13 @@ def test_match_loudness_leaves_the_first_attention_alone(vlm):
         with torch.no_grad():
             patches = model.model.vision_model(pixel_values=pixels, patch_attention_mask=None).last_hidden_state
             image = model.model.connector(patches)
-            loudness = image.pow(2).mean().sqrt()
-            return loudness, model.model.text_model(inputs_embeds=image, output_attentions=True).attentions[0]
+            rms = image.pow(2).mean().sqrt()
+            return rms, model.model.text_model(inputs_embeds=image, output_attentions=True).attentions[0]
 
     _, before = first_attention()
-    match_loudness(model, pixels)
-    loudness, after = first_attention()
-    assert loudness == pytest.approx(0.06, rel=1e-3)
+    match_rms(model, pixels)
+    rms, after = first_attention()
+    assert rms == pytest.approx(0.06, rel=1e-3)
     table = model.model.text_model.get_input_embeddings().weight
     torch.testing.assert_close(table[10:20].pow(2).mean(1).sqrt(), torch.full((10,), 0.06), atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(before, after, atol=2e-2, rtol=0)  # the norm's epsilon is felt a little

