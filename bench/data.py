@@ -1,7 +1,7 @@
 """How many demonstrations a CPU-minute yields, everything included: simulation, rendering, encoding, writing.
 
-Each environment is recorded twice by `burnish demos` in a fresh process, a few demonstrations and many. CPU time is
-that of all processes (user and system). The figure is the steady rate, (many - few) over the difference in CPU time,
+Each environment is recorded twice by `burnish data demos` in a fresh process, a few demonstrations and many. CPU time
+is that of all processes (user and system). The figure is the steady rate, (many - few) over the difference in CPU time,
 in which the start of Python and of the simulators cancels; `detail` has the rate with the start included, too.
 """
 
@@ -32,15 +32,15 @@ def _cpu_seconds() -> float:
 
 
 def _record(env: str, episodes: int, folder: Path) -> float:
-    """CPU-seconds of one `burnish demos` at one camera and one simulator process."""
+    """CPU-seconds of one `burnish data demos` at one camera and one simulator process."""
     command = [
-        sys.executable, "-m", "burnish.cli.main", "demos", "--env", env, "--episodes", str(episodes),
-        "--root", str(folder), "--image-size", str(IMAGE_SIZE), "--workers", "1",
+        sys.executable, "-m", "burnish.cli.main", "data", "demos", env, str(episodes), str(folder),
+        "--image-size", str(IMAGE_SIZE), "--workers", "1",
     ]  # fmt: skip
     before = _cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BurnishError(f"burnish demos --env {env} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise BurnishError(f"burnish data demos --env {env} failed: {done.stderr.strip().splitlines()[-1]}")
     return _cpu_seconds() - before
 
 

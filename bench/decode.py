@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     detail: dict[str, Any] = {"prompt_rows": PROMPT, "precision": str(dtype), **(GPU_SIZE if gpu else CPU_SIZE)}
     lengths = {}
     for step, steps in chunks:
-        print(f"burnish bench decode: {step * steps} tokens", file=sys.stderr)
+        print(f"python -m bench decode: {step * steps} tokens", file=sys.stderr)
         lengths[step * steps] = measure(step, steps, GPU_SIZE if gpu else CPU_SIZE, device, dtype, repeats)
     info = machine()
     name = info.pop("device")

@@ -1,4 +1,4 @@
-"""`burnish bench eval`: episodes per minute of `burnish eval` over `lerobot-eval` on one LIBERO task.
+"""`python -m bench eval`: episodes per minute of `burnish eval` over `lerobot-eval` on one LIBERO task.
 
 Speed: the same SmolVLA with random weights (so every episode runs to the limit), the same initial states, limit,
 image size, cameras and number of simulator processes, each side with building its simulators, none filming.

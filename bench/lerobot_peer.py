@@ -1,4 +1,4 @@
-"""The peer of `burnish bench eval`: LeRobot's own LIBERO evaluation, in a process of its own.
+"""The peer of `python -m bench eval`: LeRobot's own LIBERO evaluation, in a process of its own.
 
     LIBERO_CONFIG_PATH=... python -m bench.lerobot_peer REQUEST.json
 

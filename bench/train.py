@@ -136,7 +136,7 @@ def _alone(training, metrics, steps: int) -> list[float]:
 
     training.recipe.train.log_every = 4
     training.recipe.train.steps = steps
-    print("burnish bench train: measuring our loop alone", file=sys.stderr)
+    print("python -m bench train: measuring our loop alone", file=sys.stderr)
     loop(training, metrics)
     return [row["data_wait_share"] for row in read_rows(metrics.path)][1:]
 

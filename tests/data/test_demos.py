@@ -129,7 +129,7 @@ def test_the_same_call_again_changes_nothing_and_another_one_is_refused(demos):
 def test_bad_requests_are_one_clear_line_and_leave_nothing(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("x")
-    with pytest.raises(BurnishError, match="not empty and no data set of burnish demos"):
+    with pytest.raises(BurnishError, match="not empty and no data set of burnish data demos"):
         make_demos("tabletop:lift", 1, tmp_path / "mine")
     with pytest.raises(BurnishError, match="at least 1"):
         make_demos("tabletop:lift", 0, tmp_path / "none")
@@ -226,8 +226,8 @@ KILLS = int(os.environ.get("BURNISH_KILLS", "3"))
 def test_killed_at_random_instants_the_data_set_is_the_uninterrupted_one(tmp_path):
     def command(root: Path) -> list[str]:
         return [
-            sys.executable, "-m", "burnish.cli.main", "demos", "--env", "tabletop:reach", "--episodes", "16",
-            "--root", str(root), "--image-size", str(SIZE), "--workers", "2",
+            sys.executable, "-m", "burnish.cli.main", "data", "demos", "tabletop:reach", "16", str(root),
+            "--image-size", str(SIZE), "--workers", "2",
         ]  # fmt: skip
 
     start = time.monotonic()

@@ -37,7 +37,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         study, base = load_study(write(root))
-        run_study(study, base, command="burnish study study.yaml", result=root / "core.json")
+        run_study(study, base, command="burnish run study.yaml", result=root / "core.json")
     return root, study, base
 
 
@@ -69,7 +69,7 @@ def test_a_second_call_repeats_nothing(ran, monkeypatch):
     monkeypatch.chdir(root)
     files = sorted((root / "runs").rglob("*.safetensors")) + sorted((root / "runs").rglob("episodes.jsonl"))
     before = [file.stat().st_mtime_ns for file in files]
-    run_study(study, base, command="burnish study study.yaml", result=root / "core.json")
+    run_study(study, base, command="burnish run study.yaml", result=root / "core.json")
     assert [file.stat().st_mtime_ns for file in files] == before
 
 

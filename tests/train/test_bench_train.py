@@ -1,4 +1,4 @@
-"""`burnish bench train` runs and gives its figures; the numbers themselves are for a quiet machine."""
+"""`python -m bench train` runs and gives its figures; the numbers themselves are for a quiet machine."""
 
 import argparse
 import math

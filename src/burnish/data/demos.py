@@ -132,7 +132,7 @@ def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
 
     path = root / "burnish_demos.json"
     if not path.is_file():
-        raise BurnishError(f"{root} is not empty and no data set of burnish demos", "a new folder", "another --root")
+        raise BurnishError(f"{root} is not empty and no data set of burnish data demos", "a new folder")
     made = json.loads(path.read_text())
     check_same_request(made["request"], request, root)
     shutil.rmtree(root.with_name(root.name + ".partial"), ignore_errors=True)  # a kill came after the last rename

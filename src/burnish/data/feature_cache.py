@@ -158,7 +158,7 @@ class FeatureCache:
     def __init__(self, folder: Path, expected: CacheKey):
         self.folder, self.key = folder, expected
         if not (folder / "meta.json").is_file():
-            raise BurnishError(f"no teacher features at {folder}", "a cache", "burnish align cache --help")
+            raise BurnishError(f"no teacher features at {folder}", "a cache", "burnish method align cache --help")
         try:
             meta = json.loads((folder / "meta.json").read_text())
             _check_key(meta["key"], asdict(expected), folder)

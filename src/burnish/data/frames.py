@@ -29,7 +29,7 @@ def load_metadata(root: Path):
 
     if not (root / "meta" / "info.json").is_file():
         raise BurnishError(
-            f"no data set at {root}", "a LeRobotDataset folder with meta/info.json", "burnish demos --help"
+            f"no data set at {root}", "a LeRobotDataset folder with meta/info.json", "burnish data demos --help"
         )
     try:
         version = str(json.loads((root / "meta" / "info.json").read_text()).get("codebase_version"))
@@ -41,7 +41,7 @@ def load_metadata(root: Path):
         )
     for name in ("meta/tasks.parquet", "meta/episodes"):
         if not (root / name).exists():
-            raise BurnishError(f"{root} has no {name}", "a finished LeRobotDataset", f"burnish inspect {root}")
+            raise BurnishError(f"{root} has no {name}", "a finished LeRobotDataset", f"burnish data inspect {root}")
     return LeRobotDatasetMetadata(repo_id=root.name, root=root)
 
 
@@ -179,7 +179,7 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
         if not done.all():
             raise BurnishError(
                 f"camera '{camera}' of {root} has no picture for {int((~done).sum())} of {count} frames "
-                f"(first: {int(np.argmin(done))})", "one for each row", f"burnish inspect {root}",
+                f"(first: {int(np.argmin(done))})", "one for each row", f"burnish data inspect {root}",
             )  # fmt: skip
         os.replace(temporary, path)
     finally:

@@ -1,4 +1,4 @@
-"""The checks behind `burnish inspect`: each looks for one kind of fault and returns what it found."""
+"""The checks behind `burnish data inspect`: each looks for one kind of fault and returns what it found."""
 
 import hashlib
 from collections import Counter, defaultdict

@@ -84,7 +84,7 @@ class RobotData:
             )
         self.rows = np.flatnonzero(np.isin(self.episode_index, chosen))
         if len(self.rows) == 0:
-            raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish demos --help")
+            raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
         self.order = Order(len(self.rows), batch_size, (seed, "robot"), rank, world)
         self.rank = rank
 
@@ -131,7 +131,7 @@ class RobotData:
 
 
 class LanguageData:
-    """Question-answer batches from a question folder (see `burnish questions`).
+    """Question-answer batches from a question folder (see `burnish data questions`).
 
     Args:
         root: folder with images.npy, questions.jsonl and meta.json.
@@ -224,14 +224,16 @@ def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
     wanted = ["index", "episode_index", "task_index", "action"]
     missing = [c for c in wanted if c not in meta.features]
     if missing:
-        raise BurnishError(f"{root} has no column '{missing[0]}'", "a data set with actions", f"burnish inspect {root}")
+        look = f"burnish data inspect {root}"
+        raise BurnishError(f"{root} has no column '{missing[0]}'", "a data set with actions", look)
     if "observation.state" in meta.features:
         wanted.append("observation.state")
     try:
         table = pa.concat_tables([pq.read_table(p, columns=wanted) for p in sorted((root / "data").rglob("*.parquet"))])
     except (pa.ArrowException, OSError) as error:
         line = str(error).splitlines()[0]
-        raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=f"burnish inspect {root}") from error
+        look = f"burnish data inspect {root}"
+        raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=look) from error
     table = table.sort_by("index")
     if table.num_rows != meta.total_frames or table["index"][-1].as_py() != meta.total_frames - 1:
         raise BurnishError(f"{root} has {table.num_rows} rows", f"{meta.total_frames} as in meta/info.json")

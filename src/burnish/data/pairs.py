@@ -180,7 +180,7 @@ class PairData:
         from burnish.data.loader import RobotData
 
         if not (root / INDEX).is_file() or not (root / FACTS).is_file():
-            raise BurnishError(f"no pairs in {root} (it has no {INDEX})", "a pair folder", "burnish pairs --help")
+            raise BurnishError(f"no pairs in {root} (it has no {INDEX})", "a pair folder", "burnish data pairs --help")
         self.facts = read_object(root / FACTS)
         tolerance = self.facts.get("state_tolerance", 0.0)
         if self.facts.get("format") != FORMAT or not number(tolerance) or tolerance < 0:

@@ -264,7 +264,7 @@ def open_questions(root: Path | str) -> Questions:
             raise BurnishError(
                 f"{root} has no {name}",
                 "a question folder",
-                f"burnish questions --env tabletop --root {root}",
+                f"burnish data questions tabletop 1000 {root}",
             )
     try:
         meta = json.loads((root / "meta.json").read_text())

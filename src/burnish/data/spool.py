@@ -54,7 +54,7 @@ class StoredRecording:
                 self.facts: dict[str, Any] = json.loads(file.metadata()["facts"])
                 self.names = list(file.keys())
         except (SafetensorError, KeyError, TypeError, ValueError):
-            raise BurnishError(f"{path} is damaged", "a recording of burnish demos", f"rm '{path}'") from None
+            raise BurnishError(f"{path} is damaged", "a recording of burnish data demos", f"rm '{path}'") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         from safetensors import safe_open

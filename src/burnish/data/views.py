@@ -95,7 +95,7 @@ class _Depth:
         if episode["task_id"].partition(":")[0] != RESTORABLE:
             raise BurnishError(
                 f"no depth of '{camera}' beside {self._folder.parent}, and {episode['task_id']} cannot be put back",
-                "demonstrations with depth", "burnish demos --geometry ...",
+                "demonstrations with depth", "burnish data demos --geometry ...",
             )  # fmt: skip
         env = self._environment(episode["task_id"], size)
         env.restore(facts, state)
@@ -145,6 +145,6 @@ def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dic
 def _episodes(root: Path) -> list[dict]:
     path = Path(root) / "ground_truth" / "episodes.jsonl"
     if not path.is_file():
-        raise BurnishError(f"no {path}: nothing tells where things were", "demonstrations made by burnish demos",
+        raise BurnishError(f"no {path}: nothing tells where things were", "demonstrations made by burnish data demos",
                            "another teacher, e.g. teacher: {name: folder, path: ...}")  # fmt: skip
     return [json.loads(line) for line in path.read_text().splitlines()]

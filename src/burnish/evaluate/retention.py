@@ -55,7 +55,7 @@ class Retention:
 def retention(
     policy: "Policy", questions_root: Path | str, *, limit: int = 1000, batch_size: int = 64, progress: bool = False
 ) -> Retention:
-    """Loss and exact-match accuracy of the policy's backbone on a question folder (see `burnish questions`).
+    """Loss and exact-match accuracy of the policy's backbone on a question folder (see `burnish data questions`).
 
     Args:
         policy: left in the mode that it was in.

@@ -4,7 +4,7 @@ __all__ = ["write_report"]
 
 
 def __getattr__(name: str):
-    # The page pulls in scipy; `burnish report --help` and `burnish results` do without.
+    # The page pulls in scipy; `burnish report --help` and `burnish report results` do without.
     if name == "write_report":
         from burnish.report.page import write_report
 

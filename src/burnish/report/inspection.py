@@ -84,7 +84,7 @@ def as_html(found: Inspection) -> str:
     marks = {"error": "fail", "warning": "warn", "hint": "ok"}
     rows = [[f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.what)] for p in found.problems]
     parts = [
-        f'<header><div class="brand">burnish inspect</div><h1>{escape(name)}</h1>'
+        f'<header><div class="brand">burnish data inspect</div><h1>{escape(name)}</h1>'
         f'<div class="sub">LeRobotDataset {found.version} · {escape(_verdict(found))}</div></header>',
         section("Overview", facts(_overview(found))),
         section("Remarks", table(["", "where", "what"], rows)) if rows else "",
@@ -98,7 +98,7 @@ def as_html(found: Inspection) -> str:
     parts.append(section("Instructions", table(["text", "episodes"], counts, numbers=(1,))))
     for title, dimensions in (("Actions", found.actions), ("States", found.states)):
         parts.append(_dimension_section(title, dimensions))
-    return document(f"{name} · burnish inspect", "".join(parts))
+    return document(f"{name} · burnish data inspect", "".join(parts))
 
 
 def _dimension_section(title: str, dimensions: list[Dimension]) -> str:

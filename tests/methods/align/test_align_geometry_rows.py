@@ -69,5 +69,5 @@ def test_what_cannot_be_put_back_is_told(episode, tmp_path):
     (other / "episodes.jsonl").write_text(json.dumps(row) + "\n")
     (other / "x.jsonl").write_text("{}\n" * 9)
     views = FrameViews(FrameSource({"front": root / "front.npy"}, tmp_path, geometry=True))
-    with pytest.raises(BurnishError, match="libero:goal/0 cannot be put back.*burnish demos --geometry"):
+    with pytest.raises(BurnishError, match="libero:goal/0 cannot be put back.*burnish data demos --geometry"):
         views(np.array([0]), states[:1])

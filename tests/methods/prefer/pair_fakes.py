@@ -1,4 +1,4 @@
-"""A simulator and a policy for `burnish pairs`; importable by the simulator processes of the tests."""
+"""A simulator and a policy for `burnish data pairs`; importable by the simulator processes of the tests."""
 
 from contextlib import contextmanager
 

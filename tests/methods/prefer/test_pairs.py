@@ -115,7 +115,7 @@ def test_actions_in_other_units_are_refused(root):
 
 
 def test_not_a_pair_folder(dataset):
-    with pytest.raises(BurnishError, match=r"no pairs in .*; expected a pair folder; try: burnish pairs --help"):
+    with pytest.raises(BurnishError, match=r"no pairs in .*; expected a pair folder; try: burnish data pairs --help"):
         PairData(dataset, ("front",), 4, progress=False)
 
 

@@ -20,7 +20,7 @@ class AlignConfig:
     )
     select: str = option("depth", "how layers are paired, see layers.choose_pairs; `pairs` overrides it")
     count: int = option(10, "pairs of e2m_last1 (the paper's ten)", least=0)
-    pairs: list[list[int]] = option([], "[student layer, teacher layer] each; `burnish align select` prints them")
+    pairs: list[list[int]] = option([], "[student layer, teacher layer] each, see `burnish method align select`")
     released_last: bool = option(False, "the student's last layer is the one before it, as -1 is in the released code")
     weight: float = option(
         0.5, "lambda (paper, Eq. 16); with gradient_norm_ratio, of the first step alone; 0 builds and calls nothing",
