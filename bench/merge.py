@@ -1,4 +1,4 @@
-"""`burnish bench merge`: our merge against mergekit's and a plain file copy, on a synthetic checkpoint."""
+"""`python -m bench merge`: our merge against mergekit's and a plain file copy, on a synthetic checkpoint."""
 
 import argparse
 import json
@@ -35,13 +35,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Figures:
         time_over_mergekit: median wall time of the whole command over that of `mergekit-pytorch` at its faster setting.
         throughput_over_copy: bytes read and written per second over those of copying the base, both forced to disk.
-        peak_rss_gb: largest resident set of our processes times their number (one for each core, and the parent).
+        peak_rss_gb: largest resident set of our process.
         memory_flat: whether a checkpoint of a quarter of the size takes the same memory within 10 %.
         every_element_exact: whether each element equals float64 arithmetic rounded once.
         agrees_with_mergekit: whether mergekit's result differs by no more than the rounding of its bfloat16 arithmetic.
     """
     from burnish.core.provenance import machine
-    from burnish.weights.engine import cores
 
     layers, repeats = (2, 1) if args.quick else (43, 5)
     python = find_peer(args.mergekit)
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "figures": {
             "time_over_mergekit": seconds["ours"] / seconds[best] if best else None,
             "throughput_over_copy": moved / copied,
-            "peak_rss_gb": rss * (1 + cores(0)) / 1e9,
+            "peak_rss_gb": rss / 1e9,
             "memory_flat": bool(rss <= 1.1 * quarter["rss"]),
             "every_element_exact": exact["ours_wrong"] == 0,
             "agrees_with_mergekit": exact["mergekit_beyond_rounding"] == 0 if python else None,
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def find_peer(python: str) -> str:
     """The interpreter that has mergekit, "" when none was given; BurnishError when it has none."""
     if not python:
-        print("burnish bench merge: no --mergekit PYTHON, so there is no peer in this run", file=sys.stderr)
+        print("bench merge: no --mergekit PYTHON, so there is no peer in this run", file=sys.stderr)
         return ""
     if not (Path(python).parent / "mergekit-pytorch").is_file():
         fix = "uv venv ENV; uv pip install -p ENV/bin/python mergekit; --mergekit ENV/bin/python"
@@ -101,13 +100,13 @@ def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     """A Llama-shaped bfloat16 checkpoint and a tuned one: normal weights of spread 0.02, changes of 0.0005."""
     from tqdm import tqdm
 
-    from burnish.weights.tensorfile import header_bytes
+    from burnish.weights.tensorfile import TensorInfo, make_header
 
     shapes = {"model.embed_tokens.weight": (_WORDS, _WIDTH)}
     for layer in range(layers):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in _LAYER.items()}
     shapes |= {"model.norm.weight": (_WIDTH,), "lm_head.weight": (_WORDS, _WIDTH)}
-    header, _ = header_bytes({name: ("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
+    header, _ = make_header({name: TensorInfo("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
     base, tuned = folder / "base", folder / "tuned"
     for path in (base, tuned):
         path.mkdir(parents=True)
@@ -228,14 +227,13 @@ def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[
 
     base, tuned, mine = (Checkpoint(path) for path in (*pair, ours))
     theirs = Checkpoint(mergekit) if mergekit is not None else None
-    opened = [c for c in (base, tuned, mine, theirs) if c is not None]
 
     def count(name: str, start: int, stop: int) -> tuple[int, int, int, int]:
-        b, t = (widened(c.raw(name, start, stop), "BF16") for c in (base, tuned))
+        b, t = (widened(c.read(name, start, stop), "BF16") for c in (base, tuned))
         exact = narrowed(b + WEIGHT * (t - b), "BF16")
-        wrong, other, beyond = int((exact != mine.raw(name, start, stop)).sum()), 0, 0
+        wrong, other, beyond = int((exact != mine.read(name, start, stop)).sum()), 0, 0
         if theirs is not None:
-            got = theirs.raw(name, start, stop)
+            got = theirs.read(name, start, stop)
             differs = exact != got
             change = abs(WEIGHT * (t[differs] - b[differs]))
             got, exact = widened(got[differs], "BF16"), widened(exact[differs], "BF16")
@@ -243,11 +241,9 @@ def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[
             # are rounded to a relative 2^-8 each (bfloat16 has eight bits, the hidden one counted).
             allowed = _half_step(got) + _half_step(exact) + 3.02 * 2.0**-8 * change
             other, beyond = int(differs.sum()), int((abs(got - exact) > allowed).sum())
-        for checkpoint in opened:
-            checkpoint.release(name, start, stop)
         return stop - start, wrong, other, beyond
 
-    jobs = [(name, *piece) for name, slot in base.slots.items() for piece in pieces(slot.size)]
+    jobs = [(name, *piece) for name, info in base.tensors.items() for piece in pieces(info.size)]
     with ThreadPoolExecutor(2) as pool:
         total = np.sum(list(pool.map(lambda job: count(*job), jobs)), axis=0).tolist()
     names = ("elements", "ours_wrong", "mergekit_not_nearest", "mergekit_beyond_rounding")

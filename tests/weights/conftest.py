@@ -1,12 +1,12 @@
-"""Fixtures of the capability tests."""
+"""Fixtures of the tests of weights."""
 
 import pytest
-from capability_files import Maker
+from weight_files import FolderMaker
 
 
 @pytest.fixture
-def make(tmp_path) -> Maker:
-    return Maker(tmp_path)
+def make(tmp_path) -> FolderMaker:
+    return FolderMaker(tmp_path)
 
 
 @pytest.fixture

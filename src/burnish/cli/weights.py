@@ -12,7 +12,6 @@ EPILOG = """examples:
   burnish capability extract --base small --tuned runs/aux/policy --control runs/plain/policy -o runs/delta
   burnish capability inspect runs/delta --plots runs/delta-plots
   burnish capability merge --base small --delta runs/delta=1.1 -o runs/merged --verify
-  burnish capability unmerge runs/merged -o runs/base-again
 """
 
 
@@ -21,10 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_extract(actions.add_parser("extract", help="difference of two fine-tunes, or of one and the base"))
     _add_merge(actions.add_parser("merge", help="add weighted deltas to a base"))
-    sub = actions.add_parser("unmerge", help="take the deltas of a merged checkpoint away again")
-    sub.add_argument("merged", help="folder that `merge` wrote")
-    sub.add_argument("--delta", action="append", default=[], help="where a delta lies now; in the order of the merge")
-    _add_output(sub)
     sub = actions.add_parser("inspect", help="norms, energy by part, angles to other deltas, sign conflict; plots")
     sub.add_argument("delta")
     sub.add_argument("--other", action="append", default=[], metavar="DELTA", help="compare with it; repeat at will")
@@ -60,7 +55,7 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="what both were tuned from: folder, file, or a shipped base")
     parser.add_argument("--tuned", required=True, help="checkpoint or peft adapter that has the capability")
     parser.add_argument("--control", default=None, help="the same without it; the base when not given")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "fp64", "bf16", "fp16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp64", "fp32", "bf16", "fp16"))
     parser.add_argument("--form", default="auto", choices=("auto", "dense", "lowrank"),
                         help="auto keeps two LoRA adapters as an exact low-rank delta")  # fmt: skip
     parser.add_argument("--rename", action="append", default=[], metavar="REGEX=NAME",
@@ -81,7 +76,6 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "base", "fp32", "fp64", "bf16", "fp16"),
                         help="of changed tensors; auto: as wide as base and tuned model")  # fmt: skip
     parser.add_argument("--other-base", action="store_true", help="the base need not be the one of the deltas")
-    parser.add_argument("--undoable", action="store_true", help="keep what rounding loses, for an exact unmerge")
     _add_selection(parser)
     _add_output(parser)
 
@@ -103,7 +97,7 @@ def _extract(args: argparse.Namespace) -> int:
     meta = delta.meta
     print(f"{args.output}: {len(delta.tensors)} tensors, norm {delta.norm():.4g}, {len(meta['skipped'])} left out")
     if meta["not_exact"]:
-        print(f"  {meta['not_exact']} elements do not give the tuned model to the last bit in {args.dtype}")
+        print(f"  {meta['not_exact']} elements do not give the tuned model to the last bit (--dtype {args.dtype})")
     if meta["rounding_noise"] > 0.1:
         print(f"  about {meta['rounding_noise']:.0%} of it is rounding of half-precision parents; "
               "extract from float32 weights or from adapters", file=sys.stderr)  # fmt: skip
@@ -119,7 +113,7 @@ def _merge(args: argparse.Namespace) -> int:
         options=dict(_pair(text, "--option", "NAME=VALUE") for text in args.option),
         modules=[(p, _number(f, "--module")) for p, f in (_pair(t, "--module", "REGEX=FACTOR") for t in args.module)],
         include=args.include, exclude=args.exclude, heads=args.heads, dtype=args.dtype, other_base=args.other_base,
-        undoable=args.undoable, threads=args.threads, force=args.force,
+        threads=args.threads, force=args.force,
     )  # fmt: skip
     changed = sum(bool(entry["weights"]) for entry in record["tensors"].values())
     print(f"{args.output}: {changed} of {len(record['tensors'])} tensors changed, {record['operator']}")
@@ -138,17 +132,6 @@ def _verify(args: argparse.Namespace) -> int:
     found = verify(args.path, args.threads)
     print(f"  verified: {found['elements'] - found['unequal']} of {found['elements']} elements are right")
     return 1 if found["unequal"] else 0
-
-
-def _unmerge(args: argparse.Namespace) -> int:
-    from burnish.weights.unmerge import unmerge
-
-    found = unmerge(args.merged, output=args.output, deltas=args.delta, threads=args.threads, force=args.force)
-    print(f"{args.output}: {found['equal']} of {found['tensors']} tensors equal the base bit for bit")
-    if found["equal"] < found["tensors"] and not found["undoable"]:
-        print("  the others differ by rounding, at most one unit in the last place of the merged number; "
-              "merge --undoable keeps what is needed for all bits")  # fmt: skip
-    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -175,7 +158,7 @@ def _control(args: argparse.Namespace) -> int:
 
 
 ACTIONS = {
-    "extract": _extract, "merge": _merge, "unmerge": _unmerge, "inspect": _inspect, "control": _control,
+    "extract": _extract, "merge": _merge, "inspect": _inspect, "control": _control,
     "verify": _verify,
 }  # fmt: skip
 

@@ -1,64 +1,49 @@
-"""`burnish capability extract`: the difference of two fine-tunes (or of one and the base) as a delta."""
+"""Extraction: the difference of two fine-tunes (or of one and the base) as a delta."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from burnish import __version__
 from burnish.core.errors import BurnishError
-from burnish.weights.delta import Delta
-from burnish.weights.describe import LOW, META, NUMBERS, describe
-from burnish.weights.engine import Inputs, Plan, Worker, cores, filling, write_summary, write_tensors
-from burnish.weights.names import Choice, choose, embodiment, same_robot
-from burnish.weights.rounding import difference, dot, unequal
-from burnish.weights.sources import ADAPTER_CONFIG, Adapted, Adapter, Stored, is_adapter
-from burnish.weights.sparse import SparseWriter
-from burnish.weights.tensorfile import BLOCK, Checkpoint, tensor_digest
+from burnish.core.options import check_value
+from burnish.weights.delta import FORMAT, META, NUMBERS, Delta
+from burnish.weights.names import Choice, Heads, choose, embodiment, same_robot
+from burnish.weights.rounding import Buffers, difference, dot, narrow, unequal, widen
+from burnish.weights.sources import Adapted, Stored, locate, open_source, stamp
+from burnish.weights.tensorfile import DTYPES, Checkpoint, Digests, TensorInfo, whole_digest
+from burnish.weights.writer import Plan, cores, output_folder, write_summary, write_tensors
 
-DTYPES = {"fp64": "F64", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-SUMS = ("delta", "tuned", "control", "control_task", "tuned_task", "tasks_dot", "delta_dot", "not_exact")
-
-
-def locate(path: Path | str) -> Path:
-    """A checkpoint's folder or file; a bare name may be a base that ships with burnish."""
-    shipped = Path(__file__).resolve().parents[2] / "assets" / Path(path)
-    return shipped if not Path(path).exists() and len(Path(path).parts) == 1 and shipped.is_dir() else Path(path)
-
-
-@dataclass
-class Parent:
-    """One of base, tuned, control: its numbers, its path and how to name it."""
-
-    path: Path
-    source: Stored | Adapted
-    adapter: Adapter | None = None
-
-
-def open_parent(path: Path | str, base: Stored, rules: Sequence[tuple[str, str]]) -> Parent:
-    """A checkpoint or an adapter of `base`, under the base's names."""
-    path = locate(path)
-    if is_adapter(path):
-        adapter = Adapter(path, list(base.slots), rules)
-        return Parent(path, Adapted(base, adapter), adapter)
-    return Parent(path, Stored(Checkpoint(path), list(base.slots), rules))
+DeltaDtype = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
+Form = Literal["auto", "dense", "lowrank"]
+Parents = dict[str, Stored | Adapted]
+"""base, tuned and control; the base itself where no control was given."""
+_NOISE = {"BF16": 2.0**-14 * 0.541 / 12, "F16": 2.0**-20 * 0.541 / 12}
+"""Mean squared rounding error over squared value. A rounding step is 2^-7 (2^-10) of the leading power of two and the
+error of a step is uniform (its square over 12); 0.541 averages 1 / mantissa^2 over evenly spread exponents."""
 
 
 def extract(
     base: Path | str, tuned: Path | str, control: Path | str | None = None, *, output: Path | str,
-    include: Sequence[str] = (), exclude: Sequence[str] = (), heads: str = "refuse", dtype: str = "fp32",
-    form: str = "auto", rename: Sequence[tuple[str, str]] = (), threads: int = 0, force: bool = False,
+    include: Sequence[str] = (), exclude: Sequence[str] = (), heads: Heads = "refuse", dtype: DeltaDtype = "auto",
+    form: Form = "auto", rename: Sequence[tuple[str, str]] = (), threads: int = 0, force: bool = False,
 ) -> Delta:  # fmt: skip
     """Write the delta tuned - control (control: the base when not given) to the folder `output`.
 
     Args:
-        base: what both were tuned from; its hash is what `merge` asks for.
-        tuned, control: checkpoint folders, safetensors files, or peft adapter folders (LoRA, DoRA) of the base.
-        include, exclude: patterns over tensor names.
+        base: what both were tuned from; its digest is what `merge` asks for.
+        tuned: checkpoint folder, safetensors file, or peft adapter folder (LoRA, DoRA) of the base.
+        control: the same without what `tuned` has learnt; the base when not given.
+        output: folder to write; it appears when it is whole.
+        include: patterns over tensor names; the others are left out.
+        exclude: patterns over tensor names that are left out.
         heads: what to do with action and state heads that are missing in a parent or differ in shape.
-        dtype: fp32 (default), fp64, bf16 or fp16. The difference of two bf16 numbers seldom fits into bf16.
+        dtype: auto (fp32 for half-precision parents, else fp64, which gives the tuned model back bit for bit), fp64,
+            fp32, bf16 or fp16. The difference of two bf16 numbers seldom fits into bf16.
         form: auto, dense or lowrank. Two plain LoRA adapters give an exact low-rank delta.
         rename: (pattern, replacement) applied to names of tuned and control.
         threads: 0 means one for each core.
@@ -67,26 +52,27 @@ def extract(
     Raises:
         BurnishError: names, shapes or files that do not fit, too little disk, nothing chosen.
     """
-    root, rules = Stored(Checkpoint(locate(base))), [tuple(rule) for rule in rename]
-    parents = {"base": Parent(locate(base), root), "tuned": open_parent(tuned, root, rules)}
-    parents["control"] = open_parent(control, root, rules) if control is not None else parents["base"]
-    slots = {who: parent.source.slots for who, parent in parents.items()}
-    choice = choose(slots, include, exclude, heads)
+    for value, kind, name in ((heads, Heads, "--heads"), (dtype, DeltaDtype, "--dtype"), (form, Form, "--form")):
+        check_value(value, {"choices": get_args(kind)}, name)
+    root = Stored(Checkpoint(locate(base)))
+    parents: Parents = {"base": root, "tuned": open_source(tuned, root, rename)}
+    parents["control"] = root if control is None else open_source(control, root, rename)
+    choice = choose({who: parent.tensors for who, parent in parents.items()}, include, exclude, heads)
     if heads == "refuse":
         _check_robots(parents, choice)
-    job = Extraction(parents, choice, DTYPES[dtype], _low_rank(parents, form), rules)
-    plan = job.plan(Path(output))
-    if plan.is_done(META, force):
+    factors = _factors(parents, choice, form)
+    job = _Extraction(parents, choice, factors, dtype)
+    plan = job.plan(Path(output), [list(rule) for rule in rename])
+    if not force and plan.is_done(META):
         return Delta(output)
-    with filling(plan, force) as part:
-        job.low = SparseWriter(part, {name: "F32" for name in job.dense})
-        digests = write_tensors(plan, part, job, cores(threads), "extracting")
-        job.low.write(LOW)
-        write_summary(part, META, describe(job, part, digests) | {"identity": plan.seal()})
+    with output_folder(plan, force) as folder:
+        digests = write_tensors(plan, folder, job.compute, cores(threads), "extracting")
+        meta = job.meta(digests) | {"rename": [list(rule) for rule in rename], "identity": plan.seal}
+        write_summary(folder, META, meta)
     return Delta(output)
 
 
-def _check_robots(parents: dict[str, Parent], choice: Choice) -> None:
+def _check_robots(parents: Parents, choice: Choice) -> None:
     """Padded heads have one shape for every robot, but mean something else on each."""
     head = next((name for name, group in choice.chosen.items() if group == "head"), None)
     robots = {who: embodiment(parent.path) for who, parent in parents.items()}
@@ -97,183 +83,223 @@ def _check_robots(parents: dict[str, Parent], choice: Choice) -> None:
                                )  # fmt: skip
 
 
-def _low_rank(parents: dict[str, Parent], form: str) -> bool:
-    adapters = [parents["tuned"].adapter, parents["control"].adapter]
-    possible = adapters[0] is not None and all(a is None or a.low_rank for a in adapters)
-    possible = possible and (adapters[1] is not None or parents["control"] is parents["base"])
+class _Factors:
+    """The low-rank form of a delta: its tensors, and the matrices that are stored for them."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.matrices: dict[str, np.ndarray] = {}
+
+    def take(self, sign: float, source: Adapted, choice: Choice) -> None:
+        """Add the updates of one adapter."""
+        for name, update in source.adapter.updates.items():
+            if name in choice.chosen:
+                entry = self.entries.setdefault(name, {"scales": [], "transposed": update.transposed})
+                for side, matrix in (("up", update.up), ("down", update.down)):
+                    single = matrix.astype(np.float32)
+                    exact = matrix if (matrix != single).any() else single
+                    self.matrices[f"{name}::{len(entry['scales'])}.{side}"] = np.ascontiguousarray(exact)
+                entry["scales"].append(sign * update.scale)
+
+    def describe(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+        """The part of a tensor's entry in delta.json that tells of its factors."""
+        entry = self.entries[name]
+        pairs = [(f"{name}::{k}.up", f"{name}::{k}.down") for k in range(len(entry["scales"]))]
+        downs = [self.matrices[down].astype(np.float64) for _, down in pairs]
+        ups = [s * self.matrices[up].astype(np.float64) for s, (up, _) in zip(entry["scales"], pairs, strict=True)]
+        # |sum U D|^2 = sum over pairs of tr(U_i D_i D_j' U_j'), so the product itself is never built.
+        squared = sum(((u.T @ v) * (d @ e.T)).sum() for u, d in zip(ups, downs, strict=True)
+                      for v, e in zip(ups, downs, strict=True))  # fmt: skip
+        return {"form": "lowrank", "rank": sum(d.shape[0] for d in downs), **entry, "norm": max(0.0, squared) ** 0.5,
+                "digest": whole_digest({side: digests[side] for pair in pairs for side in pair})}  # fmt: skip
+
+
+def _factors(parents: Parents, choice: Choice, form: str) -> _Factors | None:
+    """The low-rank form, None where there is none or the dense one is asked for."""
+    tuned, control = parents["tuned"], parents["control"]
+    adapted = [source for source in (tuned, control) if isinstance(source, Adapted)]
+    possible = isinstance(tuned, Adapted) and (isinstance(control, Adapted) or control is parents["base"])
+    possible = possible and all(source.adapter.low_rank for source in adapted)
     if form == "lowrank" and not possible:
         raise BurnishError("these parents have no low-rank difference", "plain LoRA adapters of the base (no DoRA, no "
                            "fully trained modules)", "--form dense")  # fmt: skip
-    return possible and form != "dense"
+    if form == "dense" or not possible:
+        return None
+    factors = _Factors()
+    for sign, source in zip((1.0, -1.0), adapted, strict=False):
+        factors.take(sign, source, choice)
+    if not factors.entries:
+        raise BurnishError("the adapter changes none of the chosen tensors", "at least one",
+                           "other --include and --exclude patterns")  # fmt: skip
+    return factors
 
 
-class Extraction:
-    """The engine's maker: computes pieces of the delta and gathers digests and norms on the way."""
+class _Extraction:
+    """Computes blocks of the delta, and gathers digests and figures of what it reads on the way."""
 
-    def __init__(
-        self, parents: dict[str, Parent], choice: Choice, dtype: str, low_rank: bool, rules: list[tuple[str, str]]
-    ):
-        self.parents, self.choice, self.dtype, self.rules = parents, choice, dtype, rules
-        self.base, self.tuned, self.control = (parents[w].source for w in ("base", "tuned", "control"))
+    def __init__(self, parents: Parents, choice: Choice, factors: _Factors | None, dtype: str):
+        self.parents, self.choice, self.factors = parents, choice, factors
+        self.base, self.tuned, self.control = parents["base"], parents["tuned"], parents["control"]
         self.three = self.control is not self.base  # a control of its own, not the base
-        self.inputs = {
-            who: Inputs(who, p.source.slots, None) for who, p in parents.items()
-            if isinstance(p.source, Stored) and (who != "control" or self.three)
+        self.tied = {} if factors else _find_tied(parents, choice)
+        self.dense = {} if factors else {
+            name: TensorInfo(self._dtype(name, dtype), self.tuned.tensors[name].shape)
+            for name in choice.chosen if name not in self.tied
         }  # fmt: skip
-        self.factors: dict[str, tuple[np.ndarray, float]] = {}
-        self.lowrank: dict[str, dict[str, Any]] = {}
-        if low_rank:
-            self._take_factors()
-            if not self.lowrank:
-                raise BurnishError("the adapter changes none of the chosen tensors", "at least one",
-                                   "other --include and --exclude patterns")  # fmt: skip
-        self.tied = {} if low_rank else self._find_tied()
-        self.dense = [] if low_rank else [name for name in choice.chosen if name not in self.tied]
-        self.sums: dict[str, dict[str, dict[str, float]]] = {}
-        self.low: SparseWriter
+        self.read = {who: Digests() for who in parents}
+        self.sums: dict[str, dict[int, dict[str, float]]] = {name: {} for name in self.dense}
+        self._buffers = Buffers()
 
-    def _take_factors(self) -> None:
-        adapters = [(1.0, self.parents["tuned"].adapter), (-1.0, self.parents["control"].adapter)]
-        for sign, adapter in adapters:
-            for name, update in (adapter.updates if adapter is not None else {}).items():
-                if name not in self.choice.chosen:
-                    continue
-                entry = self.lowrank.setdefault(name, {"scales": [], "transposed": update.transposed})
-                for side, matrix in (("up", update.up), ("down", update.down)):
-                    self.factors[f"{name}::{len(entry['scales'])}.{side}"] = matrix
-                entry["scales"].append(sign * update.scale)
+    def _dtype(self, name: str, dtype: str) -> str:
+        if dtype != "auto":
+            return DTYPES[dtype]
+        half = {self.tuned.tensors[name].dtype, self.control.tensors[name].dtype} <= {"BF16", "F16"}
+        return "F32" if half else "F64"
 
-    def _find_tied(self) -> dict[str, str]:
-        """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner.
-
-        Raises:
-            BurnishError: the patterns let only one of two tied matrices take part.
-        """
-        groups: dict[tuple, list[str]] = {}
-        if not all(isinstance(source, Stored) for source in (self.tuned, self.control)):
-            return {}
-        everywhere = set(self.base.slots) & set(self.tuned.slots) & set(self.control.slots)
-        for name in sorted(everywhere):
-            if len(self.base.slots[name][1]) >= 2:
-                groups.setdefault(self.base.slots[name], []).append(name)
-        tied: dict[str, str] = {}
-        candidates = [g for g in groups.values() if any(_ties_names(a, b) for a in g for b in g if a != b)]
-        for group in candidates:
-            if not any(name in self.choice.chosen for name in group):
-                continue
-            owners: dict[tuple, str] = {}
-            for name in sorted(group):
-                if not any(_ties_names(name, other) for other in group if other != name):
-                    continue
-                key = tuple(tensor_digest(s.checkpoint, s.names[name]) for s in (self.base, self.tuned, self.control))
-                owner = owners.setdefault(key, name)
-                if owner == name:
-                    continue
-                if (owner in self.choice.chosen) != (name in self.choice.chosen):
-                    raise BurnishError(f"'{owner}' and '{name}' are tied, but only one takes part in the delta",
-                                       "both or none", "--include and --exclude that fit both")  # fmt: skip
-                if name in self.choice.chosen:
-                    tied[name] = owner
-        return tied
-
-    def plan(self, output: Path) -> Plan:
+    def plan(self, output: Path, rename: list[list[str]]) -> Plan:
         """One file with the dense tensors or the factors."""
-        slots = {name: (self.dtype, self.tuned.slots[name][1]) for name in self.dense}
-        slots |= {part: ("F64" if _needs_double(m) else "F32", m.shape) for part, m in self.factors.items()}
+        tensors = dict(self.dense)
+        for part, matrix in self.factors.matrices.items() if self.factors else ():
+            tensors[part] = TensorInfo({4: "F32", 8: "F64"}[matrix.itemsize], matrix.shape)
         identity = {
-            "parents": {w: stamp(p.path) for w, p in self.parents.items()}, "tensors": sorted(slots),
-            "dtype": self.dtype, "rename": self.rules, "version": __version__,
+            "parents": {who: stamp(parent.path) for who, parent in self.parents.items()}, "version": __version__,
+            "tensors": {name: info.dtype for name, info in sorted(tensors.items())}, "rename": rename,
         }  # fmt: skip
         inputs = [parent.path for parent in self.parents.values()]
-        return Plan(output, {NUMBERS: (slots, {"format": "pt"})}, identity, inputs=inputs)
+        return Plan(output, {NUMBERS: (tensors, {"format": "pt"})}, identity, inputs=inputs)
 
-    def piece(self, worker: Worker, name: str, start: int, stop: int) -> np.ndarray:
-        if name in self.factors:
-            matrix = np.ascontiguousarray(self.factors[name]).reshape(-1)[start:stop]
-            return matrix if _needs_double(self.factors[name]) else matrix.astype(np.float32)
-        for who, inputs in self.inputs.items():
-            if name in inputs.shapes:
-                inputs.piece(name, start, self.parents[who].source.raw(name, start, stop))
-        out, sums = worker.out(self.dtype, stop - start), dict.fromkeys(SUMS, 0.0)
-        for at in range(start, stop, BLOCK):
-            self._block(worker, name, at, min(at + BLOCK, stop), out[at - start :], sums)
-        self.sums.setdefault(name, {})[str(start)] = sums
-        return out
-
-    def _block(self, worker: Worker, name: str, at: int, end: int, out: np.ndarray, sums: dict[str, float]) -> None:
-        size, narrow = end - at, worker.narrow
-        tuned = self.tuned.fill(name, at, end, worker.double(0, size), narrow)
-        control = self.control.fill(name, at, end, worker.double(1, size), narrow)
-        delta = difference(tuned, control, worker.double(2, size))
-        narrow.widen(narrow.narrow(delta, self.dtype, out[:size]), self.dtype, delta)
-        self._leftover(worker, name, at, tuned, control, delta, sums)
-        sums["delta"] += dot(delta, delta)
-        sums["tuned"] += dot(tuned, tuned)
-        sums["control"] += dot(control, control)
-        if self.three and name in self.base.slots:
-            base = self.base.fill(name, at, end, worker.double(3, size), narrow)
+    def compute(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Stored bits of elements start:stop of a dense tensor or a factor."""
+        if self.factors:
+            return self.factors.matrices[name].reshape(-1)[start:stop]
+        size, info, buffers, sums = stop - start, self.dense[name], self._buffers, dict[str, float]()
+        tuned = self.tuned.values(name, start, stop, buffers(0, size), self.read["tuned"])
+        control = self.control.values(
+            name, start, stop, buffers(1, size), self.read["control" if self.three else "base"]
+        )
+        delta = difference(tuned, control, buffers(2, size))
+        bits = narrow(delta, info.dtype, np.empty(size, info.stored))
+        widen(bits, info.dtype, delta)
+        sums["not_exact"] = _not_exact(tuned, np.add(control, delta, out=buffers(3, size)), self.tuned.tensors[name])
+        sums |= {"delta": dot(delta, delta), "tuned": dot(tuned, tuned), "control": dot(control, control)}
+        if self.three:
+            base = self.base.values(name, start, stop, buffers(3, size), self.read["base"])
             np.subtract(control, base, out=control)
             np.subtract(tuned, base, out=tuned)
-            sums["control_task"] += dot(control, control)
-            sums["tuned_task"] += dot(tuned, tuned)
-            sums["tasks_dot"] += dot(control, tuned)
-            sums["delta_dot"] += dot(control, delta)
+            sums |= {"control_task": dot(control, control), "tuned_task": dot(tuned, tuned),
+                     "tasks_dot": dot(control, tuned), "delta_dot": dot(control, delta)}  # fmt: skip
+        self.sums[name][start] = sums
+        return bits
 
-    def _leftover(
-        self, worker: Worker, name: str, at: int, tuned: np.ndarray, control: np.ndarray, delta: np.ndarray,
-        sums: dict[str, float],
-    ) -> None:  # fmt: skip
-        """Keep what the stored number lacks wherever control + delta does not round to the tuned model."""
-        dtype = self.tuned.slots[name][0]
-        reached = np.add(control, delta, out=worker.double(3, tuned.size))
-        wanted = worker.narrow.narrow(tuned, dtype, worker.spare(0, dtype, tuned.size))
-        got = worker.narrow.narrow(reached, dtype, worker.spare(1, dtype, tuned.size))
-        wrong = np.flatnonzero(unequal(wanted, got))
-        # Nothing that is added to 0.0 gives -0.0.
-        signs = (tuned[wrong] == 0) & (reached[wrong] == 0)
-        sums["not_exact"] += float(signs.sum())
-        wrong = wrong[~signs]
-        if not wrong.size:
-            return
-        if self.dtype in ("F32", "F64"):
-            low = (tuned[wrong] - reached[wrong]).astype(np.float32)
-            self.low.add(name, at, wrong + at, low)
-            reached = control[wrong] + (delta[wrong] + low)
-            got = worker.narrow.narrow(reached, dtype, worker.spare(1, dtype, wrong.size))
-            sums["not_exact"] += float(unequal(got, wanted[wrong]).sum())
-        else:
-            sums["not_exact"] += float(wrong.size)
+    def _sum(self, key: str, name: str = "") -> float:
+        """A figure of one tensor, or of all; in the order of the blocks, whatever thread was first."""
+        names = [name] if name else self.sums
+        return sum(sums.get(key, 0.0) for n in names for _, sums in sorted(self.sums[n].items()))
 
-    def release(self, name: str, start: int, stop: int) -> None:
-        for parent in self.parents.values():
-            if name in parent.source.slots:
-                parent.source.release(name, start, stop)
+    def meta(self, digests: Mapping[str, str]) -> dict[str, Any]:
+        """delta.json, save for what was asked."""
+        hashes = self._parent_digests()
+        found: dict[str, Any] = {
+            "format": FORMAT, "burnish": __version__, "scale": 1.0,
+            "tensors": {name: self._entry(name, digests) for name in sorted(self._names())},
+            "tied": self.tied, "skipped": self.choice.skipped,
+            "key_map": {who: {new: old for new, old in parent.names.items() if new != old}
+                        for who, parent in self.parents.items() if isinstance(parent, Stored)},
+            "not_exact": int(self._sum("not_exact")), "geometry": self._geometry(), "rounding_noise": self._noise(),
+            "embodiment": embodiment(self.tuned.path) or embodiment(self.base.path),
+        }  # fmt: skip
+        for who, parent in self.parents.items():
+            found[who] = {"path": str(parent.path.absolute()), "digest": whole_digest(hashes[who])}
+        found["base"]["tensors"] = hashes["base"]
+        return found
 
-    def finished(self, name: str) -> dict[str, Any]:
-        if name in self.factors:
+    def _names(self) -> list[str]:
+        return list(self.factors.entries if self.factors else self.dense)
+
+    def _entry(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
+        dtype, shape = self.tuned.tensors[name]
+        entry = {"dtype": dtype, "shape": list(shape), "group": self.choice.chosen[name]}
+        if self.factors:
+            return entry | self.factors.describe(name, digests)
+        norms = {"norm": self._sum("delta", name) ** 0.5, "norm_tuned": self._sum("tuned", name) ** 0.5}
+        return entry | {"form": "dense", "digest": digests[name]} | norms
+
+    def _parent_digests(self) -> dict[str, dict[str, str]]:
+        """Digest of every tensor of every parent; those that were not read for the delta are read now."""
+        hashes: dict[str, dict[str, str]] = {}
+        for who, parent in self.parents.items():
+            if who == "control" and not self.three:
+                hashes[who] = hashes["base"]
+            elif isinstance(parent, Stored):
+                read = set(self.read[who])
+                hashes[who] = {
+                    name: self.read[who].of(name, info) if name in read else parent.digest(name)
+                    for name, info in parent.tensors.items()
+                }
+            else:
+                hashes[who] = {"base": whole_digest(hashes["base"]), "adapter": parent.adapter.digest}
+        return hashes
+
+    def _geometry(self) -> dict[str, float]:
+        """Angles between the two fine-tunes as seen from the base; empty when the control is the base."""
+        if not self.three or not self.dense:
             return {}
-        inputs = {who: i.finish(name) for who, i in self.inputs.items() if name in i.shapes}
-        return {"inputs": inputs, "sums": self.sums[name], "low": self.low.facts(name)}
+        size = {key: math.sqrt(self._sum(key)) for key in ("delta", "control_task", "tuned_task")}
 
-    def restore(self, name: str, facts: dict[str, Any]) -> None:
-        for who, digest in facts.get("inputs", {}).items():
-            self.inputs[who].digests[name] = digest
-        if facts:
-            self.sums[name] = facts["sums"]
-            self.low.restore(name, facts["low"])
+        def cosine(inner: float, a: float, b: float) -> float:
+            return inner / (a * b) if a > 0 and b > 0 else 0.0
+
+        return {
+            "norm_over_control_task": size["delta"] / size["control_task"] if size["control_task"] > 0 else 0.0,
+            "cosine_of_tasks": cosine(self._sum("tasks_dot"), size["control_task"], size["tuned_task"]),
+            "cosine_to_control_task": cosine(self._sum("delta_dot"), size["control_task"], size["delta"]),
+        }
+
+    def _noise(self) -> float:
+        """Estimated share of the delta's norm that is rounding of half-precision parents."""
+        noise = sum(
+            _NOISE.get(self.parents[who].tensors[name].dtype, 0.0) * self._sum(who, name)
+            for who in ("tuned", "control") for name in self.dense
+        )  # fmt: skip
+        size = self._sum("delta")
+        return math.sqrt(noise / size) if size > 0 else 0.0
 
 
-def _ties_names(a: str, b: str) -> bool:
+def _not_exact(tuned: np.ndarray, reached: np.ndarray, info: TensorInfo) -> float:
+    """Elements of a block for which control + delta, `reached`, does not round to the tuned model."""
+    wanted, got = (narrow(value, info.dtype, np.empty(value.size, info.stored)) for value in (tuned, reached))
+    return float(unequal(wanted, got).sum())
+
+
+def _find_tied(parents: Parents, choice: Choice) -> dict[str, str]:
+    """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner.
+
+    Raises:
+        BurnishError: the patterns let only one of two tied matrices take part.
+    """
+    stored = [parent for parent in parents.values() if isinstance(parent, Stored)]
+    if len(stored) < len(parents):
+        return {}
+    tensors = parents["base"].tensors
+    everywhere = set.intersection(*(set(parent.tensors) for parent in stored))
+    candidates = sorted(n for n in everywhere if re.search("lm_head|embed|wte", n) and len(tensors[n].shape) >= 2)
+    tied: dict[str, str] = {}
+    owners: dict[tuple[str, ...], str] = {}
+    for name in candidates:
+        others = [other for other in candidates if _tied_names(name, other) and tensors[other] == tensors[name]]
+        if not others or not any(other in choice.chosen for other in (name, *others)):
+            continue
+        owner = owners.setdefault(tuple(parent.digest(name) for parent in stored), name)
+        if owner == name:
+            continue
+        if (owner in choice.chosen) != (name in choice.chosen):
+            raise BurnishError(f"'{owner}' and '{name}' are tied, but only one takes part in the delta",
+                               "both or none", "--include and --exclude that fit both")  # fmt: skip
+        if name in choice.chosen:
+            tied[name] = owner
+    return tied
+
+
+def _tied_names(a: str, b: str) -> bool:
     """Only an output layer and an embedding are ever tied; equal zeros elsewhere are not."""
     return {"lm_head" in a, "lm_head" in b} == {True, False} and ("embed" in a or "embed" in b or "wte" in a + b)
-
-
-def _needs_double(matrix: np.ndarray) -> bool:
-    return bool((matrix != matrix.astype(np.float32)).any())
-
-
-def stamp(path: Path) -> list:
-    """Place, names, sizes and times of a parent's files: whether a killed run may be continued."""
-    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob(ADAPTER_CONFIG)])
-    times = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return [str(path.resolve()), *times]

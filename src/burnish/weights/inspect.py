@@ -1,4 +1,4 @@
-"""`burnish capability inspect`: what a delta is made of, and how it lies to others."""
+"""What a delta is made of, and how it lies to others."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import make_folder
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
-from burnish.weights.rounding import Narrow, dot
+from burnish.weights.rounding import Buffers, dot
 from burnish.weights.tensorfile import BLOCK
 
 
@@ -61,20 +61,18 @@ def against(own: Delta, other: Delta) -> dict[str, Any]:
     if not common:
         raise BurnishError(f"{own.path} and {other.path} share no tensor", "deltas of one architecture")
     sums: dict[str, np.ndarray] = {}  # module to [dot, square, other's square, conflicts, both non-zero]
-    a, b, scratch = np.empty(BLOCK), np.empty(BLOCK), Narrow()
+    buffers = Buffers()
     for name in common:
-        own.check_numbers(name)
-        other.check_numbers(name)
+        own.check(name)
+        other.check(name)
         size, row = int(np.prod(own.tensors[name]["shape"])), sums.setdefault(module_of(name), np.zeros(5))
         for at in range(0, size, BLOCK):
             end = min(at + BLOCK, size)
-            x = own.fill(name, at, end, a[: end - at], scratch)
-            y = other.fill(name, at, end, b[: end - at], scratch)
+            x = own.values(name, at, end, buffers(0, end - at))
+            y = other.values(name, at, end, buffers(1, end - at))
             signs = np.sign(x) * np.sign(y)
             row += (dot(x, y), dot(x, x), dot(y, y), (signs < 0).sum(), (signs != 0).sum())
-        own.release(name, 0, size)
-        other.release(name, 0, size)
-    whole = sum(sums.values())
+    whole = np.sum(list(sums.values()), axis=0)
     return {
         "norm": float(whole[2] ** 0.5), "norm_ratio": float((whole[2] / whole[1]) ** 0.5) if whole[1] > 0 else None,
         "cosine": _cosine(whole), "sign_conflict": float(whole[3] / max(1.0, whole[4])),

@@ -1,112 +1,130 @@
-"""Which tensors of a base a merge changes, and whether deltas and base belong together."""
+"""Which tensors of a base a merge changes, and whether task vectors and base belong together."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
-from burnish.weights.names import check_patterns, embodiment, match_names, same_robot, selected
+from burnish.weights.names import Heads, check_patterns, embodiment, match_names, same_robot, selected
 from burnish.weights.sources import Stored
 from burnish.weights.tensorfile import FLOATS
 
 
 @dataclass(frozen=True)
-class Part:
-    """One delta of a merge with its weight, and the names of the base's tensors it changes."""
+class Vector:
+    """One task vector of a merge: a stored delta or an on-the-fly difference, with its weight."""
 
-    delta: Delta | Difference
+    source: Delta | Difference
     weight: float
-    names: Mapping[str, str]
-
-    @classmethod
-    def match(cls, delta: Delta | Difference, weight: float, base: Stored) -> "Part":
-        """Find the base's name for every tensor of the delta, aliases of tied ones included.
-
-        Raises:
-            BurnishError: a weight that is not finite.
-        """
-        if not math.isfinite(weight):
-            raise BurnishError(f"{delta.path} has the weight {weight}", "a finite number")
-        wanted = {**{name: name for name in delta.tensors}, **delta.meta["tied"]}
-        found = match_names(wanted, base.slots)
-        return cls(delta, weight, {found[name]: owner for name, owner in wanted.items()})
-
-    @cached_property
-    def tied(self) -> dict[str, list[str]]:
-        """Tensor of the delta to the base's tensors that share it, which must go together."""
-        found: dict[str, list[str]] = {}
-        for name, own in self.names.items():
-            found.setdefault(own, []).append(name)
-        return found
 
 
-Touched = dict[str, list[tuple[Part, float]]]
-"""Base tensor to the deltas that change it, each with its weight there; none of weight 0."""
+@dataclass(frozen=True)
+class Change:
+    """What one task vector does to one tensor of the base.
+
+    Attributes:
+        number: of the vector in the merge.
+        vector: itself.
+        name: the tensor in the vector.
+        weight: the vector's, times its module's factor; never 0.
+        first: whether no earlier tensor of the base (they may be tied) reads the same one.
+    """
+
+    number: int
+    vector: Vector
+    name: str
+    weight: float
+    first: bool
 
 
-def recorded_base(base: Stored, parts: Sequence[Part]) -> dict[str, str]:
+Changes = dict[str, list[Change]]
+"""Tensor of the base to what changes it."""
+
+
+def recorded_base(base: Stored, vectors: Sequence[Vector]) -> dict[str, str]:
     """Digest that each tensor of the base must have, from the deltas; refuses a base with other tensors."""
     expected: dict[str, str] = {}
-    for part in parts:
-        if isinstance(part.delta, Difference):
-            continue
-        listed = part.delta.meta["base"]["tensors"]
-        names = match_names(listed, base.slots)
-        own = {names[name]: digest for name, digest in listed.items()}
+    for delta in (vector.source for vector in vectors if isinstance(vector.source, Delta)):
+        recorded = delta.meta["base"]
+        names = match_names(recorded["tensors"], base.tensors)
+        own = {names[name]: digest for name, digest in recorded["tensors"].items()}
         if any(expected.get(name, digest) != digest for name, digest in own.items()):
-            raise BurnishError(f"{part.delta.path} was made for another base than the deltas before it",
+            raise BurnishError(f"{delta.path} was made for another base than the deltas before it",
                                "deltas of one base", "--other-base")  # fmt: skip
         expected |= own
-        lacking, extra = sorted(set(names.values()) - set(base.slots)), sorted(set(base.slots) - set(names.values()))
+        lacking, extra = sorted(set(own) - set(base.tensors)), sorted(set(base.tensors) - set(own))
         if lacking or extra:
             what = f"lacks '{lacking[0]}'" if lacking else f"has the extra tensor '{extra[0]}'"
-            found = f"{base.checkpoint.path} is another base than that of {part.delta.path}: it {what}"
-            raise BurnishError(found, part.delta.meta["base"]["path"], "--other-base")
+            raise BurnishError(f"{base.path} is another base than that of {delta.path}: it {what}", recorded["path"],
+                               "--other-base")  # fmt: skip
     return expected
 
 
-def fit(
-    base: Stored, parts: Sequence[Part], modules: Sequence[tuple[str, float]], include: Sequence[str],
-    exclude: Sequence[str], heads: str, other_base: bool,
-) -> Touched:  # fmt: skip
+def match(
+    base: Stored, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
+    exclude: Sequence[str], heads: Heads, other_base: bool,
+) -> Changes:  # fmt: skip
     """Apply the rules about names, shapes and heads; raises BurnishError where one is broken. See `merge.merge`."""
-    known = set(base.slots).union(*(p.delta.known for p in parts if isinstance(p.delta, Difference)))
-    check_patterns(include, known, "--include")
-    check_patterns(exclude, known, "--exclude")
-    touched = Touched()
-    for part in parts:
-        same = same_robot(embodiment(base.checkpoint.path), part.delta.meta["embodiment"])
+    _check_arguments(base, vectors, modules, include, exclude)
+    changes: Changes = {}
+    for number, vector in enumerate(vectors):
+        source = vector.source
+        same = same_robot(embodiment(base.path), source.meta["embodiment"])
         across = same is False or (same is None and other_base)
-        for name, own in part.names.items():
-            tied = part.tied[own]
-            factor = next((f for pattern, f in modules if any(re.search(pattern, n) for n in tied)), 1.0)
-            wanted = any(selected(n, include, ()) for n in tied) and all(selected(n, (), exclude) for n in tied)
-            if part.weight * factor == 0 or not wanted:
+        for own, names in _names_in_base(source, base).items():
+            factor = next((f for pattern, f in modules if any(re.search(pattern, n) for n in names)), 1.0)
+            # Tied tensors go together: one that is wanted takes the others along, one that is excluded keeps them.
+            wanted = any(selected(n, include, ()) for n in names) and all(selected(n, (), exclude) for n in names)
+            head = source.tensors[own]["group"] == "head" and across
+            if vector.weight * factor == 0 or not wanted or (head and heads == "skip"):
                 continue
-            entry = part.delta.tensors[own]
-            if entry["group"] == "head" and across:
-                if heads == "skip":
-                    continue
-                if heads == "refuse":
+            for k, name in enumerate(names):
+                if head and heads == "refuse":
                     raise BurnishError(f"head '{name}' in a merge across robots", "a rule for heads",
                                        "--heads skip, or --heads keep where the shapes agree")  # fmt: skip
-            _check_tensor(base, name, part, entry)
-            touched.setdefault(name, []).append((part, part.weight * factor))
-    return touched
+                _check_tensor(base, name, source, source.tensors[own])
+                changes.setdefault(name, []).append(Change(number, vector, own, vector.weight * factor, k == 0))
+    return changes
 
 
-def _check_tensor(base: Stored, name: str, part: Part, entry: Mapping[str, Any]) -> None:
-    if name not in base.slots:
-        raise BurnishError(f"{part.delta.path} changes '{name}', which the base lacks", "the base it was made for",
+def _names_in_base(source: Delta | Difference, base: Stored) -> dict[str, list[str]]:
+    """Tensor of a vector to the base's tensors that it changes, several where they are tied."""
+    owners = {**{name: name for name in source.tensors}, **source.meta["tied"]}
+    found: dict[str, list[str]] = {}
+    for name, in_base in match_names(owners, base.tensors).items():
+        found.setdefault(owners[name], []).append(in_base)
+    return found
+
+
+def _check_arguments(
+    base: Stored, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:  # fmt: skip
+    if not vectors:
+        raise BurnishError("nothing to merge", "a delta or a tuned model", "--delta FOLDER=1.0")
+    for vector in vectors:
+        if not math.isfinite(vector.weight):
+            raise BurnishError(f"{vector.source.path} has the weight {vector.weight}", "a finite number")
+    if not all(math.isfinite(factor) for _, factor in modules):
+        raise BurnishError("a --module factor that is not finite", "a number, for instance 0.5")
+    known = set(base.tensors)
+    check_patterns([pattern for pattern, _ in modules], known, "--module")
+    known.update(*(v.source.tuned.tensors for v in vectors if isinstance(v.source, Difference)))
+    check_patterns(include, known, "--include")
+    check_patterns(exclude, known, "--exclude")
+
+
+def _check_tensor(base: Stored, name: str, source: Delta | Difference, entry: Mapping[str, Any]) -> None:
+    if name not in base.tensors:
+        raise BurnishError(f"{source.path} changes '{name}', which the base lacks", "the base it was made for",
                            f"--exclude '{re.escape(name)}'")  # fmt: skip
-    dtype, shape = base.slots[name]
+    dtype, shape = base.tensors[name]
     if list(shape) != entry["shape"]:
-        raise BurnishError(f"'{name}' has shape {list(shape)} in the base and {entry['shape']} in {part.delta.path}",
+        raise BurnishError(f"'{name}' has shape {list(shape)} in the base and {entry['shape']} in {source.path}",
                            "one architecture")  # fmt: skip
     if dtype not in FLOATS:
         raise BurnishError(f"'{name}' of the base is {dtype}", "floating-point weights", "an unquantised base")

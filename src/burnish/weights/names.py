@@ -5,11 +5,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from burnish.core.errors import BurnishError
-from burnish.weights.tensorfile import FLOATS
+from burnish.weights.tensorfile import FLOATS, TensorInfo
 
+Heads = Literal["refuse", "skip", "keep"]
+"""What to do with action and state heads that differ between checkpoints or robots."""
 GROUPS = ("vision", "language", "expert", "head", "statistics", "buffer")
 _PATTERNS = (
     ("statistics", r"(^|\.)(un)?normalize_(inputs|outputs|targets)|buffer_(observation|action)|(^|\.)norm_stats"),
@@ -102,31 +104,31 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str], option: str) -
 
 
 def choose(
-    parents: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
-    include: Sequence[str] = (), exclude: Sequence[str] = (), heads: str = "refuse",
+    parents: Mapping[str, Mapping[str, TensorInfo]],
+    include: Sequence[str] = (), exclude: Sequence[str] = (), heads: Heads = "refuse",
 ) -> Choice:  # fmt: skip
     """Apply the rules for heads, statistics, buffers, names and shapes.
 
     Args:
-        parents: "base", "tuned", "control" to tensor name to (dtype, shape).
+        parents: "base", "tuned", "control" to their tensors.
         include, exclude: patterns over names.
-        heads: refuse, skip or keep heads that are missing somewhere or differ in shape (keep cannot mend a shape).
+        heads: refuse, skip or keep heads that are missing somewhere or differ in shape (keep cannot fix a shape).
 
     Raises:
         BurnishError: a missing or extra tensor, a shape that differs, quantised weights, a head without a rule, nothing
             chosen.
     """
-    names = {name for slots in parents.values() for name in slots}
+    names = {name for tensors in parents.values() for name in tensors}
     check_patterns(include, names, "--include")
     check_patterns(exclude, names, "--exclude")
     choice = Choice()
     for name in sorted(names):
-        holders = {who: slots[name] for who, slots in parents.items() if name in slots}
+        holders = {who: tensors[name] for who, tensors in parents.items() if name in tensors}
         if not selected(name, include, exclude):
             choice.skipped[name] = "not selected"
             continue
         _check_dtypes(name, holders)
-        group = group_of(name, next(iter(holders.values()))[0])
+        group = group_of(name, next(iter(holders.values())).dtype)
         if group in ("statistics", "buffer"):
             choice.skipped[name] = f"{group}: taken from the base"
         elif group == "head" and heads == "skip":
@@ -139,22 +141,24 @@ def choose(
     return choice
 
 
-def _check_dtypes(name: str, holders: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def _check_dtypes(name: str, holders: Mapping[str, TensorInfo]) -> None:
     """Stored integers (or 8-bit floats) of quantised weights are no numbers to subtract."""
-    odd = {who: dtype for who, (dtype, _) in holders.items() if dtype not in FLOATS}
+    odd = {who: info.dtype for who, info in holders.items() if info.dtype not in FLOATS}
     if odd and (len(odd) < len(holders) or "weight" in name.rpartition(".")[2]):
         who, dtype = next(iter(odd.items()))
         raise BurnishError(f"'{name}' is {dtype} in {who}", f"floating-point weights ({', '.join(FLOATS)})",
                            "give the checkpoint as it was before it was quantised")  # fmt: skip
 
 
-def _check_holders(name: str, group: str, parents: Mapping[str, Any], holders: Mapping[str, Any]) -> None:
+def _check_holders(
+    name: str, group: str, parents: Mapping[str, Mapping[str, TensorInfo]], holders: Mapping[str, TensorInfo]
+) -> None:
     lacking = [who for who in parents if who not in holders]
-    shapes = {who: slot[1] for who, slot in holders.items()}
+    shapes = {who: info.shape for who, info in holders.items()}
     if not lacking and len(set(shapes.values())) == 1:
         return
     if group == "head":
-        what = f"is missing in {lacking[0]}" if lacking else f"has shapes {_said(shapes)}"
+        what = f"is missing in {lacking[0]}" if lacking else f"has shapes {_listed(shapes)}"
         raise BurnishError(f"head '{name}' {what}", "a rule for heads that differ", "--heads skip")
     if lacking:
         everywhere = len(holders) > 1
@@ -162,10 +166,10 @@ def _check_holders(name: str, group: str, parents: Mapping[str, Any], holders: M
         count = sum(name in parents[next(iter(holders))] for name in set().union(*parents.values()))
         raise BurnishError(f"{what} (of {count} tensors)", "the same tensors in all parents",
                            f"--exclude '{re.escape(name)}', or --rename PATTERN=NAME")  # fmt: skip
-    raise BurnishError(f"'{name}' has shapes {_said(shapes)}", "one shape", "checkpoints of one architecture")
+    raise BurnishError(f"'{name}' has shapes {_listed(shapes)}", "one shape", "checkpoints of one architecture")
 
 
-def _said(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{list(shape)} in {who}" for who, shape in shapes.items())
 
 

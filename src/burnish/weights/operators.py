@@ -1,14 +1,18 @@
-"""Merge operators: small functions over streams of tensors, registered by name.
+"""Merge operators: functions of a block of the base and of each task vector, found by name.
 
-An operator gets one block (float64, at most BLOCK elements) of the base and of each delta and overwrites the base's
-block with the result. One that needs figures of the whole tensor (an angle, a threshold) names a `prepare` function,
-which sees the tensor as a stream of such blocks and is called once for each tensor. Adding an operator is writing the
-function: keyword-only arguments become `--option name=value` of `burnish capability merge`.
+One that needs figures of the whole tensor (an angle, a threshold) names a `prepare` function, which sees the tensor as
+a stream of blocks and is called before the first block. A new operator is one file in this folder, or one entry point
+of the group `burnish.merge_operators`, with a decorated function; its keyword-only arguments become
+`--option name=value` of `burnish weights merge`:
+
+    @operator("half")
+    def half(block: Block, *, share: float = 0.5) -> np.ndarray:
+        return block.base + share * sum(block.deltas)
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +23,22 @@ from burnish.core.registry import Registry
 from burnish.core.seeding import derive_seed
 from burnish.weights.rounding import dot
 
+_DRAWN = 1 << 15
+"""Elements of one seed in `dare`."""
+
 
 @dataclass
 class Block:
-    """One block of one tensor.
+    """One block of one tensor. The arrays are scratch space: an operator may overwrite them.
 
     Attributes:
-        name: the tensor, as the first delta calls it: tied tensors have one name.
+        name: the tensor, as the first vector calls it: tied tensors have one name.
         start: position of the block in the flattened tensor; the same for any number of threads.
-        base: float64 [n]; the operator overwrites it.
-        deltas: float64 [n] each; may be overwritten too.
+        base: float64 [n].
+        deltas: float64 [n] each.
         weights: one for each delta, factors of modules included.
         shares: the same without those factors.
-        total: sum of the weights of all deltas of the merge, whether they change this tensor or not.
+        total: sum of the weights of all vectors of the merge, whether they change this tensor or not.
         state: what `prepare` returned for this tensor.
     """
 
@@ -50,23 +57,24 @@ class Streams:
     """A whole tensor for `prepare`: `base()` and `deltas[i]()` give its blocks one after the other."""
 
     base: Callable[[], Iterator[np.ndarray]]
-    deltas: list[Callable[[], Iterator[np.ndarray]]]
+    deltas: Sequence[Callable[[], Iterator[np.ndarray]]]
     weights: list[float]
     size: int
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A registered operator with its options (name to default)."""
+    """A registered operator: `apply(block, **options)` gives the merged block, float64 [n]."""
 
-    apply: Callable[..., None]
+    apply: Callable[..., np.ndarray]
     prepare: Callable[..., Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def read_options(self, given: dict[str, str], name: str) -> dict[str, Any]:
-        """Text values as the types of the defaults; unknown names and unreadable values are errors."""
+    def read_options(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Values, or text of them, as the types of the defaults; unknown names and unreadable values are errors."""
         values = dict(self.options)
-        for key, text in given.items():
+        for key, value in given.items():
+            text = str(value)
             if key not in values:
                 known = ", ".join(values) or "none"
                 raise BurnishError(f"merge operator '{name}' has no option '{key}'", f"one of {known}")
@@ -80,41 +88,40 @@ class Operator:
         return values
 
 
-OPERATORS: Registry[Operator] = Registry("merge operator")
+OPERATORS: Registry[Operator] = Registry("merge operator", room="burnish.weights")
 
 
-def operator(name: str, prepare: Callable[..., Any] | None = None) -> Callable:
-    """Decorator that files a function as an operator."""
+def operator(name: str, prepare: Callable[..., Any] | None = None) -> Callable[[Callable[..., np.ndarray]], Operator]:
+    """Decorator that makes a function an operator and files it under `name`."""
 
-    def add(apply: Callable[..., None]) -> Callable[..., None]:
+    def add(apply: Callable[..., np.ndarray]) -> Operator:
         parameters = inspect.signature(apply).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        OPERATORS.register(name)(Operator(apply, prepare, options))
-        return apply
+        return OPERATORS.register(name)(Operator(apply, prepare, options))
 
     return add
 
 
-def add_weighted(block: Block) -> None:
-    """base += weight * delta, each delta in turn; leaves weight * delta in `block.deltas`."""
-    for delta, weight in zip(block.deltas, block.weights, strict=True):
+def _add_weighted(block: Block, weights: list[float]) -> np.ndarray:
+    """base + weight * delta, each delta in turn."""
+    for delta, weight in zip(block.deltas, weights, strict=True):
         np.multiply(delta, weight, out=delta)
         np.add(block.base, delta, out=block.base)
+    return block.base
 
 
 @operator("task")
-def task(block: Block) -> None:
+def task(block: Block) -> np.ndarray:
     """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089): base + sum of weight * delta."""
-    add_weighted(block)
+    return _add_weighted(block, block.weights)
 
 
 @operator("linear")
-def linear(block: Block) -> None:
+def linear(block: Block) -> np.ndarray:
     """Average of the models base + delta with the weights of all deltas scaled to sum 1."""
     if block.total == 0:
         raise BurnishError("the weights of a linear merge sum to 0", "a sum that can be scaled to 1")
-    block.weights = [weight / block.total for weight in block.weights]
-    add_weighted(block)
+    return _add_weighted(block, [weight / block.total for weight in block.weights])
 
 
 def _slerp_angle(streams: Streams) -> tuple[float, float]:
@@ -133,17 +140,14 @@ def _slerp_angle(streams: Streams) -> tuple[float, float]:
 
 
 @operator("slerp", prepare=_slerp_angle)
-def slerp(block: Block) -> None:
+def slerp(block: Block) -> np.ndarray:
     """Spherical interpolation from base (weight 0) to base + delta (weight 1); straight where nearly parallel."""
     angle, sine = block.state
     (delta,), (weight,) = block.deltas, block.weights
     if sine == 0.0:
-        add_weighted(block)
-        return
-    delta += block.base
-    np.multiply(block.base, np.sin((1 - weight) * angle) / sine, out=block.base)
-    np.multiply(delta, np.sin(weight * angle) / sine, out=delta)
-    np.add(block.base, delta, out=block.base)
+        return _add_weighted(block, block.weights)
+    other = delta + block.base
+    return block.base * (np.sin((1 - weight) * angle) / sine) + other * (np.sin(weight * angle) / sine)
 
 
 def _ties_thresholds(streams: Streams, *, density: float = 0.2, **_: Any) -> list[float]:
@@ -179,7 +183,7 @@ def _bits(block: np.ndarray) -> np.ndarray:
 
 
 @operator("ties", prepare=_ties_thresholds)
-def ties(block: Block, *, density: float = 0.2, normalize: bool = True, scale: float = 1.0) -> None:
+def ties(block: Block, *, density: float = 0.2, normalize: bool = True, scale: float = 1.0) -> np.ndarray:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each delta, elect signs, merge those that agree.
 
     Keeps the `density` largest magnitudes of each tensor; the sign is that of the weighted sum. `normalize` divides by
@@ -194,11 +198,11 @@ def ties(block: Block, *, density: float = 0.2, normalize: bool = True, scale: f
     if normalize:
         share = (np.abs(np.array(block.shares))[:, None] * agrees).sum(0)
         np.divide(merged, share, out=merged, where=share > 0)
-    block.base += scale * merged
+    return block.base + scale * merged
 
 
 @operator("dare")
-def dare(block: Block, *, drop: float = 0.9, seed: int = 0, rescale: bool = True) -> None:
+def dare(block: Block, *, drop: float = 0.9, seed: int = 0, rescale: bool = True) -> np.ndarray:
     """DARE (Yu et al. 2024, arXiv:2311.03099): drop elements at random, scale the rest by 1 / (1 - drop), add.
 
     The draw depends on seed, tensor, delta and position alone, so the result does not depend on threads or shards.
@@ -206,6 +210,8 @@ def dare(block: Block, *, drop: float = 0.9, seed: int = 0, rescale: bool = True
     if not 0 <= drop < 1:
         raise BurnishError(f"drop is {drop}", "at least 0 and below 1")
     for k, delta in enumerate(block.deltas):
-        draws = np.random.default_rng(derive_seed(seed, block.name, k, block.start)).random(delta.size)
-        delta *= (draws >= drop) / ((1 - drop) if rescale else 1.0)
-    add_weighted(block)
+        for at in range(0, delta.size, _DRAWN):
+            part = delta[at : at + _DRAWN]
+            draws = np.random.default_rng(derive_seed(seed, block.name, k, block.start + at)).random(part.size)
+            part *= (draws >= drop) / ((1 - drop) if rescale else 1.0)
+    return _add_weighted(block, block.weights)

@@ -1,4 +1,6 @@
-"""Stored bits to float64 and back, rounded exactly once (to nearest, ties to even)."""
+"""Stored bits to float64 and back, rounded exactly once (to nearest, ties to even), block by block."""
+
+import threading
 
 import numpy as np
 
@@ -9,54 +11,73 @@ _ALMOST_HALF, _KEPT = np.uint64((1 << 44) - 1), np.uint64((1 << 64) - (1 << 45))
 _HALF_WORD, _LOW = np.uint32(16), np.uint32(0xFFFF)
 
 
-class Narrow:
-    """Scratch space of one thread for conversions of blocks of at most BLOCK elements."""
+class Buffers(threading.local):
+    """float64 blocks of the calling thread, kept from call to call since new memory costs as much as computing."""
 
-    def __init__(self):
-        self._single = np.empty(BLOCK, np.float32)
-        self._rounded = np.empty(BLOCK, np.uint64)
-        self._low = np.empty(BLOCK, np.uint32)
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
 
-    def widen(self, raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
-        """Fill `out` (float64) with the values of stored bits `raw` [n <= BLOCK]; exact."""
-        if dtype == "BF16":
-            bits = self._single[: raw.size].view(np.uint32)
-            bits[:] = raw
-            np.left_shift(bits, 16, out=bits)
-            out[:] = self._single[: raw.size]
-        else:
-            out[:] = raw
+    def __call__(self, number: int, size: int) -> np.ndarray:
+        """Block `number`, [size <= BLOCK]; it holds what was last put there."""
+        while len(self._blocks) <= number:
+            self._blocks.append(np.empty(BLOCK))
+        return self._blocks[number][:size]
+
+
+class _Scratch(threading.local):
+    """Room of the calling thread for the casts of one block."""
+
+    def __init__(self) -> None:
+        self.single = np.empty(BLOCK, np.float32)
+        self.rounded = np.empty(BLOCK, np.uint64)
+        self.low = np.empty(BLOCK, np.uint32)
+
+
+_scratch = _Scratch()
+
+
+def widen(bits: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """Fill `out` (float64) with the values of stored `bits` [n <= BLOCK]; exact."""
+    if dtype == "BF16":
+        single = _scratch.single[: bits.size]
+        word = single.view(np.uint32)
+        word[:] = bits
+        np.left_shift(word, _HALF_WORD, out=word)
+        out[:] = single
+    else:
+        out[:] = bits
+    return out
+
+
+def narrow(value: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """Fill `out` (stored bits) with float64 `value` [n <= BLOCK], rounded once.
+
+    Numpy rounds float64 to float32 and float16 in one step. A bfloat16 keeps 7 of the 52 fraction bits, so 45 are
+    rounded off here, on the bits; going through float32 would round twice. With a weight such as 1.1 on differences of
+    bfloat16 numbers that goes wrong for one element in forty, not just in theory.
+    """
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            out[:] = value
         return out
-
-    def narrow(self, value: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
-        """Fill `out` (stored bits) with float64 `value` [n <= BLOCK], rounded once.
-
-        Numpy rounds float64 to float32 and float16 in one step. A bfloat16 keeps 7 of the 52 fraction bits, so 45 are
-        rounded off here, on the bits; going through float32 would round twice. With a weight such as 1.1 on
-        differences of bfloat16 numbers that goes wrong for one element in forty, not just in theory.
-        """
-        if dtype != "BF16":
-            with np.errstate(over="ignore"):
-                out[:] = value
-            return out
-        bits, rounded = value.view(np.uint64), self._rounded[: value.size]
-        single = self._single[: value.size]
-        np.right_shift(bits, _DROPPED, out=rounded)
-        np.bitwise_and(rounded, _ONE, out=rounded)  # an odd number rounds its half up, to even
-        np.add(rounded, bits, out=rounded)
-        np.add(rounded, _ALMOST_HALF, out=rounded)
-        np.bitwise_and(rounded, _KEPT, out=rounded)
-        with np.errstate(over="ignore", invalid="ignore"):
-            single[:] = rounded.view(np.float64)
-        kept = single.view(np.uint32)
-        np.bitwise_and(kept, _LOW, out=self._low[: value.size])
-        odd_ones = self._low[: value.size].max(initial=0) > 0 or np.isnan(value.max(initial=0.0))
-        np.right_shift(kept, _HALF_WORD, out=kept)
-        np.copyto(out, kept, casting="unsafe")
-        if odd_ones:  # below the smallest normal number fewer bits are kept; a NaN must stay one
-            strange = ~(np.abs(value) >= 2.0**-126)
-            out[strange] = narrowed(value[strange], "BF16")
-        return out
+    bits, size = value.view(np.uint64), value.size
+    rounded, single, low = _scratch.rounded[:size], _scratch.single[:size], _scratch.low[:size]
+    np.right_shift(bits, _DROPPED, out=rounded)
+    np.bitwise_and(rounded, _ONE, out=rounded)  # an odd number rounds its half up, to even
+    np.add(rounded, bits, out=rounded)
+    np.add(rounded, _ALMOST_HALF, out=rounded)
+    np.bitwise_and(rounded, _KEPT, out=rounded)
+    with np.errstate(over="ignore", invalid="ignore"):
+        single[:] = rounded.view(np.float64)
+    kept = single.view(np.uint32)
+    np.bitwise_and(kept, _LOW, out=low)
+    odd_ones = low.max(initial=0) > 0 or np.isnan(value.max(initial=0.0))
+    np.right_shift(kept, _HALF_WORD, out=kept)
+    np.copyto(out, kept, casting="unsafe")
+    if odd_ones:  # below the smallest normal number fewer bits are kept; a NaN must stay one
+        strange = ~(np.abs(value) >= 2.0**-126)
+        out[strange] = narrowed(value[strange], "BF16")
+    return out
 
 
 def difference(tuned: np.ndarray, control: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -74,7 +95,7 @@ def difference(tuned: np.ndarray, control: np.ndarray, out: np.ndarray) -> np.nd
 def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Where stored bits differ (bool); one NaN is as good as another, and -0.0 is not 0.0."""
     kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(a.dtype.itemsize, np.uint8)
-    differ = a.view(kind) != b.view(kind)
+    differ: np.ndarray = a.view(kind) != b.view(kind)
     if a.dtype.kind == "f" and differ.any():
         differ &= ~(np.isnan(a) & np.isnan(b))
     return differ
@@ -85,15 +106,15 @@ def dot(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.einsum("i,i->", a, b))
 
 
-def widened(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """All of `raw` as float64 (for tensors that fit in memory)."""
+def widened(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """All of `bits` as float64 (for tensors that fit in memory)."""
     if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.astype(np.float64)
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.astype(np.float64)
 
 
 def narrowed(value: np.ndarray, dtype: str) -> np.ndarray:
-    """All of float64 `value` as stored bits of `dtype`, rounded once; written apart from `Narrow` to check it.
+    """All of float64 `value` as stored bits of `dtype`, rounded once; written apart from `narrow` to check it.
 
     A bfloat16 is mantissa * 2^exponent with a mantissa below 2^8, so the rounding is numpy's of the scaled number.
     """

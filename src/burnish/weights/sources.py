@@ -7,54 +7,71 @@ differences of factors mean nothing; the product does not depend on G.
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import read_object
 from burnish.weights.names import match_names
-from burnish.weights.rounding import Narrow, widened
-from burnish.weights.tensorfile import FLOATS, Checkpoint, tensor_digest, whole_digest
+from burnish.weights.rounding import widen, widened
+from burnish.weights.tensorfile import FLOATS, Checkpoint, Digests, TensorInfo, tensor_digest, whole_digest
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
+class Source(Protocol):
+    """Tensors by name and range, as float64."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
+        """Put elements start:stop (at most a block) into float64 `out`, exactly; stored bits are added to `digests`."""
+        ...
+
+
 class Stored:
     """Tensors of a checkpoint under translated names.
 
+    Attributes:
+        tensors: name to what it is.
+        names: name to the name inside the checkpoint.
+
     Raises:
         BurnishError: the checkpoint holds factors of adapters, which mean nothing one by one.
-
-    Attributes:
-        slots: name to (dtype, shape).
-        names: name to the name inside the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, reference: list[str] | None = None, rules: list[tuple[str, str]] = ()):
-        self.checkpoint = checkpoint
-        factor = next((name for name in checkpoint.slots if "lora_" in name), None)
+    def __init__(
+        self, checkpoint: Checkpoint, reference: Iterable[str] | None = None, rules: Sequence[tuple[str, str]] = ()
+    ):
+        self.checkpoint, self.path = checkpoint, checkpoint.path
+        factor = next((name for name in checkpoint.tensors if "lora_" in name), None)
         if factor is not None:
-            raise BurnishError(f"{checkpoint.path} holds the adapter factor '{factor}'",
+            raise BurnishError(f"{self.path} holds the adapter factor '{factor}'",
                                "whole weights, or a peft adapter's folder as --tuned or --control",
                                "merge the adapter with peft first")  # fmt: skip
-        renamed = match_names(checkpoint.slots, reference or checkpoint.slots, rules)
+        renamed = match_names(checkpoint.tensors, reference or checkpoint.tensors, rules)
         self.names = {new: old for old, new in renamed.items()}
-        self.slots = {new: (checkpoint.slots[old].dtype, checkpoint.slots[old].shape) for new, old in
-                      self.names.items()}  # fmt: skip
+        self.tensors = {new: checkpoint.tensors[old] for new, old in self.names.items()}
 
-    def raw(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self.checkpoint.raw(self.names[name], start, stop)
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements start:stop as stored bits."""
+        return self.checkpoint.read(self.names[name], start, stop)
 
-    def fill(self, name: str, start: int, stop: int, out: np.ndarray, scratch: Narrow) -> np.ndarray:
-        """Put elements start:stop (at most a block) into float64 `out`, exactly."""
-        return scratch.widen(self.raw(name, start, stop), self.slots[name][0], out)
+    def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
+        bits = self.read(name, start, stop)
+        if digests is not None:
+            digests.add(name, start, bits)
+        return widen(bits, self.tensors[name].dtype, out)
 
-    def release(self, name: str, start: int, stop: int) -> None:
-        self.checkpoint.release(self.names[name], start, stop)
+    def digest(self, name: str) -> str:
+        """A tensor's digest, read now."""
+        return tensor_digest(self.checkpoint, self.names[name])
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,7 @@ def product_block(updates: list[Update], start: int, stop: int) -> np.ndarray:
     """Elements start:stop of the flattened sum of products, float64."""
     columns = updates[0].shape[1]
     first, last = start // columns, -(-stop // columns)
-    total = sum(update.rows(first, last) for update in updates)
+    total = np.sum([update.rows(first, last) for update in updates], axis=0)
     return total.reshape(-1)[start - first * columns : stop - first * columns]
 
 
@@ -95,46 +112,45 @@ class Adapted:
 
     def __init__(self, base: Stored, adapter: "Adapter"):
         self.base, self.adapter = base, adapter
-        unknown = [name for name in (*adapter.updates, *adapter.replaced) if name not in base.slots]
+        self.path = adapter.path
+        unknown = [name for name in (*adapter.updates, *adapter.replaced) if name not in base.tensors]
         if unknown:
             raise BurnishError(f"the adapter {adapter.path} changes '{unknown[0]}', which the base lacks",
                                "an adapter of this base", "--rename PATTERN=NAME")  # fmt: skip
-        wrong = [n for n, u in adapter.updates.items() if u.shape != base.slots[n][1]]
+        wrong = [n for n, u in adapter.updates.items() if u.shape != base.tensors[n].shape]
         if wrong:
             shape = list(adapter.updates[wrong[0]].shape)
             raise BurnishError(f"the adapter's update of '{wrong[0]}' has shape {shape}",
-                               f"{list(base.slots[wrong[0]][1])} as in the base")  # fmt: skip
-        whole = [n for n in adapter.updates if base.slots[n][0] not in FLOATS]
+                               f"{list(base.tensors[wrong[0]].shape)} as in the base")  # fmt: skip
+        whole = [n for n in adapter.updates if base.tensors[n].dtype not in FLOATS]
         if whole:
-            raise BurnishError(f"'{whole[0]}' of the base {base.checkpoint.path} is {base.slots[whole[0]][0]}",
+            raise BurnishError(f"'{whole[0]}' of the base {base.path} is {base.tensors[whole[0]].dtype}",
                                "floating-point weights", "give the base as it was before it was quantised")  # fmt: skip
-        self.slots = dict(base.slots) | {n: ("F32", base.slots[n][1]) for n in adapter.updates}
-        self.slots |= {name: ("F32", value.shape) for name, value in adapter.replaced.items()}
+        changed = {name: base.tensors[name].shape for name in adapter.updates}
+        changed |= {name: value.shape for name, value in adapter.replaced.items()}
+        self.tensors = base.tensors | {name: TensorInfo("F32", shape) for name, shape in changed.items()}
 
-    def fill(self, name: str, start: int, stop: int, out: np.ndarray, scratch: Narrow) -> np.ndarray:
+    def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
+        """As `Source.values`; what an adapter gives has no bits of its own, its digest is the adapter's."""
+        update = self.adapter.updates.get(name)
         if name in self.adapter.replaced:
             out[:] = self.adapter.replaced[name].reshape(-1)[start:stop]
-            return out
-        update = self.adapter.updates.get(name)
-        if update is None or update.magnitude is None:
-            self.base.fill(name, start, stop, out, scratch)
+        elif update is not None and update.magnitude is not None:
+            out[:] = self._dora(name, update, update.magnitude, start, stop)
+        else:
+            self.base.values(name, start, stop, out)
             if update is not None:
                 out += product_block([update], start, stop)
-            return out
-        out[:] = self._dora(name, update, start, stop)
         return out
 
-    def _dora(self, name: str, update: Update, start: int, stop: int) -> np.ndarray:
+    def _dora(self, name: str, update: Update, magnitude: np.ndarray, start: int, stop: int) -> np.ndarray:
         """magnitude * (W + update) / |row of (W + update)| (Liu et al. 2024, arXiv:2402.09353, eq. 5)."""
-        dtype, (_, columns) = self.base.slots[name]
+        dtype, (_, columns) = self.base.tensors[name]
         first, last = start // columns, -(-stop // columns)
-        rows = widened(self.base.raw(name, first * columns, last * columns), dtype).reshape(-1, columns)
+        rows = widened(self.base.read(name, first * columns, last * columns), dtype).reshape(-1, columns)
         rows = rows + update.rows(first, last)
-        rows *= (update.magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
+        rows *= (magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        self.base.release(name, start, stop)
 
 
 class Adapter:
@@ -146,14 +162,14 @@ class Adapter:
         digest: of all its tensors and the settings that enter the arithmetic.
     """
 
-    def __init__(self, path: Path, reference: list[str], rules: list[tuple[str, str]] = ()):
+    def __init__(self, path: Path, reference: Iterable[str], rules: Sequence[tuple[str, str]] = ()):
         self.path = path
         config = _read_config(path / ADAPTER_CONFIG)
         stored = Checkpoint(path, ADAPTER)
-        values = {n: _value(stored, n) for n in stored.slots}
         modules: dict[str, dict[str, np.ndarray]] = {}
         plain: dict[str, np.ndarray] = {}
-        for name, value in values.items():
+        for name in stored.tensors:
+            value = _value(stored, name)
             found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?", name)
             if found:
                 modules.setdefault(found[1], {})[found[2]] = value
@@ -162,6 +178,7 @@ class Adapter:
                                    "LoRA or DoRA on linear layers", "merge it with peft first")  # fmt: skip
             else:
                 plain[name.replace(".modules_to_save.default", "").replace(".base_layer", "")] = value
+        reference = set(reference)
         weights = match_names((f"{module}.weight" for module in modules), reference, rules)
         self.updates = {
             weights[f"{module}.weight"]: _update(path, module, parts, config) for module, parts in modules.items()
@@ -169,7 +186,7 @@ class Adapter:
         names = match_names(plain, reference, rules)
         self.replaced = {names[name]: value for name, value in plain.items()}
         settings = json.dumps({n: [u.scale, u.transposed] for n, u in sorted(self.updates.items())})
-        self.digest = whole_digest({n: tensor_digest(stored, n) for n in stored.slots} | {"settings": settings})
+        self.digest = whole_digest({n: tensor_digest(stored, n) for n in stored.tensors} | {"settings": settings})
 
     @property
     def low_rank(self) -> bool:
@@ -177,16 +194,12 @@ class Adapter:
         return not self.replaced and all(update.magnitude is None for update in self.updates.values())
 
 
-def is_adapter(path: Path) -> bool:
-    return (path / ADAPTER_CONFIG).is_file()
-
-
 def _value(stored: Checkpoint, name: str) -> np.ndarray:
     """A tensor of an adapter as float64; refuses what is not a finite number."""
-    slot = stored.slots[name]
-    if slot.dtype not in FLOATS:
-        raise BurnishError(f"'{name}' in {stored.path} is {slot.dtype}", f"one of {', '.join(FLOATS)}")
-    value = widened(stored.raw(name, 0, slot.size), slot.dtype).reshape(slot.shape)
+    info = stored.tensors[name]
+    if info.dtype not in FLOATS:
+        raise BurnishError(f"'{name}' in {stored.path} is {info.dtype}", f"one of {', '.join(FLOATS)}")
+    value = widened(stored.read(name, 0, info.size), info.dtype).reshape(info.shape)
     if not np.isfinite(value).all():
         raise BurnishError(f"'{name}' in {stored.path} has numbers that are not finite", "a healthy adapter")
     return value
@@ -238,3 +251,23 @@ def _pattern(path: Path, patterns: dict[str, Any] | None, module: str, default: 
     except (re.error, AttributeError, TypeError, ValueError) as error:
         raise BurnishError(f"{path}: rank_pattern or alpha_pattern cannot be used ({error})",
                            "patterns with a number each") from error  # fmt: skip
+
+
+def locate(path: Path | str) -> Path:
+    """A checkpoint's folder or file; a bare name may be a base that ships with burnish."""
+    shipped = Path(__file__).resolve().parents[1] / "assets" / Path(path)
+    return shipped if not Path(path).exists() and len(Path(path).parts) == 1 and shipped.is_dir() else Path(path)
+
+
+def open_source(path: Path | str, base: Stored, rules: Sequence[tuple[str, str]] = ()) -> Stored | Adapted:
+    """A checkpoint or an adapter of `base`, under the base's names."""
+    path = locate(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return Adapted(base, Adapter(path, base.tensors, rules))
+    return Stored(Checkpoint(path), base.tensors, rules)
+
+
+def stamp(path: Path) -> list[Any]:
+    """Place, names, sizes and times of a source's files: whether a finished output was made from these."""
+    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob(ADAPTER_CONFIG)])
+    return [str(path.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

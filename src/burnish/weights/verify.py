@@ -1,6 +1,6 @@
 """Reads finished artefacts back and checks every element against its inputs, with arithmetic of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,24 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
-from burnish.weights.engine import cores, read_summary
-from burnish.weights.extract import open_parent
-from burnish.weights.merge import RECORD, named_block, stream
-from burnish.weights.operators import OPERATORS, Streams
-from burnish.weights.rounding import Narrow, narrowed, unequal, widened
-from burnish.weights.sources import Stored
-from burnish.weights.tensorfile import BLOCK, Checkpoint, pieces, tensor_digest, whole_digest
+from burnish.weights.match import Change, Vector
+from burnish.weights.merge import RECORD, make_block, make_streams
+from burnish.weights.operators import OPERATORS
+from burnish.weights.rounding import narrowed, unequal, widened
+from burnish.weights.sources import Stored, locate, open_source
+from burnish.weights.tensorfile import Checkpoint, TensorInfo, blocks, pieces, whole_digest
+from burnish.weights.writer import cores, read_summary
 
 
-def verify(path: Path | str, threads: int = 0) -> dict[str, Any]:
+def verify(path: Path | str, threads: int = 0) -> dict[str, int]:
     """Check a delta or a merged checkpoint against the files it was made from.
 
     A delta: control + delta gives the tuned model. A merged checkpoint: checksums; tensors without a delta equal the
     base's; all others equal the operator in float64, rounded once.
+
+    Args:
+        path: folder that `extract` or `merge` wrote.
+        threads: 0 means one for each core.
 
     Returns:
         elements: how many were compared.
@@ -33,23 +37,14 @@ def verify(path: Path | str, threads: int = 0) -> dict[str, Any]:
         BurnishError: a parent is gone or is not the recorded one, or the artefact is damaged.
     """
     path = Path(path)
-    compare = _Merged(path, cores(threads)) if (path / RECORD).is_file() else _Extracted(path)
     with ThreadPoolExecutor(cores(threads)) as pool:
-        found = list(pool.map(lambda job: compare.unequal(*job), compare.jobs()))
-    return {"elements": sum(stop - start for _, start, stop in compare.jobs()), "unequal": int(sum(found))}
-
-
-class _Compare:
-    """Pieces to compare; `unequal` counts the elements of one that differ."""
-
-    def __init__(self, slots: dict[str, tuple[str, tuple[int, ...]]]):
-        self.slots = slots
-
-    def jobs(self) -> list[tuple[str, int, int]]:
-        return [(n, a, b) for n, (_, shape) in self.slots.items() for a, b in pieces(int(np.prod(shape)))]
-
-    def unequal(self, name: str, start: int, stop: int) -> int:
-        raise NotImplementedError
+        compare: _Extracted | _Merged = _Merged(path, pool.map) if (path / RECORD).is_file() else _Extracted(path)
+        jobs = [
+            (name, *block)
+            for name, info in compare.tensors.items() for piece in pieces(info.size) for block in blocks(*piece)
+        ]  # fmt: skip
+        found = list(pool.map(lambda job: compare.unequal(*job), jobs))
+    return {"elements": sum(stop - start for _, start, stop in jobs), "unequal": sum(found)}
 
 
 def _check_there(names: Iterable[str], there: Iterable[str], path: Path | str) -> None:
@@ -58,99 +53,78 @@ def _check_there(names: Iterable[str], there: Iterable[str], path: Path | str) -
         raise BurnishError(f"{path} lacks '{lacking[0]}' ({len(lacking)} in all)", "the tensors that were recorded")
 
 
-class _Extracted(_Compare):
+class _Extracted:
     def __init__(self, path: Path):
         self.delta = Delta(path)
         if self.delta.meta.get("control_vector"):
             raise BurnishError(f"{path} is a control vector, made to differ from its parents", "an extracted delta")
-        base = Stored(Checkpoint(self.delta.meta["base"]["path"]))
+        base = Stored(Checkpoint(locate(self.delta.meta["base"]["path"])))
         self.tuned, self.control = (
-            open_parent(self.delta.meta[who]["path"], base, self.delta.meta["rename"]).source
-            for who in ("tuned", "control")
+            open_source(self.delta.meta[who]["path"], base, self.delta.meta["rename"]) for who in ("tuned", "control")
         )
-        for who, source in (("tuned", self.tuned), ("control", self.control)):
-            _check_there(self.delta.tensors, source.slots, self.delta.meta[who]["path"])
-        super().__init__({name: self.tuned.slots[name] for name in self.delta.tensors})
+        for source in (self.tuned, self.control):
+            _check_there(self.delta.tensors, source.tensors, source.path)
+        self.tensors = {name: self.tuned.tensors[name] for name in self.delta.tensors}
 
     def unequal(self, name: str, start: int, stop: int) -> int:
-        scratch, wrong = Narrow(), 0
-        dtype, block = self.slots[name][0], np.empty(BLOCK)
-        for at in range(start, stop, BLOCK):
-            end = min(at + BLOCK, stop)
-            control = self.control.fill(name, at, end, np.empty(end - at), scratch)
-            delta = self.delta.fill(name, at, end, block[: end - at], scratch) / self.delta.scale
-            tuned = self.tuned.fill(name, at, end, np.empty(end - at), scratch)
-            got, wanted = narrowed(control + delta, dtype), narrowed(tuned, dtype)
-            zeros = (tuned == 0) & (control + delta == 0)  # no addition gives the sign of -0.0 to 0.0
-            wrong += int((unequal(got, wanted) & ~zeros).sum())
-        self.delta.release(name, start, stop)
-        for source in (self.control, self.tuned):
-            source.release(name, start, stop)
-        return wrong
+        """How many elements of a block differ."""
+        control, tuned, delta = (
+            source.values(name, start, stop, np.empty(stop - start))
+            for source in (self.control, self.tuned, self.delta)
+        )
+        reached = control + delta / self.delta.scale
+        dtype = self.tensors[name].dtype
+        zeros = (tuned == 0) & (reached == 0)  # no addition gives the sign of -0.0 to 0.0
+        return int((unequal(narrowed(reached, dtype), narrowed(tuned, dtype)) & ~zeros).sum())
 
 
-class _Merged(_Compare):
-    def __init__(self, path: Path, threads: int):
-        self.record = read_summary(path / RECORD, "a folder that `burnish capability merge` wrote")
+class _Merged:
+    def __init__(self, path: Path, each: Callable[..., Iterable[str]]):
+        self.record = read_summary(path / RECORD, "a folder that `burnish weights merge` wrote")
         self.output = Stored(Checkpoint(path))
         self.base = Stored(Checkpoint(self.record["base"]["path"]))
-        self.deltas = [
-            Delta(entry["path"])
-            if entry["stored"]
-            else Difference(self.base, entry["path"], "skip", self.record["include"], self.record["exclude"])
-            for entry in self.record["deltas"]
-        ]
-        for delta, entry in zip(self.deltas, self.record["deltas"], strict=True):
-            if isinstance(delta, Delta) and delta.digest != entry["digest"]:
-                raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")
+        self.states: dict[str, Any] = {}
+        self.vectors = [Vector(self._open(entry), entry["weight"]) for entry in self.record["deltas"]]
         for source in (self.output, self.base):
-            _check_there(self.record["tensors"], source.slots, source.checkpoint.path)
-        with ThreadPoolExecutor(threads) as pool:
-            names = list(self.record["tensors"])
-            found = list(pool.map(lambda n: tensor_digest(self.output.checkpoint, n), names))
-            before = list(pool.map(lambda n: tensor_digest(self.base.checkpoint, n), names))
+            _check_there(self.record["tensors"], source.tensors, source.path)
+        names = list(self.record["tensors"])
+        found, before = list(each(self.output.digest, names)), list(each(self.base.digest, names))
         if whole_digest(dict(zip(names, before, strict=True))) != self.record["base"]["digest"]:
-            raise BurnishError(f"{self.base.checkpoint.path} is another base now", self.record["base"]["digest"])
+            raise BurnishError(f"{self.base.path} is another base now", self.record["base"]["digest"])
         damaged = [n for n, d in zip(names, found, strict=True) if d != self.record["tensors"][n]["digest"]]
         if damaged:
             raise BurnishError(f"'{damaged[0]}' in {path} was changed or damaged ({len(damaged)} tensors)",
                                "the checksums of its capability.json", "merge again")  # fmt: skip
-        super().__init__(self.output.slots)
+        self.tensors: dict[str, TensorInfo] = self.output.tensors
+
+    def _open(self, entry: dict[str, Any]) -> Delta | Difference:
+        if not entry["stored"]:
+            return Difference(self.base, entry["path"], "skip", self.record["include"], self.record["exclude"])
+        delta = Delta(entry["path"])
+        if delta.digest != entry["digest"]:
+            raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")
+        return delta
 
     def unequal(self, name: str, start: int, stop: int) -> int:
-        got, raw = self.output.raw(name, start, stop), self.base.raw(name, start, stop)
-        used = self.record["tensors"][name]["weights"]
-        if not used:
-            wrong = int(unequal(got, raw).sum())
-        else:
-            wanted = np.concatenate([
-                self._expected(name, used, at, min(at + BLOCK, stop)) for at in range(start, stop, BLOCK)
-            ] or [np.empty(0)])  # fmt: skip
-            wrong = int(unequal(narrowed(wanted, self.slots[name][0]), got).sum())
-        self.output.release(name, start, stop)
-        self.base.release(name, start, stop)
-        return wrong
+        """How many elements of a block differ."""
+        got, wanted = self.output.read(name, start, stop), self.base.read(name, start, stop)
+        if self.record["tensors"][name]["weights"]:
+            base = widened(wanted, self.base.tensors[name].dtype)
+            wanted = narrowed(self._merged(name, start, stop, base), self.tensors[name].dtype)
+        return int(unequal(wanted, got).sum())
 
-    def _expected(self, name: str, used: list, start: int, stop: int) -> np.ndarray:
+    def _merged(self, name: str, start: int, stop: int, base: np.ndarray) -> np.ndarray:
         """The merged values as float64."""
-        base = widened(self.base.raw(name, start, stop), self.base.slots[name][0])
-        deltas = [
-            self.deltas[k].fill(own, start, stop, np.empty(stop - start), Narrow()) for k, own, _ in used
-        ]  # fmt: skip
-        weights = [weight for _, _, weight in used]
+        changes = [Change(k, self.vectors[k], own, weight, True)
+                   for k, own, weight in self.record["tensors"][name]["weights"]]  # fmt: skip
+        deltas = [c.vector.source.values(c.name, start, stop, np.empty(stop - start)) for c in changes]
         if self.record["operator"] == "task":
-            for weight, delta in zip(weights, deltas, strict=True):
-                base = base + weight * delta
+            for change, delta in zip(changes, deltas, strict=True):
+                base = base + change.weight * delta
             return base
-        how, options = OPERATORS.get(self.record["operator"]), self.record["options"]
-        state = how.prepare(self._streams(name, used, weights), **options) if how.prepare is not None else None
-        own = [entry["weight"] for entry in self.record["deltas"]]
-        block = named_block([(n, w, own[k]) for k, n, w in used], sum(own), start, base, deltas)
-        block.state = state
-        how.apply(block, **options)
-        return block.base
-
-    def _streams(self, name: str, used: list, weights: list[float]) -> Streams:
-        size = int(np.prod(self.base.slots[name][1]))
-        deltas = [stream(self.deltas[k].fill, own, size) for k, own, _ in used]
-        return Streams(stream(self.base.fill, name, size), deltas, weights, size)
+        operator, options = OPERATORS.get(self.record["operator"]), self.record["options"]
+        block = make_block(changes, self.vectors, start, base, deltas)
+        if operator.prepare is not None and name not in self.states:
+            self.states[name] = operator.prepare(make_streams(self.base, name, changes), **options)
+        block.state = self.states.get(name)
+        return operator.apply(block, **options)

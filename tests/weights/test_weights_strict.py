@@ -7,19 +7,18 @@ import shutil
 
 import numpy as np
 import pytest
-from capability_files import assert_same, read_file, to_bf16, weights, write_file
+from weight_files import assert_same, read_file, to_bf16, weights, write_file
 
 from burnish.core.errors import BurnishError
-from burnish.weights import engine
 from burnish.weights.control import control
 from burnish.weights.delta import Delta
 from burnish.weights.extract import extract
 from burnish.weights.inspect import inspect
 from burnish.weights.merge import merge
-from burnish.weights.rounding import Narrow, difference, unequal
+from burnish.weights.rounding import difference, narrow, unequal
 from burnish.weights.tensorfile import Checkpoint
-from burnish.weights.unmerge import unmerge
 from burnish.weights.verify import verify
+from burnish.weights.writer import part_folder
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(size=(6, 8)).astype(np.float32), RNG.normal(size=(5, 4)).astype(np.float32)
@@ -119,8 +118,6 @@ def test_low_rank_deltas_of_two_scales_are_two_deltas(pair, tmp_path):
     ]
     assert deltas[0].digest != deltas[1].digest
     merge(pair[0], [(deltas[0].path, 1.0)], output=tmp_path / "m")
-    with pytest.raises(BurnishError, match="not the delta"):
-        unmerge(tmp_path / "m", deltas=[deltas[1].path], output=tmp_path / "u")
     with pytest.raises(BurnishError, match="exists"):
         merge(pair[0], [(deltas[1].path, 1.0)], output=tmp_path / "m")
 
@@ -199,9 +196,8 @@ def test_outputs_that_cannot_be(pair, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "x" and (tmp_path / "link").is_symlink()
 
 
-def test_one_writer_at_a_time(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_PATIENCE", 1)
-    part = engine.part_folder(tmp_path / "m")
+def test_one_writer_at_a_time(pair, tmp_path):
+    part = part_folder(tmp_path / "m")
     part.mkdir()
     (part / "model.safetensors").write_bytes(b"of the other process")
     handle = os.open(part, os.O_RDONLY)
@@ -255,9 +251,8 @@ def test_a_single_file_of_any_name(pair, tmp_path, name):
     file.parent.mkdir()
     shutil.copy(pair[0] / "model.safetensors", file)
     delta = extract(file, pair[1], output=tmp_path / "d").path
-    merge(file, [(delta, 1.1)], output=tmp_path / "m", undoable=True)
+    merge(file, [(delta, 1.1)], output=tmp_path / "m")
     assert verify(tmp_path / "m")["unequal"] == 0
-    assert unmerge(tmp_path / "m", output=tmp_path / "u")["equal"] == 2
 
 
 def test_verify_knows_how_names_were_matched(tmp_path):
@@ -323,13 +318,6 @@ def test_weights_that_are_not_finite(pair, tmp_path):
         merge(pair[0], tuned=[(pair[1], 1.0)], threads=-1, output=tmp_path / "m")
 
 
-def test_an_undoable_merge_can_be_undone(pair, tmp_path):
-    delta = extract(*pair, output=tmp_path / "d").path
-    for how in ({"deltas": [(delta, 1.0)], "operator": "ties"}, {"tuned": [(pair[1], 1.0)]}):
-        with pytest.raises(BurnishError, match="undoable"):
-            merge(pair[0], **how, undoable=True, output=tmp_path / "m")
-
-
 def test_infinities_that_nobody_changed(tmp_path):
     """Masks are stored as -inf; -inf - -inf is no number, but also no change."""
     mask = np.array([0.0, -np.inf, np.inf, 1.0], np.float32)
@@ -352,7 +340,7 @@ def test_difference_in_place():
 def test_every_nan_stays_one_in_bfloat16(bits):
     with np.errstate(invalid="ignore"):
         value = np.array([1.0, np.array(bits, np.uint32).view(np.float32)], np.float64)
-    out = Narrow().narrow(value, "BF16", np.empty(2, np.uint16))
+    out = narrow(value, "BF16", np.empty(2, np.uint16))
     assert (out[1] & 0x7F80) == 0x7F80 and out[1] & 0x7F and out[0] == to_bf16(np.float32([1.0]))[0]
 
 
@@ -382,8 +370,6 @@ def test_a_linear_merge_is_the_average_of_all_models(pair, tmp_path):
     np.testing.assert_allclose(got["a.weight"], A + 0.5, rtol=1e-6)
     np.testing.assert_allclose(got["b.weight"], B + 0.25, rtol=1e-6)
     assert verify(tmp_path / "m")["unequal"] == 0
-    unmerge(tmp_path / "m", output=tmp_path / "u")
-    np.testing.assert_allclose(weights(tmp_path / "u")["b.weight"], B, atol=1e-6)
 
 
 def test_a_module_factor_in_ties(pair, tmp_path):

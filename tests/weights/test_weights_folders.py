@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from capability_files import assert_same, from_bf16, to_bf16, weights, write_file
 from safetensors.torch import load_file, save_file
+from weight_files import assert_same, from_bf16, to_bf16, weights, write_file
 
 from burnish.cli.main import main
 from burnish.weights.extract import extract
@@ -145,5 +145,4 @@ def test_inspect(family, make, tmp_path, capsys):
         main(["capability", "merge", "--base", str(base), "--delta", str(delta.path), "-o", str(tmp_path / "m")]) == 0
     )
     assert main(["capability", "verify", str(tmp_path / "m")]) == 0
-    assert main(["capability", "unmerge", str(tmp_path / "m"), "-o", str(tmp_path / "u")]) == 0
-    assert "equal the base" in capsys.readouterr().out
+    assert "elements are right" in capsys.readouterr().out

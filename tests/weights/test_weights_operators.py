@@ -4,15 +4,16 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from capability_files import weights
 from hypothesis import given
 from hypothesis import strategies as st
+from weight_files import weights
 
 from burnish.core.seeding import derive_seed
 from burnish.weights.extract import extract
 from burnish.weights.merge import merge
-from burnish.weights.operators import kth_largest
-from burnish.weights.rounding import Narrow, narrowed, widened
+from burnish.weights.operators import OPERATORS, kth_largest
+from burnish.weights.rounding import narrow, narrowed, widen, widened
+from burnish.weights.verify import verify
 
 
 @pytest.fixture
@@ -109,6 +110,43 @@ def test_dare(make, two, tmp_path):
     assert abs(moved / total - 0.4) < 0.01
 
 
+HALF = """
+import numpy as np
+from burnish.weights.operators import Block, operator
+
+@operator("{name}")
+def {name}(block: Block, *, share: float = 0.5) -> np.ndarray:
+    return block.base + share * sum(block.deltas)
+"""
+
+
+def test_an_operator_is_one_file_of_the_room(make, two, tmp_path, monkeypatch):
+    import burnish.weights
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/halving.py").write_text(HALF.format(name="halving"))
+    monkeypatch.setattr(OPERATORS, "_entries", dict(OPERATORS._entries))
+    monkeypatch.setattr(burnish.weights, "__path__", [*burnish.weights.__path__, str(tmp_path / "more")])
+    base, paths, (a, b) = two
+    got = merged(base, [(p, 1.0) for p in paths], tmp_path, operator="halving", options={"share": 0.25})
+    check(got, lambda name: make.values["base"][name] + 0.25 * (a[name] + b[name]), a)
+    assert verify(tmp_path / "out")["unequal"] == 0
+
+
+def test_an_operator_of_another_package(make, two, tmp_path, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    (tmp_path / "outside_operators.py").write_text(HALF.format(name="outside"))
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("outside", "outside_operators:outside", "burnish.merge_operators")
+    monkeypatch.setattr(OPERATORS, "_entries", dict(OPERATORS._entries))
+    monkeypatch.setattr("burnish.core.registry.entry_points", lambda group: [point] if group == point.group else [])
+    assert {"outside", "task", "dare"} <= set(OPERATORS)
+    base, paths, (a, _) = two
+    got = merged(base, [(paths[0], 1.0)], tmp_path, operator="outside")
+    check(got, lambda name: make.values["base"][name] + 0.5 * a[name], a)
+
+
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60), st.data())
 def test_kth_largest(values, data):
     k = data.draw(st.integers(1, len(values)))
@@ -144,21 +182,21 @@ def near_midpoints() -> st.SearchStrategy[float]:
 def test_bf16_is_rounded_once(values):
     value = np.array(values)
     expected = np.array([nearest_bf16(v) for v in values], np.uint16)
-    np.testing.assert_array_equal(Narrow().narrow(value.copy(), "BF16", np.empty(value.size, np.uint16)), expected)
+    np.testing.assert_array_equal(narrow(value.copy(), "BF16", np.empty(value.size, np.uint16)), expected)
     np.testing.assert_array_equal(narrowed(value, "BF16"), expected)
 
 
 def test_strange_numbers():
     value = np.array([np.nan, np.inf, -np.inf, 3.4e38, 0.0, -0.0, 1e300, 5e-324])
-    for bits in (Narrow().narrow(value.copy(), "BF16", np.empty(8, np.uint16)), narrowed(value, "BF16")):
+    for bits in (narrow(value.copy(), "BF16", np.empty(8, np.uint16)), narrowed(value, "BF16")):
         back = widened(bits, "BF16")
         assert np.isnan(back[0]) and back[1] == np.inf and back[2] == -np.inf and back[6] == np.inf
         assert back[3] == np.inf and np.signbit(back[5]) and not np.signbit(back[4]) and back[7] == 0
-    assert np.isinf(Narrow().narrow(np.array([1e300]), "F32", np.empty(1, np.float32)))
+    assert np.isinf(narrow(np.array([1e300]), "F32", np.empty(1, np.float32)))
 
 
 @given(st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=50))
 def test_widening_is_exact(bits):
     raw = np.array(bits, np.uint16)
     expected = (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    np.testing.assert_array_equal(Narrow().widen(raw, "BF16", np.empty(raw.size)), expected)
+    np.testing.assert_array_equal(widen(raw, "BF16", np.empty(raw.size)), expected)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from capability_files import read_file, weights, write_file
 from torch import nn
+from weight_files import read_file, weights, write_file
 
 from burnish.core.errors import BurnishError
 from burnish.weights.extract import extract

@@ -55,7 +55,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-class Maker:
+class FolderMaker:
     """Writes checkpoint folders below `root` and remembers their float32 values."""
 
     def __init__(self, root: Path):
