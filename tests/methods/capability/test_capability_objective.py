@@ -16,7 +16,7 @@ from burnish.weights.merge import merge
 
 @pytest.fixture(scope="module")
 def fake():
-    spec = importlib.util.spec_from_file_location("capability_fake", Path(__file__).parents[1] / "train" / "fake.py")
+    spec = importlib.util.spec_from_file_location("capability_fake", Path(__file__).parents[2] / "train" / "fake.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -112,19 +112,14 @@ def test_retention_is_measured_along_the_vector(fake, made, monkeypatch, normali
     assert result.final["capability_retained"] == pytest.approx(float(along / whole), abs=1e-3)
 
 
-@pytest.mark.parametrize("reading", ["r1", "r2", "r3"])
-def test_lora_readings(fake, made, monkeypatch, reading):
-    every = "--train.log_every=1"
-    result = train(fake, made, monkeypatch, reading, "base", *LORA, every, delta=str(made / "lora_delta"), weight=0.01,
-                   reading=reading)  # fmt: skip
-    first = fake.figures(result.metrics)[0]
-    assert result.final["loss_capability"] > 0
-    # r2 regularises A itself, so it costs from the first step; B starts at zero and A at its start.
-    assert (first["capability_penalty"] > 0) == (reading == "r2")
-    assert ("capability_pinned" in result.final) == (reading != "r3")
+def test_lora_starts_where_it_was_merged(fake, made, monkeypatch):
+    result = train(fake, made, monkeypatch, "lora", "base", *LORA, "--train.log_every=1",
+                   delta=str(made / "lora_delta"), weight=0.01)  # fmt: skip
+    assert result.final["loss_capability"] > 0 and "capability_pinned" not in result.final
+    assert fake.figures(result.metrics)[0]["capability_penalty"] == 0  # B starts at zero
 
 
-def test_r3_is_the_whole_product(fake, made, monkeypatch):
+def test_lora_is_held_by_the_whole_product(fake, made, monkeypatch):
     """With no other loss to speak of, the logged distance is the norm of the merged update."""
     result = train(fake, made, monkeypatch, "r3d", "base", *LORA, delta=str(made / "lora_delta"), weight=1e-6)
     base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
@@ -159,7 +154,10 @@ def test_resumed_is_uninterrupted(fake, made, monkeypatch):
     ("options", "words"),
     [
         ({"kind": "magic"}, "kind is 'magic'"),
-        ({"reading": "r3"}, "reading r3"),
+        ({"reading": "r3"}, "unknown option 'reading'"),
+        ({"alpha": 0.0}, "alpha is 0"),
+        ({"delta": ""}, "no delta"),
+        ({"weight": "much"}, "weight is 'much'"),
         ({"weight": -1.0}, "weight is -1.0"),
         ({"delta": "nowhere"}, "no delta at nowhere"),
         ({"include": ["nothing_like_it"]}, "matches no tensor"),
@@ -173,3 +171,14 @@ def test_refusals(fake, made, monkeypatch, options, words):
 def test_a_frozen_policy_has_nothing_to_hold(fake, made, monkeypatch):
     with pytest.raises(BurnishError, match="is trained"):
         train(fake, made, monkeypatch, "frozen", "merged", "--train.freeze=[backbone]", include=["backbone"])
+
+
+def test_gradients_of_factors_have_no_part_along_the_vector(fake, made, monkeypatch):
+    with pytest.raises(BurnishError, match="kind gradient with train.peft.method lora"):
+        train(fake, made, monkeypatch, "refused", "base", *LORA, delta=str(made / "lora_delta"), kind="gradient")
+
+
+def test_a_weight_as_yaml_reads_it():
+    from burnish.methods.capability.objective import Capability
+
+    assert Capability(delta="somewhere", weight="1e-4").options.weight == 1e-4

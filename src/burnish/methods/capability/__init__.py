@@ -1,1 +1,1 @@
-"""Capability vectors: extract, inspect, merge and keep what a fine-tune has learnt (CapVector, arXiv 2605.10903)."""
+"""Task vectors (CapVector's capability vectors, arXiv 2605.10903) that a fine-tune is to keep; weights/ makes them."""

@@ -1,4 +1,4 @@
-"""Penalties that keep a merged capability vector gamma while the policy is fine-tuned. Pure: tensors in, tensors out.
+"""Penalties that keep a merged task vector gamma while the policy is fine-tuned. Pure: tensors in, tensors out.
 
 D is how far each parameter has moved from the merged model. The paper asks for <gamma, D> = 0 in a matrix (eq. 6) but
 adds the weighted L1 (eq. 7), which is another thing: it pins every coordinate whose loss gradient is below
