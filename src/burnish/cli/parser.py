@@ -19,7 +19,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent, indent
@@ -63,6 +63,7 @@ class Arg:
         metavar: what the help calls a value.
         several: of a list: several values may follow one flag.
         least, most, below: bounds of a number, as in `core.options.option`.
+        fields: of `*overrides`: the dataclass whose fields they may set, listed in the help.
     """
 
     short: str = ""
@@ -72,6 +73,7 @@ class Arg:
     least: float | None = None
     most: float | None = None
     below: float | None = None
+    fields: type | None = None
 
     def check(self, value: Any, what: str) -> None:
         bounds = {"least": self.least, "most": self.most, "below": self.below}
@@ -135,12 +137,14 @@ class CommandParser:
             one.name: _Parameter(one, hints[one.name], self.help.arguments.get(one.name, ""))
             for one in inspect.signature(command).parameters.values()
         }
-        examples = f"examples:\n{self.help.examples}" if self.help.examples else None
+        self.rest = next((p for p in self.parameters.values() if p.rest), None)
+        epilog = [f"examples:\n{self.help.examples}"] if self.help.examples else []
+        if self.rest and self.rest.arg.fields:
+            epilog.append("\n".join(["fields that can be set:", *field_lines(self.rest.arg.fields)]))
         self.parser = argparse.ArgumentParser(
             prog=name, description="\n\n".join(filter(None, [self.help.summary, self.help.details])),
-            epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n\n".join(epilog), formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        self.rest = next((p.name for p in self.parameters.values() if p.rest), "")
         for parameter in self.parameters.values():
             if not parameter.rest:
                 parameter.add_to(self.parser, words)
@@ -163,6 +167,21 @@ class CommandParser:
             parameter.arg.check(values[name], parameter.shown)
         first = [values.pop(name) for name, parameter in self.parameters.items() if parameter.positional]
         return self.command(*first, *rest, **values) or 0
+
+
+def field_lines(kind: type, prefix: str = "") -> list[str]:
+    """A line for each field of a dataclass and of those inside it: flag, meaning, default."""
+    lines = []
+    for one in fields(kind):
+        name = f"{prefix}{one.name}"
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if is_dataclass(default):
+            lines += field_lines(type(default), f"{name}.")
+            continue
+        meaning = one.metadata.get("help", "")
+        shown = "" if default in ("", [], {}) or f"{default} means" in meaning else f" (default {default})"
+        lines.append(f"  --{name}  {meaning}{shown}")
+    return lines
 
 
 class _Parameter:

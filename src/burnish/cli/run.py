@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from burnish.cli.parser import Arg
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 
 
 def run(
-    recipe: str, *overrides: str, result: Path | None = None, fresh: bool = False,
+    recipe: str, *overrides: Annotated[str, Arg(fields=RecipeConfig)], result: Path | None = None, fresh: bool = False,
     variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "",
 ) -> None:  # fmt: skip
     """Run a whole recipe (data, training, evaluation, report), or a study: several variants with several seeds.

@@ -3,10 +3,14 @@
 from typing import Annotated
 
 from burnish.cli.parser import Arg
+from burnish.core.config import RecipeConfig
 
 
 def train(
-    *overrides: str, config: Annotated[str | None, Arg(metavar="FILE")] = None, fresh: bool = False, quiet: bool = False
+    *overrides: Annotated[str, Arg(fields=RecipeConfig)],
+    config: Annotated[str | None, Arg(metavar="FILE")] = None,
+    fresh: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Fine-tune a policy as a recipe says.
 
