@@ -1,4 +1,4 @@
-"""Ways to decode one chunk, on equal weights in one process: full bidirectional and prompt-cached peers against ours.
+"""Ways to decode one chunk, on equal weights in one process: bidirectional and prompt-cached baselines against ours.
 
 Weights are random, so no token is ever confident and every decoder needs its most passes; how many a trained policy
 saves, and at what success, is the matter of the evidence table (recipes/decode). Vision, alike for all, is left out.
@@ -10,12 +10,12 @@ import sys
 from typing import Any
 
 PROMPT = 200
-"""Rows of the prompt: two views of 64 to 100 tokens each, an instruction and a state, as in Dream-VLA."""
+"""Token positions of the prompt: two views of 64 to 100 tokens each, an instruction and a state, as in Dream-VLA."""
 CHUNKS = ((7, 1), (7, 8), (7, 50), (10, 64))
 """(action dimension, control steps): 7, 56, 350 and 640 tokens."""
 CPU_SIZE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4}  # fmt: skip
-"""About 23 million weights: still far below any VLA, but a pass costs what its rows cost."""
+"""About 23 million weights: still far below any VLA, but a pass costs what its tokens cost."""
 SMALL_SIZE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
 """About 4 million: what surrounds a pass weighs as much as the pass."""
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Figures:
         bidirectional_over_ours: 56 tokens; full bidirectional (12 passes, DD-VLA's setting) over our `auto` plan.
         bidirectional_over_pipelined, bidirectional_over_one_pass: the same over `pipelined` and over `one_pass`.
-        prompt_cached_over_ours: the same with the prompt computed once, the honest peer.
+        prompt_cached_over_ours: the same with the prompt computed once, the honest baseline.
         long_prompt_cached_over_ours: its smallest value at 350 and 640 tokens.
         first_action_speedup: time until the first control step is final, bidirectional over ours, 56 tokens.
         auto_worst_over_best: `auto` over the fastest decoder of all but `one_pass`, which decides no token in the light
@@ -107,7 +107,7 @@ def measure(step: int, steps: int, size: dict[str, int], device: str, dtype: Any
     from burnish.sampling.timing import run_streaming
     from burnish.sampling.token_model import make_decoder
 
-    blocks, whole = random_rows(step, steps, size, device, dtype)
+    blocks, whole = random_models(step, steps, size, device, dtype)
     draws = torch.Generator().manual_seed(0)
     prompt = _prompt(torch.randn(1, PROMPT, size["hidden_size"], generator=draws).to(device, dtype))
     made = {name: make_decoder(name, blocks) for name in ("pipelined", "sequential", "auto")}
@@ -125,7 +125,7 @@ def measure(step: int, steps: int, size: dict[str, int], device: str, dtype: Any
         name: {
             "ms": statistics.median(times[name]), "p99": max(times[name]),
             "first_step_ms": statistics.median(firsts[name]), "passes": decoded[name].passes,
-            "rows": decoded[name].rows,
+            "rows": decoded[name].positions,
         }
         for name in made
     }  # fmt: skip
@@ -142,19 +142,19 @@ def cache_is_exact(step: int, steps: int, device: str) -> bool:
 
     from burnish.sampling.token_model import make_decoder
 
-    blocks, whole = random_rows(step, steps, SMALL_SIZE, device, torch.float64)
+    blocks, whole = random_models(step, steps, SMALL_SIZE, device, torch.float64)
     draws = torch.Generator().manual_seed(0)
     states = torch.randn(1, PROMPT, SMALL_SIZE["hidden_size"], generator=draws, dtype=torch.float64).to(device)
-    for rows, name, options in ((blocks, "pipelined", {}), (blocks, "pipelined", {"preset": "paper"}),
+    for model, name, options in ((blocks, "pipelined", {}), (blocks, "pipelined", {"preset": "paper"}),
                                 (blocks, "sequential", {}), (whole, "prompt_cached", {})):  # fmt: skip
-        kept, anew = (make_decoder(name, rows, cache=cache, **options)(_prompt(states)) for cache in (True, False))
-        if not (torch.equal(kept.ids, anew.ids) and torch.equal(kept.committed, anew.committed)):
+        kept, again = (make_decoder(name, model, cache=cache, **options)(_prompt(states)) for cache in (True, False))
+        if not (torch.equal(kept.ids, again.ids) and torch.equal(kept.unmasked, again.unmasked)):
             return False
     return True
 
 
-def random_rows(step: int, steps: int, size: dict[str, int], device: str, dtype: Any):
-    """Rows of one policy with random weights twice: block-causal over control steps, and bidirectional."""
+def random_models(step: int, steps: int, size: dict[str, int], device: str, dtype: Any):
+    """One policy with random weights twice: block-causal over control steps, and bidirectional."""
     import torch
     from lerobot.configs import FeatureType, PolicyFeature
     from transformers import LlamaConfig, LlamaModel
@@ -198,11 +198,11 @@ def _prompt(states: Any):
     return Prompt(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
 
 
-def _roofline_ms(rows: Any) -> float:
+def _roofline_ms(model: Any) -> float:
     """Milliseconds to read all weights of the language model once, at the bandwidth of a measured copy."""
     import torch
 
-    weights = sum(p.numel() * p.element_size() for p in rows.net.text_model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.net.text_model.parameters())
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -66,7 +66,7 @@ def ask(policy, batch, ids, positions, seen):
         slots = torch.zeros(len(positions), L, dtype=torch.bool)
         slots[:, positions] = seen
         visible = torch.cat([prompt, slots.expand(len(ids), -1, -1)], dim=2)
-        return model.rows(ids, positions.expand_as(ids), visible, cache), cache.prompt_logits
+        return model.extend(ids, positions.expand_as(ids), visible, cache), cache.prompt_logits
 
 
 def sees(policy, rows=L):
@@ -208,19 +208,19 @@ def test_capture_shows_prompt_and_action_rows(policy, batch):
     with policy.capture([0, 3]) as captured:
         policy.loss(batch, draw(policy))
         S = captured.hidden[3].shape[1]
-        assert {name: rows.shape for name, rows in captured.rows.items()} == dict.fromkeys(
+        assert {name: rows.shape for name, rows in captured.layout.items()} == dict.fromkeys(
             ("image", "text", "state", "action"), (3, S)
         )
-        assert captured.rows["action"].sum(1).tolist() == [L] * 3
+        assert captured.layout["action"].sum(1).tolist() == [L] * 3
         assert captured.cameras == {"top": slice(0, 4), "wrist": slice(4, 8)}
         before = captured.hidden[3][:, : S - L].detach()
         policy.loss({**batch, "action": -batch["action"]}, draw(policy, 1))
         after = captured.hidden[3][:, : S - L].detach()
         assert before.equal(after), "the prompt sees no action"
         policy.act(observation(batch))
-        assert captured.hidden[0].shape[1] == captured.rows["text"].shape[1] == S - L
+        assert captured.hidden[0].shape[1] == captured.layout["text"].shape[1] == S - L
         policy.score(batch, batch["action"], draw(policy))
-        assert captured.hidden[0].shape[1] == captured.rows["action"].shape[1]
+        assert captured.hidden[0].shape[1] == captured.layout["action"].shape[1]
 
 
 def test_gradients_reach_all_but_what_is_named(policy, batch):
@@ -286,8 +286,8 @@ def test_prompt_of_a_smolvla_is_read_as_it_was(tiny_smolvla, batch):
     with base.capture([2]) as theirs, new.capture([2]) as ours, torch.no_grad():
         base.act(observation(batch))
         new.act(observation(batch))
-        real = theirs.rows["image"] | theirs.rows["text"] | theirs.rows["state"]
-        assert all(theirs.rows[name].equal(ours.rows[name]) for name in ("image", "text", "state"))
+        real = theirs.layout["image"] | theirs.layout["text"] | theirs.layout["state"]
+        assert all(theirs.layout[name].equal(ours.layout[name]) for name in ("image", "text", "state"))
         torch.testing.assert_close(ours.hidden[2][real], theirs.hidden[2][real], rtol=1e-4, atol=1e-4)
 
 
@@ -389,8 +389,8 @@ def test_a_folder_with_fast_tokens_is_self_contained(tiny_smolvla, batch, fast_f
 def test_a_decoder_that_cannot_work_is_told_when_the_policy_is_loaded(folders):
     with pytest.raises(BurnishError, match="typo"):
         load_policy(folders["diffusion"], overrides={"decoder": "typo"})
-    with pytest.raises(BurnishError, match="conf"):
-        load_policy(folders["diffusion"], overrides={"decoder_options": {"conf": -5}})
+    with pytest.raises(BurnishError, match="threshold"):
+        load_policy(folders["diffusion"], overrides={"decoder_options": {"threshold": -5}})
 
 
 def test_new_statistics_move_quantile_bins(folders):

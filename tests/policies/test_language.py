@@ -113,7 +113,7 @@ def test_captured_states_are_residual_plus_mlp(policy, batch, questions, verb):
         handle.remove()
     for i in layers:
         assert captured.hidden[i].equal(seen[i][0] + seen[i][1])
-        assert captured.hidden[i].shape[:2] == captured.rows["text"].shape
+        assert captured.hidden[i].shape[:2] == captured.layout["text"].shape
     grads = torch.autograd.grad(out, captured.hidden[0])[0]
     assert grads.abs().sum() > 0
     with policy.capture([0]) as captured:
@@ -129,7 +129,7 @@ def test_layout_points_at_the_embeddings(policy, batch):
     with policy.capture([0]) as outer, policy.capture([1]) as captured:
         policy.loss(batch)
     handle.remove()
-    assert outer.rows["text"].equal(captured.rows["text"]) and set(captured.hidden) == {1}
+    assert outer.layout["text"].equal(captured.layout["text"]) and set(captured.hidden) == {1}
     prepared = policy.preprocessor(batch)
     images, _ = policy.prepare_images(prepared)
     scale = 48**0.5 if isinstance(policy, SmolVLA) else 1.0
@@ -137,15 +137,15 @@ def test_layout_points_at_the_embeddings(policy, batch):
         expected = policy.embed_image(image) * scale
         torch.testing.assert_close(entered[0][:, captured.cameras[camera]], expected)
     tokens, mask = prepared["observation.language.tokens"], prepared["observation.language.attention_mask"]
-    assert captured.rows["text"].sum(1).equal(mask.sum(1))
+    assert captured.layout["text"].sum(1).equal(mask.sum(1))
     text = policy.backbone.embed_text(tokens) * scale
-    torch.testing.assert_close(entered[0][captured.rows["text"]], text[mask])
-    assert captured.rows["image"].sum(1).tolist() == [8, 8, 8]
+    torch.testing.assert_close(entered[0][captured.layout["text"]], text[mask])
+    assert captured.layout["image"].sum(1).tolist() == [8, 8, 8]
     if isinstance(policy, SmolVLA):
         state = policy.policy.model.state_proj(policy.policy.prepare_state(prepared))
-        torch.testing.assert_close(entered[0][captured.rows["state"]], state)
+        torch.testing.assert_close(entered[0][captured.layout["state"]], state)
     else:
-        assert not captured.rows["state"].any()
+        assert not captured.layout["state"].any()
 
 
 def test_capture_knows_its_layers(policy):

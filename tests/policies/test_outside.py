@@ -45,7 +45,7 @@ from burnish.sampling.plan import make_plan
 
 
 def halves(model, **options):
-    return BlockDecoder(model, make_plan({"block": model.length, "share": 2, "forced": "ceil"}, options))
+    return BlockDecoder(model, make_plan({"block": model.length, "share": 2, "min_unmasked": "ceil"}, options))
 """
 
 
@@ -116,13 +116,13 @@ def test_a_policy_without_a_language_model_says_so(act):
 
 def test_a_decoder_of_another_package_runs_by_name_in_a_config(installed, tmp_path):
     folder = make_tiny("burnish_discrete", tmp_path / "p", overrides={"decoder": "halves", "decoder_options": {
-        "conf": 1.01}})  # fmt: skip
+        "threshold": 1.01}})  # fmt: skip
     policy = load_policy(folder)
-    assert policy.decoder == ("halves", {"conf": 1.01}) and "halves" in list(DECODERS)
+    assert policy.decoder == ("halves", {"threshold": 1.01}) and "halves" in list(DECODERS)
     batch = {"observation.images.top": torch.rand(1, 3, 32, 32), "observation.state": torch.randn(1, 7), "task": ["a"]}
     assert policy.act(batch).actions.shape == (1, 8, 7)
     model = policy.token_model()
-    decoded = make_decoder("halves", model, conf=1.01)(model.embed(batch))
+    decoded = make_decoder("halves", model, threshold=1.01)(model.embed(batch))
     assert decoded.passes == 6, "56 tokens, half of them in each pass, the odd one included"
 
 

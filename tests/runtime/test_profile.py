@@ -82,7 +82,7 @@ def test_time_is_charged_to_the_innermost_stage(sleepy):
     expected = {"vision": 10, "prompt": 100, "passes": 3 * 1100 + 100, "head": 30_000, "host": 1}
     assert found.stages == pytest.approx({"preprocess": 0, "postprocess": 0, **expected})
     assert found.passes == pytest.approx([1100, 1100, 1100, 100])
-    assert found.total == pytest.approx(sum(found.stages.values())) and found.rows == 5 * 20
+    assert found.total == pytest.approx(sum(found.stages.values())) and found.positions == 5 * 20
 
 
 def test_nothing_stays_wrapped(sleepy):
@@ -128,7 +128,7 @@ def test_real_policies(kind, request):
     assert all(found.stages[name] > 0 for name in ("preprocess", "vision", "prompt", "passes", "head", "postprocess"))
     if kind != "tiny_discrete":
         assert len(found.passes) == 3
-    assert found.rows > 20
+    assert found.positions > 20
     assert policy.act(batch, policy.draw(1, torch.Generator().manual_seed(0))).actions.equal(before)
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from reference import pipelined as plain
-from toy import ToyRows
+from toy import ToyModel
 
 from burnish.core.errors import BurnishError
 from burnish.runtime.decode_checks import Watched, check_model, shift
@@ -30,8 +30,8 @@ def random_case(draws):
     }  # fmt: skip
     plan = {
         "block": block * wide, "add": draws.choice([0, 2 / 7, 0.4, 0.5, 0.6, 1]),
-        "act": draws.choice([0, 0.4, 4 / 7, 0.7, 1]), "conf": draws.choice([0.0, 0.2, 0.3, 0.5, 0.9, 1.01]),
-        "share": draws.choice([1, 2, 3]), "forced": draws.choice(["floor", "ceil", "one"]),
+        "act": draws.choice([0, 0.4, 4 / 7, 0.7, 1]), "threshold": draws.choice([0.0, 0.2, 0.3, 0.5, 0.9, 1.01]),
+        "share": draws.choice([1, 2, 3]), "min_unmasked": draws.choice(["floor", "ceil", "one"]),
     }  # fmt: skip
     return model, plan
 
@@ -42,7 +42,7 @@ def test_cached_and_batched_equals_uncached_loops_in_1000_cases(dtype):
     cases = 0
     while cases < 1000:
         model_options, plan = random_case(draws)
-        model = ToyRows(dtype=dtype, **model_options)
+        model = ToyModel(dtype=dtype, **model_options)
         prompt = model.prompts(10, seed=cases, ragged=True)
         ours = make_decoder("pipelined", model, **plan)(prompt)
         most = 0
@@ -53,12 +53,12 @@ def test_cached_and_batched_equals_uncached_loops_in_1000_cases(dtype):
                 plan["block"],
                 plan["add"],
                 plan["act"],
-                plan["conf"],
+                plan["threshold"],
                 plan["share"],
-                plan["forced"],
+                plan["min_unmasked"],
             )
             assert ours.ids[b].tolist() == ids, (model_options, plan, b)
-            assert ours.committed[b].tolist() == committed, (model_options, plan, b)
+            assert ours.unmasked[b].tolist() == committed, (model_options, plan, b)
             most = max(most, count)
         assert ours.passes == most == ours.host_syncs
         cases += 10
@@ -73,35 +73,35 @@ WORST = {
 
 @pytest.mark.parametrize("thresholds", WORST, ids=str)
 def test_worst_case_pass_counts(thresholds):
-    model = ToyRows()
-    rules = ({"forced": "floor"}, {"forced": "ceil"}, {"forced": "one"}, {"share": 1})
-    add, act = thresholds
+    model = ToyModel()
+    rules = ({"min_unmasked": "floor"}, {"min_unmasked": "ceil"}, {"min_unmasked": "one"}, {"share": 1})
+    (add, act), prompt = thresholds, model.prompts(1)
     counts = tuple(
-        make_decoder("pipelined", model, add=add, act=act, conf=1.01, preset="paper", **rule)(model.prompts(1)).passes
+        make_decoder("pipelined", model, add=add, act=act, threshold=1.01, preset="paper", **rule)(prompt).passes
         for rule in rules
     )
     assert counts == WORST[thresholds]
 
 
-def freeze_too_early(layout_state, layout, plan, positions, ids, sure):
-    """`settle`, and then every block that this very pass completed is frozen too: the mistake."""
+def cache_too_early(layout_state, layout, plan, positions, ids, sure):
+    """`settle`, and then every block that this very pass completed is cached too: the mistake."""
     state.settle(layout_state, layout, plan, positions, ids, sure)
-    done = (~state.is_open(layout_state, layout)).view(len(ids), -1, plan.block).all(-1)
-    layout_state.frozen.copy_(torch.maximum(layout_state.frozen, done.long().cumprod(1).sum(1)))
+    done = (~state.is_masked(layout_state, layout)).view(len(ids), -1, plan.block).all(-1)
+    layout_state.cached.copy_(torch.maximum(layout_state.cached, done.long().cumprod(1).sum(1)))
 
 
 def test_freezing_one_pass_early_is_caught(monkeypatch):
-    monkeypatch.setattr(passes, "settle", freeze_too_early)
+    monkeypatch.setattr(passes, "settle", cache_too_early)
     wrong = 0
     for seed in range(10):
-        model = ToyRows(seed=seed)
+        model = ToyModel(seed=seed)
         prompt = model.prompts(4, seed=seed)
         ours = make_decoder("pipelined", model)(prompt)
         true = [plain(model, one(prompt, b), 7, 2 / 7, 4 / 7, 0.5, 2, "ceil")[0] for b in range(4)]
         wrong += sum(ours.ids[b].tolist() != true[b] for b in range(4))
     assert wrong > 20
     found = {check.name: check.ok for check in check_model(model, prompt)}
-    assert not found["cached = uncached"] and not found["freeze once"]
+    assert not found["cached = uncached"] and not found["cached once"]
 
 
 @pytest.mark.parametrize("share", [2, 3, 4])
@@ -109,31 +109,31 @@ def test_the_stall_of_algorithm_1_is_caught(monkeypatch, share):
     def literal(sure, is_open, active, turns, plan):
         count = is_open.sum(-1) // plan.share  # 0 for the last tokens: nothing is forced any more
         forced = (sure.masked_fill(~is_open, -1).argsort(-1, descending=True).argsort(-1)) < count[..., None]
-        return is_open & ((sure >= plan.conf) | forced)
+        return is_open & ((sure >= plan.threshold) | forced)
 
-    model = ToyRows()
+    model = ToyModel()
     monkeypatch.setattr(state, "choose", literal)
     with pytest.raises(BurnishError, match="came to no end"):
-        make_decoder("pipelined", model, conf=1.01, share=share)(model.prompts(1))
+        make_decoder("pipelined", model, threshold=1.01, share=share)(model.prompts(1))
 
 
 @pytest.mark.parametrize(("block", "shift"), [(7, False), (7, True), (56, False), (14, True)])
 def test_own_checks_pass_on_a_sound_model(block, shift):
-    model = ToyRows(block=block, shift=shift)
+    model = ToyModel(block=block, shift=shift)
     found = {check.name: check.ok for check in check_model(model, model.prompts(3, ragged=True))}
     assert set(found.values()) <= {True, None} and len(found) == 7
 
 
 def test_checks_catch_a_model_that_leaks_and_one_that_shifts():
-    class Leaky(ToyRows):
+    class Leaky(ToyModel):
         def whole(self, prompt, ids, visible, cache, **options):
             return super().whole(prompt, ids, torch.ones_like(visible), cache, see_actions=True)
 
     model = Leaky()
     found = {check.name: check.ok for check in check_model(model, model.prompts(3))}
-    assert not found["no look-ahead"] and not found["prompt isolation"] and not found["freeze once"]
+    assert not found["no look-ahead"] and not found["prompt isolation"] and not found["cached once"]
 
-    class Told(ToyRows):
+    class Told(ToyModel):
         """The row at a position tells that position, modulo V."""
 
         def whole(self, prompt, ids, visible, cache, **options):
@@ -150,38 +150,38 @@ def test_checks_catch_a_model_that_leaks_and_one_that_shifts():
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_bounds_and_limits_of_the_thresholds(shift):
-    model = ToyRows(shift=shift)
+    model = ToyModel(shift=shift)
     prompt = model.prompts(3)
 
     def run(name="pipelined", **options):
         return make_decoder(name, model, **options)(prompt)
 
     for share, add, act in itertools.product((1, 2, 3), (0, 0.5, 1), (0, 0.7, 1)):
-        count = run(share=share, add=add, act=act, forced="floor").passes
+        count = run(share=share, add=add, act=act, min_unmasked="floor").passes
         assert 8 <= count <= 8 * 7
-    assert run(conf=0.0).passes == 8
-    assert run(share=1, conf=1.01).passes == 8
-    one_by_one, together = run("sequential", conf=1.01), run(add=1.0, act=1.0, conf=1.01)
+    assert run(threshold=0.0).passes == 8
+    assert run(share=1, threshold=1.01).passes == 8
+    one_by_one, together = run("sequential", threshold=1.01), run(add=1.0, act=1.0, threshold=1.01)
     assert torch.equal(one_by_one.ids, together.ids) and one_by_one.passes == 24
-    assert torch.equal(run(block=56, forced="one").ids, run("confidence", conf=0.5).ids)
+    assert torch.equal(run(block=56, min_unmasked="one").ids, run("confidence", threshold=0.5).ids)
 
 
 def test_blocks_of_one_token_go_left_to_right():
-    model = ToyRows(length=12, step_length=4, block=1)
-    decoded = make_decoder("sequential", model, conf=1.01)(model.prompts(2))
-    assert decoded.committed.tolist() == [list(range(1, 13))] * 2
+    model = ToyModel(length=12, step_length=4, block=1)
+    decoded = make_decoder("sequential", model, threshold=1.01)(model.prompts(2))
+    assert decoded.unmasked.tolist() == [list(range(1, 13))] * 2
 
 
 def test_a_semi_activated_block_that_is_never_confident_commits_nothing():
-    model = ToyRows()
-    decoded = make_decoder("pipelined", model, add=0.0, act=1.0, conf=1.01)(model.prompts(2))
-    first, last = decoded.committed.view(2, 8, 7).min(-1).values, decoded.committed.view(2, 8, 7).max(-1).values
+    model = ToyModel()
+    decoded = make_decoder("pipelined", model, add=0.0, act=1.0, threshold=1.01)(model.prompts(2))
+    first, last = decoded.unmasked.view(2, 8, 7).min(-1).values, decoded.unmasked.view(2, 8, 7).max(-1).values
     assert (first[:, 1:] > last[:, :-1]).all()
     assert (decoded.detail["blocks"]["opened"] == torch.arange(1, 9)).all()
 
 
 def test_equal_thresholds_leave_no_block_semi_activated():
-    model = ToyRows()
+    model = ToyModel()
     blocks = make_decoder("pipelined", model, add=0.5, act=0.5)(model.prompts(3)).detail["blocks"]
     assert torch.equal(blocks["opened"], blocks["active"])
 
@@ -190,7 +190,7 @@ def test_equal_thresholds_leave_no_block_semi_activated():
                                   "one_pass", "fast_dllm"])  # fmt: skip
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_sample_is_independent_of_its_batch(name, shift):
-    model = ToyRows(block=7 if name in ("pipelined", "sequential", "d2f") else 56, shift=shift)
+    model = ToyModel(block=7 if name in ("pipelined", "sequential", "d2f") else 56, shift=shift)
     prompt = model.prompts(4, ragged=True)
     together = make_decoder(name, model)(prompt)
     for b in range(4):
@@ -201,33 +201,33 @@ def test_a_sample_is_independent_of_its_batch(name, shift):
 
 def test_every_pass_commits_and_nothing_changes_afterwards():
     for seed in range(5):
-        model = ToyRows(seed=seed)
+        model = ToyModel(seed=seed)
         watched = Watched(model)
-        decoded = make_decoder("pipelined", watched, conf=1.01)(model.prompts(3))
+        decoded = make_decoder("pipelined", watched, threshold=1.01)(model.prompts(3))
         for ids, positions in watched.fed:
             final = torch.cat((decoded.ids, torch.zeros(3, 1, dtype=torch.long)), 1).gather(1, positions)
             known = (positions < 56) & (ids != model.mask_id)
             assert torch.equal(ids[known], final[known])
-        for sample in decoded.committed:
+        for sample in decoded.unmasked:
             assert set(sample.tolist()) == set(range(1, int(sample.max()) + 1))
 
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_a_prefix_is_kept_and_freezes_at_once(shift, steps):
-    model = ToyRows(shift=shift)
+    model = ToyModel(shift=shift)
     prompt = model.prompts(3, ragged=True)
     prefix = torch.randint(model.vocabulary, (3, 7 * steps), generator=torch.Generator().manual_seed(0))
     cached = make_decoder("pipelined", model)(prompt, prefix=prefix)
     plain_ = make_decoder("pipelined", model, cache=False)(prompt, prefix=prefix)
     assert torch.equal(cached.ids, plain_.ids) and torch.equal(cached.ids[:, : 7 * steps], prefix)
-    assert (cached.committed[:, : 7 * steps] == 0).all()
+    assert (cached.unmasked[:, : 7 * steps] == 0).all()
     if steps < 8:
-        assert (cached.detail["blocks"]["frozen"][:, :steps] == 1).all()
+        assert (cached.detail["blocks"]["cached"][:, :steps] == 1).all()
 
 
 def test_early_exit_gives_the_same_first_steps_and_streaming_tells_them():
-    model = ToyRows()
+    model = ToyModel()
     prompt = model.prompts(2)
     decoder = make_decoder("pipelined", model)
     told = []
@@ -241,9 +241,9 @@ def test_early_exit_gives_the_same_first_steps_and_streaming_tells_them():
 
 
 def test_more_blocks_at_once_need_fewer_passes_than_blocks():
-    model = ToyRows()
+    model = ToyModel()
     prompt = model.prompts(2)
-    assert make_decoder("pipelined", model, conf=0.0, append=4)(prompt).passes == 2
+    assert make_decoder("pipelined", model, threshold=0.0, append=4)(prompt).passes == 2
     cached, plain_ = (make_decoder("pipelined", model, append=3, cache=cache)(prompt) for cache in (True, False))
     assert torch.equal(cached.ids, plain_.ids)
 
@@ -252,12 +252,12 @@ def test_more_blocks_at_once_need_fewer_passes_than_blocks():
 def test_all_blocks_together_need_the_passes_of_one_block(step):
     """The forced share halves every block, the odd token included, so a block of k takes floor(log2 k) + 1 passes."""
     for steps in (1, 2, 8):
-        model = ToyRows(length=steps * step, step_length=step, block=step)
+        model = ToyModel(length=steps * step, step_length=step, block=step)
         prompt = model.prompts(2)
-        options = {"preset": "together", "conf": 1.01, "ties": "first"}
+        options = {"preset": "together", "threshold": 1.01, "ties": "first"}
         cached, anew = (make_decoder("pipelined", model, cache=cache, **options)(prompt) for cache in (True, False))
         assert cached.passes == step.bit_length() and torch.equal(cached.ids, anew.ids)
-        assert torch.equal(cached.committed, anew.committed) and cached.rows == 9 + cached.passes * steps * step
+        assert torch.equal(cached.unmasked, anew.unmasked) and cached.positions == 9 + cached.passes * steps * step
 
 
 def test_confidence_threshold_and_the_theorem_of_fast_dllm():
@@ -266,13 +266,13 @@ def test_confidence_threshold_and_the_theorem_of_fast_dllm():
     Theorem 1 of Fast-dLLM: n tokens together equal the joint argmax only if each is surer than 1 - 1 / (n + 1).
     """
 
-    class TwoModes(ToyRows):
+    class TwoModes(ToyModel):
         """Position 0 leans to mode 0, position 1 to mode 1; once one is known, the other follows."""
 
         def whole(self, prompt, ids, visible, cache, **options):
             return self._told(ids)
 
-        def rows(self, ids, positions, visible, cache, read=None):
+        def extend(self, ids, positions, visible, cache, read=None):
             logits = self._told(ids)
             return logits if read is None else logits.gather(1, read[..., None].expand(-1, -1, 2))
 
@@ -285,8 +285,8 @@ def test_confidence_threshold_and_the_theorem_of_fast_dllm():
             return logits
 
     model = TwoModes(length=2, step_length=2, block=2, vocabulary=2)
-    mixed = make_decoder("confidence", model, conf=0.5)(model.prompts(1)).ids[0].tolist()
-    safe = make_decoder("confidence", model, conf=0.9, ties="first")(model.prompts(1)).ids[0].tolist()
+    mixed = make_decoder("confidence", model, threshold=0.5)(model.prompts(1)).ids[0].tolist()
+    safe = make_decoder("confidence", model, threshold=0.9, ties="first")(model.prompts(1)).ids[0].tolist()
     assert mixed == [0, 1] and safe == [0, 0]
 
 
@@ -294,9 +294,9 @@ def test_ordinal_confidence_counts_neighbouring_bins():
     from burnish.sampling.plan import DecodePlan
 
     logits = torch.tensor([[0.1, 0.4, 0.35, 0.05, 0.1]]).log()
-    ids, sure = commit.confidence(logits, DecodePlan(confidence="ordinal", width=1))
+    ids, sure = commit.likeliest(logits, DecodePlan(confidence="ordinal", width=1))
     assert ids.tolist() == [1] and sure.item() == pytest.approx(0.85)
-    ids, sure = commit.confidence(logits, DecodePlan(legal=(3, 4)))
+    ids, sure = commit.likeliest(logits, DecodePlan(legal=(3, 4)))
     assert ids.tolist() == [4] and sure.item() == pytest.approx(2 / 3)
 
 
@@ -304,10 +304,10 @@ def test_schedules_leave_what_they_say():
     from burnish.sampling.plan import DecodePlan
 
     for rule, left in (("cosine", [55, 54, 51, 48, 44, 39, 34, 28, 21, 14, 7, 0]), ("linear", None)):
-        plan = DecodePlan(block=56, forced=rule, steps=12)
+        plan = DecodePlan(block=56, min_unmasked=rule, steps=12)
         still, seen = 56, []
         for turn in range(1, 13):
-            still -= int(commit.forced_count(torch.tensor([still]), torch.tensor([turn]), plan))
+            still -= int(commit.least_unmasked(torch.tensor([still]), torch.tensor([turn]), plan))
             seen.append(still)
         assert seen[-1] == 0
         assert left is None or seen == left

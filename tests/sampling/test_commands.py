@@ -31,7 +31,7 @@ def test_decode_verify_and_picture(folder, tmp_path, capsys):
         "--decoder",
         "prompt_cached",
         "--option",
-        "conf=1.01",
+        "threshold=1.01",
     ]
     assert main([*argv, "--count", "2", "--repeats", "1", "--output", str(out), "--figure", str(picture)]) == 0
     found = json.loads(out.read_text())["decoders"]
@@ -45,7 +45,7 @@ def test_decode_verify_and_picture(folder, tmp_path, capsys):
 def test_mistakes_are_one_line(folder, capsys):
     assert main(["policy", "decode", str(folder), "--decoder", "autoregressive"]) == 2
     assert main(["policy", "decode", str(folder), "--decoder", "pipelined", "--option", "block=9"]) == 2
-    assert main(["policy", "decode", str(folder), "--option", "conf"]) == 2
+    assert main(["policy", "decode", str(folder), "--option", "threshold"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 3 and "blocks of 9 do not divide" in lines[1]
 

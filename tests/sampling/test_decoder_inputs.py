@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from toy import ToyRows
+from toy import ToyModel
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
@@ -19,20 +19,20 @@ MODELS = {"autoregressive": CAUSAL, "fast_dllm": {}, "pipelined": {}, "together"
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", [
-    {"legal": []}, {"legal": [-1]}, {"legal": [99]}, {"legal": 5}, {"conf": -5}, {"conf": None}, {"conf": "abc"},
-    {"conf": math.nan}, {"add": None}, {"forced": "bogus"}, {"cache": "nope"}, {"block": -7}, {"width": 1.5},
-    {"steps": 2.5}, {"preset": [1]},
+    {"legal": []}, {"legal": [-1]}, {"legal": [99]}, {"legal": 5}, {"threshold": -5}, {"threshold": None},
+    {"threshold": "abc"}, {"threshold": math.nan}, {"add": None}, {"min_unmasked": "bogus"}, {"cache": "nope"},
+    {"block": -7}, {"width": 1.5}, {"steps": 2.5}, {"preset": [1]},
 ], ids=str)  # fmt: skip
 def test_options_that_cannot_be(name, options):
     if name == "auto" and "block" in options:
         return  # its own affair
     with pytest.raises(BurnishError):
-        make_decoder(name, ToyRows(**MODELS[name]), **options)
+        make_decoder(name, ToyModel(**MODELS[name]), **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_numbers_that_are_none_end_a_decode(name):
-    model = ToyRows(**MODELS[name])
+    model = ToyModel(**MODELS[name])
     prompt = model.prompts(2)
     decode = make_decoder(name, model)
     expected = decode(prompt).ids
@@ -45,12 +45,12 @@ def test_numbers_that_are_none_end_a_decode(name):
 
 def test_fast_dllm_follows_its_schedule():
     """Three passes for each of the eight blocks, however sure the model is."""
-    model = ToyRows()
-    assert make_decoder("fast_dllm", model, forced="cosine", steps=3)(model.prompts(1)).passes == 24
+    model = ToyModel()
+    assert make_decoder("fast_dllm", model, min_unmasked="cosine", steps=3)(model.prompts(1)).passes == 24
 
 
 def test_one_pass_needs_no_more_than_mask():
-    model = ToyRows(block=56, prompt_sees_actions=True)
+    model = ToyModel(block=56, prompt_sees_actions=True)
     assert make_decoder("one_pass", model)(model.prompts(1)).passes == 1
 
 
@@ -75,7 +75,7 @@ def test_quantile_bins_of_an_action_that_often_has_one_value():
 
 
 @pytest.mark.parametrize("line", [
-    ["--count", "0"], ["--repeats", "0"], ["--option", "conf=["], ["--option", "conf="],
+    ["--count", "0"], ["--repeats", "0"], ["--option", "threshold=["], ["--option", "threshold="],
     ["--own", "--decoder", "one_pass"], ["--decoder", "together", "--option", "preset=paper"],
 ], ids=" ".join)  # fmt: skip
 def test_commands_with_odd_arguments(tmp_path, line, capsys):

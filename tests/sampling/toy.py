@@ -8,7 +8,7 @@ from torch import nn
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
 
 
-class ToyRows(TokenModel):
+class ToyModel(TokenModel):
     """Pre-norm transformer with drawn positions; `sharp` spreads the confidences."""
 
     time_ordered = True
@@ -80,7 +80,7 @@ class ToyRows(TokenModel):
         cache.prompt_logits.copy_(self._logits(_pick(hidden, last[:, None])[:, 0]))
         return self._logits(_pick(hidden[:, size:], read))
 
-    def rows(self, ids, positions, visible, cache, *, read=None):
+    def extend(self, ids, positions, visible, cache, *, read=None):
         slots = positions + self.prompt_size
         return self._logits(_pick(self._layers(self.embedding[ids] + self.places[slots], slots, visible, cache), read))
 

@@ -41,12 +41,12 @@ class Captured:
 
     Args:
         hidden: layer index to [B, S, D], the output of that backbone layer (0 is the first layer's output).
-        rows: token layout of S: "image", "text", "state" to a bool [B, S] (padding False everywhere).
+        layout: what the S positions hold: "image", "text", "state" to a bool [B, S] (padding False everywhere).
         cameras: camera name to the slice of S that holds its image tokens.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    layout: dict[str, Tensor] = field(default_factory=dict)
     cameras: dict[str, slice] = field(default_factory=dict)
 
 

@@ -60,13 +60,13 @@ def note_layout(
     around_image: tuple[int, int] = (0, 0),
     width: int = 0,
 ) -> None:
-    """Start a forward: write down which rows of its sequence hold what (images, then text, then the state).
+    """Start a forward: write down which positions of its sequence hold what (images, then text, then the state).
 
     Args:
-        captured: gets `rows` and `cameras`.
+        captured: gets `layout` and `cameras`.
         images: camera (empty for a blank filler), number of tokens, and a bool [B] whether it is there.
         text_mask: bool [B, L], False on padding.
-        state_positions: rows of state after the text.
+        state_positions: positions of the state after the text.
         around_image: special tokens before and after each image; they count as neither image nor text.
         width: the sequence is padded to this length where it is shorter.
     """
@@ -75,17 +75,17 @@ def note_layout(
     image_positions = sum(before + tokens + after for _, tokens, _ in images)
     used = image_positions + text_mask.shape[1] + state_positions
     empty = torch.zeros(batch, max(used, width), dtype=torch.bool, device=device)
-    rows = {name: empty.clone() for name in ("image", "text", "state")}
+    layout = {name: empty.clone() for name in ("image", "text", "state")}
     captured.cameras.clear()
     start = 0
     for camera, tokens, present in images:
         place = slice(start + before, start + before + tokens)
-        rows["image"][:, place] = present[:, None]
+        layout["image"][:, place] = present[:, None]
         if camera:
             captured.cameras[camera] = place
         start = place.stop + after
-    rows["text"][:, start : start + text_mask.shape[1]] = text_mask.bool()
-    rows["state"][:, used - state_positions : used] = True
+    layout["text"][:, start : start + text_mask.shape[1]] = text_mask.bool()
+    layout["state"][:, used - state_positions : used] = True
     captured.hidden.clear()
-    captured.rows.clear()
-    captured.rows.update(rows)
+    captured.layout.clear()
+    captured.layout.update(layout)

@@ -25,7 +25,7 @@ class Backbone:
         embed_text: [B, L] ids to [B, L, D].
         tokenizer: fast tokenizer.
         bos: whether a bos token follows the image.
-        see_prompt: whether the rows of image and first question attend to one another in both directions, as
+        see_prompt: whether image and first question attend to one another in both directions, as
             PaliGemma was trained; otherwise everything is causal.
     """
 
@@ -96,7 +96,7 @@ def encode(backbone: Backbone, image: Tensor, questions: list, answers: list | N
 
 
 def _join(backbone: Backbone, image: Tensor, encoded: vqa.Encoded) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings [B, S, D], real rows bool [B, S] and labels [B, S] of image and text together."""
+    """Embeddings [B, S, D], real positions bool [B, S] and labels [B, S] of image and text together."""
     batch, tokens = image.shape[:2]
     text = backbone.embed_text(encoded.input_ids).to(image.dtype)
     real = torch.cat([encoded.attention_mask.new_ones(batch, tokens), encoded.attention_mask], dim=1).bool()
@@ -109,7 +109,7 @@ def _positions(real: Tensor) -> Tensor:
 
 
 def _mask(backbone: Backbone, real: Tensor, prompt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive [B, 1, S, S]: causal over real rows, both ways inside the first `prompt` [B] rows if so trained."""
+    """Additive [B, 1, S, S]: causal over real positions, both ways inside the first `prompt` [B] if so trained."""
     index = torch.arange(real.shape[1], device=real.device)
     allowed = (index[None, :] <= index[:, None])[None]
     if backbone.see_prompt:

@@ -102,7 +102,7 @@ class SmolVLA(FlowPolicy):
         return [n for n, _ in self.named_parameters() if n.startswith(prefix) and pattern.match(n.removeprefix(prefix))]
 
     def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
-        """The R points become R blocks of action rows in one sequence; no block sees another.
+        """The R points become R blocks of action tokens in one sequence; no block sees another.
 
         Copies of the observation's keys and values in the batch would do too, but LeRobot's expert projects those
         again for every copy.

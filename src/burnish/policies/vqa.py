@@ -74,12 +74,12 @@ def encode(
     if any(image_id in ids for ids in prompt_ids + (answer_ids or [])):
         raise BurnishError(f"a question or answer holds the image token {image_token!r}", "plain text")
     lead = [image_id] * num_image_tokens + ([tokenizer.bos_token_id] if bos else [])
-    rows, labels = _join(lead, [len(turn) for turn in turns], prompt_ids, answer_ids, tokenizer.eos_token_id)
-    return _pad(rows, labels, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    sequences, labels = _join(lead, [len(turn) for turn in turns], prompt_ids, answer_ids, tokenizer.eos_token_id)
+    return _pad(sequences, labels, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def token_losses(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> LanguageLoss:
-    """Next-token losses of the answers; the head runs on answer rows only, as vocabularies are wide.
+    """Next-token losses of the answers; the head runs on answer tokens only, as vocabularies are wide.
 
     Args:
         hidden: [B, S, D] last hidden states (after the final norm).
@@ -128,25 +128,25 @@ def _join(
     eos: int,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Sequences and labels of `counts` turns each, from prompts and answers laid end to end."""
-    rows, labels, start = [], [], 0
+    sequences, labels, start = [], [], 0
     for count in counts:
-        row, label = list(lead), [IGNORE] * len(lead)
+        sequence, label = list(lead), [IGNORE] * len(lead)
         for turn in range(start, start + count):
-            row += prompts[turn]
+            sequence += prompts[turn]
             label += [IGNORE] * len(prompts[turn])
             if answers is not None:
-                row += [*answers[turn], eos]
+                sequence += [*answers[turn], eos]
                 label += [*answers[turn], eos]
-        rows.append(row)
+        sequences.append(sequence)
         labels.append(label)
         start += count
-    return rows, labels
+    return sequences, labels
 
 
-def _pad(rows: list[list[int]], labels: list[list[int]], pad: int) -> Encoded:
-    width = max(map(len, rows))
+def _pad(sequences: list[list[int]], labels: list[list[int]], pad: int) -> Encoded:
+    width = max(map(len, sequences))
     return Encoded(
-        torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
-        torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        torch.tensor([sequence + [pad] * (width - len(sequence)) for sequence in sequences]),
+        torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences]),
         torch.tensor([label + [IGNORE] * (width - len(label)) for label in labels]),
     )

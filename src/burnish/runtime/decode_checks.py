@@ -15,9 +15,8 @@ from torch import Tensor
 from burnish.policies.base import Policy, require
 from burnish.runtime.observations import observations, true_tokens
 from burnish.sampling.blocks import BlockDecoder
-from burnish.sampling.masks import dense_mask
 from burnish.sampling.plan import DecodePlan, make_plan
-from burnish.sampling.token_model import Decoded, Prompt, TokenCache, TokenModel
+from burnish.sampling.token_model import Decoded, Prompt, TokenCache, TokenModel, dense_mask
 
 # Share of the logits' own spread that rounding may move them, by precision of the model.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -81,7 +80,7 @@ def verify_decode(
 
 
 class Watched(TokenModel):
-    """A model that keeps a log of the rows it was fed: (ids, positions) of each pass.
+    """A model that keeps a log of the tokens it was fed: (ids, positions) of each pass.
 
     Args:
         model: the model that does the work.
@@ -106,9 +105,9 @@ class Watched(TokenModel):
         self.fed.append((ids.clone(), positions))
         return self.model.whole(prompt, ids, visible, cache, **options)
 
-    def rows(self, ids, positions, visible, cache, **options):
+    def extend(self, ids, positions, visible, cache, **options):
         self.fed.append((ids.clone(), positions.clone()))
-        return self.model.rows(ids, positions, visible, cache, **options)
+        return self.model.extend(ids, positions, visible, cache, **options)
 
 
 @torch.no_grad()
@@ -118,7 +117,7 @@ def check_model(
     """All checks of a masked policy on a few observations, one by one.
 
     Args:
-        model: rows of the policy.
+        model: the policy.
         prompt: of a batch of observations, best at least four.
         plan: the plan to check; None takes the defaults.
         truth: long [B, L], the true tokens of those observations; without them the shift is not checked.
@@ -136,7 +135,7 @@ def check_model(
     yield prompt_isolation(model, prompt, draws)
     if plan.cache:
         yield cached_equals_uncached(model, prompt, plan)
-        yield freeze_once(model, prompt, plan)
+        yield cached_once(model, prompt, plan)
     yield monotone(model, prompt, plan)
     yield batch_independence(model, prompt, plan)
     yield shift(model, prompt, truth)
@@ -144,7 +143,7 @@ def check_model(
 
 def look_ahead(model: TokenModel, prompt: Prompt, draws: torch.Generator) -> Check:
     """Tokens of later blocks, changed, must not change the logits of a block."""
-    name, meaning = "no look-ahead", "a block that sees later ones changes after it was frozen: do not cache"
+    name, meaning = "no look-ahead", "a block that sees later ones changes after it was cached: do not cache"
     if model.block == model.length:
         return Check(name, None, 0.0, 0.0, "bidirectional: one block, nothing is later")
     ids = _random_ids(model, prompt, draws)
@@ -161,7 +160,13 @@ def prompt_isolation(model: TokenModel, prompt: Prompt, draws: torch.Generator) 
     """Keys and values of the prompt must be those of a pass without any action token."""
     name, meaning = "prompt isolation", "a prompt that sees action tokens has new keys at every pass: do not cache"
     if model.prompt_sees_actions:
-        return Check(name, None, 0.0, 0.0, "the policy declares an open prompt; decoders recompute it in every pass")
+        return Check(
+            name,
+            None,
+            0.0,
+            0.0,
+            "declared: the prompt attends to actions; decoders recompute it in every pass",
+        )
     size, limit, worst = prompt.valid.shape[1], _limit(model, prompt), 0.0
     alone = _whole(model, prompt, _random_ids(model, prompt, draws)[:, :0])[1]
     for _ in range(2):
@@ -176,49 +181,49 @@ def prompt_isolation(model: TokenModel, prompt: Prompt, draws: torch.Generator) 
 def cached_equals_uncached(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
     """Same tokens in the same passes with and without the cache, at several thresholds."""
     different = 0
-    for conf in THRESHOLDS:
-        one = BlockDecoder(model, replace(plan, conf=conf))(prompt)
-        other = BlockDecoder(model, replace(plan, conf=conf, cache=False))(prompt)
-        different += int(((one.ids != other.ids) | (one.committed != other.committed)).any(1).sum())
+    for threshold in THRESHOLDS:
+        one = BlockDecoder(model, replace(plan, threshold=threshold))(prompt)
+        other = BlockDecoder(model, replace(plan, threshold=threshold, cache=False))(prompt)
+        different += int(((one.ids != other.ids) | (one.unmasked != other.unmasked)).any(1).sum())
     # Rounding decides near-ties; in low precision a few chunks may differ because of it.
     limit = 0 if _dtype(prompt) in (torch.float32, torch.float64) else 0.1 * len(THRESHOLDS) * len(prompt.states)
     return Check("cached = uncached", different <= limit, different, limit, "chunks that the cache changes")
 
 
-def freeze_once(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
-    """Frozen keys and values are never written again and are those of the clean chunk."""
+def cached_once(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
+    """Cached keys and values are never written again and are those of the clean chunk."""
     watched = Watched(model)
     decoded = BlockDecoder(watched, plan)(prompt)
-    frozen_at = decoded.detail["blocks"]["frozen"]
+    cached_at = decoded.detail["blocks"]["cached"]
     again, worst = 0, 0.0
     for number, (_, positions) in enumerate(watched.fed, start=1):
         inside = positions < model.length
         block = positions.clamp_max(model.length - 1) // plan.block
-        at = frozen_at.gather(1, block)
+        at = cached_at.gather(1, block)
         again += int((inside & (at > 0) & (at < number)).sum())
     clean = _whole(model, prompt, decoded.ids)[1]
     size = prompt.valid.shape[1]
-    frozen = (frozen_at > 0).repeat_interleave(plan.block, 1)[:, None, :, None]
+    cached = (cached_at > 0).repeat_interleave(plan.block, 1)[:, None, :, None]
     for kind in ("keys", "values"):
         for one, other in zip(getattr(watched.cache, kind), getattr(clean, kind), strict=True):
             one, other = one[:, :, size:-1], other[:, :, size:-1]
-            worst = max(worst, _apart(one[frozen.expand_as(one)], other[frozen.expand_as(one)]))
+            worst = max(worst, _apart(one[cached.expand_as(one)], other[cached.expand_as(one)]))
     limit = _limit(model, prompt)
     return Check(
-        "freeze once", again == 0 and worst <= limit, worst, limit, "frozen keys against those of the clean chunk"
+        "cached once", again == 0 and worst <= limit, worst, limit, "cached keys against those of the clean chunk"
     )
 
 
 def monotone(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
-    """A committed id never changes, and every pass commits at least one token of every unfinished sample."""
+    """An unmasked id never changes, and every pass unmasks at least one token of every unfinished sample."""
     watched, wrong = Watched(model), 0
     decoded = BlockDecoder(watched, plan)(prompt)
     for ids, positions in watched.fed:
         final = torch.cat((decoded.ids, torch.zeros_like(decoded.ids[:, :1])), 1).gather(1, positions)
         wrong += int(((positions < model.length) & (ids != model.mask_id) & (ids != final)).sum())
-    for sample in decoded.committed:
+    for sample in decoded.unmasked:
         wrong += int(sample.max()) - len(set(sample[sample > 0].tolist()))
-    return Check("monotone commits", wrong == 0, wrong, 0, "tokens that changed, and passes that committed none")
+    return Check("monotone", wrong == 0, wrong, 0, "tokens that changed, and passes that unmasked none")
 
 
 def batch_independence(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
@@ -233,7 +238,7 @@ def batch_independence(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> C
 
 
 def shift(model: TokenModel, prompt: Prompt, truth: Tensor | None) -> Check:
-    """Which row tells a token: true tokens [B, L], masked one by one, are told by the declared row or by the other."""
+    """Which position predicts a token: true tokens [B, L], masked one by one, by the declared one or by the other."""
     name = "shift"
     if truth is None:
         return Check(name, None, 0.0, 0.0, "needs demonstrations")
@@ -246,7 +251,7 @@ def shift(model: TokenModel, prompt: Prompt, truth: Tensor | None) -> Check:
             agree[by_one] += int((logits[:, position - int(by_one)].argmax(-1) == truth[:, position]).sum())
     total = truth.numel() - len(truth)
     declared, other = agree[model.shift] / total, agree[not model.shift] / total
-    meaning = f"share of true tokens that the other row tells, less that of the declared one ({declared:.2f})"
+    meaning = f"share of true tokens that the other position predicts, less that of the declared one ({declared:.2f})"
     return Check(name, other - declared <= 0.05, other - declared, 0.05, meaning)
 
 

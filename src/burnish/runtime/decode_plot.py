@@ -1,4 +1,4 @@
-"""One picture of a real decode: every token of every pass, masked, just committed, committed, or in a frozen block."""
+"""A figure of a real decode: every token in every forward pass, masked, just unmasked, unmasked, or cached."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import numpy as np
 from burnish.core.figures import new_figure, save_figure
 from burnish.sampling.token_model import Decoded, TokenModel
 
-# Not fed yet, MASK in a semi-activated block, MASK in a fully activated one, committed in this pass, committed, frozen.
-STATES = ("not fed", "masked, waiting", "masked, active", "committed now", "committed", "frozen")
+# Not fed yet, MASK in a semi-activated block, MASK in a fully activated one, unmasked in this pass, unmasked, cached.
+STATES = ("not fed", "masked, waiting", "masked, active", "unmasked now", "unmasked", "cached")
 COLOURS = ("#f2f2f2", "#fde0c5", "#f59f5a", "#c0392b", "#8fb8de", "#1f4e79")
 
 
@@ -19,23 +19,23 @@ def token_states(decoded: Decoded, block: int) -> np.ndarray:
         decoded: of a block decoder.
         block: tokens of a block.
     """
-    committed = decoded.committed[0].cpu().numpy()
-    opened, active, frozen = (
-        decoded.detail["blocks"][name][0].cpu().numpy().repeat(block) for name in ("opened", "active", "frozen")
+    unmasked = decoded.unmasked[0].cpu().numpy()
+    opened, active, cached = (
+        decoded.detail["blocks"][name][0].cpu().numpy().repeat(block) for name in ("opened", "active", "cached")
     )
     turns = np.arange(1, decoded.passes + 1)[:, None]
-    states = np.zeros((decoded.passes, len(committed)), dtype=int)
+    states = np.zeros((decoded.passes, len(unmasked)), dtype=int)
     states[(opened > 0) & (opened <= turns)] = 1
     states[(active > 0) & (active <= turns)] = 2
-    done = committed < turns
+    done = unmasked < turns
     states[done & (states > 0)] = 4
-    states[committed == turns] = 3
-    states[(frozen > 0) & (frozen <= turns)] = 5
+    states[unmasked == turns] = 3
+    states[(cached > 0) & (cached <= turns)] = 5
     return states
 
 
 def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> None:
-    """Draw passes (downwards) over tokens (to the right); lines between control steps.
+    """Draw forward passes (downwards) over tokens (to the right); lines between control steps.
 
     Raises:
         BurnishError: a decoder that keeps no blocks.
@@ -46,7 +46,7 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     from burnish.core.errors import BurnishError
 
     if "blocks" not in decoded.detail:
-        raise BurnishError(f"a picture of '{title}', which has no blocks", "a masked decoder", "--decoder pipelined")
+        raise BurnishError(f"a figure of '{title}', which has no blocks", "a masked decoder", "--decoder pipelined")
     history = decoded.detail["blocks"]["opened"]
     states = token_states(decoded, model.length // history.shape[1])
     height = 1.6 + 0.22 * len(states)
@@ -62,8 +62,8 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     axes.set_yticks(range(len(states)), [str(turn + 1) for turn in range(len(states))])
     axes.tick_params(length=0)
     axes.set_xlabel(f"control step ({model.step_length} tokens each)")
-    axes.set_ylabel("pass")
-    axes.set_title(f"{title}: {decoded.passes} passes, {decoded.rows} rows", fontsize=10)
+    axes.set_ylabel("forward pass")
+    axes.set_title(f"{title}: {decoded.passes} forward passes, {decoded.positions} token positions", fontsize=10)
     used = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, STATES, strict=True)]
     figure.legend(handles=used, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1)
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Decode a few chunks of a token policy by one or more decoders, in figures and a picture."""
+"""Decode a few chunks of a token policy by one or more decoders, in numbers and a figure."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Log-probability of a flow by its own ODE: the oracle that surrogates are held against.
+"""Log-probability of a flow by its own ODE: the reference that surrogates are held against.
 
 dx/dt = v(x, t) carries data (t = 0) to noise (t = 1), and d log p / dt = - div v along the way
 (Chen et al. 2018, arXiv:1806.07366), so log p(x_0) = log N(x_1) + the integral of div v.

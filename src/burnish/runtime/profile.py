@@ -1,8 +1,8 @@
 """Where the time of one `act` goes, stage by stage, for every adapted policy.
 
 Every stage is charged with its own time, without that of stages inside it; what belongs to none is "host" (Python,
-commit rules, copies). So stages add up to the whole call. On a GPU every border between stages waits for the device,
-which makes the sum larger than a call without profiling: both are reported.
+the rule that unmasks, copies). So stages add up to the whole call. On a GPU every border between stages waits for the
+device, which makes the sum larger than a call without profiling: both are reported.
 """
 
 import time
@@ -35,14 +35,14 @@ class Anatomy:
     Args:
         total: milliseconds from call to return.
         stages: milliseconds by stage, "passes" all of them together.
-        passes: milliseconds of every pass after the prompt's.
-        rows: rows fed to the model for each sample, those of the prompt included.
+        passes: milliseconds of every forward pass after the prompt's.
+        positions: token positions fed to the model for each sample, those of the prompt included.
     """
 
     total: float
     stages: dict[str, float]
     passes: list[float]
-    rows: int
+    positions: int
 
 
 class Clock:
@@ -93,13 +93,13 @@ class Clock:
 
 
 @contextmanager
-def instrumented(policy: Policy, clock: Clock, rows: list[int]) -> Iterator[None]:
-    """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `rows`."""
+def instrumented(policy: Policy, clock: Clock, lengths: list[int]) -> Iterator[None]:
+    """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `lengths`."""
     with ExitStack() as stack:
         for stage in policy.stages():
             stack.enter_context(_replaced(stage.owner, stage.call, _timed(clock, stage.name)))
         for module in policy.token_counters():
-            handle = module.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[1]))
+            handle = module.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
             stack.callback(handle.remove)
         yield
 
@@ -131,15 +131,15 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> It
 
 def dissect(policy: Policy, batch: Batch) -> Anatomy:
     """One call of `act`, stage by stage."""
-    clock, rows = Clock(policy.device), []
-    with instrumented(policy, clock, rows):
+    clock, lengths = Clock(policy.device), []
+    with instrumented(policy, clock, lengths):
         begin = clock.now()
         with clock.stage("host"):
             policy.act(batch)
         total = clock.now() - begin
     passes = [clock.spent[f"pass {i + 1}"] for i in range(clock.passes)]
     stages = {name: clock.spent.get(name, 0.0) for name in STAGES}
-    return Anatomy(total, {**stages, "passes": sum(passes)}, passes, sum(rows))
+    return Anatomy(total, {**stages, "passes": sum(passes)}, passes, sum(lengths))
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Profile:
             "actions_executed_of_a_chunk": self.n_action_steps,
             "chunk_size": self.chunk_size,
             "passes": 1 + float(np.median([len(call.passes) for call in self.calls])),
-            "rows": float(np.median([call.rows for call in self.calls])),
+            "rows": float(np.median([call.positions for call in self.calls])),
             "profiled_total": quantiles([call.total for call in self.calls]),
             "stages": {name: quantiles([call.stages[name] for call in self.calls]) for name in STAGES},
             "each_pass": [
@@ -276,12 +276,12 @@ def _streams(policy: Policy) -> bool:
 
 
 def _first_action(policy: Policy, batch: Batch, clock: Clock) -> float:
-    told: list[float] = []
+    heard: list[float] = []
 
     def note(_steps: int, _actions: Tensor) -> None:
-        if not told:
-            told.append(clock.now())
+        if not heard:
+            heard.append(clock.now())
 
     begin = clock.now()
     policy.act(batch, stream=note)
-    return (told[0] if told else clock.now()) - begin
+    return (heard[0] if heard else clock.now()) - begin

@@ -1,4 +1,4 @@
-"""The picture of a profile: one bar, cut into stages and passes, with the tails beside it."""
+"""The figure of a profile: one bar, cut into stages and passes, with the tails beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     axes.set_yticks([])
     axes.set_xlabel("milliseconds of one call")
     axes.set_title(
-        f"{outcome['policy']} ({outcome['type']}): {outcome['passes']:g} passes, {outcome['rows']:g} rows, "
-        f"{outcome['actions_per_second']:.0f} actions/s, {outcome['replans_per_second']:.1f} replans/s", fontsize=10
+        f"{outcome['policy']} ({outcome['type']}): {outcome['passes']:g} forward passes, "
+        f"{outcome['rows']:g} token positions, {outcome['actions_per_second']:.0f} actions/s, "
+        f"{outcome['replans_per_second']:.1f} replans/s", fontsize=10
     )  # fmt: skip
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
     save_figure(figure, path, dpi=140)

@@ -20,15 +20,15 @@ CLOSE = 1.3
 
 
 class AutoDecoder:
-    """Races plans that keep the commit rule (confidence, forced share) and differ in block width and in blocks at once.
+    """Races plans that keep the rule (threshold, minimum unmasked) and differ in block width and in blocks at once.
 
     The choice is made at the first call with a new shape of prompt and kept; it follows from times, so two runs may
     decide differently. `chosen` holds it; name that plan to repeat a run exactly.
 
     Args:
-        model: the policy's rows.
-        plan: the commit rule; `block` and `append` are chosen.
-        preset: name of the commit rule, for `chosen`.
+        model: the policy.
+        plan: the rule; `block` and `append` are chosen.
+        preset: name of the rule, for `chosen`.
         repeats: timed decodes of each plan in the final.
 
     Raises:
@@ -83,7 +83,7 @@ def race(decoders: dict[str, BlockDecoder], prompt: Prompt, repeats: int) -> dic
     """Milliseconds by name of the plans that were tried.
 
     First every width with one block at a time and with all of them, then the two best widths with numbers between;
-    those close to the best are timed in turns, so that a slow moment of the machine strikes them alike.
+    those close to the best are timed in turns, so that a slow moment of the machine affects them alike.
     """
     times: dict[str, float] = {}
 
@@ -106,5 +106,5 @@ def race(decoders: dict[str, BlockDecoder], prompt: Prompt, repeats: int) -> dic
 
 @DECODERS.register("auto")
 def auto(model: TokenModel, preset: str = "together", repeats: int = 3, **options: Any) -> AutoDecoder:
-    """The fastest on this device of the exact block decoders with the commit rule of `preset`."""
+    """The fastest on this device of the exact block decoders with the rule of `preset`."""
     return AutoDecoder(model, make_plan(preset_values(preset), options), preset, repeats)

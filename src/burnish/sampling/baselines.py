@@ -8,16 +8,16 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.sampling.blocks import check_call, not_finite
-from burnish.sampling.plan import DecodePlan, check_values, make_plan
+from burnish.sampling.plan import DecodePlan, check_legal, make_plan
 from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel, sees
-from burnish.sampling.unmask import choose, confidence
+from burnish.sampling.unmask import choose, likeliest
 
 
 class AutoregressiveDecoder:
-    """Greedy decoding of a causal policy: as many passes as tokens, one row each, the prompt's pass being the first.
+    """Greedy decoding of a causal policy: as many forward passes as tokens, one position each, the prompt's the first.
 
     Args:
-        model: rows of a policy with `block` 1 and `shift`.
+        model: a policy with `block` 1 and `shift`.
         plan: `legal` is used.
 
     Raises:
@@ -31,7 +31,7 @@ class AutoregressiveDecoder:
                 "one that was trained autoregressively (block 1, shift)",
                 "decoder pipelined, or sequential",
             )
-        check_values(replace(plan, block=plan.block or 1), model)
+        check_legal(plan, model)
         self.model, self.plan = model, plan
 
     @torch.no_grad()
@@ -50,9 +50,9 @@ class AutoregressiveDecoder:
         if model.mask_id is not None:
             ids.fill_(model.mask_id)
         ids[:, :known] = prefix
-        committed, bad = torch.zeros_like(ids), torch.zeros((), dtype=torch.bool, device=device)
+        unmasked, bad = torch.zeros_like(ids), torch.zeros((), dtype=torch.bool, device=device)
         if known >= goal:
-            return Decoded(ids, passes=0, rows=0, committed=committed)
+            return Decoded(ids, passes=0, positions=0, unmasked=unmasked)
         slots = torch.arange(model.length, device=device)
         seen = sees(slots[:, None], slots[None], 1).expand(num, -1, -1)
         valid = prompt.valid[:, None]
@@ -60,35 +60,36 @@ class AutoregressiveDecoder:
         first = torch.cat((valid.expand(-1, known, -1), seen[:, :known, :known]), 2)
         logits = model.whole(prompt, prefix, first, cache)
         logits = logits[:, -1] if known else cache.prompt_logits
-        rows = prompt.states.shape[1] + known
+        positions = prompt.states.shape[1] + known
         for position in range(known, goal):
             if position > known:
                 visible = torch.cat((valid, seen[:, position - 1 : position, :position]), 2)
                 at = slots[position - 1].expand(num, 1)
-                logits = model.rows(ids[:, position - 1 : position], at, visible, cache)[:, 0]
-                rows += 1
-            ids[:, position] = confidence(logits, self.plan)[0]
+                logits = model.extend(ids[:, position - 1 : position], at, visible, cache)[:, 0]
+                positions += 1
+            ids[:, position] = likeliest(logits, self.plan)[0]
             bad |= ~torch.isfinite(logits).all()
-            committed[:, position] = position - known + 1
+            unmasked[:, position] = position - known + 1
             if stream is not None and (position + 1) % model.step_length == 0:
                 stream((position + 1) // model.step_length, ids.clone())
         if bool(bad):
             raise not_finite(goal - known)
-        return Decoded(ids, passes=goal - known, rows=rows, committed=committed)
+        return Decoded(ids, passes=goal - known, positions=positions, unmasked=unmasked)
 
 
 class FastDLLMDecoder:
-    """Fast-dLLM with its dual cache: everything anew when a block begins, then only that block's rows.
+    """Fast-dLLM with its dual cache: everything again when a block begins, then only that block's tokens.
 
     The other blocks' keys are stale while a block is refined, so tokens differ from an exact decode.
 
     Args:
-        model: the policy's rows.
-        plan: `block`, `conf`, `forced` and `legal` are used; blocks need not match the training pattern.
+        model: the policy.
+        plan: `block`, `threshold`, `min_unmasked` and `legal` are used; blocks need not match the training pattern.
     """
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
-        check_values(plan, model)
+        plan = replace(plan, block=plan.block or model.block)
+        check_legal(plan, model)
         if model.length % plan.block:
             raise BurnishError(f"blocks of {plan.block} do not divide a chunk of {model.length} tokens", "a divisor")
         plan_as_one = make_plan({**vars(plan), "block": model.length, "cache": not model.prompt_sees_actions}, {})
@@ -106,18 +107,19 @@ class FastDLLMDecoder:
     ) -> Decoded:
         model, plan, num = self.model, self.plan, len(prompt.states)
         prefix, goal = check_call(model, num, prompt.states.device, prefix, until)
-        ids = torch.full((num, model.length), model.mask_id, device=prompt.states.device)
+        mask_id = model.vocabulary  # as the plan has checked
+        ids = torch.full((num, model.length), mask_id, device=prompt.states.device)
         ids[:, : prefix.shape[1]] = prefix
-        committed = torch.zeros_like(ids)
+        unmasked = torch.zeros_like(ids)
         slots = torch.arange(model.length, device=ids.device)
         seen = sees(slots[:, None], slots[None], model.block)
         visible = torch.cat((prompt.valid[:, None].expand(-1, model.length, -1), seen.expand(num, -1, -1)), 2)
         cache = model.empty(prompt)
-        passes = rows = syncs = 0
-        told = prefix.shape[1] // model.step_length
+        passes = positions = syncs = 0
+        streamed = prefix.shape[1] // model.step_length
         for begin in range(prefix.shape[1] // plan.block * plan.block, goal, plan.block):
             inside, fresh, turn = slice(begin, begin + plan.block), True, 0
-            while bool((ids[:, inside] == model.mask_id).any()):
+            while bool((ids[:, inside] == mask_id).any()):
                 syncs += 1
                 passes += 1
                 turn += 1
@@ -127,31 +129,32 @@ class FastDLLMDecoder:
                     logits = model.whole(prompt, ids, visible, cache, see_actions=model.prompt_sees_actions)
                     before = cache.prompt_logits[:, None] if begin == 0 else logits[:, begin - 1 : begin]
                     logits = logits[:, inside]
-                    rows += prompt.states.shape[1] + model.length
+                    positions += prompt.states.shape[1] + model.length
                     fresh = False
                 else:
                     at = slots[inside].expand(num, -1)
-                    logits = model.rows(ids[:, inside], at, visible[:, inside], cache)
-                    rows += plan.block
+                    logits = model.extend(ids[:, inside], at, visible[:, inside], cache)
+                    positions += plan.block
                 if model.shift:
                     logits = torch.cat((before, logits[:, :-1]), 1)
-                told_ids, sure = confidence(logits, plan)
-                _commit(ids[:, inside], committed[:, inside], told_ids, sure, passes, turn, model.mask_id, plan)
+                best, confidence = likeliest(logits, plan)
+                _unmask(ids[:, inside], unmasked[:, inside], best, confidence, passes, turn, mask_id, plan)
             steps = min(begin + plan.block, goal) // model.step_length
-            if stream is not None and steps > told:
-                told = steps
+            if stream is not None and steps > streamed:
+                streamed = steps
                 stream(steps, ids.clone())
-        return Decoded(ids, passes=passes, rows=rows, committed=committed, host_syncs=syncs)
+        return Decoded(ids, passes=passes, positions=positions, unmasked=unmasked, host_syncs=syncs)
 
 
-def _commit(
-    ids: Tensor, committed: Tensor, told: Tensor, sure: Tensor, passes: int, turn: int, mask_id: int, plan: DecodePlan
-) -> None:
-    """Commit in one block [B, k], in place; `turn` counts the passes that this block has had."""
+def _unmask(
+    ids: Tensor, unmasked: Tensor, best: Tensor, confidence: Tensor, passes: int, turn: int, mask_id: int,
+    plan: DecodePlan,
+) -> None:  # fmt: skip
+    """Unmask tokens of one block [B, k], in place; `turn` counts the passes that this block has had."""
     turns = torch.full((len(ids), 1), turn, device=ids.device)
-    taken = choose(sure[:, None], (ids == mask_id)[:, None], turns.bool(), turns, plan)[:, 0]
-    ids.copy_(torch.where(taken, told, ids))
-    committed.masked_fill_(taken, passes)
+    taken = choose(confidence[:, None], (ids == mask_id)[:, None], turns.bool(), turns, plan)[:, 0]
+    ids.copy_(torch.where(taken, best, ids))
+    unmasked.masked_fill_(taken, passes)
 
 
 @DECODERS.register("autoregressive")
@@ -163,4 +166,6 @@ def autoregressive(model: TokenModel, **options: Any) -> AutoregressiveDecoder:
 @DECODERS.register("fast_dllm")
 def fast_dllm(model: TokenModel, **options: Any) -> FastDLLMDecoder:
     """Fast-dLLM (arXiv 2505.22618), dual cache, blocks of one control step."""
-    return FastDLLMDecoder(model, make_plan({"block": model.step_length, "forced": "one", "conf": 0.9}, options))
+    return FastDLLMDecoder(
+        model, make_plan({"block": model.step_length, "min_unmasked": "one", "threshold": 0.9}, options)
+    )

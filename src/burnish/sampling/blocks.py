@@ -1,4 +1,4 @@
-"""The decoder behind every masked one: passes over open blocks until no MASK is left; a plan makes it a certain method.
+"""The decoder behind every masked one: forward passes over open blocks until no MASK is left; a plan says how.
 
 Pipelined decoding is section 3.4 of Fast-dVLA (arXiv 2603.25661); a single block as long as the chunk is MaskGIT.
 """
@@ -22,7 +22,7 @@ class BlockDecoder:
     """Decodes chunks of one model by one plan; see `burnish.sampling.token_model.Decode`.
 
     Args:
-        model: the policy's rows.
+        model: the policy.
         plan: checked against the model here.
 
     Raises:
@@ -51,18 +51,18 @@ class BlockDecoder:
         layout = self._layout
         buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, _precision(prompt)))
         state = buffers.state
-        told = prefix.shape[1] // model.step_length
-        passes = syncs = rows = 0
+        streamed = prefix.shape[1] // model.step_length
+        passes = syncs = positions = 0
         if prefix.shape[1] < goal:
             opened = min(prefix.shape[1] // plan.block + plan.append, -(-goal // plan.block))
             outcome = self.passes.first(buffers, layout, opened)
-            rows += prompt.states.shape[1] + opened * plan.block
+            positions += prompt.states.shape[1] + opened * plan.block
             while True:
                 passes += 1
                 fed, slots, wanted, steps = outcome.tolist()
                 syncs += 1
-                if stream is not None and steps > told:
-                    told = steps
+                if stream is not None and steps > streamed:
+                    streamed = steps
                     stream(steps, state.ids[:, :-1].clone())
                 if not fed:
                     break
@@ -74,10 +74,10 @@ class BlockDecoder:
                 else:
                     blocks = fed
                     outcome = self.passes.first(buffers, layout, blocks)
-                    rows += prompt.states.shape[1]
-                rows += blocks * plan.block
+                    positions += prompt.states.shape[1]
+                positions += blocks * plan.block
         return Decoded(
-            ids=state.ids[:, :-1].clone(), passes=passes, rows=rows, committed=state.committed[:, :-1].clone(),
+            ids=state.ids[:, :-1].clone(), passes=passes, positions=positions, unmasked=state.unmasked[:, :-1].clone(),
             host_syncs=syncs, detail={"blocks": _history(state)},
         )  # fmt: skip
 
@@ -133,7 +133,7 @@ def check_call(
 
 
 def not_finite(passes: int) -> BurnishError:
-    """Every pass commits a token, unless its confidence is no number."""
+    """Every pass unmasks a token, unless its confidence is no number."""
     return BurnishError(f"decoding came to no end in {passes} passes: the policy's logits are not finite", "numbers",
                         "look at images, state and weights for NaN")  # fmt: skip
 
@@ -144,16 +144,16 @@ def _precision(prompt: Prompt) -> torch.dtype:
 
 
 def _history(state: BlockState) -> dict[str, Tensor]:
-    """Pass by which each block of each sample was opened, fully activated, frozen, long [B, N]; 0 is never."""
-    return {name: getattr(state, f"{name}_at").clone() for name in ("opened", "active", "frozen")}
+    """Pass by which each block of each sample was opened, fully activated, cached, long [B, N]; 0 is never."""
+    return {name: getattr(state, f"{name}_at").clone() for name in ("opened", "active", "cached")}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"forced": "floor", "act": 4 / 7},
+    "paper": {"min_unmasked": "floor", "act": 4 / 7},
     # Half is the same as 4/7 for 7 tokens. A block of an even length reaches it one pass earlier.
-    "fast": {"forced": "ceil", "act": 1 / 2},
+    "fast": {"min_unmasked": "ceil", "act": 1 / 2},
     # All blocks at once, none waits for its predecessor: the passes of a single block, however long the chunk.
-    "together": {"forced": "ceil", "add": 0.0, "act": 0.0, "append": 1 << 16},
+    "together": {"min_unmasked": "ceil", "add": 0.0, "act": 0.0, "append": 1 << 16},
 }
 
 
@@ -170,49 +170,31 @@ def pipelined(model: TokenModel, preset: str = "fast", **options: Any) -> BlockD
     return BlockDecoder(model, make_plan(preset_values(preset), options))
 
 
-@DECODERS.register("together")
-def together(model: TokenModel, **options: Any) -> BlockDecoder:
-    """`pipelined` with the preset of this name: all blocks in the first pass, none waits; keys are kept as exactly."""
-    return BlockDecoder(model, make_plan(preset_values("together"), options))
+def _register(name: str, defaults: dict[str, Any], one_block: bool = False) -> None:
+    """Register the plan of `defaults` as a decoder; with `one_block` the chunk is a single block."""
+
+    @DECODERS.register(name)
+    def make(model: TokenModel, **options: Any) -> BlockDecoder:
+        block = {"block": model.length} if one_block else {}
+        return BlockDecoder(model, make_plan({**block, **defaults}, options))
 
 
-@DECODERS.register("sequential")
-def sequential(model: TokenModel, **options: Any) -> BlockDecoder:
-    """One block after the other (block diffusion), storing a block's keys in the next one's first pass."""
-    return BlockDecoder(model, make_plan({"add": 1.0, "act": 1.0, "forced": "ceil"}, options))
-
-
-@DECODERS.register("d2f")
-def d2f(model: TokenModel, **options: Any) -> BlockDecoder:
-    """D2F (arXiv 2508.09192): pipelined, but a fully activated block is forced to commit one token only."""
-    return BlockDecoder(model, make_plan({"add": 0.1, "act": 0.95, "conf": 0.9, "forced": "one"}, options))
-
-
-@DECODERS.register("bidirectional")
-def bidirectional(model: TokenModel, **options: Any) -> BlockDecoder:
-    """All tokens in every pass, prompt recomputed, as many committed as a cosine schedule says (DD-VLA, UD-VLA)."""
-    return _one_block(model, {"forced": "cosine", "cache": False}, options)
-
-
-@DECODERS.register("prompt_cached")
-def prompt_cached(model: TokenModel, **options: Any) -> BlockDecoder:
-    """As `bidirectional`, with the prompt computed once: exact where it sees no action token."""
-    return _one_block(model, {"forced": "cosine"}, options)
-
-
-@DECODERS.register("confidence")
-def confidence_threshold(model: TokenModel, **options: Any) -> BlockDecoder:
-    """As `prompt_cached`, but committing whatever is confident, at least one token a pass."""
-    return _one_block(model, {"forced": "one", "conf": 0.9}, options)
+# `pipelined` with the preset of this name: all blocks in the first pass, none waits; keys are kept as exactly.
+_register("together", PRESETS["together"])
+# One block after the other (block diffusion), storing a block's keys in the next one's first pass.
+_register("sequential", {"add": 1.0, "act": 1.0, "min_unmasked": "ceil"})
+# D2F (arXiv 2508.09192): pipelined, but a fully activated block unmasks a single token at least.
+_register("d2f", {"add": 0.1, "act": 0.95, "threshold": 0.9, "min_unmasked": "one"})
+# All tokens in every pass, prompt recomputed, as many unmasked as a cosine schedule says (DD-VLA, UD-VLA).
+_register("bidirectional", {"min_unmasked": "cosine", "cache": False}, one_block=True)
+# As `bidirectional`, with the prompt computed once: exact where it sees no action token.
+_register("prompt_cached", {"min_unmasked": "cosine"}, one_block=True)
+# As `prompt_cached`, but unmasking whatever is confident, at least one token a pass.
+_register("confidence", {"min_unmasked": "one", "threshold": 0.9}, one_block=True)
 
 
 @DECODERS.register("one_pass")
 def one_pass(model: TokenModel, **options: Any) -> BlockDecoder:
     """Everything in the first pass (OpenVLA-OFT; Dream-VLA with one step)."""
-    return _one_block(
-        model, {"forced": "ceil", "share": 1, "conf": 0.0, "cache": not model.prompt_sees_actions}, options
-    )
-
-
-def _one_block(model: TokenModel, defaults: dict[str, Any], options: dict[str, Any]) -> BlockDecoder:
-    return BlockDecoder(model, make_plan({"block": model.length, **defaults}, options))
+    defaults = {"block": model.length, "min_unmasked": "ceil", "share": 1, "threshold": 0.0}
+    return BlockDecoder(model, make_plan({**defaults, "cache": not model.prompt_sees_actions}, options))

@@ -1,4 +1,4 @@
-"""How a pass is run: as it is, through torch.compile, or as a CUDA graph. What it computes is always the same."""
+"""How a forward pass is run: as it is, through torch.compile, or as a CUDA graph. What it computes is the same."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
-from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_rows
+from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_tokens
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
-from burnish.sampling.unmask import confidence
+from burnish.sampling.unmask import likeliest
 
 
 @dataclass
@@ -24,17 +24,17 @@ class Buffers:
 
 
 class Passes:
-    """Runs the passes of a plan over one model.
+    """Runs the forward passes of a plan over one model.
 
     Args:
-        model: the policy's rows.
+        model: the policy.
         plan: a fitted plan.
     """
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
         self.model, self.plan = model, plan
         self._whole = torch.compile(model.whole, dynamic=False) if plan.compile else model.whole
-        self._rows = torch.compile(model.rows, dynamic=False) if plan.compile else model.rows
+        self._extend = torch.compile(model.extend, dynamic=False) if plan.compile else model.extend
 
     def static(self, device: torch.device) -> bool:
         """True where shapes come from a short list."""
@@ -60,15 +60,15 @@ class Passes:
         return self._run(("first", blocks), buffers, partial(self._first, buffers, layout, blocks))
 
     def next(self, buffers: Buffers, layout: Layout, blocks: int, slots: int, wanted: int) -> Tensor:
-        """A pass over `blocks` blocks behind the frozen ones; returns the summary for the next one.
+        """A pass over `blocks` blocks behind the cached ones; returns the summary for the next one.
 
-        `slots` action slots are in use and the logits of `wanted` rows are needed; static shapes ignore both.
+        `slots` action slots are in use and the logits of `wanted` tokens are needed; static shapes ignore both.
         """
-        rows = blocks * self.plan.block
+        count = blocks * self.plan.block
         if self.static(buffers.state.ids.device):
-            slots, wanted = self.model.length, rows
-        wanted = min(rows, wanted + int(bool(self.plan.shift)))
-        return self._run(("next", blocks), buffers, partial(self._next, buffers, layout, rows, slots, wanted))
+            slots, wanted = self.model.length, count
+        wanted = min(count, wanted + int(bool(self.plan.shift)))
+        return self._run(("next", blocks), buffers, partial(self._next, buffers, layout, count, slots, wanted))
 
     def _first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
         plan, state, prompt, cache = self.plan, buffers.state, buffers.prompt, buffers.cache
@@ -76,25 +76,25 @@ class Passes:
         visible = _visible(prompt.valid, seen[:, :, : ids.shape[1]])
         logits = self._whole(prompt, ids, visible, cache, see_actions=self.model.prompt_sees_actions)
         if plan.shift:
-            carry_ids, carry_sure = confidence(cache.prompt_logits, plan)
+            carry_ids, carry_confidence = likeliest(cache.prompt_logits, plan)
             state.carry_ids.copy_(carry_ids)
-            state.carry_sure.copy_(carry_sure)
-        settle(state, layout, plan, positions, *confidence(logits, plan))
+            state.carry_confidence.copy_(carry_confidence)
+        settle(state, layout, plan, positions, *likeliest(logits, plan))
         advance(state, layout, plan)
         return summary(state, layout, plan)
 
-    def _next(self, buffers: Buffers, layout: Layout, rows: int, slots: int, wanted: int) -> Tensor:
+    def _next(self, buffers: Buffers, layout: Layout, count: int, slots: int, wanted: int) -> Tensor:
         plan, state, cache = self.plan, buffers.state, buffers.cache
-        ids, positions, seen = lay_out(state, layout, plan, rows)
+        ids, positions, seen = lay_out(state, layout, plan, count)
         visible = _visible(buffers.prompt.valid, seen[:, :, :slots])
-        if wanted == rows:
-            told, sure = confidence(self._rows(ids, positions, visible, cache), plan)
+        if wanted == count:
+            best, confidence = likeliest(self._extend(ids, positions, visible, cache), plan)
         else:
-            read = wanted_rows(state, layout, plan, positions, wanted)
-            some, some_sure = confidence(self._rows(ids, positions, visible, cache, read=read), plan)
-            told = torch.zeros_like(ids).scatter_(1, read, some)
-            sure = some_sure.new_zeros(ids.shape).scatter_(1, read, some_sure)
-        settle(state, layout, plan, positions, told, sure)
+            read = wanted_tokens(state, layout, plan, positions, wanted)
+            some, some_confidence = likeliest(self._extend(ids, positions, visible, cache, read=read), plan)
+            best = torch.zeros_like(ids).scatter_(1, read, some)
+            confidence = some_confidence.new_zeros(ids.shape).scatter_(1, read, some_confidence)
+        settle(state, layout, plan, positions, best, confidence)
         advance(state, layout, plan)
         return summary(state, layout, plan)
 
@@ -109,7 +109,7 @@ class Passes:
 
 
 def _visible(valid: Tensor, seen: Tensor) -> Tensor:
-    """bool [B, R, P + S]: the valid rows of the prompt, then action slots."""
+    """bool [B, R, P + S]: the valid positions of the prompt, then action slots."""
     return torch.cat((valid[:, None].expand(-1, seen.shape[1], -1), seen), 2)
 
 

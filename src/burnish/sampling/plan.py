@@ -5,74 +5,76 @@ Fast-dVLA (arXiv 2603.25661) section 3.4, D2F (arXiv 2508.09192), Fast-dLLM (arX
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import number
+from burnish.core.options import check, option, refuse_unknown
+from burnish.core.renames import DECODER_OPTIONS, rename
 from burnish.sampling.token_model import TokenModel
 
-Forced = Literal["floor", "ceil", "one", "cosine", "linear"]
+_RULES = ("floor", "ceil", "one", "cosine", "linear")
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How a chunk of masked tokens is committed. Every comparison with a threshold is "at least".
+    """How the masked tokens of a chunk are unmasked. Every comparison with a threshold is "at least".
 
     Args:
-        block: tokens of a block; 0 takes the model's own.
-        add: once this share of the last open block is decoded, the next ones are opened (tau_add).
-        act: once this share of a block is decoded, its successor is fully activated (tau_act).
-        conf: tokens at least so confident are committed (tau_conf); above 1 none is ever confident.
-        share: a fully activated block commits at least the share 1 / `share` of its open tokens (n).
-        forced: how many that is: "floor" max(1, floor(open / share)) (the paper, with its stall mended), "ceil"
-            ceil(open / share), "one" a single token (D2F), "cosine" or "linear": as many as leave that schedule's share
-            open at this pass of `steps` (MaskGIT; Dream), whatever the confidence.
-        steps: passes of a schedule.
-        append: blocks that may be opened before one pass; 1 is the paper's and means at least as many passes as blocks.
-        ties: "all" commits every token as confident as the last forced one (the paper's >=); "first" the first of them.
-        confidence: "max" probability, or "ordinal": the probability within `width` bins of the likeliest one.
-        width: bins on either side for "ordinal".
-        legal: ids that may be committed; None is all of the model's.
-        shift: whether the token at a position is read from the row before it; None takes the model's own.
-        cache: keep keys and values of prompt and frozen blocks. False recomputes all in every pass: same tokens.
-        compile: torch.compile the passes (static shapes).
-        graph: replay passes as CUDA graphs; None does so on a GPU.
+        min_unmasked: how many tokens of a fully activated block are unmasked at least in a forward pass: "floor"
+            max(1, floor(masked / share)) (the paper, with its stall repaired), "ceil" ceil(masked / share), "one" a
+            single token (D2F), "cosine" or "linear": as many as leave that schedule's share masked at this pass of
+            `steps` (MaskGIT; Dream), whatever the confidence.
+
+    Raises:
+        BurnishError: a value of the wrong type or out of range.
     """
 
-    block: int = 0
-    add: float = 2 / 7
-    act: float = 4 / 7
-    conf: float = 0.5
-    share: int = 2
-    forced: Forced = "floor"
-    steps: int = 12
-    append: int = 1
-    ties: Literal["all", "first"] = "all"
-    confidence: Literal["max", "ordinal"] = "max"
-    width: int = 1
-    legal: tuple[int, ...] | None = None
-    shift: bool | None = None
-    cache: bool = True
-    compile: bool = False
-    graph: bool | None = None
+    block: int = option(0, "tokens of a block; 0 takes the model's own", least=0)
+    add: float = option(2 / 7, "once this share of the last open block is unmasked, the next ones are opened (tau_add)",
+                        least=0, most=1)  # fmt: skip
+    act: float = option(4 / 7, "once this share of a block is unmasked, its successor is fully activated (tau_act)",
+                        least=0, most=1)  # fmt: skip
+    threshold: float = option(
+        0.5, "tokens of at least this confidence are unmasked (tau_conf); above 1 none is", least=0
+    )
+    share: int = option(2, "a fully activated block unmasks at least 1 / share of its masked tokens (n)", least=1)
+    min_unmasked: str = option("floor", "how many that is", choices=_RULES)
+    steps: int = option(12, "forward passes of a schedule", least=1)
+    append: int = option(
+        1, "blocks that may be opened before one pass; 1 is the paper's and means at least as many passes as blocks",
+        least=1,
+    )  # fmt: skip
+    ties: str = option("all", "unmask every token as confident as the last required one (the paper's >=), or the first",
+                       choices=("all", "first"))  # fmt: skip
+    confidence: str = option("max", "max probability, or ordinal: the probability within `width` bins of the likeliest",
+                             choices=("max", "ordinal"))  # fmt: skip
+    width: int = option(1, "bins on either side for ordinal", least=0)
+    legal: tuple[int, ...] | None = option(None, "ids that may be written; None is all of the model's")
+    shift: bool | None = option(None, "the token at a position is read from the one before it; None is the model's own")
+    cache: bool = option(True, "keep keys and values of prompt and finished blocks; False gives the same tokens")
+    compile: bool = option(False, "torch.compile the forward passes (static shapes)")
+    graph: bool | None = option(None, "replay forward passes as CUDA graphs; None does so on a GPU")
+
+    def __post_init__(self) -> None:
+        check(self, "decoder")
 
     @property
     def scheduled(self) -> bool:
         """True where the number of tokens per pass is fixed in advance."""
-        return self.forced in ("cosine", "linear")
+        return self.min_unmasked in ("cosine", "linear")
 
     def need(self, share: float) -> int:
-        """Decoded tokens of a block that make at least this share of it (thresholds come in steps of 1 / block)."""
+        """Unmasked tokens of a block that make at least this share of it (thresholds come in steps of 1 / block)."""
         return math.ceil(share * self.block - 1e-9)
 
     def fit(self, model: TokenModel) -> "DecodePlan":
         """This plan with the model's own values filled in.
 
         Raises:
-            BurnishError: a value out of range, or one that cannot work with this model, with the reason.
+            BurnishError: a plan that cannot work with this model, with the reason.
         """
         plan = replace(self, block=self.block or model.block, shift=model.shift if self.shift is None else self.shift)
-        check_values(plan, model)
+        check_legal(plan, model)
         _check_model(plan, model)
         return plan
 
@@ -81,50 +83,22 @@ def make_plan(defaults: dict[str, Any], options: dict[str, Any]) -> DecodePlan:
     """A plan from a decoder's own values and the user's, who may change any of them.
 
     Raises:
-        BurnishError: an unknown option.
+        BurnishError: an unknown option, or a value out of range.
     """
-    known = DecodePlan.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise BurnishError(f"unknown option '{name}' of a decoder", f"one of {', '.join(known)}")
+    options = rename(options, DECODER_OPTIONS, "decoder: ")
+    refuse_unknown(DecodePlan, options, "decoder")
     values = {**defaults, **options}
     if values.get("legal") is not None:
         if not isinstance(values["legal"], list | tuple | range) or not all(type(i) is int for i in values["legal"]):
-            raise BurnishError(f"legal={values['legal']!r}", "a list of ids")
+            raise BurnishError(f"decoder: legal is {values['legal']!r}", "a list of ids")
         values["legal"] = tuple(values["legal"])
     return DecodePlan(**values)
 
 
-def check_values(plan: DecodePlan, model: TokenModel) -> None:
-    """Raise BurnishError for a value of the wrong type or out of range, whatever decoder it is for."""
-    for name in ("add", "act", "conf"):
-        if not number(getattr(plan, name)):
-            raise BurnishError(f"threshold {name}={getattr(plan, name)!r}", "a number")
-    for name, known in (("shift", (None, True, False)), ("graph", (None, True, False)), ("cache", (True, False)),
-                        ("compile", (True, False))):  # fmt: skip
-        if not any(getattr(plan, name) is value for value in known):
-            raise BurnishError(f"{name}={getattr(plan, name)!r}", "true or false")
+def check_legal(plan: DecodePlan, model: TokenModel) -> None:
+    """Raise BurnishError for legal ids that the model does not have."""
     if plan.legal is not None and not (plan.legal and set(plan.legal) <= set(range(model.vocabulary))):
         raise BurnishError(f"legal ids {plan.legal[:8]}", f"some of 0 to {model.vocabulary - 1}")
-    for name in ("add", "act"):
-        if not 0 <= getattr(plan, name) <= 1:
-            raise BurnishError(f"threshold {name}={getattr(plan, name)}", "a share of a block, 0 to 1")
-    if plan.conf < 0:
-        raise BurnishError(f"threshold conf={plan.conf}", "a probability, or more than 1 for never")
-    for name in ("share", "steps", "append", "block"):
-        value = getattr(plan, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BurnishError(f"{name}={value}", "a whole number of at least 1")
-    choices = {
-        "forced": ("floor", "ceil", "one", "cosine", "linear"),
-        "ties": ("all", "first"),
-        "confidence": ("max", "ordinal"),
-    }
-    for name, known in choices.items():
-        if getattr(plan, name) not in known:
-            raise BurnishError(f"{name}={getattr(plan, name)!r}", f"one of {', '.join(known)}")
-    if type(plan.width) is not int or plan.width < 0:
-        raise BurnishError(f"width={plan.width!r}", "bins on either side, 0 or more")
 
 
 def _check_model(plan: DecodePlan, model: TokenModel) -> None:
@@ -141,7 +115,7 @@ def _check_model(plan: DecodePlan, model: TokenModel) -> None:
         )
     if plan.block % model.block:
         raise BurnishError(
-            f"blocks of {plan.block} cannot be frozen: the policy was trained with attention over blocks of "
+            f"blocks of {plan.block} cannot be cached: the policy was trained with attention over blocks of "
             f"{model.block}{' (bidirectional)' if model.block == model.length else ''}",
             f"a multiple of {model.block}",
             "decoder prompt_cached, or distil the policy into a block-causal one",

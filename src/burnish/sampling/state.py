@@ -1,7 +1,8 @@
-"""What is known about a chunk while it is decoded, on the device: blocks open, activate, complete and freeze.
+"""What is known about a chunk while it is decoded, on the device: blocks open, activate, complete and are cached.
 
 All functions change the state in place and read nothing back, so that a pass can be a CUDA graph. Shapes: B samples, L
-tokens, N blocks of k tokens, R rows of a pass. Column L of `ids` and `committed` is scrap, where padding rows write.
+tokens, N blocks of k tokens, R tokens of a forward pass. Column L of `ids` and `unmasked` is scrap, where padding
+writes.
 """
 
 from dataclasses import dataclass, fields
@@ -20,31 +21,31 @@ class BlockState:
 
     Args:
         ids: long [B, L + 1].
-        committed: long [B, L + 1], pass that committed a token; 0 for a prefix and for what is still open.
-        opened: long [B], blocks that are fed or frozen.
-        frozen: long [B], leading blocks whose keys and values are final.
+        unmasked: long [B, L + 1], pass that unmasked a token; 0 for a prefix and for what is still masked.
+        opened: long [B], blocks that are fed or cached.
+        cached: long [B], leading blocks whose keys and values are final.
         active: bool [B, N], fully activated blocks.
         turns: long [B, N], passes that a block has had.
-        carry_ids: long [B], what the last frozen row (or the prompt) says about the token after it; for `shift`.
-        carry_sure: float [B], how sure it is.
+        carry_ids: long [B], what the last cached position (or the prompt) predicts for the one after it; for `shift`.
+        carry_confidence: float [B], its confidence.
         passes: long [], passes so far.
         goal: long [], leading tokens to decode (all of them unless there is an early exit).
-        opened_at, active_at, frozen_at: long [B, N], pass in which a block got there; 0 is never.
+        opened_at, active_at, cached_at: long [B, N], pass in which a block got there; 0 is never.
     """
 
     ids: Tensor
-    committed: Tensor
+    unmasked: Tensor
     opened: Tensor
-    frozen: Tensor
+    cached: Tensor
     active: Tensor
     turns: Tensor
     carry_ids: Tensor
-    carry_sure: Tensor
+    carry_confidence: Tensor
     passes: Tensor
     goal: Tensor
     opened_at: Tensor
     active_at: Tensor
-    frozen_at: Tensor
+    cached_at: Tensor
 
     def copy_(self, other: "BlockState") -> None:
         """Take over the values of `other` (same shapes), keeping this state's memory."""
@@ -63,7 +64,7 @@ class Layout:
         length: L.
         mask_id: the id of MASK.
         step_length: tokens of a control step.
-        seen: bool [L + 1, L], what an action row may attend to, by position; nothing for padding.
+        seen: bool [L + 1, L], what an action token may attend to, by position; nothing for padding.
     """
 
     length: int
@@ -79,7 +80,7 @@ class Layout:
         return cls(model.length, model.mask_id, model.step_length, seen)
 
 
-def begin(layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, sure: torch.dtype) -> BlockState:
+def begin(layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision: torch.dtype) -> BlockState:
     """The state before the first pass: the blocks that `prefix` long [B, n] touches are open, and `append` more."""
     num, tokens = prefix.shape
     device, blocks = prefix.device, layout.length // plan.block
@@ -90,59 +91,62 @@ def begin(layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, sure: tor
     ids[:, -1] = 0
     zeros = torch.zeros(num, blocks, dtype=torch.long, device=device)
     state = BlockState(
-        ids=ids, committed=torch.zeros_like(ids), opened=torch.full((num,), opened, device=device),
-        frozen=torch.zeros(num, dtype=torch.long, device=device), active=zeros.bool(), turns=zeros.clone(),
+        ids=ids, unmasked=torch.zeros_like(ids), opened=torch.full((num,), opened, device=device),
+        cached=torch.zeros(num, dtype=torch.long, device=device), active=zeros.bool(), turns=zeros.clone(),
         carry_ids=torch.zeros(num, dtype=torch.long, device=device),
-        carry_sure=torch.zeros(num, dtype=sure, device=device), passes=torch.zeros((), dtype=torch.long, device=device),
-        goal=torch.tensor(goal, device=device), opened_at=zeros.clone(), active_at=zeros.clone(), frozen_at=zeros,
+        carry_confidence=torch.zeros(num, dtype=precision, device=device),
+        passes=torch.zeros((), dtype=torch.long, device=device),
+        goal=torch.tensor(goal, device=device), opened_at=zeros.clone(), active_at=zeros.clone(), cached_at=zeros,
     )  # fmt: skip
     _activate(state, layout, plan)
     return state
 
 
-def is_open(state: BlockState, layout: Layout) -> Tensor:
-    """bool [B, L], tokens that are still MASK."""
+def is_masked(state: BlockState, layout: Layout) -> Tensor:
+    """bool [B, L]."""
     return state.ids[:, :-1] == layout.mask_id
 
 
 def unfinished(state: BlockState, layout: Layout) -> Tensor:
     """bool [B], samples that lack a token before the goal."""
     wanted = torch.arange(layout.length, device=state.ids.device) < state.goal
-    return (is_open(state, layout) & wanted).any(-1)
+    return (is_masked(state, layout) & wanted).any(-1)
 
 
-def lay_out(state: BlockState, layout: Layout, plan: DecodePlan, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of the next pass: from each sample's first block that is not frozen, padded to `rows`.
+def lay_out(state: BlockState, layout: Layout, plan: DecodePlan, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of the next pass: from each sample's first block that is not cached, padded to `count`.
 
     Returns:
         ids [B, R], positions [B, R] (L on padding) and what they see among the action slots, bool [B, R, L].
     """
-    first = (state.frozen * plan.block)[:, None]
-    positions = first + torch.arange(rows, device=first.device)
+    first = (state.cached * plan.block)[:, None]
+    positions = first + torch.arange(count, device=first.device)
     live = (positions < (state.opened * plan.block)[:, None]) & unfinished(state, layout)[:, None]
     positions = torch.where(live, positions, layout.length)
     return state.ids.gather(1, positions), positions, layout.seen[positions]
 
 
-def settle(state: BlockState, layout: Layout, plan: DecodePlan, positions: Tensor, ids: Tensor, sure: Tensor) -> None:
-    """Commit tokens after a pass and freeze the leading blocks that were clean before it.
+def settle(
+    state: BlockState, layout: Layout, plan: DecodePlan, positions: Tensor, ids: Tensor, confidence: Tensor
+) -> None:
+    """Unmask tokens after a pass and count the leading blocks as cached that were clean before it.
 
-    A block whose last MASK falls in this pass is not frozen: its keys and values were computed with the MASK in place.
-    It is fed once more, clean, together with the active blocks (D2F's `to_cache`); freezing it now changes the tokens.
+    A block whose last MASK falls in this pass is not: its keys and values were computed with the MASK in place.
+    It is fed once more, clean, together with the active blocks (D2F's `to_cache`); caching it now changes the tokens.
 
     Args:
         state: before the pass.
         layout: sizes.
         plan: the rule.
         positions: long [B, R] of `lay_out`.
-        ids: long [B, R], likeliest id by row.
-        sure: float [B, R], its confidence.
+        ids: long [B, R], likeliest id by position.
+        confidence: float [B, R], that in it.
     """
-    num, rows = positions.shape
-    row_ids, row_sure = ids, sure
+    num, count = positions.shape
+    own_ids, own_confidence = ids, confidence
     if plan.shift:
         ids = torch.cat((state.carry_ids[:, None], ids[:, :-1]), 1)
-        sure = torch.cat((state.carry_sure[:, None], sure[:, :-1]), 1)
+        confidence = torch.cat((state.carry_confidence[:, None], confidence[:, :-1]), 1)
     state.passes += 1
     live = positions < layout.length
     now = state.ids.gather(1, positions)
@@ -151,21 +155,21 @@ def settle(state: BlockState, layout: Layout, plan: DecodePlan, positions: Tenso
     live_block = live[:, :: plan.block]
     state.turns.scatter_add_(1, blocks, live_block.long())
     turns, active = state.turns.gather(1, blocks), state.active.gather(1, blocks)
-    taken = choose(sure.view(num, -1, plan.block), masked, active, turns, plan).view(num, rows)
+    taken = choose(confidence.view(num, -1, plan.block), masked, active, turns, plan).view(num, count)
     state.ids.scatter_(1, positions, torch.where(taken, ids, now))
-    state.committed.scatter_(1, positions, torch.where(taken, state.passes, state.committed.gather(1, positions)))
+    state.unmasked.scatter_(1, positions, torch.where(taken, state.passes, state.unmasked.gather(1, positions)))
     if not plan.cache:
         return
     clean = live_block & ~masked.any(-1)
     fresh = clean.long().cumprod(1)
     run = fresh.sum(1)
     last = (run * plan.block - 1).clamp_min(0)[:, None]
-    state.carry_ids.copy_(torch.where(run > 0, row_ids.gather(1, last)[:, 0], state.carry_ids))
-    state.carry_sure.copy_(torch.where(run > 0, row_sure.gather(1, last)[:, 0], state.carry_sure))
-    state.frozen += run
+    state.carry_ids.copy_(torch.where(run > 0, own_ids.gather(1, last)[:, 0], state.carry_ids))
+    state.carry_confidence.copy_(torch.where(run > 0, own_confidence.gather(1, last)[:, 0], state.carry_confidence))
+    state.cached += run
     number = torch.arange(state.active.shape[1], device=positions.device)
-    newly = (number < state.frozen[:, None]) & (state.frozen_at == 0)
-    state.frozen_at.copy_(torch.where(newly, state.passes, state.frozen_at))
+    newly = (number < state.cached[:, None]) & (state.cached_at == 0)
+    state.cached_at.copy_(torch.where(newly, state.passes, state.cached_at))
 
 
 def advance(state: BlockState, layout: Layout, plan: DecodePlan) -> None:
@@ -180,11 +184,11 @@ def advance(state: BlockState, layout: Layout, plan: DecodePlan) -> None:
 def summary(state: BlockState, layout: Layout, plan: DecodePlan) -> Tensor:
     """The few numbers that the host needs for the next pass, long [4]: its one synchronisation.
 
-    Blocks to feed (0: all samples are done), slots in use, rows whose logits are wanted, finished control steps.
+    Blocks to feed (0: all samples are done), slots in use, tokens whose logits are wanted, finished control steps.
     """
     todo = unfinished(state, layout)
-    masked = is_open(state, layout)
-    fed = torch.where(todo, state.opened - state.frozen, 0).max()
+    masked = is_masked(state, layout)
+    fed = torch.where(todo, state.opened - state.cached, 0).max()
     slots = torch.where(todo, state.opened, 0).max() * plan.block
     inside = torch.arange(layout.length, device=masked.device) < (state.opened * plan.block)[:, None]
     wanted = (masked & inside & todo[:, None]).sum(-1).max()
@@ -192,16 +196,16 @@ def summary(state: BlockState, layout: Layout, plan: DecodePlan) -> Tensor:
     return torch.stack((fed, slots, wanted, steps))
 
 
-def wanted_rows(state: BlockState, layout: Layout, plan: DecodePlan, positions: Tensor, count: int) -> Tensor:
-    """long [B, count], the rows of a pass that tell an open token, in order; filled up with others."""
-    told = (positions + int(bool(plan.shift))).clamp_max(layout.length)
-    wanted = state.ids.gather(1, told) == layout.mask_id
+def wanted_tokens(state: BlockState, layout: Layout, plan: DecodePlan, positions: Tensor, count: int) -> Tensor:
+    """long [B, count], the tokens of a pass that predict a masked one, in order; filled up with others."""
+    predicted = (positions + int(bool(plan.shift))).clamp_max(layout.length)
+    wanted = state.ids.gather(1, predicted) == layout.mask_id
     return (~wanted).long().argsort(dim=1, stable=True)[:, :count]
 
 
 def _decoded(state: BlockState, layout: Layout, plan: DecodePlan) -> Tensor:
-    """long [B, N], committed tokens of each block."""
-    return (~is_open(state, layout)).view(len(state.ids), -1, plan.block).sum(-1)
+    """long [B, N], unmasked tokens of each block."""
+    return (~is_masked(state, layout)).view(len(state.ids), -1, plan.block).sum(-1)
 
 
 def _activate(state: BlockState, layout: Layout, plan: DecodePlan) -> None:

@@ -21,15 +21,16 @@ def measure_decoder(
     Args:
         decode: a decoder of `model`.
         prompts: of one observation each.
-        model: the policy's rows.
+        model: the policy.
         repeats: timed decodes of each prompt; one more warms up.
         truth: long [B, L], true tokens of the observations.
         actions: ids [B, L] to normalised actions [B, T, A], for the error.
 
     Returns:
-        ms, p95, p99 of a chunk; first_step_ms until the first control step is final; means of passes, rows and
-        host_syncs; left_to_right, Kendall's tau between control step and pass of commitment (1: strictly in order of
-        time); action_error, the mean distance to the true actions in normalised units; ids of the first prompt.
+        ms, p95, p99 of a chunk; first_step_ms until the first control step is final; means of passes (forward passes,
+        NFE), rows (token positions fed in them) and host_syncs; left_to_right, Kendall's tau between control step and
+        the pass that unmasked it (1: strictly in order of time); action_error, the mean distance to the true actions
+        in normalised units; ids of the first prompt.
     """
     times, firsts, decoded = [], [], []
     decode(prompts[0])
@@ -43,8 +44,9 @@ def measure_decoder(
     found = {
         "ms": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "p99": float(np.quantile(times, 0.99)),
         "first_step_ms": statistics.median(firsts or times),
-        **{name: statistics.fmean(getattr(d, name) for d in decoded) for name in ("passes", "rows", "host_syncs")},
-        "left_to_right": statistics.fmean(left_to_right(d.committed[0], model.step_length) for d in decoded),
+        "passes": statistics.fmean(d.passes for d in decoded), "rows": statistics.fmean(d.positions for d in decoded),
+        "host_syncs": statistics.fmean(d.host_syncs for d in decoded),
+        "left_to_right": statistics.fmean(left_to_right(d.unmasked[0], model.step_length) for d in decoded),
         "n": len(prompts), "ids": decoded[0].ids[0].tolist(),
     }  # fmt: skip
     if truth is not None and actions is not None:
@@ -53,12 +55,12 @@ def measure_decoder(
     return found
 
 
-def left_to_right(committed: Tensor, step_length: int) -> float:
-    """Kendall's tau-b between the control step of a token and the pass that committed it; 0 where all came at once."""
+def left_to_right(unmasked: Tensor, step_length: int) -> float:
+    """Kendall's tau-b between the control step of a token and the pass that unmasked it; 0 where all came at once."""
     from scipy.stats import kendalltau
 
-    steps = np.arange(len(committed)) // step_length
-    tau = kendalltau(steps, committed.cpu().numpy()).statistic
+    steps = np.arange(len(unmasked)) // step_length
+    tau = kendalltau(steps, unmasked.cpu().numpy()).statistic
     return 0.0 if np.isnan(tau) else float(tau)
 
 
@@ -72,14 +74,14 @@ def run_once(decode: Decode, prompt: Prompt) -> float:
 
 
 def run_streaming(decode: Decode, prompt: Prompt) -> tuple[float, float]:
-    """Milliseconds of one decode, and until it told that the first control step is final."""
-    told: list[float] = []
+    """Milliseconds of one decode, and until it said that the first control step is final."""
+    heard: list[float] = []
     _wait(prompt.states.device)
     begin = time.perf_counter()
-    decode(prompt, stream=lambda steps, ids: told.append(time.perf_counter()))
+    decode(prompt, stream=lambda steps, ids: heard.append(time.perf_counter()))
     _wait(prompt.states.device)
     end = time.perf_counter()
-    return 1000 * (end - begin), 1000 * ((told[0] if told else end) - begin)
+    return 1000 * (end - begin), 1000 * ((heard[0] if heard else end) - begin)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""What a token policy and a decoder agree on: rows of action tokens, a cache with one slot for each position.
+"""What a token policy and a decoder agree on: action tokens, and a cache with one slot for each token position.
 
-The sequence is [prompt | L action tokens]. Slot s < P of the cache belongs to prompt row s, slot P + i to action
-position i, and the last slot P + L is scrap. A pass feeds any action rows; their keys and values go into their own
-slots before attention looks at the slots, so a block is frozen by no longer feeding it. Nothing here knows how a block
-is decoded, and no decoder knows a model.
+The sequence is [prompt | L action tokens]. Slot s < P of the cache belongs to prompt position s, slot P + i to action
+position i, and the last slot P + L is scrap. A forward pass feeds any action tokens; their keys and values go into
+their own slots before attention looks at the slots, so a block is cached by no longer feeding it. Nothing here knows
+how a block is decoded, and no decoder knows a model.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from burnish.core.registry import Registry
@@ -38,7 +39,8 @@ class TokenCache:
         keys: for each layer [B, H_kv, P + L + 1, D_h].
         values: like `keys`.
         valid: bool [B, P], False on padding of the prompt.
-        prompt_logits: [B, V] of the last prompt row, which tells action position 0 where the policy shifts by one.
+        prompt_logits: [B, V] of the last prompt position, which predict action position 0 where the policy shifts by
+            one.
     """
 
     keys: list[Tensor]
@@ -48,8 +50,28 @@ class TokenCache:
 
 
 def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
-    """Whether the action row at `query` may attend to that at `slot` (positions; they broadcast): no later block."""
+    """Whether the action token at `query` may attend to that at `slot` (positions; they broadcast): no later block."""
     return slot // block <= query // block
+
+
+def dense_mask(valid: Tensor, length: int, block: int, prompt_sees_actions: bool = False) -> Tensor:
+    """bool [B, P + L, P + L], True where a query (second axis) may attend to a slot (third).
+
+    The mask of Fast-dVLA's figure 5 (D2F's): the prompt sees the prompt, an action token sees it and all blocks up to
+    its own, noisy earlier blocks included.
+
+    Args:
+        valid: bool [B, P], False on padding of the prompt, which nobody sees.
+        length: L, action tokens.
+        block: tokens of a block; `length` is bidirectional, 1 causal.
+        prompt_sees_actions: the prompt sees action tokens too.
+    """
+    num, size = valid.shape
+    places = torch.arange(length, device=valid.device)
+    actions = torch.cat((torch.full((size, length), prompt_sees_actions, device=valid.device),
+                         sees(places[:, None], places[None], block)))  # fmt: skip
+    prompt = valid[:, None].expand(-1, size + length, -1)
+    return torch.cat((prompt, actions.expand(num, -1, -1)), 2)
 
 
 class TokenModel(ABC):
@@ -60,10 +82,10 @@ class TokenModel(ABC):
         step_length: A, tokens of one control step.
         vocabulary: V, legal action ids 0 .. V - 1.
         mask_id: the id that stands for MASK (V), or None where the policy was never trained with one.
-        shift: True where the token at a position is read from the row before it.
+        shift: True where the token at a position is read from the logits of the position before it.
         block: action tokens that see one another in training: L is bidirectional, 1 is causal, anything between
-            is block-causal. A row sees all rows of its own and of earlier blocks.
-        prompt_sees_actions: True where prompt rows saw action rows in training; their keys then change at every pass.
+            is block-causal. A token sees all tokens of its own and of earlier blocks.
+        prompt_sees_actions: True where the prompt attended to actions in training; its keys then change at every pass.
         time_ordered: False where positions do not follow control steps (FAST): no prefix, no streaming.
     """
 
@@ -87,41 +109,41 @@ class TokenModel(ABC):
     @abstractmethod
     def whole(self, prompt: Prompt, ids: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None,
               see_actions: bool = False) -> Tensor:  # fmt: skip
-        """One joint pass over the prompt and the action rows 0 .. R - 1; R = 0 is a plain prefill.
+        """One joint forward pass over the prompt and the action tokens 0 .. R - 1; R = 0 is a plain prefill.
 
         Fills slots 0 .. P + R - 1, `valid` and `prompt_logits` of the cache.
 
         Args:
-            prompt: of `embed`. How its rows see one another is the model's affair; padding is never seen.
+            prompt: of `embed`. How its positions see one another is the model's affair; padding is never seen.
             ids: long [B, R], `mask_id` for MASK.
-            visible: bool [B, R, P + R], the slots that each action row may attend to.
+            visible: bool [B, R, P + R], the slots that each action token may attend to.
             cache: of `empty`.
-            read: as in `rows`.
-            see_actions: prompt rows attend to all R action rows too (as in policies with `prompt_sees_actions`).
+            read: as in `extend`.
+            see_actions: the prompt attends to all R action tokens too (as in policies with `prompt_sees_actions`).
 
         Returns:
-            Logits as in `rows`.
+            Logits as in `extend`.
         """
 
     @abstractmethod
-    def rows(
+    def extend(
         self, ids: Tensor, positions: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None
     ) -> Tensor:
-        """One pass over R action rows, which need not be neighbours and may differ between samples.
+        """One forward pass over R action tokens, which need not be neighbours and may differ between samples.
 
-        Writes the rows' keys and values into slots P + positions, then attends to the first S slots.
+        Writes their keys and values into slots P + positions, then attends to the first S slots.
 
         Args:
             ids: long [B, R], `mask_id` for MASK, anything legal on padding.
             positions: long [B, R], 0 .. L - 1; L marks padding (it lands in the scrap slot, which nobody may see).
             visible: bool [B, R, S], S <= P + L; S may be cut short so that no time is lost on slots that nobody sees.
-                Every row, padding too, sees at least one slot, so that nothing becomes NaN.
-            cache: with prompt and earlier rows in it.
-            read: long [B, M], indices into R of the rows whose logits are wanted; None means all. The others need
+                Every token, padding too, sees at least one slot, so that nothing becomes NaN.
+            cache: with prompt and earlier tokens in it.
+            read: long [B, M], indices into R of the tokens whose logits are wanted; None means all. The others need
                 no head (and no query in the last layer).
 
         Returns:
-            Logits over the legal ids, [B, M, V] or [B, R, V], of the rows as they are: the caller knows about `shift`.
+            Logits over the legal ids, [B, M, V] or [B, R, V], as the model has them: the caller knows about `shift`.
         """
 
 
@@ -130,18 +152,19 @@ class Decoded:
     """What a decoder returns.
 
     Args:
-        ids: long [B, L]; `mask_id` where an early exit left a token open.
-        passes: model passes, those over the prompt included; the prompt shares its pass with the first rows if it can.
-        rows: rows fed in all passes for each sample, prompt included, padding too.
-        committed: long [B, L], the pass (from 1) in which each token became final; 0 for those of the prefix.
+        ids: long [B, L]; `mask_id` where an early exit left a token masked.
+        passes: forward passes of the model (NFE), those over the prompt included; the prompt shares its pass with the
+            first tokens if it can.
+        positions: token positions fed in all passes for each sample, prompt included, padding too.
+        unmasked: long [B, L], the pass (from 1) in which each token became final; 0 for those of the prefix.
         host_syncs: times that the host waited for the device.
         detail: figures of single decoders.
     """
 
     ids: Tensor
     passes: int
-    rows: int
-    committed: Tensor
+    positions: int
+    unmasked: Tensor
     host_syncs: int = 0
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -159,7 +182,7 @@ class Decode(Protocol):
 
         Args:
             prompt: of `TokenModel.embed`.
-            prefix: long [B, n], committed tokens that the chunk starts with (whole control steps).
+            prefix: long [B, n], known tokens that the chunk starts with (whole control steps).
             until: stop as soon as so many control steps are final; None decodes the whole chunk.
             stream: told about finished steps as they come.
         """

@@ -1,4 +1,4 @@
-"""Which masked tokens are committed after a pass: pure functions of confidences; nothing is ever masked again."""
+"""Which tokens are unmasked after a forward pass: pure functions of confidences; nothing is ever masked again."""
 
 import math
 from functools import lru_cache
@@ -9,15 +9,15 @@ from torch import Tensor
 from burnish.sampling.plan import DecodePlan
 
 
-def confidence(logits: Tensor, plan: DecodePlan) -> tuple[Tensor, Tensor]:
-    """Likeliest legal id of each row and how sure the model is of it (at least float32; ties: the lowest id).
+def likeliest(logits: Tensor, plan: DecodePlan) -> tuple[Tensor, Tensor]:
+    """Likeliest legal id at each position and the model's confidence in it (at least float32; ties: the lowest id).
 
     Args:
         logits: [..., V] over the legal ids of the model.
         plan: `confidence`, `width` and `legal` are used.
 
     Returns:
-        ids [...] and probabilities [...].
+        ids [...] and confidences [...], which are probabilities.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -39,53 +39,53 @@ def _illegal(legal: tuple[int, ...], vocabulary: int, device: torch.device) -> T
     return illegal
 
 
-def forced_count(num_open: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:
-    """How many tokens a fully activated block commits at least.
+def least_unmasked(num_masked: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:
+    """How many tokens of a fully activated block are unmasked at least.
 
     Args:
-        num_open: long [...], MASK tokens in the block.
+        num_masked: long [...], MASK tokens in the block.
         passes: long, broadcasts: passes that the block has had, this one included (for the schedules).
         plan: the rule.
 
     Returns:
-        long [...], at least 1. (Algorithm 1 of the paper has floor(open / n), which is 0 for the last tokens: it then
+        long [...], at least 1. (Algorithm 1 of the paper has floor(masked / n), which is 0 for the last tokens: it then
         never ends.)
     """
-    if plan.forced == "one":
-        return torch.ones_like(num_open)
-    if plan.forced == "floor":
-        return (num_open // plan.share).clamp_min(1)
-    if plan.forced == "ceil":
-        return (-(-num_open // plan.share)).clamp_min(1)
+    if plan.min_unmasked == "one":
+        return torch.ones_like(num_masked)
+    if plan.min_unmasked == "floor":
+        return (num_masked // plan.share).clamp_min(1)
+    if plan.min_unmasked == "ceil":
+        return (-(-num_masked // plan.share)).clamp_min(1)
     done = (passes.double() / plan.steps).clamp_max(1)
-    left = torch.cos(math.pi / 2 * done) if plan.forced == "cosine" else 1 - done
+    left = torch.cos(math.pi / 2 * done) if plan.min_unmasked == "cosine" else 1 - done
     # Half a millionth keeps cos(pi / 2), which is not quite 0, and whole products from being rounded the wrong way.
-    return (num_open - (plan.block * left + 5e-7).floor().long()).clamp_min(1)
+    return (num_masked - (plan.block * left + 5e-7).floor().long()).clamp_min(1)
 
 
-def choose(sure: Tensor, is_open: Tensor, active: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:
-    """Tokens to commit.
+def choose(confidence: Tensor, is_masked: Tensor, active: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:
+    """Tokens to unmask.
 
     Args:
-        sure: [B, N, k] confidences.
-        is_open: bool [B, N, k], True on MASK.
-        active: bool [B, N], fully activated blocks; the others commit what is confident, possibly nothing.
-        passes: long [B, N], see `forced_count`.
+        confidence: [B, N, k].
+        is_masked: bool [B, N, k].
+        active: bool [B, N], fully activated blocks; in the others what is confident is unmasked, possibly nothing.
+        passes: long [B, N], see `least_unmasked`.
         plan: the rule.
 
     Returns:
-        bool [B, N, k], a subset of `is_open`; not empty in a fully activated block with open tokens.
+        bool [B, N, k], a subset of `is_masked`; not empty in a fully activated block with masked tokens.
     """
-    sure = sure.masked_fill(~is_open, -1.0)
-    confident = is_open & (sure >= plan.conf) & (not plan.scheduled)
-    count = forced_count(is_open.sum(-1), passes, plan)
-    ranked, order = sure.sort(dim=-1, descending=True, stable=True)
+    confidence = confidence.masked_fill(~is_masked, -1.0)
+    confident = is_masked & (confidence >= plan.threshold) & (not plan.scheduled)
+    count = least_unmasked(is_masked.sum(-1), passes, plan)
+    ranked, order = confidence.sort(dim=-1, descending=True, stable=True)
     if plan.ties == "all":
         last = ranked.gather(-1, (count - 1)[..., None])
-        forced = sure >= last
+        required = confidence >= last
     else:
         place = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
-        forced = place < count[..., None]
-    return confident | (forced & is_open & active[..., None])
+        required = place < count[..., None]
+    return confident | (required & is_masked & active[..., None])

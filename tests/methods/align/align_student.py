@@ -40,8 +40,8 @@ class TokenPolicy(fake.FakePolicy):
         text = self.say(fake._words(batch["task"]).to(cells))
         tokens = torch.cat([self.embed(cells), text[:, None]], 1)
         for captured in self.open:
-            captured.rows = {"image": torch.ones(tokens.shape[:2], dtype=torch.bool)}
-            captured.rows["image"][:, -1] = False
+            captured.layout = {"image": torch.ones(tokens.shape[:2], dtype=torch.bool)}
+            captured.layout["image"][:, -1] = False
             captured.cameras = {"front": slice(0, SIDE * SIDE)}
         for i, block in enumerate(self.blocks):
             tokens = tokens + block(tokens)

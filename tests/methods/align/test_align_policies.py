@@ -58,7 +58,7 @@ def test_tokens_are_those_of_the_image_rows_in_the_order_of_the_cameras(policy, 
         policy.loss(batch, policy.draw(3, generator("draw")))
     aligner = make_aligner(captured, policy.cameras)
     tokens = aligner.tokens(captured.hidden[0], captured)
-    by_row = torch.stack([captured.hidden[0][b, captured.rows["image"][b]] for b in range(3)])
+    by_row = torch.stack([captured.hidden[0][b, captured.layout["image"][b]] for b in range(3)])
     assert torch.equal(tokens, by_row) and aligner.mask(captured).all()
     late = make_aligner(captured, policy.cameras, late_tokens=1)
     count = tokens.shape[1] // len(policy.cameras)
@@ -71,7 +71,7 @@ def test_an_absent_camera_counts_nothing(policy, batch):
     targets = make_targets(captured, policy.cameras)
     whole = make_aligner(captured, policy.cameras)
     wrist = captured.cameras["wrist"]
-    captured.rows["image"][:, wrist] = False
+    captured.layout["image"][:, wrist] = False
     for target in targets.values():
         target[:, 1] = torch.nan
     losses = [loss.item() for loss in whole(captured, targets)]

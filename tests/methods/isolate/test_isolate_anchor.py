@@ -30,7 +30,7 @@ def numpy_rows(policy, questions, layer, group, answers):
     with torch.no_grad():
         for batch in question_batches(questions, 40, 1, 0, "cpu"):
             captured, is_answer = forward(policy, batch, [layer])
-            image = captured.rows["image"][0].numpy()
+            image = captured.layout["image"][0].numpy()
             keep = image if group == "image" else ~image if answers else ~image & ~is_answer[0].numpy()
             rows.append(captured.hidden[layer][0].double().numpy()[keep])
     return np.concatenate(rows)
@@ -81,7 +81,7 @@ def test_robot_rows_leave_out_state_and_padding(policy):
     with torch.no_grad():
         captured, _ = forward(policy, batch, [0])
     apart, pooled = token_groups(captured, "apart"), token_groups(captured, "pooled")["tokens"]
-    assert torch.equal(apart["image"] | apart["text"], pooled) and not (pooled & captured.rows["state"]).any()
+    assert torch.equal(apart["image"] | apart["text"], pooled) and not (pooled & captured.layout["state"]).any()
     assert pooled.sum(1)[0] < pooled.sum(1)[1]
 
 

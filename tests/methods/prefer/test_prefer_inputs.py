@@ -41,11 +41,12 @@ def test_attention_with_a_rate_of_its_own_is_a_dropout_too():
 
 def test_the_kept_reference_depends_on_what_the_policy_computes():
     config = SimpleNamespace(block_size=0, normalization_mapping={"ACTION": "MIN_MAX"}, device="cpu", decoder="auto")
-    before = reference.settings(config)
+    policy = SimpleNamespace(settings=lambda: vars(config))
+    before = reference.settings(policy)
     config.device, config.decoder = "cuda", ""
-    assert reference.settings(config) == before
+    assert reference.settings(policy) == before
     config.block_size = 3
-    assert reference.settings(config) != before
+    assert reference.settings(policy) != before
 
 
 def test_without_a_reference_nothing_falls_below_it():

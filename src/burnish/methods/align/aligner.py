@@ -63,7 +63,7 @@ class Aligner(nn.Module):
 
     def mask(self, captured: Captured) -> Tensor:
         """bool [B, V * T]: False on the tokens of cameras that are absent."""
-        return torch.cat([captured.rows["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
+        return torch.cat([captured.layout["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
 
     def forward(self, captured: Captured, targets: dict[int, Tensor]) -> list[Tensor]:
         """The loss of each pair, a scalar with gradient.

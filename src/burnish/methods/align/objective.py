@@ -105,7 +105,7 @@ class Align(Objective):
         if every and run.step % every == 0 and run.step != self._measured:
             self._measured = run.step
             task = out.total * run.recipe.train.imitation_weight
-            self._measure(run, states, captured.rows["image"], losses, task)
+            self._measure(run, states, captured.layout["image"], losses, task)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
         # With a given ratio lambda acts on the student alone: multiplying the loss would also multiply the projectors'

@@ -134,7 +134,7 @@ def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = N
         tokens: "apart" or "pooled".
         leave_out: bool [B, S] of rows that count nowhere (answers, say).
     """
-    image, text = captured.rows["image"], captured.rows["text"]
+    image, text = captured.layout["image"], captured.layout["text"]
     if leave_out is not None:
         text = text & ~leave_out
     return {"image": image, "text": text} if tokens == "apart" else {"tokens": image | text}

@@ -42,7 +42,7 @@ class DiscreteConfig(PreTrainedConfig):
     scale_embeddings: bool = False
     """Multiply image and text embeddings by the square root of the width, as SmolVLA does."""
     state_as: str = "row"
-    """"row": the state is one projected row of the prompt; "tokens": one binned token for each dimension."""
+    """"row": the state is one projected position of the prompt; "tokens": one binned token for each dimension."""
     max_state_dim: int = 32
     """Width of the state projection."""
     tokenizer_max_length: int = 48
@@ -62,12 +62,12 @@ class DiscreteConfig(PreTrainedConfig):
     training: str = "diffusion"
     """autoregressive (next token), parallel (all tokens hidden), or diffusion (some hidden, see `noise`)."""
     block_size: int = 0
-    """Tokens that see one another; a row also sees all earlier blocks. 0 means the whole chunk (bidirectional), the
+    """Tokens that see one another; each also sees all earlier blocks. 0 means the whole chunk (bidirectional), the
     action dimension means one control step; autoregressive has 1."""
     shift: bool = False
-    """Read the token at a position from the row before it, as language models do; autoregressive always does."""
+    """Read the token at a position from the position before it, as language models do; autoregressive always does."""
     prompt_sees_actions: bool = False
-    """Let prompt rows see action rows in training. Keys of the prompt can then not be kept between passes."""
+    """Let the prompt attend to actions in training. Keys of the prompt can then not be kept between passes."""
     open_prompt: bool | None = None
     """Former name of `prompt_sees_actions`, in policies stored before."""
     noise: str = "uniform"

@@ -101,15 +101,15 @@ def _check_images(policy: nn.Module) -> None:
     """Vision towers that want more than pixels (sizes of tiles, say) are found here and not in the first step."""
     size = policy.config.image_size
     try:
-        rows = policy.model.embed_image(torch.zeros(1, 3, size, size))
+        embedded = policy.model.embed_image(torch.zeros(1, 3, size, size))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         kind, reason = policy.model.vlm.config.model_type, " ".join(str(error).split())[:200]
         raise BurnishError(
             f"a VLM of type '{kind}' that cannot embed an image ({reason})",
             "one whose get_image_features takes pixel values alone, as SmolVLM or PaliGemma",
         ) from error
-    if rows.ndim != 3:
-        raise BurnishError(f"image features of shape {tuple(rows.shape)}", "[B, rows, width]")
+    if embedded.ndim != 3:
+        raise BurnishError(f"image features of shape {tuple(embedded.shape)}", "[B, tokens, width]")
 
 
 def _weights(vlm_folder: Path) -> dict[str, torch.Tensor]:

@@ -80,14 +80,14 @@ class DiscretePolicy(PreTrainedPolicy):
         block: int | None = None,
         prompt_sees_actions: bool | None = None,
     ) -> Tensor:
-        """[B, L, V] logits of every action token, one pass over prompt and actions.
+        """[B, L, V] logits of every action token, one forward pass over prompt and actions.
 
         Args:
             prompt: embedded observations.
             ids: long [B, L], the true tokens.
             hidden: bool [B, L], tokens that the model does not see.
             block: tokens that see one another; None means the policy's own.
-            prompt_sees_actions: whether prompt rows see action rows; None means as in the policy.
+            prompt_sees_actions: whether the prompt attends to actions; None means as in the policy.
         """
         config, model = self.config, self.model
         opened = config.prompt_sees_actions if prompt_sees_actions is None else prompt_sees_actions
@@ -164,7 +164,7 @@ class DiscretePolicy(PreTrainedPolicy):
     def _given_clean_blocks(self, prompt: Prompt, ids: Tensor, hidden: Tensor) -> Tensor:
         """[B, L, V]: every block with its own hidden tokens, given all earlier blocks without any.
 
-        One pass over [noisy | clean] rows at the same positions, as in block diffusion (arXiv 2503.09573).
+        One forward pass over [noisy | clean] tokens at the same positions, as in block diffusion (arXiv 2503.09573).
         """
         config, model, L = self.config, self.model, self.config.length
         if config.block == L:
@@ -178,7 +178,7 @@ class DiscretePolicy(PreTrainedPolicy):
         states = model.joint(prompt, both, torch.cat([index, index]).expand_as(both), visible)
         read = prompt.states.shape[1] + index
         if config.shift:
-            # The first token of a block is told by the last row of the block before, which is clean by then.
+            # The first token of a block is read from the last position of the block before, clean by then.
             read = torch.where(index % config.block == 0, read + L, read) - 1
             read = torch.where(index == 0, prompt.states.shape[1] - 1, read)
         return model.head(states[:, read])
@@ -194,8 +194,8 @@ class DiscretePolicy(PreTrainedPolicy):
         Args:
             prompt: embedded observations.
             prefix: [B, n, A], committed normalised actions.
-            stream: told the number of finished control steps and the normalised actions [B, T, A] as they come; FAST
-                tokens have no order, so all steps come at once.
+            stream: called with the number of finished control steps and the normalised actions [B, T, A] as they come;
+                FAST tokens have no order, so all steps come at once.
 
         Raises:
             BurnishError: a prefix with FAST tokens.
@@ -239,9 +239,8 @@ class DiscretePolicy(PreTrainedPolicy):
 
 
 def _visible(valid: Tensor, seen: Tensor) -> Tensor:
-    """bool [B, R, P + R'] from the prompt's valid rows [B, P] and what action rows see of one another [R, R']."""
-    batch, rows = len(valid), len(seen)
-    return torch.cat([valid[:, None].expand(-1, rows, -1), seen.expand(batch, -1, -1)], dim=2)
+    """bool [B, R, P + R'] from the prompt's valid positions [B, P] and what actions see of one another [R, R']."""
+    return torch.cat([valid[:, None].expand(-1, len(seen), -1), seen.expand(len(valid), -1, -1)], dim=2)
 
 
 def _make_vlm(config: DiscreteConfig) -> Any:

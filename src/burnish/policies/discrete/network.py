@@ -1,7 +1,7 @@
-"""Prompt and action rows through one language model; keys and values in slots that never move.
+"""Prompt and action tokens through one language model; keys and values in slots that never move.
 
-The prompt is [images | instruction | state]. Images and instruction see one another and nothing else, state rows see
-all of it, as in SmolVLA, so a SmolVLA's backbone serves as it is. Action rows come last. Any transformers
+The prompt is [images | instruction | state]. Images and instruction see one another and nothing else, the state sees
+all of it, as in SmolVLA, so a SmolVLA's backbone serves as it is. Action tokens come last. Any transformers
 image-text-to-text model will do whose decoder takes embeddings, a 4-D mask, positions and a cache.
 """
 
@@ -31,7 +31,7 @@ class TokenNet(nn.Module):
 
     Attributes:
         tokens: the action tokenizer.
-        state_rows: rows of state at the end of the prompt.
+        state_positions: token positions of the state at the end of the prompt.
     """
 
     def __init__(self, config: Any, vlm: nn.Module):
@@ -45,7 +45,7 @@ class TokenNet(nn.Module):
         width = self.text_model.config.hidden_size
         self.scale = math.sqrt(width) if config.scale_embeddings else 1.0
         state_dim = config.robot_state_feature.shape[0]
-        self.state_rows = state_dim if config.state_as == "tokens" else 1
+        self.state_positions = state_dim if config.state_as == "tokens" else 1
         if config.state_as == "tokens":
             self.state_embed = nn.Embedding(config.bins, width)
             self.state_place = nn.Parameter(torch.zeros(state_dim, width))
@@ -66,8 +66,8 @@ class TokenNet(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Starting values for what the VLM lacks: near actions get near embeddings and near head rows, places share
-        step and dimension, and all have the size of word embeddings.
+        """Starting values for what the VLM lacks: near actions get near embeddings and near weights in the head, places
+        share step and dimension, and all have the size of word embeddings.
         """
         steps, dims = self.config.chunk_size, self.config.action_dim
         words = self.vlm.get_input_embeddings().weight
@@ -142,22 +142,22 @@ class TokenNet(nn.Module):
         return self.action_embed(ids) + place
 
     def prompt_mask(self, valid: Tensor) -> Tensor:
-        """bool [B, P, P]: images and text see one another, state rows see everything, padding is not seen."""
-        late = torch.arange(valid.shape[1], device=valid.device) >= valid.shape[1] - self.state_rows
+        """bool [B, P, P]: images and text see one another, the state sees everything, padding is not seen."""
+        late = torch.arange(valid.shape[1], device=valid.device) >= valid.shape[1] - self.state_positions
         return valid[:, None, :] & (late[:, None] | ~late[None, :])
 
     def joint(
         self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
         see_actions: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [B, P + R, D] of prompt and action rows in one pass.
+        """Hidden states [B, P + R, D] of prompt and action tokens in one forward pass.
 
         Args:
             prompt: of `prompt`.
             ids, positions: long [B, R].
-            visible: bool [B, R, P + R], what each action row sees.
+            visible: bool [B, R, P + R], what each action token sees.
             slots: `Slots` that keep keys and values.
-            see_actions: prompt rows see all action rows.
+            see_actions: the prompt sees all action tokens.
         """
         states = torch.cat([prompt.states, self.embed_actions(ids, positions).to(prompt.states.dtype)], dim=1)
         above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
@@ -165,8 +165,8 @@ class TokenNet(nn.Module):
         at = torch.cat([_prompt_positions(prompt.valid), _action_positions(prompt.valid, positions)], dim=1)
         return self._run(states, mask, at, slots)
 
-    def rows(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
-        """Hidden states [B, R, D] of action rows on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
+    def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
+        """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
         return self._run(self.embed_actions(ids, positions), visible, _action_positions(valid, positions), slots)
 
     def _run(self, states: Tensor, mask: Tensor, positions: Tensor, slots: Any) -> Tensor:
@@ -186,8 +186,8 @@ def _action_positions(valid: Tensor, positions: Tensor) -> Tensor:
     return valid.sum(dim=1, keepdim=True) + positions
 
 
-def _smooth(rows: int, width: int) -> Tensor:
-    """[rows, width] of about unit size in which rows that are near have a large inner product: random waves."""
-    at = torch.linspace(-1, 1, rows)[:, None]
+def _smooth(count: int, width: int) -> Tensor:
+    """[count, width] of about unit size in which rows that are near have a large inner product: random waves."""
+    at = torch.linspace(-1, 1, count)[:, None]
     frequency = torch.randn(1, width) * 4
     return math.sqrt(2) * torch.cos(at * frequency + 2 * math.pi * torch.rand(1, width))

@@ -39,7 +39,7 @@ class Discrete(VLMPolicy):
         super().__init__(policy, preprocessor, postprocessor)
         self._watched: list[list[TokenForward]] = []
         self._image_tokens: dict[torch.Size, int] = {}
-        self.state_positions, self.length = policy.model.state_rows, self.config.length
+        self.state_positions, self.length = policy.model.state_positions, self.config.length
         exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
         self.capabilities = VLMPolicy.capabilities | {"tokens", exact}
 
@@ -113,7 +113,7 @@ class Discrete(VLMPolicy):
             Stage("preprocess", model, "prepare_images"),
             Stage("vision", model, "embed_image"),
             Stage("prompt", model, "joint"),
-            Stage("pass", model, "rows"),
+            Stage("pass", model, "extend"),
             Stage("head", model.head, "forward"),
         ]
 
@@ -158,8 +158,10 @@ class Discrete(VLMPolicy):
         alone, so that equal draws hide the same tokens of every chunk.
         """
         prepared, draws = self._inputs(batch, actions, draws)
-        rows = self.length * (2 if self.config.training == "diffusion" and self.config.block < self.length else 1)
-        return self.policy.log_likelihood(self._embed(prepared, rows), prepared[ACTION], draws, batch.get(PAD))
+        copies = 2 if self.config.training == "diffusion" and self.config.block < self.length else 1
+        return self.policy.log_likelihood(
+            self._embed(prepared, copies * self.length), prepared[ACTION], draws, batch.get(PAD)
+        )
 
     @torch.no_grad()
     def act(
@@ -180,7 +182,7 @@ class Discrete(VLMPolicy):
         committed = None if prefix is None else prepared[ACTION]
         prompt = self._embed(prepared)
         if self._captures:
-            self.token_model().prefill(prompt)  # a pass over the prompt alone: decoders add rows as they like
+            self.token_model().prefill(prompt)  # a pass over the prompt alone: decoders add tokens as they like
 
         def exact(actions: Tensor) -> Tensor:
             actions = self.postprocessor(actions)
@@ -231,13 +233,13 @@ class Discrete(VLMPolicy):
         prepared = self._prepare(batch, actions)
         return prepared, (draws or self.draw(len(actions), self.generator)).to(self.device)
 
-    def _embed(self, prepared: dict[str, Any], action_rows: int = 0) -> Prompt:
+    def _embed(self, prepared: dict[str, Any], action_tokens: int = 0) -> Prompt:
         if self._captures:
             images, masks = self.prepare_images(prepared)
             self._note(images, masks, prepared[TOKEN_MASK])
             for captured in self._captures:
-                empty = torch.zeros(len(images[0]), action_rows, dtype=torch.bool, device=self.device)
-                captured.rows = {name: torch.cat([rows, empty], dim=1) for name, rows in captured.rows.items()}
-                captured.rows["action"] = torch.zeros_like(captured.rows["text"])
-                captured.rows["action"][:, captured.rows["text"].shape[1] - action_rows :] = True
+                empty = torch.zeros(len(images[0]), action_tokens, dtype=torch.bool, device=self.device)
+                captured.layout = {name: torch.cat([held, empty], dim=1) for name, held in captured.layout.items()}
+                captured.layout["action"] = torch.zeros_like(captured.layout["text"])
+                captured.layout["action"][:, captured.layout["text"].shape[1] - action_tokens :] = True
         return self.policy.model.prompt(prepared)

@@ -1,4 +1,4 @@
-"""The network as decoders see it; see policies/rows.py."""
+"""The network as decoders see it; see burnish.sampling.token_model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ class Slots:
 
     Args:
         cache: its tensors are written in place.
-        slots: long [B, R] where the rows of this pass go; None means the first ones.
+        slots: long [B, R] where the tokens of this pass go; None means the first ones.
         used: how many slots attention looks at.
     """
 
@@ -38,11 +38,11 @@ class Slots:
 
 
 class NetTokenModel(TokenModel):
-    """Rows of a TokenNet.
+    """A TokenNet behind the protocol of decoders.
 
     Args:
         net: the network.
-        embed: batch to prompt rows; None for batches that went through the preprocessor.
+        embed: batch to prompt; None for batches that went through the preprocessor.
     """
 
     def __init__(self, net: TokenNet, embed: Callable[[Any], Prompt] | None = None):
@@ -74,7 +74,7 @@ class NetTokenModel(TokenModel):
         )
 
     def prefill(self, prompt: Prompt) -> TokenCache:
-        """A cache after a pass over the prompt alone."""
+        """A cache after a forward pass over the prompt alone."""
         cache, batch = self.empty(prompt), len(prompt.valid)
         ids = torch.zeros(batch, 0, dtype=torch.long, device=prompt.valid.device)
         self.whole(prompt, ids, prompt.valid.new_zeros(batch, 0, prompt.valid.shape[1]), cache)
@@ -90,11 +90,11 @@ class NetTokenModel(TokenModel):
         cache.prompt_logits.copy_(self.net.head(hidden[:, P - 1]))
         return self.net.head(_chosen(hidden[:, P:], read))
 
-    def rows(
+    def extend(
         self, ids: Tensor, positions: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None
     ) -> Tensor:
         slots = Slots(cache, cache.valid.shape[1] + positions, visible.shape[2])
-        return self.net.head(_chosen(self.net.rows(ids, positions, visible, cache.valid, slots), read))
+        return self.net.head(_chosen(self.net.extend(ids, positions, visible, cache.valid, slots), read))
 
 
 def _counting(ids: Tensor) -> Tensor:
