@@ -63,7 +63,7 @@ def profile_table(outcome: dict[str, Any]) -> str:
     lines += [line("profiled", outcome["profiled_total"]), line("undisturbed", outcome["total"])]
     lines += [line("first action", outcome["first_action"]), ""]
     lines.append(
-        f"{outcome['passes']:g} passes over {outcome['rows']:g} rows (prompt included); "
+        f"{outcome['passes']:g} forward passes over {outcome['rows']:g} token positions (prompt included); "
         f"{outcome['actions_per_second']:.1f} actions a second ({outcome['actions_executed_of_a_chunk']} executed of "
         f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second"
     )
@@ -106,7 +106,7 @@ def decode(
 
     found = compare_decoders(
         load_policy(policy, device=device), decoders=decoder, options=read_options(option, "--option"), own=own,
-        data=data, count=count, repeats=repeats, picture=figure or "",
+        data=data, count=count, repeats=repeats, figure=figure or "",
     )  # fmt: skip
     outcome = {"policy": policy, "options": option, "data": data, "count": count, "device": device, **found}
     if output:

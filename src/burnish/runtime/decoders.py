@@ -24,7 +24,7 @@ def compare_decoders(
     data: Path | str = "",
     count: int = 4,
     repeats: int = 3,
-    picture: Path | str = "",
+    figure: Path | str = "",
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Decode observations one at a time by every decoder.
@@ -37,7 +37,7 @@ def compare_decoders(
         data: LeRobot data set, for action errors; "" takes random images.
         count: observations.
         repeats: timed decodes of each.
-        picture: draw the passes of the first decoder that was named, or of `pipelined`, into this file.
+        figure: draw the passes of the first decoder that was named, or of `pipelined`, into this file.
         progress: show a bar on stderr.
 
     Returns:
@@ -69,9 +69,9 @@ def compare_decoders(
         )
         for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False, disable=not progress)
     }  # fmt: skip
-    if picture:
+    if figure:
         name = next(iter(made)) if names or "pipelined" not in made else "pipelined"
-        draw_decode(model, made[name](prompts[0]), name, Path(picture))
+        draw_decode(model, made[name](prompts[0]), name, Path(figure))
     return {"decoders": found, "refused": refused}
 
 
