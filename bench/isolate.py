@@ -172,12 +172,16 @@ def _staleness(training: _Training, rounds: int) -> dict[str, list[float]]:
     original = method.edit_gradients
 
     def both(run, batch, grads):
-        mine = {name: grads[name] for name in method._backbone if name in grads}
-        layout, task = method.layout, method.layout.flatten(mine)
-        fresh, stale = method._refresh(run, mine), method._direction
-        exact, approximate = task.clone(), task.clone()
-        edit(exact, Direction(fresh.flat, layout), layout)
-        edit(approximate, Direction(stale.flat, layout), layout)
+        layout, mine = method.layout, {name: grads[name] for name in method._backbone if name in grads}
+        task, results = torch.cat(layout.parts(mine)), []
+        for direction in (
+            method._refresh(run, mine),
+            method._direction,
+        ):  # of now, and of some steps ago
+            gradient = layout.parts({name: g.clone() for name, g in mine.items()})
+            edit(gradient, Direction([part.clone() for part in direction.vector], layout), layout)
+            results.append(torch.cat(gradient))
+        exact, approximate = results
         found["gradient"].append(float(torch.cosine_similarity(exact, approximate, dim=0)))
         if not torch.equal(exact, task):  # nothing conflicts at this step: there is no edit to compare
             found["edit"].append(float(torch.cosine_similarity(exact - task, approximate - task, dim=0)))
@@ -207,7 +211,7 @@ def edit_against_loop(shapes: Mapping[str, Sequence[int]], repeats: int) -> dict
     members = {g: [n for n in shapes if group_of(n, "layer") == g] for g in layout.groups}
 
     def ours(task: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        edit(layout.pieces(task), Direction(layout.pieces(protected), layout), layout, measure=False)
+        edit(layout.parts(task), Direction(layout.parts(protected), layout), layout, measure=False)
         return task
 
     def loop(task: dict[str, torch.Tensor], inside: bool = False) -> dict[str, torch.Tensor]:

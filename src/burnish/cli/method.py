@@ -127,7 +127,7 @@ def _run(recipe_path: str, objective_set_up: bool):
 def anchor(
     policy: str, questions: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("anchor.safetensors"),
     samples: Annotated[int, Arg(least=0)] = 3000, batch_size: Annotated[int, Arg(least=1)] = 64,
-    tokens: Literal["apart", "pooled"] = "apart", answers: bool = False, covariance: bool = False, device: str = "",
+    tokens: Literal["apart", "pooled"] = "apart", answers: bool = False, device: str = "",
 ) -> None:  # fmt: skip
     """Keep mean and variance of the hidden states of a frozen policy, as the anchor of the objective `isolate`.
 
@@ -139,7 +139,6 @@ def anchor(
         batch_size: questions in a forward pass
         tokens: image and text tokens, each by itself or together
         answers: count the tokens of answers too
-        covariance: keep full covariances, for distance=bures
         device: torch device; default: a GPU where there is one
 
     Example:
@@ -157,7 +156,7 @@ def anchor(
     model = model.float().to(place)
     about = Provenance(
         base_hash, model.num_layers, 0, "questions", questions.name, 0, template=PROMPT, answers=answers,
-        tokens=tokens, covariance=covariance,
+        tokens=tokens,
     )  # fmt: skip
     most = samples or 1 << 40
     made = build(model, question_batches(questions, most, min(batch_size, most), 0, place, progress=True), about)

@@ -11,16 +11,17 @@ from torch import Tensor
 
 PART_CPU = 1 << 18
 """Numbers in one partial sum on a CPU: two such parts stay in its cache."""
-PART = 1 << 26
+PART = 1 << 24
 """The same elsewhere, where a sum is a tree."""
 
 
 def parts(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors as flat parts that share their memory, in order; none is longer than a partial sum."""
-    values = tensors.values() if isinstance(tensors, Mapping) else tensors
+    """Contiguous tensors of one device as flat parts that share their memory, in order."""
+    flat = [tensor.view(-1) for tensor in (tensors.values() if isinstance(tensors, Mapping) else tensors)]
+    size = part_size(flat[0].device) if flat else PART
     cut: list[Tensor] = []
-    for tensor in values:
-        cut += tensor.view(-1).split(part_size(tensor.device))
+    for tensor in flat:
+        cut += tensor.split(size) if tensor.numel() > size else (tensor,)
     return cut
 
 

@@ -50,8 +50,8 @@ class Dissected:
             self.method = run.objectives.get("isolate")
             self.protected = {}
             if self.method is not None:
-                if self.method._sums:
-                    pairs = zip(self.method._backbone, self.method._sums[0], strict=True)
+                if self.method._sum:
+                    pairs = zip(self.method._backbone, self.method._sum, strict=True)
                     self.protected = {n: g.clone() for n, g in pairs if g is not None}
                 self.figures = self.method.edit_gradients(run, batch, grads)
             self.edited = {name: g.clone() for name, g in grads.items()}

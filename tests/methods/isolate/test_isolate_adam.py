@@ -6,7 +6,7 @@ from torch import nn
 
 from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.layout import Layout
-from burnish.methods.isolate.project import Direction, Rule, edit
+from burnish.methods.isolate.project import Direction, edit
 
 NAMES = ("layers.0.w", "layers.1.w")
 LR, BETA2, EPS = 1e-2, 0.95, 1e-8
@@ -21,23 +21,27 @@ def make(momentum=0.9):
     return parameters, optimizer, layout, AdamWatch(optimizer, parameters, layout), draws
 
 
+def flat(parameters):
+    return torch.cat([parameters[name].detach() for name in NAMES])
+
+
 def step(parameters, optimizer, layout, watch, draws, mode, number, max_norm=0.0):
     """One edited AdamW step as the loop does it; returns task gradient, the gradient that Adam saw, and direction."""
     task = torch.randn(40, generator=draws) * torch.logspace(-2, 1, 40)
-    direction = Direction(torch.randn(40, generator=draws), layout)
-    gradient = task.clone()
-    metric = watch.metric(gradient, number) if mode == "preconditioned" else None
-    edit(gradient, direction, layout, Rule("always"), metric)
+    direction = Direction(list(torch.randn(40, generator=draws).split(20)), layout)
+    gradient = list(task.clone().split(20))
+    metric = (lambda: watch.metric(gradient, number)) if mode == "preconditioned" else None
+    factor, _ = edit(gradient, direction, layout, "always", metric=metric)
     if mode != "plain":
-        watch.route(task, gradient, clipped=mode != "preconditioned")
-    for name, view in layout.views(gradient).items():
-        parameters[name].grad = view
+        watch.route(gradient, direction, factor, clipped=mode != "preconditioned")
+    for name, part in zip(NAMES, gradient, strict=True):
+        parameters[name].grad = part
     if max_norm:
         torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
-    watch.measure(direction.flat)
+    watch.measure(direction)
     optimizer.step()
     optimizer.zero_grad()
-    return task, gradient, direction.flat
+    return task, torch.cat(gradient), torch.cat(direction.vector)
 
 
 def test_first_moment_only_is_adam_with_two_gradients():
@@ -45,7 +49,7 @@ def test_first_moment_only_is_adam_with_two_gradients():
     parameters, optimizer, layout, watch, draws = make()
     first, second = torch.zeros(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
     for number in range(1, 6):
-        before = layout.flatten(parameters).double()
+        before = flat(parameters).double()
         task, seen, direction = step(parameters, optimizer, layout, watch, draws, "first_moment", number, max_norm=1.0)
         edited = by_hand(task.double(), direction.double())
         factor = 1.0 / edited.norm()  # the clipping: these gradients are all longer than 1
@@ -54,7 +58,7 @@ def test_first_moment_only_is_adam_with_two_gradients():
         watched = edited if number == 1 else task.double()  # Adam makes its state in the first step
         second = BETA2 * second + (1 - BETA2) * (watched * factor).square()
         expected = before - LR * (first / (1 - 0.9**number)) / ((second / (1 - BETA2**number)).sqrt() + EPS)
-        torch.testing.assert_close(layout.flatten(parameters).double(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(flat(parameters).double(), expected, atol=1e-5, rtol=1e-4)
     state = torch.cat([optimizer.state[parameters[n]]["exp_avg_sq"] for n in NAMES]).double()
     torch.testing.assert_close(state, second, rtol=1e-3, atol=1e-9)
     assert (state >= 0).all()
@@ -72,9 +76,9 @@ def test_i5_leak_of_a_step_without_momentum(mode):
     parameters, optimizer, layout, watch, draws = make(momentum=0.0)
     worst = 0.0
     for number in range(1, 6):
-        before = layout.flatten(parameters)
+        before = flat(parameters)
         _, _, direction = step(parameters, optimizer, layout, watch, draws, mode, number)
-        moved = (layout.flatten(parameters) - before).split(20)
+        moved = (flat(parameters) - before).split(20)
         cosine = torch.stack([
             (m @ d) / (m.norm() * d.norm()) for m, d in zip(moved, direction.split(20), strict=True)
         ])  # fmt: skip

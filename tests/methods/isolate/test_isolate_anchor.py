@@ -87,7 +87,7 @@ def test_robot_rows_leave_out_state_and_padding(policy):
 
 def test_file_round_trip_and_refusals(policy, questions, tmp_path):
     """U8, and issue line: another backbone, another width or layer count are one clear line."""
-    anchor = build(policy, question_batches(questions, 8, 8, 0, "cpu"), about(policy, covariance=True))
+    anchor = build(policy, question_batches(questions, 8, 8, 0, "cpu"), about(policy))
     anchor.save(tmp_path / "a.safetensors")
     loaded = Anchor.load(tmp_path / "a.safetensors")
     assert loaded.about == anchor.about and loaded.moments.keys() == anchor.moments.keys()
@@ -103,6 +103,22 @@ def test_file_round_trip_and_refusals(policy, questions, tmp_path):
         with pytest.raises(BurnishError, match="anchor"):
             Anchor.load(tmp_path / f"{name}.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_an_earlier_file_with_covariances_gives_its_variances(policy, questions, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    anchor = build(policy, question_batches(questions, 8, 8, 0, "cpu"), about(policy))
+    anchor.save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["about"] = json.dumps({**json.loads(metadata["about"]), "covariance": True})
+    full = {name: tensor.diag() if name.endswith("spread") else tensor for name, tensor in tensors.items()}
+    save_file(full, tmp_path / "b.safetensors", metadata=metadata)
+    loaded = Anchor.load(tmp_path / "b.safetensors")
+    assert loaded.about == anchor.about
+    assert all(torch.equal(loaded.moments[key].variance, m.variance) for key, m in anchor.moments.items())
 
 
 def test_empty_question_folder(policy, questions, tmp_path):

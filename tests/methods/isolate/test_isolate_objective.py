@@ -123,7 +123,8 @@ def test_every_method_trains_and_a_cut_run_resumes_to_the_same_bits(dataset, que
     fake.assert_same_weights(whole.policy, tmp_path / "cut" / "policy")
     last = fake.figures(whole.metrics)[-1]
     if METHODS[method].get("rule") == "conflict":
-        assert 0 <= last["isolate_firing"] <= 1 and 0 <= last["isolate_shed"] <= last["isolate_shed_max"] <= 1
+        assert 0 <= last["isolate_conflict_rate"] <= 1
+        assert 0 <= last["isolate_removed_norm_fraction"] <= last["isolate_removed_norm_fraction_max"] <= 1
         assert -1 <= last["isolate_leak"] <= 1
     moved = fake.weights(whole.policy)["model.safetensors"]
     base = fake.weights(tiny_smolvla)["model.safetensors"]
@@ -134,9 +135,8 @@ def test_every_method_trains_and_a_cut_run_resumes_to_the_same_bits(dataset, que
 
 @pytest.mark.parametrize("options", [
     "rule: always, granularity: tensor", "rule: soft, strength: 0.3, share: 0.5", "optimiser: first_moment",
-    "optimiser: preconditioned", "directions: 3", "distance: bures, rank: 8, tokens: apart",
-    "distance: normalised, answers: true", "protect: questions, distance: tokens, share: 0.5", "restore: 0.1",
-    "rule: penalty, protect: self, distance: tokens",
+    "optimiser: preconditioned", "distance: normalised, answers: true, tokens: apart",
+    "protect: questions, distance: tokens, share: 0.5", "rule: penalty, protect: self, distance: tokens",
 ])  # fmt: skip
 def test_options_train(dataset, questions, tiny_smolvla, tmp_path, options):
     objective = f"method: aegis, questions: {questions}, {options}"
@@ -146,8 +146,8 @@ def test_options_train(dataset, questions, tiny_smolvla, tmp_path, options):
     assert all(np.isfinite(v) for row in rows for v in row.values())
     last = rows[-1]
     assert last["drift_robot"] > 0 and last["drift_questions_3"] > 0 and "drift_robot" in rows[1]
-    if "directions" not in options and "penalty" not in options:
-        assert max(row.get("isolate_shed_max", 0) for row in rows) > 0 and last["isolate_cosine"] != 0
+    if "penalty" not in options:
+        assert max(row.get("isolate_removed_norm_fraction_max", 0) for row in rows) > 0 and last["isolate_cosine"] != 0
 
 
 def test_probe_reads_text_and_starts_at_zero_drift(dataset, questions, tiny_smolvla, tmp_path):
@@ -175,7 +175,7 @@ def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset
     ("unknown option 'ruel'", "method: aegis, ruel: 1"), ("method 'aegs'", "method: aegs"),
     ("needs a question folder", "method: replay"), ("granularity is 'row'", "method: random, granularity: row"),
     ("nothing to build the anchor from", "method: aegis"), ("share is 2", "method: self_anchor, share: 2"),
-    ("needs adapters", "method: lora"), ("takes one direction", "method: random, directions: 2"),
+    ("needs adapters", "method: lora"), ("unknown option 'directions'", "method: random, directions: 2"),
     ("no anchor at", "method: aegis, anchor: none.safetensors"),
 ])  # fmt: skip
 def test_mistakes_are_one_clear_line(dataset, tiny_smolvla, tmp_path, words, objective):
@@ -191,4 +191,5 @@ def test_frozen_backbone_has_nothing_to_edit(dataset, tiny_smolvla, tmp_path):
 def test_auto_is_the_same_with_questions_and_without():
     from burnish.methods.isolate.options import AUTO
 
-    assert resolve("auto", {}, "folder")[0] == resolve("auto", {}, "")[0] == AUTO
+    name, options = resolve("auto", {})
+    assert name == AUTO and not options.asks

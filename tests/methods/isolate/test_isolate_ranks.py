@@ -19,7 +19,7 @@ def rank_main(rank, root, questions, output):
         def edit_gradients(self, run, batch, grads):
             if run.step:
                 return super().edit_gradients(run, batch, grads)
-            local = dict(zip(self._backbone, self._sums[0], strict=True))
+            local = dict(zip(self._backbone, self._sum, strict=True))
             rows = {"raw": {n: grads[n].flatten().tolist() for n in local}}
             rows["local"] = {n: g.flatten().tolist() for n, g in local.items()}
             figures = super().edit_gradients(run, batch, grads)

@@ -1,15 +1,18 @@
-"""What Adam makes of an edited gradient: the variants that mend it, and the leak that is left.
+"""What Adam makes of an edited gradient: the variants that correct it, and the leak that is left.
 
 Adam divides every entry by the root of its second moment, so a gradient that is orthogonal to o gives a step that is
-not. Both hooks below are torch's own (`Optimizer.register_step_pre_hook` and `_post_hook`).
+not. Both hooks below are torch's own (`Optimizer.register_step_pre_hook` and `_post_hook`). What is as large as all
+weights is made part by part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from burnish.methods.isolate.layout import Layout
+from burnish.methods.isolate.layout import Layout, Vector
+from burnish.methods.isolate.project import Direction
+from burnish.methods.products import parts
 
 
 class AdamWatch:
@@ -23,73 +26,88 @@ class AdamWatch:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], layout: Layout):
         self.optimizer, self.parameters, self.layout = optimizer, parameters, layout
-        self.beta2 = optimizer.param_groups[0]["betas"][1]
+        self.beta1, self.beta2 = optimizer.param_groups[0]["betas"]
         self.eps = optimizer.param_groups[0]["eps"]
-        self._plain: Tensor | None = None
-        self._before: Tensor | None = None
-        self._direction: Tensor | None = None
+        self._route: tuple[Vector, Tensor, Tensor, bool] | None = None
+        self._direction: Direction | None = None
         self.leak: Tensor | None = None
         """[L] cosine of the last measured step and the protected gradient; positive raises the protected loss."""
         optimizer.register_step_pre_hook(lambda *_: self._enter())
         optimizer.register_step_post_hook(lambda *_: self._leave())
 
-    def route(self, plain: Tensor, edited: Tensor, clipped: bool = True) -> None:
-        """For the next step: Adam's second moment is to see `plain` [P], its first moment the edited gradient [P].
+    def route(self, edited: Vector, direction: Direction, factor: Tensor, clipped: bool = True) -> None:
+        """For the next step: Adam's first moment is to see `edited` [P], its second edited + factor o, before the edit.
 
         With `clipped`, clipping of the edited gradient also shrinks what the second moment sees. Not so where the edit
         was made in the metric of that moment, which must then be the one that Adam divides by.
         """
-        self._plain, self._clipped = plain, clipped
-        self._edited_norm = edited.norm()
+        self._route = direction.vector, factor, self.layout.dot(edited, edited).sum().sqrt(), clipped
 
-    def measure(self, direction: Tensor) -> None:
-        """For the next step: compare it with the protected gradient `direction` [P]."""
+    def measure(self, direction: Direction) -> None:
+        """For the next step: compare it with the protected gradient."""
         self._direction = direction
 
-    def metric(self, gradient: Tensor, step: int) -> Tensor:
-        """[P]: 1 / (sqrt(v) + eps) as Adam has it after seeing `gradient` [P], not yet clipped, as step `step`."""
-        second = self._second_moments()
-        second = gradient.square() if second is None else self.layout.flatten(second)
-        if second is not None:
-            second = self.beta2 * second + (1 - self.beta2) * gradient.square()
-        return 1 / ((second / (1 - self.beta2**step)).sqrt_().add_(self.eps))
+    def metric(self, gradient: Vector, step: int) -> Iterator[Tensor]:
+        """Parts of [P]: 1 / (sqrt(v) + eps) as Adam has it after seeing `gradient`, not yet clipped, as step `step`."""
+        moments = self._second_moments()
+        for number, part in enumerate(gradient):
+            second = part.square()
+            if moments is not None:
+                second = self.beta2 * moments[number] + (1 - self.beta2) * second
+            else:
+                second = (1 - self.beta2) * second
+            yield 1 / ((second / (1 - self.beta2**step)).sqrt_().add_(self.eps))
 
-    def _second_moments(self) -> dict[str, Tensor] | None:
+    def _second_moments(self) -> Vector | None:
+        """Adam's, once it has made them; zeros for a parameter that no step has reached."""
         state = self.optimizer.state
         found = {n: state[p]["exp_avg_sq"] for n, p in self.parameters.items() if "exp_avg_sq" in state.get(p, {})}
-        return found or None
+        return self.layout.parts(found) if found else None
 
     @torch.no_grad()
     def _enter(self) -> None:
-        if self._plain is not None:
-            self._correct()
-            self._plain = None
-        if self._direction is not None:
-            self._before = self.layout.flatten({name: p.data for name, p in self.parameters.items()})
+        if self._route is not None:
+            self._correct(*self._route)
+            self._route = None
 
-    def _correct(self) -> None:
+    def _correct(self, direction: Vector, factor: Tensor, edited_norm: Tensor, clipped: bool) -> None:
         """Shift v so that Adam's own v <- beta2 v + (1 - beta2) edited^2 ends at beta2 v + (1 - beta2) plain^2."""
         moments = self._second_moments()
         if moments is None:  # the very first step makes the state; from the second on it is exact
             return
         # What Adam will see now: another method may have put gradients of its own in place of the edited ones.
-        seen = self.layout.flatten({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
-        clipped = (seen.norm() / self._edited_norm.clamp_min(1e-30)).clamp_max(1.0) if self._clipped else 1.0
-        edited = seen.square()
+        seen = self.layout.parts({n: p.grad.contiguous() for n, p in self.parameters.items() if p.grad is not None})
+        norm = self.layout.dot(seen, seen).sum().sqrt()
+        shrunk = (norm / edited_norm.clamp_min(1e-30)).clamp(1e-30, 1.0)
+        before, added = (1.0, factor * shrunk) if clipped else ((1 / shrunk).float(), factor)
         ratio = (1 - self.beta2) / self.beta2
-        shift = self.layout.views((self._plain * clipped).square_().sub_(edited).mul_(ratio))
-        # Rounding must not take the result below zero, whose root is NaN.
-        least = self.layout.views(edited.mul_(-ratio * (1 - 1e-5)))
-        for name, moment in moments.items():
-            moment.add_(shift[name]).copy_(torch.maximum(moment, least[name]))
+        for moment, part, o, f in zip(moments, seen, direction, self.layout.each(added.float()), strict=True):
+            square = part.square()
+            shift = (part * before).addcmul_(o, f).square_().sub_(square).mul_(ratio)
+            # Rounding must not take the result below zero, whose root is NaN.
+            torch.maximum(moment.add_(shift), square.mul_(-ratio * (1 - 1e-5)), out=moment)
 
     @torch.no_grad()
     def _leave(self) -> None:
-        if self._direction is None or self._before is None:
+        if self._direction is None:
             return
-        layout = self.layout
-        moved = layout.flatten({name: p.data for name, p in self.parameters.items()}).sub_(self._before)
-        scale = (layout.dot(moved, moved) * layout.dot(self._direction, self._direction)).sqrt()
-        along = layout.dot(moved, self._direction)
+        along = self.layout.dot(self._moves(), self._direction.vector)
+        scale = (self.layout.dot(self._moves(), self._moves()) * self._direction.square).sqrt()
         self.leak = torch.where(scale > 0, along / scale, 0.0)
-        self._before = self._direction = None
+        self._direction = None
+
+    def _moves(self) -> Iterator[Tensor]:
+        """Parts of [P]: by how much the step has moved the weights, weight decay included, from what Adam now holds."""
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        for name in self.layout.names:
+            parameter = self.parameters[name]
+            state = self.optimizer.state.get(parameter)
+            if parameter.grad is None or not state:  # not stepped
+                yield from (torch.zeros_like(part) for part in parts([parameter.data]))
+                continue
+            lr, decay = groups[parameter]["lr"], groups[parameter]["weight_decay"]
+            one, two = 1 - self.beta1 ** state["step"], (1 - self.beta2 ** state["step"]).sqrt()
+            each = (parts([tensor]) for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]))
+            for weight, first, second in zip(*each, strict=True):
+                step = first / one / (second.sqrt() / two).add_(self.eps)
+                yield step.add_(weight, alpha=decay).mul_(-lr / (1 - lr * decay))

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ class Provenance:
         template: how a question becomes text; empty for robot inputs.
         answers: whether the rows of answers count too.
         tokens: "apart" (image and text each have a Gaussian) or "pooled".
-        covariance: whether full covariances are kept beside the variances.
     """
 
     base_hash: str
@@ -46,7 +45,6 @@ class Provenance:
     template: str = ""
     answers: bool = False
     tokens: str = "apart"
-    covariance: bool = False
     format: int = FORMAT
 
 
@@ -88,7 +86,7 @@ class Anchor:
             raise BurnishError(f"no anchor at {path}", "a file that `burnish anchor build` wrote", make)
         try:
             with safe_open(path, "pt") as file:
-                about = Provenance(**json.loads((file.metadata() or {})["about"]))
+                about = Provenance(**_present(json.loads((file.metadata() or {})["about"])))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise BurnishError(f"{path} is no anchor ({error})", f"an anchor of format {FORMAT}", make) from None
@@ -102,7 +100,8 @@ class Anchor:
                 layer, group, part = name.split(".")
                 if part == "count":
                     parts = (tensors[f"{layer}.{group}.{part}"] for part in ("count", "mean", "spread"))
-                    moments[int(layer), group] = Moments(*parts)
+                    count, mean, spread = parts
+                    moments[int(layer), group] = Moments(count, mean, spread.diagonal() if spread.ndim == 2 else spread)
             lacking = set(range(about.layers)) - {layer for layer, _ in moments}
             if lacking or any(len(m.mean) != about.width for m in moments.values()):
                 raise ValueError(f"layers {sorted(lacking)} are missing" if lacking else "a layer of another width")
@@ -126,6 +125,11 @@ class Anchor:
         return Anchor(self.about, moved)
 
 
+def _present(about: dict[str, Any]) -> dict[str, Any]:
+    """Provenance without the field of earlier files that could hold full covariances."""
+    return {name: value for name, value in about.items() if name != "covariance"}
+
+
 def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = None) -> dict[str, Tensor]:
     """Which rows of a captured forward belong to which group, bool [B, S] each; never padding, state or actions.
 
@@ -138,45 +142,6 @@ def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = N
     if leave_out is not None:
         text = text & ~leave_out
     return {"image": image, "text": text} if tokens == "apart" else {"tokens": image | text}
-
-
-class Builder:
-    """Collects an anchor from forwards of a frozen policy.
-
-    Args:
-        policy: the frozen base.
-        about: see `Provenance`; samples, layers and width are filled in.
-    """
-
-    def __init__(self, policy: "Policy", about: Provenance):
-        self.policy, self.about = policy, about
-        self.samples = 0
-        self.moments: dict[tuple[int, str], Moments] = {}
-
-    @torch.no_grad()
-    def add(self, batch: Batch) -> None:
-        """Run one batch of questions or robot frames and take in its hidden states."""
-        captured, answers = forward(self.policy, batch, range(self.policy.num_layers))
-        leave_out = None if self.about.answers else answers
-        masks = token_groups(captured, self.about.tokens, leave_out)
-        for layer, hidden in captured.hidden.items():
-            for group, mask in masks.items():
-                if (layer, group) not in self.moments:
-                    self.moments[layer, group] = Moments.empty(hidden.shape[-1], self.about.covariance, hidden.device)
-                self.moments[layer, group].add(hidden[mask])
-        self.samples += len(next(iter(masks.values())))
-
-    def finish(self) -> Anchor:
-        """The anchor.
-
-        Raises:
-            BurnishError: nothing was collected.
-        """
-        if not self.samples:
-            raise BurnishError(f"{self.about.source} gave no sample for the anchor", "at least one")
-        width = len(next(iter(self.moments.values())).mean)
-        about = {**asdict(self.about), "samples": self.samples, "width": width, "layers": self.policy.num_layers}
-        return Anchor(Provenance(**about), self.moments)
 
 
 def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Captured", Tensor | None]:
@@ -203,13 +168,32 @@ def evaluating(policy: "Policy"):
         policy.train(was_training)
 
 
+@torch.no_grad()
 def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anchor:
-    """An anchor of `policy` as it is now; see `Builder`."""
-    builder = Builder(policy, about)
+    """An anchor of `policy` as it is now.
+
+    Args:
+        policy: the frozen base.
+        batches: questions or robot frames.
+        about: samples, layers and width are filled in.
+
+    Raises:
+        BurnishError: there was no batch.
+    """
+    moments: dict[tuple[int, str], Moments] = {}
+    samples = width = 0
     with evaluating(policy):
         for batch in batches:
-            builder.add(batch)
-    return builder.finish()
+            captured, answers = forward(policy, batch, range(policy.num_layers))
+            masks = token_groups(captured, about.tokens, None if about.answers else answers)
+            for layer, hidden in captured.hidden.items():
+                width = hidden.shape[-1]
+                for group, mask in masks.items():
+                    moments.setdefault((layer, group), Moments.empty(width, hidden.device)).add(hidden[mask])
+            samples += len(next(iter(masks.values())))
+    if not samples:
+        raise BurnishError(f"{about.source} gave no sample for the anchor", "at least one")
+    return Anchor(replace(about, samples=samples, width=width, layers=policy.num_layers), moments)
 
 
 def question_batches(root: Path, samples: int, batch_size: int, seed: int, device: torch.device | str, *,

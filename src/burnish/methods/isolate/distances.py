@@ -34,37 +34,6 @@ def w2_normalised(rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return ((shift.square() + spread.square()) / scale).mean()
 
 
-def bures(rows: Tensor, mean: Tensor, covariance: Tensor, rank: int = 0) -> Tensor:
-    """Squared 2-Wasserstein distance of two Gaussians with full covariance.
-
-    |mu - mean|^2 + tr(S) + tr(S0) - 2 tr((S0^1/2 S S0^1/2)^1/2). Unlike the diagonal forms it sees rotations of the
-    states that leave every channel's mean and variance as they are.
-
-    Args:
-        rows: [N, D]; N may be below D.
-        mean: [D] of the anchor.
-        covariance: [D, D] of the anchor.
-        rank: keep only so many leading eigenvectors of the anchor; 0 keeps all. What lies outside of them is compared
-            by its total variance alone.
-    """
-    anchor = covariance.to(rows.dtype)
-    centred = rows - rows.mean(0)
-    values, vectors = torch.linalg.eigh(anchor)
-    kept = slice(-rank, None) if 0 < rank < len(values) else slice(None)
-    root = vectors[:, kept] * values[kept].clamp_min(0).sqrt()  # [D, r], S0 restricted is root root^T
-    # tr((S0^1/2 S S0^1/2)^1/2) is the sum of the singular values of X root / sqrt(N), for S = X^T X / N.
-    product = centred @ root / len(rows) ** 0.5
-    gram = product.mT @ product
-    floor = FLOOR * anchor.diagonal().mean().square()
-    squares = torch.linalg.eigvalsh(gram + floor * torch.eye(len(gram), device=rows.device, dtype=rows.dtype))
-    overlap = squares.clamp_min(floor).sqrt()  # beside a large eigenvalue, rounding takes small ones below zero
-    shift = (rows.mean(0) - mean.to(rows)).square().sum()
-    total, total_anchor = centred.square().sum() / len(rows), anchor.diagonal().sum()
-    inside, inside_anchor = (centred @ vectors[:, kept]).square().sum() / len(rows), values[kept].clamp_min(0).sum()
-    rest = _root(total - inside, floor) - _root(total_anchor - inside_anchor, floor)
-    return shift + inside + inside_anchor - 2 * overlap.sum() + rest.square()
-
-
 def tokens(rows: Tensor, reference: Tensor) -> Tensor:
     """Squared distance of each state from the frozen model's state of the same token, relative to their variance.
 
@@ -81,7 +50,3 @@ def _gaps(rows: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]
     own_mean = rows.mean(0)
     own_deviation = ((rows - own_mean).square().mean(0) + floor.to(rows)).sqrt()
     return own_mean - mean.to(rows), own_deviation - (variance + floor).sqrt().to(rows)
-
-
-def _root(value: Tensor, floor: Tensor) -> Tensor:
-    return (value.clamp_min(0) + floor.sqrt()).sqrt()

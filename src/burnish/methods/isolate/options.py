@@ -4,18 +4,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import check, refuse_unknown
+from burnish.core.options import check, option, refuse_unknown
 from burnish.methods.isolate.layout import GRANULARITIES
 
-CHOICES = {
-    "rule": ("none", "freeze", "lora", "l2sp", "penalty", "replay", "replace", "conflict", "always", "soft"),
-    "protect": ("robot", "questions", "self", "answers", "random"),
-    "distance": ("w2", "normalised", "bures", "tokens"),
-    "granularity": GRANULARITIES,
-    "optimiser": ("plain", "first_moment", "preconditioned"),
-    "tokens": ("apart", "pooled"),
-}
 EDITS = ("conflict", "always", "soft", "replace")
+RULES = ("none", "freeze", "lora", "l2sp", "penalty", "replay", *EDITS)
+PROTECT = ("robot", "questions", "self", "answers", "random")
+OPTIMISERS = ("plain", "first_moment", "preconditioned")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where questions and anchor come from."""
+
+    questions: str = option("", "question folder, see `burnish questions`; empty takes the recipe's language.root")
+    anchor: str = option("", "file of `burnish anchor build`; empty builds the anchor before the first step")
+    anchor_samples: int = option(3000, "questions or robot frames to build it from (the paper's number)", least=1)
 
 
 @dataclass(frozen=True)
@@ -32,40 +36,29 @@ class Options:
         protect: whose gradient is protected. robot: distance of the robot batch's states from the anchor (the paper).
             questions: the same on a question batch. self: distance of the robot batch's states from the frozen base's
             on robot inputs, so no question is needed. answers: the loss on answers itself. random: a random direction.
-        distance: w2 (the paper), normalised, bures, or tokens (to the frozen base, token by token, without an anchor).
-        granularity: what is projected as one: tensor, layer (the paper) or global.
-        strength: for "soft", share that is removed.
-        optimiser: plain (Adam rescales the edited gradient); first_moment (Adam's second moment sees the unedited
-            one); preconditioned (the same, and the projection is in Adam's metric).
-        restore: this much of the protected loss's own gradient is added to the edited one.
-        symmetric: what `restore` adds is first projected against the task gradient where they conflict (PCGrad).
-        directions: so many parts of the batch are protected apart from each other.
-        share: of the robot batch's size: how many samples the protected gradient (or the replay) takes. On robot
-            inputs, 1 shares the training forward, less runs a forward of its own.
-        every: steps after which the protected gradient is taken anew.
-        turns: questions asked about each image, in one sequence.
-        weight: of penalty, replay, replace and l2sp.
-        rank: for bures, leading eigenvectors of the anchor; 0 means all.
-        tokens: image and text tokens apart, or pooled.
-        answers: whether answers count among the text tokens of questions.
     """
 
-    rule: str = "none"
-    protect: str = "robot"
-    distance: str = "w2"
-    granularity: str = "layer"
-    strength: float = 0.5
-    optimiser: str = "plain"
-    restore: float = 0.0
-    symmetric: bool = False
-    directions: int = 1
-    share: float = 1.0
-    every: int = 1
-    turns: int = 1
-    weight: float = 1.0
-    rank: int = 0
-    tokens: str = "apart"
-    answers: bool = False
+    rule: str = option("none", "what is done for the backbone", choices=RULES)
+    protect: str = option("robot", "whose gradient is protected", choices=PROTECT)
+    distance: str = option(
+        "w2", "from the anchor (w2 is the paper's), or token by token from the frozen base without an anchor",
+        choices=("w2", "normalised", "tokens"),
+    )  # fmt: skip
+    granularity: str = option("layer", "what is projected as one (layer is the paper's)", choices=GRANULARITIES)
+    strength: float = option(0.5, "for soft, share that is removed", least=0, most=1)
+    optimiser: str = option(
+        "plain", "plain: Adam rescales the edited gradient; first_moment: its second moment sees the unedited one; "
+        "preconditioned: the same, and the projection is in Adam's metric", choices=OPTIMISERS,
+    )  # fmt: skip
+    share: float = option(
+        1.0, "of the robot batch's size: samples of the protected gradient (or the replay); on robot inputs, 1 shares "
+        "the training forward, less runs a forward of its own", above=0, most=1,
+    )  # fmt: skip
+    every: int = option(1, "steps after which the protected gradient is taken again", least=1)
+    turns: int = option(1, "questions asked about each image, in one sequence", least=1, most=64)
+    weight: float = option(1.0, "of penalty, replay, replace and l2sp", least=0)
+    tokens: str = option("apart", "image and text tokens apart, or pooled", choices=("apart", "pooled"))
+    answers: bool = option(False, "whether answers count among the text tokens of questions")
 
     @property
     def edits(self) -> bool:
@@ -80,7 +73,7 @@ class Options:
     @property
     def uses_source(self) -> bool:
         """Whether the protected loss is computed at all."""
-        return self.edits or self.rule == "penalty"
+        return (self.edits and self.protect != "random") or self.rule == "penalty"
 
     @property
     def needs_anchor(self) -> bool:
@@ -106,47 +99,32 @@ METHODS: dict[str, dict[str, Any]] = {
     "question_anchor": {"rule": "conflict", "protect": "questions", "share": 0.25, "every": 4},
     "self_anchor": {"rule": "conflict", "protect": "self", "distance": "tokens", "every": 8},
     "agem": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4},
-    "pcgrad": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4,
-               "restore": 1.0, "symmetric": True},
     "random": {"rule": "conflict", "protect": "random"},
-}  # fmt: skip
+}
 """Named methods. Sources: aegis arXiv:2604.16067 (batch and tokens as the readable text suggests), stop_gradient and
-insulate arXiv:2505.23705, l2sp arXiv:1802.01483, pcgrad arXiv:2001.06782, agem arXiv:1812.00420."""
+insulate arXiv:2505.23705, l2sp arXiv:1802.01483, agem arXiv:1812.00420."""
 
 AUTO = "l2sp"
 """What `method: auto` means, with a question folder and without; docs/methods/isolate.md has the evidence."""
 
 
-def resolve(method: str, given: dict[str, Any], questions: str) -> tuple[str, Options]:
+def resolve(method: str, given: dict[str, Any]) -> tuple[str, Options]:
     """The method's name (auto replaced) and its options with those of the recipe on top.
 
     Raises:
-        BurnishError: an unknown method or option, a value out of range, or no questions where they are needed.
+        BurnishError: an unknown method or option, or a value out of range.
     """
-    if method == "auto":
-        method = AUTO
+    method = AUTO if method == "auto" else method
     if method not in METHODS:
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")
     refuse_unknown(Options, given, "isolate")
     options = replace(Options(), **{**METHODS[method], **given})
     check(options, "isolate")
-    _check(method, options, questions)
     return method, options
 
 
-def _check(method: str, options: Options, questions: str) -> None:
-    for key, choices in CHOICES.items():
-        if getattr(options, key) not in choices:
-            raise BurnishError(f"isolate: {key} is '{getattr(options, key)}'", f"one of {', '.join(choices)}")
-    ranges = {"strength": (0, 1), "share": (1e-9, 1), "every": (1, 1 << 30), "directions": (1, 64), "turns": (1, 64),
-              "weight": (0, 1e9), "restore": (0, 1e9), "rank": (0, 1 << 30)}  # fmt: skip
-    for key, (low, high) in ranges.items():
-        if not low <= getattr(options, key) <= high:
-            raise BurnishError(f"isolate: {key} is {getattr(options, key)}", f"{low:g} to {high:g}")
+def check_questions(method: str, options: Options, questions: str) -> None:
+    """Raise BurnishError where training needs questions and there are none."""
     if options.asks and not questions:
         raise BurnishError(f"isolate: method '{method}' needs a question folder", "questions: FOLDER or language.root",
                            "burnish questions --help, or method: auto")  # fmt: skip
-    several = options.rule in ("conflict", "always", "soft") and options.protect != "random"
-    if options.directions > 1 and (not several or options.restore or options.optimiser == "preconditioned"):
-        raise BurnishError("isolate: directions is above 1 with an option that takes one direction",
-                           "rule conflict, always or soft, no restore, optimiser plain or first_moment")  # fmt: skip

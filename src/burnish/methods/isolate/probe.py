@@ -1,12 +1,14 @@
 """What to watch while a policy is fine-tuned: how far its states have drifted, and how well it still reads text."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import option
 from burnish.core.types import Batch
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import evaluating, forward, question_batches, token_groups
@@ -19,14 +21,16 @@ if TYPE_CHECKING:
 IMAGE = "observation.images.text"
 
 
-def check_probe(options: dict[str, Any]) -> None:
-    """Raise BurnishError for an option that Probe lacks, or a value of another type."""
-    known = {"every": int, "questions": str, "text": str, "samples": int}
-    for name, value in options.items():
-        if name not in known or type(value) is not known[name]:
-            raise BurnishError(
-                f"isolate: probe {name}: {value!r}", ", ".join(f"{n} ({k.__name__})" for n, k in known.items())
-            )
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What to watch beside the loss, see `Probe`."""
+
+    every: int = option(
+        0, "steps between measurements, a multiple of train.log_every; 0: before and at the end", least=0
+    )
+    questions: str = option("", "held-out question folder; by default that of eval.questions, or that of training")
+    text: str = option("", "held-out text file, UTF-8, one passage per line; empty leaves text_loss out")
+    samples: int = option(128, "questions and robot frames each", least=1)
 
 
 class Probe:
@@ -40,28 +44,24 @@ class Probe:
 
     Args:
         run: its policy still holds the weights that it starts from.
-        training_questions: where questions come from when `questions` is empty.
-        every: steps between measurements (a multiple of train.log_every); 0 measures before and at the end only.
-        questions: held-out question folder; "" watches robot inputs alone.
-        text: held-out text file, UTF-8, one passage per line; "" leaves text_loss out.
-        samples: questions and robot frames each.
+        training_questions: where questions come from when neither the options nor the recipe's evaluation name any.
+        options: see ProbeOptions.
     """
 
-    def __init__(self, run: Run, training_questions: str, every: int = 0, questions: str = "", text: str = "",
-                 samples: int = 128):  # fmt: skip
-        self.policy, self.every, self.steps = run.policy, every, run.recipe.train.steps
+    def __init__(self, run: Run, training_questions: str, options: ProbeOptions):
+        self.policy, self.every, self.steps = run.policy, options.every, run.recipe.train.steps
         self.layers = list(range(run.policy.num_layers))
-        self.texts = read_passages(Path(text)) if text else []
-        self.base_text = text_loss(run.policy, self.texts) if text else 0.0
-        size = min(64, run.recipe.train.batch_size, samples)
-        root = questions or run.recipe.eval.questions.root or training_questions
+        self.texts = read_passages(Path(options.text)) if options.text else []
+        self.base_text = text_loss(run.policy, self.texts) if options.text else 0.0
+        samples = options.samples
         self.inputs = {"robot": list(robot_batches(run, samples))}
-        if questions and not Path(questions).is_dir():
-            raise BurnishError(
-                f"isolate: no question folder at {questions}", "probe.questions", "burnish questions --help"
-            )
+        if options.questions and not Path(options.questions).is_dir():
+            raise BurnishError(f"isolate: no question folder at {options.questions}", "probe.questions",
+                               "burnish questions --help")  # fmt: skip
+        root = options.questions or run.recipe.eval.questions.root or training_questions
         if root and Path(root).is_dir():
-            self.inputs["questions"] = list(question_batches(Path(root), samples, min(size, 32), 1, run.device))
+            size = min(32, run.recipe.train.batch_size, samples)
+            self.inputs["questions"] = list(question_batches(Path(root), samples, size, 1, run.device))
         with evaluating(run.policy):
             self.base = {name: self._states(batches) for name, batches in self.inputs.items()}
 

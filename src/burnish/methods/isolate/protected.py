@@ -14,7 +14,7 @@ from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups
-from burnish.methods.isolate.options import Options
+from burnish.methods.isolate.options import Inputs, Options
 from burnish.methods.objective import Run
 
 if TYPE_CHECKING:
@@ -44,25 +44,22 @@ class Source:
 
     Args:
         run: the run; its policy still holds the weights that it starts from.
-        options: see Options.
+        options, inputs: see Options and Inputs; without an anchor file one is built here, from the policy as it is.
         questions: question folder, or "".
-        anchor_path: file of `burnish anchor build`; "" builds the anchor here, from the policy as it is.
-        samples: questions or robot frames to build it from.
     """
 
-    def __init__(self, run: Run, options: Options, questions: str, anchor_path: str, samples: int):
+    def __init__(self, run: Run, options: Options, inputs: Inputs, questions: str):
         self.options = options
         self.layers = list(range(run.policy.num_layers))
-        size = max(options.directions, round(options.share * run.recipe.train.batch_size))
-        self.size = min(size, run.recipe.train.batch_size)
+        self.size = max(1, round(options.share * run.recipe.train.batch_size))
         self.questions = Questions(run, questions, self.size, options.turns) if options.asks else None
         self.frozen = _frozen(run.policy) if options.distance == "tokens" and options.protect != "answers" else None
         self.anchor = None
         if options.needs_anchor:
-            self.anchor = self._anchor(run, questions, anchor_path, samples).to(run.device)
+            self.anchor = self._anchor(run, questions, inputs.anchor, inputs.anchor_samples).to(run.device)
 
-    def losses(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Iterator[Tensor]:
-        """The protected loss (scalar with graph) of each of the `directions` parts of micro-batch k.
+    def loss(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Tensor:
+        """The protected loss (scalar with graph) of micro-batch k.
 
         Args:
             policy: in training.
@@ -70,23 +67,15 @@ class Source:
             captured: hidden states of the training forward where `options.shares_forward`.
             k: number of the micro-batch since the run began.
         """
-        options, parts = self.options, self.options.directions
-        if options.protect == "answers":
-            for part in _split(self.questions.batch(k), parts):
-                yield policy.language(part).mean
-        elif options.protect == "questions":
-            for part in _split(self.questions.batch(k), parts):
-                yield self._distance(part, *forward(policy, part, self.layers))
-        elif captured is not None:
-            for part in range(parts):
-                yield self._distance(batch, captured, None, slice(part, None, parts))
-        else:
-            for part in _split(_head(batch, self.size), parts):
-                yield self._distance(part, *forward(policy, part, self.layers))
+        if self.options.protect == "answers":
+            return policy.language(self.questions.batch(k)).mean
+        if captured is not None:
+            return self._distance(batch, captured, None)
+        batch = self.questions.batch(k) if self.options.protect == "questions" else _head(batch, self.size)
+        return self._distance(batch, *forward(policy, batch, self.layers))
 
-    def _distance(self, batch: Batch, captured: "Captured", answers: Tensor | None,
-                  samples: slice = slice(None)) -> Tensor:  # fmt: skip
-        """Sum over layers and token groups of the distance of the states of `samples` from the anchor."""
+    def _distance(self, batch: Batch, captured: "Captured", answers: Tensor | None) -> Tensor:
+        """Sum over layers and token groups of the distance of the states from the anchor."""
         options = self.options
         reference = None
         if self.frozen is not None:
@@ -95,9 +84,7 @@ class Source:
         masks = token_groups(captured, options.tokens, None if options.answers else answers)
         total = torch.zeros((), device=next(iter(masks.values())).device)
         for group, mask in masks.items():
-            chosen = torch.zeros_like(mask)
-            chosen[samples] = mask[samples]
-            rows = chosen.reshape(-1).nonzero().squeeze(1)
+            rows = mask.reshape(-1).nonzero().squeeze(1)
             if len(rows) == 0:  # an empty instruction has no text rows
                 continue
             for layer in self.layers:
@@ -110,8 +97,6 @@ class Source:
         if reference is not None:
             return distances.tokens(states, reference)
         moments = self.anchor.moments[layer, group]
-        if self.options.distance == "bures":
-            return distances.bures(states, moments.mean, moments.covariance, self.options.rank)
         distance = distances.w2_diagonal if self.options.distance == "w2" else distances.w2_normalised
         return distance(states, moments.mean, moments.variance)
 
@@ -140,13 +125,10 @@ class Source:
         return Provenance(
             run.parent_hash, run.policy.num_layers, 0, inputs, Path(questions).name if asked else run.data.root.name, 0,
             template=PROMPT if asked else "", answers=options.answers, tokens=options.tokens,
-            covariance=options.distance == "bures",
         )  # fmt: skip
 
     def _check_settings(self, anchor: Anchor, path: str, inputs: str) -> None:
         wanted = {"inputs": inputs, "tokens": self.options.tokens, "answers": self.options.answers}
-        if self.options.distance == "bures":
-            wanted["covariance"] = True
         found = asdict(anchor.about)
         for key, value in wanted.items():
             if found[key] != value:
@@ -176,26 +158,16 @@ def _same_everywhere(run: Run, anchor: Anchor) -> Anchor:
     from burnish.methods.isolate.statistics import Moments
 
     for key, own in anchor.moments.items():
-        packed = torch.cat([own.count[None], own.mean, own.spread.flatten()]).to(run.device)
-        everyone = run.accelerator.gather(packed[None])
-        merged = Moments.empty(len(own.mean), own.spread.ndim == 2, run.device)
-        for row in everyone:
-            mean, spread = row[1 : 1 + len(own.mean)], row[1 + len(own.mean) :].view(own.spread.shape)
-            merged.merge(Moments(row[0], mean, spread))
+        packed = torch.cat([own.count[None], own.mean, own.spread]).to(run.device)
+        merged = Moments.empty(len(own.mean), run.device)
+        for row in run.accelerator.gather(packed[None]):
+            merged.merge(Moments(row[0], *row[1:].chunk(2)))
         anchor.moments[key] = merged
     return anchor
 
 
 def _frozen(policy: "Policy") -> "Policy":
     return copy.deepcopy(policy).eval().requires_grad_(False)
-
-
-def _split(batch: Batch, parts: int) -> Iterator[Batch]:
-    if parts == 1:
-        yield batch
-        return
-    for part in range(parts):
-        yield {key: value[part::parts] for key, value in batch.items()}
 
 
 def _head(batch: Batch, size: int) -> Batch:

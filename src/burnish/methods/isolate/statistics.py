@@ -1,4 +1,4 @@
-"""Streaming statistics of hidden states: mean, variance and covariance in float64, whatever the batches and padding."""
+"""Streaming statistics of hidden states: mean and variance in float64, whatever the batches and padding."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Moments:
     Args:
         count: rows seen, a float64 scalar.
         mean: [D] float64.
-        spread: [D, D] float64, sum of outer products of the deviations from the mean, or [D], its diagonal.
+        spread: [D] float64, sum of squared deviations from the mean.
     """
 
     count: Tensor
@@ -21,9 +21,8 @@ class Moments:
     spread: Tensor
 
     @classmethod
-    def empty(cls, width: int, covariance: bool = False, device: torch.device | str = "cpu") -> "Moments":
-        shape = (width, width) if covariance else (width,)
-        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in ((), (width,), shape)))
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "Moments":
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in ((), (width,), (width,))))
 
     def add(self, rows: Tensor) -> None:
         """Take in rows [N, D]."""
@@ -31,27 +30,18 @@ class Moments:
             return
         values = rows.detach().to(self.mean.device, torch.float64)
         mean = values.mean(0)
-        deviation = values - mean
-        spread = deviation.mT @ deviation if self.spread.ndim == 2 else deviation.square().sum(0)
-        self.merge(Moments(values.new_tensor(len(values)), mean, spread))
+        self.merge(Moments(values.new_tensor(len(values)), mean, (values - mean).square().sum(0)))
 
     def merge(self, other: "Moments") -> None:
         """Take in what `other` has seen."""
         count = self.count + other.count
         share = torch.where(count > 0, other.count / count.clamp_min(1), 0.0)
         shift = other.mean - self.mean
-        square = torch.outer(shift, shift) if self.spread.ndim == 2 else shift.square()
         self.mean = self.mean + share * shift
-        self.spread = self.spread + other.spread + self.count * share * square
+        self.spread = self.spread + other.spread + self.count * share * shift.square()
         self.count = count
 
     @property
     def variance(self) -> Tensor:
         """[D], dividing by the count."""
-        spread = self.spread.diagonal() if self.spread.ndim == 2 else self.spread
-        return spread / self.count.clamp_min(1)
-
-    @property
-    def covariance(self) -> Tensor:
-        """[D, D], dividing by the count."""
         return self.spread / self.count.clamp_min(1)
