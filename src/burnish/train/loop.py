@@ -191,7 +191,7 @@ def _measure_retention(run: Run, metrics: Metrics | None) -> None:
     """Question loss and accuracy of the weights that would be exported now, on the held-out questions."""
     questions = run.recipe.eval.questions
     if questions.root and metrics is not None and not Path(questions.root).is_dir():
-        run.say([f"no question folder at {questions.root}: retention is not measured (see burnish questions)"])
+        run.say([f"no question folder at {questions.root}: retention is not measured (see burnish data questions)"])
     elif questions.root and metrics is not None:
         from burnish.evaluate.retention import retention
 

@@ -24,7 +24,7 @@ def check_statistics(stats: dict[str, Any] | None, keys: tuple[str, ...], root) 
             if not stats or key not in stats or figure not in stats[key]:
                 raise BurnishError(
                     f"{root}/meta/stats.json has no '{figure}' of '{key}'", "statistics of every input and output",
-                    f"burnish inspect {root}",
+                    f"burnish data inspect {root}",
                 )  # fmt: skip
             if not np.isfinite(np.asarray(stats[key][figure], dtype=np.float64)).all():
                 raise BurnishError(f"{root}/meta/stats.json: '{figure}' of '{key}' is not finite", "finite statistics")

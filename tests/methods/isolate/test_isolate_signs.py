@@ -180,5 +180,5 @@ def test_an_anchor_made_otherwise_is_refused(dataset, tiny_smolvla, questions, t
     assert (
         main(["method", "isolate", "anchor", str(tiny_smolvla), str(questions), "-o", str(file), "--samples", "8"]) == 0
     )
-    with pytest.raises(BurnishError, match="burnish anchor build --tokens pooled"):
+    with pytest.raises(BurnishError, match="burnish method isolate anchor --tokens pooled"):
         taken(dataset, tiny_smolvla, tmp_path / "r", f"method: aegis, questions: {questions}, anchor: {file}")

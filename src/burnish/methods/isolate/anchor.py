@@ -81,9 +81,9 @@ class Anchor:
         """
         from safetensors import SafetensorError, safe_open
 
-        make = "burnish anchor build --help"
+        make = "burnish method isolate anchor --help"
         if not path.is_file():
-            raise BurnishError(f"no anchor at {path}", "a file that `burnish anchor build` wrote", make)
+            raise BurnishError(f"no anchor at {path}", "a file that `burnish method isolate anchor` wrote", make)
         try:
             with safe_open(path, "pt") as file:
                 about = Provenance(**_present(json.loads((file.metadata() or {})["about"])))
@@ -111,7 +111,7 @@ class Anchor:
 
     def check(self, path: Path | str, base_hash: str, layers: int, width: int) -> None:
         """Raise BurnishError unless the anchor was built from the very weights that training starts from."""
-        fix = "burnish anchor build with the policy of policy.path"
+        fix = "burnish method isolate anchor with the policy of policy.path"
         for what, found, expected in (("layers", self.about.layers, layers), ("channels", self.about.width, width)):
             if found != expected:
                 raise BurnishError(f"{path} is the anchor of a backbone with {found} {what}", f"{expected}", fix)

@@ -17,8 +17,8 @@ OPTIMISERS = ("plain", "first_moment", "preconditioned")
 class Inputs:
     """Where questions and anchor come from."""
 
-    questions: str = option("", "question folder, see `burnish questions`; empty takes the recipe's language.root")
-    anchor: str = option("", "file of `burnish anchor build`; empty builds the anchor before the first step")
+    questions: str = option("", "question folder, see `burnish data questions`; empty takes the recipe's language.root")
+    anchor: str = option("", "file of `burnish method isolate anchor`; empty builds the anchor before the first step")
     anchor_samples: int = option(3000, "questions or robot frames to build it from (the paper's number)", least=1)
 
 
@@ -127,4 +127,4 @@ def check_questions(method: str, options: Options, questions: str) -> None:
     """Raise BurnishError where training needs questions and there are none."""
     if options.asks and not questions:
         raise BurnishError(f"isolate: method '{method}' needs a question folder", "questions: FOLDER or language.root",
-                           "burnish questions --help, or method: auto")  # fmt: skip
+                           "burnish data questions --help, or method: auto")  # fmt: skip

@@ -57,7 +57,7 @@ class Probe:
         self.inputs = {"robot": list(robot_batches(run, samples))}
         if options.questions and not Path(options.questions).is_dir():
             raise BurnishError(f"isolate: no question folder at {options.questions}", "probe.questions",
-                               "burnish questions --help")  # fmt: skip
+                               "burnish data questions --help")  # fmt: skip
         root = options.questions or run.recipe.eval.questions.root or training_questions
         if root and Path(root).is_dir():
             size = min(32, run.recipe.train.batch_size, samples)

@@ -109,7 +109,7 @@ class Source:
             return anchor
         if inputs == "questions" and not questions:
             raise BurnishError("isolate: nothing to build the anchor from", "questions: FOLDER or anchor: FILE",
-                               "burnish questions --help, or method: self_anchor")  # fmt: skip
+                               "burnish data questions --help, or method: self_anchor")  # fmt: skip
         about = self._about(run, inputs, questions)
         size, show = run.recipe.train.batch_size, run.progress and run.accelerator.is_main_process
         if inputs == "questions":
@@ -132,9 +132,10 @@ class Source:
         found = asdict(anchor.about)
         for key, value in wanted.items():
             if found[key] != value:
-                fix = {"tokens": f"burnish anchor build --tokens {value}", "answers": "burnish anchor build, with "
-                       "--answers or without"}.get(key, "another anchor")  # fmt: skip
-                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants", fix)
+                command = "burnish method isolate anchor"
+                fix = {"tokens": f"{command} --tokens {value}", "answers": f"{command}, with --answers or without"}
+                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants",
+                                   fix.get(key, "another anchor"))  # fmt: skip
 
     def _width(self, run: Run) -> int:
         with torch.no_grad():

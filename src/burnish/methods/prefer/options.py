@@ -16,7 +16,7 @@ class PreferConfig:
     """What the objective does; `pairs` is the only option without a default."""
 
     pairs: str = ""
-    """Pair folder, see `burnish pairs`."""
+    """Pair folder, see `burnish data pairs`."""
     loss: str = "dpo"
     """dpo, ipo, diffusion_dpo, or clone: imitate the successes and ignore the failures (filtered cloning)."""
     beta: float = 0.02
@@ -99,7 +99,7 @@ def _check(config: PreferConfig) -> None:
     if config.horizon == 0:
         raise BurnishError("prefer: horizon is 0", "a number above 0")
     if not config.pairs:
-        raise BurnishError("prefer: no pairs", "a pair folder", "burnish pairs --help")
+        raise BurnishError("prefer: no pairs", "a pair folder", "burnish data pairs --help")
     if config.loss not in (*LOSSES, "clone"):
         raise BurnishError(f"prefer: loss '{config.loss}'", f"one of {', '.join((*LOSSES, 'clone'))}")
     if config.reference not in REFERENCES:
