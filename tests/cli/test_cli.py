@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
 from burnish.cli.main import COMMANDS, OLD, OUTSIDE, find, main, present_names
-from burnish.cli.parser import Arg, CommandParser, Group, Legacy
+from burnish.cli.parser import Arg, CommandParser, Group
 from burnish.core.errors import BurnishError
 
 ROOT = Path(__file__).parents[2]
@@ -38,15 +38,13 @@ def shown(argv, capsys) -> str:
 def test_help_exits_0_and_shows_an_example(command, capsys):
     text = shown([*command.split(), "--help"], capsys)
     example = text[text.lower().rindex("example") :]
-    assert f"burnish {command} " in example or isinstance(find(command.split())[1], Legacy)
+    assert f"burnish {command} " in example
 
 
 def test_every_argument_is_explained():
     unexplained = []
     for name in leaves():
         _, command, _ = find(name.split())
-        if isinstance(command, Legacy):
-            continue
         parameters = CommandParser(name, command).parameters.values()
         unexplained += [f"{name}: {p.name}" for p in parameters if not p.meaning and not p.rest]
     assert unexplained == []
@@ -162,11 +160,23 @@ LIBRARY = [
     ("data inspect", "burnish.data.inspect:inspect_dataset", {"dataset": "root"}),
     ("eval", "burnish.evaluate.rollout:evaluate", {}),
     ("compare", "burnish.evaluate.compare:compare", {"first": "a", "second": "b", "a": "", "b": ""}),
+    ("weights extract", "burnish.weights.extract:extract", {}),
+    (
+        "weights merge",
+        "burnish.weights.merge:merge",
+        {"delta": "deltas", "option": "options", "module": "modules"},
+    ),
+    ("weights control", "burnish.weights.control:control", {}),
+    ("weights inspect", "burnish.weights.inspect:inspect", {"other": "others"}),
+    ("weights verify", "burnish.weights.verify:verify", {}),
     ("policy profile", "burnish.runtime.profile:profile_policy", {"policy": "path", "set_": "overrides"}),
     (
         "policy decode",
         "burnish.runtime.decoders:compare_decoders",
-        {"decoder": "decoders", "option": "options", "figure": "picture"},
+        {
+            "decoder": "decoders",
+            "option": "options",
+        },
     ),
     ("policy verify decode", "burnish.runtime.decode_checks:verify_decode", {"option": "options"}),
     ("policy verify score", "burnish.methods.prefer.verify:verify_score", {}),
@@ -177,6 +187,12 @@ LIBRARY = [
 NOT_ON_THE_COMMAND_LINE = {"progress", "make"}
 
 
+def choices(parameters) -> dict[str, tuple]:
+    """The values that parameters declared as Literal may have."""
+    hints = {key: value.annotation for key, value in parameters.items()}
+    return {key: get_args(hint) for key, hint in hints.items() if get_origin(hint) is Literal}
+
+
 @pytest.mark.parametrize(("name", "target", "renamed"), LIBRARY)
 def test_a_command_has_the_signature_of_the_library(name, target, renamed):
     """What has one name has one default and one kind of type, and nothing of the library is out of reach."""
@@ -185,6 +201,7 @@ def test_a_command_has_the_signature_of_the_library(name, target, renamed):
     library = inspect.signature(getattr(import_module(module), function)).parameters
     ours = {renamed.get(key, key): value for key, value in inspect.signature(command).parameters.items()}
     assert library.keys() - NOT_ON_THE_COMMAND_LINE <= ours.keys()
+    assert choices(library).items() <= choices(ours).items()
     empty = inspect.Parameter.empty
     for key in library.keys() & ours.keys():
         one, other = ours[key], library[key]
@@ -271,11 +288,10 @@ def test_parsers_import_nothing_heavy():
     code = """
 import sys
 from burnish.cli.main import find
-from burnish.cli.parser import CommandParser, Legacy
+from burnish.cli.parser import CommandParser
 for name in sys.argv[1:]:
     _, command, _ = find(name.split())
-    if not isinstance(command, Legacy):
-        CommandParser(name, command)
+    CommandParser(name, command)
     heavy = {"torch", "lerobot", "mujoco", "transformers", "matplotlib", "scipy", "numpy"} & set(sys.modules)
     assert not heavy, f"the parser of {name} imports {heavy}"
 """

@@ -18,7 +18,7 @@ import yaml
 import bench
 import burnish
 from burnish.cli.main import COMMANDS, find, main, present_names
-from burnish.cli.parser import CommandParser, Legacy
+from burnish.cli.parser import CommandParser
 from burnish.core.recipe import find_recipe, is_study, load_recipe
 from burnish.experiments.study import load_study, variant_recipe
 from burnish.train.setup import make_objectives
@@ -79,8 +79,6 @@ def check_burnish(argv: list[str]) -> None:
     if argv == ["--help"]:
         return
     name, command, words = find(argv)
-    if isinstance(command, Legacy):
-        return
     given, overrides = CommandParser(name, command, words).parser.parse_known_args(words)
     if argv[0] not in ("train", "run"):
         assert not overrides

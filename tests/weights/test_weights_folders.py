@@ -83,10 +83,10 @@ def test_openvla_like_shards(tmp_path):
             write_file(tmp_path / who / "model-00003.safetensors", head)
             weight_map |= dict.fromkeys(head, "model-00003.safetensors")
         (tmp_path / who / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    command = ["capability", "extract", "--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned")]
+    command = ["weights", "extract", str(tmp_path / "base"), str(tmp_path / "tuned")]
     assert main([*command, "-o", str(tmp_path / "delta")]) == 2  # the head needs a rule
     assert main([*command, "-o", str(tmp_path / "delta"), "--heads", "skip", "--verify"]) == 0
-    assert main(["capability", "merge", "--base", str(tmp_path / "base"), "--delta", f"{tmp_path / 'delta'}=1",
+    assert main(["weights", "merge", str(tmp_path / "base"), "--delta", f"{tmp_path / 'delta'}=1",
                  "-o", str(tmp_path / "out"), "--verify"]) == 0  # fmt: skip
     assert_same(weights(tmp_path / "out"), {k: to_bf16(v) for k, v in values["tuned"].items()})
 
@@ -136,13 +136,11 @@ def test_inspect(family, make, tmp_path, capsys):
     assert found["groups"]["head"] == pytest.approx(heads / (a @ a))
     assert sum(m["norm"] ** 2 for m in found["modules"].values()) == pytest.approx(a @ a)
     arguments = [str(delta.path), "--other", str(other.path), "--plots", str(tmp_path / "plots")]
-    assert main(["capability", "inspect", *arguments, "--output", str(tmp_path / "found.json")]) == 0
+    assert main(["weights", "inspect", *arguments, "--output", str(tmp_path / "found.json")]) == 0
     assert "cosine" in capsys.readouterr().out and json.loads((tmp_path / "found.json").read_text())["norm"]
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"norm.png", "cosine.png"}
-    assert main(["capability", "control", str(delta.path), "--kind", "flip", "-o", str(tmp_path / "flip")]) == 0
+    assert main(["weights", "control", str(delta.path), "--kind", "flip", "-o", str(tmp_path / "flip")]) == 0
     assert inspect(delta.path, [tmp_path / "flip"])["others"][str(tmp_path / "flip")]["sign_conflict"] == 1.0
-    assert (
-        main(["capability", "merge", "--base", str(base), "--delta", str(delta.path), "-o", str(tmp_path / "m")]) == 0
-    )
-    assert main(["capability", "verify", str(tmp_path / "m")]) == 0
+    assert main(["weights", "merge", str(base), "--delta", str(delta.path), "-o", str(tmp_path / "m")]) == 0
+    assert main(["weights", "verify", str(tmp_path / "m")]) == 0
     assert "elements are right" in capsys.readouterr().out

@@ -219,9 +219,9 @@ def test_a_finished_command_is_not_repeated(family, delta, tmp_path):
 )
 def test_one_line_on_the_command_line(family, delta, tmp_path, capsys, arguments, words):
     given = [text.replace("{delta}", str(delta)) for text in arguments]
-    assert main(["weights", "merge", "--base", str(family[0]), "-o", str(tmp_path / "out"), *given]) == 2
+    assert main(["weights", "merge", str(family[0]), "-o", str(tmp_path / "out"), *given]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.startswith("burnish weights: ") and error.count("\n") == 1
+    assert words in error and error.startswith("burnish weights merge: ") and error.count("\n") == 1
 
 
 def test_quantised_weights_are_refused(make, family, delta, tmp_path):

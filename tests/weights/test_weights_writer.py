@@ -123,7 +123,7 @@ def test_memory_stays_flat(tmp_path):
     for count in (4, 16):
         for name, value in zip(("base", "tuned"), values, strict=True):
             write_file(tmp_path / name / "model.safetensors", {f"layers.{k}.w": ("F32", value) for k in range(count)})
-        command = [sys.executable, "-m", "burnish.cli.main", "capability", "merge", "--base", str(tmp_path / "base")]
+        command = [sys.executable, "-m", "burnish.cli.main", "weights", "merge", str(tmp_path / "base")]
         command += ["--tuned", f"{tmp_path / 'tuned'}=1.1", "-o", str(tmp_path / "out"), "--force", "--threads", "2"]
         peaks.append(timed(command)["rss"])
     assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 0.2e9

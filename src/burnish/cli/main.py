@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from burnish.cli import compare, data, eval, method, policy, report, run, train
-from burnish.cli.parser import Command, CommandParser, Group, Legacy, group_parser
+from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
+from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError
 
 COMMANDS = Group(
@@ -19,7 +19,7 @@ COMMANDS = Group(
         "eval": eval.evaluate,
         "compare": compare.compare,
         "run": run.run,
-        "weights": Legacy("weights", "extract, merge and inspect what a fine-tune has learnt"),
+        "weights": weights.COMMANDS,
         "policy": policy.COMMANDS,
         "method": method.COMMANDS,
         "report": report.COMMANDS,
@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_outside(words)
         shown, command, words = find(words)
         with messages(shown):
-            if isinstance(command, Legacy):
-                return command.call(shown, words)
             return CommandParser(shown, command, words).call(words)
     except BurnishError as error:
         print(f"{shown}: {error}", file=sys.stderr)

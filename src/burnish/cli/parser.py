@@ -20,7 +20,6 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from textwrap import dedent, indent
 from types import NoneType, UnionType
@@ -37,20 +36,6 @@ class Group:
 
     help: str
     commands: "Mapping[str, Command | Group]"
-
-
-@dataclass(frozen=True)
-class Legacy:
-    """A command of the older form: a module of cli/ with add_arguments(parser) and main(args)."""
-
-    module: str
-    help: str
-
-    def call(self, name: str, words: Sequence[str]) -> int:
-        module = import_module(f"burnish.cli.{self.module}")
-        parser = argparse.ArgumentParser(name, description=self.help, formatter_class=argparse.RawTextHelpFormatter)
-        module.add_arguments(parser)
-        return module.main(parser.parse_args(words)) or 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,7 @@ class Help:
 
 def read_help(command: Command | Group) -> Help:
     """Summary, details, arguments and examples of a docstring with the sections Args and Example."""
-    if isinstance(command, Group | Legacy):
+    if isinstance(command, Group):
         return Help(command.help, "")
     text = inspect.getdoc(command) or ""
     parts = re.split(r"^(Args|Examples?|Raises|Returns):\n", text, flags=re.M)
