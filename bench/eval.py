@@ -44,7 +44,7 @@ NO_MOTION = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The bench; `args.quick` only checks that it runs."""
     from burnish.core.provenance import machine
-    from burnish.policies.tiny import make_tiny
+    from workshop.tiny import make_tiny
 
     episodes, max_steps, repeats = (2, 32, 1) if args.quick else (8, 280, 3)
     replayed, replay_steps = (2, 60) if args.quick else (6, 200)

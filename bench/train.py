@@ -106,7 +106,7 @@ def make_frames(root: Path, episodes: int, frames: int, size: int) -> Path:
 def _base(folder: Path) -> tuple[str, str]:
     """The shipped base where there is one, otherwise a tiny SmolVLA."""
     from burnish.policies.load import resolve
-    from burnish.policies.tiny import make_tiny
+    from workshop.tiny import make_tiny
 
     try:
         resolve("small")

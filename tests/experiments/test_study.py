@@ -10,7 +10,7 @@ from burnish.cli.run import run_setup
 from burnish.core.errors import BurnishError
 from burnish.experiments.results import check_result, render_table
 from burnish.experiments.study import QUESTIONS, choose, load_study, run_study
-from burnish.policies.tiny import make_tiny
+from workshop.tiny import make_tiny
 
 
 def write(root, **changes):

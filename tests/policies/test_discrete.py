@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from idle import idle_parameters
 
 from burnish.core.errors import BurnishError
 from burnish.policies import create_policy, load_policy
-from burnish.policies.tiny import default_statistics, make_tiny
 from burnish.sampling.token_model import make_decoder
+from workshop.tiny import default_statistics, make_tiny
 
 STYLES = {
     "autoregressive": {"training": "autoregressive"},
@@ -226,7 +227,7 @@ def test_capture_shows_prompt_and_action_rows(policy, batch):
 def test_gradients_reach_all_but_what_is_named(policy, batch):
     policy.loss(batch, draw(policy)).total.backward()
     idle = {n for n, p in policy.named_parameters() if p.grad is None or not p.grad.any()}
-    assert idle == set(policy.unused_parameters()) or idle - set(policy.unused_parameters()) <= {
+    assert idle == set(idle_parameters(policy)) or idle - set(idle_parameters(policy)) <= {
         "policy.model.vlm.model.text_model.embed_tokens.weight"
     }
     names = [n for n, _ in policy.backbone_parameters()]
@@ -320,7 +321,7 @@ def test_another_vlm_family(tmp_path, batch, questions):
 def tiny_paligemma(folder):
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    from burnish.policies.tiny import NANO_TEXTS, build_tokenizer
+    from workshop.tiny import NANO_TEXTS, build_tokenizer
 
     tokenizer = build_tokenizer(NANO_TEXTS, 384)
     config = PaliGemmaConfig(

@@ -8,8 +8,8 @@ from burnish.core.recipe import load_recipe
 from burnish.data.demos import make_demos
 from burnish.evaluate.rollout import evaluate
 from burnish.policies import load_policy
-from burnish.policies.tiny import build_vlm
 from burnish.train.loop import train
+from workshop.tiny import build_vlm
 
 
 @pytest.fixture(scope="module")

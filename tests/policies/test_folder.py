@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from idle import idle_parameters
 from lerobot.configs.types import FeatureType, PolicyFeature
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,7 @@ from burnish.core.errors import BurnishError
 from burnish.policies import create_policy, load, load_policy
 from burnish.policies import folder as folders
 from burnish.policies.pi_sizes import small_pi
-from burnish.policies.tiny import default_statistics, make_tiny
+from workshop.tiny import default_statistics, make_tiny
 
 
 def draw(policy, size=3):
@@ -247,7 +248,7 @@ def test_fewer_expert_layers_leave_more_parameters_unused(nano_vlm):
     }  # fmt: skip
     policy.loss(batch).total.backward()
     idle = {n for n, p in policy.named_parameters() if p.grad is None or not p.grad.any()}
-    assert idle == set(policy.unused_parameters())
+    assert idle == set(idle_parameters(policy))
 
 
 def test_tiny_sizes_are_put_back():

@@ -16,8 +16,8 @@ from burnish.policies import folder as folders
 from burnish.policies import load_policy
 from burnish.policies.base import CAPABILITIES, lacks, require
 from burnish.policies.load import POLICIES
-from burnish.policies.tiny import default_statistics, make_tiny
 from burnish.sampling.token_model import DECODERS, make_decoder
+from workshop.tiny import default_statistics, make_tiny
 
 ACT = """
 import torch

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
 from burnish.policies import vqa
-from burnish.policies.tiny import NANO_TEXTS, build_tokenizer
+from workshop.tiny import NANO_TEXTS, build_tokenizer
 
 TOKENIZER = build_tokenizer(NANO_TEXTS, 384)
 EOS = "<end_of_utterance>"

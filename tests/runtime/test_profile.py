@@ -11,10 +11,10 @@ from torch import nn
 from burnish.cli.main import main
 from burnish.policies import load_policy
 from burnish.policies.base import Stage
-from burnish.policies.tiny import make_tiny
 from burnish.runtime import profile as module
 from burnish.runtime.observations import observations
 from burnish.runtime.profile import Clock, dissect, profile, quantiles
+from workshop.tiny import make_tiny
 
 
 class Sleepy:

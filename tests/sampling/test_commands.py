@@ -9,8 +9,8 @@ from bench import decode as bench
 from burnish.cli.main import main
 from burnish.cli.policy import add_columns
 from burnish.core.errors import BurnishError
-from burnish.policies.tiny import make_tiny
 from burnish.sampling.timing import left_to_right
+from workshop.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

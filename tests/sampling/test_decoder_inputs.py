@@ -10,8 +10,8 @@ from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.policies.discrete.tokenizers import Bins
-from burnish.policies.tiny import make_tiny
 from burnish.sampling.token_model import Prompt, make_decoder
+from workshop.tiny import make_tiny
 
 CAUSAL = {"block": 1, "shift": True}
 MODELS = {"autoregressive": CAUSAL, "fast_dllm": {}, "pipelined": {}, "together": {}, "sequential": {}, "auto": {}}

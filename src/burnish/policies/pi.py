@@ -1,7 +1,6 @@
 """pi0 and pi05: PaliGemma reads images and text; the state enters the expert (pi0) or the text (pi05)."""
 
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +13,7 @@ from burnish.policies import language
 from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import TOKEN_MASK, TOKENS
 from burnish.policies.load import POLICIES
-from burnish.policies.pi_sizes import PI_SIZES, small_pi
-from burnish.policies.tiny import NANO_TEXTS, build_tokenizer
+from burnish.policies.pi_sizes import small_pi
 
 SIZES_FILE = "tiny.json"
 """In the folder of a tiny policy: the sizes that LeRobot cannot store."""
@@ -98,15 +96,6 @@ class Pi(FlowPolicy):
         c = self.config
         return c.time_sampling_beta_alpha, c.time_sampling_beta_beta, c.time_sampling_scale, c.time_sampling_offset
 
-    def unused_parameters(self) -> list[str]:
-        """Both heads, the language model's final norm, and what follows keys and values in its last layer."""
-        pattern = re.compile(
-            r"policy\.model\.paligemma_with_expert\.(gemma_expert\.lm_head\.|paligemma\.(lm_head\.|"
-            rf"model\.language_model\.(norm\.|layers\.{self.num_layers - 1}\."
-            r"(self_attn\.(q|o)_proj|post_attention_layernorm|mlp)\.)))"
-        )
-        return [name for name, _ in self.named_parameters() if pattern.match(name)]
-
     def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
         """The observation's keys and values, computed once, are repeated for R rows of the batch, as in sampling."""
         from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
@@ -133,36 +122,6 @@ class Pi(FlowPolicy):
         folders.point_at(folder, str(home / self.tokenizer_folder))
         if self.sizes is not None:
             (folder / SIZES_FILE).write_text(json.dumps(self.sizes, indent=2))
-
-    @classmethod
-    def make_tiny(
-        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
-    ) -> None:
-        from lerobot.processor import TokenizerProcessorStep
-
-        tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
-        tokenizer_folder = (folder / cls.tokenizer_folder).absolute()
-        tokenizer.save_pretrained(tokenizer_folder)
-        sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
-        raw = {
-            "type": name,
-            "image_resolution": [28, 28],
-            "num_inference_steps": 3,
-            "push_to_hub": False,
-            "tokenizer_max_length": 96,
-            **overrides,
-        }
-        config = folders.decode_config(raw, "the tiny config", features, "cpu")
-        with small_pi(sizes, tokenizer_folder):
-            policy = folders.build(config, seed)
-            pre, post = folders.new_processors(config, dataset_stats)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter_name, parameter in policy.named_parameters():
-            if ".dense." in parameter_name:  # adaptive norms start as zero gates, which would shut images and text out
-                with torch.no_grad():
-                    parameter.normal_(0.0, 0.5, generator=generator)
-        next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
-        cls(policy, pre, post, sizes=sizes).save(folder)
 
 
 def _read_sizes(folder: Path) -> dict[str, Any] | None:

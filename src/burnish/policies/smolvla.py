@@ -1,8 +1,6 @@
 """SmolVLA: the language model reads images, text and state; the expert reads its keys and values."""
 
-import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from burnish.policies.base import Captured
 from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import CONFIG, STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
-from burnish.policies.tiny import build_vlm
 
 
 @POLICIES.register("smolvla")
@@ -86,20 +83,6 @@ class SmolVLA(FlowPolicy):
             width=self.config.prefix_length,
             around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0),
         )
-
-    def unused_parameters(self) -> list[str]:
-        """The head, the final norm, and what follows keys and values in the last layer that an expert layer reads."""
-        inner = self.policy.model.vlm_with_expert
-        stride = inner.num_vlm_layers // inner.num_expert_layers
-        last = (inner.num_vlm_layers - 1) // stride * stride
-        layer = r"model\.text_model\.layers\."
-        beyond = "|".join(str(i) for i in range(last + 1, inner.num_vlm_layers)) or "none"
-        pattern = re.compile(
-            rf"lm_head\.|model\.text_model\.norm\.|{layer}({beyond})\.|"
-            rf"{layer}{last}\.(self_attn\.(q|o)_proj|post_attention_layernorm|mlp)\."
-        )
-        prefix = "policy.model.vlm_with_expert.vlm."
-        return [n for n, _ in self.named_parameters() if n.startswith(prefix) and pattern.match(n.removeprefix(prefix))]
 
     def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
         """The R points become R blocks of action tokens in one sequence; no block sees another.
@@ -194,12 +177,3 @@ class SmolVLA(FlowPolicy):
         folders.load_tensors(target, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
         processors = folders.new_processors(config, dataset_stats)
         return cls(policy.to(device), *processors)
-
-    @classmethod
-    def make_tiny(
-        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
-    ) -> None:
-        with TemporaryDirectory() as vlm:
-            build_vlm(vlm, seed=seed)
-            fields = {"num_steps": 3, **overrides}
-            cls.create(name, vlm, features, dataset_stats, fields, generator_seed=seed).save(folder)

@@ -87,13 +87,6 @@ class PolicyWrapper(Policy):
         raise BurnishError(f"a new policy of type '{name}'", "smolvla or burnish_discrete",
                            "load a checkpoint of that type instead")  # fmt: skip
 
-    @classmethod
-    def make_tiny(
-        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
-    ) -> None:
-        """Write a policy folder with small random weights, see `burnish.policies.tiny.make_tiny`."""
-        raise BurnishError(f"a tiny policy of type '{name}'", "smolvla, pi0, pi05 or burnish_discrete")
-
     def save(
         self,
         folder: Path,
@@ -120,10 +113,6 @@ class PolicyWrapper(Policy):
         """Write the files beside config, weights and processors that make the folder self-contained."""
 
     # What burnish asks of every policy.
-
-    def unused_parameters(self) -> list[str]:
-        """Names of parameters that `loss` leaves without gradient (None or exactly zero)."""
-        return []
 
     def normalization(self, kind: str) -> str:
         mode = self.config.normalization_mapping.get(kind)

@@ -10,8 +10,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.methods.distill.objective import Distill, divergence, inverse_share
 from burnish.policies import load_policy
-from burnish.policies.tiny import make_tiny
 from burnish.train.optim import add_adapters
+from workshop.tiny import make_tiny
 
 
 def test_divergence_in_both_directions():

@@ -16,8 +16,8 @@ from burnish.methods.prefer.objective import score_config
 from burnish.methods.prefer.scoring import pair_draws, policy_seeds
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
-from burnish.policies.tiny import make_tiny
 from burnish.runtime.flow_likelihood import agreement, ode_scores
+from workshop.tiny import make_tiny
 
 FLOWS = ("smolvla", "pi0", "pi05")
 TASKS = ["pick up the red cube", "open", "put the green ball on the plate"]

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -21,7 +20,6 @@ from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES
-from burnish.policies.tiny import build_vlm
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt
 
@@ -66,16 +64,6 @@ class Discrete(VLMPolicy):
         """See `burnish.policies.discrete.create.new_policy`."""
         return cls(*new_policy(source, features, dataset_stats, {"type": name, **overrides}, **options))
 
-    @classmethod
-    def make_tiny(
-        cls, name: str, folder: Path, features: dict, dataset_stats: dict, overrides: dict, seed: int
-    ) -> None:
-        fields = {"bins": 16, **overrides}
-        del fields["max_action_dim"]
-        with TemporaryDirectory() as vlm:
-            build_vlm(vlm, seed=seed)
-            cls.create(name, vlm, features, dataset_stats, fields, generator_seed=seed).save(folder)
-
     @property
     def vlm(self) -> nn.Module:
         return self.policy.model.vlm
@@ -100,12 +88,6 @@ class Discrete(VLMPolicy):
             with torch.no_grad():
                 self._image_tokens[image.shape[1:]] = self.embed_image(image[:1]).shape[1]
         return self._image_tokens[image.shape[1:]]
-
-    def unused_parameters(self) -> list[str]:
-        """The head of the language model: actions have their own."""
-        head = self.vlm.get_output_embeddings().weight
-        shared = self.vlm.get_input_embeddings().weight is head
-        return [name for name, p in self.named_parameters() if p is head and not shared]
 
     def model_stages(self) -> list[Stage]:
         model = self.policy.model

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from burnish.core.errors import BurnishError
+from burnish.policies import create_policy
+from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, IMAGES, STATE
-from burnish.policies.load import POLICIES
+from burnish.policies.pi import Pi
+from burnish.policies.pi_sizes import PI_SIZES, small_pi
 
 IMAGE_TOKEN = "<image>"
 _SPECIAL = [
@@ -219,5 +224,50 @@ def make_tiny(
     stats = dataset_stats or default_statistics(state_dim, action_dim)
     config = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, **(overrides or {})}
     folder = Path(folder)
-    POLICIES.get(type).make_tiny(type, folder, features, stats, config, seed)
+    make = {"smolvla": _smolvla, "pi0": _pi, "pi05": _pi, "burnish_discrete": _discrete}
+    if type not in make:
+        raise BurnishError(f"a tiny policy of type '{type}'", f"one of {', '.join(make)}")
+    make[type](type, folder, features, stats, config, seed)
     return folder
+
+
+def _smolvla(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    with TemporaryDirectory() as vlm:
+        build_vlm(vlm, seed=seed)
+        create_policy(vlm, features, stats, {"num_steps": 3, **overrides}, type=name, generator_seed=seed).save(folder)
+
+
+def _discrete(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    fields = {"bins": 16, **overrides}
+    del fields["max_action_dim"]
+    with TemporaryDirectory() as vlm:
+        build_vlm(vlm, seed=seed)
+        create_policy(vlm, features, stats, fields, type=name, generator_seed=seed).save(folder)
+
+
+def _pi(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from lerobot.processor import TokenizerProcessorStep
+
+    tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
+    tokenizer_folder = (folder / Pi.tokenizer_folder).absolute()
+    tokenizer.save_pretrained(tokenizer_folder)
+    sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
+    raw = {
+        "type": name,
+        "image_resolution": [28, 28],
+        "num_inference_steps": 3,
+        "push_to_hub": False,
+        "tokenizer_max_length": 96,
+        **overrides,
+    }
+    config = folders.decode_config(raw, "the tiny config", features, "cpu")
+    with small_pi(sizes, tokenizer_folder):
+        policy = folders.build(config, seed)
+        pre, post = folders.new_processors(config, stats)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in policy.named_parameters():
+        if ".dense." in parameter_name:  # adaptive norms start as zero gates, which would shut images and text out
+            with torch.no_grad():
+                parameter.normal_(0.0, 0.5, generator=generator)
+    next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
+    Pi(policy, pre, post, sizes=sizes).save(folder)
