@@ -1,9 +1,11 @@
 """A policy and a decoder of a package from outside, by one entry point each; a policy without a language model."""
 
 import json
+import re
 import shutil
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,26 +21,8 @@ from burnish.policies.load import POLICIES
 from burnish.sampling.token_model import DECODERS, make_decoder
 from workshop.tiny import default_statistics, make_tiny
 
-ACT = """
-import torch
-from burnish.core.types import Chunk, Draws, PolicyLoss
-from burnish.policies.wrapper import PolicyWrapper
-
-
-class Act(PolicyWrapper):
-    def loss(self, batch, draws=None):
-        prepared = self._prepare(batch, batch["action"])
-        prepared["observation.images"] = [prepared[key] for key in self.camera_keys]
-        predicted = self.policy.model(prepared)[0]
-        errors = (predicted - prepared["action"]).abs().mean((1, 2))
-        return PolicyLoss(errors.mean(), errors, {"l1": errors.mean()})
-
-    def act(self, batch, draws=None, prefix=None):
-        return Chunk(self.postprocessor(self.policy.predict_action_chunk(self._prepare(batch, None))))
-
-    def draw(self, batch_size, generator):
-        return Draws(torch.zeros(batch_size, 1, 1), torch.ones(batch_size))
-"""
+PAGE = Path(__file__).parents[2] / "docs/add_a_policy.md"
+ACT = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "class Act" in block)
 DECODER = """
 from burnish.sampling.blocks import BlockDecoder
 from burnish.sampling.plan import make_plan
@@ -88,7 +72,7 @@ def act(installed, tmp_path):
 def test_a_policy_of_another_package_loads_trains_and_acts(act):
     batch = {
         "observation.images.top": torch.rand(2, 3, 32, 32), "observation.state": torch.randn(2, 5),
-        "action": torch.randn(2, 6, 4), "task": ["open", "push"],
+        "action": torch.randn(2, 6, 4), "action_is_pad": torch.zeros(2, 6, dtype=torch.bool), "task": ["open", "push"],
     }  # fmt: skip
     assert "act" in POLICIES and list(POLICIES).count("act") == 1
     assert act.name == "act" and act.cameras == ("top",) and act.normalization("ACTION") == "MEAN_STD"
