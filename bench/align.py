@@ -13,11 +13,11 @@ import numpy as np
 
 BATCH, IMAGE = 32, 96
 MEASURE_EVERY = 50
-ARMS = ("plain", "cached", "live")
+VARIANTS = ("plain", "cached", "live")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """SmolVLA-small on random pictures, with a scene3d teacher of full size and random weights (which cost the same).
+    """SmolVLA-small on random images, with a scene3d teacher of full size and random weights (which cost the same).
 
     Figures:
         step_ratio_cached, step_ratio_live: time of an aligned step over a plain one beside it, the share of a gradient
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name = _prepare(folder)
         ratios, detail = _steps(folder, 8 if args.quick else 60)
         cache = _cache(folder, 512 if args.quick else 32768)
-        peaks = {f"peak_mb_{arm}": _peak(folder, arm) for arm in ARMS}
+        peaks = {f"peak_mb_{variant}": _peak(folder, variant) for variant in VARIANTS}
     info = machine()
     return {
         "name": "align",
@@ -69,32 +69,32 @@ def _prepare(folder: Path) -> str:
     return name
 
 
-def _run(folder: Path, arm: str):
+def _run(folder: Path, variant: str):
     from burnish.core.recipe import load_recipe
     from burnish.train.run import Run
 
     recipe = load_recipe(None, [
-        "--name=bench", f"--output={folder / arm}", f"--data.root={folder / 'data'}",
+        "--name=bench", f"--output={folder / variant}", f"--data.root={folder / 'data'}",
         f"--policy.path={(folder / 'policy.txt').read_text()}", f"--train.batch_size={BATCH}",
         "--train.steps=100000", "--train.self_check=false",
     ])  # fmt: skip
-    if arm != "plain":
+    if variant != "plain":
         recipe.objectives = [{
             "name": "align", "teacher": {"name": "scene3d", "path": str(folder / "teacher")},
-            "cache": "off" if arm == "live" else "", "measure_every": MEASURE_EVERY,
+            "cache": "off" if variant == "live" else "", "measure_every": MEASURE_EVERY,
         }]  # fmt: skip
-    (folder / arm).mkdir(exist_ok=True)
+    (folder / variant).mkdir(exist_ok=True)
     return Run(recipe, progress=False)
 
 
 class _Stepper:
     """A run that does one step after another and says how long each took."""
 
-    def __init__(self, folder: Path, arm: str):
+    def __init__(self, folder: Path, variant: str):
         from burnish.train.divergence import DivergenceGuard
         from burnish.train.streams import Streams
 
-        self.run = _run(folder, arm)
+        self.run = _run(folder, variant)
         self.streams = Streams(self.run)
         self.watch = DivergenceGuard(self.run.output, 0, late=self.run.device.type != "cpu")
 
@@ -110,31 +110,31 @@ class _Stepper:
 
 
 def _steps(folder: Path, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Ratios of the arms' steps, taken in turns."""
+    """Ratios of the variants' steps, taken in turns."""
     from tqdm import tqdm
 
-    steppers = {arm: _Stepper(folder, arm) for arm in ARMS}
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    measuring: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    steppers = {variant: _Stepper(folder, variant) for variant in VARIANTS}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    measuring: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for k in tqdm(range(rounds + 3), desc="steps in turns", unit="round", file=sys.stderr):
-        for arm, stepper in steppers.items():
+        for variant, stepper in steppers.items():
             measured = stepper.run.step % MEASURE_EVERY == 0
             seconds = stepper.step()
             if k >= 3:
-                (measuring if measured and arm != "plain" else times)[arm].append(seconds)
-    for arm, stepper in steppers.items():  # one more measurement each, whatever the number of rounds
+                (measuring if measured and variant != "plain" else times)[variant].append(seconds)
+    for variant, stepper in steppers.items():  # one more measurement each, whatever the number of rounds
         stepper.run.step = -(-stepper.run.step // MEASURE_EVERY) * MEASURE_EVERY
-        measuring[arm].append(stepper.step())
+        measuring[variant].append(stepper.step())
         stepper.streams.close()
     plain = statistics.median(times["plain"])
     ratios, detail = {}, {"n": rounds, "plain_step_seconds": plain}
-    for arm in ARMS[1:]:
-        ordinary = [a / b for a, b in zip(times[arm], times["plain"], strict=False)]
-        extra = max(0.0, statistics.median(measuring[arm]) / plain - statistics.median(ordinary))
-        ratios[f"step_ratio_{arm}"] = statistics.median(ordinary) + extra / MEASURE_EVERY
+    for variant in VARIANTS[1:]:
+        ordinary = [a / b for a, b in zip(times[variant], times["plain"], strict=False)]
+        extra = max(0.0, statistics.median(measuring[variant]) / plain - statistics.median(ordinary))
+        ratios[f"step_ratio_{variant}"] = statistics.median(ordinary) + extra / MEASURE_EVERY
         quartiles = statistics.quantiles(ordinary, n=4)
-        detail[f"{arm}_quartiles"] = [quartiles[0], quartiles[2]]
-        detail[f"{arm}_measuring_step_over_plain"] = extra + statistics.median(ordinary)
+        detail[f"{variant}_quartiles"] = [quartiles[0], quartiles[2]]
+        detail[f"{variant}_measuring_step_over_plain"] = extra + statistics.median(ordinary)
     return ratios, detail
 
 
@@ -195,19 +195,19 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def _peak(folder: Path, arm: str) -> float:
+def _peak(folder: Path, variant: str) -> float:
     """Most memory, in MB, of a process of its own that trains a few steps."""
     from burnish.core.workers import WorkerPool
 
     with WorkerPool(_peaks, folder, count=1) as pool:
-        return dict(pool.run([arm]))[arm]
+        return dict(pool.run([variant]))[variant]
 
 
-def _peaks(arms: Iterable[str], folder: Path) -> Generator[float, None, None]:
+def _peaks(variants: Iterable[str], folder: Path) -> Generator[float, None, None]:
     import torch
 
-    for arm in arms:
-        stepper = _Stepper(folder, arm)
+    for variant in variants:
+        stepper = _Stepper(folder, variant)
         for _ in range(3):
             stepper.step()
         stepper.streams.close()

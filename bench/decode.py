@@ -164,7 +164,7 @@ def random_models(step: int, steps: int, size: dict[str, int], device: str, dtyp
     from burnish.policies.discrete.token_model import NetTokenModel
 
     class Backbone(torch.nn.Module):
-        """A language model where TokenNet wants a VLM; pictures never pass through it here."""
+        """A language model where TokenNet wants a VLM; images never pass through it here."""
 
         def __init__(self, config: Any):
             super().__init__()

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_questions(root: Path, count: int = 256) -> Path:
-    """A question folder of random pictures."""
+    """A question folder of random images."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True)
     np.save(root / "images.npy", rng.integers(0, 256, (16, IMAGE, IMAGE, 3), dtype=np.uint8))

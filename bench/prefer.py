@@ -1,6 +1,6 @@
 """A pair step of preference optimisation against the textbook's, and DoRA against LoRA.
 
-Textbook: one forward each for chosen, rejected, policy, reference and draw, the observation encoded anew every time.
+Textbook: one forward each for chosen, rejected, policy, reference and draw, the observation encoded again every time.
 Concatenated, as TRL does it: chosen and rejected in one batch, the rest likewise. Ours: the observation once for all.
 """
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_frames(root: Path, episodes: int, frames: int, size: int) -> Path:
-    """A LeRobotDataset of random moving pictures with one camera "front", state 8 and action 7."""
+    """A LeRobotDataset of random moving images with one camera "front", state 8 and action 7."""
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets import LeRobotDataset
 
@@ -91,11 +91,11 @@ def make_frames(root: Path, episodes: int, frames: int, size: int) -> Path:
     )
     rng = np.random.default_rng(0)
     for _ in range(episodes):
-        picture = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
         for k in range(frames):
             moments = rng.normal(size=15).astype(np.float32)
             dataset.add_frame({
-                "observation.images.front": np.roll(picture, k, 1), "observation.state": moments[:8],
+                "observation.images.front": np.roll(image, k, 1), "observation.state": moments[:8],
                 "action": moments[8:], "task": "put the red cube on the green plate",
             })  # fmt: skip
         dataset.save_episode()

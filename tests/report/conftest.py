@@ -1,4 +1,4 @@
-"""A run folder as the pipeline leaves it, made of synthetic numbers and pictures."""
+"""A run folder as the pipeline leaves it, made of synthetic numbers and images."""
 
 import json
 from pathlib import Path

@@ -222,5 +222,5 @@ class _Parameter:
 
     def _help(self) -> str:
         default = " ".join(map(str, self.default)) if isinstance(self.default, list | tuple) else self.default
-        told = self.kind is bool or default in (None, "") or f"{default} means" in self.meaning
-        return (self.meaning if told else f"{self.meaning} (default {default})").replace("%", "%%")
+        known = self.kind is bool or default in (None, "") or f"{default} means" in self.meaning
+        return (self.meaning if known else f"{self.meaning} (default {default})").replace("%", "%%")

@@ -1,4 +1,4 @@
-"""`burnish report`: the page of a run, a study as a picture, the tables of README and docs."""
+"""`burnish report`: the page of a run, a study as a figure, the tables of README and docs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +73,6 @@ def results(*, root: Path = Path(), check: bool = False) -> None:
 
 
 COMMANDS = Group(
-    "Write the page of a run, a study as a picture, the tables of README and docs.",
+    "Write the page of a run, a study as a figure, the tables of README and docs.",
     {"page": page, "pareto": pareto, "results": results},
 )

@@ -1,13 +1,13 @@
-"""Errors that a user can mend: one clear line, shown without a stack trace by the command line."""
+"""Errors that a user can fix: one clear line, shown without a stack trace by the command line."""
 
 
 class BurnishError(Exception):
-    """Bad input. Says what was found, what was expected and, where there is one, the command that mends it.
+    """Bad input. Says what was found, what was expected and, where there is one, the command that fixes it.
 
     Args:
         found: what is wrong, naming the file, key or value.
         expected: what would have been right.
-        fix: a command or an action that mends it.
+        fix: a command or an action that fixes it.
     """
 
     def __init__(self, found: str, expected: str = "", fix: str = ""):

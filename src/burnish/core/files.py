@@ -80,7 +80,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Write the file that is handed out; on leaving it becomes `target` at once, on an error it vanishes."""
+    """Write the file that is handed out; on leaving it becomes `target` atomically, on an error it vanishes."""
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -94,7 +94,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once; a kill leaves the old content."""
+    """Replace `path` by `text` atomically; a kill leaves the old content."""
     with new_file(path) as file:
         file.write_text(text, encoding="utf-8")
 
@@ -117,7 +117,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Fill the folder that is handed out; on leaving it becomes `target` at once, on an error it vanishes.
+    """Fill the folder that is handed out; on leaving it becomes `target` atomically, on an error it vanishes.
 
     An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first, save
     the earlier folder of one that was killed between its two renames, which comes back.
@@ -168,7 +168,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def point_to(link: Path, name: str) -> None:
-    """Let the symbolic link `link` show the sibling called `name`, at once."""
+    """Let the symbolic link `link` show the sibling called `name`, atomically."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     os.symlink(name, temporary)

@@ -102,7 +102,7 @@ def recipe_to_dict(recipe: RecipeConfig) -> dict[str, Any]:
 
 
 def save_recipe(recipe: RecipeConfig, path: str | Path) -> None:
-    """Write the complete recipe (defaults included) as YAML, at once."""
+    """Write the complete recipe (defaults included) as YAML, atomically."""
     import yaml
 
     from burnish.core.files import write_text

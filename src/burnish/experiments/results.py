@@ -139,7 +139,7 @@ def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
 
 
 def fill(text: str, results: Path, where: str) -> str:
-    """`text` with every marked table written anew."""
+    """`text` with every marked table written again."""
     if len(OPENING.findall(text)) != len(MARKER.findall(text)):
         raise BurnishError(f"{where}: a results marker is not closed", "a line '<!-- /results -->' after the table")
 

@@ -90,10 +90,10 @@ def as_html(found: Inspection) -> str:
         section("Remarks", table(["", "where", "what"], rows)) if rows else "",
     ]
     for view in found.views:
-        pictures = "".join(f'<img src="{png_uri(image)}" alt="">' for image in view.thumbnails)
+        images = "".join(f'<img src="{png_uri(image)}" alt="">' for image in view.thumbnails)
         size = f"{view.size[0]} x {view.size[1]}, {view.codec}" if view.size else "unreadable"
         lead = f"{size}. {view.orientation}"
-        parts.append(section(view.name, f'<div class="thumbs">{pictures}</div>' if pictures else "<p></p>", lead=lead))
+        parts.append(section(view.name, f'<div class="thumbs">{images}</div>' if images else "<p></p>", lead=lead))
     counts = [[escape(text), str(count)] for text, count in found.instructions.items()]
     parts.append(section("Instructions", table(["text", "episodes"], counts, numbers=(1,))))
     for title, dimensions in (("Actions", found.actions), ("States", found.states)):

@@ -40,7 +40,7 @@ class Series:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Maps values to the 1000 x 1000 picture of a line plot."""
+    """Maps values to the 1000 x 1000 canvas of a line plot."""
 
     x_low: float
     x_high: float
@@ -182,7 +182,7 @@ def _curve(one: Series, frame: _Frame) -> str:
         out.append(f'<path class="interval" d="M{x:.1f} {frame.y(low):.1f}L{x:.1f} {frame.y(high):.1f}"/>')
     out.append(f'<path class="curve" d="{path}"/>')
     if one.points or len(points) == 1:
-        # Lines of no length with round caps stay round when the picture is stretched; circles would not.
+        # Lines of no length with round caps stay round when the plot is stretched; circles would not.
         out.extend(f'<path class="point" d="M{x:.1f} {y:.1f}h0"/>' for x, y in points)
     return "".join(out) + "</g>"
 

@@ -146,7 +146,7 @@ def _films(videos: list[dict[str, Any]], episodes: Path) -> list[dict[str, Any]]
 
 
 def read_rate(row: Any, where: str) -> Rate:
-    """A rate as `Rate.to_dict` wrote it; the interval is computed anew from the counts."""
+    """A rate as `Rate.to_dict` wrote it; the interval is computed again from the counts."""
     if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in ("n", "successes")):
         raise BurnishError(f"{where} has no whole numbers n and successes", "what `burnish eval` writes")
     return wilson(row["successes"], row["n"])
