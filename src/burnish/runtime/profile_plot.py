@@ -15,7 +15,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     """Write a PNG of the median milliseconds of every stage, passes one by one.
 
     Args:
-        outcome: as `burnish profile --json` prints it.
+        outcome: as `burnish policy profile --json` prints it.
         path: where.
     """
     figure = new_figure(9, 2.6)
