@@ -18,6 +18,8 @@ _PUBLIC = {
     "compare": "burnish.evaluate.compare",
     "retention": "burnish.evaluate.retention",
     "run_recipe": "burnish.experiments.pipeline",
+    "load_study": "burnish.experiments.study",
+    "run_study": "burnish.experiments.study",
     "write_report": "burnish.report",
 }
 __all__ = sorted(_PUBLIC)
