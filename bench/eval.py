@@ -214,7 +214,7 @@ def _our_outcomes(
 def _replay(policy: "Policy", replay: np.ndarray, taken: dict[tuple[int, int], np.ndarray]) -> None:
     """Let `policy.act` return recorded actions plus a share of its own, and file them under (state, replan).
 
-    Which episode a row belongs to is told by the seed of its noise; it travels in the unused flow time.
+    Which episode a row belongs to is given by the seed of its noise; it travels in the unused flow time.
     """
     import torch
 

@@ -54,7 +54,7 @@ class PretrainConfig:
 
 
 class PackedQuestions:
-    """Each item is one image with several of its questions, drawn anew in every epoch by `epoch_of`."""
+    """Each item is one image with several of its questions, drawn again in every epoch."""
 
     def __init__(self, config: PretrainConfig):
         from burnish.data.questions import open_questions

@@ -13,7 +13,7 @@ from burnish.teachers.scene3d import CAMERAS
 
 ENVS = ("tabletop:lift", "tabletop:put_on", "tabletop:lift+light+texture")
 SHARE = 256
-"""Scenes that a process makes at once."""
+"""Scenes that a process makes before it answers."""
 
 
 def make_scenes(folder: Path, count: int, image_size: int, points: int, seed: int, progress: bool = True) -> Path:

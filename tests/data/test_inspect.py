@@ -207,7 +207,7 @@ def test_video_cut_short_on_disk(broken):
 
 def test_video_with_too_few_frames(broken):
     write_video(broken / VIDEO, frames_of(1)[:5], FPS)
-    assert f"{VIDEO}: too short: 5 frames, 9 rows" in whats(broken)
+    assert f"{VIDEO}: too short: 5 frames, 9 frames" in whats(broken)
 
 
 def test_wrong_image_size(broken):
@@ -261,7 +261,7 @@ def test_wrong_action_dimension(broken):
 def test_rows_and_metadata_disagree(broken):
     arrays = {name: array[:-2] for name, array in episode_arrays(1).items()}
     write_episode(broken, 1, arrays)
-    assert "episode 1: 7 rows in the data, 9 in the metadata" in whats(broken)
+    assert "episode 1: 7 frames in the data, 9 in the metadata" in whats(broken)
 
 
 def test_irregular_timestamps(broken):

@@ -9,25 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.data.loader import LanguageData, Order, Prefetch, RobotData
+from burnish.data.loader import BatchSampler, LanguageData, Prefetch, RobotData
 
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 40), batch=st.integers(1, 9), world=st.integers(1, 3), passes=st.integers(1, 3))
 def test_every_pass_visits_each_row_once(rows, batch, world, passes):
-    orders = [Order(rows, batch, ("seed",), rank, world) for rank in range(world)]
+    samplers = [BatchSampler(rows, batch, ("seed",), rank, world) for rank in range(world)]
     steps = -(-rows * passes // (batch * world))
-    seen = np.concatenate([order.rows(k) for k in range(steps) for order in orders])
+    seen = np.concatenate([sampler.indices(k) for k in range(steps) for sampler in samplers])
     for p in range(passes):
         assert sorted(seen[p * rows : (p + 1) * rows]) == list(range(rows))
 
 
 def test_order_depends_on_seed_and_step_alone():
-    one, two = Order(50, 8, (1, "a")), Order(50, 8, (1, "a"))
-    forward = [one.rows(k) for k in range(20)]
-    backward = [two.rows(k) for k in reversed(range(20))][::-1]
+    one, two = BatchSampler(50, 8, (1, "a")), BatchSampler(50, 8, (1, "a"))
+    forward = [one.indices(k) for k in range(20)]
+    backward = [two.indices(k) for k in reversed(range(20))][::-1]
     assert all((a == b).all() for a, b in zip(forward, backward, strict=True))
-    assert any((a != Order(50, 8, (2, "a")).rows(k)).any() for k, a in enumerate(forward))
+    assert any((a != BatchSampler(50, 8, (2, "a")).indices(k)).any() for k, a in enumerate(forward))
 
 
 def data(root, **options):

@@ -61,7 +61,7 @@ def test_identical_runs_are_flagged_by_steps_where_there_are_any(tmp_path):
     assert not any("identical" in w for w in compare(a, other).warnings)
     assert any("no width" in w for w in compare(a, other).warnings)
     assert compare(a, other).overall.p == 1
-    assert any("runs 1 and 2 of arm B" in w for w in compare(a, [other, other]).warnings)
+    assert any("runs 1 and 2 of B" in w for w in compare(a, [other, other]).warnings)
 
 
 def test_several_runs_are_clusters_of_their_initial_state(tmp_path):
@@ -101,6 +101,6 @@ def test_command(tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content["overall"]["only_b"] == 2 and content["test"] == "McNemar"
     assert main(["compare", str(a), str(b), "--b", str(b)]) == 0
-    assert "WARNING: runs 1 and 2 of arm B" in capsys.readouterr().out
+    assert "WARNING: runs 1 and 2 of B" in capsys.readouterr().out
     assert main(["compare", str(a), str(tmp_path / "missing")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

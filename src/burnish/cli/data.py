@@ -65,8 +65,9 @@ def questions(
 def pairs(
     policy: str = "", env: str = "", *, root: Path, states: int = 100, rollouts: int = 4, first_state: int = 500_000,
     seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
-    ties: Literal["skip", "faster"] = "skip", leads: Annotated[list[int], Arg(several=True)] = (0,), limit: int = 0,
-    workers: int = 0, device: str = "", labels: Path | None = None, state_tolerance: float = 0.0,
+    ties: Literal["skip", "faster"] = "skip",
+    offsets: Annotated[list[int], Arg(several=True, old=("--leads",))] = (0,), limit: int = 0, workers: int = 0,
+    device: str = "", labels: Path | None = None, state_tolerance: float = 0.0,
 ) -> None:  # fmt: skip
     """Make preference pairs from rollouts of a policy, or import labels.
 
@@ -85,7 +86,7 @@ def pairs(
         action_noise: noise on a branch's first chunk, share of half the range
         expert: where all rollouts failed, let the expert complete one
         ties: what to do with two successes
-        leads: frames before the branch point at which chunks start
+        offsets: frames before the branch point at which chunks start
         limit: at most so many pairs for each initial state; 0 means all
         workers: simulator processes; 0 means one for each core
         device: torch device of the policy; default: a GPU where there is one
@@ -104,8 +105,8 @@ def pairs(
     if not policy or not env:
         raise BurnishError("pairs without a policy or without an environment", "both, or --labels")
     print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
-                  image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, leads=leads, limit=limit,
-                  workers=workers, device=device))  # fmt: skip
+                  image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, offsets=offsets,
+                  limit=limit, workers=workers, device=device))  # fmt: skip
 
 
 def inspect(dataset: Path, *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False) -> int:

@@ -220,7 +220,7 @@ class Filler:
                                    "cache_format: pca")  # fmt: skip
             data = stored.tobytes()
             place = self.starts[t] + int(frames[0]) * (len(data) // len(frames))
-            # A memory map on a full disk dies of SIGBUS; a positioned write raises an error that can be told.
+            # A memory map on a full disk dies of SIGBUS; a positioned write raises an error that can be reported.
             with disk_errors(self.folder):
                 if os.pwrite(self.handles[t], data, place) != len(data):
                     raise OSError(28, "no space left")

@@ -1,7 +1,7 @@
 """Decoded frames of a LeRobotDataset, kept as one memory-mapped uint8 array per camera.
 
 Random access into compressed video costs a seek and several decoded frames for each sample; reading a memory-mapped
-row costs a copy. The videos are decoded once, in order, at the training resolution.
+frame costs a copy. The videos are decoded once, in order, at the training resolution.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def dataset_hash(root: Path) -> str:
 
 @dataclass(frozen=True)
 class FrameCache:
-    """`arrays` maps a camera to uint8 [N, H, W, 3]; row i is the frame whose "index" column is i."""
+    """`arrays` maps a camera to uint8 [N, H, W, 3]; entry i is the frame whose "index" column is i."""
 
     arrays: dict[str, np.ndarray]
     hash: str
@@ -125,7 +125,7 @@ def _target_size(recorded: tuple[int, int], image_size: int) -> tuple[int, int]:
 
 
 def _is_current(path: Path, about: dict) -> bool:
-    """Whether a finished array of exactly this data lies at `path`; anything else is decoded anew."""
+    """Whether a finished array of exactly this data lies at `path`; anything else is decoded again."""
     sidecar = path.with_suffix(".json")
     if not path.is_file() or not sidecar.is_file():
         return False
@@ -158,7 +158,7 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
     require_space(path.parent, len(header) + count * frame_bytes, f"decoding '{camera}' of {root}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     done = np.zeros(count, dtype=bool)
-    # A memory map on a full disk dies of SIGBUS; positioned writes raise an error that can be told.
+    # A memory map on a full disk dies of SIGBUS; positioned writes raise an error that can be reported.
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         with disk_errors(path), tqdm(total=count, desc=f"decoding {camera}", unit="frame", disable=not progress) as bar:
@@ -178,8 +178,8 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
             os.fsync(handle)
         if not done.all():
             raise BurnishError(
-                f"camera '{camera}' of {root} has no picture for {int((~done).sum())} of {count} frames "
-                f"(first: {int(np.argmin(done))})", "one for each row", f"burnish data inspect {root}",
+                f"camera '{camera}' of {root} has no image for {int((~done).sum())} of {count} frames "
+                f"(first: {int(np.argmin(done))})", "one for each frame", f"burnish data inspect {root}",
             )  # fmt: skip
         os.replace(temporary, path)
     finally:
@@ -204,7 +204,7 @@ def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _jobs(meta, root: Path, camera: str):
-    """Independent pieces of work, each a function that yields (row, frame uint8 [H, W, 3])."""
+    """Independent pieces of work, each a function that yields (index, image uint8 [H, W, 3])."""
     size = _recorded_size(meta, camera)
     if camera in meta.image_keys:
         return [lambda p=p: _read_images(p, camera, size) for p in sorted((root / "data").rglob("*.parquet"))]
@@ -235,27 +235,27 @@ def _read_video(
 
     if not path.is_file():
         raise BurnishError(f"video {path} is missing", "every file that meta/episodes names", "copy it again")
-    rows = {}
+    indices = {}
     for episode in episodes:
         first = round(episode[f"videos/{camera}/from_timestamp"] * fps)
         start, stop = episode["dataset_from_index"], episode["dataset_to_index"]
-        rows |= {first + k: start + k for k in range(stop - start)}
+        indices |= {first + k: start + k for k in range(stop - start)}
     found = 0
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                row = rows.get(round(frame.time * fps)) if frame.time is not None else None
-                if row is None:
+                index = indices.get(round(frame.time * fps)) if frame.time is not None else None
+                if index is None:
                     continue
                 image = frame.to_ndarray(format="rgb24")
                 _check_size(image, size, path)
                 found += 1
-                yield row, image
+                yield index, image
     except (av.FFmpegError, IndexError) as error:
         raise BurnishError(f"video {path} is unreadable after {found} frames ({error})", "a whole video file",
                            "record or copy it again") from error  # fmt: skip
-    if found < len(rows):
-        raise BurnishError(f"video {path} has {found} frames", f"{len(rows)}", "record or copy it again")
+    if found < len(indices):
+        raise BurnishError(f"video {path} has {found} frames", f"{len(indices)}", "record or copy it again")
 
 
 def _check_size(image: np.ndarray, size: tuple[int, int], path: Path) -> None:

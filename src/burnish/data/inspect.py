@@ -119,7 +119,7 @@ def find_gripper(
 
     Args:
         names, action: dimensions and values [N, A]; likewise `state_names` and `state` [N, S].
-        starts: index of the first row of each episode.
+        starts: index of the first frame of each episode.
     """
     low, high = np.nanmin(action, 0), np.nanmax(action, 0)
     span = np.where(high > low, high - low, 1.0)
@@ -194,7 +194,7 @@ def _control(action: np.ndarray, state: np.ndarray | None) -> str:
 def _idle(
     action: np.ndarray, starts: np.ndarray, control: str, names: list[str], gripper: Gripper | None
 ) -> np.ndarray:
-    """[N] True where the arm is told to stay: near-zero relative actions, or unchanged absolute ones."""
+    """[N] True where the arm is to stay: near-zero relative actions, or unchanged absolute ones."""
     labels = [name if name != str(i) else f"dimension {i}" for i, name in enumerate(names)]
     arm = [i for i, label in enumerate(labels) if gripper is None or label != gripper.name]
     moves = action[:, arm]

@@ -24,25 +24,25 @@ class Problem:
 
 def check_columns(files: DatasetFiles, columns: dict[str, np.ndarray]) -> list[Problem]:
     """Everything that the numbers and the metadata show; `columns` as `read_columns` returns them."""
-    checks = (_check_rows, _check_timestamps, _check_numbers, _check_stats, _check_instructions, _check_duplicates)
+    checks = (_check_lengths, _check_timestamps, _check_numbers, _check_stats, _check_instructions, _check_duplicates)
     return [problem for check in checks for problem in check(files, columns)]
 
 
 def episode_starts(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Index of the first row of every episode."""
+    """Index of the first frame of every episode."""
     episode = columns["episode_index"]
     return np.flatnonzero(np.concatenate([[True], episode[1:] != episode[:-1]]))
 
 
-def _check_rows(files: DatasetFiles, columns: dict[str, np.ndarray]) -> list[Problem]:
-    rows = Counter(columns["episode_index"].astype(int).tolist())
+def _check_lengths(files: DatasetFiles, columns: dict[str, np.ndarray]) -> list[Problem]:
+    counts = Counter(columns["episode_index"].astype(int).tolist())
     problems = []
     for episode in files.episodes:
-        found = rows.pop(episode.index, 0)
+        found = counts.pop(episode.index, 0)
         if found != episode.length:
-            what = f"{found} rows in the data, {episode.length} in the metadata"
+            what = f"{found} frames in the data, {episode.length} in the metadata"
             problems.append(Problem("error", f"episode {episode.index}", what))
-    problems += [Problem("error", f"episode {index}", "in the data, not in the metadata") for index in sorted(rows)]
+    problems += [Problem("error", f"episode {index}", "in the data, not in the metadata") for index in sorted(counts)]
     for key, found in (("total_episodes", len(files.episodes)), ("total_frames", len(columns["index"]))):
         said = files.info.get(key)
         if said is not None and said != found:
@@ -74,8 +74,8 @@ def _check_numbers(files: DatasetFiles, columns: dict[str, np.ndarray]) -> list[
             continue
         bad = ~np.isfinite(columns[name])
         if bad.any():
-            row, dim = np.argwhere(bad)[0]
-            episode, frame = columns["episode_index"][row], columns["frame_index"][row]
+            index, dim = np.argwhere(bad)[0]
+            episode, frame = columns["episode_index"][index], columns["frame_index"][index]
             first = f"{files.names(name)[dim]} of episode {episode} frame {frame}"
             problems.append(Problem("error", name, f"{int(bad.sum())} NaN or infinite, first in {first}"))
         elif name in ("action", STATE):

@@ -1,4 +1,4 @@
-"""The pictures of a data set: are the videos whole, what do they show, which way is up?"""
+"""The images of a data set: are the videos whole, what do they show, which way is up?"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -94,9 +94,9 @@ def _check_video(file: Path, frames: int, fps: int, quick: bool, view: View) -> 
     except (av.FFmpegError, OSError) as error:
         return f"unreadable ({error.strerror or error})"
     if found < frames:
-        return f"too short: {found} frames, {frames} rows in the data"
+        return f"too short: {found} frames, {frames} frames in the data"
     if found > frames:
-        return f"too long: {found} frames, {frames} rows in the data"
+        return f"too long: {found} frames, {frames} frames in the data"
     if rate and abs(rate - fps) > 0.01 * fps:
         return f"{rate:g} frames a second, meta/info.json says {fps}"
     return ""

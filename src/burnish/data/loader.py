@@ -21,30 +21,30 @@ from burnish.data.questions import open_questions
 IMAGES = "observation.images."
 
 
-class Order:
-    """Which rows form batch k: endless shuffled passes, each pass a permutation of its own.
+class BatchSampler:
+    """Which samples form batch k: endless shuffled epochs, each a permutation of its own.
 
     Args:
-        num_rows: rows to draw from.
-        batch_size: rows for each rank and batch.
-        seed_parts: anything printable; equal parts give equal orders.
+        num_samples: samples to draw from.
+        batch_size: samples for each rank and batch.
+        seed_parts: anything printable; equal parts give equal batches.
         rank, world: this process and the number of processes; together they read one global batch.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed_parts: tuple, rank: int = 0, world: int = 1):
-        self.num_rows, self.batch_size, self.rank, self.world = num_rows, batch_size, rank, world
-        # Two passes can meet in one batch, and threads prepare several batches at once.
+    def __init__(self, num_samples: int, batch_size: int, seed_parts: tuple, rank: int = 0, world: int = 1):
+        self.num_samples, self.batch_size, self.rank, self.world = num_samples, batch_size, rank, world
+        # Two epochs can meet in one batch, and threads prepare several batches at once.
         self._permutation = lru_cache(maxsize=4)(
-            lambda epoch: np.random.default_rng(derive_seed(*seed_parts, "order", epoch)).permutation(num_rows)
+            lambda epoch: np.random.default_rng(derive_seed(*seed_parts, "order", epoch)).permutation(num_samples)
         )
 
-    def rows(self, k: int) -> np.ndarray:
-        """[batch_size] row numbers of batch k on this rank."""
+    def indices(self, k: int) -> np.ndarray:
+        """[batch_size] indices of the samples in batch k on this rank."""
         first = (k * self.world + self.rank) * self.batch_size
         places = np.arange(first, first + self.batch_size)
-        epochs = places // self.num_rows
+        epochs = places // self.num_samples
         return np.concatenate(
-            [self._permutation(int(e))[places[epochs == e] % self.num_rows] for e in np.unique(epochs)]
+            [self._permutation(int(e))[places[epochs == e] % self.num_samples] for e in np.unique(epochs)]
         )
 
 
@@ -55,7 +55,7 @@ class RobotData:
         root: data set folder (v3).
         cameras: names or full keys of the cameras wanted; empty means all.
         chunk_size: actions in a chunk; beyond the episode's end the last one is repeated and marked as padding.
-        batch_size, seed, rank, world: see `Order`.
+        batch_size, seed, rank, world: see `BatchSampler`.
         episodes: episode numbers to use; empty means all.
         image_size, cache_dir: see `open_frames`.
         augmented: shift and jitter the images.
@@ -82,10 +82,10 @@ class RobotData:
             raise BurnishError(
                 f"data.episodes names episode {chosen[-1]}", f"0 to {self.meta.total_episodes - 1} in {root}"
             )
-        self.rows = np.flatnonzero(np.isin(self.episode_index, chosen))
-        if len(self.rows) == 0:
+        self.indices = np.flatnonzero(np.isin(self.episode_index, chosen))
+        if len(self.indices) == 0:
             raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
-        self.order = Order(len(self.rows), batch_size, (seed, "robot"), rank, world)
+        self.sampler = BatchSampler(len(self.indices), batch_size, (seed, "robot"), rank, world)
         self.rank = rank
 
     @property
@@ -102,17 +102,17 @@ class RobotData:
 
     def raw(self, k: int) -> Batch:
         """Batch k as stored: images still uint8 [B, H, W, 3]."""
-        rows = self.rows[self.order.rows(k)]
-        window_BT = rows[:, None] + np.arange(self.chunk_size)
-        last_B1 = self._episode_end[self.episode_index[rows]][:, None] - 1
-        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][rows]) for key in self.cameras}
+        frames = self.indices[self.sampler.indices(k)]
+        window_BT = frames[:, None] + np.arange(self.chunk_size)
+        last_B1 = self._episode_end[self.episode_index[frames]][:, None] - 1
+        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][frames]) for key in self.cameras}
         if self.states is not None:
-            batch["observation.state"] = torch.from_numpy(self.states[rows])
+            batch["observation.state"] = torch.from_numpy(self.states[frames])
         batch["action"] = torch.from_numpy(self.actions[np.minimum(window_BT, last_B1)])
         batch["action_is_pad"] = torch.from_numpy(window_BT > last_B1)
-        batch["index"] = torch.from_numpy(rows.astype(np.int64))
-        batch["episode_index"] = torch.from_numpy(self.episode_index[rows].astype(np.int64))
-        batch["task"] = [self.tasks[i] for i in self.task_index[rows]]
+        batch["index"] = torch.from_numpy(frames.astype(np.int64))
+        batch["episode_index"] = torch.from_numpy(self.episode_index[frames].astype(np.int64))
+        batch["task"] = [self.tasks[i] for i in self.task_index[frames]]
         return batch
 
     def finish(self, batch: Batch, k: int) -> Batch:
@@ -135,7 +135,7 @@ class LanguageData:
 
     Args:
         root: folder with images.npy, questions.jsonl and meta.json.
-        batch_size, seed, rank, world: see `Order`.
+        batch_size, seed, rank, world: see `BatchSampler`.
         turns: questions about each image; with more than one, "question" and "answer" are lists of lists.
     """
 
@@ -143,7 +143,7 @@ class LanguageData:
         found = open_questions(root)
         self.images, self.questions, camera = found.images, found.entries, found.camera
         self.key = camera if camera.startswith(IMAGES) else IMAGES + camera
-        self.order = Order(len(self.questions), batch_size, (seed, "language"), rank, world)
+        self.sampler = BatchSampler(len(self.questions), batch_size, (seed, "language"), rank, world)
         self.turns, self.seed = turns, seed
         self.about: dict[int, list[int]] = {}
         for i, question in enumerate(self.questions):
@@ -151,22 +151,22 @@ class LanguageData:
 
     def raw(self, k: int) -> Batch:
         """Batch k: images uint8 [B, H, W, 3], and lists "question", "answer" (of lists for several turns)."""
-        rows = self.order.rows(k)
-        images = torch.from_numpy(self.images[[self.questions[i]["image"] for i in rows]])
+        chosen = self.sampler.indices(k)
+        images = torch.from_numpy(self.images[[self.questions[i]["image"] for i in chosen]])
         if self.turns == 1:
-            asked = {key: [self.questions[i][key] for i in rows] for key in ("question", "answer")}
+            asked = {key: [self.questions[i][key] for i in chosen] for key in ("question", "answer")}
         else:
-            groups = [self._also_about(int(i), k) for i in rows]
+            groups = [self._also_about(int(i), k) for i in chosen]
             asked = {
                 key: [[self.questions[i][key] for i in group] for group in groups] for key in ("question", "answer")
             }
         return {self.key: images, **asked}
 
-    def _also_about(self, row: int, k: int) -> list[int]:
-        """Question `row` of batch k and up to turns - 1 others about its image."""
-        others = [i for i in self.about[self.questions[row]["image"]] if i != row]
-        drawn = np.random.default_rng(derive_seed("turns", self.seed, k, row)).permutation(len(others))
-        return [row, *(others[i] for i in drawn[: self.turns - 1])]
+    def _also_about(self, index: int, k: int) -> list[int]:
+        """Question `index` of batch k and up to turns - 1 others about its image."""
+        others = [i for i in self.about[self.questions[index]["image"]] if i != index]
+        drawn = np.random.default_rng(derive_seed("turns", self.seed, k, index)).permutation(len(others))
+        return [index, *(others[i] for i in drawn[: self.turns - 1])]
 
     def finish(self, batch: Batch, k: int) -> Batch:
         """Turn the images into floats [B, 3, H, W]; questions about places and colours forbid augmentation."""
@@ -236,7 +236,7 @@ def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
         raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=look) from error
     table = table.sort_by("index")
     if table.num_rows != meta.total_frames or table["index"][-1].as_py() != meta.total_frames - 1:
-        raise BurnishError(f"{root} has {table.num_rows} rows", f"{meta.total_frames} as in meta/info.json")
+        raise BurnishError(f"{root} has {table.num_rows} frames", f"{meta.total_frames} as in meta/info.json")
     actions, states = _matrix(table["action"]), None
     if "observation.state" in wanted:
         states = _matrix(table["observation.state"])
@@ -257,7 +257,7 @@ def _task_names(meta) -> dict[int, str]:
 
 
 def _episode_ends(meta) -> np.ndarray:
-    """[E] one past the last row of each episode."""
+    """[E] one past the last frame of each episode."""
     ends = np.zeros(meta.total_episodes, dtype=np.int64)
     table = meta.episodes.with_format(None)
     ends[np.array(table["episode_index"])] = np.array(table["dataset_to_index"])

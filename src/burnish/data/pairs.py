@@ -61,7 +61,7 @@ def make_pairs(
     rollouts: Sequence[dict[str, np.ndarray]],
     *,
     ties: str = "skip",
-    leads: Sequence[int] = (0,),
+    offsets: Sequence[int] = (0,),
     limit: int = 0,
 ) -> list[Pair]:
     """Pairs among the rollouts of one initial state; episodes are numbered from 0 here.
@@ -71,7 +71,7 @@ def make_pairs(
         lengths: control steps of each.
         rollouts: see `divergence`.
         ties: skip, or faster: of two successes the one with fewer steps is chosen.
-        leads: how many frames before the point of divergence a chunk starts, one pair each.
+        offsets: how many frames before the branch point a chunk starts, one pair each.
         limit: at most so many pairs; 0 means all.
     """
     if ties not in ("skip", "faster"):
@@ -84,7 +84,7 @@ def make_pairs(
             if better is None or frame is None:
                 continue
             worse = j if better == i else i
-            pairs += [Pair((better, frame - n), (worse, frame - n)) for n in leads if frame >= n]
+            pairs += [Pair((better, frame - n), (worse, frame - n)) for n in offsets if frame >= n]
     return pairs[:limit] if limit else pairs
 
 
@@ -166,7 +166,7 @@ class PairData:
 
     Attributes:
         hash: changes with the data set or the index.
-        successes: rows of all frames of the chosen episodes.
+        successes: indices of all frames of the chosen episodes.
 
     Raises:
         BurnishError: no pair folder, a place outside the data set, a pair of different tasks or starts, the same
@@ -198,7 +198,7 @@ class PairData:
         episodes = self.robot.episode_index
         self._first = np.searchsorted(episodes, np.arange(self.robot.meta.total_episodes))
         self._end = np.searchsorted(episodes, np.arange(self.robot.meta.total_episodes), side="right")
-        self.rows = np.array([[self._row(p.chosen), self._row(p.rejected)] for p in self.pairs])  # [N, 2]
+        self.frames = np.array([[self._frame(p.chosen), self._frame(p.rejected)] for p in self.pairs])  # [N, 2]
         self._check()
         chosen = sorted({p.chosen[0] for p in self.pairs})
         self.successes = np.concatenate([np.arange(self._first[e], self._end[e]) for e in chosen])
@@ -208,7 +208,7 @@ class PairData:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def _row(self, place: tuple[int, int]) -> int:
+    def _frame(self, place: tuple[int, int]) -> int:
         episode, frame = place
         if not 0 <= episode < len(self._first):
             raise BurnishError(f"{self.root}/{INDEX} names episode {episode}", f"0 to {len(self._first) - 1}")
@@ -219,19 +219,19 @@ class PairData:
 
     def _check(self) -> None:
         data, tolerance = self.robot, float(self.facts.get("state_tolerance", 0.0))
-        tasks = data.task_index[self.rows]
+        tasks = data.task_index[self.frames]
         for i in np.flatnonzero(tasks[:, 0] != tasks[:, 1])[:1]:
             one, two = (data.tasks[int(t)] for t in tasks[i])
             raise BurnishError(f"pair {i} of {self.root} compares '{one}' with '{two}'", "one task in a pair")
         if data.states is not None:
-            apart = np.abs(data.states[self.rows[:, 0]] - data.states[self.rows[:, 1]]).max(1)
+            apart = np.abs(data.states[self.frames[:, 0]] - data.states[self.frames[:, 1]]).max(1)
             for i in np.flatnonzero(~(apart <= tolerance))[:1]:
                 raise BurnishError(
                     f"pair {i} of {self.root} starts from states that differ by {apart[i]:.3g}",
                     f"the same start (at most {tolerance:g})",
                     "pair rollouts of the same initial state, or import with --state-tolerance",
                 )
-        actions = self.chunks(self.rows)[0]
+        actions = self.chunks(self.frames)[0]
         for i in np.flatnonzero(~np.isfinite(actions).all((1, 2, 3)))[:1]:
             raise BurnishError(f"pair {i} of {self.root} has actions that are not finite", "numbers")
         for i in np.flatnonzero((actions[:, 0] == actions[:, 1]).all((1, 2)))[:1]:
@@ -240,7 +240,7 @@ class PairData:
     def check_units(self, stats: dict[str, Any]) -> None:
         """Raise BurnishError when the actions cannot be in the units of `stats`, LeRobot's statistics of "action"."""
         mean, std = (np.asarray(stats[k], np.float64).reshape(-1) for k in ("mean", "std"))
-        actions = self.robot.actions[self.robot.rows].astype(np.float64)
+        actions = self.robot.actions[self.robot.indices].astype(np.float64)
         if actions.shape[1] != len(mean):
             raise BurnishError(f"{self.root} has actions of {actions.shape[1]} dimensions", f"{len(mean)}")
         z = (actions - mean) / np.maximum(std, 1e-8)
@@ -254,10 +254,10 @@ class PairData:
                 "actions in environment units, as the policy was trained on", "do not normalise them beforehand",
             )  # fmt: skip
 
-    def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Chunks [..., T, A] that start at `rows` [...], and which steps lie beyond the episode, bool [..., T]."""
-        window = rows[..., None] + np.arange(self.chunk_size)
-        end = self._end[self.robot.episode_index[rows]][..., None]
+    def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks [..., T, A] that start at `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
+        window = frames[..., None] + np.arange(self.chunk_size)
+        end = self._end[self.robot.episode_index[frames]][..., None]
         return self.robot.actions[np.minimum(window, end - 1)], window >= end
 
     def batch(self, ids: Sequence[int]) -> tuple[Batch, torch.Tensor]:
@@ -266,27 +266,27 @@ class PairData:
         "action_is_pad" is [B, 2, T] and the same for both: a step that one of them lacks would count for the other
         alone. Images are those of the chosen episode, never augmented: both sides and the reference see the same.
         """
-        rows = self.rows[np.asarray(ids)]
-        actions, padded = self.chunks(rows)
+        frames = self.frames[np.asarray(ids)]
+        actions, padded = self.chunks(frames)
         padded = np.broadcast_to(padded.any(1, keepdims=True), padded.shape).copy()
         padded[..., self.steps :] = True
-        batch = self.observations(rows[:, 0])
+        batch = self.observations(frames[:, 0])
         batch["action_is_pad"] = torch.from_numpy(padded)
         return batch, torch.from_numpy(actions)
 
-    def demonstrations(self, rows: np.ndarray) -> Batch:
-        """A batch for `Policy.loss` of the chunks that start at `rows` [B]."""
-        actions, padded = self.chunks(rows)
+    def demonstrations(self, frames: np.ndarray) -> Batch:
+        """A batch for `Policy.loss` of the chunks that start at `frames` [B]."""
+        actions, padded = self.chunks(frames)
         return {
-            **self.observations(rows), "action": torch.from_numpy(actions), "action_is_pad": torch.from_numpy(padded),
+            **self.observations(frames), "action": torch.from_numpy(actions), "action_is_pad": torch.from_numpy(padded),
         }  # fmt: skip
 
-    def observations(self, rows: np.ndarray) -> Batch:
+    def observations(self, frames: np.ndarray) -> Batch:
         from burnish.data.augment import to_float
 
         data = self.robot
-        batch: Batch = {key: to_float(torch.from_numpy(data.frames.arrays[key][rows])) for key in data.cameras}
+        batch: Batch = {key: to_float(torch.from_numpy(data.frames.arrays[key][frames])) for key in data.cameras}
         if data.states is not None:
-            batch["observation.state"] = torch.from_numpy(data.states[rows])
-        batch["task"] = [data.tasks[int(i)] for i in data.task_index[rows]]
+            batch["observation.state"] = torch.from_numpy(data.states[frames])
+        batch["task"] = [data.tasks[int(i)] for i in data.task_index[frames]]
         return batch

@@ -64,7 +64,7 @@ class StoredRecording:
 
 
 def write_recording(path: Path, recording: Recording) -> None:
-    """Write the file at once: a kill leaves no file of that name, a full disk raises one clear BurnishError."""
+    """Write the file atomically: a kill leaves no file of that name, a full disk raises one clear BurnishError."""
     from safetensors.numpy import save
 
     data = save(

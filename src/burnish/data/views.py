@@ -1,4 +1,4 @@
-"""What a data set's frames look like to a teacher: stored images, and depth rendered anew from stored states.
+"""What a data set's frames look like to a teacher: stored images, and depth rendered again from stored states.
 
 Picklable and free of LeRobot, so that processes which fill the cache start quickly.
 """
@@ -131,7 +131,7 @@ def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dic
     pose = facts.get("cameras", {}).get(camera)
     if pose is None:
         raise BurnishError(
-            f"no pose of camera '{camera}' beside {path}", "demonstrations recorded anew with --geometry"
+            f"no pose of camera '{camera}' beside {path}", "demonstrations recorded again with --geometry"
         )
     depth = np.array(depth, np.float32)
     turned = camera in facts.get("turned", ())

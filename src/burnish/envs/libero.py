@@ -4,9 +4,9 @@ Selectors are suite names without the prefix `libero_`: spatial, object, goal, 1
 suites such as spatial_swap or goal_lan. Physics, initial states and success tests are LIBERO's own; what differs is
 that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`.
 
-Images are LIBERO's usual ones: the raw picture rotated by 180 degrees, which is upright but mirrored left to right.
+Images are LIBERO's usual ones: the raw image rotated by 180 degrees, which is upright but mirrored left to right.
 Observations are the ones LIBERO gives: robosuite reads sensors and cameras after the last but one of the 25 simulator
-steps of a control step, so that is the moment which observations, pictures and ground truth show.
+steps of a control step, so that is the moment which observations, images and ground truth show.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, 
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
-# What an observation, a picture or the ground truth needs of a moment.
+# What an observation, an image or the ground truth needs of a moment.
 SEEN = (
     "qpos", "xpos", "xquat", "xmat", "subtree_com", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos",
     "cam_xmat", "light_xpos", "light_xdir",
@@ -181,7 +181,7 @@ class Libero:
             raise BurnishError(f"initial state {initial_state}", "a number from 0 on")
         fixed = initial_state < len(self._init_states)
         self._place(seed=initial_state)
-        # The gripper ramps up its last command; robosuite forgets to start that anew without a hard reset.
+        # The gripper ramps up its last command; robosuite forgets to start that again without a hard reset.
         self._robot.gripper.current_action = np.zeros_like(self._robot.gripper.current_action)
         if fixed:
             self._sim.set_state_from_flattened(self._init_states[initial_state])

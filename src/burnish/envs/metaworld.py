@@ -18,7 +18,7 @@ SIMULATOR_STEPS = 5
 FPS = 16
 MAX_STEPS = 100
 CAMERAS = {"corner2": "corner2", "wrist": "gripperPOV"}
-# The view that policies for Meta-World use: the camera moved nearer, its picture turned by 180 degrees.
+# The view that policies for Meta-World use: the camera moved nearer, its image turned by 180 degrees.
 CORNER2_POSITION = (0.75, 0.075, 0.7)
 TURNED = ("corner2",)
 

@@ -209,7 +209,7 @@ class SceneRenderer:
         atexit.unregister(self._free)
 
     def _in_view(self, data, camera: str) -> np.ndarray:
-        """[ngeom] whether any of a visible geometry can be in the picture, by its bounding sphere."""
+        """[ngeom] whether any of a visible geometry can be in the image, by its bounding sphere."""
         camera_id = self._model.camera(camera).id
         local = (data.geom_xpos - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
         slope, radius = np.tan(np.deg2rad(self._model.cam_fovy[camera_id]) / 2), self._model.geom_rbound
@@ -248,7 +248,7 @@ class SceneRenderer:
             flags[kinds.mjRND_SEGMENT] = flags[kinds.mjRND_IDCOLOR] = 0
 
     def _background(self, data, camera: str) -> _Background:
-        """The kept background for what has moved by now, drawn anew when that set has changed."""
+        """The kept background for what has moved by now, drawn again when that set has changed."""
         model, (positions, rotations) = self._model, self._start
         moved = (np.abs(data.geom_xpos - positions).max(1) > _MOVED_METRES) | (
             np.abs(data.geom_xmat - rotations).max(1) > _MOVED_ROTATION

@@ -136,7 +136,7 @@ class Tabletop:
         return self._instruction
 
     def set_instruction(self, text: str) -> None:
-        """Change what the policy is told; success is still judged on the object that `reset` chose."""
+        """Change the instruction; success is still judged on the object that `reset` chose."""
         self._instruction = text
 
     def alternative_instruction(self, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Two arms measured on the same initial states: is one better, by how much, and what could have been seen at all."""
+"""Two policies on the same initial states: is one better, by how much, and what could have been seen at all."""
 
 import math
 import re
@@ -30,7 +30,7 @@ Paths = Path | str | Sequence[Path | str]
 class PairedResult:
     """A and B on `n` shared initial states; `difference` is B minus A.
 
-    With one run in each arm every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
+    With one run on each side every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
     `p` is McNemar's. With several runs an initial state is a cluster: intervals come from a bootstrap over initial
     states and `p` from the exact sign-flip test on the per-state differences.
 
@@ -94,9 +94,9 @@ class Comparison:
             _detectable(r),
         ]
         lines += [
-            f"left out, only in {arm}: {len(keys)} ({', '.join(f'{t} {s}'.strip() for t, s in keys[:3])}"
+            f"left out, only in {side}: {len(keys)} ({', '.join(f'{t} {s}'.strip() for t, s in keys[:3])}"
             f"{', ...' if len(keys) > 3 else ''})"
-            for arm, keys in zip("AB", self.unpaired, strict=True)
+            for side, keys in zip("AB", self.unpaired, strict=True)
             if keys
         ]
         if len(self.per_task) > 1:
@@ -105,10 +105,10 @@ class Comparison:
 
 
 def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0) -> Comparison:
-    """Compare two arms, paired on (task, initial state).
+    """Compare two policies or methods, paired on (task, initial state).
 
     Args:
-        a, b: evaluation folder or JSONL file; or several of them, the runs of one arm (say, three seeds).
+        a, b: evaluation folder or JSONL file; or several of them, the runs of one side (say, three seeds).
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
 
@@ -116,8 +116,8 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
     """
     names = (_name(a), _name(b))
-    arms = [_load(arm, task_regex) for arm in (a, b)]
-    keys = [list(dict.fromkeys(key for run in arm for key in run)) for arm in arms]
+    sides = [_load(side, task_regex) for side in (a, b)]
+    keys = [list(dict.fromkeys(key for run in side for key in run)) for side in sides]
     shared = set(keys[0]) & set(keys[1])
     if not shared:
         raise BurnishError(
@@ -126,14 +126,14 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
         )
     paired = [key for key in keys[0] if key in shared]
     tasks = list(dict.fromkeys(task for task, _ in paired))
-    overall = _result(arms, paired, seed)
+    overall = _result(sides, paired, seed)
     return Comparison(
         names,
-        (len(arms[0]), len(arms[1])),
+        (len(sides[0]), len(sides[1])),
         overall,
-        {task: _result(arms, [k for k in paired if k[0] == task], seed) for task in tasks},
+        {task: _result(sides, [k for k in paired if k[0] == task], seed) for task in tasks},
         tuple([k for k in some if k not in shared] for some in keys),
-        _warnings(arms, overall),
+        _warnings(sides, overall),
     )
 
 
@@ -146,7 +146,7 @@ def _example(keys: list[Key]) -> str:
 
 
 def _load(paths: Paths, task_regex: str | None) -> list[Run]:
-    """The runs of one arm; a file that holds several seeds of the same initial states is several runs."""
+    """The runs of one side; a file that holds several seeds of the same initial states is several runs."""
     try:
         wanted = re.compile(task_regex or "")
     except re.error as error:
@@ -173,15 +173,15 @@ def _load(paths: Paths, task_regex: str | None) -> list[Run]:
     return [run for run in runs if run]
 
 
-def _result(arms: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
-    successes = [np.array([sum(run[k].success for run in arm if k in run) for k in keys]) for arm in arms]
-    trials = [np.array([sum(k in run for run in arm) for k in keys]) for arm in arms]
+def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
+    successes = [np.array([sum(run[k].success for run in side if k in run) for k in keys]) for side in sides]
+    trials = [np.array([sum(k in run for run in side) for k in keys]) for side in sides]
     # Whole numbers, so that the exact test stays exact: the difference of shares times their common denominator.
     denominator = math.lcm(*np.concatenate(trials).tolist())
     scaled = successes[1] * (denominator // trials[1]) - successes[0] * (denominator // trials[0])
     n, difference = len(keys), scaled / denominator
     only_a, only_b = int((scaled < 0).sum()), int((scaled > 0).sum())
-    single = max(len(arm) for arm in arms) == 1
+    single = max(len(side) for side in sides) == 1
     low, high = paired_bootstrap(difference, np.random.default_rng(seed))
     rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
     # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
@@ -207,20 +207,20 @@ def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) ->
     return Rate(total, n, low, high)
 
 
-def _warnings(arms: list[list[Run]], overall: PairedResult) -> list[str]:
+def _warnings(sides: list[list[Run]], overall: PairedResult) -> list[str]:
     warnings = [
-        f"runs {i + 1} and {j + 1} of arm {name} are trial-for-trial identical; they count as one"
-        for name, arm in zip("AB", arms, strict=True)
-        for (i, x), (j, y) in combinations(enumerate(arm), 2)
+        f"runs {i + 1} and {j + 1} of {name} are trial-for-trial identical; they count as one"
+        for name, side in zip("AB", sides, strict=True)
+        for (i, x), (j, y) in combinations(enumerate(side), 2)
         if identical(x, y)
     ]
-    if any(identical(x, y) for x, y in product(*arms)):
+    if any(identical(x, y) for x, y in product(*sides)):
         warnings.append(
             "A and B are trial-for-trial identical: is it the same policy, or was the change without effect?"
         )
     elif overall.only_a + overall.only_b == 0:
         warnings.append("A and B succeeded on the same initial states, so the bootstrap interval has no width")
-    variants = [{r.variant for run in arm for r in run.values()} for arm in arms]
+    variants = [{r.variant for run in side for r in run.values()} for side in sides]
     if variants[0] != variants[1]:
         warnings.append(f"A holds {', '.join(sorted(variants[0]))} episodes, B {', '.join(sorted(variants[1]))}")
     return warnings

@@ -1,8 +1,8 @@
 """Preference pairs: rollouts of a policy from the same initial states, and which of two chunks led to success.
 
-The first rollout of an initial state, its trunk, is free. Every other one repeats the trunk's actions up to a replan
-of its own, then goes on with other noise. So two rollouts share the whole past of the chunk in which they part, and a
-pair compares exactly these two chunks on exactly the same observation.
+The first rollout of an initial state is free. Every other one, a branch, repeats its actions up to a branch point, one
+of its replans, and goes on from there with other noise. So two rollouts have a shared prefix, the whole past of the
+chunk in which they diverge, and a pair compares exactly these two chunks on exactly the same observation.
 """
 
 import json
@@ -37,12 +37,12 @@ LONGEST = 100
 
 @dataclass
 class _Rollout:
-    """One rollout on its way: `replay` [F, A] are the trunk's actions that it repeats first."""
+    """One rollout on its way: `prefix` [F, A] are the actions of the first rollout that it repeats."""
 
     spec: EnvSpec
     state: int
     place: int
-    replay: np.ndarray
+    prefix: np.ndarray
     expert: bool = False
     replans: int = 0
     begun: bool = False
@@ -83,7 +83,7 @@ def collect(
     action_noise: float = 0.0,
     expert: bool = False,
     ties: str = "skip",
-    leads: Sequence[int] = (0,),
+    offsets: Sequence[int] = (0,),
     limit: int = 0,
     workers: int = 0,
     device: str = "",
@@ -97,13 +97,13 @@ def collect(
         env: environment id.
         root: folder to make; `<root>.partial` beside it holds finished rollouts until then.
         states: initial states for each task.
-        rollouts: for each of them, the trunk included.
+        rollouts: for each of them, the first one included.
         first_state: the first initial state where the environment has unlimited ones; evaluation begins at 1000000.
-        seed: of the policy's noise and of the places where rollouts part.
+        seed: of the policy's noise and of the branch points.
         image_size: of the recorded views in pixels; 0 means the policy's own.
         action_noise: standard deviation of the noise added to a branch's first chunk, as a share of half the range.
         expert: where all rollouts of a state failed, let the environment's expert complete one more.
-        ties, leads, limit: see `make_pairs`.
+        ties, offsets, limit: see `make_pairs`.
         workers: simulator processes; 0 means one for each core.
         device: torch device of a policy folder; "" means a GPU where there is one.
         make: builds a simulator from a single-task id and an image size; importable by name.
@@ -115,15 +115,15 @@ def collect(
     root = Path(root)
     _check_numbers(states, rollouts, workers=workers, limit=limit, image_size=image_size, action_noise=action_noise)
     policy, weights = policy_and_hash(policy, device)
-    if not leads or not all(0 <= lead < policy.chunk_size for lead in leads):
-        raise BurnishError(f"leads {list(leads)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach the "
-                           "point where the two part")  # fmt: skip
+    if not offsets or not all(0 <= offset < policy.chunk_size for offset in offsets):
+        raise BurnishError(f"offsets {list(offsets)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach "
+                           "the branch point")  # fmt: skip
     request = {
         "format": 1, "env": env, "policy": weights, "states": states, "rollouts": rollouts,
         "first_state": first_state, "seed": seed, "image_size": image_size or policy.image_size,
         "action_noise": action_noise, "expert": expert,
     }  # fmt: skip
-    options = {"ties": ties, "leads": list(leads), "limit": limit}
+    options = {"ties": ties, "offsets": list(offsets), "limit": limit}
     if root.exists():
         return _already_made(root, request | options)
     spool = Spool(root, request)
@@ -152,7 +152,7 @@ def _check_numbers(states: int, rollouts: int, **others: float) -> None:
 def _collect_task(
     pool: SimulatorPool, policy: "Policy", spec: EnvSpec, spool: Spool, request: dict[str, Any], slots: int, bar: bool
 ) -> None:
-    """All rollouts of one task: first the trunks, then what branches off them."""
+    """All rollouts of one task: the first of each initial state, then the branches."""
     folder, rollouts = spool.task_folder(spec.task_id), request["rollouts"]
     cameras = match_cameras(policy, spec, None)
     write_json(folder / "spec.json", {
@@ -171,17 +171,21 @@ def _collect_task(
     for i, state in enumerate(states):
         missing = [place for place in range(1, rollouts) if i * (rollouts + 1) + place not in done]
         if missing:
-            trunk = StoredRecording(done[i * (rollouts + 1)])["action"]
-            branches += [_Rollout(spec, state, p, trunk[: _part(request, state, p, trunk, policy)]) for p in missing]
+            first_one = StoredRecording(done[i * (rollouts + 1)])["action"]
+            branches += [
+                _Rollout(spec, state, p, _shared_prefix(request, state, p, first_one, policy)) for p in missing
+            ]
     driver.run(branches, states)
     if request["expert"]:
         driver.run(_completions(spool, spec, states, rollouts, request, policy), states)
 
 
-def _part(request: dict[str, Any], state: int, place: int, trunk: np.ndarray, policy: "Policy") -> int:
-    """How many of the trunk's actions a branch repeats: up to one of the trunk's replans, each equally likely."""
-    replans = -(-len(trunk) // policy.n_action_steps)
-    return derive_seed("part", request["seed"], state, place) % replans * policy.n_action_steps
+def _shared_prefix(
+    request: dict[str, Any], state: int, place: int, actions: np.ndarray, policy: "Policy"
+) -> np.ndarray:
+    """What a branch repeats of the first rollout's actions: up to one of its replans, each equally likely."""
+    replans = -(-len(actions) // policy.n_action_steps)
+    return actions[: derive_seed("part", request["seed"], state, place) % replans * policy.n_action_steps]
 
 
 def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, policy: "Policy") -> list[_Rollout]:
@@ -190,9 +194,9 @@ def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, po
         number = i * (rollouts + 1)
         if number + rollouts in done or any(".solved." in done[number + p].name for p in range(rollouts)):
             continue
-        trunk = StoredRecording(done[number])["action"]
-        part = _part(request, state, rollouts, trunk, policy)
-        found.append(_Rollout(spec, state, rollouts, trunk[:part], expert=True))
+        first_one = StoredRecording(done[number])["action"]
+        prefix = _shared_prefix(request, state, rollouts, first_one, policy)
+        found.append(_Rollout(spec, state, rollouts, prefix, expert=True))
     return found
 
 
@@ -243,28 +247,28 @@ class _Driver:
 
     def _answer(self, reply: Waiting) -> None:
         rollout = self.running[reply.slot]
-        if not rollout.begun and len(rollout.replay):
+        if not rollout.begun and len(rollout.prefix):
             rollout.begun = True
-            rollout.replans = len(rollout.replay) // self.actor.n_action_steps
-            self.pool.act(reply.slot, rollout.replay)
+            rollout.replans = len(rollout.prefix) // self.actor.n_action_steps
+            self.pool.act(reply.slot, rollout.prefix)
         elif rollout.expert:
             self.pool.finish(reply.slot)
         else:
             self.waiting.append(reply)
 
     def _replan(self) -> None:
-        rows = [self.waiting.popleft() for _ in range(min(self.actor.width, len(self.waiting)))]
-        runs = [self.running[row.slot] for row in rows]
+        waiting = [self.waiting.popleft() for _ in range(min(self.actor.width, len(self.waiting)))]
+        runs = [self.running[one.slot] for one in waiting]
         requests = [
-            Request(row.observation, run.label, run.state, run.replans) for row, run in zip(rows, runs, strict=True)
+            Request(one.observation, run.label, run.state, run.replans) for one, run in zip(waiting, runs, strict=True)
         ]
         actions, _ = self.actor.act(requests)
-        for row, run, chunk in zip(rows, runs, actions, strict=True):
-            if self.request["action_noise"] and run.place and run.replans * len(chunk) == len(run.replay):
+        for one, run, chunk in zip(waiting, runs, actions, strict=True):
+            if self.request["action_noise"] and run.place and run.replans * len(chunk) == len(run.prefix):
                 chunk = self._disturb(run, chunk)
             run.replans += 1
             run.begun = True
-            self.pool.act(row.slot, chunk)
+            self.pool.act(one.slot, chunk)
 
     def _disturb(self, run: _Rollout, chunk: np.ndarray) -> np.ndarray:
         low, high = run.spec.action_low, run.spec.action_high
@@ -278,6 +282,7 @@ def _already_made(root: Path, wanted: dict[str, Any]) -> Collection:
     if not (root / FACTS).is_file():
         raise BurnishError(f"{root} exists and holds no pairs", "a new folder", "another --root")
     facts = json.loads((root / FACTS).read_text())
+    facts["offsets"] = facts.pop("leads", facts.get("offsets"))  # its name in folders of 0.1
     check_same_request(facts, wanted, root)
     outcomes, size = facts["outcomes"], facts["group_sizes"]
     ends = np.cumsum(size)
@@ -289,7 +294,7 @@ def _already_made(root: Path, wanted: dict[str, Any]) -> Collection:
 def _finish(
     root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[str, Any], options: dict[str, Any]
 ) -> Collection:
-    """Pair what was recorded and write data set and index at once."""
+    """Pair what was recorded and write data set and index atomically."""
     from burnish.data.assemble import assemble
 
     step = request["rollouts"] + 1

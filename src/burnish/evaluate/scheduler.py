@@ -48,17 +48,17 @@ class Scheduler:
         return len(self.waiting) >= width or everyone_waits
 
     def replan(self, policy: BatchedPolicy) -> None:
-        rows = [self.waiting.popleft() for _ in range(min(policy.width, len(self.waiting)))]
-        runs = [self.in_flight[row.slot] for row in rows]
+        waiting = [self.waiting.popleft() for _ in range(min(policy.width, len(self.waiting)))]
+        runs = [self.in_flight[one.slot] for one in waiting]
         actions, elapsed = policy.act(
             [
-                Request(row.observation, run.episode.task, run.episode.initial_state, len(run.latency_ms))
-                for row, run in zip(rows, runs, strict=True)
+                Request(one.observation, run.episode.task, run.episode.initial_state, len(run.latency_ms))
+                for one, run in zip(waiting, runs, strict=True)
             ]
         )
-        for row, run, chunk in zip(rows, runs, actions, strict=True):
+        for one, run, chunk in zip(waiting, runs, actions, strict=True):
             run.latency_ms.append(round(elapsed, 3))
-            self.pool.act(row.slot, chunk)
+            self.pool.act(one.slot, chunk)
 
     def finish(self, reply: Finished, progress: Any) -> None:
         run = self.in_flight.pop(reply.slot)

@@ -105,10 +105,10 @@ def crossed_bootstrap(
     Rows and columns are resampled independently (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 1,
     2007), so the interval speaks of other seeds and other states. k rows resampled understate their own variance by
     (k - 1) / k; the row means are therefore moved apart by sqrt(k / (k - 1)) first. Three seeds remain three seeds:
-    where their spread dominates, the interval is still too narrow. With one row it is the bootstrap over columns.
+    where their variance dominates, the interval is still too narrow. With one row it is the bootstrap over columns.
 
     Args:
-        values: [k, n] successes, or differences between two arms paired on seed and state.
+        values: [k, n] successes, or differences between two methods paired on seed and state.
         rng: source of the resampling.
 
     Raises:

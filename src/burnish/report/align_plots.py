@@ -1,4 +1,4 @@
-"""Pictures: the CKA heatmap, gradients over training, and what aligned tokens see."""
+"""Figures: the CKA heatmap, gradients over training, and what aligned tokens see."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,8 +105,8 @@ def draw_tokens(images: np.ndarray, rows: dict[str, Tensor], grid: tuple[int, in
         reference = parts if reference is None else reference
         parts = turned_like(parts, reference)
         shown = (0.5 + parts / 4).clamp(0, 1).reshape(-1, *grid, 3)[:count].numpy()
-        for ax, picture in zip(line, shown, strict=True):
-            ax.imshow(picture)
+        for ax, colours in zip(line, shown, strict=True):
+            ax.imshow(colours)
         line[0].set_ylabel(name, size=8)
     axes[0, 0].set_ylabel("image", size=8)
     for ax in axes.ravel():

@@ -1,4 +1,4 @@
-"""Tokens of a policy before and after training beside those of its teacher, as one picture."""
+"""Tokens of a policy before and after training beside those of its teacher, as one figure."""
 
 from pathlib import Path
 

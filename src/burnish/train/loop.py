@@ -227,5 +227,5 @@ def _static_checks(run: Run) -> list[str]:
     names = run.data.meta.features["action"].get("names") or range(run.data.actions.shape[1])
     names = names.get("axes", range(run.data.actions.shape[1])) if isinstance(names, dict) else names
     return selfcheck.normalisation_warnings(
-        run.data.actions[run.data.rows], run.data.meta.stats["action"], [str(n) for n in names], mode
+        run.data.actions[run.data.indices], run.data.meta.stats["action"], [str(n) for n in names], mode
     )

@@ -23,7 +23,7 @@ def collect(root, policy=None, **changes):
     return collecting.collect(policy or pair_fakes.make_policy(), "walk:far", root, **settings)
 
 
-def test_pairs_share_their_past_and_part_at_a_replan(tmp_path):
+def test_pairs_share_their_past_and_diverge_at_a_replan(tmp_path):
     made = collect(tmp_path / "pairs")
     assert made.episodes == 18 and 0 < made.successes < 18 and made.pairs > 0
     facts = json.loads((tmp_path / "pairs" / "burnish_pairs.json").read_text())
@@ -37,7 +37,7 @@ def test_pairs_share_their_past_and_part_at_a_replan(tmp_path):
         one, two = actions[episodes == better], actions[episodes == worse]
         assert np.array_equal(one[:frame], two[:frame]) and not np.array_equal(one[frame], two[frame])
         assert np.array_equal(states[episodes == better][frame], states[episodes == worse][frame])
-    assert {p.chosen[1] for p in data.pairs} != {0}  # not all part at the start
+    assert {p.chosen[1] for p in data.pairs} != {0}  # not all diverge at the start
 
 
 def test_a_killed_collection_goes_on_to_the_same_pairs(tmp_path, monkeypatch):
@@ -63,6 +63,11 @@ def test_a_killed_collection_goes_on_to_the_same_pairs(tmp_path, monkeypatch):
         collect(tmp_path / "again", states=4, seed=1)
     one, two = ((tmp_path / name / "pairs.jsonl").read_text() for name in ("whole", "again"))
     assert one == two and not (tmp_path / "again.partial").exists()
+    facts = tmp_path / "again" / "burnish_pairs.json"  # as release 0.1 wrote it
+    facts.write_text(facts.read_text().replace('"offsets"', '"leads"'))
+    assert collect(tmp_path / "again", states=4).pairs == whole.pairs
+    with pytest.raises(BurnishError, match=r"was made with offsets \[0\]"):
+        collect(tmp_path / "again", states=4, offsets=(0, 1))
 
 
 def test_the_expert_completes_what_nobody_solved_and_noise_disturbs(tmp_path):

@@ -71,9 +71,8 @@ def test_seeds_that_are_the_same_trials_again_are_flagged(files):
     doras = [files / f"dora_{seed}.jsonl" for seed in (42, 1337, 2026)]
     warnings = compare(files / "sft.jsonl", doras, task_regex="object").warnings
     assert [w for w in warnings if "trial-for-trial identical; they count as one" in w] == [
-        f"runs {i} and {j} of arm B are trial-for-trial identical; they count as one"
-        for i, j in ((1, 2), (1, 3), (2, 3))
+        f"runs {i} and {j} of B are trial-for-trial identical; they count as one" for i, j in ((1, 2), (1, 3), (2, 3))
     ]
     tasks = "long/[01]$"
-    assert any("runs 1 and 2 of arm B" in w for w in compare(files / "sft.jsonl", doras, task_regex=tasks).warnings)
+    assert any("runs 1 and 2 of B" in w for w in compare(files / "sft.jsonl", doras, task_regex=tasks).warnings)
     assert not any("count as one" in w for w in compare(files / "sft.jsonl", doras, task_regex="spatial").warnings)

@@ -42,10 +42,10 @@ def test_equal_outcomes_are_paired_only_when_asked():
         make_pairs(outcomes, lengths, rollouts, ties="smoother")
 
 
-def test_leads_start_before_the_parting_and_limit_counts():
+def test_offsets_start_before_the_branch_point_and_limit_counts():
     pair = [rollout(1, 2, 3), rollout(1, 2, 4)]
-    assert make_pairs([True, False], [3, 3], pair, leads=(0, 1, 5)) == [Pair((0, 2), (1, 2)), Pair((0, 1), (1, 1))]
-    assert len(make_pairs([True, False], [3, 3], pair, leads=(0, 1), limit=1)) == 1
+    assert make_pairs([True, False], [3, 3], pair, offsets=(0, 1, 5)) == [Pair((0, 2), (1, 2)), Pair((0, 1), (1, 1))]
+    assert len(make_pairs([True, False], [3, 3], pair, offsets=(0, 1), limit=1)) == 1
 
 
 @pytest.fixture
