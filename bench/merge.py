@@ -223,7 +223,8 @@ def _read(path: Path) -> None:
 def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[str, Any]:
     """Every element against float64 arithmetic rounded once, ours and mergekit's."""
     from burnish.weights.rounding import narrowed, widened
-    from burnish.weights.tensorfile import Checkpoint, pieces
+    from burnish.weights.sources import Checkpoint
+    from burnish.weights.tensorfile import pieces
 
     base, tuned, mine = (Checkpoint(path) for path in (*pair, ours))
     theirs = Checkpoint(mergekit) if mergekit is not None else None

@@ -9,6 +9,7 @@ from torch import nn
 from weight_files import read_file, weights, write_file
 
 from burnish.core.errors import BurnishError
+from burnish.weights.adapters import Adapted
 from burnish.weights.extract import extract
 from burnish.weights.merge import merge
 from burnish.weights.verify import verify
@@ -84,19 +85,22 @@ def test_merged_is_the_unmerged_forward(base, tmp_path, settings):
     assert verify(tmp_path / "delta")["unequal"] == verify(tmp_path / "out")["unequal"] == 0
 
 
-@pytest.mark.parametrize("form", ["auto", "dense"])
-def test_difference_of_two_adapters(base, tmp_path, form):
+@pytest.mark.parametrize("form", ["lowrank", "dense"])
+def test_difference_of_two_adapters(base, tmp_path, form, monkeypatch):
     """Equal to the difference of the merged weights, of rank at most 2r, whatever the form."""
     net, folder = base
     (one, a), (two, b) = adapted(net, 1, tmp_path / "a"), adapted(net, 2, tmp_path / "b", r=3)
-    delta = extract(folder, a, b, output=tmp_path / "delta", form=form)
+    if form == "dense":
+        monkeypatch.setattr(Adapted, "low_rank", False)
+    delta = extract(folder, a, b, output=tmp_path / "delta")
+    assert {entry["form"] for entry in delta.tensors.values()} == {form}
     merged = [{n: p.detach().double() for n, p in m.merge_and_unload().named_parameters()} for m in (one, two)]
     for name in ("q_proj.weight", "o_proj.weight"):
         whole = delta.whole(name)
         np.testing.assert_allclose(whole, (merged[0][name] - merged[1][name]).numpy(), atol=1e-6)
         assert np.linalg.matrix_rank(whole, tol=1e-5) <= 7
         assert delta.tensors[name]["norm"] == pytest.approx(np.linalg.norm(whole), rel=1e-6)
-    if form == "auto":
+    if form == "lowrank":
         assert delta.tensors["q_proj.weight"]["rank"] == 7 and "q_proj.bias" not in delta.tensors
         assert (delta.path / "delta.safetensors").stat().st_size < 6000
     merge(folder, [(delta.path, 1.0)], output=tmp_path / "out")
@@ -178,5 +182,3 @@ def test_an_adapter_of_another_model(base, tmp_path):
     write_file(tmp_path / "other/model.safetensors", {"q_proj.weight": ("F32", np.zeros((40, 24), np.float32))})
     with pytest.raises(BurnishError, match="o_proj"):
         extract(tmp_path / "other", adapter, output=tmp_path / "delta")
-    with pytest.raises(BurnishError, match="no low-rank"):
-        extract(folder, folder, output=tmp_path / "delta", form="lowrank")

@@ -14,7 +14,7 @@ from burnish.core.errors import BurnishError
 from burnish.weights.delta import Delta
 from burnish.weights.extract import extract
 from burnish.weights.merge import merge
-from burnish.weights.tensorfile import Checkpoint
+from burnish.weights.sources import Checkpoint
 from burnish.weights.verify import verify
 from burnish.weights.writer import read_summary, write_summary
 
@@ -124,7 +124,7 @@ def test_tampered_numbers(family, delta, tmp_path, position):
 def test_tampered_metadata(family, delta, tmp_path):
     path = delta / "delta.json"
     original = path.read_text()
-    path.write_text(original.replace('"scale": 1.0', '"scale": 3.0'))
+    path.write_text(original.replace('"not_exact": 0', '"not_exact": 3'))
     refused(lambda: Delta(delta), "changed after it was written")
     path.write_text(original)
     meta = read_summary(path, "")

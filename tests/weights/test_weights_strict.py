@@ -16,7 +16,7 @@ from burnish.weights.extract import extract
 from burnish.weights.inspect import inspect
 from burnish.weights.merge import merge
 from burnish.weights.rounding import difference, narrow, unequal
-from burnish.weights.tensorfile import Checkpoint
+from burnish.weights.sources import Checkpoint
 from burnish.weights.verify import verify
 from burnish.weights.writer import part_folder
 

@@ -19,7 +19,6 @@ Heads = Literal["refuse", "skip", "keep"]
 def extract(
     base: str, tuned: str, *, output: Output, control: str | None = None, include: Patterns = (),
     exclude: Patterns = (), heads: Heads = "refuse", dtype: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto",
-    form: Literal["auto", "dense", "lowrank"] = "auto",
     rename: Annotated[list[str], Arg(metavar="REGEX=NAME")] = (), threads: int = 0, force: bool = False,
     verify: bool = False,
 ) -> int:  # fmt: skip
@@ -34,7 +33,6 @@ def extract(
         exclude: no tensors like this; repeat at will
         heads: what to do with action and state heads that differ between robots
         dtype: of the delta; auto: fp32 for half-precision parents, else fp64, which gives the tuned model back exactly
-        form: auto keeps two LoRA adapters as an exact low-rank delta
         rename: change names of tuned and control before they are matched; repeat at will
         threads: 0 means one for each core
         force: replace an existing output
@@ -48,7 +46,7 @@ def extract(
 
     rules = [_pair(text, "--rename", "REGEX=NAME") for text in rename]
     delta = extract(base, tuned, control, output=output, include=include, exclude=exclude, heads=heads, dtype=dtype,
-                    form=form, rename=rules, threads=threads, force=force)  # fmt: skip
+                    rename=rules, threads=threads, force=force)  # fmt: skip
     meta = delta.meta
     print(f"{output}: {len(delta.tensors)} tensors, norm {delta.norm():.4g}, {len(meta['skipped'])} left out")
     if meta["not_exact"]:

@@ -62,7 +62,7 @@ class _Control:
         out = np.empty(stop - start, np.float32)
         draws = np.random.default_rng(derive_seed(self.seed, self.kind, name, start))
         entry = self.delta.tensors[name]
-        spread = self.delta.scale * entry["norm"] / max(1, np.prod(entry["shape"])) ** 0.5
+        spread = entry["norm"] / max(1, np.prod(entry["shape"])) ** 0.5
         factor = -self.factor if self.kind == "flip" else self.factor
         for at, end in blocks(start, stop):
             value = self.delta.values(name, at, end, self._buffers(0, end - at), self.read)
@@ -89,5 +89,4 @@ class _Control:
             for name, entry in self.delta.tensors.items()
         }  # fmt: skip
         made = {"kind": self.kind, "of": self.delta.digest, "seed": self.seed, "factor": self.factor}
-        return {**self.delta.meta, "format": FORMAT, "tensors": tensors, "scale": 1.0, "geometry": {},
-                "control_vector": made}  # fmt: skip
+        return {**self.delta.meta, "format": FORMAT, "tensors": tensors, "geometry": {}, "control_vector": made}

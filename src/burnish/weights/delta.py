@@ -4,15 +4,16 @@ delta.json          sealed metadata, see `Delta.meta`
 delta.safetensors   one tensor for each changed tensor; low-rank ones as <name>::<k>.up and <name>::<k>.down
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.weights.adapters import Update, product_block
 from burnish.weights.rounding import widen, widened
-from burnish.weights.sources import Update, product_block
-from burnish.weights.tensorfile import Digests, TensorFile, tensor_digest, whole_digest
+from burnish.weights.tensorfile import Digests, TensorFile, whole_digest
 from burnish.weights.writer import read_summary
 
 FORMAT = 2
@@ -25,8 +26,8 @@ class Delta:
 
     Attributes:
         meta: content of delta.json. `tensors`: name to {dtype, shape, group, form, digest, norm, ...};
-            `base`, `tuned`, `control`: path and digest; `tied`: alias to the tensor it shares; `scale`: a factor on
-            everything; `not_exact`: elements for which control + delta is not the tuned model to the last bit.
+            `base`, `tuned`, `control`: path and digest; `tied`: alias to the tensor it shares; `not_exact`: elements
+            for which control + delta is not the tuned model to the last bit.
     """
 
     def __init__(self, path: Path | str):
@@ -39,7 +40,6 @@ class Delta:
             raise BurnishError(f"{self.path / META} has format {self.meta.get('format')}", f"{FORMAT}",
                                "extract it again, or use the burnish version that wrote it")  # fmt: skip
         self.tensors: dict[str, dict[str, Any]] = self.meta["tensors"]
-        self.scale: float = self.meta["scale"]
         self.numbers = TensorFile(self.path / NUMBERS)
         self._updates: dict[str, list[Update]] = {}
         self._check_names()
@@ -52,7 +52,7 @@ class Delta:
             raise BurnishError(f"{self.path / NUMBERS} {what} '{wrong[0]}'", "the tensors that delta.json lists")
         for name, entry in self.tensors.items():
             if entry["form"] == "lowrank":  # small, so looked at before anything is written
-                self.check(name, whole_digest({p: tensor_digest(self.numbers, p) for p in self._parts(name)}))
+                self.check(name, whole_digest({p: self.numbers.digest(p) for p in self._parts(name)}))
 
     def _parts(self, name: str) -> list[str]:
         """Names in delta.safetensors that hold `name`."""
@@ -64,22 +64,21 @@ class Delta:
     def check(self, name: str, digest: str | None = None) -> None:
         """Raise BurnishError unless `digest`, by default that of what the file holds now, is the one of delta.json."""
         if digest is None and self.tensors[name]["form"] == "dense":
-            digest = tensor_digest(self.numbers, name)
+            digest = self.numbers.digest(name)
         if digest not in (None, self.tensors[name]["digest"]):
             raise BurnishError(f"'{name}' in {self.path / NUMBERS} was changed or damaged", "the numbers it was "
                                "written with", "extract it again")  # fmt: skip
 
     def norm(self) -> float:
-        """Root of the sum of squares of all elements, scale included; what is tied counts once."""
-        return abs(self.scale) * sum(entry["norm"] ** 2 for entry in self.tensors.values()) ** 0.5
+        """Root of the sum of squares of all elements; what is tied counts once."""
+        return sum(entry["norm"] ** 2 for entry in self.tensors.values()) ** 0.5
 
     @property
     def digest(self) -> str:
         """Identity of the delta."""
         factors = {f"{n}::": f"{e['scales']} {e['transposed']}" for n, e in self.tensors.items() if "scales" in e}
-        # "low" is always empty; it stands here so that digests of format 1 stay what they were.
-        return whole_digest({n: e["digest"] for n, e in self.tensors.items()} | factors | {"low": "",
-                            "scale": repr(self.scale)})  # fmt: skip
+        always = {"low": "", "scale": "1.0"}  # of format 1, so that its digests stay what they were
+        return whole_digest({n: e["digest"] for n, e in self.tensors.items()} | factors | always)
 
     def updates(self, name: str) -> list[Update]:
         """The exact low-rank form of a tensor whose form is "lowrank"."""
@@ -96,21 +95,18 @@ class Delta:
         return widened(self.numbers.read(part, 0, info.size), info.dtype).reshape(info.shape)
 
     def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
-        """As `Source.values`, scale included; low-rank tensors were checked when the delta was opened."""
+        """As `Checkpoint.values`; low-rank tensors were checked when the delta was opened."""
         if self.tensors[name]["form"] == "lowrank":
             out[:] = product_block(self.updates(name), start, stop)
-        else:
-            bits = self.numbers.read(name, start, stop)
-            if digests is not None:
-                digests.add(name, start, bits)
-            widen(bits, self.numbers.tensors[name].dtype, out)
-        if self.scale != 1.0:
-            np.multiply(out, self.scale, out=out)
-        return out
+            return out
+        bits = self.numbers.read(name, start, stop)
+        if digests is not None:
+            digests.add(name, start, bits)
+        return widen(bits, self.numbers.tensors[name].dtype, out)
 
     def whole(self, name: str) -> np.ndarray:
         """The delta of one tensor as float64 in its shape (for tensors that fit in memory)."""
-        value = self._matrix(name) if self.tensors[name]["form"] == "dense" else product_block(
-            self.updates(name), 0, int(np.prod(self.tensors[name]["shape"]))
-        )  # fmt: skip
-        return (self.scale * value).reshape(self.tensors[name]["shape"])
+        if self.tensors[name]["form"] == "dense":
+            return self._matrix(name)
+        shape = self.tensors[name]["shape"]
+        return product_block(self.updates(name), 0, math.prod(shape)).reshape(shape)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from burnish.weights.adapters import open_source
 from burnish.weights.names import Heads, choose, embodiment
 from burnish.weights.rounding import difference
-from burnish.weights.sources import Stored, open_source
+from burnish.weights.sources import Checkpoint
 from burnish.weights.tensorfile import Digests
 
 
@@ -22,7 +23,7 @@ class Difference:
     """
 
     def __init__(
-        self, base: Stored, tuned: Path | str, heads: Heads, include: Sequence[str] = (), exclude: Sequence[str] = ()
+        self, base: Checkpoint, tuned: Path | str, heads: Heads, include: Sequence[str], exclude: Sequence[str]
     ):
         self.base, self.tuned = base, open_source(tuned, base)
         self.path = self.tuned.path
@@ -37,7 +38,7 @@ class Difference:
         self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None,
         base: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """As `Source.values`; `base`: the base's elements where they are at hand. Digests are the tuned model's."""
+        """As `Checkpoint.values`; `base`: the base's elements where they are at hand. Digests are the tuned model's."""
         if base is None:
             base = self.base.values(name, start, stop, np.empty(stop - start))
         return difference(self.tuned.values(name, start, stop, out, digests), base, out)

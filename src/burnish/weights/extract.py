@@ -11,16 +11,16 @@ import numpy as np
 from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.core.options import check_value
+from burnish.weights.adapters import Adapted, open_source
 from burnish.weights.delta import FORMAT, META, NUMBERS, Delta
 from burnish.weights.names import Choice, Heads, choose, embodiment, same_robot
 from burnish.weights.rounding import Buffers, difference, dot, narrow, unequal, widen
-from burnish.weights.sources import Adapted, Stored, locate, open_source, stamp
-from burnish.weights.tensorfile import DTYPES, Checkpoint, Digests, TensorInfo, whole_digest
+from burnish.weights.sources import Checkpoint, locate, stamp
+from burnish.weights.tensorfile import DTYPES, Digests, TensorInfo, whole_digest
 from burnish.weights.writer import Plan, cores, output_folder, write_summary, write_tensors
 
 DeltaDtype = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
-Form = Literal["auto", "dense", "lowrank"]
-Parents = dict[str, Stored | Adapted]
+Parents = dict[str, Checkpoint | Adapted]
 """base, tuned and control; the base itself where no control was given."""
 _NOISE = {"BF16": 2.0**-14 * 0.541 / 12, "F16": 2.0**-20 * 0.541 / 12}
 """Mean squared rounding error over squared value. A rounding step is 2^-7 (2^-10) of the leading power of two and the
@@ -30,9 +30,11 @@ error of a step is uniform (its square over 12); 0.541 averages 1 / mantissa^2 o
 def extract(
     base: Path | str, tuned: Path | str, control: Path | str | None = None, *, output: Path | str,
     include: Sequence[str] = (), exclude: Sequence[str] = (), heads: Heads = "refuse", dtype: DeltaDtype = "auto",
-    form: Form = "auto", rename: Sequence[tuple[str, str]] = (), threads: int = 0, force: bool = False,
+    rename: Sequence[tuple[str, str]] = (), threads: int = 0, force: bool = False,
 ) -> Delta:  # fmt: skip
     """Write the delta tuned - control (control: the base when not given) to the folder `output`.
+
+    Plain LoRA adapters, two or one against the base, give an exact low-rank delta in factors.
 
     Args:
         base: what both were tuned from; its digest is what `merge` asks for.
@@ -44,7 +46,6 @@ def extract(
         heads: what to do with action and state heads that are missing in a parent or differ in shape.
         dtype: auto (fp32 for half-precision parents, else fp64, which gives the tuned model back bit for bit), fp64,
             fp32, bf16 or fp16. The difference of two bf16 numbers seldom fits into bf16.
-        form: auto, dense or lowrank. Two plain LoRA adapters give an exact low-rank delta.
         rename: (pattern, replacement) applied to names of tuned and control.
         threads: 0 means one for each core.
         force: replace an existing `output`.
@@ -52,16 +53,15 @@ def extract(
     Raises:
         BurnishError: names, shapes or files that do not fit, too little disk, nothing chosen.
     """
-    for value, kind, name in ((heads, Heads, "--heads"), (dtype, DeltaDtype, "--dtype"), (form, Form, "--form")):
-        check_value(value, {"choices": get_args(kind)}, name)
-    root = Stored(Checkpoint(locate(base)))
+    check_value(heads, {"choices": get_args(Heads)}, "--heads")
+    check_value(dtype, {"choices": get_args(DeltaDtype)}, "--dtype")
+    root = Checkpoint(locate(base))
     parents: Parents = {"base": root, "tuned": open_source(tuned, root, rename)}
     parents["control"] = root if control is None else open_source(control, root, rename)
     choice = choose({who: parent.tensors for who, parent in parents.items()}, include, exclude, heads)
     if heads == "refuse":
         _check_robots(parents, choice)
-    factors = _factors(parents, choice, form)
-    job = _Extraction(parents, choice, factors, dtype)
+    job = _Extraction(parents, choice, _factors(parents, choice), dtype)
     plan = job.plan(Path(output), [list(rule) for rule in rename])
     if not force and plan.is_done(META):
         return Delta(output)
@@ -92,7 +92,7 @@ class _Factors:
 
     def take(self, sign: float, source: Adapted, choice: Choice) -> None:
         """Add the updates of one adapter."""
-        for name, update in source.adapter.updates.items():
+        for name, update in source.updates.items():
             if name in choice.chosen:
                 entry = self.entries.setdefault(name, {"scales": [], "transposed": update.transposed})
                 for side, matrix in (("up", update.up), ("down", update.down)):
@@ -114,16 +114,12 @@ class _Factors:
                 "digest": whole_digest({side: digests[side] for pair in pairs for side in pair})}  # fmt: skip
 
 
-def _factors(parents: Parents, choice: Choice, form: str) -> _Factors | None:
-    """The low-rank form, None where there is none or the dense one is asked for."""
+def _factors(parents: Parents, choice: Choice) -> _Factors | None:
+    """The low-rank form, None where there is none: whole weights, DoRA, or modules that were trained as a whole."""
     tuned, control = parents["tuned"], parents["control"]
     adapted = [source for source in (tuned, control) if isinstance(source, Adapted)]
     possible = isinstance(tuned, Adapted) and (isinstance(control, Adapted) or control is parents["base"])
-    possible = possible and all(source.adapter.low_rank for source in adapted)
-    if form == "lowrank" and not possible:
-        raise BurnishError("these parents have no low-rank difference", "plain LoRA adapters of the base (no DoRA, no "
-                           "fully trained modules)", "--form dense")  # fmt: skip
-    if form == "dense" or not possible:
+    if not possible or not all(source.low_rank for source in adapted):
         return None
     factors = _Factors()
     for sign, source in zip((1.0, -1.0), adapted, strict=False):
@@ -200,11 +196,10 @@ class _Extraction:
         """delta.json, save for what was asked."""
         hashes = self._parent_digests()
         found: dict[str, Any] = {
-            "format": FORMAT, "burnish": __version__, "scale": 1.0,
-            "tensors": {name: self._entry(name, digests) for name in sorted(self._names())},
+            "format": FORMAT, "burnish": __version__,
+            "tensors": {name: self._entry(name, digests)
+                        for name in sorted(self.factors.entries if self.factors else self.dense)},
             "tied": self.tied, "skipped": self.choice.skipped,
-            "key_map": {who: {new: old for new, old in parent.names.items() if new != old}
-                        for who, parent in self.parents.items() if isinstance(parent, Stored)},
             "not_exact": int(self._sum("not_exact")), "geometry": self._geometry(), "rounding_noise": self._noise(),
             "embodiment": embodiment(self.tuned.path) or embodiment(self.base.path),
         }  # fmt: skip
@@ -212,9 +207,6 @@ class _Extraction:
             found[who] = {"path": str(parent.path.absolute()), "digest": whole_digest(hashes[who])}
         found["base"]["tensors"] = hashes["base"]
         return found
-
-    def _names(self) -> list[str]:
-        return list(self.factors.entries if self.factors else self.dense)
 
     def _entry(self, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
         dtype, shape = self.tuned.tensors[name]
@@ -230,14 +222,14 @@ class _Extraction:
         for who, parent in self.parents.items():
             if who == "control" and not self.three:
                 hashes[who] = hashes["base"]
-            elif isinstance(parent, Stored):
+            elif isinstance(parent, Checkpoint):
                 read = set(self.read[who])
                 hashes[who] = {
                     name: self.read[who].of(name, info) if name in read else parent.digest(name)
                     for name, info in parent.tensors.items()
                 }
             else:
-                hashes[who] = {"base": whole_digest(hashes["base"]), "adapter": parent.adapter.digest}
+                hashes[who] = {"base": whole_digest(hashes["base"]), "adapter": parent.digest}
         return hashes
 
     def _geometry(self) -> dict[str, float]:
@@ -277,7 +269,7 @@ def _find_tied(parents: Parents, choice: Choice) -> dict[str, str]:
     Raises:
         BurnishError: the patterns let only one of two tied matrices take part.
     """
-    stored = [parent for parent in parents.values() if isinstance(parent, Stored)]
+    stored = [parent for parent in parents.values() if isinstance(parent, Checkpoint)]
     if len(stored) < len(parents):
         return {}
     tensors = parents["base"].tensors

@@ -28,7 +28,7 @@ def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, A
         and by module) and the share of common non-zero elements whose signs differ; `geometry` as recorded.
     """
     own = Delta(delta)
-    norms = {name: own.scale * entry["norm"] for name, entry in own.tensors.items()}
+    norms = {name: entry["norm"] for name, entry in own.tensors.items()}
     total = own.norm()
     modules: dict[str, dict[str, Any]] = {}
     groups = dict.fromkeys(GROUPS[:4], 0.0)
@@ -112,30 +112,31 @@ def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     folder = Path(folder)
     make_folder(folder)
     colours = dict(zip(GROUPS[:4], ("tab:green", "tab:blue", "tab:orange", "tab:red"), strict=True))
-    names = list(found["modules"])
-    modules = [found["modules"][name] for name in names]
-    height = 1.2 + 0.2 * len(names)
-    figure = new_figure(9, height)
-    axis = figure.subplots()
-    axis.barh(range(len(names)), [m["norm"] for m in modules], color=[colours[m["group"]] for m in modules])
-    axis.set_yticks(range(len(names)), names, fontsize=6)
-    axis.invert_yaxis()
-    axis.set_xlabel("norm of the delta")
+    modules = found["modules"]
+    figure, axis = _module_axis(list(modules), "norm of the delta")
+    axis.barh(range(len(modules)), [m["norm"] for m in modules.values()],
+              color=[colours[m["group"]] for m in modules.values()])  # fmt: skip
     handles = [Patch(color=colours[g], label=f"{g} {share:.0%}") for g, share in found["groups"].items() if share > 0]
     axis.legend(handles=handles, title="share of energy")
     paths = [folder / "norm.png"]
     save_figure(figure, paths[0])
     if found["others"]:
-        figure = new_figure(9, height)
-        axis = figure.subplots()
+        figure, axis = _module_axis(list(modules), "cosine to the other delta")
         for path, other in found["others"].items():
-            shown = [other["modules"].get(name) for name in names]
-            axis.plot([np.nan if v is None else v for v in shown], range(len(names)), "o-", ms=3, label=Path(path).name)
-        axis.set_yticks(range(len(names)), names, fontsize=6)
-        axis.invert_yaxis()
+            shown = [other["modules"].get(name) for name in modules]
+            axis.plot([np.nan if v is None else v for v in shown], range(len(shown)), "o-", ms=3, label=Path(path).name)
         axis.axvline(0, color="0.6", lw=0.8)
-        axis.set_xlabel("cosine to the other delta")
         axis.legend()
         paths.append(folder / "cosine.png")
         save_figure(figure, paths[1])
     return paths
+
+
+def _module_axis(names: list[str], label: str) -> tuple[Any, Any]:
+    """A figure with one row for each module."""
+    figure = new_figure(9, 1.2 + 0.2 * len(names))
+    axis = figure.subplots()
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    return figure, axis

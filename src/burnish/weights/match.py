@@ -10,7 +10,7 @@ from burnish.core.errors import BurnishError
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
 from burnish.weights.names import Heads, check_patterns, embodiment, match_names, same_robot, selected
-from burnish.weights.sources import Stored
+from burnish.weights.sources import Checkpoint
 from burnish.weights.tensorfile import FLOATS
 
 
@@ -45,7 +45,7 @@ Changes = dict[str, list[Change]]
 """Tensor of the base to what changes it."""
 
 
-def recorded_base(base: Stored, vectors: Sequence[Vector]) -> dict[str, str]:
+def recorded_base(base: Checkpoint, vectors: Sequence[Vector]) -> dict[str, str]:
     """Digest that each tensor of the base must have, from the deltas; refuses a base with other tensors."""
     expected: dict[str, str] = {}
     for delta in (vector.source for vector in vectors if isinstance(vector.source, Delta)):
@@ -65,7 +65,7 @@ def recorded_base(base: Stored, vectors: Sequence[Vector]) -> dict[str, str]:
 
 
 def match(
-    base: Stored, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
+    base: Checkpoint, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
     exclude: Sequence[str], heads: Heads, other_base: bool,
 ) -> Changes:  # fmt: skip
     """Apply the rules about names, shapes and heads; raises BurnishError where one is broken. See `merge.merge`."""
@@ -91,7 +91,7 @@ def match(
     return changes
 
 
-def _names_in_base(source: Delta | Difference, base: Stored) -> dict[str, list[str]]:
+def _names_in_base(source: Delta | Difference, base: Checkpoint) -> dict[str, list[str]]:
     """Tensor of a vector to the base's tensors that it changes, several where they are tied."""
     owners = {**{name: name for name in source.tensors}, **source.meta["tied"]}
     found: dict[str, list[str]] = {}
@@ -101,7 +101,7 @@ def _names_in_base(source: Delta | Difference, base: Stored) -> dict[str, list[s
 
 
 def _check_arguments(
-    base: Stored, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
+    base: Checkpoint, vectors: Sequence[Vector], modules: Sequence[tuple[str, float]], include: Sequence[str],
     exclude: Sequence[str],
 ) -> None:  # fmt: skip
     if not vectors:
@@ -118,7 +118,7 @@ def _check_arguments(
     check_patterns(exclude, known, "--exclude")
 
 
-def _check_tensor(base: Stored, name: str, source: Delta | Difference, entry: Mapping[str, Any]) -> None:
+def _check_tensor(base: Checkpoint, name: str, source: Delta | Difference, entry: Mapping[str, Any]) -> None:
     if name not in base.tensors:
         raise BurnishError(f"{source.path} changes '{name}', which the base lacks", "the base it was made for",
                            f"--exclude '{re.escape(name)}'")  # fmt: skip

@@ -17,18 +17,8 @@ from burnish.weights.match import Change, Changes, Vector, match, recorded_base
 from burnish.weights.names import Heads
 from burnish.weights.operators import OPERATORS, Block, Streams
 from burnish.weights.rounding import Buffers, narrow, widen
-from burnish.weights.sources import Stored, locate, stamp
-from burnish.weights.tensorfile import (
-    BLOCK,
-    DTYPES,
-    FLOATS,
-    INDEX,
-    Checkpoint,
-    Digests,
-    TensorFile,
-    TensorInfo,
-    whole_digest,
-)
+from burnish.weights.sources import INDEX, Checkpoint, locate, stamp
+from burnish.weights.tensorfile import BLOCK, DTYPES, FLOATS, Digests, TensorInfo, whole_digest
 from burnish.weights.writer import Plan, cores, output_folder, read_summary, write_summary, write_tensors
 
 RECORD = "capability.json"
@@ -68,7 +58,7 @@ def merge(
     """
     check_value(heads, {"choices": get_args(Heads)}, "--heads")
     check_value(dtype, {"choices": get_args(OutputDtype)}, "--dtype")
-    root = Stored(Checkpoint(locate(base)))
+    root = Checkpoint(locate(base))
     vectors = [Vector(Delta(path), weight) for path, weight in deltas]
     vectors += [Vector(Difference(root, path, heads, include, exclude), weight) for path, weight in tuned]
     expected = {} if other_base else recorded_base(root, vectors)
@@ -82,7 +72,7 @@ def merge(
     with output_folder(plan, force) as folder:
         digests = write_tensors(plan, folder, job.compute, cores(threads), "merging")
         job.check_inputs(expected)
-        _update_configs(folder, plan.target, root.checkpoint)
+        _update_configs(folder, plan, root)
         record = job.record(digests, asked) | {"identity": plan.seal}
         write_summary(folder, RECORD, record)
     return record
@@ -92,7 +82,7 @@ class _Merge:
     """Computes blocks of the merged checkpoint, and gathers the digests of what it reads on the way."""
 
     def __init__(
-        self, base: Stored, vectors: Sequence[Vector], changes: Changes, operator: str, options: Mapping[str, Any],
+        self, base: Checkpoint, vectors: Sequence[Vector], changes: Changes, operator: str, options: Mapping[str, Any],
         dtype: str,
     ):  # fmt: skip
         self.base, self.vectors, self.changes, self.operator, self.dtype = base, vectors, changes, operator, dtype
@@ -116,10 +106,9 @@ class _Merge:
 
     def plan(self, output: Path, asked: Mapping[str, Any]) -> Plan:
         """The base's files with the base's names in the base's order."""
-        checkpoint = self.base.checkpoint
         files = {
-            checkpoint.place(file): ({name: self.tensors[name] for name in file.tensors}, file.metadata)
-            for file in checkpoint.files
+            self.base.place(file): ({name: self.tensors[name] for name in file.tensors}, file.metadata)
+            for file in self.base.files
         }
         identity = {
             "base": stamp(self.base.path), "version": __version__, "dtype": self.dtype, "operator": self.operator,
@@ -127,7 +116,7 @@ class _Merge:
             "modules": asked["modules"], "changed": sorted(self.changes),
         }  # fmt: skip
         inputs = [self.base.path, *(vector.source.path for vector in self.vectors)]
-        return Plan(output, files, identity, _companions(checkpoint), inputs)
+        return Plan(output, files, identity, _companions(self.base), inputs)
 
     def compute(self, name: str, start: int, stop: int) -> np.ndarray:
         """Stored bits of elements start:stop of the merged tensor."""
@@ -186,9 +175,8 @@ class _Merge:
                        for v, read in zip(self.vectors, self.read, strict=True)],
             "operator": self.operator, "options": self.options, **asked, "digest": whole_digest(digests),
             "tensors": {
-                name: {"digest": digests[name], "base_digest": base_digests[name], "base_dtype": info.dtype,
-                       "weights": [[c.number, c.name, c.weight] for c in self.changes.get(name, [])]}
-                for name, info in self.base.tensors.items()
+                name: {"digest": digest, "weights": [[c.number, c.name, c.weight] for c in self.changes.get(name, [])]}
+                for name, digest in digests.items()
             },
         }  # fmt: skip
 
@@ -218,7 +206,7 @@ def make_block(
     return Block(changes[0].name, start, base, deltas, weights, shares, total)
 
 
-def make_streams(base: Stored, name: str, changes: Sequence[Change]) -> Streams:
+def make_streams(base: Checkpoint, name: str, changes: Sequence[Change]) -> Streams:
     """What an operator's `prepare` gets: base and vectors of one tensor as float64 blocks, one after the other."""
     size = base.tensors[name].size
 
@@ -228,12 +216,8 @@ def make_streams(base: Stored, name: str, changes: Sequence[Change]) -> Streams:
             stop = min(start + BLOCK, size)
             yield values(start, stop, out[: stop - start])
 
-    return Streams(
-        partial(blocks, partial(base.values, name)),
-        [partial(blocks, partial(change.vector.source.values, change.name)) for change in changes],
-        [change.weight for change in changes],
-        size,
-    )
+    deltas = [partial(blocks, partial(change.vector.source.values, change.name)) for change in changes]
+    return Streams(partial(blocks, partial(base.values, name)), deltas, [change.weight for change in changes], size)
 
 
 def _check_range(name: str, value: np.ndarray) -> None:
@@ -267,14 +251,12 @@ def _companions(checkpoint: Checkpoint) -> dict[str, Path]:
     return found
 
 
-def _update_configs(folder: Path, target: Path, base: Checkpoint) -> None:
+def _update_configs(folder: Path, plan: Plan, base: Checkpoint) -> None:
     """Bring the copied index and configs up to date: sizes, and absolute paths that point into the base's folder."""
     if base.index is not None:
-        files = [TensorFile(folder / base.place(file)) for file in base.files]
-        total = sum(info.nbytes for file in files for info in file.tensors.values())
-        metadata = {**base.index["metadata"], "total_size": total}
+        metadata = {**base.index["metadata"], "total_size": sum(info.nbytes for info in plan.tensors.values())}
         (folder / INDEX).write_text(json.dumps({**base.index, "metadata": metadata}, indent=2))
-    old, new = (f"{path.absolute()}/".encode() for path in (base.path, target))
+    old, new = (f"{path.absolute()}/".encode() for path in (base.path, plan.target))
     for config in folder.glob("*.json"):
         content = config.read_bytes()
         if old in content:

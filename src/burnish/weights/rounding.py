@@ -24,22 +24,13 @@ class Buffers(threading.local):
         return self._blocks[number][:size]
 
 
-class _Scratch(threading.local):
-    """Room of the calling thread for the casts of one block."""
-
-    def __init__(self) -> None:
-        self.single = np.empty(BLOCK, np.float32)
-        self.rounded = np.empty(BLOCK, np.uint64)
-        self.low = np.empty(BLOCK, np.uint32)
-
-
-_scratch = _Scratch()
+_scratch = Buffers()
 
 
 def widen(bits: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     """Fill `out` (float64) with the values of stored `bits` [n <= BLOCK]; exact."""
     if dtype == "BF16":
-        single = _scratch.single[: bits.size]
+        single = _scratch(0, bits.size).view(np.float32)[: bits.size]
         word = single.view(np.uint32)
         word[:] = bits
         np.left_shift(word, _HALF_WORD, out=word)
@@ -61,7 +52,9 @@ def narrow(value: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
             out[:] = value
         return out
     bits, size = value.view(np.uint64), value.size
-    rounded, single, low = _scratch.rounded[:size], _scratch.single[:size], _scratch.low[:size]
+    rounded, single, low = (
+        _scratch(k, size).view(kind)[:size] for k, kind in enumerate((np.uint64, np.float32, np.uint32))
+    )
     np.right_shift(bits, _DROPPED, out=rounded)
     np.bitwise_and(rounded, _ONE, out=rounded)  # an odd number rounds its half up, to even
     np.add(rounded, bits, out=rounded)

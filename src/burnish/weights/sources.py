@@ -1,69 +1,103 @@
-"""Where the numbers of a parent come from: stored tensors, or stored tensors with a LoRA or DoRA adapter on top.
-
-An adapter is always taken through its product. (A, B) and (G A, B G^-1) are the same update for any invertible G, so
-differences of factors mean nothing; the product does not depend on G.
-"""
+"""Where the numbers of a base or a fine-tune come from: a folder or a file of safetensors, by tensor and range."""
 
 import json
-import math
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
 from burnish.weights.names import match_names
-from burnish.weights.rounding import widen, widened
-from burnish.weights.tensorfile import FLOATS, Checkpoint, Digests, TensorInfo, tensor_digest, whole_digest
+from burnish.weights.rounding import widen
+from burnish.weights.tensorfile import Digests, TensorFile, digest_of
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
-
-
-class Source(Protocol):
-    """Tensors by name and range, as float64."""
-
-    path: Path
-    tensors: dict[str, TensorInfo]
-
-    def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
-        """Put elements start:stop (at most a block) into float64 `out`, exactly; stored bits are added to `digests`."""
-        ...
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class Stored:
-    """Tensors of a checkpoint under translated names.
+class Checkpoint:
+    """Tensors of a folder: one safetensors file, or shards with an index. Never reads pickled weights.
+
+    Args:
+        path: the folder, or a single file.
+        reference: names of another checkpoint that these should meet, see `match_names`; its own where not given.
+        rules: (regular expression, replacement) applied to names first.
 
     Attributes:
-        tensors: name to what it is.
-        names: name to the name inside the checkpoint.
+        files: the file, or the shards.
+        names: name to the name inside the files.
+        tensors: name to TensorInfo.
+        index: content of the shard index, None for a single file.
 
     Raises:
-        BurnishError: the checkpoint holds factors of adapters, which mean nothing one by one.
+        BurnishError: no weights, an index or a file that is damaged, factors of adapters (which mean nothing alone).
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, reference: Iterable[str] | None = None, rules: Sequence[tuple[str, str]] = ()
-    ):
-        self.checkpoint, self.path = checkpoint, checkpoint.path
-        factor = next((name for name in checkpoint.tensors if "lora_" in name), None)
+    def __init__(self, path: Path | str, reference: Iterable[str] | None = None, rules: Sequence[tuple[str, str]] = ()):
+        self.path = Path(path)
+        self.index: dict[str, Any] | None = None
+        self.files = [TensorFile(file) for file in self._find()]
+        self._file_of = {name: file for file in self.files for name in file.tensors}
+        if sum(len(file.tensors) for file in self.files) != len(self._file_of):
+            raise BurnishError(f"{self.path}: a tensor is in two shards", "each tensor once")
+        if self.index is not None:
+            self._check_index(self.index["weight_map"])
+        factor = next((name for name in self._file_of if "lora_" in name), None)
         if factor is not None:
             raise BurnishError(f"{self.path} holds the adapter factor '{factor}'",
                                "whole weights, or a peft adapter's folder as --tuned or --control",
                                "merge the adapter with peft first")  # fmt: skip
-        renamed = match_names(checkpoint.tensors, reference or checkpoint.tensors, rules)
+        renamed = match_names(self._file_of, reference or self._file_of, rules)
         self.names = {new: old for old, new in renamed.items()}
-        self.tensors = {new: checkpoint.tensors[old] for new, old in self.names.items()}
+        self.tensors = {new: self._file_of[old].tensors[old] for new, old in self.names.items()}
+
+    def _find(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        if (self.path / WEIGHTS).is_file():
+            return [self.path / WEIGHTS]
+        if (self.path / INDEX).is_file():
+            return self._shards()
+        single = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else []
+        single = [file for file in single if not file.name.startswith("policy_")]  # LeRobot's statistics
+        if len(single) == 1:
+            return single
+        pickled = self.path.is_dir() and any(self.path.glob("*.bin"))
+        fix = "convert it with save_pretrained(..., safe_serialization=True)" if pickled else ""
+        raise BurnishError(f"no weights at {self.path}", f"{WEIGHTS} or {INDEX} with its shards", fix)
+
+    def _shards(self) -> list[Path]:
+        try:
+            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+            names = sorted({Path(name).as_posix() for name in index["weight_map"].values()})
+            self.index = index | {"metadata": dict(index.get("metadata") or {})}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BurnishError(f"{self.path / INDEX} is unreadable ({error!r})", "a weight_map") from error
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise BurnishError(f"{self.path / INDEX} names '{outside[0]}'", "shards inside the folder")
+        return [self.path / name for name in names]
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        wrong = sorted(set(weight_map) ^ set(self._file_of))
+        if wrong:
+            where = "missing from the shards" if wrong[0] in weight_map else "not in the index"
+            raise BurnishError(f"{self.path}: '{wrong[0]}' is {where} ({len(wrong)} in all)",
+                               "shards that fit their index")  # fmt: skip
+
+    def place(self, file: TensorFile) -> str:
+        """A file's name inside the folder; that of a single file which is no .safetensors (a cache's blob) is new."""
+        if self.path.is_dir():
+            return file.path.relative_to(self.path).as_posix()
+        return file.path.name if file.path.suffix == ".safetensors" else WEIGHTS
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start:stop as stored bits."""
-        return self.checkpoint.read(self.names[name], start, stop)
+        """Elements start:stop of the flattened tensor as stored bits."""
+        stored = self.names[name]
+        return self._file_of[stored].read(stored, start, stop)
 
     def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
+        """Put elements start:stop (at most a block) into float64 `out`, exactly; stored bits are added to `digests`."""
         bits = self.read(name, start, stop)
         if digests is not None:
             digests.add(name, start, bits)
@@ -71,186 +105,7 @@ class Stored:
 
     def digest(self, name: str) -> str:
         """A tensor's digest, read now."""
-        return tensor_digest(self.checkpoint, self.names[name])
-
-
-@dataclass(frozen=True)
-class Update:
-    """A LoRA update scale * up @ down of a weight [rows, columns]; DoRA when `magnitude` [rows] is there.
-
-    Factors are float64 copies of what is stored, which is exact. `transposed` weights are [columns, rows].
-    """
-
-    up: np.ndarray
-    down: np.ndarray
-    scale: float
-    magnitude: np.ndarray | None = None
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.up.shape[0], self.down.shape[1]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows first:last of the product, [last - first, columns] float64."""
-        if self.transposed:
-            return self.scale * (self.down[:, first:last].T @ self.up.T)
-        return self.scale * (self.up[first:last] @ self.down)
-
-
-def product_block(updates: list[Update], start: int, stop: int) -> np.ndarray:
-    """Elements start:stop of the flattened sum of products, float64."""
-    columns = updates[0].shape[1]
-    first, last = start // columns, -(-stop // columns)
-    total = np.sum([update.rows(first, last) for update in updates], axis=0)
-    return total.reshape(-1)[start - first * columns : stop - first * columns]
-
-
-class Adapted:
-    """A base checkpoint with an adapter folded in, block by block, in float64."""
-
-    def __init__(self, base: Stored, adapter: "Adapter"):
-        self.base, self.adapter = base, adapter
-        self.path = adapter.path
-        unknown = [name for name in (*adapter.updates, *adapter.replaced) if name not in base.tensors]
-        if unknown:
-            raise BurnishError(f"the adapter {adapter.path} changes '{unknown[0]}', which the base lacks",
-                               "an adapter of this base", "--rename PATTERN=NAME")  # fmt: skip
-        wrong = [n for n, u in adapter.updates.items() if u.shape != base.tensors[n].shape]
-        if wrong:
-            shape = list(adapter.updates[wrong[0]].shape)
-            raise BurnishError(f"the adapter's update of '{wrong[0]}' has shape {shape}",
-                               f"{list(base.tensors[wrong[0]].shape)} as in the base")  # fmt: skip
-        whole = [n for n in adapter.updates if base.tensors[n].dtype not in FLOATS]
-        if whole:
-            raise BurnishError(f"'{whole[0]}' of the base {base.path} is {base.tensors[whole[0]].dtype}",
-                               "floating-point weights", "give the base as it was before it was quantised")  # fmt: skip
-        changed = {name: base.tensors[name].shape for name in adapter.updates}
-        changed |= {name: value.shape for name, value in adapter.replaced.items()}
-        self.tensors = base.tensors | {name: TensorInfo("F32", shape) for name, shape in changed.items()}
-
-    def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
-        """As `Source.values`; what an adapter gives has no bits of its own, its digest is the adapter's."""
-        update = self.adapter.updates.get(name)
-        if name in self.adapter.replaced:
-            out[:] = self.adapter.replaced[name].reshape(-1)[start:stop]
-        elif update is not None and update.magnitude is not None:
-            out[:] = self._dora(name, update, update.magnitude, start, stop)
-        else:
-            self.base.values(name, start, stop, out)
-            if update is not None:
-                out += product_block([update], start, stop)
-        return out
-
-    def _dora(self, name: str, update: Update, magnitude: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """magnitude * (W + update) / |row of (W + update)| (Liu et al. 2024, arXiv:2402.09353, eq. 5)."""
-        dtype, (_, columns) = self.base.tensors[name]
-        first, last = start // columns, -(-stop // columns)
-        rows = widened(self.base.read(name, first * columns, last * columns), dtype).reshape(-1, columns)
-        rows = rows + update.rows(first, last)
-        rows *= (magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
-        return rows.reshape(-1)[start - first * columns : stop - first * columns]
-
-
-class Adapter:
-    """A peft adapter folder: updates and replaced tensors under the base's names.
-
-    Attributes:
-        updates: weight name to Update.
-        replaced: tensor name to float64 values that replace the base's (peft's modules_to_save, biases).
-        digest: of all its tensors and the settings that enter the arithmetic.
-    """
-
-    def __init__(self, path: Path, reference: Iterable[str], rules: Sequence[tuple[str, str]] = ()):
-        self.path = path
-        config = _read_config(path / ADAPTER_CONFIG)
-        stored = Checkpoint(path, ADAPTER)
-        modules: dict[str, dict[str, np.ndarray]] = {}
-        plain: dict[str, np.ndarray] = {}
-        for name in stored.tensors:
-            value = _value(stored, name)
-            found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?", name)
-            if found:
-                modules.setdefault(found[1], {})[found[2]] = value
-            elif "lora_" in name:
-                raise BurnishError(f"{path}: '{name}' is an adapter of a kind that is not supported",
-                                   "LoRA or DoRA on linear layers", "merge it with peft first")  # fmt: skip
-            else:
-                plain[name.replace(".modules_to_save.default", "").replace(".base_layer", "")] = value
-        reference = set(reference)
-        weights = match_names((f"{module}.weight" for module in modules), reference, rules)
-        self.updates = {
-            weights[f"{module}.weight"]: _update(path, module, parts, config) for module, parts in modules.items()
-        }
-        names = match_names(plain, reference, rules)
-        self.replaced = {names[name]: value for name, value in plain.items()}
-        settings = json.dumps({n: [u.scale, u.transposed] for n, u in sorted(self.updates.items())})
-        self.digest = whole_digest({n: tensor_digest(stored, n) for n in stored.tensors} | {"settings": settings})
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether every change is a plain product, so that the delta can stay in factors."""
-        return not self.replaced and all(update.magnitude is None for update in self.updates.values())
-
-
-def _value(stored: Checkpoint, name: str) -> np.ndarray:
-    """A tensor of an adapter as float64; refuses what is not a finite number."""
-    info = stored.tensors[name]
-    if info.dtype not in FLOATS:
-        raise BurnishError(f"'{name}' in {stored.path} is {info.dtype}", f"one of {', '.join(FLOATS)}")
-    value = widened(stored.read(name, 0, info.size), info.dtype).reshape(info.shape)
-    if not np.isfinite(value).all():
-        raise BurnishError(f"'{name}' in {stored.path} has numbers that are not finite", "a healthy adapter")
-    return value
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_object(path)
-    if config.get("peft_type") != "LORA":
-        raise BurnishError(f"{path}: peft_type {config.get('peft_type')!r}", "LORA (DoRA included)")
-    if not all(isinstance(config.get(number), int | float) for number in ("r", "lora_alpha")):
-        raise BurnishError(f"{path}: r is {config.get('r')} and lora_alpha {config.get('lora_alpha')}", "numbers")
-    start = str(config.get("init_lora_weights"))
-    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
-        raise BurnishError(f"{path}: init_lora_weights {start} changes the base's own weights", "plain LoRA or DoRA",
-                           "merge it with peft first, or save it with path_initial_model_for_weight_conversion"
-                           )  # fmt: skip
-    for setting in ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices",
-                    "alora_invocation_tokens"):  # fmt: skip
-        if config.get(setting):
-            raise BurnishError(f"{path} uses {setting}", "plain LoRA or DoRA", "merge it with peft first")
-    return config
-
-
-def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[str, Any]) -> Update:
-    if not {"lora_A", "lora_B"} <= parts.keys() or any(parts[k].ndim != 2 for k in ("lora_A", "lora_B")):
-        raise BurnishError(f"{path}: the adapter of '{module}' is incomplete or not on a linear layer",
-                           "matrices lora_A and lora_B")  # fmt: skip
-    down, up = parts["lora_A"], parts["lora_B"]
-    inside = module.removeprefix("base_model.model.")  # peft looks for patterns in the model's own names
-    rank = _pattern(path, config.get("rank_pattern"), inside, config["r"])
-    alpha = _pattern(path, config.get("alpha_pattern"), inside, config["lora_alpha"])
-    if down.shape[0] != rank or up.shape[1] != rank:
-        raise BurnishError(f"{path}: '{module}' has factors {list(up.shape)} and {list(down.shape)}", f"rank {rank:g}")
-    magnitude = parts.get("lora_magnitude_vector")
-    if (magnitude is not None) != bool(config.get("use_dora")):
-        raise BurnishError(f"{path}: use_dora is {config.get('use_dora')} but '{module}' disagrees", "a whole adapter")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    transposed = bool(config.get("fan_in_fan_out"))
-    if transposed and magnitude is not None:
-        raise BurnishError(f"{path}: DoRA with fan_in_fan_out", "DoRA on linear layers", "merge it with peft first")
-    return Update(up, down, scale, None if magnitude is None else magnitude.reshape(-1), transposed)
-
-
-def _pattern(path: Path, patterns: dict[str, Any] | None, module: str, default: float) -> float:
-    """peft's rule: the first pattern that is the module's name or ends it after a dot."""
-    try:
-        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return float(next(found, default))
-    except (re.error, AttributeError, TypeError, ValueError) as error:
-        raise BurnishError(f"{path}: rank_pattern or alpha_pattern cannot be used ({error})",
-                           "patterns with a number each") from error  # fmt: skip
+        return digest_of(name, self.tensors[name], self.read)
 
 
 def locate(path: Path | str) -> Path:
@@ -259,15 +114,7 @@ def locate(path: Path | str) -> Path:
     return shipped if not Path(path).exists() and len(Path(path).parts) == 1 and shipped.is_dir() else Path(path)
 
 
-def open_source(path: Path | str, base: Stored, rules: Sequence[tuple[str, str]] = ()) -> Stored | Adapted:
-    """A checkpoint or an adapter of `base`, under the base's names."""
-    path = locate(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        return Adapted(base, Adapter(path, base.tensors, rules))
-    return Stored(Checkpoint(path), base.tensors, rules)
-
-
 def stamp(path: Path) -> list[Any]:
     """Place, names, sizes and times of a source's files: whether a finished output was made from these."""
-    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob(ADAPTER_CONFIG)])
+    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob("adapter_config.json")])
     return [str(path.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import xxhash
 from burnish.core.errors import BurnishError
 
 PIECE, BLOCK = 1 << 21, 1 << 18
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format
 _NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
@@ -88,6 +87,10 @@ class TensorFile:
             raise BurnishError(f"{self.path} became shorter while it was read", "a file that nobody writes")
         return found
 
+    def digest(self, name: str) -> str:
+        """A tensor's digest, read now."""
+        return digest_of(name, self.tensors[name], self.read)
+
 
 def _check_header(path: Path, header: Any, data_bytes: int) -> dict[str, tuple[TensorInfo, int]]:
     """Tensors with their offsets; refuses offsets that overlap, leave gaps or disagree with the shape."""
@@ -108,71 +111,6 @@ def _check_header(path: Path, header: Any, data_bytes: int) -> dict[str, tuple[T
         raise BurnishError(f"{path} is {'truncated' if data_bytes < end else 'too long'}: it holds {data_bytes} bytes "
                            f"of tensors", f"{end} bytes as its header says", "copy or download it again")  # fmt: skip
     return found
-
-
-class Checkpoint:
-    """Tensors of a folder: one safetensors file, or shards with an index. Never reads pickled weights.
-
-    Attributes:
-        path: the folder, or the single file.
-        tensors: tensor name to TensorInfo.
-        index: content of the shard index, None for a single file.
-    """
-
-    def __init__(self, path: Path | str, weights: str = WEIGHTS):
-        self.path = Path(path)
-        self.index: dict[str, Any] | None = None
-        self.files = [TensorFile(file) for file in self._find(weights)]
-        self._file_of = {name: file for file in self.files for name in file.tensors}
-        self.tensors = {name: file.tensors[name] for name, file in self._file_of.items()}
-        if sum(len(file.tensors) for file in self.files) != len(self.tensors):
-            raise BurnishError(f"{self.path}: a tensor is in two shards", "each tensor once")
-        if self.index is not None:
-            self._check_index(self.index["weight_map"])
-
-    def _find(self, weights: str) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if (self.path / weights).is_file():
-            return [self.path / weights]
-        if (self.path / INDEX).is_file():
-            return self._shards()
-        single = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else []
-        single = [file for file in single if not file.name.startswith("policy_")]  # LeRobot's statistics
-        if len(single) == 1:
-            return single
-        pickled = self.path.is_dir() and any(self.path.glob("*.bin"))
-        fix = "convert it with save_pretrained(..., safe_serialization=True)" if pickled else ""
-        raise BurnishError(f"no weights at {self.path}", f"{weights} or {INDEX} with its shards", fix)
-
-    def _shards(self) -> list[Path]:
-        try:
-            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-            names = sorted({Path(name).as_posix() for name in index["weight_map"].values()})
-            self.index = index | {"metadata": dict(index.get("metadata") or {})}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BurnishError(f"{self.path / INDEX} is unreadable ({error!r})", "a weight_map") from error
-        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise BurnishError(f"{self.path / INDEX} names '{outside[0]}'", "shards inside the folder")
-        return [self.path / name for name in names]
-
-    def _check_index(self, weight_map: dict[str, str]) -> None:
-        wrong = sorted(set(weight_map) ^ set(self.tensors))
-        if wrong:
-            where = "missing from the shards" if wrong[0] in weight_map else "not in the index"
-            raise BurnishError(f"{self.path}: '{wrong[0]}' is {where} ({len(wrong)} in all)",
-                               "shards that fit their index")  # fmt: skip
-
-    def place(self, file: TensorFile) -> str:
-        """A file's name inside the folder; that of a single file which is no .safetensors (a cache's blob) is new."""
-        if self.path.is_dir():
-            return file.path.relative_to(self.path).as_posix()
-        return file.path.name if file.path.suffix == ".safetensors" else WEIGHTS
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start:stop of the flattened tensor as stored bits."""
-        return self._file_of[name].read(name, start, stop)
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:
@@ -226,12 +164,12 @@ class Digests:
         return iter(self._pieces)
 
 
-def tensor_digest(file: Checkpoint | TensorFile, name: str) -> str:
+def digest_of(name: str, info: TensorInfo, read: Callable[[str, int, int], np.ndarray]) -> str:
     """The digest of a stored tensor, read block by block."""
-    digests, info = Digests(), file.tensors[name]
+    digests = Digests()
     for piece in pieces(info.size):
         for start, stop in blocks(*piece):
-            digests.add(name, start, file.read(name, start, stop))
+            digests.add(name, start, read(name, start, stop))
     return digests.of(name, info)
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.weights.adapters import open_source
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
 from burnish.weights.match import Change, Vector
 from burnish.weights.merge import RECORD, make_block, make_streams
 from burnish.weights.operators import OPERATORS
 from burnish.weights.rounding import narrowed, unequal, widened
-from burnish.weights.sources import Stored, locate, open_source
-from burnish.weights.tensorfile import Checkpoint, TensorInfo, blocks, pieces, whole_digest
+from burnish.weights.sources import Checkpoint, locate
+from burnish.weights.tensorfile import TensorInfo, blocks, pieces, whole_digest
 from burnish.weights.writer import cores, read_summary
 
 
@@ -58,7 +59,7 @@ class _Extracted:
         self.delta = Delta(path)
         if self.delta.meta.get("control_vector"):
             raise BurnishError(f"{path} is a control vector, made to differ from its parents", "an extracted delta")
-        base = Stored(Checkpoint(locate(self.delta.meta["base"]["path"])))
+        base = Checkpoint(locate(self.delta.meta["base"]["path"]))
         self.tuned, self.control = (
             open_source(self.delta.meta[who]["path"], base, self.delta.meta["rename"]) for who in ("tuned", "control")
         )
@@ -72,7 +73,7 @@ class _Extracted:
             source.values(name, start, stop, np.empty(stop - start))
             for source in (self.control, self.tuned, self.delta)
         )
-        reached = control + delta / self.delta.scale
+        reached = control + delta
         dtype = self.tensors[name].dtype
         zeros = (tuned == 0) & (reached == 0)  # no addition gives the sign of -0.0 to 0.0
         return int((unequal(narrowed(reached, dtype), narrowed(tuned, dtype)) & ~zeros).sum())
@@ -81,8 +82,8 @@ class _Extracted:
 class _Merged:
     def __init__(self, path: Path, each: Callable[..., Iterable[str]]):
         self.record = read_summary(path / RECORD, "a folder that `burnish weights merge` wrote")
-        self.output = Stored(Checkpoint(path))
-        self.base = Stored(Checkpoint(self.record["base"]["path"]))
+        self.output = Checkpoint(path)
+        self.base = Checkpoint(self.record["base"]["path"])
         self.states: dict[str, Any] = {}
         self.vectors = [Vector(self._open(entry), entry["weight"]) for entry in self.record["deltas"]]
         for source in (self.output, self.base):
