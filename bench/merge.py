@@ -154,7 +154,7 @@ def timed(command: list[str]) -> dict[str, float]:
 
 def _ours(pair: tuple[Path, Path], output: Path) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "burnish.cli.main", "capability", "merge", "--base", str(pair[0]), "--tuned",
+    command = [sys.executable, "-m", "burnish.cli.main", "weights", "merge", str(pair[0]), "--tuned",
                f"{pair[1]}={WEIGHT}", "-o", str(output)]  # fmt: skip
     return timed(command)
 
@@ -258,10 +258,10 @@ def _half_step(values: np.ndarray) -> np.ndarray:
 
 def _stored(pair: tuple[Path, Path], folder: Path) -> dict[str, Any]:
     """The other way: extract a float32 delta once, then merge it."""
-    start = [sys.executable, "-m", "burnish.cli.main", "capability"]
+    start = [sys.executable, "-m", "burnish.cli.main", "weights"]
     shutil.rmtree(folder / "ours", ignore_errors=True)
     shutil.rmtree(folder / "mergekit", ignore_errors=True)
-    extract = timed([*start, "extract", "--base", str(pair[0]), "--tuned", str(pair[1]), "-o", str(folder / "delta")])
-    merge = timed([*start, "merge", "--base", str(pair[0]), "--delta", f"{folder / 'delta'}={WEIGHT}", "-o",
+    extract = timed([*start, "extract", str(pair[0]), str(pair[1]), "-o", str(folder / "delta")])
+    merge = timed([*start, "merge", str(pair[0]), "--delta", f"{folder / 'delta'}={WEIGHT}", "-o",
                    str(folder / "ours")])  # fmt: skip
     return {"extract": extract, "merge": merge, "elements": compare(pair, folder / "ours", None)}
