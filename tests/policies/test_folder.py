@@ -261,5 +261,5 @@ def test_tiny_sizes_are_put_back():
 
 
 def test_unknown_tiny_type(tmp_path):
-    with pytest.raises(BurnishError, match="unknown policy 'act'"):
+    with pytest.raises(BurnishError, match="a tiny policy of type 'act'"):
         make_tiny("act", tmp_path)
