@@ -10,6 +10,8 @@ COMMANDS = {
     "pretrain": ("workshop.pretrain", "train a small VLM from scratch on scene questions"),
     "build-vlm": ("workshop.build_vlm", "build a VLM around a real language model that installs as a package"),
     "package-base": ("workshop.package_base", "store a policy in half precision as a base that comes with the package"),
+    "align-gradients": ("workshop.align_figures", "draw coherence and conflict of the gradients over training"),
+    "align-tokens": ("workshop.align_figures", "draw what image tokens see before and after alignment"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
 }
 

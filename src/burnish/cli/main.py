@@ -28,7 +28,7 @@ COMMANDS = Group(
 
 OLD = {
     "demos": "data demos", "questions": "data questions --scenes 1000", "inspect": "data inspect",
-    "pairs": "data pairs", "study": "run", "align picture": "method align figure", "align": "method align",
+    "pairs": "data pairs", "study": "run", "align": "method align",
     "anchor build": "method isolate anchor", "anchor": "method isolate", "capability": "weights",
     "decode": "policy decode", "profile": "policy profile", "verify": "policy verify", "pareto": "report pareto",
     "results": "report results",
@@ -36,6 +36,7 @@ OLD = {
 """Earlier names, kept for one release; two words go before one."""
 
 OUTSIDE = {
+    "align picture": "workshop align-tokens", "align plot": "workshop align-gradients",
     "align teacher": "workshop teacher", "bench": "bench", "pretrain": "workshop pretrain",
     "ship": "workshop package-base", "tower": "workshop build-vlm",
 }  # fmt: skip

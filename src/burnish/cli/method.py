@@ -1,6 +1,5 @@
-"""`burnish method`: what the methods prepare before training and show after it."""
+"""`burnish method`: what the methods prepare before training."""
 
-from json import loads
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,58 +58,6 @@ def align_select(
     print(f"CKA of all layers: {figure}")
 
 
-def align_plot(runs: list[Path], *, figure: Annotated[Path, FIGURE] = Path("gradients.png")) -> None:
-    """Draw coherence and conflict of the gradients over training.
-
-    Args:
-        runs: run folders
-        figure: where the figure goes
-
-    Example:
-        burnish method align plot runs/align/core/single-0 runs/align/core/three-0
-    """
-    from burnish.report.align_plots import draw_gradients
-
-    rows = {}
-    for folder in runs:
-        path = folder / "metrics.jsonl"
-        if not path.is_file():
-            raise BurnishError(f"no metrics.jsonl in {folder}", "a run folder")
-        rows[folder.name] = [loads(line) for line in path.read_text().splitlines()]
-    draw_gradients(rows, figure)
-    print(figure)
-
-
-def align_figure(
-    runs: list[Path], *, layer: int = -1, figure: Annotated[Path, FIGURE] = Path("tokens.png")
-) -> None:  # fmt: skip
-    """Draw what image tokens see before and after, beside the teacher's.
-
-    Args:
-        runs: run folders; the first one's teacher is shown
-        layer: student layer; -1 means the deepest aligned one
-        figure: where the figure goes
-
-    Example:
-        burnish method align figure runs/align/core/single-0 --figure tokens.png
-    """
-    from burnish.core.recipe import load_recipe
-    from burnish.policies import load_policy
-    from burnish.report.align_tokens import show_tokens
-    from burnish.train.run import Run
-    from burnish.train.setup import own_accelerate_state
-
-    recipe = load_recipe(runs[0] / "recipe.yaml", ["--train.batch_size=128", "--train.self_check=false"])
-    recipe.objectives = [entry for entry in recipe.objectives if entry["name"] == "align"]
-    if not recipe.objectives:
-        raise BurnishError(f"{runs[0]} was trained without the objective align", "an aligned run first")
-    with own_accelerate_state():
-        run = Run(recipe, progress=False)
-        policies = {folder.name: load_policy(folder / "policy") for folder in runs}
-        show_tokens(run, run.objectives["align"], {"before": run.policy, **policies}, layer, figure)
-    print(figure)
-
-
 def _run(recipe_path: str, objective_set_up: bool):
     """A Run of a recipe with no objective but align (our default where it names none), or with none; and the Align."""
     from burnish.core.recipe import load_recipe
@@ -167,11 +114,11 @@ def anchor(
 
 
 COMMANDS = Group(
-    "What methods prepare before training and show after it.",
+    "What methods prepare before training.",
     {
         "align": Group(
-            "Teacher features, which layers to align, and what alignment did.",
-            {"cache": align_cache, "select": align_select, "plot": align_plot, "figure": align_figure},
+            "Teacher features, and which layers to align.",
+            {"cache": align_cache, "select": align_select},
         ),
         "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
     },
