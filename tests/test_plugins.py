@@ -99,11 +99,11 @@ def test_teacher():
 
 def test_decoder(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "sampling"))
-    from toy import ToyRows
+    from toy import ToyModel
 
     from burnish.sampling.token_model import make_decoder
 
-    model = ToyRows(block=56)
+    model = ToyModel(block=56)
     decoder = make_decoder("sample_argmax", model)
     reference = make_decoder("one_pass", model)
     prompt = model.prompts(2)

@@ -12,7 +12,7 @@ from burnish.policies.base import Policy, require
 from burnish.runtime.decode_plot import draw_decode
 from burnish.runtime.observations import observations, split, true_tokens
 from burnish.sampling.timing import measure_decoder
-from burnish.sampling.token_model import DECODERS, Decode, TokenModel, make_decoder
+from burnish.sampling.token_model import DECODERS, Decoder, TokenModel, make_decoder
 
 
 def compare_decoders(
@@ -75,7 +75,7 @@ def compare_decoders(
     return {"decoders": found, "refused": refused}
 
 
-def _fitting(model: TokenModel, names: list[str], options: dict[str, Any]) -> tuple[dict[str, Decode], dict[str, str]]:
+def _fitting(model: TokenModel, names: list[str], options: dict[str, Any]) -> tuple[dict[str, Decoder], dict[str, str]]:
     """Decoders by name, and why others do not fit; one that was asked for by name must fit."""
     made, refused = {}, {}
     for name in names or [name for name in DECODERS if name != "auto"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from burnish.sampling.blocks import BlockDecoder, preset_values
 from burnish.sampling.plan import DecodePlan, make_plan
 from burnish.sampling.timing import run_once
-from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel
+from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel
 
 APPENDS = (2, 4)
 """Blocks opened before one pass, beside 1 and all of them."""
@@ -19,7 +19,7 @@ CLOSE = 1.3
 """After the first round only those within this factor of the best go on."""
 
 
-class AutoDecoder:
+class AutoDecoder(Decoder):
     """Races plans that keep the rule (threshold, minimum unmasked) and differ in block width and in blocks at once.
 
     The choice is made at the first call with a new shape of prompt and kept; it follows from times, so two runs may
@@ -36,24 +36,17 @@ class AutoDecoder:
     """
 
     def __init__(self, model: TokenModel, plan: DecodePlan, preset: str, repeats: int = 3):
-        self.repeats = repeats
+        self.model, self.repeats = model, repeats
         self.decoders = {describe(p, preset): BlockDecoder(model, p) for p in candidates(model, plan)}
         self.chosen: dict[tuple, str] = {}
         self.times: dict[tuple, dict[str, float]] = {}
 
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        prefix: Tensor | None = None,
-        until: int | None = None,
-        stream: Stream | None = None,
-    ) -> Decoded:
+    def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         key = (tuple(prompt.states.shape), prompt.states.dtype, str(prompt.states.device))
         if key not in self.chosen:
             self.times[key] = race(self.decoders, prompt, self.repeats)
             self.chosen[key] = min(self.times[key], key=self.times[key].__getitem__)
-        decoded = self.decoders[self.chosen[key]](prompt, prefix=prefix, until=until, stream=stream)
+        decoded = self.decoders[self.chosen[key]].decode(prompt, prefix, goal, stream)
         decoded.detail["plan"] = self.chosen[key]
         return decoded
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.sampling.blocks import check_call, not_finite
+from burnish.sampling.blocks import not_finite
 from burnish.sampling.plan import DecodePlan, check_legal, make_plan
-from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel, sees
+from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel, sees
 from burnish.sampling.unmask import choose, likeliest
 
 
-class AutoregressiveDecoder:
+class AutoregressiveDecoder(Decoder):
     """Greedy decoding of a causal policy: as many forward passes as tokens, one position each, the prompt's the first.
 
     Args:
@@ -34,17 +34,8 @@ class AutoregressiveDecoder:
         check_legal(plan, model)
         self.model, self.plan = model, plan
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        prefix: Tensor | None = None,
-        until: int | None = None,
-        stream: Stream | None = None,
-    ) -> Decoded:
+    def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         model, num, device = self.model, len(prompt.states), prompt.states.device
-        prefix, goal = check_call(model, num, device, prefix, until)
         known = prefix.shape[1]
         ids = torch.zeros(num, model.length, dtype=torch.long, device=device)
         if model.mask_id is not None:
@@ -77,7 +68,7 @@ class AutoregressiveDecoder:
         return Decoded(ids, passes=goal - known, positions=positions, unmasked=unmasked)
 
 
-class FastDLLMDecoder:
+class FastDLLMDecoder(Decoder):
     """Fast-dLLM with its dual cache: everything again when a block begins, then only that block's tokens.
 
     The other blocks' keys are stale while a block is refined, so tokens differ from an exact decode.
@@ -96,17 +87,8 @@ class FastDLLMDecoder:
         plan_as_one.fit(model)
         self.model, self.plan = model, plan
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        prefix: Tensor | None = None,
-        until: int | None = None,
-        stream: Stream | None = None,
-    ) -> Decoded:
+    def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         model, plan, num = self.model, self.plan, len(prompt.states)
-        prefix, goal = check_call(model, num, prompt.states.device, prefix, until)
         mask_id = model.vocabulary  # as the plan has checked
         ids = torch.full((num, model.length), mask_id, device=prompt.states.device)
         ids[:, : prefix.shape[1]] = prefix

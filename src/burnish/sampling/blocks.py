@@ -12,14 +12,14 @@ from burnish.core.errors import BurnishError
 from burnish.sampling.passes import Buffers, Passes
 from burnish.sampling.plan import DecodePlan, make_plan
 from burnish.sampling.state import BlockState, Layout, begin
-from burnish.sampling.token_model import DECODERS, Decoded, Prompt, Stream, TokenModel
+from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel
 
 # Keeps its buffers and graphs for so many shapes of prompt.
 _MAX_SHAPES = 4
 
 
-class BlockDecoder:
-    """Decodes chunks of one model by one plan; see `burnish.sampling.token_model.Decode`.
+class BlockDecoder(Decoder):
+    """Decodes chunks of one model by one plan.
 
     Args:
         model: the policy.
@@ -35,17 +35,8 @@ class BlockDecoder:
         self._layout: Layout | None = None
         self._buffers: dict[Any, Buffers] = {}
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        prefix: Tensor | None = None,
-        until: int | None = None,
-        stream: Stream | None = None,
-    ) -> Decoded:
+    def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         model, plan, device = self.model, self.plan, prompt.states.device
-        prefix, goal = check_call(model, len(prompt.states), device, prefix, until)
         if self._layout is None or self._layout.seen.device != device:
             self._layout, self._buffers = Layout.of(model, device), {}
         layout = self._layout
@@ -101,35 +92,6 @@ class BlockDecoder:
         if len(self._buffers) > _MAX_SHAPES:
             self._buffers.pop(next(iter(self._buffers)))
         return buffers
-
-
-def check_call(
-    model: TokenModel, num: int, device: torch.device, prefix: Tensor | None, until: int | None
-) -> tuple[Tensor, int]:
-    """The prefix (empty where there is none) and the number of tokens to decode.
-
-    Raises:
-        BurnishError: FAST tokens with a prefix or an early exit; a prefix or exit that does not fit the chunk.
-    """
-    steps = model.length // model.step_length
-    if not model.time_ordered and (until is not None or (prefix is not None and prefix.shape[1])):
-        raise BurnishError(
-            "a prefix or an early exit with FAST tokens, which stand for frequencies and not for control steps",
-            "binned actions",
-        )
-    if until is not None and not 1 <= until <= steps:
-        raise BurnishError(f"early exit after {until} control steps", f"1 to {steps}")
-    goal = model.length if until is None else until * model.step_length
-    if prefix is None:
-        return torch.zeros(num, 0, dtype=torch.long, device=device), goal
-    if prefix.ndim != 2 or len(prefix) != num or prefix.shape[1] > model.length or prefix.shape[1] % model.step_length:
-        raise BurnishError(
-            f"a prefix of shape {list(prefix.shape)}",
-            f"[{num}, n] with n a multiple of the {model.step_length} tokens of a control step, at most {model.length}",
-        )
-    if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= model.vocabulary):
-        raise BurnishError("a prefix with ids that are no actions", f"ids of 0 to {model.vocabulary - 1}")
-    return prefix.to(device), goal
 
 
 def not_finite(passes: int) -> BurnishError:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.sampling.token_model import Decode, Prompt, TokenModel
+from burnish.sampling.token_model import Decoder, Prompt, TokenModel
 
 
 def measure_decoder(
-    decode: Decode, prompts: list[Prompt], model: TokenModel, *, repeats: int = 1,
+    decode: Decoder, prompts: list[Prompt], model: TokenModel, *, repeats: int = 1,
     truth: Tensor | None = None, actions: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Decode every prompt alone.
@@ -64,7 +64,7 @@ def left_to_right(unmasked: Tensor, step_length: int) -> float:
     return 0.0 if np.isnan(tau) else float(tau)
 
 
-def run_once(decode: Decode, prompt: Prompt) -> float:
+def run_once(decode: Decoder, prompt: Prompt) -> float:
     """Milliseconds of one decode."""
     _wait(prompt.states.device)
     begin = time.perf_counter()
@@ -73,7 +73,7 @@ def run_once(decode: Decode, prompt: Prompt) -> float:
     return 1000 * (time.perf_counter() - begin)
 
 
-def run_streaming(decode: Decode, prompt: Prompt) -> tuple[float, float]:
+def run_streaming(decode: Decoder, prompt: Prompt) -> tuple[float, float]:
     """Milliseconds of one decode, and until it said that the first control step is final."""
     heard: list[float] = []
     _wait(prompt.states.device)

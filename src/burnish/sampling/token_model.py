@@ -9,11 +9,12 @@ how a block is decoded, and no decoder knows a model.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch
 
@@ -173,9 +174,12 @@ Stream = Callable[[int, Tensor], None]
 """Called as stream(number of finished control steps, ids [B, L]) whenever more steps of every sample are final."""
 
 
-class Decode(Protocol):
+class Decoder(ABC):
     """A decoder made for one model and one plan; keeps its buffers and compiled passes from call to call."""
 
+    model: TokenModel
+
+    @torch.no_grad()
     def __call__(self, prompt: Prompt, *, prefix: Tensor | None = None, until: int | None = None,
                  stream: Stream | None = None) -> Decoded:  # fmt: skip
         """Decode one chunk, without gradient.
@@ -184,16 +188,50 @@ class Decode(Protocol):
             prompt: of `TokenModel.embed`.
             prefix: long [B, n], known tokens that the chunk starts with (whole control steps).
             until: stop as soon as so many control steps are final; None decodes the whole chunk.
-            stream: told about finished steps as they come.
+            stream: called with finished steps as they come.
+
+        Raises:
+            BurnishError: FAST tokens with a prefix or an early exit; a prefix or exit that does not fit the chunk;
+                logits that are no numbers.
         """
-        ...
+        prefix, goal = _check_call(self.model, len(prompt.states), prompt.states.device, prefix, until)
+        return self.decode(prompt, prefix, goal, stream)
+
+    @abstractmethod
+    def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
+        """As a call, with a prefix long [B, n] that may be empty, and the number of leading tokens to decode."""
 
 
-DECODERS: Registry[Callable[..., Decode]] = Registry("decoder", room="burnish.sampling")
-"""Decoders by name: DECODERS.get(name)(model, **options of a DecodePlan) -> Decode. Use `make_decoder`."""
+def _check_call(
+    model: TokenModel, num: int, device: torch.device, prefix: Tensor | None, until: int | None
+) -> tuple[Tensor, int]:
+    """The prefix (empty where there is none) and the number of tokens to decode."""
+    steps = model.length // model.step_length
+    if not model.time_ordered and (until is not None or (prefix is not None and prefix.shape[1])):
+        raise BurnishError(
+            "a prefix or an early exit with FAST tokens, which stand for frequencies and not for control steps",
+            "binned actions",
+        )
+    if until is not None and not 1 <= until <= steps:
+        raise BurnishError(f"early exit after {until} control steps", f"1 to {steps}")
+    goal = model.length if until is None else until * model.step_length
+    if prefix is None:
+        return torch.zeros(num, 0, dtype=torch.long, device=device), goal
+    if prefix.ndim != 2 or len(prefix) != num or prefix.shape[1] > model.length or prefix.shape[1] % model.step_length:
+        raise BurnishError(
+            f"a prefix of shape {list(prefix.shape)}",
+            f"[{num}, n] with n a multiple of the {model.step_length} tokens of a control step, at most {model.length}",
+        )
+    if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= model.vocabulary):
+        raise BurnishError("a prefix with ids that are no actions", f"ids of 0 to {model.vocabulary - 1}")
+    return prefix.to(device), goal
 
 
-def make_decoder(name: str, model: TokenModel, **options: Any) -> Decode:
+DECODERS: Registry[Callable[..., Decoder]] = Registry("decoder", room="burnish.sampling")
+"""Decoders by name: DECODERS.get(name)(model, **options of a DecodePlan) -> Decoder. Use `make_decoder`."""
+
+
+def make_decoder(name: str, model: TokenModel, **options: Any) -> Decoder:
     """The decoder called `name` for `model`; those of outside packages too (entry points `burnish.decoders`).
 
     Raises:

@@ -2,21 +2,20 @@
 
 import torch
 
-from burnish.sampling.token_model import Decoded
+from burnish.sampling.token_model import Decoded, Decoder
 
 
-def argmax(model):
-    """Decode(prompt, ...) for `model`."""
+class Argmax(Decoder):
+    """Takes no options."""
 
-    def decode(prompt, *, prefix=None, until=None, stream=None):
-        batch, length = prompt.states.shape[:2]
+    def __init__(self, model):
+        self.model = model
+
+    def decode(self, prompt, prefix, goal, stream):
+        model, (batch, length) = self.model, prompt.states.shape[:2]
         ids = torch.full((batch, model.length), model.mask_id, dtype=torch.long)
         seen = torch.ones(batch, model.length, length + model.length, dtype=torch.bool)
         seen[..., :length] = prompt.valid[:, None]
-        logits = model.whole(prompt, ids, seen, model.empty(prompt))
-        ids = logits.argmax(-1)
-        if prefix is not None:
-            ids[:, : prefix.shape[1]] = prefix
-        return Decoded(ids, 1, length + model.length, torch.ones_like(ids))
-
-    return decode
+        ids = model.whole(prompt, ids, seen, model.empty(prompt)).argmax(-1)
+        ids[:, : prefix.shape[1]] = prefix
+        return Decoded(ids, passes=1, positions=length + model.length, unmasked=torch.ones_like(ids))

@@ -16,7 +16,7 @@ from burnish.policies.discrete.network import TokenNet
 from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.keys import ACTION, PAD
-from burnish.sampling.token_model import Decode, Prompt, make_decoder, sees
+from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees
 
 
 class DiscretePolicy(PreTrainedPolicy):
@@ -36,7 +36,7 @@ class DiscretePolicy(PreTrainedPolicy):
         self.model = TokenNet(config, _make_vlm(config))
         if dataset_stats is not None:
             self.fit_tokens(dataset_stats)
-        self._decoders: dict[str, Decode] = {}
+        self._decoders: dict[str, Decoder] = {}
         self.reset()
 
     def fit_tokens(self, dataset_stats: dict[str, Any]) -> None:
@@ -217,7 +217,7 @@ class DiscretePolicy(PreTrainedPolicy):
             stream(found.shape[1], found)
         return found
 
-    def decoder(self) -> Decode:
+    def decoder(self) -> Decoder:
         """The decoder that the config names; made once, as it keeps its buffers."""
         name = self.config.decoder_name
         key = f"{name} {sorted(self.config.decoder_options.items())}"
