@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         size = (pair[0] / "model.safetensors").stat().st_size
         runs = _in_turns(pair, folder, python, repeats)
         exact = compare(pair, folder / "ours", folder / "mergekit" if python else None)
-        stored = _stored(pair, folder)
     seconds = {name: statistics.median(r["wall"] for r in found) for name, found in runs.items()}
     peers = [name for name, found in runs.items() if name.startswith("mergekit") and len(found) == repeats]
     best = min(peers, key=seconds.get, default="")
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "checkpoint_gb": size / 1e9, "tensors": 9 * layers + 3, "weight": WEIGHT, "seconds": seconds,
             "all_runs": runs, "mergekit_setting": best or "mergekit is absent: give --mergekit PYTHON",
             "gb_per_second": moved / 1e9, "copy_gb_per_second": copied / 1e9, "quarter_rss_gb": quarter["rss"] / 1e9,
-            "elements": exact, "from_a_stored_delta": stored,
+            "elements": exact,
         },
     }  # fmt: skip
 
@@ -154,9 +153,8 @@ def timed(command: list[str]) -> dict[str, float]:
 
 def _ours(pair: tuple[Path, Path], output: Path) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "burnish.cli.main", "weights", "merge", str(pair[0]), "--tuned",
-               f"{pair[1]}={WEIGHT}", "-o", str(output)]  # fmt: skip
-    return timed(command)
+    merge = [sys.executable, "-m", "burnish.cli.main", "weights", "merge", str(pair[0])]
+    return timed([*merge, "--tuned", f"{pair[1]}={WEIGHT}", "-o", str(output)])
 
 
 def _copy(source: Path, target: Path) -> dict[str, float]:
@@ -254,14 +252,3 @@ def compare(pair: tuple[Path, Path], ours: Path, mergekit: Path | None) -> dict[
 def _half_step(values: np.ndarray) -> np.ndarray:
     """Half the distance between bfloat16 numbers at each of `values`: the most that rounding to them can change."""
     return np.ldexp(1.0, np.frexp(values)[1] - 9)
-
-
-def _stored(pair: tuple[Path, Path], folder: Path) -> dict[str, Any]:
-    """The other way: extract a float32 delta once, then merge it."""
-    start = [sys.executable, "-m", "burnish.cli.main", "weights"]
-    shutil.rmtree(folder / "ours", ignore_errors=True)
-    shutil.rmtree(folder / "mergekit", ignore_errors=True)
-    extract = timed([*start, "extract", str(pair[0]), str(pair[1]), "-o", str(folder / "delta")])
-    merge = timed([*start, "merge", str(pair[0]), "--delta", f"{folder / 'delta'}={WEIGHT}", "-o",
-                   str(folder / "ours")])  # fmt: skip
-    return {"extract": extract, "merge": merge, "elements": compare(pair, folder / "ours", None)}

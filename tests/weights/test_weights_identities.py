@@ -115,10 +115,10 @@ def test_without_a_stored_delta(family, tmp_path):
     base, tuned, plain = family
     extract(base, tuned, plain, output=tmp_path / "delta")
     merge(base, [(tmp_path / "delta", 1.1)], output=tmp_path / "stored")
-    merge(base, tuned=[(tuned, 1.1), (plain, -1.1)], output=tmp_path / "live")
-    for key, value in weights(tmp_path / "live").items():
+    merge(base, tuned=[(tuned, 1.1), (plain, -1.1)], output=tmp_path / "on_the_fly")
+    for key, value in weights(tmp_path / "on_the_fly").items():
         np.testing.assert_allclose(value, weights(tmp_path / "stored")[key], rtol=2e-6, atol=1e-9)
-    assert verify(tmp_path / "live")["unequal"] == 0
+    assert verify(tmp_path / "on_the_fly")["unequal"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

@@ -134,7 +134,7 @@ def test_tampered_metadata(family, delta, tmp_path):
     assert Delta(delta).norm() > 0
 
 
-def test_a_changed_merge_is_told_from_a_whole_one(family, delta, tmp_path):
+def test_a_changed_merge_is_noticed(family, delta, tmp_path):
     merge(family[0], [(delta, 1.0)], output=tmp_path / "merged")
     path = tmp_path / "merged/model.safetensors"
     content = bytearray(path.read_bytes())

@@ -324,7 +324,7 @@ def test_infinities_that_nobody_changed(tmp_path):
     base = folder(tmp_path / "base", mask=mask, a_weight=A)
     tuned = folder(tmp_path / "tuned", mask=mask, a_weight=A + 1)
     delta = extract(base, tuned, output=tmp_path / "d").path
-    for name, how in (("stored", {"deltas": [(delta, 1.1)]}), ("live", {"tuned": [(tuned, 1.1)]})):
+    for name, how in (("stored", {"deltas": [(delta, 1.1)]}), ("on_the_fly", {"tuned": [(tuned, 1.1)]})):
         merge(base, **how, output=tmp_path / name)
         np.testing.assert_array_equal(weights(tmp_path / name)["mask"], mask)
         assert verify(tmp_path / name)["unequal"] == 0
