@@ -9,14 +9,9 @@ if TYPE_CHECKING:
 __all__ = ["Captured", "Policy", "create_policy", "load_policy"]
 
 
-def load_policy(
-    path: Path | str,
-    *,
-    overrides: dict[str, Any] | None = None,
-    device: str = "cpu",
-    dataset_stats: dict[str, Any] | None = None,
-    features: dict[str, Any] | None = None,
-) -> "Policy":
+def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, device: str = "cpu",
+                dataset_stats: dict[str, Any] | None = None,
+                features: dict[str, Any] | None = None) -> "Policy":  # fmt: skip
     """Load a LeRobot policy folder, or a shipped base by its bare name.
 
     Args:
@@ -34,15 +29,8 @@ def load_policy(
     return load(path, overrides=overrides, device=device, dataset_stats=dataset_stats, features=features)
 
 
-def create_policy(
-    vlm_folder: Path | str,
-    features: dict,
-    dataset_stats: dict,
-    overrides: dict | None = None,
-    *,
-    type: str = "smolvla",
-    **options: Any,
-) -> "Policy":
+def create_policy(vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, *,
+                  type: str = "smolvla", **options: Any) -> "Policy":  # fmt: skip
     """A new policy on a VLM folder.
 
     See `SmolVLA.create` in `burnish.policies.smolvla`, and for type burnish_discrete, which takes a SmolVLA folder or a

@@ -50,12 +50,8 @@ class FlowPolicy(VLMPolicy):
 
     def model_stages(self) -> list[Stage]:
         model = self.policy.model
-        return [
-            Stage("vision", self.inner, "embed_image"),
-            Stage("prompt", self.inner, "forward"),
-            Stage("pass", model, "denoise_step"),
-            Stage("head", model.action_out_proj, "forward"),
-        ]
+        return [Stage("vision", self.inner, "embed_image"), Stage("prompt", self.inner, "forward"),
+                Stage("pass", model, "denoise_step"), Stage("head", model.action_out_proj, "forward")]  # fmt: skip
 
     # The verbs.
 

@@ -82,19 +82,14 @@ def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra
         said = [
             f"{len(keys)} {what} ({_first(keys)})" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys
         ]
-        raise BurnishError(
-            f"tensors of {source} do not match the config: {', '.join(said)}",
-            f"exactly the {len(own)} tensors of the model",
-            "the config.json that belongs to the weights",
-        )
+        raise BurnishError(f"tensors of {source} do not match the config: {', '.join(said)}",
+                           f"exactly the {len(own)} tensors of the model",
+                           "the config.json that belongs to the weights")  # fmt: skip
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
-        raise BurnishError(
-            f"{len(wrong)} tensors of {source} have other shapes ({wrong[0]}: {shapes})",
-            "the shapes of config.json",
-            "the config.json that belongs to the weights",
-        )
+        raise BurnishError(f"{len(wrong)} tensors of {source} have other shapes ({wrong[0]}: {shapes})",
+                           "the shapes of config.json", "the config.json that belongs to the weights")  # fmt: skip
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
@@ -178,11 +173,8 @@ def _check_features(config: Any, source: str) -> None:
     for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
         most = getattr(config, limit, feature.shape[0])  # policies that do not pad have no limit
         if feature.shape[0] > most:
-            raise BurnishError(
-                f"{name} of {feature.shape[0]} dimensions",
-                f"at most {limit} = {most}",
-                f"a policy trained with a larger {limit}",
-            )
+            raise BurnishError(f"{name} of {feature.shape[0]} dimensions", f"at most {limit} = {most}",
+                               f"a policy trained with a larger {limit}")  # fmt: skip
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -214,11 +206,8 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
     if lacking and stats is not None:
         return new_processors(config, stats)
     if lacking:
-        raise BurnishError(
-            f"no {lacking[0]} in {folder}, so no normalisation statistics",
-            "LeRobot's processor files",
-            "give dataset_stats= of the data set that it was trained on",
-        )
+        raise BurnishError(f"no {lacking[0]} in {folder}, so no normalisation statistics", "LeRobot's processor files",
+                           "give dataset_stats= of the data set that it was trained on")  # fmt: skip
     changes: dict[str, dict[str, Any]] = {
         "device_processor": {"device": config.device},
         "normalizer_processor": {"features": {**config.input_features, **config.output_features},
@@ -230,18 +219,13 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
     if tokenizer.is_dir():
         changes["tokenizer_processor"] = {"tokenizer_name": str(tokenizer)}
     try:
-        pre, post = make_pre_post_processors(
-            config,
-            str(folder),
-            preprocessor_overrides=_only(changes, folder / PREPROCESSOR),
-            postprocessor_overrides=_only(back, folder / POSTPROCESSOR),
-        )
+        pre, post = make_pre_post_processors(config, str(folder),
+                                             preprocessor_overrides=_only(changes, folder / PREPROCESSOR),
+                                             postprocessor_overrides=_only(back, folder / POSTPROCESSOR))  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BurnishError(
-            f"the processors in {folder} cannot be loaded: {_one_line(error)}",
-            "LeRobot's processor files and a tokenizer that can be found",
-            f"put the tokenizer's files into {tokenizer}",
-        ) from error
+        raise BurnishError(f"the processors in {folder} cannot be loaded: {_one_line(error)}",
+                           "LeRobot's processor files and a tokenizer that can be found",
+                           f"put the tokenizer's files into {tokenizer}") from error  # fmt: skip
     _check_statistics(config, pre, post, str(folder))
     return pre, post
 
@@ -273,11 +257,9 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
                     "give dataset_stats= of the data set",
                 )
             if value.numel() != feature.shape[0]:
-                raise BurnishError(
-                    f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
-                    f"{feature.shape[0]}, as the features declare",
-                    "give dataset_stats= of the same data set as features=",
-                )
+                raise BurnishError(f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
+                                   f"{feature.shape[0]}, as the features declare",
+                                   "give dataset_stats= of the same data set as features=")  # fmt: skip
 
 
 def _first(keys: Iterable[str]) -> str:

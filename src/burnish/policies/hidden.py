@@ -51,15 +51,8 @@ def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> I
             handle.remove()
 
 
-def note_layout(
-    captured: Captured,
-    images: Sequence[tuple[str, int, Tensor]],
-    text_mask: Tensor,
-    *,
-    state_positions: int = 0,
-    around_image: tuple[int, int] = (0, 0),
-    width: int = 0,
-) -> None:
+def note_layout(captured: Captured, images: Sequence[tuple[str, int, Tensor]], text_mask: Tensor, *,
+                state_positions: int = 0, around_image: tuple[int, int] = (0, 0), width: int = 0) -> None:  # fmt: skip
     """Start a forward: write down which positions of its sequence hold what (images, then text, then the state).
 
     Args:

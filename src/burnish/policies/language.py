@@ -51,12 +51,8 @@ def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: lis
     encoded = encode(backbone, image, questions, answers)
     embeds, real, labels = _join(backbone, image, encoded)
     prompt = (labels != vqa.IGNORE).int().argmax(dim=1)
-    hidden = backbone.text_model(
-        inputs_embeds=embeds,
-        attention_mask=_mask(backbone, real, prompt, embeds.dtype),
-        position_ids=_positions(real),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = backbone.text_model(inputs_embeds=embeds, attention_mask=_mask(backbone, real, prompt, embeds.dtype),
+                                 position_ids=_positions(real), use_cache=False).last_hidden_state  # fmt: skip
     return vqa.token_losses(hidden, labels, backbone.head)
 
 
@@ -66,25 +62,18 @@ def greedy_answers(backbone: Backbone, image: Tensor, questions: list[str], max_
     encoded = encode(backbone, image, questions, None)
     embeds, real, _ = _join(backbone, image, encoded)
     length = real.sum(dim=1)
-    out = backbone.text_model(
-        inputs_embeds=embeds,
-        attention_mask=_mask(backbone, real, length, embeds.dtype),
-        position_ids=_positions(real),
-        use_cache=True,
-    )
+    out = backbone.text_model(inputs_embeds=embeds, attention_mask=_mask(backbone, real, length, embeds.dtype),
+                              position_ids=_positions(real), use_cache=True)  # fmt: skip
     last = out.last_hidden_state[torch.arange(len(length), device=length.device), length - 1]
     tokens = [backbone.head(last).argmax(dim=-1)]
     eos = backbone.tokenizer.eos_token_id
     done = tokens[0] == eos
     while len(tokens) < max_new_tokens and not bool(done.all()):
         real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-        out = backbone.text_model(
-            inputs_embeds=backbone.embed_text(tokens[-1][:, None]).to(embeds.dtype),
-            attention_mask=_additive(real[:, None, None, :], embeds.dtype),
-            position_ids=(length + len(tokens) - 1)[:, None],
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        out = backbone.text_model(inputs_embeds=backbone.embed_text(tokens[-1][:, None]).to(embeds.dtype),
+                                  attention_mask=_additive(real[:, None, None, :], embeds.dtype),
+                                  position_ids=(length + len(tokens) - 1)[:, None], past_key_values=out.past_key_values,
+                                  use_cache=True)  # fmt: skip
         tokens.append(backbone.head(out.last_hidden_state[:, -1]).argmax(dim=-1))
         done |= tokens[-1] == eos
     return [vqa.decode(backbone.tokenizer, row) for row in torch.stack(tokens, dim=1).tolist()]

@@ -20,14 +20,9 @@ POLICIES: Registry[type[PolicyWrapper]] = Registry("policy", room="burnish.polic
 """Wrappers by LeRobot's name of the policy's type; those of outside packages by entry points `burnish.policies`."""
 
 
-def load(
-    path: Path | str,
-    *,
-    overrides: dict[str, Any] | None = None,
-    device: str = "cpu",
-    dataset_stats: dict[str, Any] | None = None,
-    features: dict[str, Any] | None = None,
-) -> PolicyWrapper:
+def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: str = "cpu",
+         dataset_stats: dict[str, Any] | None = None,
+         features: dict[str, Any] | None = None) -> PolicyWrapper:  # fmt: skip
     """Load a LeRobot policy folder; see `burnish.policies.load_policy`."""
     folder, device = resolve(path), choose_device(device)
     raw = folders.read_json(folder / CONFIG)

@@ -68,14 +68,9 @@ class Pi(FlowPolicy):
     @property
     def backbone(self) -> language.Backbone:
         inner = self.policy.model.paligemma_with_expert
-        return language.Backbone(
-            text_model=inner.paligemma.model.language_model,
-            head=inner.paligemma.lm_head,
-            embed_text=inner.embed_language_tokens,
-            tokenizer=self.tokenizer,
-            bos=True,
-            see_prompt=True,
-        )
+        return language.Backbone(text_model=inner.paligemma.model.language_model, head=inner.paligemma.lm_head,
+                                 embed_text=inner.embed_language_tokens, tokenizer=self.tokenizer, bos=True,
+                                 see_prompt=True)  # fmt: skip
 
     def embed_image(self, image: Tensor) -> Tensor:
         return self.policy.model.paligemma_with_expert.embed_image(image)
@@ -105,11 +100,9 @@ class Pi(FlowPolicy):
         prefix, pad, order = model.embed_prefix(*inputs[:4])
         _, cache = model.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad, order)),
-            position_ids=torch.cumsum(pad, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[prefix, None],
+            position_ids=torch.cumsum(pad, dim=1) - 1, past_key_values=None, inputs_embeds=[prefix, None],
             use_cache=True,
-        )
+        )  # fmt: skip
         repeated = tuple((k.repeat_interleave(R, 0), v.repeat_interleave(R, 0), window) for k, v, window in cache)
         state = [s.repeat_interleave(R, 0) for s in inputs[4:]]
         mask = pad.repeat_interleave(R, 0)

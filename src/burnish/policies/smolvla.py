@@ -44,12 +44,9 @@ class SmolVLA(FlowPolicy):
     @property
     def backbone(self) -> language.Backbone:
         inner = self.policy.model.vlm_with_expert
-        return language.Backbone(
-            text_model=inner.vlm.model.text_model,
-            head=inner.vlm.lm_head,
-            embed_text=inner.embed_language_tokens,
-            tokenizer=inner.processor.tokenizer,
-        )
+        return language.Backbone(text_model=inner.vlm.model.text_model, head=inner.vlm.lm_head,
+                                 embed_text=inner.embed_language_tokens,
+                                 tokenizer=inner.processor.tokenizer)  # fmt: skip
 
     def embed_image(self, image: Tensor) -> Tensor:
         return self.policy.model.vlm_with_expert.embed_image(image)
@@ -75,14 +72,9 @@ class SmolVLA(FlowPolicy):
         return (image.shape[-2] // patch) * (image.shape[-1] // patch) // config.scale_factor**2
 
     def _note_layout(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
-        hidden.note_layout(
-            captured,
-            parts,
-            text_mask,
-            state_positions=self.state_positions,
-            width=self.config.prefix_length,
-            around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0),
-        )
+        hidden.note_layout(captured, parts, text_mask, state_positions=self.state_positions,
+                           width=self.config.prefix_length,
+                           around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0))  # fmt: skip
 
     def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
         """The R points become R blocks of action tokens in one sequence; no block sees another.
@@ -107,12 +99,9 @@ class SmolVLA(FlowPolicy):
             block = slice(P + r * S, P + (r + 1) * S)
             mask[:, block, block] = single[:, P:, P:]
         (_, out), _ = model.vlm_with_expert.forward(
-            attention_mask=mask,
-            position_ids=torch.cat([positions[:, :P], positions[:, P:].repeat(1, R)], dim=1),
-            past_key_values=None,
-            inputs_embeds=[prefix, suffix.view(B, R * S, -1)],
-            use_cache=False,
-        )
+            attention_mask=mask, position_ids=torch.cat([positions[:, :P], positions[:, P:].repeat(1, R)], dim=1),
+            past_key_values=None, inputs_embeds=[prefix, suffix.view(B, R * S, -1)], use_cache=False,
+        )  # fmt: skip
         return model.action_out_proj(out.view(B, R, S, -1)[:, :, -T:].float())
 
     def write_extras(self, folder: Path, home: Path) -> None:
@@ -123,17 +112,8 @@ class SmolVLA(FlowPolicy):
         folders.point_at(folder, str(home / VLM_FOLDER))
 
     @classmethod
-    def create(
-        cls,
-        name: str,
-        source: Path | str,
-        features: dict[str, Any],
-        dataset_stats: dict[str, Any],
-        overrides: dict[str, Any],
-        *,
-        generator_seed: int = 0,
-        device: str = "cpu",
-    ) -> "SmolVLA":
+    def create(cls, name: str, source: Path | str, features: dict[str, Any], dataset_stats: dict[str, Any],
+               overrides: dict[str, Any], *, generator_seed: int = 0, device: str = "cpu") -> "SmolVLA":  # fmt: skip
         """A new SmolVLA on a VLM: its weights in float32, the action expert random.
 
         Args:
@@ -160,16 +140,9 @@ class SmolVLA(FlowPolicy):
                 f"a VLM of type '{vlm_config.model_type}' in {vlm_folder}", "smolvlm, which SmolVLA is made of"
             )
         size = vlm_config.vision_config.image_size
-        raw = {
-            "type": name,
-            "resize_imgs_with_padding": [size, size],
-            "freeze_vision_encoder": False,
-            "train_expert_only": False,
-            "push_to_hub": False,
-            **overrides,
-            "vlm_model_name": str(vlm_folder),
-            "load_vlm_weights": False,
-        }
+        raw = {"type": name, "resize_imgs_with_padding": [size, size], "freeze_vision_encoder": False,
+               "train_expert_only": False, "push_to_hub": False, **overrides, "vlm_model_name": str(vlm_folder),
+               "load_vlm_weights": False}  # fmt: skip
         config = folders.decode_config(raw, str(vlm_folder), features, device)
         policy = cls.build(config, generator_seed)
         vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)

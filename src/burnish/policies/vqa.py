@@ -40,15 +40,9 @@ class Encoded(NamedTuple):
     labels: Tensor
 
 
-def encode(
-    tokenizer: Any,
-    image_token: str | int,
-    num_image_tokens: int,
-    questions: Sequence[str] | Sequence[Sequence[str]],
-    answers: Sequence[str] | Sequence[Sequence[str]] | None,
-    *,
-    bos: bool = False,
-) -> Encoded:
+def encode(tokenizer: Any, image_token: str | int, num_image_tokens: int,
+           questions: Sequence[str] | Sequence[Sequence[str]],
+           answers: Sequence[str] | Sequence[Sequence[str]] | None, *, bos: bool = False) -> Encoded:  # fmt: skip
     """Turn questions and answers into one right-padded sequence for each image.
 
     Args:
@@ -107,11 +101,9 @@ def _check_turns(turns: list[list[str]], replies: list[list[str]] | None, tokeni
         if any(len(turn) != 1 for turn in turns):
             raise BurnishError("several questions without answers", "one open question for each image")
     elif [len(turn) for turn in turns] != [len(reply) for reply in replies]:
-        raise BurnishError(
-            f"{sum(map(len, turns))} questions on {len(turns)} images and "
-            f"{sum(map(len, replies))} answers on {len(replies)} images",
-            "as many answers as questions",
-        )
+        raise BurnishError(f"{sum(map(len, turns))} questions on {len(turns)} images and "
+                           f"{sum(map(len, replies))} answers on {len(replies)} images",
+                           "as many answers as questions")  # fmt: skip
     if not turns or not all(turns):
         raise BurnishError("an image without questions", "at least one question for each image")
 
@@ -120,13 +112,8 @@ def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, padding=False, return_attention_mask=False)["input_ids"]
 
 
-def _join(
-    lead: list[int],
-    counts: list[int],
-    prompts: list[list[int]],
-    answers: list[list[int]] | None,
-    eos: int,
-) -> tuple[list[list[int]], list[list[int]]]:
+def _join(lead: list[int], counts: list[int], prompts: list[list[int]], answers: list[list[int]] | None,
+          eos: int) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
     """Sequences and labels of `counts` turns each, from prompts and answers laid end to end."""
     sequences, labels, start = [], [], 0
     for count in counts:
@@ -145,8 +132,6 @@ def _join(
 
 def _pad(sequences: list[list[int]], labels: list[list[int]], pad: int) -> Encoded:
     width = max(map(len, sequences))
-    return Encoded(
-        torch.tensor([sequence + [pad] * (width - len(sequence)) for sequence in sequences]),
-        torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences]),
-        torch.tensor([label + [IGNORE] * (width - len(label)) for label in labels]),
-    )
+    return Encoded(torch.tensor([sequence + [pad] * (width - len(sequence)) for sequence in sequences]),
+                   torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences]),
+                   torch.tensor([label + [IGNORE] * (width - len(label)) for label in labels]))  # fmt: skip

@@ -87,14 +87,8 @@ class PolicyWrapper(Policy):
         raise BurnishError(f"a new policy of type '{name}'", "smolvla or burnish_discrete",
                            "load a checkpoint of that type instead")  # fmt: skip
 
-    def save(
-        self,
-        folder: Path,
-        *,
-        home: Path | None = None,
-        dtype: torch.dtype | None = None,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save(self, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
+             state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
         """Write an ordinary LeRobot policy folder; making that atomic is the caller's business.
 
         Args:
@@ -126,11 +120,8 @@ class PolicyWrapper(Policy):
         return []
 
     def stages(self) -> list[Stage]:
-        return [
-            Stage("preprocess", self, "_prepare"),
-            *self.model_stages(),
-            Stage("postprocess", self, "postprocessor"),
-        ]
+        return [Stage("preprocess", self, "_prepare"), *self.model_stages(),
+                Stage("postprocess", self, "postprocessor")]  # fmt: skip
 
     # Inside.
 
@@ -138,11 +129,9 @@ class PolicyWrapper(Policy):
         """Check the batch and run LeRobot's preprocessor over the keys that the policy reads."""
         missing = [key for key in (*self.camera_keys, STATE, TASK) if key not in batch]
         if missing:
-            raise BurnishError(
-                f"a batch without {', '.join(missing)} (it has {', '.join(batch)})",
-                f"cameras {', '.join(self.cameras)}, {STATE} and {TASK}",
-                "load the policy with features= of your data set",
-            )
+            raise BurnishError(f"a batch without {', '.join(missing)} (it has {', '.join(batch)})",
+                               f"cameras {', '.join(self.cameras)}, {STATE} and {TASK}",
+                               "load the policy with features= of your data set")  # fmt: skip
         chosen = {key: batch[key] for key in (*self.camera_keys, STATE, TASK)}
         if actions is not None:
             chosen[ACTION] = actions

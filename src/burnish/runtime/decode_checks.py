@@ -42,15 +42,8 @@ class Check:
     meaning: str
 
 
-def verify_decode(
-    policy: Policy,
-    *,
-    data: Path | str = "",
-    count: int = 4,
-    options: dict[str, Any] | None = None,
-    double: bool = False,
-    progress: bool = True,
-) -> list[Check]:
+def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, options: dict[str, Any] | None = None,
+                  double: bool = False, progress: bool = True) -> list[Check]:  # fmt: skip
     """All checks of a token policy, see `check_model`.
 
     Args:
@@ -160,13 +153,8 @@ def prompt_isolation(model: TokenModel, prompt: Prompt, draws: torch.Generator) 
     """Keys and values of the prompt must be those of a pass without any action token."""
     name, meaning = "prompt isolation", "a prompt that sees action tokens has new keys at every pass: do not cache"
     if model.prompt_sees_actions:
-        return Check(
-            name,
-            None,
-            0.0,
-            0.0,
-            "declared: the prompt attends to actions; decoders recompute it in every pass",
-        )
+        return Check(name, None, 0.0, 0.0,
+                     "declared: the prompt attends to actions; decoders recompute it in every pass")  # fmt: skip
     size, limit, worst = prompt.valid.shape[1], _limit(model, prompt), 0.0
     alone = _whole(model, prompt, _random_ids(model, prompt, draws)[:, :0])[1]
     for _ in range(2):

@@ -15,18 +15,9 @@ from burnish.sampling.timing import measure_decoder
 from burnish.sampling.token_model import DECODERS, Decoder, TokenModel, make_decoder
 
 
-def compare_decoders(
-    policy: Policy,
-    *,
-    decoders: Sequence[str] = (),
-    options: dict[str, Any] | None = None,
-    own: bool = False,
-    data: Path | str = "",
-    count: int = 4,
-    repeats: int = 3,
-    figure: Path | str = "",
-    progress: bool = True,
-) -> dict[str, dict[str, Any]]:
+def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: dict[str, Any] | None = None,
+                     own: bool = False, data: Path | str = "", count: int = 4, repeats: int = 3,
+                     figure: Path | str = "", progress: bool = True) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Decode observations one at a time by every decoder.
 
     Args:

@@ -54,7 +54,5 @@ def agreement(scores: Tensor, exact: Tensor) -> dict[str, float]:
     ours, theirs = ((s[:, i] - s[:, j]).flatten().double().cpu() for s in (scores, exact))
     # An antisymmetric table: without both orders the correlation would depend on how candidates are numbered.
     both = torch.cat([ours, -ours]), torch.cat([theirs, -theirs])
-    return {
-        "rank_correlation": float(spearmanr(*(b.numpy() for b in both)).statistic),
-        "sign_agreement": float((ours.sign() == theirs.sign()).double().mean()),
-    }
+    return {"rank_correlation": float(spearmanr(*(b.numpy() for b in both)).statistic),
+            "sign_agreement": float((ours.sign() == theirs.sign()).double().mean())}  # fmt: skip

@@ -187,18 +187,9 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"median": float(median), "p95": float(p95), "p99": float(p99)}
 
 
-def profile_policy(
-    path: Path | str,
-    *,
-    overrides: dict[str, Any] | None = None,
-    data: Path | str = "",
-    batch_size: int = 1,
-    repeats: int = 30,
-    warmup: int = 3,
-    device: str = "cpu",
-    threads: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
+def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, data: Path | str = "",
+                   batch_size: int = 1, repeats: int = 30, warmup: int = 3, device: str = "cpu", threads: int = 0,
+                   progress: bool = True) -> dict[str, Any]:  # fmt: skip
     """Figures of a policy's latency, with all that they depend on, as JSON holds them; see `Profile.figures`.
 
     Args:

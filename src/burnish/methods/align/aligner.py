@@ -33,11 +33,8 @@ class Aligner(nn.Module):
         self.pairs, self.cameras, self.late_tokens = pairs, tuple(cameras), config.late_tokens
         outputs = [teacher_widths[t] for _, t in pairs]
         if config.sharing == "shared" and len(set(outputs)) > 1:
-            raise BurnishError(
-                f"align: teacher layers of widths {outputs} under one shared projector",
-                "equal widths",
-                "sharing: trunk",
-            )
+            raise BurnishError(f"align: teacher layers of widths {outputs} under one shared projector", "equal widths",
+                               "sharing: trunk")  # fmt: skip
         hidden = config.hidden or max(student_width, *outputs)
         share_first = config.sharing in ("shared", "trunk")
         if config.released_widths and not share_first:

@@ -144,11 +144,9 @@ class Capability(Objective):
             moved = [d.detach().float() for d in self._moved()]
             along = inner_products(self.gammas, moved).sum()
             distance = torch.stack(torch._foreach_norm(moved)).norm()
-            figures = {
-                "capability_distance": distance,
-                "capability_cosine": along / (distance * self.square.sqrt()).clamp_min(1e-12),
-                "capability_retained": 1 + along / (self.options.alpha * self.square * self.mean),
-            }
+            figures = {"capability_distance": distance,
+                       "capability_cosine": along / (distance * self.square.sqrt()).clamp_min(1e-12),
+                       "capability_retained": 1 + along / (self.options.alpha * self.square * self.mean)}  # fmt: skip
         return {name: float(value) for name, value in {**self._figures, **figures}.items()}
 
 

@@ -160,20 +160,13 @@ class DiscreteConfig(PreTrainedConfig):
         return "prompt_cached" if self.block == self.length else "together"
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        return AdamWConfig(
-            lr=self.optimizer_lr,
-            betas=self.optimizer_betas,
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=self.optimizer_grad_clip_norm,
-        )
+        return AdamWConfig(lr=self.optimizer_lr, betas=self.optimizer_betas, weight_decay=self.optimizer_weight_decay,
+                           grad_clip_norm=self.optimizer_grad_clip_norm)  # fmt: skip
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
-        return CosineDecayWithWarmupSchedulerConfig(
-            peak_lr=self.optimizer_lr,
-            decay_lr=self.scheduler_decay_lr,
-            num_warmup_steps=self.scheduler_warmup_steps,
-            num_decay_steps=self.scheduler_decay_steps,
-        )
+        return CosineDecayWithWarmupSchedulerConfig(peak_lr=self.optimizer_lr, decay_lr=self.scheduler_decay_lr,
+                                                    num_warmup_steps=self.scheduler_warmup_steps,
+                                                    num_decay_steps=self.scheduler_decay_steps)  # fmt: skip
 
     @property
     def observation_delta_indices(self) -> list[int]:

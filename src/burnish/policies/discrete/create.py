@@ -17,15 +17,8 @@ _SHARED = ("max_state_dim", "tokenizer_max_length", "pad_language_to")
 """Config fields that a new policy takes over from a SmolVLA."""
 
 
-def new_policy(
-    source: Path | str,
-    features: dict[str, Any],
-    dataset_stats: dict[str, Any],
-    fields: dict[str, Any],
-    *,
-    generator_seed: int = 0,
-    device: str = "cpu",
-) -> tuple[nn.Module, Any, Any]:
+def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict[str, Any], fields: dict[str, Any], *,
+               generator_seed: int = 0, device: str = "cpu") -> tuple[nn.Module, Any, Any]:  # fmt: skip
     """A new DiscretePolicy and its processors: the VLM as it is, action embeddings and head fresh.
 
     Args:
@@ -62,15 +55,8 @@ def _build(
     vlm_folder: Path, base: Any, features: dict, stats: dict, fields: dict, seed: int, device: str
 ) -> tuple[nn.Module, Any, Any]:
     taken = {} if base is None else {name: getattr(base.config, name) for name in _SHARED}
-    raw = {
-        "push_to_hub": False,
-        "scale_embeddings": base is not None,
-        **_pixels(vlm_folder),
-        **taken,
-        **fields,
-        "vlm_model_name": str(vlm_folder),
-        "load_vlm_weights": False,
-    }
+    raw = {"push_to_hub": False, "scale_embeddings": base is not None, **_pixels(vlm_folder), **taken, **fields,
+           "vlm_model_name": str(vlm_folder), "load_vlm_weights": False}  # fmt: skip
     config = folders.decode_config(raw, str(vlm_folder), features, device)
     policy = folders.build(config, seed)
     weights = _weights(vlm_folder) if base is None else base.vlm.state_dict()

@@ -72,14 +72,8 @@ class DiscretePolicy(PreTrainedPolicy):
         shares = NOISE.get(config.noise)(batch_size, config.length // block, generator, **config.noise_options)
         return Draws(noise, time, *hide(shares, block, generator))
 
-    def logits(
-        self,
-        prompt: Prompt,
-        ids: Tensor,
-        hidden: Tensor,
-        block: int | None = None,
-        prompt_sees_actions: bool | None = None,
-    ) -> Tensor:
+    def logits(self, prompt: Prompt, ids: Tensor, hidden: Tensor, block: int | None = None,
+               prompt_sees_actions: bool | None = None) -> Tensor:  # fmt: skip
         """[B, L, V] logits of every action token, one forward pass over prompt and actions.
 
         Args:

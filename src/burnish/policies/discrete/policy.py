@@ -70,12 +70,8 @@ class Discrete(VLMPolicy):
 
     @property
     def backbone(self) -> language.Backbone:
-        return language.Backbone(
-            text_model=self.policy.model.text_model,
-            head=self.vlm.get_output_embeddings(),
-            embed_text=self.vlm.get_input_embeddings(),
-            tokenizer=self.tokenizer,
-        )
+        return language.Backbone(text_model=self.policy.model.text_model, head=self.vlm.get_output_embeddings(),
+                                 embed_text=self.vlm.get_input_embeddings(), tokenizer=self.tokenizer)  # fmt: skip
 
     def embed_image(self, image: Tensor) -> Tensor:
         return self.policy.model.embed_image(image)
@@ -91,13 +87,9 @@ class Discrete(VLMPolicy):
 
     def model_stages(self) -> list[Stage]:
         model = self.policy.model
-        return [
-            Stage("preprocess", model, "prepare_images"),
-            Stage("vision", model, "embed_image"),
-            Stage("prompt", model, "joint"),
-            Stage("pass", model, "extend"),
-            Stage("head", model.head, "forward"),
-        ]
+        return [Stage("preprocess", model, "prepare_images"), Stage("vision", model, "embed_image"),
+                Stage("prompt", model, "joint"), Stage("pass", model, "extend"),
+                Stage("head", model.head, "forward")]  # fmt: skip
 
     def token_counters(self) -> list[nn.Module]:
         return [self.policy.model.text_model.layers[0].mlp]
@@ -146,13 +138,8 @@ class Discrete(VLMPolicy):
         )
 
     @torch.no_grad()
-    def act(
-        self,
-        batch: Batch,
-        draws: Draws | None = None,
-        prefix: Tensor | None = None,
-        stream: Callable[[int, Tensor], None] | None = None,
-    ) -> Chunk:
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
+            stream: Callable[[int, Tensor], None] | None = None) -> Chunk:  # fmt: skip
         """Decode a chunk [B, T, A] on the CPU, in environment units, with the decoder of the config.
 
         Decoding is greedy, so `draws` change nothing. `prefix` [B, P, A] comes back unchanged. `stream` is called

@@ -17,12 +17,8 @@ def make_burnish_discrete_pre_post_processors(
 ) -> tuple[Any, Any]:
     """Rename, add the batch dimension, tokenise the instruction, move, normalise; and back for actions."""
     steps = make_default_policy_processor_steps(config, dataset_stats)
-    tokenizer = TokenizerProcessorStep(
-        tokenizer_name=config.vlm_model_name,
-        padding=config.pad_language_to,
-        padding_side="right",
-        max_length=config.tokenizer_max_length,
-    )
+    tokenizer = TokenizerProcessorStep(tokenizer_name=config.vlm_model_name, padding=config.pad_language_to,
+                                       padding_side="right", max_length=config.tokenizer_max_length)  # fmt: skip
     return make_policy_processor_pipelines(
         input_steps=[
             steps.rename_observations,

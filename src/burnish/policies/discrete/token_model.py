@@ -59,19 +59,14 @@ class NetTokenModel(TokenModel):
 
     def empty(self, prompt: Prompt) -> TokenCache:
         text = self.net.text_model.config
-        heads, dim = (
-            text.num_key_value_heads,
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        )
+        heads, dim = (text.num_key_value_heads,
+                      getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)  # fmt: skip
         B, P, _ = prompt.states.shape
         shape = (B, heads, P + self.length + 1, dim)
         layers = range(text.num_hidden_layers)
-        return TokenCache(
-            keys=[prompt.states.new_zeros(shape) for _ in layers],
-            values=[prompt.states.new_zeros(shape) for _ in layers],
-            valid=prompt.valid,
-            prompt_logits=prompt.states.new_zeros(B, self.vocabulary),
-        )
+        return TokenCache(keys=[prompt.states.new_zeros(shape) for _ in layers],
+                          values=[prompt.states.new_zeros(shape) for _ in layers], valid=prompt.valid,
+                          prompt_logits=prompt.states.new_zeros(B, self.vocabulary))  # fmt: skip
 
     def prefill(self, prompt: Prompt) -> TokenCache:
         """A cache after a forward pass over the prompt alone."""
