@@ -74,7 +74,7 @@ def test_spread_is_the_standard_error_of_the_difference():
         ({"times": "beta"}, "times is 'beta'"),
         ({"weight": [1.0]}, "1 weights; expected one for each of 4 draws"),
         ({"times": "fixed", "fixed_times": [0.1]}, "fixed_times"),
-        ({"t_min": 0.0}, "0 < t_min"),
+        ({"t_min": 0.0}, "t_min is 0.0; expected above 0"),
         ({"reduce": "max"}, "reduce is 'max'"),
     ],
 )

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import number
+from burnish.core.options import check, check_value, option
 from burnish.core.types import Draws
 
-TIMES = ("logit", "uniform", "policy", "fixed")
 WEIGHTS = ("elbo", "uniform")
 
 
@@ -31,43 +30,36 @@ WEIGHTS = ("elbo", "uniform")
 class ScoreConfig:
     """How scores are estimated."""
 
-    draws: int = 4
-    """K, draws for each chunk."""
-    times: str = "logit"
-    """Where flow times lie: logit (even in log(t / (1 - t))), uniform, policy (as it was trained), fixed."""
-    fixed_times: tuple[float, ...] = ()
-    """The times of `times: fixed`, one for each draw."""
-    weight: str | tuple[float, ...] = "elbo"
-    """elbo, uniform, or one number for each draw."""
-    reduce: str = "sum"
-    """sum (like a log-probability) or mean over valid steps and dimensions."""
-    stratified: bool = True
-    """One time from each of K equal parts of the distribution instead of K independent ones."""
-    antithetic: bool = False
-    """The second half of the draws uses the negative noise of the first half, at its times. Sharpens the comparison of
-    two likely chunks from about eight draws on; for fewer, or for gross errors, other times are worth more."""
-    shared: bool = True
-    """Chosen, rejected, policy and reference see the same draws. False only reproduces what goes wrong without."""
-    t_min: float = 0.02
-    t_max: float = 0.98
-    """Truncation of logit and uniform times, where weights grow without bound."""
+    draws: int = option(4, "K, draws for each chunk", least=1)
+    times: str = option(
+        "logit", "where flow times lie: logit (even in log(t / (1 - t))), uniform, policy (as it was trained), fixed",
+        choices=("logit", "uniform", "policy", "fixed"),
+    )  # fmt: skip
+    fixed_times: tuple[float, ...] = option((), "the times of `times: fixed`, one for each draw")
+    weight: str | tuple[float, ...] = option("elbo", "elbo, uniform, or one number for each draw")
+    reduce: str = option(
+        "sum", "sum (like a log-probability) or mean over valid steps and dimensions", choices=("sum", "mean")
+    )
+    stratified: bool = option(True, "one time from each of K equal parts of the distribution, not K independent ones")
+    antithetic: bool = option(False, "the second half of the draws uses the negative noise of the first, at its times")
+    # Antithetic draws sharpen the comparison of two likely chunks from about eight draws on; for fewer, or for gross
+    # errors, other times are worth more.
+    shared: bool = option(True, "policy and reference, chosen and rejected see the same draws")
+    t_min: float = option(0.02, "truncation of logit and uniform times, where weights grow without bound", above=0)
+    t_max: float = option(0.98, "the same at the other end", below=1)
 
     def __post_init__(self) -> None:
         for name in ("fixed_times", "weight"):  # YAML knows lists only
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(float(v) for v in value))
-        _one_of("times", self.times, TIMES)
-        _one_of("reduce", self.reduce, ("sum", "mean"))
+        check(self, "score")
         if isinstance(self.weight, str):
-            _one_of("weight", self.weight, WEIGHTS)
-        if type(self.draws) is not int or not (number(self.t_min) and number(self.t_max)):
-            raise BurnishError(
-                f"draws {self.draws!r}, t_min {self.t_min!r}, t_max {self.t_max!r}", "numbers, draws whole"
-            )
-        if self.draws < 1 or not 0 < self.t_min < self.t_max < 1:
-            raise BurnishError(f"draws {self.draws}, t_min {self.t_min}, t_max {self.t_max}",
-                               "at least 1 draw and 0 < t_min < t_max < 1")  # fmt: skip
+            check_value(self.weight, {"choices": WEIGHTS}, "score: weight")
+        elif len(self.weight) != self.draws:
+            raise BurnishError(f"{len(self.weight)} weights", f"one for each of {self.draws} draws")
+        if self.t_min >= self.t_max:
+            raise BurnishError(f"t_min {self.t_min}, t_max {self.t_max}", "0 < t_min < t_max < 1")
         if self.antithetic and self.draws % 2 and self.draws > 1:
             raise BurnishError(f"{self.draws} antithetic draws", "an even number", "draws: 4, or antithetic: false")
         if self.antithetic and self.times == "fixed" and self.draws > 1:
@@ -77,8 +69,6 @@ class ScoreConfig:
             len(self.fixed_times) != self.draws or not all(0 < t < 1 for t in self.fixed_times)
         ):
             raise BurnishError(f"fixed_times {list(self.fixed_times)}", f"{self.draws} numbers between 0 and 1")
-        if not isinstance(self.weight, str) and len(self.weight) != self.draws:
-            raise BurnishError(f"{len(self.weight)} weights", f"one for each of {self.draws} draws")
 
 
 @dataclass(frozen=True)
@@ -183,8 +173,3 @@ def spread(weighted: Tensor) -> Tensor:
 
 def _logit(t: float) -> float:
     return math.log(t / (1 - t))
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise BurnishError(f"{name} is '{value}'", f"one of {', '.join(known)}")

@@ -4,42 +4,39 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.options import check, refuse_unknown
+from burnish.core.options import check, option, refuse_unknown
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.losses import LOSSES
-
-REFERENCES = ("cached", "adapter_off", "none")
 
 
 @dataclass(frozen=True)
 class PreferConfig:
     """What the objective does; `pairs` is the only option without a default."""
 
-    pairs: str = ""
-    """Pair folder, see `burnish data pairs`."""
-    loss: str = "dpo"
-    """dpo, ipo, diffusion_dpo, or clone: imitate the successes and ignore the failures (filtered cloning)."""
-    beta: float = 0.02
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong; above 0, dpo is conservative DPO."""
-    horizon: float = 1000.0
-    """Factor on beta of diffusion_dpo."""
-    reference: str = "cached"
-    """cached (scores of the start, kept on disk), adapter_off (the policy without its adapters), none."""
-    reference_cache: str = ""
-    """File of the cached scores; empty means a name of its own in the pair folder."""
-    pool: int = 8
-    """Sets of draws for each pair with a cached reference; a step uses one of them."""
-    batch_size: int = 16
-    """Pairs of a step on each process."""
-    steps: int = 0
-    """Steps of a chunk that are compared; 0 means all."""
-    weight: float = 1.0
-    sft_weight: float = 1.0
-    """Weight of an imitation term on the chosen chunks (minus their score, for each step and dimension); it keeps the
-    chosen score from sinking with the rejected one."""
-    proximal_weight: float = 0.0
-    """Weight of the squared change of both scores against the reference."""
+    pairs: str = option("", "pair folder, see `burnish data pairs`")
+    loss: str = option(
+        "dpo", "clone is filtered behaviour cloning: imitate the successes and ignore the failures",
+        choices=(*LOSSES, "clone"),
+    )  # fmt: skip
+    beta: float = option(0.02, "inverse temperature; small keeps the policy near the reference", above=0)
+    label_smoothing: float = option(
+        0.0, "probability that a label is wrong; above 0, dpo is conservative DPO", least=0, below=0.5
+    )
+    horizon: float = option(1000.0, "factor on beta of diffusion_dpo", above=0)
+    reference: str = option(
+        "cached", "cached: scores of the start, kept on disk; adapter_off: the policy without its adapters",
+        choices=("cached", "adapter_off", "none"),
+    )  # fmt: skip
+    reference_cache: str = option("", "file of the cached scores; empty means a name of its own in the pair folder")
+    pool: int = option(8, "sets of draws for each pair with a cached reference; a step uses one of them", least=1)
+    batch_size: int = option(16, "pairs of a step on each process", least=1)
+    steps: int = option(0, "steps of a chunk that are compared; 0 means all", least=0)
+    weight: float = option(1.0, "of the preference loss", least=0)
+    sft_weight: float = option(
+        1.0, "of an imitation term on the chosen chunks (minus their score, for each step and dimension); it keeps the "
+        "chosen score from sinking with the rejected one", least=0,
+    )  # fmt: skip
+    proximal_weight: float = option(0.0, "of the squared change of both scores against the reference", least=0)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
@@ -87,29 +84,11 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
     refuse_unknown(PreferConfig, values, "prefer")
     refuse_unknown(ScoreConfig, score, "prefer.score")
     config = replace(PreferConfig(**values), score=ScoreConfig(**score))
-    _check(config)
-    return config
-
-
-def _check(config: PreferConfig) -> None:
     check(config, "prefer")
-    for name in ("weight", "sft_weight", "proximal_weight", "horizon", "steps"):
-        if getattr(config, name) < 0:
-            raise BurnishError(f"prefer: {name} is {getattr(config, name)}", "a number of at least 0")
-    if config.horizon == 0:
-        raise BurnishError("prefer: horizon is 0", "a number above 0")
     if not config.pairs:
         raise BurnishError("prefer: no pairs", "a pair folder", "burnish data pairs --help")
-    if config.loss not in (*LOSSES, "clone"):
-        raise BurnishError(f"prefer: loss '{config.loss}'", f"one of {', '.join((*LOSSES, 'clone'))}")
-    if config.reference not in REFERENCES:
-        raise BurnishError(f"prefer: reference '{config.reference}'", f"one of {', '.join(REFERENCES)}")
-    if config.beta <= 0 or not 0 <= config.label_smoothing < 0.5 or config.pool < 1 or config.batch_size < 1:
-        raise BurnishError(
-            f"prefer: beta {config.beta}, label_smoothing {config.label_smoothing}, pool {config.pool}, "
-            f"batch_size {config.batch_size}", "beta above 0, label_smoothing in [0, 0.5), pool and batch from 1",
-        )  # fmt: skip
     if config.label_smoothing and config.loss == "ipo":
         raise BurnishError("prefer: label_smoothing with ipo", "dpo or diffusion_dpo")
     if config.proximal_weight and config.reference == "none":
         raise BurnishError("prefer: proximal_weight without a reference", "reference: cached")
+    return config
