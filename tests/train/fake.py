@@ -24,7 +24,7 @@ def _words(texts, width=8):
 
 
 class FakePolicy(Policy):
-    cameras = ("front",)
+    name, capabilities, cameras = "fake", frozenset({"language", "capture", "score"}), ("front",)
     chunk_size, action_dim, num_layers = 4, 3, 1
 
     def __init__(self, seed=0):

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch, PolicyLoss
 
@@ -132,21 +130,3 @@ class Objective(nn.Module):
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", room="burnish.methods", module="objective")
-
-
-def find_objective(name: str) -> type[Objective]:
-    """The class that is registered as `name`, or that "package.module:Class" names.
-
-    Raises:
-        BurnishError: no such method, or it cannot be imported.
-    """
-    if ":" not in name:
-        return OBJECTIVES.get(name)
-    module, _, attribute = name.partition(":")
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BurnishError(f"objective '{name}' cannot be imported ({error})", "package.module:Class") from error
-    if not (isinstance(kind, type) and issubclass(kind, Objective)):
-        raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.methods.objective.Objective")
-    return kind

@@ -13,7 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.recipe import demos_root
 from burnish.data.frames import load_metadata
 from burnish.data.loader import IMAGES, RobotData
-from burnish.methods.objective import Objective, find_objective
+from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
 from burnish.train.selfcheck import check_statistics
 
@@ -137,7 +137,9 @@ def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
     for entry in recipe.objectives:
         options = dict(entry)
         name = options.pop("name")
-        kind = find_objective(name)
+        kind = OBJECTIVES.get(name)
+        if not (isinstance(kind, type) and issubclass(kind, Objective)):
+            raise BurnishError(f"'{name}' is no Objective", "a subclass of burnish.methods.objective.Objective")
         short = name.rpartition(":")[2]
         if short in objectives:
             raise BurnishError(f"objective '{name}' is listed twice", "each method once")

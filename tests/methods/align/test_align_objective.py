@@ -8,7 +8,6 @@ import torch
 from align_student import load_student, recipe
 
 from burnish.core.errors import BurnishError
-from burnish.train import loop
 from burnish.train.loop import Run, train
 
 TEACHER = "teacher: 'edges:Edges'"
@@ -28,10 +27,6 @@ def run(dataset, output, *objectives, more=()):
 
 def rows_of(result):
     return [json.loads(line) for line in result.metrics.read_text().splitlines()]
-
-
-class Stop(Exception):
-    pass
 
 
 def test_weight_zero_is_plain_fine_tuning_bit_for_bit_and_needs_no_teacher(dataset, tmp_path):
@@ -54,25 +49,6 @@ def test_aligned_run_learns_the_teacher_keeps_its_projector_and_exports_none(dat
     assert not any("align" in name or "projector" in name for name in exported)
     kept = load_file(tmp_path / "a/checkpoints/last/burnish/objectives.safetensors")
     assert any(name.startswith("align.aligner.projectors") for name in kept)
-
-
-def test_resumed_is_uninterrupted(dataset, tmp_path, monkeypatch):
-    objective = f"{{name: align, {TEACHER}, gradient_norm_ratio: 0.5, measure_every: 3, warmup_steps: 5, decay: true}}"
-    whole = train(recipe(dataset, tmp_path / "whole", objective), progress=False)
-    original = loop.train_step
-
-    def dying(run, *args, **named):
-        if run.step == 7:
-            raise Stop
-        return original(run, *args, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
-        with pytest.raises(Stop):
-            train(recipe(dataset, tmp_path / "cut", objective), progress=False)
-    cut = train(recipe(dataset, tmp_path / "cut", objective), progress=False)
-    fake.assert_same_weights(whole.policy, cut.policy)
-    assert fake.figures(whole.metrics) == fake.figures(cut.metrics)
 
 
 def test_a_run_begun_under_the_old_name_of_an_option_goes_on_under_the_new_one(dataset, tmp_path):

@@ -136,20 +136,6 @@ def test_dora(fake, made, monkeypatch):
     assert result.final["capability_distance"] == pytest.approx(moved, rel=1e-3)
 
 
-def test_resumed_is_uninterrupted(fake, made, monkeypatch):
-    whole = train(fake, made, monkeypatch, "whole", weight=0.1)
-    (made / "cut").mkdir(exist_ok=True)
-    train(fake, made, monkeypatch, "cut", weight=0.1)
-    shutil.rmtree(made / "cut/policy")
-    (made / "cut/train.json").unlink()
-    shutil.rmtree(made / "cut/checkpoints/000012")
-    entry = {"name": "capability", "delta": str(made / "delta"), "weight": 0.1}
-    recipe = fake.recipe(made / "data", made / "cut", f"--policy.path={made / 'merged'}", "--train.log_every=2",
-                         f"--objectives=[{entry}]")  # fmt: skip
-    again = burnish.train(recipe, progress=False)
-    fake.assert_same_weights(whole.policy, again.policy)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -68,19 +68,6 @@ def test_every_kind_of_loss_trains(dataset, pairs, tmp_path, options):
     assert not torch.equal(load_file(result.policy / "model.safetensors")["head.weight"], before)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(dataset, pairs, tmp_path):
-    options = ["--train.grad_accumulation=2", "--train.steps=8"]
-    whole = train(recipe(dataset, tmp_path / "whole", pairs, *options), progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part", symlinks=True)
-    stopped = tmp_path / "part"
-    shutil.rmtree(stopped / "policy")
-    shutil.rmtree(max(p for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()))
-    for name in ("train.json", "checkpoints/last"):
-        (stopped / name).unlink()
-    part = train(recipe(dataset, tmp_path / "part", pairs, *options), progress=False)
-    fake.assert_same_weights(whole.policy, part.policy)
-
-
 def test_cached_scores_are_those_of_the_start_and_are_used_again(dataset, pairs, tmp_path):
     train(recipe(dataset, tmp_path / "one", pairs, "--train.steps=1"), progress=False)
     (file,) = (pairs / ".scores").glob("*.safetensors")

@@ -23,7 +23,7 @@ from burnish.methods.align.layers import check_pairs, choose_pairs
 from burnish.methods.align.options import make_config
 from burnish.methods.align.targets import make_targets
 from burnish.methods.objective import OBJECTIVES, Objective, Run
-from burnish.policies.base import Captured
+from burnish.policies.base import Captured, require
 from burnish.teachers.base import file_hash, fingerprint, make_teacher
 
 STRONGEST = 100.0
@@ -57,6 +57,7 @@ class Align(Objective):
         if not self.on:
             return
         config, policy = self.config, run.policy
+        require(policy, "capture", "align")
         if not any(p.requires_grad for _, p in policy.backbone_parameters()):
             raise BurnishError("align: the backbone is frozen, so nothing can be aligned", "trained backbone layers",
                                "train.freeze, train.train_only or the policy's train_expert_only")  # fmt: skip

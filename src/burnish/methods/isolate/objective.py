@@ -20,10 +20,10 @@ from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.products import parts
+from burnish.policies.base import Captured, Policy, require
 
 if TYPE_CHECKING:
     from burnish.core.config import RecipeConfig
-    from burnish.policies.base import Captured, Policy
 
 
 @OBJECTIVES.register("isolate")
@@ -45,8 +45,12 @@ class Isolate(Objective):
         self.watched = read_options(ProbeOptions, probe, "isolate: probe") if probe else None
         self.method, self.options = resolve(method, options)
 
-    def choose_trained(self, recipe: "RecipeConfig", policy: "Policy") -> None:
+    def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
         check_questions(self.method, self.options, self.inputs.questions or recipe.language.root)
+        if self.watched or (self.options.uses_source and self.options.protect != "answers"):
+            require(policy, "capture", "isolate")
+        if self.options.asks:
+            require(policy, "language", "isolate")
         rule, others = self.options.rule, [entry["name"] for entry in recipe.objectives if entry["name"] != "isolate"]
         if rule in ("freeze", "replace") and (recipe.language.weight > 0 or (others and rule == "replace")):
             what = "language.weight" if recipe.language.weight > 0 else f"objective '{others[0]}'"
@@ -227,7 +231,7 @@ def _is_logged(run: Run) -> bool:
     return step % config.log_every == 0 or step >= config.steps
 
 
-def _train_what_surrounds(recipe: "RecipeConfig", policy: "Policy") -> None:
+def _train_what_surrounds(recipe: "RecipeConfig", policy: Policy) -> None:
     """Adapters freeze everything else; the action expert is new to the task and learns in full."""
     inside = {name for name, _ in policy.backbone_parameters()}
     adapted = [name for name, _ in policy.named_parameters() if ".lora_" in name and name not in inside]

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from burnish.methods.prefer import losses
 from burnish.methods.prefer.draws import ScoreConfig, spread
 from burnish.methods.prefer.options import PreferConfig, make_config
 from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy, require
 
 log = logging.getLogger("burnish")
 
@@ -46,6 +44,8 @@ class Prefer(Objective):
 
     def setup(self, run: Run) -> None:
         config = self.config
+        if config.loss != "clone":
+            require(run.policy, "score", "prefer")
         self.data = PairData(
             Path(config.pairs), run.policy.cameras, run.policy.chunk_size, image_size=run.recipe.data.image_size,
             cache_dir="", steps=config.steps, progress=run.progress,
@@ -158,7 +158,7 @@ class Prefer(Objective):
         return reference.cached(path, about, compute)
 
 
-def score_config(policy: "Policy", config: ScoreConfig) -> ScoreConfig:
+def score_config(policy: Policy, config: ScoreConfig) -> ScoreConfig:
     """The config as it applies to this policy: times, weights and antithetic noise mean something to flows only.
 
     A policy whose score is exact needs one draw, which it does not look at.
