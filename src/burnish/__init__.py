@@ -20,7 +20,7 @@ _PUBLIC = {
     "run_recipe": "burnish.experiments.pipeline",
     "load_study": "burnish.experiments.study",
     "run_study": "burnish.experiments.study",
-    "write_report": "burnish.report",
+    "write_report": "burnish.report.page",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -40,7 +40,10 @@ def weights_hash(policy: Any) -> str:
 
 @cache
 def commit() -> str:
-    """Git commit of the checkout that burnish runs from, with "+" when files differ; "" outside a checkout."""
+    """Git commit of the checkout that burnish runs from, with "+" when files differ; "" outside a checkout.
+
+    An installed package is outside, also where its environment lies in a repository of something else.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -48,6 +51,8 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
+        if not git("ls-files", str(here / "provenance.py")):
+            return ""
         head = git("rev-parse", "HEAD")
         return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
     except FileNotFoundError:  # no git on this machine

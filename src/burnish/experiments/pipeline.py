@@ -1,4 +1,4 @@
-"""One recipe: demonstrations, training, measurement and report, as one recipe says.
+"""One recipe from demonstrations to report: data, training, measurement, page.
 
 Every stage continues where a killed run left it, so the same command can always be given again.
 """
@@ -90,7 +90,7 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
         result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
     """
     from burnish.core.recipe import run_folder, save_recipe
-    from burnish.report import write_report
+    from burnish.report.page import write_report
     from burnish.train.run import check_resumable
     from burnish.train.setup import make_objectives
 

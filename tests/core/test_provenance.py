@@ -1,0 +1,45 @@
+"""The commit that a result names is that of burnish's own checkout."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from burnish.core import provenance
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A repository of something else, with burnish's file in an environment that it ignores."""
+
+    def git(*words: str) -> None:
+        given = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com", *words]
+        subprocess.run(given, check=True, capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / ".gitignore").write_text(".venv/\n")
+    git("add", "-A")
+    git("commit", "-qm", "start")
+    (tmp_path / ".venv").mkdir()
+    shutil.copy(provenance.__file__, tmp_path / ".venv/provenance.py")
+    shutil.copy(provenance.__file__, tmp_path / "provenance.py")
+    git("add", "provenance.py")
+    git("commit", "-qm", "burnish")
+    return tmp_path
+
+
+def commit_of(monkeypatch, file: Path) -> str:
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    return provenance.commit.__wrapped__()
+
+
+def test_an_installed_package_has_no_commit(repository, monkeypatch):
+    assert commit_of(monkeypatch, repository / ".venv/provenance.py") == ""
+
+
+def test_a_checkout_has_one_and_says_when_files_differ(repository, monkeypatch):
+    head = commit_of(monkeypatch, repository / "provenance.py")
+    assert len(head) == 40
+    (repository / "provenance.py").write_text("changed")
+    assert commit_of(monkeypatch, repository / "provenance.py") == head + "+"
