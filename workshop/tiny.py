@@ -35,6 +35,14 @@ NANO_TEXTS = (
     "push the blue block to the left",
     "no yellow purple right",
 )
+NANO_VISION = {
+    "model_type": "smolvlm_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}  # fmt: skip
+NANO_TEXT = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 1024,
+}  # fmt: skip
 _CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
@@ -119,25 +127,9 @@ def build_vlm(
 
     tokenizer = build_tokenizer(texts, vocab_size, split_digits)
     config = SmolVLMConfig(
-        vision_config={
-            "model_type": "smolvlm_vision",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            **(vision or {}),
-        },
+        vision_config={**NANO_VISION, "image_size": image_size, "patch_size": patch_size, **(vision or {})},
         text_config={
-            "model_type": "llama",
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "max_position_embeddings": 1024,
+            **NANO_TEXT,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -6,7 +6,6 @@ chunk in which they diverge, and a pair compares exactly these two chunks on exa
 """
 
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import number
 from burnish.core.seeding import derive_seed
+from burnish.core.workers import count_workers
 from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, expand, make_env
@@ -71,25 +71,11 @@ class Collection:
 
 
 def collect(
-    policy: "Policy | Path | str",
-    env: str,
-    root: Path | str,
-    *,
-    states: int = 100,
-    rollouts: int = 4,
-    first_state: int = 500_000,
-    seed: int = 0,
-    image_size: int = 0,
-    action_noise: float = 0.0,
-    expert: bool = False,
-    ties: str = "skip",
-    offsets: Sequence[int] = (0,),
-    limit: int = 0,
-    workers: int = 0,
-    device: str = "",
-    progress: bool = True,
-    make: MakeEnv = make_env,
-) -> Collection:
+    policy: "Policy | Path | str", env: str, root: Path | str, *, states: int = 100, rollouts: int = 4,
+    first_state: int = 500_000, seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
+    ties: str = "skip", offsets: Sequence[int] = (0,), limit: int = 0, workers: int = 0, device: str = "",
+    progress: bool = True, make: MakeEnv = make_env,
+) -> Collection:  # fmt: skip
     """Let a policy act several times from each initial state and write its pairs as a LeRobot data set with an index.
 
     Args:
@@ -128,7 +114,7 @@ def collect(
         return _already_made(root, request | options)
     spool = Spool(root, request)
     try:
-        count = workers or len(os.sched_getaffinity(0))
+        count = count_workers(workers)
         with SimulatorPool(count, make, request["image_size"]) as pool:
             specs = pool.describe(expand(env))
             for spec in specs:

@@ -5,7 +5,6 @@ and every policy call has the same number of rows, so batch neighbours, the numb
 episodes end do not enter. Between different batch sizes last bits may differ; `batch_size` is therefore recorded.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
+from burnish.core.workers import count_workers
 from burnish.envs.base import EnvSpec, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import SUMMARY, Journal
@@ -34,25 +34,11 @@ Trial = tuple[EnvSpec, int]
 
 
 def evaluate(
-    policy: "Policy | Path | str",
-    env: str,
-    *,
-    episodes: int = 100,
-    output: Path | str,
-    first_state: int = 1_000_000,
-    seed: int = 0,
-    workers: int = 0,
-    batch_size: int = 0,
-    max_steps: int = 0,
-    image_size: int | None = None,
-    cameras: Sequence[str] | None = None,
-    n_action_steps: int | None = None,
-    device: str = "",
-    instruction_swap: bool = False,
-    video: bool = True,
-    progress: bool = True,
-    make: MakeEnv = make_env,
-) -> Evaluation:
+    policy: "Policy | Path | str", env: str, *, episodes: int = 100, output: Path | str, first_state: int = 1_000_000,
+    seed: int = 0, workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
+    cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
+    instruction_swap: bool = False, video: bool = True, progress: bool = True, make: MakeEnv = make_env,
+) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
     Called again with the same arguments it continues after the episodes that are there. In a script, call it
@@ -87,47 +73,29 @@ def evaluate(
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
 
     policy, weights = policy_and_hash(policy, device)
+    workers, batch_size = _parallel(workers, batch_size)
     job = _Job(
-        env,
-        episodes,
-        first_state,
-        seed,
-        *_parallel(workers, batch_size),
-        max_steps,
-        image_size or policy.image_size,
-        video,
-        progress,
-        make,
-        instruction_swap,
-    )
+        env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers, batch_size=batch_size,
+        max_steps=max_steps, image_size=image_size or policy.image_size, video=video, progress=progress, make=make,
+        swap=instruction_swap,
+    )  # fmt: skip
 
     def prepare(spec: EnvSpec) -> BatchedPolicy:
         if policy.action_dim != len(spec.action_names):
             raise BurnishError(
                 f"a policy with {policy.action_dim} action dimensions", f"{len(spec.action_names)} for {spec.task_id}"
             )
-        width = (job.batch_size + 1) // 2
-        matched = match_cameras(policy, spec, cameras)
+        matched, width = match_cameras(policy, spec, cameras), (job.batch_size + 1) // 2
         return BatchedPolicy(policy, matched, seed, width, n_action_steps or policy.n_action_steps)
 
     return job.run(Path(output), weights, prepare)
 
 
 def evaluate_expert(
-    env: str,
-    *,
-    episodes: int = 100,
-    output: Path | str,
-    which: str = "expert",
-    first_state: int = 1_000_000,
-    seed: int = 0,
-    workers: int = 0,
-    max_steps: int = 0,
-    image_size: int = 128,
-    video: bool = False,
-    progress: bool = True,
-    make: MakeEnv = make_env,
-) -> Evaluation:
+    env: str, *, episodes: int = 100, output: Path | str, which: str = "expert", first_state: int = 1_000_000,
+    seed: int = 0, workers: int = 0, max_steps: int = 0, image_size: int = 128, video: bool = False,
+    progress: bool = True, make: MakeEnv = make_env,
+) -> Evaluation:  # fmt: skip
     """Measure a scripted expert on the same initial states, with the same files as `evaluate`.
 
     Args:
@@ -138,28 +106,18 @@ def evaluate_expert(
     """
     if which not in ("expert", "random_object"):
         raise BurnishError(f"unknown expert '{which}'", "expert or random_object")
-    workers, in_flight = _parallel(workers, 0)
+    workers, batch_size = _parallel(workers, 0)
     job = _Job(
-        env,
-        episodes,
-        first_state,
-        seed,
-        workers,
-        in_flight,
-        max_steps,
-        image_size,
-        video,
-        progress,
-        make,
-        actor=which,
-    )
+        env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers, batch_size=batch_size,
+        max_steps=max_steps, image_size=image_size, video=video, progress=progress, make=make, actor=which,
+    )  # fmt: skip
     return job.run(Path(output), which, lambda spec: None)
 
 
 def _parallel(workers: int, batch_size: int) -> tuple[int, int]:
-    workers = workers or len(os.sched_getaffinity(0))
-    if workers < 1 or batch_size < 0:
-        raise BurnishError(f"{workers} workers and a batch of {batch_size}", "positive numbers, or 0 for the default")
+    workers = count_workers(workers)
+    if batch_size < 0:
+        raise BurnishError(f"a batch of {batch_size}", "a positive number, or 0 for four episodes for each worker")
     batch_size = batch_size or EPISODES_PER_WORKER * workers
     return min(workers, batch_size), batch_size
 
