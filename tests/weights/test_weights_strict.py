@@ -245,6 +245,12 @@ def test_indices_that_lie(tmp_path, change):
         Checkpoint(tmp_path)
 
 
+def test_reads_that_the_system_cuts_short(pair, monkeypatch):
+    plain = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: plain(handle, [buffers[0][:7]], at))
+    assert np.array_equal(Checkpoint(pair[0]).read("a.weight", 3, 48).view(np.float32), A.ravel()[3:])
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "0a1b2c"])
 def test_a_single_file_of_any_name(pair, tmp_path, name):
     file = tmp_path / "blobs" / name

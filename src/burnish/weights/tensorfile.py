@@ -82,9 +82,13 @@ class TensorFile:
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements start:stop of the flattened tensor as stored bits."""
         found = np.empty(stop - start, self.tensors[name].stored)
+        left = memoryview(found).cast("B") if found.size else memoryview(b"")
         offset = self._offsets[name] + start * found.itemsize
-        if found.size and os.preadv(self._handle, [found], offset) != found.nbytes:
-            raise BurnishError(f"{self.path} became shorter while it was read", "a file that nobody writes")
+        while left:  # the system gives two gigabytes at a time
+            count = os.preadv(self._handle, [left], offset)
+            if count == 0:
+                raise BurnishError(f"{self.path} became shorter while it was read", "a file that nobody writes")
+            left, offset = left[count:], offset + count
         return found
 
     def digest(self, name: str) -> str:
