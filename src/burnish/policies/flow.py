@@ -48,6 +48,9 @@ class FlowPolicy(VLMPolicy):
     def inner(self) -> nn.Module:
         """LeRobot's module that runs language model and expert together."""
 
+    def embed_image(self, image: Tensor) -> Tensor:
+        return self.inner.embed_image(image)
+
     def model_stages(self) -> list[Stage]:
         model = self.policy.model
         return [Stage("vision", self.inner, "embed_image"), Stage("prompt", self.inner, "forward"),
@@ -82,7 +85,7 @@ class FlowPolicy(VLMPolicy):
         """
         B, C, T, A = candidates.shape
         self._check_chunk(candidates)
-        prepared = self._prepare(batch, candidates)
+        prepared, inputs = self._inputs(batch, candidates)
         clean = self._pad(self.model_actions(prepared[ACTION].flatten(0, 1))).view(B, C, 1, T, -1)
         draws = draws.to(self.device)
         noise, time = draws.noise, draws.time
@@ -92,8 +95,6 @@ class FlowPolicy(VLMPolicy):
         noise, time = noise.expand(B, C, K, T, -1), time.expand(B, C, K)
         at = time[..., None, None]
         points = at * noise + (1 - at) * clean
-        inputs = self.model_inputs(prepared)
-        self._note(inputs[0], inputs[1], inputs[3])
         found = self.velocities(inputs, points.flatten(1, 2), time.flatten(1, 2)).view(B, C, K, T, -1)
         errors = (found - (noise - clean))[..., :A].square().sum(-1)
         if PAD in batch:
@@ -110,8 +111,7 @@ class FlowPolicy(VLMPolicy):
             points: [B, R, T, A_model].
             time: [B, R]; 1 is noise.
         """
-        inputs = self.model_inputs(self._prepare(batch, None))
-        self._note(inputs[0], inputs[1], inputs[3])
+        _, inputs = self._inputs(batch, None)
         return self.velocities(inputs, points.to(self.device), time.to(self.device))
 
     def to_model(self, batch: Batch, actions: Tensor) -> Tensor:
@@ -128,9 +128,7 @@ class FlowPolicy(VLMPolicy):
         """
         if prefix is not None and prefix.shape[1] == 0:
             prefix = None
-        prepared = self._prepare(batch, prefix)
-        inputs = self.model_inputs(prepared)
-        self._note(inputs[0], inputs[1], inputs[3])
+        prepared, inputs = self._inputs(batch, prefix)
         noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
         committed = None if prefix is None else self._pad(self.model_actions(prepared[ACTION]))
         with _committed(self.policy.model, noise, committed):
@@ -150,12 +148,17 @@ class FlowPolicy(VLMPolicy):
 
     # Inside.
 
-    def _errors(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
-        """Squared velocity errors [B, T, A], zero on padded steps, and the valid steps bool [B, T]."""
-        self._check_chunk(actions)
+    def _inputs(self, batch: Batch, actions: Tensor | None) -> tuple[dict[str, Any], list[Any]]:
+        """The prepared batch and what the model takes of it; open captures learn its layout."""
         prepared = self._prepare(batch, actions)
         inputs = self.model_inputs(prepared)
         self._note(inputs[0], inputs[1], inputs[3])
+        return prepared, inputs
+
+    def _errors(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """Squared velocity errors [B, T, A], zero on padded steps, and the valid steps bool [B, T]."""
+        self._check_chunk(actions)
+        prepared, inputs = self._inputs(batch, actions)
         draws = (draws or self.draw(len(actions), self.generator)).to(self.device)
         target = self._pad(self.model_actions(prepared[ACTION]))
         errors = self.policy.model.forward(*inputs, target, draws.noise, draws.time)[:, :, : self.action_dim]

@@ -93,6 +93,15 @@ def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
+def load_vlm(folder: Path | str, *, weights: bool = True) -> nn.Module:
+    """The transformers model of a VLM folder in float32, with its own weights or random ones."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if weights:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+
+
 def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any]:
     """LeRobot's default pipelines for `config`, checked for their statistics."""
     from lerobot.policies.factory import make_pre_post_processors

@@ -1,7 +1,7 @@
 """Catch hidden states of a backbone while LeRobot runs its layers by hand."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,11 @@ def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> I
 
         return hook
 
-    handles = []
-    for layer in layers:
-        reader = text_model.norm if layer == count - 1 else text_model.layers[layer + 1].input_layernorm
-        handles.append(reader.register_forward_pre_hook(keep(layer)))
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            reader = text_model.norm if layer == count - 1 else text_model.layers[layer + 1].input_layernorm
+            stack.callback(reader.register_forward_pre_hook(keep(layer)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def note_layout(captured: Captured, images: Sequence[tuple[str, int, Tensor]], text_mask: Tensor, *,

@@ -72,9 +72,6 @@ class Pi(FlowPolicy):
                                  embed_text=inner.embed_language_tokens, tokenizer=self.tokenizer, bos=True,
                                  see_prompt=True)  # fmt: skip
 
-    def embed_image(self, image: Tensor) -> Tensor:
-        return self.policy.model.paligemma_with_expert.embed_image(image)
-
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return self.policy._preprocess_images(batch)
 

@@ -48,9 +48,6 @@ class SmolVLA(FlowPolicy):
                                  embed_text=inner.embed_language_tokens,
                                  tokenizer=inner.processor.tokenizer)  # fmt: skip
 
-    def embed_image(self, image: Tensor) -> Tensor:
-        return self.policy.model.vlm_with_expert.embed_image(image)
-
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return self.policy.prepare_images(batch)
 
@@ -129,7 +126,7 @@ class SmolVLA(FlowPolicy):
         Raises:
             BurnishError: not a SmolVLM folder, or features that do not fit.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoConfig
 
         vlm_folder = Path(source).absolute()
         if not (vlm_folder / CONFIG).is_file():
@@ -145,8 +142,6 @@ class SmolVLA(FlowPolicy):
                "load_vlm_weights": False}  # fmt: skip
         config = folders.decode_config(raw, str(vlm_folder), features, device)
         policy = cls.build(config, generator_seed)
-        vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
-        target = policy.model.vlm_with_expert.vlm
-        folders.load_tensors(target, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
-        processors = folders.new_processors(config, dataset_stats)
-        return cls(policy.to(device), *processors)
+        weights = folders.load_vlm(vlm_folder).state_dict()
+        folders.load_tensors(policy.model.vlm_with_expert.vlm, weights, str(vlm_folder), extra_allowed=True)
+        return cls(policy.to(device), *folders.new_processors(config, dataset_stats))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.sampling.token_model import Decoded, TokenModel
 
@@ -42,8 +43,6 @@ def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> 
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
-
-    from burnish.core.errors import BurnishError
 
     if "blocks" not in decoded.detail:
         raise BurnishError(f"a figure of '{title}', which has no blocks", "a masked decoder", "--decoder pipelined")

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -97,36 +98,20 @@ def instrumented(policy: Policy, clock: Clock, lengths: list[int]) -> Iterator[N
     """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `lengths`."""
     with ExitStack() as stack:
         for stage in policy.stages():
-            stack.enter_context(_replaced(stage.owner, stage.call, _timed(clock, stage.name)))
+            timed = _timed(clock, stage.name, getattr(stage.owner, stage.call))
+            stack.enter_context(patch.object(stage.owner, stage.call, timed))
         for module in policy.token_counters():
             handle = module.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
             stack.callback(handle.remove)
         yield
 
 
-def _timed(clock: Clock, name: str) -> Callable[[Callable], Callable]:
-    def wrap(function: Callable) -> Callable:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with clock.stage(name):
-                return function(*args, **kwargs)
+def _timed(clock: Clock, name: str, function: Callable) -> Callable:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.stage(name):
+            return function(*args, **kwargs)
 
-        return timed
-
-    return wrap
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Inside, the instance attribute `name` of `owner` is wrapped."""
-    own = vars(owner).get(name)
-    setattr(owner, name, wrap(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+    return timed
 
 
 def dissect(policy: Policy, batch: Batch) -> Anatomy:
@@ -245,7 +230,7 @@ def profile(
 
     policy.eval()
     clock = Clock(policy.device)
-    streams = _streams(policy)
+    streams = policy.supports("tokens") and policy.token_model().time_ordered  # before the chunk is whole
     for i in range(warmup):
         dissect(policy, batches[i % len(batches)])
         policy.act(batches[i % len(batches)])
@@ -259,11 +244,6 @@ def profile(
         if streams:
             result.first.append(_first_action(policy, batch, clock))
     return result
-
-
-def _streams(policy: Policy) -> bool:
-    """Whether the policy can send on control steps before the chunk is whole."""
-    return policy.supports("tokens") and policy.token_model().time_ordered
 
 
 def _first_action(policy: Policy, batch: Batch, clock: Clock) -> float:

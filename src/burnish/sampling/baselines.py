@@ -37,9 +37,7 @@ class AutoregressiveDecoder(Decoder):
     def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         model, num, device = self.model, len(prompt.states), prompt.states.device
         known = prefix.shape[1]
-        ids = torch.zeros(num, model.length, dtype=torch.long, device=device)
-        if model.mask_id is not None:
-            ids.fill_(model.mask_id)
+        ids = torch.full((num, model.length), model.mask_id or 0, device=device)
         ids[:, :known] = prefix
         unmasked, bad = torch.zeros_like(ids), torch.zeros((), dtype=torch.bool, device=device)
         if known >= goal:
@@ -120,23 +118,16 @@ class FastDLLMDecoder(Decoder):
                 if model.shift:
                     logits = torch.cat((before, logits[:, :-1]), 1)
                 best, confidence = likeliest(logits, plan)
-                _unmask(ids[:, inside], unmasked[:, inside], best, confidence, passes, turn, mask_id, plan)
+                turns = torch.full((num, 1), turn, device=ids.device)
+                masked = (ids[:, inside] == mask_id)[:, None]
+                taken = choose(confidence[:, None], masked, turns.bool(), turns, plan)[:, 0]
+                ids[:, inside] = torch.where(taken, best, ids[:, inside])
+                unmasked[:, inside].masked_fill_(taken, passes)
             steps = min(begin + plan.block, goal) // model.step_length
             if stream is not None and steps > streamed:
                 streamed = steps
                 stream(steps, ids.clone())
         return Decoded(ids, passes=passes, positions=positions, unmasked=unmasked, host_syncs=syncs)
-
-
-def _unmask(
-    ids: Tensor, unmasked: Tensor, best: Tensor, confidence: Tensor, passes: int, turn: int, mask_id: int,
-    plan: DecodePlan,
-) -> None:  # fmt: skip
-    """Unmask tokens of one block [B, k], in place; `turn` counts the passes that this block has had."""
-    turns = torch.full((len(ids), 1), turn, device=ids.device)
-    taken = choose(confidence[:, None], (ids == mask_id)[:, None], turns.bool(), turns, plan)[:, 0]
-    ids.copy_(torch.where(taken, best, ids))
-    unmasked.masked_fill_(taken, passes)
 
 
 @DECODERS.register("autoregressive")

@@ -40,7 +40,8 @@ class BlockDecoder(Decoder):
         if self._layout is None or self._layout.seen.device != device:
             self._layout, self._buffers = Layout.of(model, device), {}
         layout = self._layout
-        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, _precision(prompt)))
+        precision = torch.promote_types(prompt.states.dtype, torch.float32)  # of confidences
+        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, precision))
         state = buffers.state
         streamed = prefix.shape[1] // model.step_length
         passes = syncs = positions = 0
@@ -67,9 +68,11 @@ class BlockDecoder(Decoder):
                     outcome = self.passes.first(buffers, layout, blocks)
                     positions += prompt.states.shape[1]
                 positions += blocks * plan.block
+        # Pass by which each block of each sample was opened, fully activated, cached, long [B, N]; 0 is never.
+        history = {name: getattr(state, f"{name}_at").clone() for name in ("opened", "active", "cached")}
         return Decoded(
             ids=state.ids[:, :-1].clone(), passes=passes, positions=positions, unmasked=state.unmasked[:, :-1].clone(),
-            host_syncs=syncs, detail={"blocks": _history(state)},
+            host_syncs=syncs, detail={"blocks": history},
         )  # fmt: skip
 
     def _prepare(self, prompt: Prompt, state: BlockState) -> Buffers:
@@ -98,16 +101,6 @@ def not_finite(passes: int) -> BurnishError:
     """Every pass unmasks a token, unless its confidence is no number."""
     return BurnishError(f"decoding came to no end in {passes} passes: the policy's logits are not finite", "numbers",
                         "look at images, state and weights for NaN")  # fmt: skip
-
-
-def _precision(prompt: Prompt) -> torch.dtype:
-    """Confidences are float32, or float64 in a float64 model."""
-    return torch.float64 if prompt.states.dtype == torch.float64 else torch.float32
-
-
-def _history(state: BlockState) -> dict[str, Tensor]:
-    """Pass by which each block of each sample was opened, fully activated, cached, long [B, N]; 0 is never."""
-    return {name: getattr(state, f"{name}_at").clone() for name in ("opened", "active", "cached")}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -84,8 +84,5 @@ def choose(confidence: Tensor, is_masked: Tensor, active: Tensor, passes: Tensor
         last = ranked.gather(-1, (count - 1)[..., None])
         required = confidence >= last
     else:
-        place = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        )
-        required = place < count[..., None]
+        required = order.argsort(-1) < count[..., None]
     return confident | (required & is_masked & active[..., None])

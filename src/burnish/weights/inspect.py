@@ -12,7 +12,7 @@ from burnish.core.files import make_folder
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
 from burnish.weights.rounding import Buffers, dot
-from burnish.weights.tensorfile import BLOCK
+from burnish.weights.tensorfile import blocks
 
 
 def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, Any]:
@@ -66,8 +66,7 @@ def against(own: Delta, other: Delta) -> dict[str, Any]:
         own.check(name)
         other.check(name)
         size, row = int(np.prod(own.tensors[name]["shape"])), sums.setdefault(module_of(name), np.zeros(5))
-        for at in range(0, size, BLOCK):
-            end = min(at + BLOCK, size)
+        for at, end in blocks(0, size):
             x = own.values(name, at, end, buffers(0, end - at))
             y = other.values(name, at, end, buffers(1, end - at))
             signs = np.sign(x) * np.sign(y)

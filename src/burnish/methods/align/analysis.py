@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.core.seeding import generator
+from burnish.data.loader import to_device
 from burnish.methods.align.aligner import square_grid
-from burnish.methods.align.layers import StreamingCka, choose_pairs, match_by_cka, similar_layers
+from burnish.methods.align.layers import StreamingCka, by_depth, choose_pairs, match_by_cka, similar_layers
 from burnish.methods.align.objective import Align, cache_key
 from burnish.methods.align.targets import make_targets
 from burnish.methods.objective import Run
@@ -66,7 +67,7 @@ def student_batch(run: Run, k: int) -> dict[str, Any]:
     batch = run.data.raw(k)
     for key in run.data.cameras:
         batch[key] = batch[key].permute(0, 3, 1, 2).float() / 255
-    return {name: v.to(run.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    return to_device(batch, run.device)
 
 
 def image_tokens(captured, hidden_BSD: Tensor, cameras) -> Tensor:
@@ -83,6 +84,6 @@ def all_selections(comparison: Comparison, count: int) -> dict[str, list[tuple[i
     }
     for name, top in (("sim-1-top", True), ("sim-1-last", False)):
         students = similar_layers(comparison.similarity, min(count, num_student - 1), top=top)
-        chosen[name] = [(s, min(num_teacher - 1, round((s + 1) / num_student * num_teacher) - 1)) for s in students]
+        chosen[name] = by_depth(students, num_student, num_teacher)
     chosen["cka"] = match_by_cka(comparison.cka, min(count, num_student, num_teacher))
     return chosen

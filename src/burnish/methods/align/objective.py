@@ -16,7 +16,9 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, PolicyLoss
+from burnish.data.augment import to_float
 from burnish.data.feature_cache import CacheKey
+from burnish.data.loader import to_device
 from burnish.methods.align.aligner import Aligner, square_grid
 from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.layers import check_pairs, choose_pairs
@@ -190,10 +192,8 @@ class Align(Objective):
 def _probe(run: Run) -> Captured:
     """The token layout and the width of the policy, from one forward on two rows of the data."""
     data = run.data
-    batch = data.raw(0)
-    small: Batch = {k: v[:2].to(run.device) if isinstance(v, Tensor) else v[:2] for k, v in batch.items()}
-    for key in data.cameras:
-        small[key] = small[key].permute(0, 3, 1, 2).float() / 255
+    small: Batch = to_device({name: value[:2] for name, value in data.raw(0).items()}, run.device)
+    small |= {key: to_float(small[key]) for key in data.cameras}
     draws = run.policy.draw(len(small["action"]), generator("align", "probe", device=str(run.device)))
     with torch.no_grad(), run.policy.capture([0]) as captured:
         run.policy.loss(small, draws)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,11 @@ from burnish.core.files import read_object
 from burnish.core.options import option, read_options
 from burnish.core.renames import POLICY_FIELDS, rename
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods.objective import OBJECTIVES, Objective
+from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.reference import check_adapters, without_adapters
 from burnish.policies.base import Policy, TokenForward, require
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
-
-if TYPE_CHECKING:
-    from burnish.methods.objective import Run
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: str = "forward") -> Tensor:
@@ -83,7 +80,7 @@ class Distill(Objective):
         self._seen: list[TokenForward] = []
         self._agreement: Tensor | None = None
 
-    def setup(self, run: "Run") -> None:
+    def setup(self, run: Run) -> None:
         policy = run.policy
         require(policy, "masked_diffusion", "distill")
         student = policy.token_model()
@@ -103,11 +100,11 @@ class Distill(Objective):
             check_adapters(policy)
 
     @contextmanager
-    def watch(self, run: "Run") -> Iterator[None]:
+    def watch(self, run: Run) -> Iterator[None]:
         with run.policy.watch_tokens() as self._seen:
             yield
 
-    def loss(self, run: "Run", batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
+    def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         if not self._seen:  # without imitation loss the loop runs no forward of its own
             with self.watch(run):
                 run.policy.loss(batch, run.policy.draw(len(batch["action"]), run.generator))

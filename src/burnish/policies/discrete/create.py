@@ -34,7 +34,7 @@ def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict
         BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.
     """
     source = Path(source)
-    if _is_vlm(source):
+    if (source / CONFIG).is_file() and "type" not in json.loads((source / CONFIG).read_text()):
         return _build(source.absolute(), None, features, dataset_stats, fields, generator_seed, device)
     base = load(source)
     if base.name != "smolvla":
@@ -46,11 +46,6 @@ def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict
         return _build(Path(vlm), base, features, dataset_stats, fields, generator_seed, device)
 
 
-def _is_vlm(folder: Path) -> bool:
-    config = folder / CONFIG
-    return config.is_file() and "type" not in json.loads(config.read_text())
-
-
 def _build(
     vlm_folder: Path, base: Any, features: dict, stats: dict, fields: dict, seed: int, device: str
 ) -> tuple[nn.Module, Any, Any]:
@@ -59,8 +54,8 @@ def _build(
            "vlm_model_name": str(vlm_folder), "load_vlm_weights": False}  # fmt: skip
     config = folders.decode_config(raw, str(vlm_folder), features, device)
     policy = folders.build(config, seed)
-    weights = _weights(vlm_folder) if base is None else base.vlm.state_dict()
-    folders.load_tensors(policy.model.vlm, weights, str(vlm_folder), extra_allowed=True)
+    vlm = folders.load_vlm(vlm_folder) if base is None else base.vlm
+    folders.load_tensors(policy.model.vlm, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
     if base is not None and config.state_as == "row" and config.max_state_dim == base.config.max_state_dim:
         policy.model.state_proj.load_state_dict(base.policy.model.state_proj.state_dict())
     with torch.random.fork_rng(devices=[]):
@@ -96,10 +91,3 @@ def _check_images(policy: nn.Module) -> None:
         ) from error
     if embedded.ndim != 3:
         raise BurnishError(f"image features of shape {tuple(embedded.shape)}", "[B, tokens, width]")
-
-
-def _weights(vlm_folder: Path) -> dict[str, torch.Tensor]:
-    from transformers import AutoModelForImageTextToText
-
-    vlm: nn.Module = AutoModelForImageTextToText.from_pretrained(vlm_folder, dtype=torch.float32)
-    return vlm.state_dict()

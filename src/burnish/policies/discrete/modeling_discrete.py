@@ -15,6 +15,7 @@ from burnish.policies.discrete.configuration_discrete import DiscreteConfig
 from burnish.policies.discrete.network import TokenNet
 from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
+from burnish.policies.folder import load_vlm
 from burnish.policies.keys import ACTION, PAD
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees
 
@@ -238,13 +239,7 @@ def _visible(valid: Tensor, seen: Tensor) -> Tensor:
 
 
 def _make_vlm(config: DiscreteConfig) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    if config.load_vlm_weights:
-        vlm = AutoModelForImageTextToText.from_pretrained(config.vlm_model_name, dtype=torch.float32)
-    else:
-        vlm_config = AutoConfig.from_pretrained(config.vlm_model_name)
-        vlm = AutoModelForImageTextToText.from_config(vlm_config, dtype=torch.float32)
+    vlm = load_vlm(config.vlm_model_name, weights=config.load_vlm_weights)
     if not config.image_size:
         config.image_size = vlm.config.vision_config.image_size
     return vlm

@@ -59,10 +59,9 @@ class NetTokenModel(TokenModel):
 
     def empty(self, prompt: Prompt) -> TokenCache:
         text = self.net.text_model.config
-        heads, dim = (text.num_key_value_heads,
-                      getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)  # fmt: skip
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         B, P, _ = prompt.states.shape
-        shape = (B, heads, P + self.length + 1, dim)
+        shape = (B, text.num_key_value_heads, P + self.length + 1, dim)
         layers = range(text.num_hidden_layers)
         return TokenCache(keys=[prompt.states.new_zeros(shape) for _ in layers],
                           values=[prompt.states.new_zeros(shape) for _ in layers], valid=prompt.valid,
@@ -80,7 +79,7 @@ class NetTokenModel(TokenModel):
         see_actions: bool = False,
     ) -> Tensor:  # fmt: skip
         P, R = prompt.states.shape[1], ids.shape[1]
-        positions = ids.new_zeros(ids.shape) + _counting(ids)
+        positions = torch.arange(R, device=ids.device).expand_as(ids)
         hidden = self.net.joint(prompt, ids, positions, visible, Slots(cache, None, P + R), see_actions)
         cache.prompt_logits.copy_(self.net.head(hidden[:, P - 1]))
         return self.net.head(_chosen(hidden[:, P:], read))
@@ -90,10 +89,6 @@ class NetTokenModel(TokenModel):
     ) -> Tensor:
         slots = Slots(cache, cache.valid.shape[1] + positions, visible.shape[2])
         return self.net.head(_chosen(self.net.extend(ids, positions, visible, cache.valid, slots), read))
-
-
-def _counting(ids: Tensor) -> Tensor:
-    return ids.new_ones(ids.shape[1]).cumsum(0) - 1
 
 
 def _chosen(hidden: Tensor, read: Tensor | None) -> Tensor:
