@@ -48,24 +48,24 @@ def test_interval_plot_places_dot_and_interval():
 
 
 def test_line_plot_maps_corners_and_skips_what_is_not_finite():
-    plot = line_plot([Series("", [0, 1, 2, 3], [0.0, math.nan, math.inf, 4.0])])
+    plot = line_plot([Series([0, 1, 2, 3], [0.0, math.nan, math.inf, 4.0])])
     path = re.search(r'class="curve" d="([^"]+)"', plot).group(1)
     assert path == "M0.0 1000.0L1000.0 0.0"
 
 
 def test_line_plot_on_a_log_axis():
-    plot = line_plot([Series("", [0, 1, 2], [1.0, 10.0, 100.0])], log_y=True)
+    plot = line_plot([Series([0, 1, 2], [1.0, 10.0, 100.0])], log_y=True)
     assert 'd="M0.0 1000.0L500.0 500.0L1000.0 0.0"' in plot
 
 
 def test_empty_and_single_point():
-    assert line_plot([Series("", [], [])]) == ""
-    assert line_plot([Series("", [0.0], [math.nan])]) == ""
-    assert "point" in line_plot([Series("", [5.0], [0.3])])
+    assert line_plot([Series([], [])]) == ""
+    assert line_plot([Series([0.0], [math.nan])]) == ""
+    assert "point" in line_plot([Series([5.0], [0.3])])
 
 
 def test_long_curves_are_thinned_and_keep_their_end():
-    plot = line_plot([Series("", range(100_000), [float(i) for i in range(100_000)])])
+    plot = line_plot([Series(range(100_000), [float(i) for i in range(100_000)])])
     path = re.search(r'class="curve" d="([^"]+)"', plot).group(1)
     assert path.count("L") <= 301 and path.endswith("1000.0 0.0")
 

@@ -116,10 +116,7 @@ def anchor(
 COMMANDS = Group(
     "What methods prepare before training.",
     {
-        "align": Group(
-            "Teacher features, and which layers to align.",
-            {"cache": align_cache, "select": align_select},
-        ),
+        "align": Group("Teacher features, and which layers to align.", {"cache": align_cache, "select": align_select}),
         "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
     },
 )

@@ -41,17 +41,13 @@ class PolicyConfig:
 
 @dataclass
 class DataConfig:
-    root: str = option(
-        "", "LeRobotDataset folder; empty means data/<name>. Where it is absent, `burnish run` makes it as `demos` says"
-    )
+    root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty means data/<name>")
     episodes: list[int] = option([], "episodes to use; empty means all")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
     workers: int = option(1, "threads that prepare batches ahead of the step", least=1)
     cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set")
     augment: bool = option(True, "random shift and colour jitter of the training images")
-    image_size: int = option(
-        0, "longest edge of the training images in pixels; 0 keeps the data set's own size", least=0
-    )
+    image_size: int = option(0, "longest edge of training images in pixels; 0 keeps the data set's", least=0)
 
 
 @dataclass
@@ -59,9 +55,7 @@ class LanguageConfig:
     root: str = option("", "question folder (see `burnish data questions`); empty means no language stream")
     batch_size: int = option(32, "images in a language batch", least=1)
     turns: int = option(1, "questions asked about each of them, in one sequence", least=1)
-    weight: float = option(
-        0.0, "weight of the language loss; 0 switches the stream off (questions are then only used to measure)", least=0
-    )
+    weight: float = option(0.0, "weight of the language loss; with 0 the questions are only used to measure", least=0)
 
 
 @dataclass
@@ -69,19 +63,13 @@ class PeftConfig:
     method: str = option("none", "none, lora or dora", choices=("none", "lora", "dora"))
     rank: int = option(16, "width of the added matrices", least=1)
     alpha: int = option(32, "their product is scaled by alpha / rank")
-    target_modules: str = option(
-        "", "regular expression over module names; empty means attention, MLP and action projections"
-    )
+    target_modules: str = option("", "regular expression over modules; empty means attention, MLP, action projections")
 
 
 @dataclass
 class TrainConfig:
     steps: int = option(1000, "optimiser steps", least=1)
-    imitation_weight: float = option(
-        1.0,
-        "weight of the imitation loss on the data set; 0 leaves that forward out, so that objectives alone train",
-        least=0,
-    )
+    imitation_weight: float = option(1.0, "weight of the imitation loss; with 0 the objectives alone train", least=0)
     batch_size: int = option(32, "samples in a forward pass of one process", least=1)
     grad_accumulation: int = option(1, "forward passes in a step", least=1)
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
@@ -90,23 +78,15 @@ class TrainConfig:
     warmup_steps: int = option(100, "steps of linear warm-up", least=0)
     min_lr_ratio: float = option(0.05, "the cosine schedule ends at this share of `lr`")
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm", least=0)
-    ema_decay: float = option(
-        0.0, "0 switches the moving average off; otherwise the averaged weights are the ones exported", least=0, below=1
-    )
-    precision: str = option(
-        "no", "no (float32), bf16 or fp16 compute; weights stay float32", choices=("no", "bf16", "fp16")
-    )
+    ema_decay: float = option(0.0, "0 means no moving average; otherwise it is what is exported", least=0, below=1)
+    precision: str = option("no", "no (float32), bf16 or fp16; weights stay float32", choices=("no", "bf16", "fp16"))
     seed: int = option(0, "of everything that is random in training")
     freeze: list[str] = option([], "regular expressions over parameter names; a match is not trained")
     train_only: list[str] = option([], "when given, only parameters matching one of these are trained")
     log_every: int = option(10, "steps between rows of metrics.jsonl", least=1)
     save_every: int = option(500, "steps between checkpoints", least=1)
-    retention_every: int = option(
-        0, "measure question loss and accuracy every so many steps; 0 only before and after", least=0
-    )
-    max_minutes: float = option(
-        0.0, "stop after this many minutes of training even if steps are left; 0 means no limit", least=0
-    )
+    retention_every: int = option(0, "steps between answers to questions; 0 only before and after", least=0)
+    max_minutes: float = option(0.0, "stop after so many minutes even if steps are left; 0 means no limit", least=0)
     self_check: bool = option(True, "look for unequal processes, clipped actions and an implausible loss at the start")
     trackers: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio")
     peft: PeftConfig = field(default_factory=PeftConfig)
@@ -116,22 +96,16 @@ class TrainConfig:
 class EvalConfig:
     env: str = option("", "environment id; empty means the one of `demos`")
     episodes: int = option(100, "episodes for each task")
-    first_state: int = option(
-        1_000_000, "first initial state where the environment has unlimited ones; training uses small numbers"
-    )
+    first_state: int = option(1_000_000, "first initial state where they are unlimited; training uses small numbers")
     seed: int = option(0, "seed of the policy's noise")
     workers: int = option(0, "simulator processes; 0 means one for each core")
     batch_size: int = option(0, "episodes in flight; 0 means four for each worker")
     max_steps: int = option(0, "episode limit; 0 means the environment's own")
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
-    instruction_swap: bool = option(
-        True, "also run with the instruction of another object (where the environment offers one)"
-    )
+    instruction_swap: bool = option(True, "also run with the instruction of another object, where there is one")
     random_object_expert: bool = option(False, "also run the expert that picks its object at random (tabletop only)")
     base: bool = option(True, "also evaluate the policy that training started from, on the same initial states")
-    cameras: list[str] = option(
-        [], "the environment's cameras in the policy's order; empty means those of the same names"
-    )
+    cameras: list[str] = option([], "the environment's cameras in the policy's order; empty means the same names")
     device: str = option("", "torch device of the policy; empty means a GPU where there is one")
 
 
@@ -143,8 +117,6 @@ class RecipeConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    objectives: list[dict[str, Any]] = option(
-        [], "methods of this run, each {name: <registered name>, ...its own options}"
-    )
+    objectives: list[dict[str, Any]] = option([], "methods of this run, each {name: <registered>, ...its own options}")
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -39,8 +39,7 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in _FULL or any(word in str(error).lower() for word in _FULL_WORDS)
-        if full:
+        if getattr(error, "errno", None) in _FULL or any(word in str(error).lower() for word in _FULL_WORDS):
             found = f"no room left while writing {target}"
             raise BurnishError(found, "free disk space", "free some and repeat") from error
         if isinstance(error, PermissionError):
@@ -54,11 +53,8 @@ def require_space(folder: Path, num_bytes: int, what: str) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < num_bytes * 1.05:
-        raise BurnishError(
-            f"{what} needs {num_bytes / 1e6:.0f} MB but {folder} has {free / 1e6:.0f} MB left",
-            "free disk space",
-            "free some, or write elsewhere",
-        )
+        raise BurnishError(f"{what} needs {num_bytes / 1e6:.0f} MB but {folder} has {free / 1e6:.0f} MB left",
+                           "free disk space", "free some, or write elsewhere")  # fmt: skip
 
 
 def sync(path: Path) -> None:

@@ -20,15 +20,9 @@ from burnish.core.errors import BurnishError
 
 
 def option(
-    default: Any,
-    help: str = "",
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Sequence[Any] = (),
-) -> Any:
+    default: Any, help: str = "", *, least: float | None = None, most: float | None = None, above: float | None = None,
+    below: float | None = None, choices: Sequence[Any] = (),
+) -> Any:  # fmt: skip
     """A dataclass field with its meaning and what it may hold.
 
     Args:
@@ -89,9 +83,8 @@ def check_value(value: Any, metadata: Mapping[str, Any], what: str) -> None:
     if not number(value):
         return
     least, most, above, below = (metadata.get(key) for key in ("least", "most", "above", "below"))
-    if least is not None and value < least or above is not None and value <= above:
-        raise BurnishError(f"{what} is {value!r}", _range(metadata))
-    if most is not None and value > most or below is not None and value >= below:
+    too_small = least is not None and value < least or above is not None and value <= above
+    if too_small or most is not None and value > most or below is not None and value >= below:
         raise BurnishError(f"{what} is {value!r}", _range(metadata))
 
 
@@ -122,10 +115,8 @@ def _fits(hint: Any, value: Any) -> bool:
 
 def _words(hint: Any) -> str:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    names = [
-        " or ".join(map(repr, get_args(p)))
-        if get_origin(p) is Literal
-        else getattr(get_origin(p) or p, "__name__", str(p))
-        for p in parts
-    ]
-    return " or ".join("nothing" if name == "NoneType" else name for name in names)
+    return " or ".join(
+        " or ".join(map(repr, get_args(part))) if get_origin(part) is Literal
+        else "nothing" if part is type(None) else getattr(get_origin(part) or part, "__name__", str(part))
+        for part in parts
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_text
 from burnish.core.options import check
 from burnish.core.renames import rename_recipe
 
@@ -104,8 +105,6 @@ def recipe_to_dict(recipe: RecipeConfig) -> dict[str, Any]:
 def save_recipe(recipe: RecipeConfig, path: str | Path) -> None:
     """Write the complete recipe (defaults included) as YAML, atomically."""
     import yaml
-
-    from burnish.core.files import write_text
 
     write_text(Path(path), yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
 

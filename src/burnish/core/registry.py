@@ -56,9 +56,8 @@ class Registry[T]:
             try:
                 return getattr(import_module(module), attribute)
             except (ImportError, AttributeError, ValueError) as error:
-                raise BurnishError(
-                    f"{self.kind} '{name}' cannot be imported ({error})", "package.module:Class"
-                ) from error
+                found = f"{self.kind} '{name}' cannot be imported ({error})"
+                raise BurnishError(found, "package.module:Class") from error
         if not self._find(name):
             raise BurnishError(f"unknown {self.kind} {name!r}", f"one of {', '.join(self)}")
         return self._entries[name]
@@ -91,10 +90,10 @@ class Registry[T]:
     def _import(self, name: str) -> None:
         path = f"{self.room}.{name}"
         spec = find_spec(path)
-        is_package = spec is not None and spec.submodule_search_locations is not None
-        if is_package and self.module and find_spec(f"{path}.{self.module}") is None:
-            return
-        import_module(f"{path}.{self.module}" if is_package and self.module else path)
+        if self.module and spec is not None and spec.submodule_search_locations is not None:
+            path += f".{self.module}"
+        if find_spec(path):
+            import_module(path)
 
     def _outside(self) -> list[EntryPoint]:
         return [point for point in entry_points(group=self.group) if point.name not in self._entries]

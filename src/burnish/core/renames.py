@@ -1,14 +1,12 @@
 """Old names of options, kept for one release: they give the same result and one line that names the new one."""
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 log = logging.getLogger("burnish")
 
-RECIPE = {
-    "train.final_lr_share": "train.min_lr_ratio",
-    "train.grad_clip": "train.max_grad_norm",
-}
+RECIPE = {"train.final_lr_share": "train.min_lr_ratio", "train.grad_clip": "train.max_grad_norm"}
 """Keys of a recipe."""
 
 STUDY = {"arms": "variants", "before": "setup"}
@@ -38,7 +36,7 @@ def rename_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
     Where both names are given the new one counts.
     """
-    values = _copy(values)
+    values = deepcopy(values)
     for old, new in RECIPE.items():
         *path, last = old.split(".")
         section: Any = values
@@ -70,7 +68,3 @@ def rename(values: dict[str, Any], table: dict[str, str], where: str = "") -> di
             note(where + old, table[old])
     kept = {k: v for k, v in values.items() if k not in table or (v is not None and table[k] not in values)}
     return {table.get(key, key): value for key, value in kept.items()}
-
-
-def _copy(value: Any) -> Any:
-    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -21,10 +21,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
 from typing import Any
 
 from burnish.core.errors import BurnishError
@@ -43,7 +43,7 @@ def count_workers(wanted: int = 0) -> int:
     return wanted or len(os.sched_getaffinity(0))
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager):
     """Processes that run one generator function; each works through its own tasks in the order in which they came.
 
     An error of a worker, or the death of its process, is raised by the next `send` or `receive`; the pool is of no use
@@ -111,9 +111,8 @@ class WorkerPool:
         except (EOFError, ConnectionResetError):
             process = self._processes[number]
             process.join(5)
-            raise BurnishError(
-                f"{self.name} {number} ended with exit code {process.exitcode} while it held {tasks}", fix=self.fix
-            ) from None
+            found = f"{self.name} {number} ended with exit code {process.exitcode} while it held {tasks}"
+            raise BurnishError(found, fix=self.fix) from None
         if outcome == _REFUSED:
             raise BurnishError(value)
         if outcome == _FAILED:
@@ -134,9 +133,6 @@ class WorkerPool:
                 process.kill()
                 process.join()
 
-    def __enter__(self) -> "WorkerPool":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -144,8 +140,9 @@ class WorkerPool:
 def _work(connection: Connection, worker: Worker, arguments: tuple[Any, ...]) -> None:
     """Body of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    with _Report(connection), closing(worker(_tasks(connection), *arguments)) as results:
-        for result in results:
+    with ExitStack() as stack:
+        stack.push(partial(_report, connection))
+        for result in stack.enter_context(closing(worker(_tasks(connection), *arguments))):
             if not _answered(connection, _DONE, result):
                 break
 
@@ -165,17 +162,10 @@ def _answered(connection: Connection, outcome: str, value: Any) -> bool:
     return True
 
 
-class _Report:
-    """Sends the error that leaves its block to the parent, and ends it there."""
-
-    def __init__(self, connection: Connection):
-        self.connection = connection
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if isinstance(error, BurnishError):
-            _answered(self.connection, _REFUSED, str(error))
-        elif error is not None:
-            _answered(self.connection, _FAILED, "".join(traceback.format_exception(error)).rstrip())
-        return True
+def _report(connection: Connection, kind: type | None, error: BaseException | None, trace: object) -> bool:
+    """Send the error that leaves a block to the parent, and end it there."""
+    if isinstance(error, BurnishError):
+        _answered(connection, _REFUSED, str(error))
+    elif error is not None:
+        _answered(connection, _FAILED, "".join(traceback.format_exception(error)).rstrip())
+    return True

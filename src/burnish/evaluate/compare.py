@@ -12,14 +12,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.evaluate.records import Record, read_results
-from burnish.evaluate.stats import (
-    Rate,
-    mcnemar,
-    minimum_detectable_difference,
-    paired_bootstrap,
-    sign_flip,
-    wilson,
-)
+from burnish.evaluate.stats import Rate, mcnemar, minimum_detectable_difference, paired_bootstrap, sign_flip, wilson
 
 Key = tuple[str, int]
 Run = dict[Key, Record]

@@ -48,7 +48,7 @@ class StudyConfig:
     setup: list[str] = option([], "burnish commands to run once for each seed before its variants")
     variants: dict[str, dict[str, Any]] = option({}, "name to changes of the recipe")
     evals: dict[str, dict[str, Any]] = option(
-        {}, 'further evaluations: name to changes of the recipe\'s eval section; "main" is the section itself'
+        {}, 'further evaluations: name to changes of `eval`; "main" is `eval` itself'
     )
 
 

@@ -16,9 +16,8 @@ def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Pat
     axes.set(xlabel="teacher layer", ylabel="student layer", xticks=range(columns), yticks=range(rows))
     for row in range(rows):
         for column in range(columns):
-            axes.text(
-                column, row, f"{comparison.cka[row, column]:.2f}", ha="center", va="center", size=7, color="white"
-            )
+            text = f"{comparison.cka[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", size=7, color="white")
     for student, teacher in pairs:
         axes.plot(teacher, student, "s", mfc="none", mec="red", ms=18)
     axes.set_title(f"linear CKA over {comparison.tokens} tokens", size=9)

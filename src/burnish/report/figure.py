@@ -1,5 +1,6 @@
 """One figure of a run for a README: film strips with their instructions, and the success rates below."""
 
+from collections import Counter
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
@@ -41,13 +42,12 @@ def _strips(one: Evaluation) -> list[tuple]:
     """(image, instruction) of solved episodes, a task at a time before any task comes twice."""
     from matplotlib.image import imread
 
-    filmed = [film for film in one.films if (one.folder / str(film.get("film_strip"))).is_file()]
-    solved = [film for film in filmed if film.get("success")]
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     ranked = []
-    for film in solved:
-        seen[film["task"]] = seen.get(film["task"], 0) + 1
-        ranked.append((seen[film["task"]], film))
+    for film in one.films:
+        if film.get("success") and (one.folder / str(film.get("film_strip"))).is_file():
+            seen[film["task"]] += 1
+            ranked.append((seen[film["task"]], film))
     chosen = [film for _, film in sorted(ranked, key=lambda pair: pair[0])[:ROWS]]
     return [(imread(one.folder / film["film_strip"]), film["instruction"] or film["task"]) for film in chosen]
 

@@ -33,9 +33,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
     """A table of ready-made HTML cells; the columns listed in `numbers` are set to the right."""
     kind = [' class="n"' if column in numbers else "" for column in range(len(head))]
     top = "".join(f"<th{kind[i]}>{escape(text)}</th>" for i, text in enumerate(head))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind[i]}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
-    )
+    cells = ["".join(f"<td{kind[i]}>{cell}</td>" for i, cell in enumerate(row)) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

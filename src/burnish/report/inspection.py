@@ -1,6 +1,7 @@
 """What `inspect_dataset` found, as text for a terminal and as a page."""
 
 from html import escape
+from statistics import median_high
 
 from burnish.data.inspect import Dimension, Inspection
 from burnish.report.html import document, facts, png_uri, section, table
@@ -31,31 +32,18 @@ def as_text(found: Inspection) -> str:
 
 def _overview(found: Inspection) -> list[tuple[str, str]]:
     lengths = found.lengths
-    seconds = lengths / found.fps
+    seconds, median = lengths / found.fps, median_high(lengths.tolist())
     pairs = [
-        (
-            "episodes",
-            f"{len(lengths)}, {int(lengths.sum())} frames, {seconds.sum() / 60:.1f} minutes at {found.fps} fps",
-        ),
-        (
-            "lengths",
-            f"{lengths.min()} to {lengths.max()} frames, median {int(_median(lengths))} ({_median(seconds):.1f} s)",
-        ),
+        ("episodes", f"{len(lengths)}, {lengths.sum()} frames, {seconds.sum() / 60:.1f} minutes at {found.fps} fps"),
+        ("lengths", f"{lengths.min()} to {lengths.max()} frames, median {median} ({median / found.fps:.1f} s)"),
         ("control", f"{found.control or 'unknown'} (guessed from states and actions)"),
     ]
     if found.gripper:
         sign = {"+": "large values open", "-": "small values open", "": "which sign opens is unclear"}
         pairs.append(("gripper", f"{found.gripper.name}: {sign[found.gripper.opens]} ({found.gripper.evidence})"))
-    pairs.append(
-        ("idle", f"{100 * found.idle_share:.1f} % of actions; {found.idle_start:.0f} frames at an episode's start")
-    )
-    pairs.append(("repeated", f"{100 * found.repeated_share:.1f} % of frames equal the one before in state and action"))
-    return pairs
-
-
-def _median(values) -> float:
-    ordered = sorted(values.tolist())
-    return ordered[len(ordered) // 2]
+    idle = f"{100 * found.idle_share:.1f} % of actions; {found.idle_start:.0f} frames at an episode's start"
+    repeated = f"{100 * found.repeated_share:.1f} % of frames equal the one before in state and action"
+    return [*pairs, ("idle", idle), ("repeated", repeated)]
 
 
 def _dimension_lines(title: str, dimensions: list[Dimension]) -> list[str]:

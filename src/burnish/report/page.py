@@ -26,30 +26,18 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
         BurnishError: no such folder, nothing in it to report, a malformed file, or no room to write.
     """
     run = load_run(Path(run_folder))
-    page = render(run)
     target = Path(out) if out else run.path / "report.html"
-    write_page(target, page)
+    write_page(target, render(run))
     return target
 
 
 def render(run: RunFolder) -> str:
     """The page as text."""
-    body = "".join(
-        part(run)
-        for part in (
-            _header,
-            sections.headline,
-            sections.success,
-            sections.recordings,
-            sections.tasks,
-            sections.swap,
-            sections.retention,
-            sections.training,
-            sections.latency,
-            sections.reproduce,
-        )
-    )
-    return document(f"{run.name} · burnish", body)
+    parts = (
+        _header, sections.headline, sections.success, sections.recordings, sections.tasks, sections.swap,
+        sections.retention, sections.training, sections.latency, sections.reproduce,
+    )  # fmt: skip
+    return document(f"{run.name} · burnish", "".join(part(run) for part in parts))
 
 
 def _header(run: RunFolder) -> str:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import accumulate
 
 MAX_POINTS = 300  # more than a phone can show
 NARROW = "\u202f"  # a thin space that does not break
@@ -27,14 +28,11 @@ class IntervalRow:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of `line_plot`; `low` and `high`, when given, are drawn as bars through its points."""
+    """One curve of `line_plot`; `points` marks each of its values."""
 
-    label: str
     x: Sequence[float]
     y: Sequence[float]
     role: str = "tuned"
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
     points: bool = False
 
 
@@ -108,19 +106,12 @@ def interval_plot(rows: Sequence[IntervalRow]) -> str:
     return "".join(out) + "</svg>"
 
 
-def line_plot(
-    series: Sequence[Series],
-    x_label: str = "step",
-    log_y: bool = False,
-    as_percent: bool = False,
-    from_zero: bool = False,
-) -> str:
-    """Curves over a shared x axis; values that are not finite are left out. Empty text when nothing is left."""
+def line_plot(series: Sequence[Series], log_y: bool = False, as_percent: bool = False, from_zero: bool = False) -> str:
+    """Curves over training steps; values that are not finite are left out. Empty text when nothing is left."""
     kept = [one for one in (_clean(one, log_y) for one in series) if one.x]
     if not kept:
         return ""
-    y_low = min(min([*one.low, *one.y]) for one in kept)
-    y_high = max(max([*one.high, *one.y]) for one in kept)
+    y_low, y_high = min(min(one.y) for one in kept), max(max(one.y) for one in kept)
     y_ticks = _log_ticks(y_low, y_high) if log_y else _ticks(0.0 if from_zero else y_low, y_high)
     x_low, x_high = min(one.x[0] for one in kept), max(one.x[-1] for one in kept)
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1], log_y)
@@ -134,19 +125,17 @@ def line_plot(
         x = frame.x(tick)
         if 0 <= x <= 930:  # the right end is for the name of the axis
             ticks.append(f'<span class="x" style="left:{x / 10:.2f}%">{short_number(tick)}</span>')
-    ticks.append(f'<span class="x name">{escape(x_label)}</span>')
+    ticks.append('<span class="x name">step</span>')
     return (
         f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-        f"{''.join(grid)}{''.join(_curve(one, frame) for one in kept)}</svg>{''.join(ticks)}</div>" + _legend(kept)
+        f"{''.join(grid)}{''.join(_curve(one, frame) for one in kept)}</svg>{''.join(ticks)}</div>"
     )
 
 
 def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
     """Centred moving average over `share` of the points, so that a noisy loss shows its course."""
     half = int(len(values) * share / 2)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    sums = [*accumulate(values, initial=0.0)]
     out = []
     for index in range(len(values)):
         first, last = max(0, index - half), min(len(values), index + half + 1)
@@ -168,31 +157,17 @@ def _clean(one: Series, log_y: bool) -> Series:
     ]
     stride = math.ceil(len(keep) / MAX_POINTS) or 1
     keep = sorted({*keep[::stride], *keep[-1:]})
-    picked = {name: [getattr(one, name)[i] for i in keep] for name in ("x", "y")}
-    if one.low and one.high:
-        picked |= {"low": [one.low[i] for i in keep], "high": [one.high[i] for i in keep]}
-    return replace(one, **picked)
+    return replace(one, x=[one.x[i] for i in keep], y=[one.y[i] for i in keep])
 
 
 def _curve(one: Series, frame: _Frame) -> str:
     points = [(frame.x(x), frame.y(y)) for x, y in zip(one.x, one.y, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    out = [f'<g class="role-{one.role}">']
-    for (x, _), low, high in zip(points, one.low, one.high, strict=False):
-        out.append(f'<path class="interval" d="M{x:.1f} {frame.y(low):.1f}L{x:.1f} {frame.y(high):.1f}"/>')
-    out.append(f'<path class="curve" d="{path}"/>')
+    out = [f'<g class="role-{one.role}"><path class="curve" d="{path}"/>']
     if one.points or len(points) == 1:
         # Lines of no length with round caps stay round when the plot is stretched; circles would not.
         out.extend(f'<path class="point" d="M{x:.1f} {y:.1f}h0"/>' for x, y in points)
     return "".join(out) + "</g>"
-
-
-def _legend(series: Sequence[Series]) -> str:
-    named = [one for one in series if one.label]
-    if not named:
-        return ""
-    items = "".join(f'<span class="role-{one.role}"><i></i>{escape(one.label)}</span>' for one in named)
-    return f'<div class="legend">{items}</div>'
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:

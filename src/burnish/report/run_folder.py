@@ -82,10 +82,8 @@ def load_run(path: Path) -> RunFolder:
         retention=_read_object(path / "retention.json"),
     )
     if not (run.info or run.metrics or run.evaluations or run.retention):
-        raise BurnishError(
-            f"nothing to report in {path}",
-            "at least one of run.json, metrics.jsonl, retention.json, eval/<variant>/summary.json",
-        )
+        raise BurnishError(f"nothing to report in {path}", "at least one of run.json, metrics.jsonl, retention.json, "
+                           "eval/<variant>/summary.json")  # fmt: skip
     return run
 
 
@@ -115,25 +113,20 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _evaluations(path: Path) -> dict[str, Evaluation]:
-    found = {}
-    for file in sorted(path.glob("eval/*/summary.json")):
-        variant = file.parent.name
-        found[variant] = _evaluation(variant, file)
+    found = {file.parent.name: _evaluation(file) for file in sorted(path.glob("eval/*/summary.json"))}
     known = [name for name in VARIANTS if name in found]
-    return {name: found[name] for name in [*known, *(name for name in found if name not in VARIANTS)]}
+    return {name: found[name] for name in dict.fromkeys([*known, *found])}
 
 
-def _evaluation(variant: str, file: Path) -> Evaluation:
-    summary = _read_object(file)
-    where = f"{file}: "
+def _evaluation(file: Path) -> Evaluation:
+    summary = read_object(file)
+    tasks = (summary.get("per_task") or {}).items()
     return Evaluation(
-        variant=variant,
-        overall=read_rate(summary.get("overall"), f"{where}overall"),
-        tasks={
-            task: read_rate(row, f"{where}per_task {task}") for task, row in (summary.get("per_task") or {}).items()
-        },
+        variant=file.parent.name,
+        overall=read_rate(summary.get("overall"), f"{file}: overall"),
+        tasks={task: read_rate(row, f"{file}: per_task {task}") for task, row in tasks},
         latency_ms={name: float(value) for name, value in (summary.get("latency_ms") or {}).items()},
-        other=read_rate(summary["other"], f"{where}other") if summary.get("other") else None,
+        other=read_rate(summary["other"], f"{file}: other") if summary.get("other") else None,
         folder=file.parent,
         films=_films(summary.get("videos") or [], file.parent / "episodes.jsonl"),
     )

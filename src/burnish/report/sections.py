@@ -7,15 +7,7 @@ from typing import Any
 from burnish.evaluate.stats import Rate
 from burnish.report.html import facts, section, table
 from burnish.report.media import films
-from burnish.report.plots import (
-    IntervalRow,
-    Series,
-    interval_plot,
-    line_plot,
-    percent,
-    percent_range,
-    smooth,
-)
+from burnish.report.plots import IntervalRow, Series, interval_plot, line_plot, percent, percent_range, smooth
 from burnish.report.run_folder import RunFolder, read_rate
 
 # column of metrics.jsonl: (title of its chart, logarithmic axis, shown as percent)
@@ -62,10 +54,7 @@ def success(run: RunFolder) -> str:
     shown = [run.evaluations[name] for name in run.evaluations if name != "swap"]
     if not shown:
         return ""
-    rows = [
-        IntervalRow(one.label, one.overall.rate, one.overall.low, one.overall.high, _note(one.overall), one.role)
-        for one in shown
-    ]
+    rows = [_interval_row(one.label, one.overall, one.role) for one in shown]
     lead = "Share of fixed initial states solved in closed loop; the band is the 95 % Wilson interval."
     return section("Success", interval_plot(rows), _checks(run), lead=lead)
 
@@ -73,22 +62,16 @@ def success(run: RunFolder) -> str:
 def _checks(run: RunFolder) -> str:
     tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
     chance = run.evaluations.get("expert_random_object")
-    items = []
+    bars = []
     if tuned and base:
-        above = tuned.overall.low > base.overall.high
-        text = "lies above" if above else "does not lie above"
-        items.append((above, f"The interval {text} that of the base."))
+        bars.append((base.overall.high, "that of the base."))
     if tuned and chance:
         bar = min(1.0, 3 * chance.overall.rate)
-        above = tuned.overall.low > bar
-        text = "lies above" if above else "does not lie above"
-        items.append(
-            (
-                above,
-                f"The interval {text} three times that of the expert that picks its object at random ({percent(bar)}).",
-            )
-        )
-    lines = "".join(f"<li{'' if good else ' class=no'}>{escape(text)}</li>" for good, text in items)
+        bars.append((bar, f"three times that of the expert that picks its object at random ({percent(bar)})."))
+    lines = ""
+    for bar, what in bars:
+        kind, verb = ("", "lies") if tuned.overall.low > bar else (" class=no", "does not lie")
+        lines += f"<li{kind}>{escape(f'The interval {verb} above {what}')}</li>"
     return f'<ul class="checks">{lines}</ul>' if lines else ""
 
 
@@ -100,8 +83,7 @@ def tasks(run: RunFolder) -> str:
     rows = []
     for task, rate in tuned.tasks.items():
         row = [f'<span class="task">{escape(task)}</span>', str(rate.n), percent(rate.rate)]
-        row.append(percent_range(rate.low, rate.high))
-        row.append(_mini_bar(rate))
+        row += [percent_range(rate.low, rate.high), _mini_bar(rate)]
         if base:
             before = base.tasks.get(task)
             row.insert(2, percent(before.rate) if before else "")
@@ -129,13 +111,10 @@ def swap(run: RunFolder) -> str:
         return ""
     rows = []
     if tuned:
-        rate = tuned.overall
-        rows.append(IntervalRow("Told A, does A", rate.rate, rate.low, rate.high, _note(rate), "tuned"))
-    rate = swapped.overall
-    rows.append(IntervalRow("Told B, still does A", rate.rate, rate.low, rate.high, _note(rate), "swap"))
+        rows.append(_interval_row("Told A, does A", tuned.overall, "tuned"))
+    rows.append(_interval_row("Told B, still does A", swapped.overall, "swap"))
     if swapped.other:
-        rate = swapped.other
-        rows.append(IntervalRow("Told B, does B", rate.rate, rate.low, rate.high, _note(rate), "swap"))
+        rows.append(_interval_row("Told B, does B", swapped.other, "swap"))
     lead = (
         "The same initial states, but the sentence names object B of the scene instead of A. A policy that listens "
         "does A less often than before; one that ignores language does it as often."
@@ -146,14 +125,9 @@ def swap(run: RunFolder) -> str:
 def retention(run: RunFolder) -> str:
     """What the language model inside still knows: held-out scene questions before and after."""
     before, after = run.retention.get("base") or {}, run.retention.get("tuned") or {}
-    parts = []
-    rows = []
-    for name, label in (("base", "Before fine-tuning"), ("tuned", "After fine-tuning")):
-        rate = _accuracy(run, name)
-        if rate:
-            rows.append(IntervalRow(label, rate.rate, rate.low, rate.high, _note(rate), name))
-    if rows:
-        parts.append(interval_plot(rows))
+    labels = {"base": "Before fine-tuning", "tuned": "After fine-tuning"}
+    rows = [_interval_row(label, rate, name) for name, label in labels.items() if (rate := _accuracy(run, name))]
+    parts = [interval_plot(rows)] if rows else []
     sentences = []
     if _is_number(before.get("loss")) and _is_number(after.get("loss")):
         sentences.append(f"Answer loss {before['loss']:.3f} before, {after['loss']:.3f} after (nats per token).")
@@ -167,8 +141,7 @@ def retention(run: RunFolder) -> str:
         )
     if sentences:
         parts.append(f'<p class="muted after">{escape(" ".join(sentences))}</p>')
-    parts.append(_by_kind(before, after))
-    parts.append(_retention_curves(run))
+    parts += [_by_kind(before, after), _retention_curves(run)]
     return section("What the language model still knows", *parts, lead="Held-out questions about scenes it never saw.")
 
 
@@ -178,9 +151,8 @@ def _by_kind(before: dict[str, Any], after: dict[str, Any]) -> str:
         new = read_rate(row, f"retention.json: {kind}")
         old = (before.get("by_kind") or {}).get(kind)
         was = percent(read_rate(old, f"retention.json: {kind}").rate) if old else ""
-        rows.append(
-            [escape(kind.replace("_", " ")), str(new.n), was, percent(new.rate), percent_range(new.low, new.high)]
-        )
+        shown = percent_range(new.low, new.high)
+        rows.append([escape(kind.replace("_", " ")), str(new.n), was, percent(new.rate), shown])
     if not rows:
         return ""
     inner = table(["kind of question", "n", "before", "after", "95 %"], rows, numbers=(1, 2, 3, 4))
@@ -192,7 +164,7 @@ def _retention_curves(run: RunFolder) -> str:
     for column, title in (("retention_accuracy", "Accuracy during training"), ("retention_loss", "Answer loss")):
         x, y = _column(run, column)
         if len(x) > 1:
-            plot = line_plot([Series("", x, y, points=True)], as_percent=column == "retention_accuracy")
+            plot = line_plot([Series(x, y, points=True)], as_percent=column == "retention_accuracy")
             charts.append(f"<figure><h3>{title}</h3>{plot}</figure>")
     return f'<div class="two">{"".join(charts)}</div>' if charts else ""
 
@@ -208,9 +180,9 @@ def training(run: RunFolder) -> str:
         x, y = _column(run, column)
         if len(x) < 2:
             continue
-        curves = [Series("", x, y, role="tuned")]
+        curves = [Series(x, y, role="tuned")]
         if column in ("loss", "grad_norm", "data_wait_share"):
-            curves = [Series("", x, y, role="faint"), Series("", x, smooth(y), role="tuned")]
+            curves = [Series(x, y, role="faint"), Series(x, smooth(y), role="tuned")]
         log_y = log_y and min(y) > 0 and max(y) > 3 * min(y)
         plot = line_plot(curves, log_y=log_y, as_percent=as_percent, from_zero=not log_y and min(y) >= 0)
         (main if column in CURVES else other).append(f"<figure><h3>{escape(title)}</h3>{plot}</figure>")
@@ -234,7 +206,10 @@ def latency(run: RunFolder) -> str:
     """Percentiles of one policy call, per variant."""
     timed = [one for one in run.evaluations.values() if one.latency_ms]
     names = list(dict.fromkeys(name for one in timed for name in one.latency_ms if name.startswith("p")))
-    rows = [[escape(one.label), *(_milliseconds(one.latency_ms.get(name)) for name in names)] for one in timed]
+    rows = [
+        [escape(one.label), *(f"{one.latency_ms[name]:.1f}" if name in one.latency_ms else "" for name in names)]
+        for one in timed
+    ]
     if not rows:
         return ""
     lead = "Milliseconds for one call of the policy, which serves a whole batch of simulators."
@@ -274,12 +249,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _note(rate: Rate) -> str:
-    return f"{percent(rate.rate)}  ({rate.successes}/{rate.n})"
-
-
-def _milliseconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _interval_row(label: str, rate: Rate, role: str) -> IntervalRow:
+    note = f"{percent(rate.rate)}  ({rate.successes}/{rate.n})"
+    return IntervalRow(label, rate.rate, rate.low, rate.high, note, role)
 
 
 def flat(value: object) -> str:
