@@ -65,15 +65,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "a": self.names[0],
-            "b": self.names[1],
-            "runs": list(self.runs),
+            "a": self.names[0], "b": self.names[1], "runs": list(self.runs),
             "test": "sign flip over initial states" if self.clustered else "McNemar",
-            "overall": self.overall.to_dict(),
-            "per_task": {task: result.to_dict() for task, result in self.per_task.items()},
+            "overall": self.overall.to_dict(), "per_task": {t: result.to_dict() for t, result in self.per_task.items()},
             "unpaired": {"a": [list(k) for k in self.unpaired[0]], "b": [list(k) for k in self.unpaired[1]]},
             "warnings": self.warnings,
-        }
+        }  # fmt: skip
 
     def __str__(self) -> str:
         r, (name_a, name_b) = self.overall, self.names
@@ -120,14 +117,10 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
     paired = [key for key in keys[0] if key in shared]
     tasks = list(dict.fromkeys(task for task, _ in paired))
     overall = _result(sides, paired, seed)
-    return Comparison(
-        names,
-        (len(sides[0]), len(sides[1])),
-        overall,
-        {task: _result(sides, [k for k in paired if k[0] == task], seed) for task in tasks},
-        tuple([k for k in some if k not in shared] for some in keys),
-        _warnings(sides, overall),
-    )
+    per_task = {task: _result(sides, [k for k in paired if k[0] == task], seed) for task in tasks}
+    unpaired = tuple([k for k in some if k not in shared] for some in keys)
+    runs = (len(sides[0]), len(sides[1]))
+    return Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall))
 
 
 def _name(paths: Paths) -> str:
@@ -156,10 +149,8 @@ def _load(paths: Paths, task_regex: str | None) -> list[Run]:
             if len(run) < len(group):
                 seen: set[Key] = set()
                 twice = next(r.key for r in group if r.key in seen or seen.add(r.key))
-                raise BurnishError(
-                    f"{path} holds task '{twice[0]}', initial state {twice[1]} more than once",
-                    "each trial once for each seed",
-                )
+                found = f"{path} holds task '{twice[0]}', initial state {twice[1]} more than once"
+                raise BurnishError(found, "each trial once for each seed")
             runs.append(run)
     if not any(runs):
         raise BurnishError(f"no task in {_name(paths)} matches '{task_regex}'")
@@ -179,17 +170,9 @@ def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
     rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
     # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
     discordance = (float((difference**2).sum()) + 1) / (n + 2)
-    return PairedResult(
-        n,
-        *rates,
-        float(difference.mean()),
-        low,
-        high,
-        only_a,
-        only_b,
-        mcnemar(only_a, only_b) if single else sign_flip(scaled),
-        minimum_detectable_difference(n, discordance),
-    )
+    p = mcnemar(only_a, only_b) if single else sign_flip(scaled)
+    detectable = minimum_detectable_difference(n, discordance)
+    return PairedResult(n, *rates, float(difference.mean()), low, high, only_a, only_b, p, detectable)
 
 
 def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) -> Rate:
@@ -208,9 +191,8 @@ def _warnings(sides: list[list[Run]], overall: PairedResult) -> list[str]:
         if identical(x, y)
     ]
     if any(identical(x, y) for x, y in product(*sides)):
-        warnings.append(
-            "A and B are trial-for-trial identical: is it the same policy, or was the change without effect?"
-        )
+        question = "is it the same policy, or was the change without effect?"
+        warnings.append(f"A and B are trial-for-trial identical: {question}")
     elif overall.only_a + overall.only_b == 0:
         warnings.append("A and B succeeded on the same initial states, so the bootstrap interval has no width")
     variants = [{r.variant for run in side for r in run.values()} for side in sides]

@@ -53,17 +53,12 @@ class Evaluation:
             if (self.output / (name := str(video_path(r.task, r.initial_state)))).exists()
         ]
         return {
-            "overall": self.overall.to_dict(),
-            "per_task": {task: rate.to_dict() for task, rate in self.per_task.items()},
+            "overall": self.overall.to_dict(), "per_task": {t: rate.to_dict() for t, rate in self.per_task.items()},
             "other": self.other.to_dict() if self.other else None,
-            "mean_steps": sum(r.steps for r in self.records) / len(self.records),
-            "latency_ms": self.latency_ms,
-            "settings": self.settings,
-            "commits": sorted({r.commit for r in self.records}),
-            "videos": videos,
-            "seconds": self.seconds,
-            "new_episodes": self.new_episodes,
-        }
+            "mean_steps": sum(r.steps for r in self.records) / len(self.records), "latency_ms": self.latency_ms,
+            "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
+            "seconds": self.seconds, "new_episodes": self.new_episodes,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         width = max(len("overall"), *(len(t) for t in self.per_task))
@@ -73,7 +68,6 @@ class Evaluation:
         if self.other:
             lines.append(f"solved the newly named object's task instead: {self.other}")
         if self.latency_ms:
-            lines.append(
-                "policy call p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} ms ({n} replans)".format(**self.latency_ms)
-            )
+            form = "policy call p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} ms ({n} replans)"
+            lines.append(form.format(**self.latency_ms))
         return "\n".join(lines)

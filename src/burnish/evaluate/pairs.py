@@ -7,9 +7,8 @@ chunk in which they diverge, and a pair compares exactly these two chunks on exa
 
 import json
 import sys
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,11 @@ from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
 from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
-from burnish.envs.base import EnvSpec, expand, make_env
+from burnish.envs.base import EnvSpec, Observation, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
-from burnish.evaluate.simulators import Episode, Finished, MakeEnv, SimulatorPool, Waiting
+from burnish.evaluate.rollout import initial_states
+from burnish.evaluate.scheduler import Scheduler
+from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool, Waiting
 from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:
@@ -64,10 +65,9 @@ class Collection:
     states: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.pairs} pairs from {self.episodes} rollouts ({self.successes} solved) in {self.root}; "
-            f"{self.mixed_states} of {self.states} initial states have both outcomes"
-        )
+        rollouts = f"{self.episodes} rollouts ({self.successes} solved)"
+        mixed = f"{self.mixed_states} of {self.states} initial states have both outcomes"
+        return f"{self.pairs} pairs from {rollouts} in {self.root}; {mixed}"
 
 
 def collect(
@@ -145,25 +145,23 @@ def _collect_task(
         "fps": spec.fps, "state_names": list(spec.state_names), "action_names": list(spec.action_names),
         "cameras": [cameras[name] for name in policy.cameras], "max_steps": spec.max_steps,
     })  # fmt: skip
-    first = request["first_state"] if spec.num_initial_states is None else 0
-    states = [first + i for i in range(min(request["states"], spec.num_initial_states or request["states"]))]
+    states = initial_states(spec, request["first_state"], request["states"])
     actor = BatchedPolicy(policy, cameras, request["seed"], (slots + 1) // 2, policy.n_action_steps)
-    driver = _Driver(pool, actor, folder, request, slots, bar)
+    driver = _Driver(pool, actor, slots, folder, request, states, bar)
     empty = np.zeros((0, len(spec.action_names)), np.float32)
     done = spool.attempts(spec.task_id)
-    driver.run([_Rollout(spec, s, 0, empty) for i, s in enumerate(states) if i * (rollouts + 1) not in done], states)
+    driver.drive([_Rollout(spec, s, 0, empty) for i, s in enumerate(states) if i * (rollouts + 1) not in done])
     done = spool.attempts(spec.task_id)
     branches = []
     for i, state in enumerate(states):
         missing = [place for place in range(1, rollouts) if i * (rollouts + 1) + place not in done]
         if missing:
             first_one = StoredRecording(done[i * (rollouts + 1)])["action"]
-            branches += [
-                _Rollout(spec, state, p, _shared_prefix(request, state, p, first_one, policy)) for p in missing
-            ]
-    driver.run(branches, states)
+            prefixes = {place: _shared_prefix(request, state, place, first_one, policy) for place in missing}
+            branches += [_Rollout(spec, state, place, prefix) for place, prefix in prefixes.items()]
+    driver.drive(branches)
     if request["expert"]:
-        driver.run(_completions(spool, spec, states, rollouts, request, policy), states)
+        driver.drive(_completions(spool, spec, states, rollouts, request, policy))
 
 
 def _shared_prefix(
@@ -186,80 +184,54 @@ def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, po
     return found
 
 
-@dataclass
-class _Driver:
-    """Keeps the simulators busy and the policy's batches full."""
+class _Driver(Scheduler[_Rollout]):
+    """Repeats the prefix of a rollout before the policy, or the expert, goes on."""
 
-    pool: SimulatorPool
-    actor: BatchedPolicy
-    folder: Path
-    request: dict[str, Any]
-    slots: int
-    progress: bool
-    running: dict[int, _Rollout] = field(default_factory=dict)
-    waiting: deque[Waiting] = field(default_factory=deque)
+    def __init__(
+        self, pool: SimulatorPool, actor: BatchedPolicy, slots: int, folder: Path, request: dict[str, Any],
+        states: Sequence[int], progress: bool,
+    ):  # fmt: skip
+        super().__init__(pool, actor, slots)
+        self.actor, self.folder, self.options, self.states, self.progress = actor, folder, request, states, progress
 
-    def run(self, rollouts: list[_Rollout], states: Sequence[int]) -> None:
+    def drive(self, rollouts: list[_Rollout]) -> None:
         from tqdm import tqdm
 
-        todo, free = deque(rollouts), deque(range(self.slots))
-        with tqdm(total=len(todo), desc="rollouts", unit="ep", disable=not self.progress, file=sys.stderr) as bar:
-            while todo or self.running:
-                while todo and free:
-                    self._start(free.popleft(), todo.popleft(), states)
-                for reply in self.pool.poll():
-                    if isinstance(reply, Finished):
-                        del self.running[reply.slot]
-                        free.append(reply.slot)
-                        bar.update()
-                    else:
-                        self._answer(reply)
-                while self.waiting and (
-                    len(self.waiting) >= self.actor.width
-                    or len(self.waiting) == len(self.running)
-                    and not (todo and free)
-                ):
-                    self._replan()
+        with tqdm(total=len(rollouts), desc="rollouts", unit="ep", disable=not self.progress, file=sys.stderr) as bar:
+            self.run(rollouts, bar)
 
-    def _start(self, slot: int, rollout: _Rollout, states: Sequence[int]) -> None:
-        number = states.index(rollout.state) * (self.request["rollouts"] + 1) + rollout.place
-        self.running[slot] = rollout
-        episode = Episode(
-            task=rollout.spec.task_id, initial_state=rollout.state, max_steps=rollout.spec.max_steps,
+    def episode(self, run: _Rollout) -> Episode:
+        number = self.states.index(run.state) * (self.options["rollouts"] + 1) + run.place
+        return Episode(
+            task=run.spec.task_id, initial_state=run.state, max_steps=run.spec.max_steps,
             cameras=tuple(self.actor.cameras.values()), record=self.folder / f"{number:06d}.safetensors",
-            actor_seed=derive_seed("completion", rollout.state) % 2**31,
+            actor_seed=derive_seed("completion", run.state) % 2**31,
         )  # fmt: skip
-        self.pool.start(slot, episode)
 
-    def _answer(self, reply: Waiting) -> None:
-        rollout = self.running[reply.slot]
-        if not rollout.begun and len(rollout.prefix):
-            rollout.begun = True
-            rollout.replans = len(rollout.prefix) // self.actor.n_action_steps
-            self.pool.act(reply.slot, rollout.prefix)
-        elif rollout.expert:
+    def received(self, reply: Waiting) -> None:
+        run = self.running[reply.slot]
+        if not run.begun and len(run.prefix):
+            run.begun = True
+            run.replans = len(run.prefix) // self.actor.n_action_steps
+            self.pool.act(reply.slot, run.prefix)
+        elif run.expert:
             self.pool.finish(reply.slot)
         else:
-            self.waiting.append(reply)
+            super().received(reply)
 
-    def _replan(self) -> None:
-        waiting = [self.waiting.popleft() for _ in range(min(self.actor.width, len(self.waiting)))]
-        runs = [self.running[one.slot] for one in waiting]
-        requests = [
-            Request(one.observation, run.label, run.state, run.replans) for one, run in zip(waiting, runs, strict=True)
-        ]
-        actions, _ = self.actor.act(requests)
-        for one, run, chunk in zip(waiting, runs, actions, strict=True):
-            if self.request["action_noise"] and run.place and run.replans * len(chunk) == len(run.prefix):
-                chunk = self._disturb(run, chunk)
-            run.replans += 1
-            run.begun = True
-            self.pool.act(one.slot, chunk)
+    def request(self, run: _Rollout, observation: Observation) -> Request:
+        return Request(observation, run.label, run.state, run.replans)
+
+    def planned(self, run: _Rollout, chunk: np.ndarray, milliseconds: float) -> np.ndarray:
+        disturbed = self.options["action_noise"] and run.place and run.replans * len(chunk) == len(run.prefix)
+        run.replans += 1
+        run.begun = True
+        return self._disturb(run, chunk) if disturbed else chunk
 
     def _disturb(self, run: _Rollout, chunk: np.ndarray) -> np.ndarray:
         low, high = run.spec.action_low, run.spec.action_high
-        random = np.random.default_rng(derive_seed("noise", self.request["seed"], run.label, run.state))
-        noise = random.normal(size=chunk.shape) * self.request["action_noise"] * (high - low) / 2
+        random = np.random.default_rng(derive_seed("noise", self.options["seed"], run.label, run.state))
+        noise = random.normal(size=chunk.shape) * self.options["action_noise"] * (high - low) / 2
         return np.clip(chunk + noise, low, high).astype(np.float32)
 
 

@@ -7,6 +7,7 @@ trial) and success.
 import fcntl
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,11 @@ def _parse(line: str, where: str) -> Record:
         raise BurnishError(f"{where}: {state_key} is {state!r}", "an integer")
     known = {k: v for k, v in row.items() if k in _FIELDS}
     seed = row.get("seed", 0)
-    known.update(
-        task=str(row.get("task", "")),
-        initial_state=state,
-        seed=seed if isinstance(seed, int) and state_key != "seed" else 0,
-        success=bool(success),
-        steps=int(row.get("steps", -1)),
-        latency_ms=tuple(row.get("latency_ms", ())),
-    )
+    known |= {
+        "task": str(row.get("task", "")), "initial_state": state, "success": bool(success),
+        "seed": seed if isinstance(seed, int) and state_key != "seed" else 0,
+        "steps": int(row.get("steps", -1)), "latency_ms": tuple(row.get("latency_ms", ())),
+    }  # fmt: skip
     return Record(**known)
 
 
@@ -118,7 +116,7 @@ def read_results(path: Path | str) -> list[Record]:
     return records
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """The open `episodes.jsonl` of one evaluation: what is done, and where the next episode is appended.
 
     Args:
@@ -157,12 +155,9 @@ class Journal:
         different = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         if different:
             k = different[0]
-            raise BurnishError(
-                f"{folder} holds an evaluation with other {', '.join(different)} "
-                f"({k}: {before.get(k)} there, {now.get(k)} now)",
-                "the same policy and settings, which continues it",
-                "another --output",
-            )
+            found = f"{folder} holds an evaluation with other {', '.join(different)}"
+            found += f" ({k}: {before.get(k)} there, {now.get(k)} now)"
+            raise BurnishError(found, "the same policy and settings, which continues it", "another --output")
 
     def _drop_cut_off_line(self) -> None:
         """A kill while writing leaves a line without its end; that episode is run again."""
@@ -180,11 +175,5 @@ class Journal:
             os.fsync(self._file.fileno())
         self.records.append(record)
 
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()

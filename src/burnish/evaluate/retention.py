@@ -1,8 +1,9 @@
 """What the backbone of a policy still knows: losses and greedy answers on held-out scene questions."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,8 @@ class Retention:
         return self.interval.n
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "accuracy": self.interval.to_dict(),
-            "by_kind": {kind: rate.to_dict() for kind, rate in self.by_kind.items()},
-            "correct": self.correct,
-        }
+        by_kind = {kind: rate.to_dict() for kind, rate in self.by_kind.items()}
+        return {"loss": self.loss, "accuracy": self.interval.to_dict(), "by_kind": by_kind, "correct": self.correct}
 
     def __str__(self) -> str:
         return f"answer loss {self.loss:.3f}, exact answers {self.interval}"
@@ -77,7 +74,7 @@ def retention(
     total, tokens, correct = 0.0, 0, []
     try:
         with torch.no_grad(), tqdm(total=len(chosen), desc="questions", disable=not progress, file=sys.stderr) as bar:
-            for entries in _batches(chosen, batch_size):
+            for entries in batched(chosen, batch_size):
                 batch = _batch(entries, questions.images, questions.camera, policy)
                 loss = policy.language(batch)
                 total += float((loss.per_token * loss.mask).sum())
@@ -93,7 +90,7 @@ def retention(
     return Retention(total / max(tokens, 1), wilson(sum(correct), len(correct)), by_kind, correct)
 
 
-def compare_retention(base: Retention, tuned: Retention, *, seed: int = 0) -> dict[str, Any]:
+def compare_retention(base: Retention, tuned: Retention) -> dict[str, Any]:
     """Paired test of two policies on the same questions; `difference` is tuned minus base, with a 95 % interval.
 
     Raises:
@@ -102,18 +99,12 @@ def compare_retention(base: Retention, tuned: Retention, *, seed: int = 0) -> di
     if base.n != tuned.n:
         raise BurnishError(f"{base.n} and {tuned.n} answers", "both policies on the same questions")
     before, after = np.array(base.correct, dtype=int), np.array(tuned.correct, dtype=int)
-    low, high = paired_bootstrap(after - before, np.random.default_rng(seed))
+    low, high = paired_bootstrap(after - before, np.random.default_rng(0))
     forgotten, learned = int((before > after).sum()), int((after > before).sum())
     return {
-        "n": base.n,
-        "difference": float((after - before).mean()),
-        "low": low,
-        "high": high,
-        "forgotten": forgotten,
-        "learned": learned,
-        "p": mcnemar(forgotten, learned),
-        "loss_difference": tuned.loss - base.loss,
-    }
+        "n": base.n, "difference": float((after - before).mean()), "low": low, "high": high, "forgotten": forgotten,
+        "learned": learned, "p": mcnemar(forgotten, learned), "loss_difference": tuned.loss - base.loss,
+    }  # fmt: skip
 
 
 def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -124,12 +115,7 @@ def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]
     return [questions[i] for i in sorted(chosen.tolist())]
 
 
-def _batches(entries: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(entries), size):
-        yield entries[start : start + size]
-
-
-def _batch(entries: list[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
+def _batch(entries: Sequence[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
     import torch
 
     pixels = torch.from_numpy(np.stack([images[entry["image"]] for entry in entries]))

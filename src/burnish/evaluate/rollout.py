@@ -82,9 +82,8 @@ def evaluate(
 
     def prepare(spec: EnvSpec) -> BatchedPolicy:
         if policy.action_dim != len(spec.action_names):
-            raise BurnishError(
-                f"a policy with {policy.action_dim} action dimensions", f"{len(spec.action_names)} for {spec.task_id}"
-            )
+            expected = f"{len(spec.action_names)} for {spec.task_id}"
+            raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
         matched, width = match_cameras(policy, spec, cameras), (job.batch_size + 1) // 2
         return BatchedPolicy(policy, matched, seed, width, n_action_steps or policy.n_action_steps)
 
@@ -122,6 +121,13 @@ def _parallel(workers: int, batch_size: int) -> tuple[int, int]:
     return min(workers, batch_size), batch_size
 
 
+def initial_states(spec: EnvSpec, first: int, count: int) -> range:
+    """`count` initial states of a task from `first`; where it has a fixed number, as many of them as there are."""
+    if spec.num_initial_states is None:
+        return range(first, first + count)
+    return range(min(count, spec.num_initial_states))
+
+
 @dataclass(frozen=True)
 class _Job:
     """What `evaluate` and `evaluate_expert` share; see there."""
@@ -153,13 +159,8 @@ class _Job:
                 before = len(journal.records)
                 self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output), len(plan))
                 records = {r.key: r for r in journal.records}
-        evaluation = Evaluation(
-            output,
-            settings,
-            [records[spec.task_id, state] for spec, state in plan],
-            time.perf_counter() - start,
-            len(records) - before,
-        )
+        found = [records[spec.task_id, state] for spec, state in plan]
+        evaluation = Evaluation(output, settings, found, time.perf_counter() - start, len(records) - before)
         write_json(output / SUMMARY, evaluation.to_dict())
         return evaluation
 
@@ -167,28 +168,16 @@ class _Job:
         """Every episode, task by task. The same initial state twice would be the same trial twice."""
         if self.episodes < 1:
             raise BurnishError(f"{self.episodes} episodes", "at least one for each task")
-        trials: list[Trial] = []
-        for spec in specs:
-            if spec.num_initial_states is None:
-                trials += [(spec, self.first_state + i) for i in range(self.episodes)]
-            else:
-                trials += [(spec, i) for i in range(min(self.episodes, spec.num_initial_states))]
-        return trials
+        return [(spec, state) for spec in specs for state in initial_states(spec, self.first_state, self.episodes)]
 
     def settings(self, weights: str, cameras: Sequence[str], n_action_steps: int) -> dict[str, Any]:
         return {
-            "env": self.env,
-            "actor": self.actor,
-            "weights": weights,
-            "variant": "instruction_swap" if self.swap else "plain",
-            "seed": self.seed,
-            "first_state": self.first_state,
-            "max_steps": self.max_steps,
-            "image_size": self.image_size,
-            "cameras": list(cameras),
-            "n_action_steps": n_action_steps,
+            "env": self.env, "actor": self.actor, "weights": weights,
+            "variant": "instruction_swap" if self.swap else "plain", "seed": self.seed,
+            "first_state": self.first_state, "max_steps": self.max_steps, "image_size": self.image_size,
+            "cameras": list(cameras), "n_action_steps": n_action_steps,
             "batch_size": self.batch_size if self.actor == "policy" else 0,
-        }
+        }  # fmt: skip
 
     def missing(self, plan: list[Trial], journal: Journal, cameras: tuple[str, ...], output: Path) -> list[Episode]:
         """The episodes that the journal does not hold yet."""
@@ -205,31 +194,19 @@ class _Job:
 
     def episode(self, spec: EnvSpec, state: int, cameras: tuple[str, ...], video: Path | None) -> Episode:
         return Episode(
-            task=spec.task_id,
-            initial_state=state,
-            max_steps=self.max_steps or spec.max_steps,
-            cameras=cameras or (spec.cameras[:1] if video else ()),
-            actor=self.actor,
-            actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31,
-            swap=self.swap,
-            video=video,
-        )
+            task=spec.task_id, initial_state=state, max_steps=self.max_steps or spec.max_steps,
+            cameras=cameras or (spec.cameras[:1] if video else ()), actor=self.actor,
+            actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31, swap=self.swap, video=video,
+        )  # fmt: skip
 
     def fill(
         self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int
     ) -> None:
         from tqdm import tqdm
 
-        from burnish.evaluate.scheduler import Scheduler
+        from burnish.evaluate.scheduler import Measurement, Planned
 
-        stamp = {
-            "seed": self.seed,
-            "weights": journal.settings["weights"],
-            "commit": commit(),
-            "variant": journal.settings["variant"],
-        }
-        done = total - len(todo)
-        with tqdm(
-            total=total, initial=done, desc=self.env, unit="ep", disable=not self.progress, file=sys.stderr
-        ) as bar:
-            Scheduler(pool, todo, self.batch_size, journal, stamp).run(policy, bar)
+        stamp = {name: journal.settings[name] for name in ("seed", "weights", "variant")} | {"commit": commit()}
+        shown = {"desc": self.env, "unit": "ep", "disable": not self.progress, "file": sys.stderr}
+        with tqdm(total=total, initial=total - len(todo), **shown) as bar:
+            Measurement(pool, policy, self.batch_size, journal, stamp).run(map(Planned, todo), bar)

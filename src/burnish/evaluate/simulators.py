@@ -108,9 +108,8 @@ class _Running:
     def execute(self, actions: np.ndarray) -> None:
         """Take the chunk [T, A] step by step; whatever is left when the episode ends is dropped."""
         for action in actions:
-            if self.over:
-                return
-            self.step(action)
+            if not self.over:
+                self.step(action)
 
     def step(self, action: np.ndarray) -> None:
         if self.tape is not None:
@@ -134,7 +133,6 @@ class _Running:
         if self.episode.video is not None:
             from burnish.evaluate.video import write_film_strip, write_video
 
-            self.episode.video.parent.mkdir(parents=True, exist_ok=True)
             write_video(self.episode.video, self.frames, self.env.spec.fps)
             write_film_strip(self.episode.video.with_suffix(".png"), self.frames)
         if self.tape is not None and self.episode.record is not None:
@@ -206,7 +204,7 @@ def run_episodes(
             yield known[name](*arguments)
 
 
-class SimulatorPool:
+class SimulatorPool(WorkerPool):
     """Simulator processes behind numbered slots; slot s lives in process s modulo their number.
 
     Args:
@@ -217,17 +215,17 @@ class SimulatorPool:
 
     def __init__(self, workers: int, make: MakeEnv, image_size: int):
         fix = "the same command continues after the finished episodes; fewer --workers if memory ran out"
-        self._pool = WorkerPool(run_episodes, make, image_size, count=workers, name="simulator process", fix=fix)
+        super().__init__(run_episodes, make, image_size, count=workers, name="simulator process", fix=fix)
         self._episodes: dict[int, Episode] = {}
 
     def describe(self, tasks: Iterable[str]) -> list[EnvSpec]:
         """Specs of single-task ids, asked of all processes at once. Only before the first `start`."""
         tasks = list(tasks)
         for i, task in enumerate(tasks):
-            self._pool.send(i % len(self._pool), ("describe", task), task)
+            self.send(i % len(self), ("describe", task), task)
         specs: dict[str, EnvSpec] = {}
-        while len(self._pool.idle()) < len(self._pool):
-            specs |= {task: spec for _, (_, task), spec in self._pool.receive()}
+        while len(self.idle()) < len(self):
+            specs |= {task: spec for _, (_, task), spec in self.receive()}
         return [specs[task] for task in tasks]
 
     def start(self, slot: int, episode: Episode) -> None:
@@ -245,17 +243,7 @@ class SimulatorPool:
 
     def poll(self) -> list[Waiting | Finished]:
         """Wait for at least one reply and return all that are there."""
-        return [reply for _, _, reply in self._pool.receive()]
+        return [reply for _, _, reply in self.receive()]
 
     def _send(self, command: str, slot: int, *arguments: Any) -> None:
-        self._pool.send(slot % len(self._pool), (command, slot, *arguments), str(self._episodes[slot]))
-
-    def close(self) -> None:
-        """Stop all processes, also those in the middle of an episode."""
-        self._pool.close()
-
-    def __enter__(self) -> "SimulatorPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.send(slot % len(self), (command, slot, *arguments), str(self._episodes[slot]))

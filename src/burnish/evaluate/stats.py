@@ -8,10 +8,14 @@ from scipy.stats import binom, binomtest, norm
 
 from burnish.core.errors import BurnishError
 
+LEVEL = 0.95
+"""Of all intervals and tests."""
+RESAMPLES = 20_000
+
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate that never travels without its n and its Wilson interval (95 % unless said)."""
+    """A success rate that never travels without its n and its 95 % Wilson interval."""
 
     successes: int
     n: int
@@ -29,15 +33,15 @@ class Rate:
         return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> Rate:
-    """Success rate with the Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
+def wilson(successes: int, n: int) -> Rate:
+    """Success rate with the 95 % Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
 
     Raises:
         BurnishError: n < 1, or successes outside 0..n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise BurnishError(f"{successes} successes of {n} trials", "n >= 1 and 0 <= successes <= n")
-    z = float(norm.isf((1 - level) / 2))
+    z = float(norm.isf((1 - LEVEL) / 2))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -75,9 +79,9 @@ def sign_flip(differences: np.ndarray) -> float:
 
 
 def paired_bootstrap(
-    differences: np.ndarray, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 20_000
+    differences: np.ndarray, rng: np.random.Generator, *, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Percentile interval of the mean paired difference, resampling pairs with replacement.
+    """95 % percentile interval of the mean paired difference, resampling pairs with replacement.
 
     Resampling n pairs is a multinomial draw over the distinct differences, so the cost does not grow with n.
 
@@ -92,15 +96,11 @@ def paired_bootstrap(
     n = int(counts.sum())
     if n == 0:
         raise BurnishError("no pairs to resample", "at least one")
-    means = rng.multinomial(n, counts / n, size=resamples) @ values / n
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return _middle(rng.multinomial(n, counts / n, size=resamples) @ values / n)
 
 
-def crossed_bootstrap(
-    values: np.ndarray, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 20_000
-) -> tuple[float, float]:
-    """Interval of the mean of a table whose rows (training seeds) and columns (initial states) are both samples.
+def crossed_bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the mean of a table whose rows (training seeds) and columns (initial states) are both samples.
 
     Rows and columns are resampled independently (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 1,
     2007), so the interval speaks of other seeds and other states. k rows resampled understate their own variance by
@@ -121,16 +121,17 @@ def crossed_bootstrap(
     if k > 1:
         apart = table.mean(1, keepdims=True) - table.mean()
         table = table + apart * (math.sqrt(k / (k - 1)) - 1)
-    rows = rng.multinomial(k, np.full(k, 1 / k), size=resamples)
-    columns = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-    means = ((rows @ table) * columns).sum(1) / (k * n)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    rows = rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES)
+    columns = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return _middle(((rows @ table) * columns).sum(1) / (k * n))
+
+
+def _middle(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def minimum_detectable_difference(
-    n: int, discordance: float, *, power: float = 0.8, level: float = 0.95
-) -> float | None:
+def minimum_detectable_difference(n: int, discordance: float, *, power: float = 0.8) -> float | None:
     """Smallest true difference of two rates that a paired test on n pairs finds with the given power.
 
     Solves n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 for d (Connor, Biometrics 43, 1987), where psi is
@@ -145,7 +146,7 @@ def minimum_detectable_difference(
     """
     if n < 1 or not 0 <= discordance <= 1:
         raise BurnishError(f"{n} pairs with discordance {discordance}", "n >= 1, discordance in [0, 1]")
-    z_a, z_b = float(norm.isf((1 - level) / 2)), float(norm.isf(1 - power))
+    z_a, z_b = float(norm.isf((1 - LEVEL) / 2)), float(norm.isf(1 - power))
     under_root = z_a**2 * discordance * n - (n + z_b**2) * discordance * (z_a**2 - z_b**2)
     if discordance == 0 or under_root < 0:
         return None

@@ -1,12 +1,11 @@
 """A video and a film strip of one episode, written so that a kill leaves no partial file."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from burnish.core.files import disk_errors
+from burnish.core.files import new_file
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
@@ -14,19 +13,14 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     import av
 
     height, width = (side - side % 2 for side in frames[0].shape[:2])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with disk_errors(path), av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("h264", rate=fps)
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {"crf": "20", "preset": "fast"}
-            for frame in frames:
-                image = np.ascontiguousarray(frame[:height, :width])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "20", "preset": "fast"}
+        for frame in frames:
+            image = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def write_film_strip(path: Path, frames: Sequence[np.ndarray], count: int = 6) -> None:
@@ -35,10 +29,5 @@ def write_film_strip(path: Path, frames: Sequence[np.ndarray], count: int = 6) -
 
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     strip = np.concatenate([frames[i] for i in chosen], axis=1)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with disk_errors(path):
-            Image.fromarray(strip).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        Image.fromarray(strip).save(temporary, format="PNG")
