@@ -156,7 +156,7 @@ def test_wrong_studies_are_refused(tmp_path, changes, message):
 def test_wrong_variant_is_found_before_anything_is_trained(tmp_path, monkeypatch, variants):
     monkeypatch.chdir(tmp_path)
     study, base = load_study(write(tmp_path, variants=variants, reference="a"))
-    monkeypatch.setattr("burnish.experiments.pipeline.make_data", lambda *_: None)
+    monkeypatch.setattr("burnish.experiments.study.make_data", lambda *_: None)
     with pytest.raises(BurnishError, match="step"):
         run_study(study, base)
     assert not list((tmp_path / "runs").rglob("policy"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from burnish import __version__
 from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError
@@ -70,16 +71,10 @@ def find(words: Sequence[str]) -> tuple[str, Command, list[str]]:
         if not rest or rest[0] not in found.commands:
             parser = group_parser(name, found)
             if found is COMMANDS:
-                parser.add_argument("--version", action="version", version=version())
+                parser.add_argument("--version", action="version", version=__version__)
             parser.parse_args(rest)  # prints the help, or refuses the word
         name, found, rest = f"{name} {rest[0]}", found.commands[rest[0]], rest[1:]
     return name, found, rest
-
-
-def version() -> str:
-    from burnish import __version__
-
-    return __version__
 
 
 def present_names(words: Sequence[str]) -> tuple[list[str], bool]:

@@ -60,17 +60,15 @@ def profile_table(outcome: dict[str, Any]) -> str:
         lines.append(line(name, figures, figures["median"] / whole))
         if name == "passes":
             lines += [line(f"  pass {i + 2}", each) for i, each in enumerate(outcome["each_pass"])]
-    lines += [line("profiled", outcome["profiled_total"]), line("undisturbed", outcome["total"])]
-    lines += [line("first action", outcome["first_action"]), ""]
-    lines.append(
+    lines += [
+        line("profiled", outcome["profiled_total"]), line("undisturbed", outcome["total"]),
+        line("first action", outcome["first_action"]), "",
         f"{outcome['passes']:g} forward passes over {outcome['rows']:g} token positions (prompt included); "
         f"{outcome['actions_per_second']:.1f} actions a second ({outcome['actions_executed_of_a_chunk']} executed of "
-        f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second"
-    )
-    lines.append(
+        f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second",
         f"{outcome['calls']} calls of {outcome['batch_size']}, {outcome['type']}, {outcome['machine']['device']}, "
-        f"{outcome['threads']} threads; stages make up {outcome['stages_over_total']:.1%} of the calls"
-    )
+        f"{outcome['threads']} threads; stages make up {outcome['stages_over_total']:.1%} of the calls",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

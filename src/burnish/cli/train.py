@@ -7,11 +7,9 @@ from burnish.core.config import RecipeConfig
 
 
 def train(
-    *overrides: Annotated[str, Arg(fields=RecipeConfig)],
-    config: Annotated[str | None, Arg(metavar="FILE")] = None,
-    fresh: bool = False,
-    quiet: bool = False,
-) -> None:
+    *overrides: Annotated[str, Arg(fields=RecipeConfig)], config: Annotated[str | None, Arg(metavar="FILE")] = None,
+    fresh: bool = False, quiet: bool = False,
+) -> None:  # fmt: skip
     """Fine-tune a policy as a recipe says.
 
     Any field of the recipe can be given as --section.field=value. A run that was killed goes on where it stopped.

@@ -95,8 +95,8 @@ def merge(
         base, [_weighted(text, "--delta") for text in delta], output=output,
         tuned=[_weighted(text, "--tuned") for text in tuned], operator=operator,
         options=dict(_pair(text, "--option", "NAME=VALUE") for text in option),
-        modules=[_factor(text) for text in module], include=include, exclude=exclude, heads=heads, dtype=dtype,
-        other_base=other_base, threads=threads, force=force,
+        modules=[_factor(text, "--module", "REGEX=FACTOR") for text in module], include=include, exclude=exclude,
+        heads=heads, dtype=dtype, other_base=other_base, threads=threads, force=force,
     )  # fmt: skip
     changed = sum(bool(entry["weights"]) for entry in record["tensors"].values())
     print(f"{output}: {changed} of {len(record['tensors'])} tensors changed, {record['operator']}")
@@ -190,22 +190,15 @@ def _pair(text: str, flag: str, form: str) -> tuple[str, str]:
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
     """PATH=WEIGHT; without a weight it is 1."""
-    if "=" not in text:
-        return text, 1.0
-    path, weight = _pair(text, flag, "PATH=WEIGHT")
-    return path, _number(weight, flag)
+    return _factor(text if "=" in text else f"{text}=1", flag, "PATH=WEIGHT")
 
 
-def _factor(text: str) -> tuple[str, float]:
-    pattern, factor = _pair(text, "--module", "REGEX=FACTOR")
-    return pattern, _number(factor, "--module")
-
-
-def _number(text: str, flag: str) -> float:
+def _factor(text: str, flag: str, form: str) -> tuple[str, float]:
+    name, factor = _pair(text, flag, form)
     try:
-        return float(text)
+        return name, float(factor)
     except ValueError as error:
-        raise BurnishError(f"{flag} has the weight '{text}'", "a number, for instance 1.1") from error
+        raise BurnishError(f"{flag} has the weight '{factor}'", "a number, for instance 1.1") from error
 
 
 COMMANDS = Group(

@@ -51,15 +51,13 @@ def read_variants(result: Path) -> dict[str, dict[str, Any]]:
     for name, run in content.get("metrics", {}).get("runs", {}).items():
         variant = name.rpartition("-")[0]
         if variant in variants and "answer_loss" in run:
-            variants[variant].setdefault("loss", {"by_seed": [], "interval": None})["by_seed"].append(
-                run["answer_loss"]
-            )
+            losses = variants[variant].setdefault("loss", {"by_seed": [], "interval": None})
+            losses["by_seed"].append(run["answer_loss"])
     wanted = {"success", "accuracy", "loss"}
     variants = {name: found for name, found in variants.items() if wanted <= found.keys()}
     if not variants:
-        raise BurnishError(
-            f"{result} has no variant with success and answers", "a study whose recipe sets eval.questions"
-        )
+        found = f"{result} has no variant with success and answers"
+        raise BurnishError(found, "a study whose recipe sets eval.questions")
     for found in variants.values():
         found["loss"]["rate"] = sum(found["loss"]["by_seed"]) / len(found["loss"]["by_seed"])
     return variants

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.files import read_object, write_json
+from burnish.core.provenance import commit, machine
+from burnish.core.recipe import demos_root, run_folder, save_recipe
+from burnish.experiments.results import FROM_RUN, result_row, write_result
 
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
@@ -44,11 +48,8 @@ class Stages:
     """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time."""
 
     def __init__(self, file: Path, facts: dict[str, Any]):
-        import json
-
         self.file = file
-        self.content = json.loads(file.read_text()) if file.exists() else {"stages": []}
-        self.content |= facts
+        self.content = (read_object(file) if file.exists() else {"stages": []}) | facts
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -76,8 +77,6 @@ class Stages:
         return sum(s["minutes"] for s in self.content["stages"])
 
     def write(self) -> None:
-        from burnish.core.files import write_json
-
         write_json(self.file, self.content)
 
 
@@ -89,7 +88,6 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
         command: the command line to show in the report.
         result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
     """
-    from burnish.core.recipe import run_folder, save_recipe
     from burnish.report.page import write_report
     from burnish.train.run import check_resumable
     from burnish.train.setup import make_objectives
@@ -117,24 +115,16 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
 
 def run_facts(name: str, command: str, seeds: dict[str, Any]) -> dict[str, Any]:
     """What run.json says of a run besides its stages: who, when, where, with which versions and seeds."""
-    from burnish.core.provenance import commit, machine
-
     versions = machine()
     return {
-        "name": name,
-        "commands": [command] if command else [],
-        "commit": commit(),
-        "hardware": versions.pop("device"),
-        "versions": versions,
-        "seeds": seeds,
+        "name": name, "commands": [command] if command else [], "commit": commit(),
+        "hardware": versions.pop("device"), "versions": versions, "seeds": seeds,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    }  # fmt: skip
 
 
 def make_data(recipe: RecipeConfig, stages: Stages) -> None:
     """Demonstrations and held-out questions that the recipe asks for and that are not there yet."""
-    from burnish.core.recipe import demos_root
-
     demos = recipe.demos
     # A data set that the recipe names is left alone where it exists; where it does not, the recipe says how to make it.
     if demos.env and not (recipe.data.root and Path(recipe.data.root).exists()):
@@ -193,9 +183,8 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
         if settings.instruction_swap:
             variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
         if settings.random_object_expert:
-            variants["expert_random_object"] = lambda to: evaluate_expert(
-                env, which="random_object", output=to, **_trials(settings)
-            )
+            options = {"which": "random_object", **_trials(settings)}
+            variants["expert_random_object"] = lambda to: evaluate_expert(env, output=to, **options)
         for variant, measure in variants.items():
             with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
                 outcome.evaluations[variant] = measure(outcome.folder / "eval" / variant)
@@ -219,18 +208,15 @@ def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
 
 
 def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
-    from burnish.core.files import write_json
     from burnish.evaluate.retention import compare_retention, retention
     from burnish.policies import load_policy
 
-    paths = {"tuned": outcome.folder / "policy"}
+    paths, questions = {"tuned": outcome.folder / "policy"}, recipe.eval.questions
     if recipe.policy.path:
         paths["base"] = recipe.policy.path
     for name, path in paths.items():
-        outcome.retention[name] = retention(
-            load_policy(path, device=recipe.eval.device), recipe.eval.questions.root, limit=recipe.eval.questions.limit,
-            progress=True,
-        )  # fmt: skip
+        policy = load_policy(path, device=recipe.eval.device)
+        outcome.retention[name] = retention(policy, questions.root, limit=questions.limit, progress=True)
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
     if len(outcome.retention) == 2:
         content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
@@ -238,8 +224,6 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
 
 
 def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: Path) -> None:
-    from burnish.experiments.results import result_row, write_result
-
     rows, metrics = [], {}
     for variant, found in outcome.evaluations.items():
         rows.append(result_row(RESULT_LABELS[variant], found.overall.successes, found.overall.n))
@@ -249,6 +233,6 @@ def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: 
         metrics[f"questions_{name}"] = {k: v for k, v in found.to_dict().items() if k != "correct"}
     facts = stages.content
     write_result(
-        path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, commit=facts["commit"],
-        date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"], minutes=stages.minutes, metrics=metrics,
+        path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, minutes=stages.minutes,
+        metrics=metrics, **{name: facts[name] for name in FROM_RUN},
     )  # fmt: skip

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_text
+from burnish.core.files import write_json, write_text
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
+FROM_RUN = ("commit", "date", "seeds", "hardware")
+"""Fields that run.json has under the same names."""
 ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
 MARKER = re.compile(r"^<!-- results:(?P<names>[^>]*?)-->[ \t]*\n(?P<table>.*?)^<!-- /results -->[ \t]*$", re.M | re.S)
 OPENING = re.compile(r"^<!-- results:", re.M)
@@ -38,18 +40,9 @@ def result_row(label: str, successes: int, n: int, **extra: Any) -> dict[str, An
 
 
 def write_result(
-    path: Path | str,
-    *,
-    recipe: str,
-    command: str,
-    rows: list[dict[str, Any]],
-    commit: str,
-    date: str,
-    seeds: dict[str, int],
-    hardware: str,
-    minutes: float,
-    metrics: dict[str, Any] | None = None,
-) -> Path:
+    path: Path | str, *, recipe: str, command: str, rows: list[dict[str, Any]], commit: str, date: str,
+    seeds: dict[str, int], hardware: str, minutes: float, metrics: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Write the outcome of a recipe; the old file stays until the new one is complete.
 
     Args:
@@ -67,15 +60,12 @@ def write_result(
     Raises:
         BurnishError: a row lacks a field, or contradicts itself.
     """
-    from burnish.core.files import write_json
-
     path = Path(path)
     content = {
         "recipe": recipe, "command": command, "commit": commit, "date": date, "seeds": seeds, "hardware": hardware,
         "minutes": round(float(minutes), 1), "rows": rows, "metrics": metrics or {},
     }  # fmt: skip
     check_result(content, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return path
 
@@ -94,9 +84,8 @@ def check_result(content: Any, where: str) -> None:
         low, high = row["interval"]
         n, successes = row["n"], row["successes"]
         if n < 1 or abs(row["rate"] - successes / n) > 1e-9 or not low <= row["rate"] <= high:
-            raise BurnishError(
-                f"{where}: row '{row['label']}' contradicts itself", "rate = successes / n inside interval"
-            )
+            found = f"{where}: row '{row['label']}' contradicts itself"
+            raise BurnishError(found, "rate = successes / n inside interval")
 
 
 def render_table(names: Iterable[str], results: Path) -> str:
@@ -126,10 +115,8 @@ def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
         variants: dict[str, list[dict[str, Any]]] = {}
         for run, figures in found["metrics"].get("runs", {}).items():
             variants.setdefault(run.rpartition("-")[0], []).append(figures)
-        lines = [
-            _line(["", "seeds", *(key.replace("_", " ") for key in keys)]),
-            _line(["---", *["---:"] * (len(keys) + 1)]),
-        ]
+        lines = [_line(["", "seeds", *(key.replace("_", " ") for key in keys)])]
+        lines.append(_line(["---", *["---:"] * (len(keys) + 1)]))
         for variant, runs in variants.items():
             values = [[run[key] for run in runs if run.get(key) is not None] for key in keys]
             means = [_cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
@@ -193,15 +180,9 @@ def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
     lines = [_line([*names, *numbers]), _line(["---"] * len(names) + ["---:"] * len(numbers))]
     for name, row in rows:
         low, high = row["interval"]
-        cells = [
-            row["label"],
-            *([row.get("eval", "")] if evals else []),
-            row["n"],
-            f"{100 * row['rate']:.1f} %",
-            f"{100 * low:.1f} to {100 * high:.1f} %",
-        ]
-        cells += [_cell(key, row.get(key)) for key in extra]
-        lines.append(_line([*([name] if several else []), *cells]))
+        cells = [*([name] if several else []), row["label"], *([row.get("eval", "")] if evals else []), row["n"]]
+        cells += [f"{100 * row['rate']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        lines.append(_line([*cells, *(_cell(key, row.get(key)) for key in extra)]))
     return "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, read_object
+from burnish.core.files import alone, read_object, write_json
 from burnish.core.options import check, option, refuse_unknown
+from burnish.core.provenance import weights_hash
 from burnish.core.recipe import (
     demos_root,
     find_recipe,
@@ -26,6 +27,8 @@ from burnish.core.recipe import (
     run_folder,
 )
 from burnish.core.renames import STUDY, rename
+from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
+from burnish.experiments.results import FROM_RUN, write_result
 
 log = logging.getLogger("burnish")
 
@@ -127,7 +130,6 @@ def run_study(
     Raises:
         BurnishError: a mistake in any variant (before anything is trained), a setup command that failed.
     """
-    from burnish.experiments.pipeline import Stages, make_data, run_facts
     from burnish.train.setup import make_objectives
 
     folder = study_folder(study)
@@ -200,9 +202,8 @@ def _set_up(line: str, stages: Any, run_setup: SetupRunner | None) -> None:
     if line in stages.content.setdefault("done", []):
         return
     if run_setup is None:
-        raise BurnishError(
-            f"nothing runs the setup command '{line}'", "a function run_setup(line)", "burnish run STUDY"
-        )
+        found = f"nothing runs the setup command '{line}'"
+        raise BurnishError(found, "a function run_setup(line)", "burnish run STUDY")
     with stages.stage(line):
         if run_setup(line):
             raise BurnishError(f"the setup command failed: {line}")
@@ -219,7 +220,6 @@ def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
 
 
 def _train_and_measure(study: StudyConfig, run: _Run) -> None:
-    from burnish.experiments.pipeline import evaluate_as
     from burnish.train.loop import train
 
     every = _settings(study, run)
@@ -235,8 +235,6 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
 
 def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     """Answers to the held-out questions, as retention.json; those that the same weights gave to the same stay."""
-    from burnish.core.files import write_json
-    from burnish.core.provenance import weights_hash
     from burnish.evaluate.retention import retention
     from burnish.policies import load_policy
     from burnish.policies.load import resolve
@@ -259,7 +257,6 @@ def _ask_questions(runs: Iterable[_Run]) -> bool:
 
 
 def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
-    from burnish.experiments.results import write_result
     from burnish.experiments.variants import read_successes, variant_rows
 
     def of(variant: str) -> dict[int, _Run]:
@@ -275,14 +272,12 @@ def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes:
         rows += variant_rows(found, study.reference, **({"eval": name} if several else {}))
     metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": _figures(run) for run in runs}}
     if _ask_questions(runs):
-        answers = {
-            variant: {seed: _answers(run.folder) for seed, run in of(variant).items()} for variant in study.variants
-        }
+        seeds = {variant: of(variant).items() for variant in study.variants}
+        answers = {variant: {seed: _answers(run.folder) for seed, run in found} for variant, found in seeds.items()}
         rows += _question_rows(answers, study, metrics)
     write_result(
-        path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows,
-        commit=facts["commit"], date=facts["date"], seeds=facts["seeds"], hardware=facts["hardware"],
-        minutes=minutes, metrics=metrics,
+        path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows, minutes=minutes,
+        metrics=metrics, **{name: facts[name] for name in FROM_RUN},
     )  # fmt: skip
 
 
