@@ -12,20 +12,10 @@ from burnish.cli import compare, data, eval, method, policy, report, run, train,
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError
 
-COMMANDS = Group(
-    "Post-training for vision-language-action policies.",
-    {
-        "data": data.COMMANDS,
-        "train": train.train,
-        "eval": eval.evaluate,
-        "compare": compare.compare,
-        "run": run.run,
-        "weights": weights.COMMANDS,
-        "policy": policy.COMMANDS,
-        "method": method.COMMANDS,
-        "report": report.COMMANDS,
-    },
-)
+COMMANDS = Group("Post-training for vision-language-action policies.", {
+    "data": data.COMMANDS, "train": train.train, "eval": eval.evaluate, "compare": compare.compare, "run": run.run,
+    "weights": weights.COMMANDS, "policy": policy.COMMANDS, "method": method.COMMANDS, "report": report.COMMANDS,
+})  # fmt: skip
 
 OLD = {
     "demos": "data demos", "questions": "data questions --scenes 1000", "inspect": "data inspect",

@@ -286,14 +286,11 @@ def read_options(given: list[str], flag: str) -> dict[str, Any]:
     return options
 
 
+VERIFY = Group(
+    "Check on a policy of yours that an estimate or a shortcut says what it should.",
+    {"decode": verify_decode, "score": verify_score},
+)
 COMMANDS = Group(
     "Profile a policy, decode with it, and verify shortcuts on it.",
-    {
-        "profile": profile,
-        "decode": decode,
-        "verify": Group(
-            "Check on a policy of yours that an estimate or a shortcut says what it should.",
-            {"decode": verify_decode, "score": verify_score},
-        ),
-    },
+    {"profile": profile, "decode": decode, "verify": VERIFY},
 )

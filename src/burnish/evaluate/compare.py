@@ -110,10 +110,9 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
     keys = [list(dict.fromkeys(key for run in side for key in run)) for side in sides]
     shared = set(keys[0]) & set(keys[1])
     if not shared:
-        raise BurnishError(
-            f"no trial of {names[0]} has a partner in {names[1]} ({_example(keys[0])} against {_example(keys[1])})",
-            "evaluations of the same tasks on the same initial states",
-        )
+        examples = f"{_example(keys[0])} against {_example(keys[1])}"
+        raise BurnishError(f"no trial of {names[0]} has a partner in {names[1]} ({examples})",
+                           "evaluations of the same tasks on the same initial states")  # fmt: skip
     paired = [key for key in keys[0] if key in shared]
     tasks = list(dict.fromkeys(task for task, _ in paired))
     overall = _result(sides, paired, seed)
@@ -223,8 +222,6 @@ def _table(per_task: dict[str, PairedResult]) -> list[str]:
     width = max(len("task"), *(len(task) for task in per_task))
     lines = [f"{'task':<{width}}  {'A':>28}  {'B':>28}  {'B - A':>7}  only A/B  p"]
     for task, r in per_task.items():
-        lines.append(
-            f"{task:<{width}}  {r.rate_a!s:>28}  {r.rate_b!s:>28}  {100 * r.difference:>+7.1f}  "
-            f"{r.only_a:>4}/{r.only_b:<3}  {r.p:.3g}"
-        )
+        lines.append(f"{task:<{width}}  {r.rate_a!s:>28}  {r.rate_b!s:>28}  {100 * r.difference:>+7.1f}  "
+                     f"{r.only_a:>4}/{r.only_b:<3}  {r.p:.3g}")  # fmt: skip
     return lines

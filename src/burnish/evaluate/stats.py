@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest, norm
 from burnish.core.errors import BurnishError
 
 LEVEL = 0.95
-"""Of all intervals and tests."""
+"""Of all intervals and tests, unless said."""
 RESAMPLES = 20_000
 
 
@@ -33,15 +33,15 @@ class Rate:
         return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] (n={self.n})"
 
 
-def wilson(successes: int, n: int) -> Rate:
-    """Success rate with the 95 % Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
+def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
+    """Success rate with the Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
 
     Raises:
         BurnishError: n < 1, or successes outside 0..n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise BurnishError(f"{successes} successes of {n} trials", "n >= 1 and 0 <= successes <= n")
-    z = float(norm.isf((1 - LEVEL) / 2))
+    z = float(norm.isf((1 - level) / 2))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

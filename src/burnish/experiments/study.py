@@ -265,10 +265,8 @@ def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes:
     rows = []
     several = bool(study.evals or _ask_questions(runs))
     for name in ["main", *study.evals]:
-        found = {
-            variant: read_successes({seed: run.folder / "eval" / name for seed, run in of(variant).items()})
-            for variant in study.variants
-        }
+        folders = {v: {seed: run.folder / "eval" / name for seed, run in of(v).items()} for v in study.variants}
+        found = {variant: read_successes(evaluations) for variant, evaluations in folders.items()}
         rows += variant_rows(found, study.reference, **({"eval": name} if several else {}))
     metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": _figures(run) for run in runs}}
     if _ask_questions(runs):

@@ -74,13 +74,10 @@ def load_run(path: Path) -> RunFolder:
         raise BurnishError(f"no run folder at {path}", "a folder that `burnish run` or `burnish train` wrote")
     recipe = path / "recipe.yaml"
     run = RunFolder(
-        path=path,
-        info=_read_object(path / "run.json"),
+        path=path, info=_read_object(path / "run.json"), metrics=read_jsonl(path / "metrics.jsonl"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        metrics=read_jsonl(path / "metrics.jsonl"),
-        evaluations=_evaluations(path),
-        retention=_read_object(path / "retention.json"),
-    )
+        evaluations=_evaluations(path), retention=_read_object(path / "retention.json"),
+    )  # fmt: skip
     if not (run.info or run.metrics or run.evaluations or run.retention):
         raise BurnishError(f"nothing to report in {path}", "at least one of run.json, metrics.jsonl, retention.json, "
                            "eval/<variant>/summary.json")  # fmt: skip
