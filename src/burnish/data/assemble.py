@@ -42,8 +42,7 @@ def image_stats(histogram: np.ndarray, num_frames: int, quantiles: Iterable[floa
         min, max, mean, std and quantiles, each [3, 1, 1] in [0, 1], and count [1] in frames.
     """
     values, total = np.arange(256), histogram.sum(1)
-    mean = histogram @ values / total
-    second = histogram @ values**2 / total
+    mean, second = histogram @ values / total, histogram @ values**2 / total
     stats = {
         "min": np.array([np.flatnonzero(row)[0] for row in histogram], float),
         "max": np.array([np.flatnonzero(row)[-1] for row in histogram], float),
@@ -68,10 +67,9 @@ class _Files:
         """Count `num_bytes` in; True where they open a new file."""
         fresh = self._size + num_bytes >= self._limit
         if fresh:
-            self._size = 0
-            self.chunk, self.file = (
-                (self.chunk, self.file + 1) if self.file + 1 < self._per_chunk else (self.chunk + 1, 0)
-            )
+            self._size, self.file = 0, self.file + 1
+            if self.file == self._per_chunk:
+                self.chunk, self.file = self.chunk + 1, 0
         self._size += num_bytes
         return fresh
 
@@ -88,9 +86,8 @@ class _VideoFile:
         self._stream = None
         self.num_frames = 0
 
-    def append(self, episode: bytes) -> int:
-        """Copy the packets of an episode; returns how many frames it has."""
-        before = self.num_frames
+    def append(self, episode: bytes) -> None:
+        """Copy the packets of an episode."""
         with self._av.open(io.BytesIO(episode)) as source:
             if self._stream is None:
                 self._stream = self._container.add_stream_from_template(source.streams.video[0])
@@ -98,12 +95,10 @@ class _VideoFile:
                 if packet.size == 0:  # the end of the stream
                     continue
                 packet.stream = self._stream
-                packet.time_base = Fraction(1, self._fps)
+                packet.time_base, packet.duration = Fraction(1, self._fps), 1
                 packet.pts = packet.dts = self.num_frames
-                packet.duration = 1
                 self._container.mux(packet)
                 self.num_frames += 1
-        return self.num_frames - before
 
     def close(self) -> None:
         self._container.close()

@@ -5,10 +5,12 @@ order until each task has its share of solved ones, so the data set is the same 
 and however many processes did it.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,9 @@ class DemosSummary:
 
 
 def make_demos(
-    env: str,
-    episodes: int,
-    root: Path | str,
-    *,
-    image_size: int = 96,
-    cameras: Sequence[str] = (),
-    seed: int = 0,
-    workers: int = 0,
-    geometry: bool = False,
-    progress: bool = True,
-) -> DemosSummary:
+    env: str, episodes: int, root: Path | str, *, image_size: int = 96, cameras: Sequence[str] = (), seed: int = 0,
+    workers: int = 0, geometry: bool = False, progress: bool = True,
+) -> DemosSummary:  # fmt: skip
     """Record successful expert demonstrations as a LeRobotDataset v3 in `root`.
 
     Args:
@@ -116,26 +110,23 @@ def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], s
         raise BurnishError(f"seed {seed}", "a number from 0 on")
     tasks = expand(env)
     return {
-        "format": FORMAT,
-        "env": env,
-        "tasks": tasks,
-        "episodes": episodes,
-        "image_size": image_size,
-        "cameras": list(cameras),
-        "seed": seed,
-        "geometry": bool(geometry),
-    }
+        "format": FORMAT, "env": env, "tasks": tasks, "episodes": episodes, "image_size": image_size,
+        "cameras": list(cameras), "seed": seed, "geometry": bool(geometry),
+    }  # fmt: skip
 
 
 def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
-    import json
-
     path = root / "burnish_demos.json"
     if not path.is_file():
         raise BurnishError(f"{root} is not empty and no data set of burnish data demos", "a new folder")
     made = json.loads(path.read_text())
     check_same_request(made["request"], request, root)
     shutil.rmtree(root.with_name(root.name + ".partial"), ignore_errors=True)  # a kill came after the last rename
+    return _summary(root, made)
+
+
+def _summary(root: Path, made: dict[str, Any]) -> DemosSummary:
+    """Of the content of burnish_demos.json."""
     expert = made["expert"]
     per_task = {task: tuple(counts) for task, counts in expert["per_task"].items()}
     return DemosSummary(
@@ -159,10 +150,7 @@ class _Share:
         solved = self.solved_before_enough()
         if self.skipped or solved + len(self.running - set(self.results)) >= self.wanted:
             return None
-        number = 0
-        while number in self.results or number in self.running:
-            number += 1
-        return number
+        return next(number for number in count() if number not in self.results and number not in self.running)
 
     def solved_before_enough(self) -> int:
         return min(self.wanted, sum(self.results.values()))
@@ -205,10 +193,10 @@ def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: b
     total = request["episodes"]
     name = f"demonstrations of {request['env']}"
     bar = tqdm(total=total, initial=total - missing, desc=name, unit="demo", disable=not progress)
-    count = min(count_workers(workers), max(1, (missing + 1) // 2))
+    processes = min(count_workers(workers), max(1, (missing + 1) // 2))
     fix = "run the same command again to continue"
     held: dict[int, _Share] = {}
-    with bar, WorkerPool(record_attempts, request, count=count, name="simulator process", fix=fix) as pool:
+    with bar, WorkerPool(record_attempts, request, count=processes, name="simulator process", fix=fix) as pool:
         while True:
             _hand_out(pool, held, shares, spool)
             if len(pool.idle()) == len(pool):
@@ -266,19 +254,14 @@ def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_S
             "episodes": len(recordings),
             "frames": frames,
             "expert": {
-                "attempts": attempts,
-                "successes": len(recordings),
-                "wilson95": [float(interval.low), float(interval.high)],
-                "per_task": per_task,
+                "attempts": attempts, "successes": len(recordings),
+                "wilson95": [float(interval.low), float(interval.high)], "per_task": per_task,
             },
             "skipped": skipped,
             "versions": _versions(family),
-        }
+        }  # fmt: skip
         write_json(folder / "burnish_demos.json", facts)
-    return DemosSummary(
-        root, request["env"], len(recordings), frames, attempts, len(recordings),
-        (float(interval.low), float(interval.high)), per_task, skipped,
-    )  # fmt: skip
+    return _summary(root, facts)
 
 
 def _versions(family: str) -> dict[str, str]:

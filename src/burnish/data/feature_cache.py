@@ -109,11 +109,9 @@ class Statistics:
         count = min(components or high, len(whole[0]))
         cosine = kept(count)
         if cosine < LEAST_COSINE:
-            raise BurnishError(
-                f"{count} components keep the teacher's features to a cosine of {cosine:.3f}",
-                f"at least {LEAST_COSINE}",
-                "components: 0 for as few as do, or cache_format: half",
-            )
+            found = f"{count} components keep the teacher's features to a cosine of {cosine:.3f}"
+            fix = "components: 0 for as few as do, or cache_format: half"
+            raise BurnishError(found, f"at least {LEAST_COSINE}", fix)
 
     def encode(self, features: Tensor) -> Tensor:
         """float32 [..., D] to float16 [..., D] or int8 [..., K]."""
@@ -201,7 +199,5 @@ def _check_key(found: dict[str, Any], expected: dict[str, Any], folder: Path) ->
     if differing:
         name = differing[0]
         what = {"data": "another data set", "teacher": "another teacher"}.get(name, f"another {name}")
-        raise BurnishError(
-            f"{folder} holds features of {what} ({found.get(name)})", f"{expected[name]}",
-            "leave `cache` empty to make the right one",
-        )  # fmt: skip
+        raise BurnishError(f"{folder} holds features of {what} ({found.get(name)})", f"{expected[name]}",
+                           "leave `cache` empty to make the right one")  # fmt: skip

@@ -7,9 +7,8 @@ import json
 import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from burnish.core.files import alone, disk_errors, new_folder, remove_folder, re
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.data.feature_cache import NAMES, CacheKey, FeatureCache, Statistics, load_statistics
+from burnish.data.frames import npy_header
 from burnish.data.views import FrameSource, FrameViews
 from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
 from burnish.teachers.pooling import pool_grid, positional_term
@@ -81,11 +81,9 @@ class FeatureJob:
     num_frames: int
 
     def block(self, indices: np.ndarray) -> Block:
-        """These frames with their states."""
         return indices, None if self.states is None else self.states[indices]
 
     def teacher(self, device: str) -> Pooled:
-        """The teacher on a device."""
         return Pooled(make_teacher(self.spec, tuple(self.key.grid)).to(device), self.key)
 
 
@@ -118,10 +116,9 @@ def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: s
     key, num_frames = job.key, job.num_frames
     partial = folder.with_name(folder.name + ".partial")
     shapes = _prepare(partial, job, device)
-    flags = np.fromfile(partial / "done", dtype=np.uint8)
-    if len(flags) != -(-num_frames // BLOCK):
-        raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{-(-num_frames // BLOCK)}",
-                           f"rm -r '{partial}'")  # fmt: skip
+    flags, expected = np.fromfile(partial / "done", dtype=np.uint8), -(-num_frames // BLOCK)
+    if len(flags) != expected:
+        raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{expected}", f"rm -r '{partial}'")
     todo = [b for b in range(len(flags)) if not flags[b]]
     blocks = [np.arange(b * BLOCK, min(num_frames, (b + 1) * BLOCK)) for b in todo]
     bar = tqdm(total=num_frames, initial=num_frames - sum(map(len, blocks)), unit="frame",
@@ -190,54 +187,34 @@ def fit_statistics(job: FeatureJob, device: str) -> dict[int, Statistics]:
 
 def _empty_array(path: Path, shape: Sequence[int], kind) -> None:
     """A .npy file of full size; the space is taken now, so that a full disk shows before hours of work."""
-    buffer = BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    size = math.prod(shape) * np.dtype(kind).itemsize
+    header, size = npy_header(shape, kind), math.prod(shape) * np.dtype(kind).itemsize
     with open(path, "wb") as file:
-        file.write(buffer.getvalue())
+        file.write(header)
         file.flush()
-        os.posix_fallocate(file.fileno(), 0, buffer.tell() + max(1, size))
-
-
-class Filler:
-    """Holds teacher, views and open files; `fill` computes one block and writes it where it belongs."""
-
-    def __init__(self, job: FeatureJob, folder: Path, device: str):
-        self.folder, self.device = folder, device
-        self.statistics = load_statistics(folder, job.key.layers)
-        self.teacher, self.views = job.teacher(device), FrameViews(job.source)
-        paths = {t: folder / f"layer-{t}.npy" for t in job.key.layers}
-        self.starts = {t: np.load(p, mmap_mode="r", allow_pickle=False).offset for t, p in paths.items()}
-        self.handles = {t: os.open(p, os.O_RDWR) for t, p in paths.items()}
-
-    def fill(self, frames: np.ndarray, states: np.ndarray | None) -> None:
-        found = self.teacher(self.views(frames, states).to(self.device))
-        for t, features in found.items():
-            stored = self.statistics[t].encode(features.cpu()).contiguous().numpy()
-            if stored.dtype == np.float16 and not np.isfinite(stored).all():
-                raise BurnishError(f"features of teacher layer {t} exceed half precision", "values below 65504",
-                                   "cache_format: pca")  # fmt: skip
-            data = stored.tobytes()
-            place = self.starts[t] + int(frames[0]) * (len(data) // len(frames))
-            # A memory map on a full disk dies of SIGBUS; a positioned write raises an error that can be reported.
-            with disk_errors(self.folder):
-                if os.pwrite(self.handles[t], data, place) != len(data):
-                    raise OSError(28, "no space left")
-
-    def close(self) -> None:
-        self.views.close()
-        for handle in self.handles.values():
-            os.close(handle)
+        os.posix_fallocate(file.fileno(), 0, len(header) + max(1, size))
 
 
 def fill_blocks(
     blocks: Iterable[Block], job: FeatureJob, folder: Path, device: str
 ) -> Generator[np.ndarray, None, None]:
-    """Compute and write each block; yields the indices of its frames when they are written."""
-    with closing(Filler(job, folder, device)) as filler:
+    """Compute each block and write it where it belongs; yields the indices of its frames when they are written."""
+    statistics, teacher = load_statistics(folder, job.key.layers), job.teacher(device)
+    with ExitStack() as opened:
+        views = opened.enter_context(closing(FrameViews(job.source)))
+        files = {t: opened.enter_context(open(folder / f"layer-{t}.npy", "r+b")) for t in job.key.layers}
+        starts = {t: np.load(file.name, mmap_mode="r", allow_pickle=False).offset for t, file in files.items()}
         for frames, states in blocks:
-            filler.fill(frames, states)
+            for t, features in teacher(views(frames, states).to(device)).items():
+                stored = statistics[t].encode(features.cpu()).contiguous().numpy()
+                if stored.dtype == np.float16 and not np.isfinite(stored).all():
+                    raise BurnishError(f"features of teacher layer {t} exceed half precision", "values below 65504",
+                                       "cache_format: pca")  # fmt: skip
+                data = stored.tobytes()
+                place = starts[t] + int(frames[0]) * (len(data) // len(frames))
+                # A memory map on a full disk dies of SIGBUS; a positioned write raises an error that can be reported.
+                with disk_errors(folder):
+                    if os.pwrite(files[t].fileno(), data, place) != len(data):
+                        raise OSError(28, "no space left")
             yield frames
 
 
@@ -255,9 +232,8 @@ def run_blocks(
     if torch.device(device).type != "cpu" or count < 2:
         yield from fill_blocks(blocks, job, folder, device)
         return
-    alone, name = replace(job, states=None), "the process for teacher features"  # states travel with their blocks
-    with WorkerPool(
-        _fill_in_process, alone, folder, count=count, name=name, fix="run the same command again to continue"
-    ) as pool:
+    lean = replace(job, states=None)  # states travel with their blocks
+    names = {"name": "the process for teacher features", "fix": "run the same command again to continue"}
+    with WorkerPool(_fill_in_process, lean, folder, count=count, **names) as pool:
         for _, frames in pool.run(blocks, label=lambda block: f"frames {block[0][0]} to {block[0][-1]}"):
             yield frames

@@ -27,18 +27,16 @@ def load_metadata(root: Path):
     """LeRobotDatasetMetadata of a local folder, never looking for a hub; BurnishError when it is none."""
     from lerobot.datasets import LeRobotDatasetMetadata
 
-    if not (root / "meta" / "info.json").is_file():
-        raise BurnishError(
-            f"no data set at {root}", "a LeRobotDataset folder with meta/info.json", "burnish data demos --help"
-        )
+    path, wanted = root / "meta" / "info.json", "a LeRobotDataset folder with meta/info.json"
+    if not path.is_file():
+        raise BurnishError(f"no data set at {root}", wanted, "burnish data demos --help")
     try:
-        version = str(json.loads((root / "meta" / "info.json").read_text()).get("codebase_version"))
+        version = str(json.loads(path.read_text()).get("codebase_version"))
     except json.JSONDecodeError as error:
-        raise BurnishError(f"{root}/meta/info.json is no JSON ({error})", "a LeRobotDataset") from error
+        raise BurnishError(f"{path} is no JSON ({error})", "a LeRobotDataset") from error
     if not version.startswith("v3"):
-        raise BurnishError(
-            f"{root} is a data set of version {version}", "v3.0", "python -m lerobot.scripts.convert_dataset_v21_to_v30"
-        )
+        convert = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+        raise BurnishError(f"{root} is a data set of version {version}", "v3.0", convert)
     for name in ("meta/tasks.parquet", "meta/episodes"):
         if not (root / name).exists():
             raise BurnishError(f"{root} has no {name}", "a finished LeRobotDataset", f"burnish data inspect {root}")
@@ -126,15 +124,10 @@ def _target_size(recorded: tuple[int, int], image_size: int) -> tuple[int, int]:
 
 def _is_current(path: Path, about: dict) -> bool:
     """Whether a finished array of exactly this data lies at `path`; anything else is decoded again."""
-    sidecar = path.with_suffix(".json")
-    if not path.is_file() or not sidecar.is_file():
-        return False
     try:
-        return (
-            json.loads(sidecar.read_text()) == about
-            and list(np.load(path, mmap_mode="r", allow_pickle=False).shape) == about["shape"]
-        )
-    except (ValueError, OSError):  # cut short or overwritten
+        noted = json.loads(path.with_suffix(".json").read_text())
+        return noted == about and list(np.load(path, mmap_mode="r", allow_pickle=False).shape) == about["shape"]
+    except (ValueError, OSError):  # missing, cut short or overwritten
         return False
 
 
@@ -153,7 +146,7 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*"):
         stale.unlink(missing_ok=True)
-    header = _npy_header(about["shape"])
+    header = npy_header(about["shape"], np.uint8)
     frame_bytes = height * width * 3
     require_space(path.parent, len(header) + count * frame_bytes, f"decoding '{camera}' of {root}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -189,9 +182,10 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
     write_json(path.with_suffix(".json"), about)
 
 
-def _npy_header(shape: Sequence[int]) -> bytes:
-    buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+def npy_header(shape: Sequence[int], dtype: Any) -> bytes:
+    """What stands before the values in a .npy file of this shape and type."""
+    buffer, descr = BytesIO(), np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": tuple(shape)})
     return buffer.getvalue()
 
 
@@ -245,12 +239,11 @@ def _read_video(
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
                 index = indices.get(round(frame.time * fps)) if frame.time is not None else None
-                if index is None:
-                    continue
-                image = frame.to_ndarray(format="rgb24")
-                _check_size(image, size, path)
-                found += 1
-                yield index, image
+                if index is not None:
+                    image = frame.to_ndarray(format="rgb24")
+                    _check_size(image, size, path)
+                    found += 1
+                    yield index, image
     except (av.FFmpegError, IndexError) as error:
         raise BurnishError(f"video {path} is unreadable after {found} frames ({error})", "a whole video file",
                            "record or copy it again") from error  # fmt: skip
@@ -260,7 +253,5 @@ def _read_video(
 
 def _check_size(image: np.ndarray, size: tuple[int, int], path: Path) -> None:
     if image.shape[:2] != size:
-        raise BurnishError(
-            f"{path} holds images of {image.shape[0]}x{image.shape[1]} pixels",
-            f"{size[0]}x{size[1]} as in meta/info.json",
-        )
+        raise BurnishError(f"{path} holds images of {image.shape[0]}x{image.shape[1]} pixels",
+                           f"{size[0]}x{size[1]} as in meta/info.json")  # fmt: skip

@@ -4,6 +4,7 @@ LeRobot's own class refuses v2.x and stops at the first fault with a stack trace
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -122,9 +123,7 @@ def read_embedded_image(files: DatasetFiles, view: str, episode: Episode, frame:
     from PIL import Image, UnidentifiedImageError
 
     table = pq.read_table(
-        episode.data_file,
-        columns=[view],
-        filters=[("episode_index", "=", episode.index), ("frame_index", "=", frame)],
+        episode.data_file, columns=[view], filters=[("episode_index", "=", episode.index), ("frame_index", "=", frame)]
     )
     rows = table[view].to_pylist()
     content = rows[0].get("bytes") if rows and rows[0] else None
@@ -170,14 +169,19 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_parquet(path: Path, columns: list[str] | None = None):
+def _read_parquet(path: Path, columns: Sequence[str] = ()):
+    """The table of a file or folder, with all columns or those named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.exists():
         raise BurnishError(f"{path} is missing")
     try:
-        return pq.read_table(path, columns=columns)
+        missing = set(columns) - set(pq.read_schema(path).names) if columns else ()
+        if missing:
+            lacking = ", ".join(name for name in columns if name in missing)
+            raise BurnishError(f"{path} lacks the column {lacking}", "every feature of meta/info.json")
+        return pq.read_table(path, columns=columns or None)
     except (pa.ArrowException, OSError) as error:
         raise BurnishError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
 
@@ -273,7 +277,6 @@ def _arrays(one: dict[str, Any]) -> dict[str, np.ndarray]:
 def _read_data(files: DatasetFiles, path: Path, wanted: list[str]) -> dict[str, np.ndarray]:
     import pyarrow as pa
 
-    _check_columns(path, wanted)
     table = _read_parquet(path, wanted)
     out = {}
     for name in wanted:
@@ -283,8 +286,7 @@ def _read_data(files: DatasetFiles, path: Path, wanted: list[str]) -> dict[str, 
             # v2 writers sometimes store scalars as lists of one
             out[name] = np.asarray([v[0] for v in values]) if values.dtype == object else values
             continue
-        size = prod(files.features[name]["shape"]) or 1
-        flat = column
+        size, flat = prod(files.features[name]["shape"]) or 1, column
         while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
             flat = flat.flatten()
         if len(flat) != size * len(column):
@@ -292,18 +294,3 @@ def _read_data(files: DatasetFiles, path: Path, wanted: list[str]) -> dict[str, 
             raise BurnishError(f"{path}: {name} has {found:g} numbers a frame", f"{size} as meta/info.json says")
         out[name] = flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), size)
     return out
-
-
-def _check_columns(path: Path, wanted: list[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        raise BurnishError(f"{path} is missing")
-    try:
-        present = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise BurnishError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        raise BurnishError(f"{path} lacks the column {', '.join(missing)}", "every feature of meta/info.json")

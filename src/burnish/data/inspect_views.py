@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +91,13 @@ def _check_video(file: Path, frames: int, fps: int, quick: bool, view: View) -> 
             stream = container.streams.video[0]
             view.codec = stream.codec_context.name
             rate = float(stream.average_rate or 0)
-            found = stream.frames if quick and stream.frames else _count_packets(container, stream)
+            found = stream.frames if quick else 0
+            # Read to the end without decoding: a file cut short shows there, not in its header.
+            found = found or sum(1 for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
     except (av.FFmpegError, OSError) as error:
         return f"unreadable ({error.strerror or error})"
-    if found < frames:
-        return f"too short: {found} frames, {frames} frames in the data"
-    if found > frames:
-        return f"too long: {found} frames, {frames} frames in the data"
+    if found != frames:
+        return f"too {'short' if found < frames else 'long'}: {found} frames, {frames} frames in the data"
     if rate and abs(rate - fps) > 0.01 * fps:
         return f"{rate:g} frames a second, meta/info.json says {fps}"
     return ""
@@ -104,11 +105,6 @@ def _check_video(file: Path, frames: int, fps: int, quick: bool, view: View) -> 
 
 def _where(files: DatasetFiles, file: Path) -> str:
     return str(file.relative_to(files.root))
-
-
-def _count_packets(container, stream) -> int:
-    """Frames by reading the file to its end without decoding: a file cut short shows here, not in its header."""
-    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
 
 
 def read_frames(episode: Episode, name: str, fps: int) -> Iterator[np.ndarray]:
@@ -123,12 +119,11 @@ def read_frames(episode: Episode, name: str, fps: int) -> Iterator[np.ndarray]:
             container.seek(max(0, int(start / stream.time_base)), stream=stream, backward=True)
             sent = 0
             for frame in container.decode(stream):
-                if frame.time is None or frame.time < start:
-                    continue
-                yield frame.to_ndarray(format="rgb24")
-                sent += 1
-                if sent == episode.length:
-                    return
+                if frame.time is not None and frame.time >= start:
+                    yield frame.to_ndarray(format="rgb24")
+                    sent += 1
+                    if sent == episode.length:
+                        return
     except (av.FFmpegError, OSError, IndexError) as error:
         raise BurnishError(f"{clip.file} cannot be decoded ({getattr(error, 'strerror', error)})") from None
     raise BurnishError(f"{clip.file}: episode {episode.index} ends after {sent} of {episode.length} frames")
@@ -143,12 +138,7 @@ def _sample_frames(files: DatasetFiles, name: str, broken: set[str]) -> list[np.
     if name not in files.videos:
         picked = sorted({0, episode.length // 2, episode.length - 1})
         return [read_embedded_image(files, name, episode, frame) for frame in picked]
-    frames = []
-    for frame in read_frames(episode, name, files.fps):
-        frames.append(frame)
-        if len(frames) == 300:
-            break
-    return frames
+    return list(islice(read_frames(episode, name, files.fps), 300))
 
 
 def _describe(files: DatasetFiles, view: View, frames: list[np.ndarray]) -> list[tuple[str, str]]:

@@ -75,13 +75,12 @@ class RobotData:
         self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
         self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta)
         self.actions, self.states, self.task_index, self.episode_index = _columns(root, self.meta)
-        self.tasks = _task_names(self.meta)
-        self._episode_end = _episode_ends(self.meta)
+        self.tasks = {int(index): str(name) for name, index in self.meta.tasks["task_index"].items()}
+        self.episode_end = _episode_ends(self.meta)
         chosen = sorted(set(episodes)) or list(range(self.meta.total_episodes))
         if chosen and not 0 <= chosen[0] <= chosen[-1] < self.meta.total_episodes:
-            raise BurnishError(
-                f"data.episodes names episode {chosen[-1]}", f"0 to {self.meta.total_episodes - 1} in {root}"
-            )
+            raise BurnishError(f"data.episodes names episode {chosen[-1]}",
+                               f"0 to {self.meta.total_episodes - 1} in {root}")  # fmt: skip
         self.indices = np.flatnonzero(np.isin(self.episode_index, chosen))
         if len(self.indices) == 0:
             raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
@@ -103,24 +102,32 @@ class RobotData:
     def raw(self, k: int) -> Batch:
         """Batch k as stored: images still uint8 [B, H, W, 3]."""
         frames = self.indices[self.sampler.indices(k)]
-        window_BT = frames[:, None] + np.arange(self.chunk_size)
-        last_B1 = self._episode_end[self.episode_index[frames]][:, None] - 1
+        batch = self.observations(frames)
+        batch["action"], batch["action_is_pad"] = map(torch.from_numpy, self.chunks(frames))
+        batch["index"] = torch.from_numpy(frames.astype(np.int64))
+        batch["episode_index"] = torch.from_numpy(self.episode_index[frames].astype(np.int64))
+        return batch
+
+    def observations(self, frames: np.ndarray) -> Batch:
+        """Images uint8 [B, H, W, 3], states and instructions of these frames [B]."""
         batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][frames]) for key in self.cameras}
         if self.states is not None:
             batch["observation.state"] = torch.from_numpy(self.states[frames])
-        batch["action"] = torch.from_numpy(self.actions[np.minimum(window_BT, last_B1)])
-        batch["action_is_pad"] = torch.from_numpy(window_BT > last_B1)
-        batch["index"] = torch.from_numpy(frames.astype(np.int64))
-        batch["episode_index"] = torch.from_numpy(self.episode_index[frames].astype(np.int64))
-        batch["task"] = [self.tasks[i] for i in self.task_index[frames]]
+        batch["task"] = [self.tasks[int(i)] for i in self.task_index[frames]]
         return batch
+
+    def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks [..., T, A] that start at `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
+        window = frames[..., None] + np.arange(self.chunk_size)
+        end = self.episode_end[self.episode_index[frames]][..., None]
+        return self.actions[np.minimum(window, end - 1)], window >= end
 
     def finish(self, batch: Batch, k: int) -> Batch:
         """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are.
 
         The shift of a view is kept as "shift.<camera>", [B, 2] rows and columns, for whoever must move with it.
         """
-        device = batch["action"].device
+        device = batch[self.cameras[0]].device
         draws = generator(self.seed, "augment", k, self.rank, device=str(device)) if self.augmented else None
         for key in self.cameras:
             if self.augmented:
@@ -153,13 +160,11 @@ class LanguageData:
         """Batch k: images uint8 [B, H, W, 3], and lists "question", "answer" (of lists for several turns)."""
         chosen = self.sampler.indices(k)
         images = torch.from_numpy(self.images[[self.questions[i]["image"] for i in chosen]])
+        keys = ("question", "answer")
         if self.turns == 1:
-            asked = {key: [self.questions[i][key] for i in chosen] for key in ("question", "answer")}
-        else:
-            groups = [self._also_about(int(i), k) for i in chosen]
-            asked = {
-                key: [[self.questions[i][key] for i in group] for group in groups] for key in ("question", "answer")
-            }
+            return {self.key: images} | {key: [self.questions[i][key] for i in chosen] for key in keys}
+        groups = [self._also_about(int(i), k) for i in chosen]
+        asked = {key: [[self.questions[i][key] for i in group] for group in groups] for key in keys}
         return {self.key: images, **asked}
 
     def _also_about(self, index: int, k: int) -> list[int]:
@@ -221,10 +226,9 @@ def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = ["index", "episode_index", "task_index", "action"]
+    wanted, look = ["index", "episode_index", "task_index", "action"], f"burnish data inspect {root}"
     missing = [c for c in wanted if c not in meta.features]
     if missing:
-        look = f"burnish data inspect {root}"
         raise BurnishError(f"{root} has no column '{missing[0]}'", "a data set with actions", look)
     if "observation.state" in meta.features:
         wanted.append("observation.state")
@@ -232,15 +236,12 @@ def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarra
         table = pa.concat_tables([pq.read_table(p, columns=wanted) for p in sorted((root / "data").rglob("*.parquet"))])
     except (pa.ArrowException, OSError) as error:
         line = str(error).splitlines()[0]
-        look = f"burnish data inspect {root}"
         raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=look) from error
     table = table.sort_by("index")
     if table.num_rows != meta.total_frames or table["index"][-1].as_py() != meta.total_frames - 1:
         raise BurnishError(f"{root} has {table.num_rows} frames", f"{meta.total_frames} as in meta/info.json")
-    actions, states = _matrix(table["action"]), None
-    if "observation.state" in wanted:
-        states = _matrix(table["observation.state"])
-    return actions, states, table["task_index"].to_numpy(), table["episode_index"].to_numpy()
+    states = _matrix(table["observation.state"]) if "observation.state" in wanted else None
+    return _matrix(table["action"]), states, table["task_index"].to_numpy(), table["episode_index"].to_numpy()
 
 
 def _matrix(column) -> np.ndarray:
@@ -250,10 +251,6 @@ def _matrix(column) -> np.ndarray:
     nested = pa.types.is_nested(array.type)
     values = array.flatten().to_numpy(zero_copy_only=False) if nested else array.to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(values.reshape(len(array), -1), dtype=np.float32)
-
-
-def _task_names(meta) -> dict[int, str]:
-    return {int(index): str(name) for name, index in meta.tasks["task_index"].items()}
 
 
 def _episode_ends(meta) -> np.ndarray:

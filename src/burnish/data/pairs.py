@@ -56,14 +56,9 @@ def divergence(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> int | None
 
 
 def make_pairs(
-    outcomes: Sequence[bool],
-    lengths: Sequence[int],
-    rollouts: Sequence[dict[str, np.ndarray]],
-    *,
-    ties: str = "skip",
-    offsets: Sequence[int] = (0,),
-    limit: int = 0,
-) -> list[Pair]:
+    outcomes: Sequence[bool], lengths: Sequence[int], rollouts: Sequence[dict[str, np.ndarray]], *, ties: str = "skip",
+    offsets: Sequence[int] = (0,), limit: int = 0,
+) -> list[Pair]:  # fmt: skip
     """Pairs among the rollouts of one initial state; episodes are numbered from 0 here.
 
     Args:
@@ -137,10 +132,8 @@ def read_labels(path: Path) -> list[Pair]:
             row = json.loads(line)
             pairs.append(Pair(_place(row["chosen"]), _place(row["rejected"])))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise BurnishError(
-                f"{path}:{count} is no pair ({type(error).__name__}: {error})",
-                '{"chosen": [episode, frame], "rejected": [episode, frame]}',
-            ) from error
+            raise BurnishError(f"{path}:{count} is no pair ({type(error).__name__}: {error})",
+                               '{"chosen": [episode, frame], "rejected": [episode, frame]}') from error  # fmt: skip
     return pairs
 
 
@@ -191,9 +184,8 @@ class PairData:
         self.root, self.chunk_size, self.steps = root, chunk_size, steps or chunk_size
         self.pairs = read_labels(root / INDEX)
         if len(self.pairs) != self.facts.get("pairs"):
-            raise BurnishError(
-                f"{root / INDEX} has {len(self.pairs)} pairs", f"{self.facts.get('pairs')}, as {FACTS} says"
-            )
+            raise BurnishError(f"{root / INDEX} has {len(self.pairs)} pairs",
+                               f"{self.facts.get('pairs')}, as {FACTS} says")  # fmt: skip
         check_unique(self.pairs)
         episodes = self.robot.episode_index
         self._first = np.searchsorted(episodes, np.arange(self.robot.meta.total_episodes))
@@ -226,12 +218,10 @@ class PairData:
         if data.states is not None:
             apart = np.abs(data.states[self.frames[:, 0]] - data.states[self.frames[:, 1]]).max(1)
             for i in np.flatnonzero(~(apart <= tolerance))[:1]:
-                raise BurnishError(
-                    f"pair {i} of {self.root} starts from states that differ by {apart[i]:.3g}",
-                    f"the same start (at most {tolerance:g})",
-                    "pair rollouts of the same initial state, or import with --state-tolerance",
-                )
-        actions = self.chunks(self.frames)[0]
+                found = f"pair {i} of {self.root} starts from states that differ by {apart[i]:.3g}"
+                fix = "pair rollouts of the same initial state, or import with --state-tolerance"
+                raise BurnishError(found, f"the same start (at most {tolerance:g})", fix)
+        actions = data.chunks(self.frames)[0]
         for i in np.flatnonzero(~np.isfinite(actions).all((1, 2, 3)))[:1]:
             raise BurnishError(f"pair {i} of {self.root} has actions that are not finite", "numbers")
         for i in np.flatnonzero((actions[:, 0] == actions[:, 1]).all((1, 2)))[:1]:
@@ -254,12 +244,6 @@ class PairData:
                 "actions in environment units, as the policy was trained on", "do not normalise them beforehand",
             )  # fmt: skip
 
-    def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Chunks [..., T, A] that start at `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
-        window = frames[..., None] + np.arange(self.chunk_size)
-        end = self._end[self.robot.episode_index[frames]][..., None]
-        return self.robot.actions[np.minimum(window, end - 1)], window >= end
-
     def batch(self, ids: Sequence[int]) -> tuple[Batch, torch.Tensor]:
         """Observations of the pairs `ids`, and their candidates [B, 2, T, A], chosen first.
 
@@ -267,7 +251,7 @@ class PairData:
         alone. Images are those of the chosen episode, never augmented: both sides and the reference see the same.
         """
         frames = self.frames[np.asarray(ids)]
-        actions, padded = self.chunks(frames)
+        actions, padded = self.robot.chunks(frames)
         padded = np.broadcast_to(padded.any(1, keepdims=True), padded.shape).copy()
         padded[..., self.steps :] = True
         batch = self.observations(frames[:, 0])
@@ -276,17 +260,9 @@ class PairData:
 
     def demonstrations(self, frames: np.ndarray) -> Batch:
         """A batch for `Policy.loss` of the chunks that start at `frames` [B]."""
-        actions, padded = self.chunks(frames)
-        return {
-            **self.observations(frames), "action": torch.from_numpy(actions), "action_is_pad": torch.from_numpy(padded),
-        }  # fmt: skip
+        actions, padded = map(torch.from_numpy, self.robot.chunks(frames))
+        return {**self.observations(frames), "action": actions, "action_is_pad": padded}
 
     def observations(self, frames: np.ndarray) -> Batch:
-        from burnish.data.augment import to_float
-
-        data = self.robot
-        batch: Batch = {key: to_float(torch.from_numpy(data.frames.arrays[key][frames])) for key in data.cameras}
-        if data.states is not None:
-            batch["observation.state"] = torch.from_numpy(data.states[frames])
-        batch["task"] = [data.tasks[int(i)] for i in data.task_index[frames]]
-        return batch
+        """Images [B, 3, H, W] in [0, 1], states and instructions of these frames [B]."""
+        return self.robot.finish(self.robot.observations(frames), 0)

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.envs.base import Env, expand, make_env
+from burnish.envs.tabletop_scene import COLOURS, SHAPES
 
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
 MIN_GAP = 0.09
@@ -70,9 +72,8 @@ def ask(facts: SceneFacts, rng: np.random.Generator, absent: list[tuple[str, str
     Args:
         absent: (colour, shape) pairs to draw from for objects that are not there.
     """
-    names = list(facts.objects)
     out = []
-    for name in names:
+    for name in facts.objects:
         u, v = facts.image_points[name]
         out.append(("where", f"where is the {name}?", f"x {int(100 * u)} y {int(100 * v)}"))
     out += _attribute_questions(facts, rng, absent)
@@ -113,14 +114,6 @@ def _pair_questions(facts: SceneFacts, rng: np.random.Generator) -> Iterator[tup
             yield "nearer", f"which is nearer to the gripper, the {a} or the {b}?", a if near < 0 else b
 
 
-def _absent_pairs(env_id: str) -> list[tuple[str, str]]:
-    if not env_id.startswith("tabletop"):
-        return []
-    from burnish.envs.tabletop_scene import COLOURS, SHAPES
-
-    return [(c, s) for c in COLOURS for s in SHAPES]
-
-
 def draw_scenes(
     blocks: Iterable[tuple[int, int]],
     env_id: str,
@@ -136,7 +129,7 @@ def draw_scenes(
     """
     array = np.load(images, mmap_mode="r+", allow_pickle=False)
     envs = [make_env(task, image_size) for task in expand(env_id)]
-    absent = _absent_pairs(env_id)
+    absent = list(product(COLOURS, SHAPES)) if env_id.startswith("tabletop") else []
     for first, last in blocks:
         asked = []
         for scene in range(first, last):
@@ -159,17 +152,9 @@ def draw_scenes(
 
 
 def make_questions(
-    env: str,
-    scenes: int,
-    root: Path | str,
-    *,
-    image_size: int = 96,
-    camera: str = "",
-    per_scene: int = 0,
-    seed: int = 0,
-    workers: int = 0,
-    progress: bool = True,
-) -> Path:
+    env: str, scenes: int, root: Path | str, *, image_size: int = 96, camera: str = "", per_scene: int = 0,
+    seed: int = 0, workers: int = 0, progress: bool = True,
+) -> Path:  # fmt: skip
     """Make images of scenes with their questions and answers under `root`, and return it.
 
     Args:
@@ -192,9 +177,8 @@ def make_questions(
     probe = make_env(expand(env)[0], image_size)
     camera = camera or probe.spec.cameras[0]
     probe.close()
-    meta = dict(
-        env=env, scenes=scenes, image_size=image_size, camera=camera, per_scene=per_scene, seed=seed, format=1
-    )  # fmt: skip
+    sizes = {"scenes": scenes, "image_size": image_size, "camera": camera, "per_scene": per_scene}
+    meta = {"env": env, **sizes, "seed": seed, "format": 1}
     if (root / "meta.json").exists():
         found = json.loads((root / "meta.json").read_text())
         if found != meta:
@@ -205,9 +189,8 @@ def make_questions(
     partial.mkdir(parents=True)
     shape = (scenes, image_size, image_size, 3)
     np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
-    asked = _ask_about_all(
-        scenes, (env, image_size, camera, seed, per_scene, partial / "images.npy"), workers, progress
-    )  # fmt: skip
+    arguments = env, image_size, camera, seed, per_scene, partial / "images.npy"
+    asked = _ask_about_all(scenes, arguments, workers, progress)
     with open(partial / "questions.jsonl", "w") as lines:
         for image in range(scenes):
             for kind, question, answer in asked[image]:
@@ -261,11 +244,8 @@ def open_questions(root: Path | str) -> Questions:
     root = Path(root)
     for name in ("meta.json", "images.npy", "questions.jsonl"):
         if not (root / name).exists():
-            raise BurnishError(
-                f"{root} has no {name}",
-                "a question folder",
-                f"burnish data questions tabletop 1000 {root}",
-            )
+            make = f"burnish data questions tabletop 1000 {root}"
+            raise BurnishError(f"{root} has no {name}", "a question folder", make)
     try:
         meta = json.loads((root / "meta.json").read_text())
         images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)

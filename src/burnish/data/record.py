@@ -6,7 +6,7 @@ Imports neither torch nor LeRobot, so that a simulator process starts quickly.
 import io
 import json
 from collections.abc import Generator, Iterable
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,9 @@ class Tape:
         """All arrays of `Recording`; none of an episode that was not solved, unless `keep_failed`."""
         env = self._env
         facts = {
-            "task_id": env.spec.task_id,
-            "instruction": env.instruction,
-            "initial_state": self._initial_state,
-            "success": solved,
-            "length": len(self._actions),
-        }
+            "task_id": env.spec.task_id, "instruction": env.instruction, "initial_state": self._initial_state,
+            "success": solved, "length": len(self._actions),
+        }  # fmt: skip
         if not solved and not keep_failed:
             return Recording(facts)
         arrays = {"state": np.stack(self._states).astype(np.float32), "action": np.stack(self._actions)}
@@ -120,64 +117,48 @@ def record(env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...
     return tape.recording(solved)
 
 
-class Recorder:
-    """Holds one environment at a time and records attempts of its expert into the spool."""
-
-    def __init__(self, request: dict[str, Any]):
-        self._request = request
-        self._env: Env | None = None
-        self._task_id = ""
-
-    def _open(self, task_id: str, folder: Path) -> Env:
-        if self._env is None or task_id != self._task_id:
-            self.close()
-            self._env, self._task_id = make_env(task_id, self._request["image_size"]), task_id
-            spec, wanted = self._env.spec, tuple(self._request["cameras"])
-            unknown = [camera for camera in wanted if camera not in spec.cameras]
-            if unknown:
-                raise BurnishError(f"unknown camera '{unknown[0]}' of {task_id}", f"of {', '.join(spec.cameras)}")
-            self._cameras = wanted or spec.cameras[:1]
-            facts = {
-                "fps": spec.fps,
-                "state_names": list(spec.state_names),
-                "action_names": list(spec.action_names),
-                "cameras": list(self._cameras),
-                "max_steps": spec.max_steps,
-            }
-            write_json(folder / "spec.json", facts)
-        return self._env
-
-    def attempt(self, task_id: str, number: int, folder: Path) -> tuple[bool, str]:
-        """Record attempt `number` into `folder`.
-
-        Where an environment has fixed initial states, these are for evaluation, and demonstrations start
-        after them.
-
-        Returns:
-            (True, "") or (False, "") for a solved or failed attempt, (False, reason) where there is no expert.
-        """
-        env = self._open(task_id, folder)
-        initial_state = (env.spec.num_initial_states or 0) + self._request["seed"] + number
-        env.reset(initial_state)
-        try:
-            expert = env.expert(initial_state)
-        except BurnishError as error:
-            return False, str(error)
-        recording = record(env, expert, initial_state, self._cameras, self._request["geometry"])
-        success = bool(recording.facts["success"])
-        write_recording(recording_path(folder, number, success), recording)
-        return success, ""
-
-    def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-            self._env = None
+def _open(task_id: str, folder: Path, request: dict[str, Any]) -> tuple[Env, tuple[str, ...]]:
+    """The environment of a task and the cameras to record, with a note of both in `folder`."""
+    env = make_env(task_id, request["image_size"])
+    spec, wanted = env.spec, tuple(request["cameras"])
+    unknown = [camera for camera in wanted if camera not in spec.cameras]
+    if unknown:
+        raise BurnishError(f"unknown camera '{unknown[0]}' of {task_id}", f"of {', '.join(spec.cameras)}")
+    cameras = wanted or spec.cameras[:1]
+    facts = {
+        "fps": spec.fps, "state_names": list(spec.state_names), "action_names": list(spec.action_names),
+        "cameras": list(cameras), "max_steps": spec.max_steps,
+    }  # fmt: skip
+    write_json(folder / "spec.json", facts)
+    return env, cameras
 
 
 def record_attempts(
     tasks: Iterable[tuple[str, int, Path]], request: dict[str, Any]
 ) -> Generator[tuple[bool, str], None, None]:
-    """The worker of `make_demos`: of (task id, number, folder) it makes what `Recorder.attempt` returns."""
-    with closing(Recorder(request)) as recorder:
+    """The worker of `make_demos`: records attempt `number` of a task into `folder`, for each (task, number, folder).
+
+    Where an environment has fixed initial states, these are for evaluation, and demonstrations start after them.
+
+    Yields:
+        (True, "") or (False, "") for a solved or failed attempt, (False, reason) where there is no expert.
+    """
+    with ExitStack() as opened:
+        present = ""
         for task_id, number, folder in tasks:
-            yield recorder.attempt(task_id, number, folder)
+            if task_id != present:
+                opened.close()
+                env, cameras = _open(task_id, folder, request)
+                opened.callback(env.close)
+                present = task_id
+            initial_state = (env.spec.num_initial_states or 0) + request["seed"] + number
+            env.reset(initial_state)
+            try:
+                expert = env.expert(initial_state)
+            except BurnishError as error:
+                yield False, str(error)
+                continue
+            recording = record(env, expert, initial_state, cameras, request["geometry"])
+            success = bool(recording.facts["success"])
+            write_recording(recording_path(folder, number, success), recording)
+            yield success, ""

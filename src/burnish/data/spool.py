@@ -67,12 +67,9 @@ def write_recording(path: Path, recording: Recording) -> None:
     """Write the file atomically: a kill leaves no file of that name, a full disk raises one clear BurnishError."""
     from safetensors.numpy import save
 
-    data = save(
-        {name: np.ascontiguousarray(array) for name, array in recording.arrays.items()},
-        metadata={"facts": json.dumps(recording.facts)},
-    )
+    arrays = {name: np.ascontiguousarray(array) for name, array in recording.arrays.items()}
     with new_file(path) as file:
-        file.write_bytes(data)
+        file.write_bytes(save(arrays, metadata={"facts": json.dumps(recording.facts)}))
 
 
 class Spool:
@@ -106,12 +103,8 @@ class Spool:
 
     def attempts(self, task_id: str) -> dict[int, Path]:
         """The finished attempts of a task by number."""
-        found = {}
-        for path in self.task_folder(task_id).iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match:
-                found[int(match[1])] = path
-        return found
+        paths = self.task_folder(task_id).iterdir()
+        return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}
 
     def spec(self, task_id: str) -> dict[str, Any]:
         return json.loads((self.task_folder(task_id) / "spec.json").read_text())
@@ -135,7 +128,5 @@ def check_same_request(found: dict[str, Any], wanted: dict[str, Any], folder: Pa
     if keys:
         there = ", ".join(f"{key} {found.get(key)}" for key in keys)
         asked = ", ".join(f"{key} {wanted[key]}" for key in keys)
-        raise BurnishError(
-            f"{folder} was made with {there}", f"the same settings as asked for now ({asked})",
-            f"another --root, or rm -r '{folder}'",
-        )  # fmt: skip
+        raise BurnishError(f"{folder} was made with {there}", f"the same settings as asked for now ({asked})",
+                           f"another --root, or rm -r '{folder}'")  # fmt: skip

@@ -5,6 +5,7 @@ Picklable and free of LeRobot, so that processes which fill the cache start quic
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,13 @@ class _Depth:
         self._folder, self._episodes = root / "ground_truth", _episodes(root)
         lengths = [episode["length"] for episode in self._episodes]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._facts: dict[int, list[dict]] = {}
+        self._frames = lru_cache(maxsize=64)(self._read)
         self._env, self._env_id = None, ""
 
     def __call__(self, index: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         episode, frame = self._episodes[place], index - int(self._starts[place])
-        facts = self._frames(episode)[frame]
+        facts = self._frames(episode["frames"])[frame]
         stored = self._folder / episode["frames"].replace(".jsonl", f".{camera}.depth.npy")
         if stored.is_file():
             return _from_stored(np.load(stored, mmap_mode="r", allow_pickle=False)[frame], facts, camera, stored)
@@ -101,14 +102,8 @@ class _Depth:
         env.restore(facts, state)
         return env.geometry(camera)
 
-    def _frames(self, episode: dict) -> list[dict]:
-        index = episode["episode_index"]
-        if index not in self._facts:
-            if len(self._facts) > 64:
-                self._facts.clear()
-            lines = (self._folder / episode["frames"]).read_text().splitlines()
-            self._facts[index] = [json.loads(line) for line in lines]
-        return self._facts[index]
+    def _read(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self._folder / name).read_text().splitlines()]
 
     def _environment(self, task_id: str, size: int):
         from burnish.envs.base import make_env
@@ -130,16 +125,15 @@ def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dic
 
     pose = facts.get("cameras", {}).get(camera)
     if pose is None:
-        raise BurnishError(
-            f"no pose of camera '{camera}' beside {path}", "demonstrations recorded again with --geometry"
-        )
+        raise BurnishError(f"no pose of camera '{camera}' beside {path}",
+                           "demonstrations recorded again with --geometry")  # fmt: skip
     depth = np.array(depth, np.float32)
     turned = camera in facts.get("turned", ())
     # Stored views are upright; the pose is that of the simulator's camera, which may hang upside down or be mirrored.
-    as_seen = depth[::-1, ::-1] if turned else depth[:, ::-1] if facts.get("mirrored") else depth
-    points = point_map(as_seen, np.array(pose["position"]), np.array(pose["rotation"]).reshape(3, 3), pose["fovy"])
-    points = points[::-1, ::-1] if turned else points[:, ::-1] if facts.get("mirrored") else points
-    return {"depth": depth, "points": np.ascontiguousarray(points)}
+    rows, columns = -1 if turned else 1, -1 if turned or facts.get("mirrored") else 1
+    rotation = np.array(pose["rotation"]).reshape(3, 3)
+    points = point_map(depth[::rows, ::columns], np.array(pose["position"]), rotation, pose["fovy"])
+    return {"depth": depth, "points": np.ascontiguousarray(points[::rows, ::columns])}
 
 
 def _episodes(root: Path) -> list[dict]:

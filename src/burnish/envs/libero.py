@@ -20,7 +20,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
+from burnish.envs.rendering import SceneRenderer, body_poses, camera_pose, geoms_of_bodies, project_points
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
@@ -50,9 +50,8 @@ def _libero():
         with _quiet():
             from libero.libero import benchmark
     except ImportError as error:
-        raise BurnishError(
-            f"LIBERO cannot be imported ({error})", "the extra [libero]", "pip install 'burnish[libero]'"
-        ) from None
+        raise BurnishError(f"LIBERO cannot be imported ({error})", "the extra [libero]",
+                           "pip install 'burnish[libero]'") from None  # fmt: skip
     return benchmark
 
 
@@ -121,19 +120,15 @@ class Libero:
 
         self.image_size = image_size
         self._task = task
-        self._init_states = _libero().load_initial_states(
-            _path("init_states", task.problem_folder, task.init_states_file)
-        )
+        init_states = _path("init_states", task.problem_folder, task.init_states_file)
+        self._init_states = _libero().load_initial_states(init_states)
         with _quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
 
             self._inner = ControlEnv(
-                bddl_file_name=_path("bddl_files", task.problem_folder, task.bddl_file),
-                has_renderer=False,
-                has_offscreen_renderer=False,
-                use_camera_obs=False,
-                hard_reset=False,
-            ).env
+                bddl_file_name=_path("bddl_files", task.problem_folder, task.bddl_file), has_renderer=False,
+                has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False,
+            ).env  # fmt: skip
         self._sim = self._inner.sim
         self._robot = self._inner.robots[0]
         self.model, self.data = self._sim.model._model, self._sim.data._data
@@ -165,11 +160,8 @@ class Libero:
         poses = {}
         for name, fixture in self._inner.fixtures_dict.items():
             element = self._inner.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
-            position, quaternion = element.get("pos", "0 0 0"), element.get("quat", "1 0 0 0")
-            poses[self._inner.obj_body_id[name]] = (
-                np.fromstring(position, sep=" "),
-                np.fromstring(quaternion, sep=" "),
-            )
+            pose = element.get("pos", "0 0 0"), element.get("quat", "1 0 0 0")
+            poses[self._inner.obj_body_id[name]] = tuple(np.fromstring(numbers, sep=" ") for numbers in pose)
         return poses
 
     @property
@@ -276,16 +268,10 @@ class Libero:
         reason = unsupported_goal(self._inner.parsed_problem)
         if reason:
             raise BurnishError(f"no scripted expert for {self.spec.task_id} '{self._instruction}': {reason}")
-        return LiberoExpert(self._inner, seed)
+        return LiberoExpert(self._inner)
 
     def ground_truth(self) -> dict[str, Any]:
-        objects = {
-            name: {
-                "position": [round(float(v), 5) for v in self._seen.xpos[body]],
-                "quaternion": [round(float(v), 5) for v in self._seen.xquat[body]],
-            }
-            for name, body in self._inner.obj_body_id.items()
-        }
+        objects = body_poses(self._seen, self._inner.obj_body_id)
         goal = [list(condition) for condition in self._inner.parsed_problem["goal_state"]]
         cameras = {name: camera_pose(self.model, self._seen, camera) for name, camera in CAMERAS.items()}
         return {"objects": objects, "goal": goal, "cameras": cameras, "mirrored": True}
@@ -306,11 +292,7 @@ class Libero:
     def _draw(self) -> SceneRenderer:
         if self._renderer is None:
             self._renderer = SceneRenderer(
-                self.model,
-                self.image_size,
-                hidden_geom_groups=(0,),
-                still_cameras=("agentview",),
-                fast=self._fast_rendering,
+                self.model, self.image_size, (0,), still_cameras=("agentview",), fast=self._fast_rendering
             )
             self._renderer.start_episode(self._seen)
         return self._renderer

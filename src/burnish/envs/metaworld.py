@@ -12,7 +12,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
-from burnish.envs.rendering import SceneRenderer, camera_pose, geoms_of_bodies, project_points
+from burnish.envs.rendering import SceneRenderer, body_poses, camera_pose, geoms_of_bodies, project_points
 
 SIMULATOR_STEPS = 5
 FPS = 16
@@ -44,9 +44,8 @@ def tasks(selector: str) -> list[str]:
     if selector == "mt10":
         return list(INSTRUCTIONS)
     if selector not in ALL_V3_ENVIRONMENTS:
-        raise BurnishError(
-            f"unknown Meta-World task '{selector}'", f"mt10 or one of {', '.join(sorted(ALL_V3_ENVIRONMENTS))}"
-        )
+        raise BurnishError(f"unknown Meta-World task '{selector}'",
+                           f"mt10 or one of {', '.join(sorted(ALL_V3_ENVIRONMENTS))}")  # fmt: skip
     return [selector]
 
 
@@ -128,13 +127,7 @@ class MetaWorld:
         return _ScriptedPolicy(self)
 
     def ground_truth(self) -> dict[str, Any]:
-        objects = {
-            name: {
-                "position": [round(float(v), 5) for v in self.data.xpos[body]],
-                "quaternion": [round(float(v), 5) for v in self.data.xquat[body]],
-            }
-            for name, body in self._bodies.items()
-        }
+        objects = body_poses(self.data, self._bodies)
         goal = [round(float(v), 5) for v in self._env._target_pos]
         cameras = {name: camera_pose(self.model, self.data, camera) for name, camera in CAMERAS.items()}
         return {"objects": objects, "goal": goal, "cameras": cameras, "turned": list(TURNED)}

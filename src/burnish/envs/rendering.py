@@ -43,6 +43,17 @@ def camera_pose(model, data, camera: str) -> dict:
     }
 
 
+def body_poses(data, bodies: dict[str, int]) -> dict[str, dict[str, list[float]]]:
+    """Name of each body to its "position" [3] in metres and "quaternion" [4], rounded to 5 digits."""
+    return {
+        name: {
+            "position": [round(float(v), 5) for v in data.xpos[body]],
+            "quaternion": [round(float(v), 5) for v in data.xquat[body]],
+        }
+        for name, body in bodies.items()
+    }
+
+
 def project_points(model, data, camera: str, points: np.ndarray) -> np.ndarray:
     """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the image) of world points [N, 3]."""
     camera_id = model.camera(camera).id

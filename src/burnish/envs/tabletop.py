@@ -17,6 +17,7 @@ from burnish.core.seeding import derive_seed
 from burnish.envs import tabletop_scene as scene
 from burnish.envs import tabletop_variants as variants
 from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
+from burnish.envs.rendering import camera_geometry, camera_pose, project_points
 from burnish.envs.tabletop_expert import TabletopExpert
 
 FAMILIES = ("reach", "push", "lift", "put_on", "stack")
@@ -254,8 +255,6 @@ class Tabletop:
             data.cam_xmat[self.model.camera(camera).id] = pose["rotation"]
 
     def ground_truth(self) -> dict[str, Any]:
-        from burnish.envs.rendering import camera_pose
-
         objects = {}
         for i, obj in enumerate(self.layout.objects):
             objects[obj.name] = {
@@ -287,14 +286,10 @@ class Tabletop:
         return None
 
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
-        from burnish.envs.rendering import camera_geometry
-
         geoms = {int(self.model.geom(f"object{i}").id): i for i in range(scene.NUM_OBJECTS)}
         return camera_geometry(self.model, self.data, self._get_renderer(), camera, geoms)
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
-        from burnish.envs.rendering import project_points
-
         return project_points(self.model, self.data, camera, points)
 
     def close(self) -> None:

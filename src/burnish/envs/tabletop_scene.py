@@ -9,15 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 COLOURS = {
-    "red": (0.86, 0.08, 0.08),
-    "green": (0.10, 0.58, 0.16),
-    "blue": (0.10, 0.22, 0.85),
-    "yellow": (0.95, 0.85, 0.10),
-    "purple": (0.50, 0.12, 0.62),
-    "orange": (0.98, 0.48, 0.04),
-    "cyan": (0.10, 0.78, 0.82),
-    "pink": (0.98, 0.56, 0.72),
-}
+    "red": (0.86, 0.08, 0.08), "green": (0.10, 0.58, 0.16), "blue": (0.10, 0.22, 0.85), "yellow": (0.95, 0.85, 0.10),
+    "purple": (0.50, 0.12, 0.62), "orange": (0.98, 0.48, 0.04), "cyan": (0.10, 0.78, 0.82), "pink": (0.98, 0.56, 0.72),
+}  # fmt: skip
 SHAPES = ("cube", "cylinder", "ball")
 NUM_OBJECTS = 6
 HALF_SIZE = 0.026
@@ -34,11 +28,9 @@ DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "away": (0.0, 1.0), "nea
 
 _GEOM_TYPES = {"cube": 6, "cylinder": 5, "ball": 2, "plate": 5}  # mjtGeom: BOX, CYLINDER, SPHERE
 _SIZES = {
-    "cube": (HALF_SIZE,) * 3,
-    "cylinder": (HALF_SIZE, HALF_SIZE, 0.0),
-    "ball": (HALF_SIZE, 0.0, 0.0),
+    "cube": (HALF_SIZE,) * 3, "cylinder": (HALF_SIZE, HALF_SIZE, 0.0), "ball": (HALF_SIZE, 0.0, 0.0),
     "plate": (PLATE_RADIUS, PLATE_HALF_HEIGHT, 0.0),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

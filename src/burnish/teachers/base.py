@@ -87,9 +87,8 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
     try:
         teacher = kind(**options)
     except TypeError as error:
-        raise BurnishError(
-            f"teacher '{name}' does not take these options ({error})", "the options of its page"
-        ) from error
+        raise BurnishError(f"teacher '{name}' does not take these options ({error})",
+                           "the options of its page") from error  # fmt: skip
     for attribute in ("widths", "identity"):
         if getattr(teacher, attribute, None) is None:
             raise BurnishError(f"teacher '{name}' sets no {attribute}", f"self.{attribute} in __init__")
@@ -109,10 +108,8 @@ def run_teacher(teacher: Teacher, views: Views, layers: Sequence[int]) -> dict[i
         expected = (batch, cameras, teacher.widths[layer])
         shape = tuple(features.shape)
         if features.ndim != 5 or (shape[0], shape[1], shape[-1]) != expected:
-            raise BurnishError(
-                f"teacher layer {layer} has features of shape {list(shape)}",
-                f"[{batch}, {cameras}, H, W, {teacher.widths[layer]}]",
-            )
+            raise BurnishError(f"teacher layer {layer} has features of shape {list(shape)}",
+                               f"[{batch}, {cameras}, H, W, {teacher.widths[layer]}]")  # fmt: skip
         checked[layer] = features.float()
     return checked
 

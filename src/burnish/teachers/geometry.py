@@ -38,11 +38,7 @@ class GeometryTeacher(Teacher):
         depth_N1HW = views.depth.flatten(0, 1)[:, None]
         slopes = [F.pad(depth_N1HW.diff(dim=dim), pad) for dim, pad in ((-1, (0, 1)), (-2, (0, 0, 0, 1)))]
         points_N3HW = views.points.flatten(0, 1).permute(0, 3, 1, 2)
-        maps = [
-            lambda: torch.cat([depth_N1HW, *slopes], 1),
-            lambda: normals(points_N3HW),
-            lambda: points_N3HW,
-        ]
+        maps = [lambda: torch.cat([depth_N1HW, *slopes], 1), lambda: normals(points_N3HW), lambda: points_N3HW]
         shape = views.images.shape[:2]
         return {layer: patchify(maps[layer](), self.grid).unflatten(0, shape) for layer in layers}
 

@@ -117,11 +117,8 @@ class Scene3dTeacher(Teacher):
     def features(self, views: Views, layers: Sequence[int]) -> dict[int, Tensor]:
         side = self.net.side * self.net.patch
         if views.cameras != CAMERAS[: len(views.cameras)]:
-            raise BurnishError(
-                f"scene3d looks at cameras {', '.join(views.cameras)}",
-                f"{CAMERAS[0]}, or {', '.join(CAMERAS)}",
-                "data.cameras, or another teacher",
-            )
+            found, known = ", ".join(views.cameras), f"{CAMERAS[0]}, or {', '.join(CAMERAS)}"
+            raise BurnishError(f"scene3d looks at cameras {found}", known, "data.cameras, or another teacher")
         images = views.images
         if images.shape[-1] != side:
             small = F.interpolate(images.flatten(0, 1), (side, side), mode="bilinear", antialias=True)

@@ -39,10 +39,8 @@ class VggtTeacher(Teacher):
         self.dtype = precision_dtype(precision)
         self.widths = (WIDTH,) * LAYERS
         self.identity = {
-            "name": "vggt",
-            "weights": fingerprint([file_hash(w) for w in weights]),
-            "precision": precision,
-        }
+            "name": "vggt", "weights": fingerprint([file_hash(w) for w in weights]), "precision": precision,
+        }  # fmt: skip
 
     def features(self, views: Views, layers: Sequence[int]) -> dict[int, Tensor]:
         batch, cameras = views.images.shape[:2]

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.data import feature_fill as filling
 from burnish.data.feature_cache import CacheKey, FeatureCache, Statistics
 from burnish.data.feature_fill import FeatureJob, Pooled, open_cache
 from burnish.data.loader import RobotData
@@ -115,23 +114,23 @@ def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key
 def test_an_interrupted_one_is_continued(tmp_path, key, data, monkeypatch):
     monkeypatch.setattr("burnish.data.feature_fill.BLOCK", 8)
     whole = fill(tmp_path / "whole", key, data)
-    original, done = filling.Filler.fill, []
+    original, done = Statistics.encode, []  # called once for each block and layer
 
-    def dying(self, rows, states):
-        if len(done) == 2:
+    def dying(self, features):
+        if len(done) == 2 * len(key.layers):
             raise KeyboardInterrupt
-        done.append(rows)
-        original(self, rows, states)
+        done.append(features)
+        return original(self, features)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.Filler, "fill", dying)
+        patch.setattr(Statistics, "encode", dying)
         with pytest.raises(KeyboardInterrupt):
             fill(tmp_path / "cut", key, data)
     assert not (tmp_path / "cut").exists() and np.fromfile(tmp_path / "cut.partial/done", np.uint8).sum() == 2
     counted = []
-    monkeypatch.setattr(filling.Filler, "fill", lambda self, rows, s: (counted.append(rows), original(self, rows, s)))
+    monkeypatch.setattr(Statistics, "encode", lambda self, rows: counted.append(rows) or original(self, rows))
     cut = fill(tmp_path / "cut", key, data)
-    assert len(counted) == -(-len(data.actions) // 8) - 2
+    assert len(counted) == (-(-len(data.actions) // 8) - 2) * len(key.layers)
     for layer in key.layers:
         assert np.array_equal(whole.arrays[layer], cut.arrays[layer])
     assert not (tmp_path / "cut.partial").exists()
