@@ -1,7 +1,10 @@
 """Fixtures that every room shares. The environment is set before anything heavy is imported."""
 
+import importlib
 import os
+import re
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -62,3 +65,17 @@ def tiny_pi0(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_pi05(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_smolvla`, of type pi05."""
     return _tiny("pi05", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def edges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of edges.py, the example teacher of docs/methods/align.md, which can then be imported."""
+    page = (Path(__file__).parents[1] / "docs/methods/align.md").read_text()
+    folder = tmp_path_factory.mktemp("edges")
+    source = re.search(r"<!-- test: teacher -->\n```python\n(.*?)^```$", page, re.M | re.S)
+    (folder / "edges.py").write_text(source[1])
+    sys.path.insert(0, str(folder))
+    importlib.import_module("edges")
+    yield folder
+    sys.path.remove(str(folder))
+    del sys.modules["edges"]

@@ -1,8 +1,6 @@
-"""A policy with image tokens and three residual blocks, for the loop; and the example teacher of the page."""
+"""A policy with image tokens and three residual blocks, for the loop."""
 
-import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import fake
 import torch
@@ -12,12 +10,6 @@ from burnish.core.types import PolicyLoss
 from burnish.policies.base import Captured
 
 SIDE, WIDTH = 2, 16
-PAGE = Path(__file__).resolve().parents[3] / "docs/methods/align.md"
-
-
-def edges_source():
-    """The example teacher of the page, as a reader would save it."""
-    return re.search(r"<!-- test: teacher -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
 
 
 class TokenPolicy(fake.FakePolicy):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from align_student import load_student, recipe
-from test_align_cache import SPEC, data, fill, key  # noqa: F401  fixtures
+from feature_fakes import SPEC, fill, make_data, make_key
 
 from burnish.core.errors import BurnishError
 from burnish.data import feature_fill as filling
@@ -17,6 +17,16 @@ from burnish.teachers.base import TEACHERS, Teacher, make_teacher
 from burnish.train.loop import Run
 
 TEACHER = "teacher: 'edges:Edges'"
+
+
+@pytest.fixture(scope="module")
+def data(dataset):
+    return make_data(dataset)
+
+
+@pytest.fixture
+def key(data, edges):
+    return make_key(data)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +91,7 @@ def test_matching_counts_the_weight_of_imitation(dataset, tmp_path):
     assert strengths[1] == pytest.approx(0.25 * strengths[0], rel=1e-4)
 
 
-def test_the_key_knows_depth_files_and_settings(data, edges, tmp_path, monkeypatch):  # noqa: F811
+def test_the_key_knows_depth_files_and_settings(data, edges, tmp_path, monkeypatch):
     teacher = make_teacher(SPEC, (2, 2))
     config = make_config("default", {"teacher": SPEC})
     teacher.needs_geometry = True
@@ -94,7 +104,7 @@ def test_the_key_knows_depth_files_and_settings(data, edges, tmp_path, monkeypat
     assert one.name != two.name and "geometry" not in teacher.identity
 
 
-def test_cameras_of_two_sizes(data, edges, monkeypatch):  # noqa: F811
+def test_cameras_of_two_sizes(data, edges, monkeypatch):
     teacher, config = make_teacher(SPEC, (2, 2)), make_config("default", {"teacher": SPEC})
     arrays = {"observation.images.front": np.zeros((1, 32, 32, 3)), "observation.images.side": np.zeros((1, 16, 16, 3))}
     monkeypatch.setattr(data, "frames", SimpleNamespace(arrays=arrays))
@@ -104,7 +114,7 @@ def test_cameras_of_two_sizes(data, edges, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("file", ["meta.json", "statistics.safetensors", "layer-0.npy"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_damaged_features_are_told(tmp_path, key, data, file, how):  # noqa: F811
+def test_damaged_features_are_told(tmp_path, key, data, file, how):
     fill(tmp_path / "c", key, data)
     path = tmp_path / "c" / file
     if how == "cut":
@@ -115,7 +125,7 @@ def test_damaged_features_are_told(tmp_path, key, data, file, how):  # noqa: F81
         fill(tmp_path / "c", key, data)
 
 
-def test_a_short_list_of_blocks_is_no_whole_cache(tmp_path, key, data, monkeypatch):  # noqa: F811
+def test_a_short_list_of_blocks_is_no_whole_cache(tmp_path, key, data, monkeypatch):
     """Blocks that nobody noted are rows of zeros."""
     monkeypatch.setattr(filling, "BLOCK", 8)
 

@@ -1,4 +1,4 @@
-"""Makes known_flows.py and pair_fakes.py importable."""
+"""Makes known_flows.py importable."""
 
 import sys
 from pathlib import Path

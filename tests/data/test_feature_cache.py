@@ -6,36 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from feature_fakes import SPEC, fill, make_data, make_key
 
 from burnish.core.errors import BurnishError
 from burnish.data.feature_cache import CacheKey, FeatureCache, Statistics
-from burnish.data.feature_fill import FeatureJob, Pooled, open_cache
-from burnish.data.loader import RobotData
+from burnish.data.feature_fill import Pooled
 from burnish.data.views import FrameViews, frame_source
-from burnish.methods.align.targets import LiveTargets, make_targets
 from burnish.teachers.base import make_teacher
-
-SPEC = {"name": "edges:Edges", "grid": [4, 4]}
 
 
 @pytest.fixture(scope="module")
 def data(dataset):
-    return RobotData(dataset, ["front"], 4, 6, seed=0, progress=False)
+    return make_data(dataset)
 
 
 @pytest.fixture
 def key(data, edges):
-    teacher = make_teacher(SPEC, (2, 2))
-    return CacheKey(
-        teacher=teacher.identity, data=data.hash, cameras=["front"], image_size=[32, 32], layers=[0, 1], grid=[2, 2],
-        standardise=True,
-    )  # fmt: skip
-
-
-def fill(folder, key, data, spec=SPEC, workers=1):
-    source = frame_source(data, ("front",), False)
-    job = FeatureJob(spec, key, source, data.states, len(data.actions))
-    return open_cache(folder, job, workers=workers, progress=False)
+    return make_key(data)
 
 
 def by_hand(key, data, rows):
@@ -167,39 +154,3 @@ def test_values_beyond_half_precision_are_named(tmp_path, key, data, monkeypatch
     monkeypatch.setattr(edges.Edges, "features", huge)
     with pytest.raises(BurnishError, match="exceed half precision"):
         fill(tmp_path / "c", replace(key, standardise=False), data)
-
-
-def test_live_and_kept_targets_agree_without_augmentation(tmp_path, key, data):
-    teacher = make_teacher(SPEC, (2, 2))
-    kept = make_targets(SPEC, teacher, key, data, cache=str(tmp_path / "c"), device=torch.device("cpu"), progress=False)
-    live = make_targets(SPEC, teacher, key, data, cache="off", device=torch.device("cpu"))
-    assert isinstance(live, LiveTargets)
-    batch = data.raw(0)
-    for camera in data.cameras:
-        batch[camera] = batch[camera].permute(0, 3, 1, 2).float() / 255
-    for layer in key.layers:
-        torch.testing.assert_close(kept(batch)[layer], live(batch)[layer], atol=4e-3, rtol=4e-3)
-
-
-def test_the_students_shift_reaches_the_kept_targets(tmp_path, key, data):
-    """A batch that the loader shifted gets the grid moved by as many tokens."""
-    teacher = make_teacher(SPEC, (2, 2))
-    kept = make_targets(SPEC, teacher, key, data, cache=str(tmp_path / "c"), device=torch.device("cpu"), progress=False)
-    batch = data.finish(data.raw(0), 0)
-    assert batch["shift.front"].abs().max() > 0
-    still = kept({**batch, "shift.front": torch.zeros_like(batch["shift.front"])})
-    rows = batch["shift.front"][:, :1].float() * 2 / 32  # tokens
-    columns = batch["shift.front"][:, 1:].float() * 2 / 32
-    for layer in key.layers:
-        grid = still[layer][:, 0]
-        # Two tokens a side: a move of s tokens mixes a share |s| of the neighbour in, if there is one that way.
-        down, right = (rows.clamp(0, 1), rows.clamp(-1, 0).abs()), (columns.clamp(0, 1), columns.clamp(-1, 0).abs())
-        upper, lower = grid[:, 0], grid[:, 1]
-        vertical = torch.stack(
-            [upper + down[0][..., None] * (lower - upper), lower + down[1][..., None] * (upper - lower)], 1
-        )
-        left, beside = vertical[:, :, 0], vertical[:, :, 1]
-        moved = torch.stack(
-            [left + right[0][..., None] * (beside - left), beside + right[1][..., None] * (left - beside)], 2
-        )
-        torch.testing.assert_close(kept(batch)[layer][:, 0], moved, atol=1e-5, rtol=1e-5)
