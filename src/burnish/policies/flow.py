@@ -115,7 +115,6 @@ class FlowPolicy(VLMPolicy):
         return self.velocities(inputs, points.to(self.device), time.to(self.device))
 
     def to_model(self, batch: Batch, actions: Tensor) -> Tensor:
-        """Actions [B, T, A] in environment units as `velocity` takes them: [B, T, A_model], normalised and padded."""
         return self._pad(self.model_actions(self._prepare(batch, actions)[ACTION]))
 
     @torch.no_grad()

@@ -79,9 +79,8 @@ def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra
     missing = [k for k in own if k not in state and own[k].data_ptr() not in present]
     extra = [] if extra_allowed else [k for k in state if k not in own]
     if missing or extra:
-        said = [
-            f"{len(keys)} {what} ({_first(keys)})" for keys, what in ((missing, "missing"), (extra, "unknown")) if keys
-        ]
+        kinds = ((missing, "missing"), (extra, "unknown"))
+        said = [f"{len(keys)} {what} ({_first(keys)})" for keys, what in kinds if keys]
         raise BurnishError(f"tensors of {source} do not match the config: {', '.join(said)}",
                            f"exactly the {len(own)} tensors of the model",
                            "the config.json that belongs to the weights")  # fmt: skip
@@ -109,24 +108,6 @@ def new_processors(config: Any, dataset_stats: dict[str, Any]) -> tuple[Any, Any
     pre, post = make_pre_post_processors(config, dataset_stats=dataset_stats)
     _check_statistics(config, pre, post, "the data set's statistics")
     return pre, post
-
-
-def write(policy: Any, folder: Path, state: dict[str, Tensor] | None, dtype: torch.dtype | None = None) -> None:
-    """Write config, weights and processors of a PolicyWrapper; making that atomic is the caller's business.
-
-    Args:
-        policy: what to write.
-        folder: where; made if missing.
-        state: weights to store instead of the policy's own (a moving average), with the names of
-            `policy.policy.state_dict()`; None takes its own.
-        dtype: store floating tensors so (e.g. torch.float16); None keeps them.
-    """
-    if dtype is not None:
-        state = policy.policy.state_dict() if state is None else state
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    policy.policy.save_pretrained(folder, state_dict=state)
-    policy.preprocessor.save_pretrained(folder)
-    policy.postprocessor.save_pretrained(folder)
 
 
 def point_at(folder: Path, target: str, **fields: str) -> None:

@@ -100,7 +100,12 @@ class PolicyWrapper(Policy):
                 `policy.policy.state_dict()`.
         """
         folder = Path(folder)
-        folders.write(self, folder, state_dict, dtype)
+        if dtype is not None:
+            state = self.policy.state_dict() if state_dict is None else state_dict
+            state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        self.policy.save_pretrained(folder, state_dict=state_dict)
+        self.preprocessor.save_pretrained(folder)
+        self.postprocessor.save_pretrained(folder)
         self.write_extras(folder, Path(home or folder).absolute())
 
     def write_extras(self, folder: Path, home: Path) -> None:

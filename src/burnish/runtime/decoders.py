@@ -55,11 +55,9 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         names, options = [name], {**stored, **options}
     made, refused = _fitting(model, names, options)
     found = {
-        name: measure_decoder(
-            made[name], prompts, model, repeats=repeats, truth=truth, actions=policy.token_actions
-        )
+        name: measure_decoder(made[name], prompts, model, repeats=repeats, truth=truth, actions=policy.token_actions)
         for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False, disable=not progress)
-    }  # fmt: skip
+    }
     if figure:
         name = next(iter(made)) if names or "pipelined" not in made else "pipelined"
         draw_decode(model, made[name](prompts[0]), name, Path(figure))

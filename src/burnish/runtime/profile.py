@@ -157,12 +157,10 @@ class Profile:
             "rows": float(np.median([call.positions for call in self.calls])),
             "profiled_total": quantiles([call.total for call in self.calls]),
             "stages": {name: quantiles([call.stages[name] for call in self.calls]) for name in STAGES},
-            "each_pass": [
-                quantiles([call.passes[i] for call in self.calls if i < len(call.passes)]) for i in range(longest)
-            ],
-            "stages_over_total": float(
-                np.mean([sum(call.stages.values()) for call in self.calls]) / np.mean([c.total for c in self.calls])
-            ),
+            "each_pass": [quantiles([call.passes[i] for call in self.calls if i < len(call.passes)])
+                          for i in range(longest)],
+            "stages_over_total": float(np.mean([sum(call.stages.values()) for call in self.calls])
+                                       / np.mean([call.total for call in self.calls])),
         }  # fmt: skip
 
 

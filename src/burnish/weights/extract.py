@@ -170,9 +170,8 @@ class _Extraction:
             return self.factors.matrices[name].reshape(-1)[start:stop]
         size, info, buffers, sums = stop - start, self.dense[name], self._buffers, dict[str, float]()
         tuned = self.tuned.values(name, start, stop, buffers(0, size), self.read["tuned"])
-        control = self.control.values(
-            name, start, stop, buffers(1, size), self.read["control" if self.three else "base"]
-        )
+        who = "control" if self.three else "base"
+        control = self.control.values(name, start, stop, buffers(1, size), self.read[who])
         delta = difference(tuned, control, buffers(2, size))
         bits = narrow(delta, info.dtype, np.empty(size, info.stored))
         widen(bits, info.dtype, delta)

@@ -33,9 +33,8 @@ def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, A
     modules: dict[str, dict[str, Any]] = {}
     groups = dict.fromkeys(GROUPS[:4], 0.0)
     for name, entry in own.tensors.items():
-        found = modules.setdefault(
-            module_of(name), {"group": entry["group"], "square": 0.0, "tuned": 0.0, "elements": 0}
-        )
+        nothing = {"group": entry["group"], "square": 0.0, "tuned": 0.0, "elements": 0}
+        found = modules.setdefault(module_of(name), nothing)
         found["square"] += norms[name] ** 2
         found["tuned"] += entry.get("norm_tuned", 0.0) ** 2
         found["elements"] += int(np.prod(entry["shape"]))

@@ -88,7 +88,7 @@ class Align(Objective):
 
     @contextmanager
     def watch(self, run: Run) -> Iterator[None]:
-        if not self._active(run):
+        if not self.on or run.step >= self.config.stop_after * run.recipe.train.steps:
             yield
             return
         with run.policy.capture(self.layers) as self.captured:
@@ -128,9 +128,6 @@ class Align(Objective):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._figures = {name: torch.tensor(value) for name, value in state["figures"].items()}
-
-    def _active(self, run: Run) -> bool:
-        return self.on and run.step < self.config.stop_after * run.recipe.train.steps
 
     def _schedule(self, run: Run) -> float:
         config = self.config

@@ -75,7 +75,10 @@ class Capability(Objective):
         names = self._names(delta, trained)
         self.names = list(names)
         self.gammas = [torch.from_numpy(delta.whole(own)).float().to(run.device) for own in names.values()]
-        self._check_shapes(trained)
+        for name, gamma in zip(self.names, self.gammas, strict=True):
+            if not self.adapters and trained[name].shape != gamma.shape:
+                raise BurnishError(f"{options.delta}: the vector has shape {list(gamma.shape)} at '{name}'",
+                                   f"{list(trained[name].shape)}, as the policy")  # fmt: skip
         count = sum(g.numel() for g in self.gammas)
         mean = sum(g.abs().sum() for g in self.gammas) / count
         if not mean > 0:
@@ -100,12 +103,6 @@ class Capability(Objective):
             raise BurnishError(f"no tensor of {delta.path} is trained", "a delta of this policy, and no train.freeze "
                                "over all of it")  # fmt: skip
         return names
-
-    def _check_shapes(self, trained: dict[str, nn.Parameter]) -> None:
-        for name, gamma in zip(self.names, self.gammas, strict=True):
-            if not self.adapters and trained[name].shape != gamma.shape:
-                raise BurnishError(f"{self.options.delta}: the vector has shape {list(gamma.shape)} at '{name}'",
-                                   f"{list(trained[name].shape)}, as the policy")  # fmt: skip
 
     def _movement(self, run: Run, trained: dict[str, nn.Parameter]) -> Callable[[], list[Tensor]]:
         """A function that gives D with gradient: how far each parameter (or product) has moved."""

@@ -50,7 +50,7 @@ def _l1(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor]
     size = torch._foreach_abs(gammas)
     products = torch._foreach_mul(gammas, moved)
     torch._foreach_mul_(size, torch._foreach_sign(moved))
-    return _total(torch._foreach_norm(products, 1)), size
+    return torch.stack(torch._foreach_norm(products, 1)).sum(), size
 
 
 def _projection(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -82,14 +82,11 @@ def _ewc(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor
 
 
 def _l2(gammas: list[Tensor], moved: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return _total(torch._foreach_pow(torch._foreach_norm(moved), 2)), torch._foreach_mul(moved, 2.0)
+    squares = torch._foreach_pow(torch._foreach_norm(moved), 2)
+    return torch.stack(squares).sum(), torch._foreach_mul(moved, 2.0)
 
 
 _VALUE_AND_GRADIENT = {"l1": _l1, "projection": _projection, "cosine": _cosine, "ewc": _ewc, "l2": _l2}
-
-
-def _total(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(values)).sum()
 
 
 def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -135,11 +135,6 @@ class DiscreteConfig(PreTrainedConfig):
         return self.action_feature.shape[0]
 
     @property
-    def max_action_dim(self) -> int:
-        """Nothing is padded."""
-        return self.action_dim
-
-    @property
     def length(self) -> int:
         """L, tokens of a chunk."""
         return self.fast_length if self.tokenizer == "fast" else self.chunk_size * self.action_dim

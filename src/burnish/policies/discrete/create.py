@@ -24,11 +24,7 @@ def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict
     Args:
         source: a VLM folder (config, weights, tokenizer), a SmolVLA policy folder, or a shipped base's name. From a
             SmolVLA come the VLM, the state projection and the way it scales embeddings; its action expert is left.
-        features: LeRobot PolicyFeatures of inputs and outputs by key.
-        dataset_stats: LeRobot statistics by key.
-        fields: of DiscreteConfig, and its "type".
-        generator_seed: of the fresh weights; the global generator is left as it was.
-        device: torch device.
+        fields: of DiscreteConfig, and its "type"; the others are those of `SmolVLA.create`.
 
     Raises:
         BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.

@@ -92,9 +92,7 @@ def d2f(batch: int, blocks: int, generator: torch.Generator, low: float = 0.2, h
     Blocks are hardly ever hidden as a whole, yet at inference every block begins so.
     """
     first = low + (high - low) * torch.rand((batch, 1), generator=generator, device=generator.device)
-    steps = (
-        torch.rand((batch, blocks - 1), generator=generator, device=generator.device) if blocks > 1 else first[:, :0]
-    )
+    steps = torch.rand((batch, blocks - 1), generator=generator, device=generator.device)
     rise = torch.cumsum(steps * (high - first) / max(1, blocks - 1), dim=1)
     return _all(torch.cat([first, first + rise], dim=1).clamp(max=1))
 

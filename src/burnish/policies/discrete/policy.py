@@ -95,7 +95,6 @@ class Discrete(VLMPolicy):
         return [self.policy.model.text_model.layers[0].mlp]
 
     def token_model(self) -> NetTokenModel:
-        """The policy as decoders see it; batches are those of the verbs."""
         return NetTokenModel(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
 
     def token_actions(self, ids: Tensor) -> Tensor:
@@ -133,9 +132,8 @@ class Discrete(VLMPolicy):
         """
         prepared, draws = self._inputs(batch, actions, draws)
         copies = 2 if self.config.training == "diffusion" and self.config.block < self.length else 1
-        return self.policy.log_likelihood(
-            self._embed(prepared, copies * self.length), prepared[ACTION], draws, batch.get(PAD)
-        )
+        prompt = self._embed(prepared, copies * self.length)
+        return self.policy.log_likelihood(prompt, prepared[ACTION], draws, batch.get(PAD))
 
     @torch.no_grad()
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
