@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from burnish.methods.isolate import distances
-from burnish.methods.isolate.statistics import Moments
+from burnish.methods.isolate.anchor import Moments
 
 
 def rows(seed, count=50, width=6):

@@ -177,6 +177,7 @@ def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset
     ("nothing to build the anchor from", "method: aegis"), ("share is 2", "method: self_anchor, share: 2"),
     ("needs adapters", "method: lora"), ("unknown option 'directions'", "method: random, directions: 2"),
     ("no anchor at", "method: aegis, anchor: none.safetensors"),
+    ("protect is self and distance w2; expected distance tokens", "method: aegis, protect: self"),
 ])  # fmt: skip
 def test_mistakes_are_one_clear_line(dataset, tiny_smolvla, tmp_path, words, objective):
     with pytest.raises(BurnishError, match=words):

@@ -12,13 +12,46 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
-from burnish.methods.isolate.statistics import Moments
 
 if TYPE_CHECKING:
     from burnish.policies.base import Captured, Policy
 
 FORMAT = 1
-GROUPS = {"apart": ("image", "text"), "pooled": ("tokens",)}
+
+
+@dataclass
+class Moments:
+    """Mean and variance of hidden states, whatever the batches and padding (Chan, Golub & LeVeque 1979).
+
+    Args:
+        count: positions seen, a float64 scalar.
+        mean: [D] float64.
+        spread: [D] float64, sum of squared deviations from the mean.
+    """
+
+    count: Tensor
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> "Moments":
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in ((), (width,), (width,))))
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [N, D]."""
+        if len(rows) == 0:
+            return
+        values = rows.detach().to(self.mean.device, torch.float64)
+        mean, total = values.mean(0), self.count + len(values)
+        share, shift = len(values) / total, mean - self.mean
+        self.mean = self.mean + share * shift
+        self.spread = self.spread + (values - mean).square().sum(0) + self.count * share * shift.square()
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """[D], dividing by the count."""
+        return self.spread / self.count.clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from burnish.core.options import check, read_options
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.layout import Layout, Vector
-from burnish.methods.isolate.options import Inputs, check_questions, resolve
+from burnish.methods.isolate.options import Inputs, resolve
 from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
@@ -46,7 +46,11 @@ class Isolate(Objective):
         self.method, self.options = resolve(method, options)
 
     def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
-        check_questions(self.method, self.options, self.inputs.questions or recipe.language.root)
+        if self.options.asks and not (self.inputs.questions or recipe.language.root):
+            raise BurnishError(
+                f"isolate: method '{self.method}' needs a question folder", "questions: FOLDER or language.root",
+                "burnish data questions --help, or method: auto",
+            )  # fmt: skip
         if self.watched or (self.options.uses_source and self.options.protect != "answers"):
             require(policy, "capture", "isolate")
         if self.options.asks:

@@ -34,8 +34,9 @@ class Options:
             gradient is that of the questions alone, times `weight` (knowledge insulation with question data).
             conflict, always, soft: the task gradient is projected against the gradient of the protected loss.
         protect: whose gradient is protected. robot: distance of the robot batch's states from the anchor (the paper).
-            questions: the same on a question batch. self: distance of the robot batch's states from the frozen base's
-            on robot inputs, so no question is needed. answers: the loss on answers itself. random: a random direction.
+            questions: the same on a question batch. self: distance (tokens) of the robot batch's states from the frozen
+            base's on robot inputs, so no question is needed. answers: the loss on answers itself. random: a random
+            direction.
     """
 
     rule: str = option("none", "what is done for the backbone", choices=RULES)
@@ -78,7 +79,7 @@ class Options:
     @property
     def needs_anchor(self) -> bool:
         """Whether statistics of the frozen base are compared with."""
-        return self.uses_source and self.protect in ("robot", "questions", "self") and self.distance != "tokens"
+        return self.uses_source and self.protect in ("robot", "questions") and self.distance != "tokens"
 
     @property
     def shares_forward(self) -> bool:
@@ -120,11 +121,6 @@ def resolve(method: str, given: dict[str, Any]) -> tuple[str, Options]:
     refuse_unknown(Options, given, "isolate")
     options = replace(Options(), **{**METHODS[method], **given})
     check(options, "isolate")
+    if options.protect == "self" and options.distance != "tokens":
+        raise BurnishError(f"isolate: protect is self and distance {options.distance}", "distance tokens")
     return method, options
-
-
-def check_questions(method: str, options: Options, questions: str) -> None:
-    """Raise BurnishError where training needs questions and there are none."""
-    if options.asks and not questions:
-        raise BurnishError(f"isolate: method '{method}' needs a question folder", "questions: FOLDER or language.root",
-                           "burnish data questions --help, or method: auto")  # fmt: skip

@@ -2,9 +2,8 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,8 +52,9 @@ class Source:
         self.layers = list(range(run.policy.num_layers))
         self.size = max(1, round(options.share * run.recipe.train.batch_size))
         self.questions = Questions(run, questions, self.size, options.turns) if options.asks else None
-        self.frozen = _frozen(run.policy) if options.distance == "tokens" and options.protect != "answers" else None
-        self.anchor = None
+        self.frozen = self.anchor = None
+        if options.distance == "tokens" and options.protect != "answers":
+            self.frozen = copy.deepcopy(run.policy).eval().requires_grad_(False)
         if options.needs_anchor:
             self.anchor = self._anchor(run, questions, inputs.anchor, inputs.anchor_samples).to(run.device)
 
@@ -101,46 +101,33 @@ class Source:
         return distance(states, moments.mean, moments.variance)
 
     def _anchor(self, run: Run, questions: str, path: str, samples: int) -> Anchor:
-        inputs = "robot" if self.options.protect == "self" else "questions"
-        if path:
-            anchor = Anchor.load(Path(path))
-            anchor.check(path, run.parent_hash, run.policy.num_layers, self._width(run))
-            self._check_settings(anchor, path, inputs)
-            return anchor
-        if inputs == "questions" and not questions:
-            raise BurnishError("isolate: nothing to build the anchor from", "questions: FOLDER or anchor: FILE",
-                               "burnish data questions --help, or method: self_anchor")  # fmt: skip
-        about = self._about(run, inputs, questions)
-        size, show = run.recipe.train.batch_size, run.progress and run.accelerator.is_main_process
-        if inputs == "questions":
-            batches = question_batches(Path(questions), samples, min(size, samples), 0, run.device, progress=show)
-        else:
-            batches = robot_batches(run, samples)
-        return _same_everywhere(run, build(run.policy, batches, about))
-
-    def _about(self, run: Run, inputs: str, questions: str) -> Provenance:
         from burnish.policies.vqa import PROMPT
 
-        options, asked = self.options, inputs == "questions"
-        return Provenance(
-            run.parent_hash, run.policy.num_layers, 0, inputs, Path(questions).name if asked else run.data.root.name, 0,
-            template=PROMPT if asked else "", answers=options.answers, tokens=options.tokens,
-        )  # fmt: skip
+        options = self.options
+        if path:
+            anchor = Anchor.load(Path(path))
+            with torch.no_grad():
+                captured, _ = forward(run.policy, _head(next(robot_batches(run, 1)), 1), [0])
+            anchor.check(path, run.parent_hash, run.policy.num_layers, captured.hidden[0].shape[-1])
+            _check_settings(anchor, path, {"inputs": "questions", "tokens": options.tokens, "answers": options.answers})
+            return anchor
+        if not questions:
+            raise BurnishError("isolate: nothing to build the anchor from", "questions: FOLDER or anchor: FILE",
+                               "burnish data questions --help, or method: self_anchor")  # fmt: skip
+        about = Provenance(run.parent_hash, run.policy.num_layers, 0, "questions", Path(questions).name, 0,
+                           template=PROMPT, answers=options.answers, tokens=options.tokens)  # fmt: skip
+        size, show = min(run.recipe.train.batch_size, samples), run.progress and run.accelerator.is_main_process
+        return build(run.policy, question_batches(Path(questions), samples, size, 0, run.device, progress=show), about)
 
-    def _check_settings(self, anchor: Anchor, path: str, inputs: str) -> None:
-        wanted = {"inputs": inputs, "tokens": self.options.tokens, "answers": self.options.answers}
-        found = asdict(anchor.about)
-        for key, value in wanted.items():
-            if found[key] != value:
-                command = "burnish method isolate anchor"
-                fix = {"tokens": f"{command} --tokens {value}", "answers": f"{command}, with --answers or without"}
-                raise BurnishError(f"{path} was built with {key}={found[key]}", f"{key}={value} as the run wants",
-                                   fix.get(key, "another anchor"))  # fmt: skip
 
-    def _width(self, run: Run) -> int:
-        with torch.no_grad():
-            captured, _ = forward(run.policy, _head(next(robot_batches(run, 1)), 1), [0])
-        return captured.hidden[0].shape[-1]
+def _check_settings(anchor: Anchor, path: str, wanted: dict[str, Any]) -> None:
+    command = "burnish method isolate anchor"
+    fixes = {"tokens": f"{command} --tokens {wanted['tokens']}", "answers": f"{command}, with --answers or without"}
+    for key, value in wanted.items():
+        found = getattr(anchor.about, key)
+        if found != value:
+            raise BurnishError(f"{path} was built with {key}={found}", f"{key}={value} as the run wants",
+                               fixes.get(key, "another anchor"))  # fmt: skip
 
 
 def robot_batches(run: Run, samples: int) -> Iterator[Batch]:
@@ -150,25 +137,6 @@ def robot_batches(run: Run, samples: int) -> Iterator[Batch]:
     count = max(1, samples // run.recipe.train.batch_size)
     for k in range(count):
         yield run.data.finish(to_device(run.data.raw(k), run.device), k)
-
-
-def _same_everywhere(run: Run, anchor: Anchor) -> Anchor:
-    """Robot frames differ between ranks: merge what all of them saw, in the order of the ranks."""
-    if run.accelerator.num_processes == 1 or anchor.about.inputs == "questions":
-        return anchor
-    from burnish.methods.isolate.statistics import Moments
-
-    for key, own in anchor.moments.items():
-        packed = torch.cat([own.count[None], own.mean, own.spread]).to(run.device)
-        merged = Moments.empty(len(own.mean), run.device)
-        for row in run.accelerator.gather(packed[None]):
-            merged.merge(Moments(row[0], *row[1:].chunk(2)))
-        anchor.moments[key] = merged
-    return anchor
-
-
-def _frozen(policy: "Policy") -> "Policy":
-    return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 def _head(batch: Batch, size: int) -> Batch:
