@@ -285,6 +285,11 @@ def _finish(
 def import_labels(root: Path | str, labels: Path | str, state_tolerance: float = 0.0) -> int:
     """Make the LeRobot data set `root` a pair folder by a file of labels; returns how many pairs there are.
 
+    Args:
+        root: the data set that the labels are about.
+        labels: JSON lines, see `burnish.data.pairs.read_labels`.
+        state_tolerance: how far the states at the start of the two chunks may differ.
+
     Raises:
         BurnishError: unreadable labels, or a pair of unequal starts or tasks; then `root` is left as it was.
     """
