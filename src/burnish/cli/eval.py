@@ -42,16 +42,11 @@ def evaluate(
     """
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
+    trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers,
+              "max_steps": max_steps, "output": output, "video": video}  # fmt: skip
     if policy in ("expert", "random_object"):
-        found = evaluate_expert(
-            env, which=policy, episodes=episodes, output=output, first_state=first_state, seed=seed, workers=workers,
-            max_steps=max_steps, image_size=image_size or 128, video=video,
-        )  # fmt: skip
+        found = evaluate_expert(env, which=policy, image_size=image_size or 128, **trials)
     else:
-        found = evaluate(
-            policy, env, episodes=episodes, output=output, first_state=first_state, seed=seed, workers=workers,
-            batch_size=batch_size, max_steps=max_steps, image_size=image_size, cameras=cameras or None,
-            n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap, video=video,
-        )  # fmt: skip
-    print(found)
-    print(f"written to {output}")
+        found = evaluate(policy, env, batch_size=batch_size, image_size=image_size, cameras=cameras or None, **trials,
+                         n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap)  # fmt: skip
+    print(f"{found}\nwritten to {output}")

@@ -92,17 +92,12 @@ def read_help(command: Command | Group) -> Help:
     return found
 
 
-def summary_line(command: Command | Group) -> str:
-    """The line that stands beside a command in a list of commands."""
-    return read_help(command).summary.partition(". ")[0].rstrip(".").replace("%", "%%")
-
-
 def group_parser(name: str, group: Group) -> argparse.ArgumentParser:
     """The parser that lists the commands of a group."""
     parser = argparse.ArgumentParser(prog=name, description=group.help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for word, command in group.commands.items():
-        commands.add_parser(word, help=summary_line(command))
+        commands.add_parser(word, help=read_help(command).summary.partition(". ")[0].rstrip(".").replace("%", "%%"))
     return parser
 
 
@@ -196,9 +191,9 @@ class _Parameter:
             number = ("*" if self.is_list else "?") if not self.required else "+" if self.is_list else None
             parser.add_argument(self.name, nargs=number, **self._value(), help=self._help())
         elif self.kind is bool:
-            off = self.default is True  # --no-video
-            flag = f"--no-{self.flag[2:]}" if off else self.flag
-            action = "store_false" if off else "store_true"
+            flag, action = (
+                (f"--no-{self.flag[2:]}", "store_false") if self.default is True else (self.flag, "store_true")
+            )
             parser.add_argument(flag, dest=self.name, action=action, help=self._help())
         else:
             more: dict[str, Any] = self._value() | {"dest": self.name, "required": self.required}

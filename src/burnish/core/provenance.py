@@ -63,11 +63,10 @@ def machine() -> dict[str, str]:
     """Device and versions, by name, of the machine that measures; every bench and result names them."""
     import torch
 
-    cores = os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ("burnish", "lerobot", "torch", "transformers", "mujoco")
     return {
-        "device": f"{cores} CPU cores ({platform.machine()}), {gpu}",
+        "device": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpu}",
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }

@@ -46,7 +46,6 @@ class _Rollout:
     prefix: np.ndarray
     expert: bool = False
     replans: int = 0
-    begun: bool = False
 
     @property
     def label(self) -> str:
@@ -139,14 +138,15 @@ def _collect_task(
     pool: SimulatorPool, policy: "Policy", spec: EnvSpec, spool: Spool, request: dict[str, Any], slots: int, bar: bool
 ) -> None:
     """All rollouts of one task: the first of each initial state, then the branches."""
-    folder, rollouts = spool.task_folder(spec.task_id), request["rollouts"]
+    folder, rollouts, seed = spool.task_folder(spec.task_id), request["rollouts"], request["seed"]
     cameras = match_cameras(policy, spec, None)
     write_json(folder / "spec.json", {
         "fps": spec.fps, "state_names": list(spec.state_names), "action_names": list(spec.action_names),
         "cameras": [cameras[name] for name in policy.cameras], "max_steps": spec.max_steps,
     })  # fmt: skip
     states = initial_states(spec, request["first_state"], request["states"])
-    actor = BatchedPolicy(policy, cameras, request["seed"], (slots + 1) // 2, policy.n_action_steps)
+    steps = policy.n_action_steps
+    actor = BatchedPolicy(policy, cameras, seed, (slots + 1) // 2, steps)
     driver = _Driver(pool, actor, slots, folder, request, states, bar)
     empty = np.zeros((0, len(spec.action_names)), np.float32)
     done = spool.attempts(spec.task_id)
@@ -157,19 +157,17 @@ def _collect_task(
         missing = [place for place in range(1, rollouts) if i * (rollouts + 1) + place not in done]
         if missing:
             first_one = StoredRecording(done[i * (rollouts + 1)])["action"]
-            prefixes = {place: _shared_prefix(request, state, place, first_one, policy) for place in missing}
+            prefixes = {place: _shared_prefix(seed, state, place, first_one, steps) for place in missing}
             branches += [_Rollout(spec, state, place, prefix) for place, prefix in prefixes.items()]
     driver.drive(branches)
     if request["expert"]:
         driver.drive(_completions(spool, spec, states, rollouts, request, policy))
 
 
-def _shared_prefix(
-    request: dict[str, Any], state: int, place: int, actions: np.ndarray, policy: "Policy"
-) -> np.ndarray:
+def _shared_prefix(seed: int, state: int, place: int, actions: np.ndarray, steps: int) -> np.ndarray:
     """What a branch repeats of the first rollout's actions: up to one of its replans, each equally likely."""
-    replans = -(-len(actions) // policy.n_action_steps)
-    return actions[: derive_seed("part", request["seed"], state, place) % replans * policy.n_action_steps]
+    replans = -(-len(actions) // steps)
+    return actions[: derive_seed("part", seed, state, place) % replans * steps]
 
 
 def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, policy: "Policy") -> list[_Rollout]:
@@ -179,7 +177,7 @@ def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, po
         if number + rollouts in done or any(".solved." in done[number + p].name for p in range(rollouts)):
             continue
         first_one = StoredRecording(done[number])["action"]
-        prefix = _shared_prefix(request, state, rollouts, first_one, policy)
+        prefix = _shared_prefix(request["seed"], state, rollouts, first_one, policy.n_action_steps)
         found.append(_Rollout(spec, state, rollouts, prefix, expert=True))
     return found
 
@@ -210,8 +208,7 @@ class _Driver(Scheduler[_Rollout]):
 
     def received(self, reply: Waiting) -> None:
         run = self.running[reply.slot]
-        if not run.begun and len(run.prefix):
-            run.begun = True
+        if not run.replans and len(run.prefix):
             run.replans = len(run.prefix) // self.actor.n_action_steps
             self.pool.act(reply.slot, run.prefix)
         elif run.expert:
@@ -225,7 +222,6 @@ class _Driver(Scheduler[_Rollout]):
     def planned(self, run: _Rollout, chunk: np.ndarray, milliseconds: float) -> np.ndarray:
         disturbed = self.options["action_noise"] and run.place and run.replans * len(chunk) == len(run.prefix)
         run.replans += 1
-        run.begun = True
         return self._disturb(run, chunk) if disturbed else chunk
 
     def _disturb(self, run: _Rollout, chunk: np.ndarray) -> np.ndarray:

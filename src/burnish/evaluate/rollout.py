@@ -188,16 +188,13 @@ class _Job:
             filmed[spec.task_id] = filmed.get(spec.task_id, 0) + 1
             video = self.video and filmed[spec.task_id] <= VIDEOS_PER_TASK
             if (spec.task_id, state) not in done:
-                path = output / video_path(spec.task_id, state) if video else None
-                episodes.append(self.episode(spec, state, cameras, path))
+                episodes.append(Episode(
+                    task=spec.task_id, initial_state=state, max_steps=self.max_steps or spec.max_steps,
+                    cameras=cameras or (spec.cameras[:1] if video else ()), actor=self.actor,
+                    actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31, swap=self.swap,
+                    video=output / video_path(spec.task_id, state) if video else None,
+                ))  # fmt: skip
         return episodes
-
-    def episode(self, spec: EnvSpec, state: int, cameras: tuple[str, ...], video: Path | None) -> Episode:
-        return Episode(
-            task=spec.task_id, initial_state=state, max_steps=self.max_steps or spec.max_steps,
-            cameras=cameras or (spec.cameras[:1] if video else ()), actor=self.actor,
-            actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31, swap=self.swap, video=video,
-        )  # fmt: skip
 
     def fill(
         self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int

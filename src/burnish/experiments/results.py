@@ -10,14 +10,13 @@ Several names, separated by spaces, give one table. `results:STUDY runs: KEY ...
 study's runs logged. No number is typed by hand.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_json, write_text
+from burnish.core.files import read_object, write_json, write_text
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
 FROM_RUN = ("commit", "date", "seeds", "hardware")
@@ -160,11 +159,8 @@ def update_pages(root: Path | str = Path(), check: bool = False) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BurnishError(f"{path} is not JSON ({error.msg})") from None
-    if not (isinstance(content, dict) and "figures" in content):
+    content = read_object(path)
+    if "figures" not in content:
         check_result(content, str(path))
     return content
 

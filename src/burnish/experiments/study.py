@@ -29,12 +29,12 @@ from burnish.core.recipe import (
 from burnish.core.renames import STUDY, rename
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, write_result
+from burnish.experiments.variants import read_successes, variant_rows
 
 log = logging.getLogger("burnish")
 
 QUESTIONS = "questions, exact"
 """Name of the questions among the evaluations."""
-
 
 SetupRunner = Callable[[str], int]
 """Runs one command line of `setup` and returns its exit status."""
@@ -257,8 +257,6 @@ def _ask_questions(runs: Iterable[_Run]) -> bool:
 
 
 def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
-    from burnish.experiments.variants import read_successes, variant_rows
-
     def of(variant: str) -> dict[int, _Run]:
         return {run.seed: run for run in runs if run.variant == variant}
 
@@ -281,8 +279,6 @@ def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes:
 
 def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metrics: dict[str, Any]) -> list[Any]:
     """Rows of the held-out questions; also against the base, where the variants start from one."""
-    from burnish.experiments.variants import variant_rows
-
     rows = variant_rows(answers, study.reference, eval=QUESTIONS)
     folder = study_folder(study) / "base"
     if not (folder / "retention.json").is_file():
