@@ -158,10 +158,9 @@ def prompt_isolation(model: TokenModel, prompt: Prompt, draws: torch.Generator) 
     alone = _whole(model, prompt, _random_ids(model, prompt, draws)[:, :0])[1]
     for _ in range(2):
         cache = _whole(model, prompt, _random_ids(model, prompt, draws))[1]
-        for kind in ("keys", "values"):
-            for one, other in zip(getattr(cache, kind), getattr(alone, kind), strict=True):
-                keep = prompt.valid[:, None, :, None].expand_as(one[:, :, :size])
-                worst = max(worst, _apart(one[:, :, :size][keep], other[:, :, :size][keep]))
+        for one, other in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
+            keep = prompt.valid[:, None, :, None].expand_as(one[:, :, :size])
+            worst = max(worst, _apart(one[:, :, :size][keep], other[:, :, :size][keep]))
     return Check(name, worst <= limit, worst, limit, meaning)
 
 
@@ -191,10 +190,10 @@ def cached_once(model: TokenModel, prompt: Prompt, plan: DecodePlan) -> Check:
     clean = _whole(model, prompt, decoded.ids)[1]
     size = prompt.valid.shape[1]
     cached = (cached_at > 0).repeat_interleave(plan.block, 1)[:, None, :, None]
-    for kind in ("keys", "values"):
-        for one, other in zip(getattr(watched.cache, kind), getattr(clean, kind), strict=True):
-            one, other = one[:, :, size:-1], other[:, :, size:-1]
-            worst = max(worst, _apart(one[cached.expand_as(one)], other[cached.expand_as(one)]))
+    kept = watched.cache.keys + watched.cache.values
+    for one, other in zip(kept, clean.keys + clean.values, strict=True):
+        one, other = one[:, :, size:-1], other[:, :, size:-1]
+        worst = max(worst, _apart(one[cached.expand_as(one)], other[cached.expand_as(one)]))
     limit = TOLERANCE[prompt.states.dtype]
     return Check(
         "cached once", again == 0 and worst <= limit, worst, limit, "cached keys against those of the clean chunk"

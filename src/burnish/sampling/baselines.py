@@ -9,7 +9,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.sampling.blocks import not_finite
 from burnish.sampling.plan import DecodePlan, check_legal, make_plan
-from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel, sees
+from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel, sees, visible
 from burnish.sampling.unmask import choose, likeliest
 
 
@@ -43,18 +43,16 @@ class AutoregressiveDecoder(Decoder):
         if known >= goal:
             return Decoded(ids, passes=0, positions=0, unmasked=unmasked)
         slots = torch.arange(model.length, device=device)
-        seen = sees(slots[:, None], slots[None], 1).expand(num, -1, -1)
-        valid = prompt.valid[:, None]
+        seen = sees(slots[:, None], slots[None], 1)
         cache = model.empty(prompt)
-        first = torch.cat((valid.expand(-1, known, -1), seen[:, :known, :known]), 2)
-        logits = model.whole(prompt, prefix, first, cache)
+        logits = model.whole(prompt, prefix, visible(prompt.valid, seen[:known, :known]), cache)
         logits = logits[:, -1] if known else cache.prompt_logits
         positions = prompt.states.shape[1] + known
         for position in range(known, goal):
             if position > known:
-                visible = torch.cat((valid, seen[:, position - 1 : position, :position]), 2)
+                mask = visible(prompt.valid, seen[position - 1 : position, :position])
                 at = slots[position - 1].expand(num, 1)
-                logits = model.extend(ids[:, position - 1 : position], at, visible, cache)[:, 0]
+                logits = model.extend(ids[:, position - 1 : position], at, mask, cache)[:, 0]
                 positions += 1
             ids[:, position] = likeliest(logits, self.plan)[0]
             bad |= ~torch.isfinite(logits).all()
@@ -93,7 +91,7 @@ class FastDLLMDecoder(Decoder):
         unmasked = torch.zeros_like(ids)
         slots = torch.arange(model.length, device=ids.device)
         seen = sees(slots[:, None], slots[None], model.block)
-        visible = torch.cat((prompt.valid[:, None].expand(-1, model.length, -1), seen.expand(num, -1, -1)), 2)
+        mask = visible(prompt.valid, seen)
         cache = model.empty(prompt)
         passes = positions = syncs = 0
         streamed = prefix.shape[1] // model.step_length
@@ -106,14 +104,14 @@ class FastDLLMDecoder(Decoder):
                 if turn > plan.block:
                     raise not_finite(passes)
                 if fresh:
-                    logits = model.whole(prompt, ids, visible, cache, see_actions=model.prompt_sees_actions)
+                    logits = model.whole(prompt, ids, mask, cache, see_actions=model.prompt_sees_actions)
                     before = cache.prompt_logits[:, None] if begin == 0 else logits[:, begin - 1 : begin]
                     logits = logits[:, inside]
                     positions += prompt.states.shape[1] + model.length
                     fresh = False
                 else:
                     at = slots[inside].expand(num, -1)
-                    logits = model.extend(ids[:, inside], at, visible[:, inside], cache)
+                    logits = model.extend(ids[:, inside], at, mask[:, inside], cache)
                     positions += plan.block
                 if model.shift:
                     logits = torch.cat((before, logits[:, :-1]), 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
 from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_tokens
-from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
+from burnish.sampling.token_model import Prompt, TokenCache, TokenModel, visible
 from burnish.sampling.unmask import likeliest
 
 
@@ -73,8 +73,8 @@ class Passes:
     def _first(self, buffers: Buffers, layout: Layout, blocks: int) -> Tensor:
         plan, state, prompt, cache = self.plan, buffers.state, buffers.prompt, buffers.cache
         ids, positions, seen = lay_out(state, layout, plan, blocks * plan.block)
-        visible = _visible(prompt.valid, seen[:, :, : ids.shape[1]])
-        logits = self._whole(prompt, ids, visible, cache, see_actions=self.model.prompt_sees_actions)
+        mask = visible(prompt.valid, seen[:, :, : ids.shape[1]])
+        logits = self._whole(prompt, ids, mask, cache, see_actions=self.model.prompt_sees_actions)
         if plan.shift:
             carry_ids, carry_confidence = likeliest(cache.prompt_logits, plan)
             state.carry_ids.copy_(carry_ids)
@@ -86,12 +86,12 @@ class Passes:
     def _next(self, buffers: Buffers, layout: Layout, count: int, slots: int, wanted: int) -> Tensor:
         plan, state, cache = self.plan, buffers.state, buffers.cache
         ids, positions, seen = lay_out(state, layout, plan, count)
-        visible = _visible(buffers.prompt.valid, seen[:, :, :slots])
+        mask = visible(buffers.prompt.valid, seen[:, :, :slots])
         if wanted == count:
-            best, confidence = likeliest(self._extend(ids, positions, visible, cache), plan)
+            best, confidence = likeliest(self._extend(ids, positions, mask, cache), plan)
         else:
             read = wanted_tokens(state, layout, plan, positions, wanted)
-            some, some_confidence = likeliest(self._extend(ids, positions, visible, cache, read=read), plan)
+            some, some_confidence = likeliest(self._extend(ids, positions, mask, cache, read=read), plan)
             best = torch.zeros_like(ids).scatter_(1, read, some)
             confidence = some_confidence.new_zeros(ids.shape).scatter_(1, read, some_confidence)
         settle(state, layout, plan, positions, best, confidence)
@@ -106,11 +106,6 @@ class Passes:
         graph, outcome = buffers.graphs[key]
         graph.replay()
         return outcome
-
-
-def _visible(valid: Tensor, seen: Tensor) -> Tensor:
-    """bool [B, R, P + S]: the valid positions of the prompt, then action slots."""
-    return torch.cat((valid[:, None].expand(-1, seen.shape[1], -1), seen), 2)
 
 
 def _capture(state: BlockState, work: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:

@@ -55,6 +55,11 @@ def sees(query: Tensor, slot: Tensor, block: int) -> Tensor:
     return slot // block <= query // block
 
 
+def visible(valid: Tensor, seen: Tensor) -> Tensor:
+    """bool [B, R, P + S]: valid positions [B, P] of the prompt, then what is seen of the action slots, [(B,) R, S]."""
+    return torch.cat((valid[:, None].expand(-1, seen.shape[-2], -1), seen.expand(len(valid), -1, -1)), 2)
+
+
 def dense_mask(valid: Tensor, length: int, block: int, prompt_sees_actions: bool = False) -> Tensor:
     """bool [B, P + L, P + L], True where a query (second axis) may attend to a slot (third).
 
@@ -67,12 +72,11 @@ def dense_mask(valid: Tensor, length: int, block: int, prompt_sees_actions: bool
         block: tokens of a block; `length` is bidirectional, 1 causal.
         prompt_sees_actions: the prompt sees action tokens too.
     """
-    num, size = valid.shape
+    size = valid.shape[1]
     places = torch.arange(length, device=valid.device)
     actions = torch.cat((torch.full((size, length), prompt_sees_actions, device=valid.device),
                          sees(places[:, None], places[None], block)))  # fmt: skip
-    prompt = valid[:, None].expand(-1, size + length, -1)
-    return torch.cat((prompt, actions.expand(num, -1, -1)), 2)
+    return visible(valid, actions)
 
 
 class TokenModel(ABC):

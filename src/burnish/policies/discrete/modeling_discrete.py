@@ -17,7 +17,7 @@ from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.folder import load_vlm
 from burnish.policies.keys import ACTION, PAD
-from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees
+from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
 
 
 class DiscretePolicy(PreTrainedPolicy):
@@ -88,9 +88,9 @@ class DiscretePolicy(PreTrainedPolicy):
         opened = config.prompt_sees_actions if prompt_sees_actions is None else prompt_sees_actions
         index = torch.arange(config.length, device=ids.device)
         seen = sees(index[:, None], index[None, :], block or config.block)
-        visible = _visible(prompt.valid, seen)
         given = torch.where(hidden, model.mask_id, ids)
-        states = model.joint(prompt, given, index.expand_as(ids), visible, see_actions=opened)
+        mask = visible(prompt.valid, seen)
+        states = model.joint(prompt, given, index.expand_as(ids), mask, see_actions=opened)
         first = prompt.states.shape[1] - int(config.shift)
         return model.head(states[:, first : first + config.length])
 
@@ -169,8 +169,7 @@ class DiscretePolicy(PreTrainedPolicy):
         same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
         seen = torch.cat([torch.cat([same, before], 1), torch.cat([same & False, same | before], 1)])
         both = torch.cat([torch.where(hidden, model.mask_id, ids), ids], dim=1)
-        visible = _visible(prompt.valid, seen)
-        states = model.joint(prompt, both, torch.cat([index, index]).expand_as(both), visible)
+        states = model.joint(prompt, both, torch.cat([index, index]).expand_as(both), visible(prompt.valid, seen))
         read = prompt.states.shape[1] + index
         if config.shift:
             # The first token of a block is read from the last position of the block before, clean by then.
@@ -231,11 +230,6 @@ class DiscretePolicy(PreTrainedPolicy):
         if not self._queue:
             self._queue.extend(self.predict_action_chunk(batch)[:, : self.config.n_action_steps].transpose(0, 1))
         return self._queue.popleft()
-
-
-def _visible(valid: Tensor, seen: Tensor) -> Tensor:
-    """bool [B, R, P + R'] from the prompt's valid positions [B, P] and what actions see of one another [R, R']."""
-    return torch.cat([valid[:, None].expand(-1, len(seen), -1), seen.expand(len(valid), -1, -1)], dim=2)
 
 
 def _make_vlm(config: DiscreteConfig) -> Any:
