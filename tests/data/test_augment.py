@@ -10,7 +10,7 @@ def images(batch=5, size=50):
 
 def test_shift_moves_whole_images_by_few_pixels():
     before = images()
-    after = augment.shift(before, generator(1))
+    after = augment.shift_by(before, augment.draw_shift(before, generator(1)))
     most = round(50 * augment.SHIFT)
     seen = set()
     for b in range(len(before)):

@@ -38,11 +38,6 @@ def shift_by(images_BHW3: Tensor, offsets_B2: Tensor) -> Tensor:
     return images_BHW3.reshape(-1, 3).index_select(0, flat.reshape(-1)).view_as(images_BHW3)
 
 
-def shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image by up to SHIFT of its edges."""
-    return shift_by(images_BHW3, draw_shift(images_BHW3, generator))
-
-
 def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Random brightness, contrast and saturation for each image, as one 3x3 matrix and offset; float in [0, 1]."""
     batch, _, height, width = images_B3HW.shape

@@ -8,7 +8,8 @@ and however many processes did it.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -43,8 +44,8 @@ class DemosSummary:
     attempts: int
     successes: int
     interval: tuple[float, float]
-    per_task: dict[str, tuple[int, int]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    per_task: dict[str, tuple[int, int]]
+    skipped: dict[str, str]
 
     @property
     def success_rate(self) -> float:
@@ -88,14 +89,10 @@ def make_demos(
     request = _request(env, episodes, image_size, cameras, seed, geometry)
     if root.exists() and any(root.iterdir()):
         return _already_made(root, request)
-    spool = Spool(root, request)
-    try:
+    with closing(Spool(root, request)) as spool:
         shares = _record_all(spool, request, workers, progress)
         summary = _assemble(spool, root, request, shares)
-    except BaseException:
-        spool.close()
-        raise
-    spool.remove()
+        spool.remove()
     return summary
 
 

@@ -36,12 +36,7 @@ Block = tuple[np.ndarray, np.ndarray | None]
 
 
 class Pooled:
-    """A teacher whose features come out on the student's grid.
-
-    Args:
-        teacher: see teachers.base.
-        key: which layers, grid, pooling and positional term.
-    """
+    """A teacher whose features come out on the student's grid; `key` says which layers, grid and pooling."""
 
     def __init__(self, teacher: Teacher, key: CacheKey):
         self.teacher, self.key = teacher, key
@@ -94,9 +89,7 @@ def open_cache(
 
     Args:
         folder: where it lies; only a cache of exactly the job's key is taken.
-        job: what is computed.
         workers: processes; 0 means one for each core. Ignored on a GPU.
-        progress: show a bar.
         device: where the teacher runs.
 
     Raises:

@@ -76,7 +76,6 @@ def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
     """Read any LeRobotDataset (v3.0, and v2.x in place) and say what is in it and what is wrong with it.
 
     Args:
-        root: the data set's folder.
         quick: trust the frame counts in the video headers instead of reading every video to its end.
 
     Raises:
@@ -89,11 +88,9 @@ def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
     problems += check_columns(files, columns) + check_views(views)
     starts = episode_starts(columns)
     action, state = columns["action"], columns.get(STATE)
-    gripper = find_gripper(
-        files.names("action"), action, files.names(STATE) if state is not None else [], state, starts
-    )
-    control = _control(action, state)
-    idle = _idle(action, starts, control, files.names("action"), gripper)
+    names, control = files.names("action"), _control(action, state)
+    gripper = find_gripper(names, action, files.names(STATE) if state is not None else [], state, starts)
+    idle = _idle(action, starts, control, names, gripper)
     return Inspection(
         root=files.root,
         version=files.version,
@@ -106,7 +103,7 @@ def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
         control=control,
         gripper=gripper,
         idle_share=float(idle.mean()),
-        idle_start=float(np.median([_leading(part) for part in np.split(idle, starts[1:])])),
+        idle_start=float(np.median([np.argmin(np.append(part, False)) for part in np.split(idle, starts[1:])])),
         repeated_share=float(_repeats(columns, starts).mean()),
         problems=sorted(problems, key=lambda problem: ("error", "warning", "hint").index(problem.kind)),
     )
@@ -161,9 +158,7 @@ def _opens(
 
 
 def _dimensions(files: DatasetFiles, feature: str, values: np.ndarray) -> list[Dimension]:
-    stats = files.stats.get(feature, {})
-    width = values.shape[1]
-    known = {key: array for key, array in stats.items() if array.size == width}
+    known = {key: array for key, array in files.stats.get(feature, {}).items() if array.size == values.shape[1]}
     result = []
     for i, name in enumerate(files.names(feature)):
         one = values[:, i][np.isfinite(values[:, i])]
@@ -207,10 +202,6 @@ def _idle(
     return (np.abs(moves) < 0.02 * scale).all(1)
 
 
-def _leading(flags: np.ndarray) -> int:
-    return int(np.argmin(flags)) if not flags.all() else len(flags)
-
-
 def _repeats(columns: dict[str, np.ndarray], starts: np.ndarray) -> np.ndarray:
     """[N] True where state and action equal those of the frame before."""
     rows = np.concatenate([columns[name] for name in ("action", STATE) if name in columns], axis=1)
@@ -221,8 +212,5 @@ def _repeats(columns: dict[str, np.ndarray], starts: np.ndarray) -> np.ndarray:
 
 def _instructions(files: DatasetFiles, columns: dict[str, np.ndarray]) -> dict[str, int]:
     """Instruction to the number of episodes that carry it, most frequent first."""
-    counts: Counter[str] = Counter()
-    first = columns["task_index"][episode_starts(columns)]
-    for index in first.tolist():
-        counts[files.tasks.get(int(index), f"(task {int(index)} without a text)")] += 1
-    return dict(counts.most_common())
+    first = map(int, columns["task_index"][episode_starts(columns)].tolist())
+    return dict(Counter(files.tasks.get(i, f"(task {i} without a text)") for i in first).most_common())

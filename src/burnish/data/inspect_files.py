@@ -122,16 +122,13 @@ def read_embedded_image(files: DatasetFiles, view: str, episode: Episode, frame:
     import pyarrow.parquet as pq
     from PIL import Image, UnidentifiedImageError
 
-    table = pq.read_table(
-        episode.data_file, columns=[view], filters=[("episode_index", "=", episode.index), ("frame_index", "=", frame)]
-    )
-    rows = table[view].to_pylist()
-    content = rows[0].get("bytes") if rows and rows[0] else None
+    wanted = [("episode_index", "=", episode.index), ("frame_index", "=", frame)]
+    table = pq.read_table(episode.data_file, columns=[view], filters=wanted)
+    cell = next(iter(table[view].to_pylist()), None) or {}
+    content = cell.get("bytes")
     try:
-        if content:
-            return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        path = files.root / (rows[0].get("path") or "") if rows and rows[0] else files.root
-        return np.asarray(Image.open(path).convert("RGB"))
+        source = io.BytesIO(content) if content else files.root / (cell.get("path") or "")
+        return np.asarray(Image.open(source).convert("RGB"))
     except (UnidentifiedImageError, OSError):
         raise BurnishError(f"{episode.data_file}: no readable image of {view} in episode {episode.index}") from None
 

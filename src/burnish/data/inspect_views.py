@@ -39,11 +39,7 @@ class View:
 
 
 def look_at_views(files: DatasetFiles, quick: bool = False) -> tuple[list[View], list[tuple[str, str]]]:
-    """Views with thumbnails, and (file, what is wrong) for every fault found.
-
-    Args:
-        quick: trust the frame counts in the video headers instead of reading every file to its end.
-    """
+    """Views with thumbnails, and (file, what is wrong) for every fault found; `quick` as in `inspect_dataset`."""
     views, faults = [], []
     for name in files.views:
         view, broken = View(name, codec="images in parquet"), []

@@ -43,9 +43,8 @@ class BatchSampler:
         first = (k * self.world + self.rank) * self.batch_size
         places = np.arange(first, first + self.batch_size)
         epochs = places // self.num_samples
-        return np.concatenate(
-            [self._permutation(int(e))[places[epochs == e] % self.num_samples] for e in np.unique(epochs)]
-        )
+        parts = [self._permutation(int(e))[places[epochs == e] % self.num_samples] for e in np.unique(epochs)]
+        return np.concatenate(parts)
 
 
 class RobotData:

@@ -115,14 +115,9 @@ def _pair_questions(facts: SceneFacts, rng: np.random.Generator) -> Iterator[tup
 
 
 def draw_scenes(
-    blocks: Iterable[tuple[int, int]],
-    env_id: str,
-    image_size: int,
-    camera: str,
-    seed: int,
-    per_scene: int,
+    blocks: Iterable[tuple[int, int]], env_id: str, image_size: int, camera: str, seed: int, per_scene: int,
     images: Path,
-) -> Generator[list[list[tuple[str, str, str]]], None, None]:
+) -> Generator[list[list[tuple[str, str, str]]], None, None]:  # fmt: skip
     """The worker of `make_questions`: draws scenes first to last - 1 of a block straight into the file `images`.
 
     Yields the questions about each scene of a block.

@@ -101,9 +101,6 @@ class Tape:
 def record(env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...], geometry: bool) -> Recording:
     """Let `expert` act in the episode that `env` has just been reset to, until it is solved or out of steps.
 
-    Args:
-        initial_state, cameras, geometry: see `Tape`.
-
     Returns:
         All arrays of `Recording` where the task was solved, none otherwise.
     """

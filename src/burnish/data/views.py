@@ -43,11 +43,7 @@ def frame_source(data: Any, cameras: tuple[str, ...], geometry: bool) -> FrameSo
 
 
 class FrameViews:
-    """Gives the views of a data set's frames.
-
-    Args:
-        source: see `frame_source`.
-    """
+    """Gives the views of a data set's frames; `source` as `frame_source` makes it."""
 
     def __init__(self, source: FrameSource):
         self.source = source

@@ -119,7 +119,6 @@ class Libero:
         import mujoco
 
         self.image_size = image_size
-        self._task = task
         init_states = _path("init_states", task.problem_folder, task.init_states_file)
         self._init_states = _libero().load_initial_states(init_states)
         with _quiet():
@@ -140,16 +139,10 @@ class Libero:
         self._substeps = int(self._inner.control_timestep / self._inner.model_timestep)
         base_suite = next(name for name in (*MAX_STEPS, "") if suite.startswith(name))
         self.spec = EnvSpec(
-            task_id=f"libero:{suite}/{index}",
-            cameras=tuple(CAMERAS),
-            state_names=STATE_NAMES,
-            action_names=ACTION_NAMES,
-            action_low=np.full(7, -1.0, np.float32),
-            action_high=np.full(7, 1.0, np.float32),
-            fps=FPS,
-            max_steps=MAX_STEPS.get(base_suite, 400),
-            num_initial_states=len(self._init_states),
-        )
+            task_id=f"libero:{suite}/{index}", cameras=tuple(CAMERAS), state_names=STATE_NAMES,
+            action_names=ACTION_NAMES, action_low=np.full(7, -1.0, np.float32), action_high=np.full(7, 1.0, np.float32),
+            fps=FPS, max_steps=MAX_STEPS.get(base_suite, 400), num_initial_states=len(self._init_states),
+        )  # fmt: skip
         sentence = task.language
         if suite.endswith(("_lan", "_task")):  # the sentence is in the problem file; its name is the old one
             sentence = " ".join(self._inner.parsed_problem["language_instruction"])

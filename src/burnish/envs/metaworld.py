@@ -79,15 +79,10 @@ class MetaWorld:
         self._geom_objects = geoms_of_bodies(self.model, list(self._bodies.values()))
         self._observation = np.zeros(39)
         self.spec = EnvSpec(
-            task_id=f"metaworld:{name}",
-            cameras=tuple(CAMERAS),
-            state_names=("x", "y", "z", "opening"),
-            action_names=("dx", "dy", "dz", "grip"),
-            action_low=np.full(4, -1.0, np.float32),
-            action_high=np.full(4, 1.0, np.float32),
-            fps=FPS,
-            max_steps=MAX_STEPS,
-        )
+            task_id=f"metaworld:{name}", cameras=tuple(CAMERAS), state_names=("x", "y", "z", "opening"),
+            action_names=("dx", "dy", "dz", "grip"), action_low=np.full(4, -1.0, np.float32),
+            action_high=np.full(4, 1.0, np.float32), fps=FPS, max_steps=MAX_STEPS,
+        )  # fmt: skip
 
     def _object_bodies(self) -> dict[str, int]:
         """Named bodies that are neither robot nor table, with the parts of doors, drawers and windows."""

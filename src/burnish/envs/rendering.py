@@ -182,7 +182,9 @@ class SceneRenderer:
 
     def rgb(self, data, camera: str) -> np.ndarray:
         """The image of a camera, [H, W, 3] uint8, row 0 on top. A function of the episode's start and `data` only."""
-        if camera in self._still_cameras and self._start is not None and not self._translucent_sites():
+        alpha = self._model.site_rgba[:, 3]
+        see_through = bool(np.any((alpha > 0) & (alpha < 1)))
+        if camera in self._still_cameras and self._start is not None and not see_through:
             background = self._background(data, camera)
             if not (background.moved & self._glassy).any():
                 self._update_scene(data, camera, background.moved & self._in_view(data, camera))
@@ -261,9 +263,8 @@ class SceneRenderer:
     def _background(self, data, camera: str) -> _Background:
         """The kept background for what has moved by now, drawn again when that set has changed."""
         model, (positions, rotations) = self._model, self._start
-        moved = (np.abs(data.geom_xpos - positions).max(1) > _MOVED_METRES) | (
-            np.abs(data.geom_xmat - rotations).max(1) > _MOVED_ROTATION
-        )
+        moved = np.abs(data.geom_xpos - positions).max(1) > _MOVED_METRES
+        moved |= np.abs(data.geom_xmat - rotations).max(1) > _MOVED_ROTATION
         # A robot moves as a whole, or each of its links would call for a new background of its own.
         root, fixed = model.body_rootid[model.geom_bodyid], model.body_weldid[model.geom_bodyid] == 0
         moved |= ~fixed & np.isin(root, root[moved])
@@ -285,10 +286,6 @@ class SceneRenderer:
         data.geom_xpos[:], data.geom_xmat[:] = now
         self._backgrounds[camera] = _Background(moved, rgb, depth, glass)
         return self._backgrounds[camera]
-
-    def _translucent_sites(self) -> bool:
-        alpha = self._model.site_rgba[:, 3]
-        return bool(np.any((alpha > 0) & (alpha < 1)))
 
     def _metres(self, buffer: np.ndarray) -> np.ndarray:
         """Depth in metres of a reversed depth buffer (1 at the near plane, 0 at the far one)."""

@@ -30,7 +30,7 @@ class TabletopExpert:
     def act(self) -> np.ndarray:
         """[4] float32 action for this moment."""
         if self.env.family == "reach":
-            goal, grip = self._hover()
+            goal, grip = self._above(self.env.object_position(self.source)[:2], HOVER_HEIGHT), -1.0
         elif self.env.family == "push":
             goal, grip = self._push()
         else:
@@ -47,9 +47,6 @@ class TabletopExpert:
         if gap > tolerance and hand[2] > low + 0.03:
             return np.array([*place, max(low + 0.05, hand[2] - 0.02)])
         return np.array([*place, low])
-
-    def _hover(self) -> tuple[np.ndarray, float]:
-        return self._above(self.env.object_position(self.source)[:2], HOVER_HEIGHT), -1.0
 
     def _push(self) -> tuple[np.ndarray, float]:
         env = self.env
@@ -82,8 +79,8 @@ class TabletopExpert:
         target = env.object_position(env.target)
         objects = env.layout.objects
         rest = target[2] + objects[env.target].rest_height + objects[self.source].rest_height
-        gap = np.linalg.norm((target - held)[:2])
         shift = (target - held)[:2]
+        gap = np.linalg.norm(shift)
         if gap > 0.012:
             clear = rest + 0.06
             if hand[2] < clear - 0.03 and gap > 0.04:

@@ -94,12 +94,10 @@ def model_xml() -> str:
         '<geom type="box" size=".006 .014 .03" pos="{x} 0 .02" rgba=".2 .2 .22 1" mass=".05" '
         'friction="2 .1 .01" condim="6"/></body>'
     )
-    fingers = finger.format(n="left", a=-1, r=FINGER_RANGE, x=-0.006) + finger.format(
-        n="right", a=1, r=FINGER_RANGE, x=0.006
-    )
-    actuators = "".join(
-        f'<position joint="{n}" kp="400" ctrlrange="0 {FINGER_RANGE}" forcerange="-15 15"/>' for n in ("left", "right")
-    )
+    sides = {"left": -1, "right": 1}
+    fingers = "".join(finger.format(n=n, a=a, r=FINGER_RANGE, x=0.006 * a) for n, a in sides.items())
+    actuator = f'kp="400" ctrlrange="0 {FINGER_RANGE}" forcerange="-15 15"'
+    actuators = "".join(f'<position joint="{n}" {actuator}/>' for n in sides)
     return f"""<mujoco>
 <option timestep=".005" cone="elliptic" impratio="10" noslip_iterations="2"/><size memory="8M"/>
 <visual><quality shadowsize="0" offsamples="0"/><global offwidth="512" offheight="512"/>

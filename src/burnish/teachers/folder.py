@@ -47,9 +47,8 @@ class FolderTeacher(Teacher):
         self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None])
         self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None])
         self.widths = (config.hidden_size,) * config.num_hidden_layers
-        weights = fingerprint(
-            [file_hash(file) for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])]
-        )
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        weights = fingerprint([file_hash(file) for file in files])
         self.identity = {"name": kind, "weights": weights, "side": self.side, "precision": precision}
 
     def features(self, views: Views, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -50,7 +50,6 @@ def positional_term(grid: tuple[int, int], width: int) -> Tensor:
         angles = places[:, None] * frequencies * torch.pi
         return torch.cat([angles.sin(), angles.cos()], 1)
 
-    term = torch.cat(
-        [waves(cols)[None].expand(height, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)], 2
-    )  # [H, W, 4 * quarter]
+    both = waves(cols)[None].expand(height, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)
+    term = torch.cat(both, 2)  # [H, W, 4 * quarter]
     return F.pad(term, (0, max(0, width - term.shape[2])))[..., :width]

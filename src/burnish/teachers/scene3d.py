@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
 from burnish.teachers.base import TEACHERS, Teacher, Views, file_hash
 
 CAMERAS = ("front", "side")
@@ -104,8 +105,6 @@ class Scene3dTeacher(Teacher):
         super().__init__()
         self.net, facts = load_scene_net(Path(path))
         if untrained:
-            from burnish.core.seeding import generator
-
             draws = generator("untrained teacher")
             for parameter in self.net.parameters():
                 if parameter.ndim > 1:
