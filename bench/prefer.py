@@ -80,17 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": "prefer", "device": info.pop("device"), "versions": info, "n": repeats,
         "figures": {
-            "gradients_equal": True,
-            **{f"speedup_over_textbook_k{k}": _ratio(seconds, f"textbook_{k}", f"packed_{k}") for k in (1, 4)},
-            **{f"speedup_over_concatenated_k{k}": _ratio(seconds, f"concatenated_{k}", f"packed_{k}") for k in (1, 4)},
-            "speedup_without_cache_k4": _ratio(seconds, "textbook_4", "packed_off_4"),
-            "pair_step_over_sft_step": _ratio(seconds, "packed_1", "sft"),
-            "memory_over_sft": kept["pair"] / kept["sft"],
-            "margin_variance_ratio": ratio,
-            "dora_over_lora": max(d["ours"] for d in dora[:-1]),
-            "dora_over_lora_50_tokens": dora[-1]["ours"],
-            "peft_dora_over_lora": max(d["peft"] for d in dora[:-1]),
-            "dora_equals_peft": max(d["difference"] for d in dora) <= PARITY,
+            "gradients_equal": True, **_speedups(seconds), "memory_over_sft": kept["pair"] / kept["sft"],
+            "margin_variance_ratio": ratio, **_dora_figures(dora),
         },
         "detail": {
             "policy": name, "parameters": sum(p.numel() for p in policy.parameters()), "adapters": "LoRA, rank 16",
@@ -100,6 +91,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "dora_layers": dora,
         },
     }  # fmt: skip
+
+
+def _speedups(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {
+        **{f"speedup_over_textbook_k{k}": _ratio(seconds, f"textbook_{k}", f"packed_{k}") for k in (1, 4)},
+        **{f"speedup_over_concatenated_k{k}": _ratio(seconds, f"concatenated_{k}", f"packed_{k}") for k in (1, 4)},
+        "speedup_without_cache_k4": _ratio(seconds, "textbook_4", "packed_off_4"),
+        "pair_step_over_sft_step": _ratio(seconds, "packed_1", "sft"),
+    }
+
+
+def _dora_figures(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "dora_over_lora": max(layer["ours"] for layer in layers[:-1]),
+        "dora_over_lora_50_tokens": layers[-1]["ours"],
+        "peft_dora_over_lora": max(layer["peft"] for layer in layers[:-1]),
+        "dora_equals_peft": max(layer["difference"] for layer in layers) <= PARITY,
+    }
 
 
 @contextmanager

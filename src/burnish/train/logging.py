@@ -78,8 +78,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw the main columns of metrics.jsonl over the step into a PNG, at once."""
+def draw_curves(metrics: Path, target: Path) -> None:
+    """Draw the main columns of metrics.jsonl over the step into a PNG, atomically."""
     rows = read_rows(metrics)
     columns = {name for row in rows for name in row}
     names = [n for n in _PANELS if n in columns] + sorted(n for n in columns if n.startswith("loss_"))
@@ -96,4 +96,4 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
         if name.startswith("loss") and min(value for _, value in points) > 0:
             axis.set_yscale("log")
-    save_figure(figure, picture, dpi=110)
+    save_figure(figure, target, dpi=110)

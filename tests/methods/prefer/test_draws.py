@@ -5,7 +5,7 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
-from burnish.methods.prefer.draws import ScoreConfig, importance, make_draws, spread, weigh
+from burnish.methods.prefer.draws import ScoreConfig, importance, make_draws, margin_error, weigh
 from burnish.methods.prefer.options import PRESETS, make_config
 
 
@@ -62,9 +62,9 @@ def test_policy_times_keep_the_policys_weight():
     assert torch.equal(importance(torch.tensor([0.5, 0.25]), ScoreConfig(times="policy")), torch.tensor([1.0, 3.0]))
 
 
-def test_spread_is_the_standard_error_of_the_difference():
+def test_margin_error_is_the_standard_error_of_the_difference():
     per_draw = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])  # differences 1 and 3: std sqrt 2, over sqrt 2
-    assert spread(per_draw).item() == pytest.approx(1.0)
+    assert margin_error(per_draw).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

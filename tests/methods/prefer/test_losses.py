@@ -67,12 +67,14 @@ def figures(**changes):
 
 
 def test_warnings_say_what_a_run_really_does():
-    assert losses.warning(figures(), spread=0.1, scale=0.1) == ""
+    assert losses.warning(figures(), standard_error=0.1, scale=0.1) == ""
     assert "raise chosen, lower rejected" in losses.warning(
-        figures(logit_scale=0.02, linear_share=1.0), spread=0.0, scale=0.1
+        figures(logit_scale=0.02, linear_share=1.0), standard_error=0.0, scale=0.1
     )
-    assert "share the draws" in losses.warning(figures(logit_scale=0.5), spread=100.0, scale=0.1)
-    assert "chosen score has fallen by 2" in losses.warning(figures(chosen_displacement=-2.0), spread=0.1, scale=0.1)
+    assert "share the draws" in losses.warning(figures(logit_scale=0.5), standard_error=100.0, scale=0.1)
+    assert "chosen score has fallen by 2" in losses.warning(
+        figures(chosen_displacement=-2.0), standard_error=0.1, scale=0.1
+    )
 
 
 def test_scores_that_are_not_finite_are_named():

@@ -109,7 +109,7 @@ def edit(
     """
 
     def measured() -> Iterable[Tensor]:
-        """D o; made anew each time, as it is as large as all gradients."""
+        """Parts of D o, made again each time: together they are as large as all gradients."""
         return o if metric is None else (d * part for d, part in zip(metric(), o, strict=True))
 
     if metric is None:

@@ -158,7 +158,7 @@ def weigh(per_draw: Tensor, weight: Tensor, counts: Tensor | None = None) -> Ten
     return weighted if counts is None else weighted / counts.clamp_min(1)[..., None]
 
 
-def spread(weighted: Tensor) -> Tensor:
+def margin_error(weighted: Tensor) -> Tensor:
     """[B] standard error of the margin from its scatter over draws.
 
     Args:

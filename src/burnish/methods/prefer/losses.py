@@ -91,12 +91,12 @@ def diagnose(policy: Tensor, reference: Tensor | None, scale: float) -> dict[str
     }
 
 
-def warning(figures: dict[str, float], spread: float, scale: float, referenced: bool = True) -> str:
+def warning(figures: dict[str, float], standard_error: float, scale: float, referenced: bool = True) -> str:
     """One line when the figures of a stretch of training say that it is not what it looks like; "" otherwise."""
     logit = figures["logit_scale"]
-    if scale * spread > max(1.0, logit):
+    if scale * standard_error > max(1.0, logit):
         return (
-            f"the margin scatters by {spread:.3g} over the draws, more than it says itself "
+            f"the margin scatters by {standard_error:.3g} over the draws, more than it says itself "
             f"(logit {logit:.3g} / {scale:.3g}): share the draws, or take more"
         )
     if figures["linear_share"] > 0.95 and logit < 0.1:

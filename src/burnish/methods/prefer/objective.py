@@ -15,7 +15,7 @@ from burnish.data.pairs import PairData
 from burnish.methods import reference
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.prefer import losses
-from burnish.methods.prefer.draws import ScoreConfig, spread
+from burnish.methods.prefer.draws import ScoreConfig, margin_error
 from burnish.methods.prefer.options import PreferConfig, make_config
 from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
 from burnish.policies.base import Policy, require
@@ -93,8 +93,8 @@ class Prefer(Objective):
             terms["prefer_sft"] = -config.sft_weight * chosen.mean()
         if config.proximal_weight:
             terms["prefer_proximal"] = config.proximal_weight * losses.proximal(scores, start).mean()
-        scatter = spread(now.detach() if before is None else now.detach() - before)
-        self._note({**losses.diagnose(scores, start, self.scale), "margin_spread": scatter.mean()})
+        error = margin_error(now.detach() if before is None else now.detach() - before)
+        self._note({**losses.diagnose(scores, start, self.scale), "margin_standard_error": error.mean()})
         return terms
 
     @property
@@ -109,7 +109,7 @@ class Prefer(Objective):
         figures = {name: float(value) / self._seen for name, value in self._sums.items()}
         self._sums, self._seen = {}, 0
         referenced = self.config.reference != "none"
-        line = losses.warning(figures, figures["margin_spread"], self.scale, referenced)
+        line = losses.warning(figures, figures["margin_standard_error"], self.scale, referenced)
         kind = line.partition(" ")[2][:20]
         if line and self._warns and kind not in self._warned and self.config.loss != "ipo":
             self._warned.add(kind)
