@@ -9,7 +9,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from workshop import package_base as packaging
-from workshop.__main__ import main
+from workshop.__main__ import COMMANDS, main
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_name_is_a_name(checkout, tiny_smolvla):
         packaging.package_base(tiny_smolvla, "../mine", checkout=checkout)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "build-vlm", "package-base", "teacher"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as left:
         main([name, "--help"])
