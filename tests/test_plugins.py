@@ -123,6 +123,20 @@ def test_merge_operator(tmp_path):
     assert np.array_equal(load_file(tmp_path / "merged" / "model.safetensors")["w"], np.full(4, 0.5, np.float32))
 
 
+@pytest.mark.parametrize("name", ["os:system", "shutil:rmtree"])
+def test_what_a_folder_names_is_never_imported(name):
+    """Types and decoders stand in a policy's config.json; only recipes may name a class by its path."""
+    from burnish.core.errors import BurnishError
+    from burnish.policies.load import POLICIES
+    from burnish.sampling.token_model import DECODERS
+    from burnish.weights.operators import OPERATORS
+
+    for registry in (POLICIES, DECODERS, OPERATORS):
+        assert name not in registry
+        with pytest.raises(BurnishError, match=f"unknown .* '{name}'"):
+            registry.get(name)
+
+
 def test_a_broken_entry_point_is_one_line(tmp_path, monkeypatch):
     from burnish.core.errors import BurnishError
     from burnish.methods.objective import OBJECTIVES

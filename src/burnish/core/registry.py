@@ -20,6 +20,8 @@ class Registry[T]:
     Args:
         kind: what an entry is called in messages.
         room: package whose files register entries; "" where every entry is registered by hand.
+        by_path: whether a name may be "package.module:Class", which is imported. Only for names that come from a recipe
+            of the user: a policy folder names its type and decoder, and may not choose what is imported.
         module: file of a sub-package that registers (a method's folder has its `objective`); "" for the package itself.
 
     The entry-point group of outside packages is "burnish.<kind>s" ("burnish.objectives", "burnish.merge_operators").
@@ -31,8 +33,8 @@ class Registry[T]:
     True
     """
 
-    def __init__(self, kind: str, room: str = "", module: str = ""):
-        self.kind, self.room, self.module = kind, room, module
+    def __init__(self, kind: str, room: str = "", module: str = "", by_path: bool = False):
+        self.kind, self.room, self.module, self.by_path = kind, room, module, by_path
         self.group = "burnish." + kind.replace(" ", "_").removesuffix("y") + ("ies" if kind.endswith("y") else "s")
         self._entries: dict[str, T] = {}
         self._read = False
@@ -50,8 +52,8 @@ class Registry[T]:
         return add
 
     def get(self, name: str) -> T:
-        """The entry called `name`, or for "package.module:Class" that class; BurnishError where there is none."""
-        if ":" in name:
+        """The entry called `name`, or with `by_path` a class by its path; BurnishError where there is none."""
+        if self.by_path and ":" in name:
             module, _, attribute = name.partition(":")
             try:
                 return getattr(import_module(module), attribute)

@@ -129,4 +129,4 @@ class Objective(nn.Module):
         return {}
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective", room="burnish.methods", module="objective")
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", room="burnish.methods", module="objective", by_path=True)

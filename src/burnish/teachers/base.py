@@ -62,7 +62,7 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
 
-TEACHERS: Registry[type[Teacher]] = Registry("teacher", room="burnish.teachers")
+TEACHERS: Registry[type[Teacher]] = Registry("teacher", room="burnish.teachers", by_path=True)
 
 
 def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
