@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import new_folder, read_object
+from burnish.core.files import new_folder
+from burnish.core.reading import read_object
 from burnish.policies import load_policy
 from burnish.policies.folder import point_at
 from burnish.policies.keys import VLM_FOLDER

@@ -1,8 +1,10 @@
 """The `burnish` command: finds what is called, calls it, and says mistakes in one line."""
 
 import logging
+import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from burnish import __version__
 from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError
+from burnish.core.files import disk_errors
 
 COMMANDS = Group("Post-training for vision-language-action policies.", {
     "data": data.COMMANDS, "train": train.train, "eval": eval.evaluate, "compare": compare.compare, "run": run.run,
@@ -35,23 +38,72 @@ OUTSIDE = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 2 after a mistake of the user's, 130 after an interruption."""
+    """Entry point; returns the exit status.
+
+    2 after a mistake of the user's, 3 after a fault of ours (`--debug` adds its traceback), 130 after an interruption,
+    141 when the reader of the output went away.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    shown = " ".join(["burnish", *words[:1]])
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    shown = [" ".join(["burnish", *words[:1]])]
     try:
-        with messages(shown):
-            words, outside = present_names(words)
-        if outside:
-            return run_outside(words)
-        shown, command, words = find(words)
-        with messages(shown):
-            return CommandParser(shown, command, words).call(words)
-    except BurnishError as error:
-        print(f"{shown}: {error}", file=sys.stderr)
-        return 2
+        status = _call(words, shown)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # else Python complains once more when it flushes at its end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
-        print(f"{shown}: interrupted; run the same command again to continue", file=sys.stderr)
+        print(f"{shown[0]}: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+    except Exception as error:  # noqa: BLE001 - the last net: nobody should have to read a traceback
+        said, status = _mistake(error), 2
+        if said is None:
+            said, status = f"internal error in {_step(error)}: {type(error).__name__}: {_one_line(error)}", 3
+            said += "; please report it" + ("" if debug else ", with what --debug prints")
+        if debug:
+            traceback.print_exception(error)
+        print(f"{shown[0]}: {said}", file=sys.stderr)
+        return status
+
+
+def _call(words: list[str], shown: list[str]) -> int:
+    """Find the command and call it; `shown[0]` becomes its full name."""
+    with messages(shown[0]):
+        words, outside = present_names(words)
+    if outside:
+        return run_outside(words)
+    shown[0], command, words = find(words)
+    with messages(shown[0]):
+        return CommandParser(shown[0], command, words).call(words)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to say of an error that is the user's or the machine's; None for one of ours."""
+    try:
+        with disk_errors(Path(getattr(error, "filename", None) or "the output")):
+            raise error
+    except BurnishError as known:
+        return str(known)
+    except MemoryError:
+        return "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
+    except Exception as other:  # noqa: BLE001 - the same error again
+        short = type(other).__name__ == "OutOfMemoryError"
+        return "the device has not enough memory; try: a smaller batch" if short else None
+
+
+def _step(error: Exception) -> str:
+    """The innermost function of burnish that an error went through."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
+    ours = [f"{module}.{name}" for module, name in names if module.startswith("burnish.")]
+    return ours[-1].removeprefix("burnish.") if ours else "burnish"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def find(words: Sequence[str]) -> tuple[str, Command, list[str]]:

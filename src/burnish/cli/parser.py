@@ -25,7 +25,7 @@ from textwrap import dedent, indent
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from burnish.core.options import check_value
+from burnish.core.options import check_value, home
 
 Command = Callable[..., int | None]
 
@@ -145,6 +145,8 @@ class CommandParser:
             if parameter.is_list and value is None:
                 values[name] = list(parameter.default or ())
             parameter.arg.check(values[name], parameter.shown)
+            if isinstance(value, Path):
+                values[name] = Path(home(str(value), parameter.shown))
         first = [values.pop(name) for name, parameter in self.parameters.items() if parameter.positional]
         return self.command(*first, *rest, **values) or 0
 

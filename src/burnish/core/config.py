@@ -13,56 +13,56 @@ from burnish.core.options import option
 @dataclass
 class DemosConfig:
     env: str = option("", "environment id, e.g. tabletop:lift; empty when the data set already exists")
-    episodes: int = option(100, "demonstrations in all, shared by the tasks")
-    image_size: int = option(96, "height and width of the views in pixels")
+    episodes: int = option(100, "demonstrations in all, shared by the tasks", least=1, most=10**7)
+    image_size: int = option(96, "height and width of the views in pixels", least=8, most=4096)
     cameras: list[str] = option([], "cameras to record; empty means the environment's default one")
     seed: int = option(0, "first initial state; training and evaluation must not overlap, see EvalConfig.first_state")
-    workers: int = option(0, "simulator processes; 0 means one for each core")
+    workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
 
 
 @dataclass
 class QuestionsConfig:
     """Held-out scene questions for retention; made by `burnish run` where the folder is missing."""
 
-    root: str = option("", "question folder; empty means retention is not measured")
+    root: str = option("", "question folder; empty means retention is not measured", path=True)
     env: str = option("", "environment id; empty means the one of `demos`")
-    scenes: int = option(200, "number of images")
-    per_scene: int = option(5, "questions kept for each image")
-    limit: int = option(1000, "questions measured")
+    scenes: int = option(200, "number of images", least=1, most=10**7)
+    per_scene: int = option(5, "questions kept for each image", least=1, most=1000)
+    limit: int = option(1000, "questions measured", least=1)
     seed: int = option(5_000_000, "first initial state")
 
 
 @dataclass
 class PolicyConfig:
-    path: str = option("", 'a LeRobot policy folder to start from, or a name of a shipped base ("small")')
+    path: str = option("", 'a LeRobot policy folder to start from, or a name of a shipped base ("small")', path=True)
     type: str = option("smolvla", "policy type when `path` is empty")
     overrides: dict[str, Any] = option({}, "fields of the LeRobot policy config to change, e.g. {n_action_steps: 8}")
 
 
 @dataclass
 class DataConfig:
-    root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty means data/<name>")
+    root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty: data/<name>", path=True)
     episodes: list[int] = option([], "episodes to use; empty means all")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
-    workers: int = option(1, "threads that prepare batches ahead of the step", least=1)
-    cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set")
+    workers: int = option(1, "threads that prepare batches ahead of the step", least=1, most=256)
+    cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set", path=True)
     augment: bool = option(True, "random shift and colour jitter of the training images")
-    image_size: int = option(0, "longest edge of training images in pixels; 0 keeps the data set's", least=0)
+    image_size: int = option(0, "longest edge of training images in pixels; 0 keeps the data set's", least=0, most=8192)
 
 
 @dataclass
 class LanguageConfig:
-    root: str = option("", "question folder (see `burnish data questions`); empty means no language stream")
-    batch_size: int = option(32, "images in a language batch", least=1)
-    turns: int = option(1, "questions asked about each of them, in one sequence", least=1)
+    root: str = option("", "question folder (see `burnish data questions`); empty means no language stream", path=True)
+    batch_size: int = option(32, "images in a language batch", least=1, most=65536)
+    turns: int = option(1, "questions asked about each of them, in one sequence", least=1, most=1024)
     weight: float = option(0.0, "weight of the language loss; with 0 the questions are only used to measure", least=0)
 
 
 @dataclass
 class PeftConfig:
     method: str = option("none", "none, lora or dora", choices=("none", "lora", "dora"))
-    rank: int = option(16, "width of the added matrices", least=1)
-    alpha: int = option(32, "their product is scaled by alpha / rank")
+    rank: int = option(16, "width of the added matrices", least=1, most=65536)
+    alpha: int = option(32, "their product is scaled by alpha / rank", least=1)
     target_modules: str = option("", "regular expression over modules; empty means attention, MLP, action projections")
 
 
@@ -70,13 +70,13 @@ class PeftConfig:
 class TrainConfig:
     steps: int = option(1000, "optimiser steps", least=1)
     imitation_weight: float = option(1.0, "weight of the imitation loss; with 0 the objectives alone train", least=0)
-    batch_size: int = option(32, "samples in a forward pass of one process", least=1)
-    grad_accumulation: int = option(1, "forward passes in a step", least=1)
+    batch_size: int = option(32, "samples in a forward pass of one process", least=1, most=2**20)
+    grad_accumulation: int = option(1, "forward passes in a step", least=1, most=2**16)
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(1e-4, "of AdamW", least=0)
     betas: list[float] = option([0.9, 0.95], "of AdamW")
     warmup_steps: int = option(100, "steps of linear warm-up", least=0)
-    min_lr_ratio: float = option(0.05, "the cosine schedule ends at this share of `lr`")
+    min_lr_ratio: float = option(0.05, "the cosine schedule ends at this share of `lr`", least=0, most=1)
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm", least=0)
     ema_decay: float = option(0.0, "0 means no moving average; otherwise it is what is exported", least=0, below=1)
     precision: str = option("no", "no (float32), bf16 or fp16; weights stay float32", choices=("no", "bf16", "fp16"))
@@ -95,12 +95,12 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     env: str = option("", "environment id; empty means the one of `demos`")
-    episodes: int = option(100, "episodes for each task")
+    episodes: int = option(100, "episodes for each task", least=1)
     first_state: int = option(1_000_000, "first initial state where they are unlimited; training uses small numbers")
     seed: int = option(0, "seed of the policy's noise")
-    workers: int = option(0, "simulator processes; 0 means one for each core")
-    batch_size: int = option(0, "episodes in flight; 0 means four for each worker")
-    max_steps: int = option(0, "episode limit; 0 means the environment's own")
+    workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
+    batch_size: int = option(0, "episodes in flight; 0 means four for each worker", least=0, most=65536)
+    max_steps: int = option(0, "episode limit; 0 means the environment's own", least=0)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     instruction_swap: bool = option(True, "also run with the instruction of another object, where there is one")
     random_object_expert: bool = option(False, "also run the expert that picks its object at random (tabletop only)")
@@ -112,7 +112,7 @@ class EvalConfig:
 @dataclass
 class RecipeConfig:
     name: str = option("run", "name of the run, its folder and its result")
-    output: str = option("", "run folder; empty means runs/<name>")
+    output: str = option("", "run folder; empty means runs/<name>", path=True)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)

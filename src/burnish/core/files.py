@@ -42,7 +42,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in _FULL or any(word in str(error).lower() for word in _FULL_WORDS):
             found = f"no room left while writing {target}"
             raise BurnishError(found, "free disk space", "free some and repeat") from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise BurnishError(f"may not write {target}", "a folder you own") from error
         raise
 
@@ -93,17 +93,6 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically; a kill leaves the old content."""
     with new_file(path) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises BurnishError where it holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BurnishError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BurnishError(f"{path} does not hold a JSON object")
-    return content
 
 
 def write_json(path: Path, value: Any) -> None:

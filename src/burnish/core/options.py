@@ -11,6 +11,7 @@ A recipe, a command line and Python all go through `check`, so that none of them
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
@@ -21,7 +22,7 @@ from burnish.core.errors import BurnishError
 
 def option(
     default: Any, help: str = "", *, least: float | None = None, most: float | None = None, above: float | None = None,
-    below: float | None = None, choices: Sequence[Any] = (),
+    below: float | None = None, choices: Sequence[Any] = (), path: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field with its meaning and what it may hold.
 
@@ -31,9 +32,11 @@ def option(
         least, most: bounds that are allowed themselves.
         above, below: bounds that are not.
         choices: all allowed values, where they are few.
+        path: the value is a path: `~` at its start means the home folder.
     """
     bounds = {"least": least, "most": most, "above": above, "below": below}
-    metadata = {"help": help, "choices": tuple(choices)} | {k: v for k, v in bounds.items() if v is not None}
+    metadata = {"help": help, "choices": tuple(choices), "path": path}
+    metadata |= {key: bound for key, bound in bounds.items() if bound is not None}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,7 +65,8 @@ def refuse_unknown(kind: type, given: Mapping[str, Any] | Sequence[str], where: 
 def check(options: Any, where: str, prefix: str = "") -> None:
     """Raise BurnishError for a field of another type than declared, outside its range, or none of its choices.
 
-    Fields that are dataclasses themselves are checked too, as "section.field".
+    Fields that are dataclasses themselves are checked too, as "section.field". Paths that start with `~` are expanded
+    in place.
     """
     hints = get_type_hints(type(options))
     for one in fields(options):
@@ -71,21 +75,35 @@ def check(options: Any, where: str, prefix: str = "") -> None:
             check(value, where, f"{name}.")
             continue
         if not _fits(hints[one.name], value):
-            raise BurnishError(f"{where}: {name} is {value!r}", f"a {_words(hints[one.name])}")
+            raise BurnishError(f"{where}: {name} is {_short(value)}", f"a {_words(hints[one.name])}")
+        if one.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
+            setattr(options, one.name, home(value, f"{where}: {name}"))
         check_value(value, one.metadata, f"{where}: {name}")
 
 
 def check_value(value: Any, metadata: Mapping[str, Any], what: str) -> None:
     """Raise BurnishError where `value` is none of the choices or breaks a bound of `metadata` (see `option`)."""
     choices = metadata.get("choices")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BurnishError(f"{what} is {value!r}", "a finite number")
     if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise BurnishError(f"{what} is {value!r}", f"one of {', '.join(map(str, choices))}")
+        raise BurnishError(f"{what} is {_short(value)}", f"one of {', '.join(map(str, choices))}")
     if not number(value):
         return
     least, most, above, below = (metadata.get(key) for key in ("least", "most", "above", "below"))
     too_small = least is not None and value < least or above is not None and value <= above
     if too_small or most is not None and value > most or below is not None and value >= below:
         raise BurnishError(f"{what} is {value!r}", _range(metadata))
+
+
+def home(path: str, what: str = "the path") -> str:
+    """`path` with `~` at its start, which a shell does not expand after an equals sign, as the home folder."""
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise BurnishError(f"{what} is {path!r}", "~/... or the name of a user of this machine after ~")
+    return found
 
 
 def number(value: Any) -> bool:
@@ -120,3 +138,8 @@ def _words(hint: Any) -> str:
         else "nothing" if part is type(None) else getattr(get_origin(part) or part, "__name__", str(part))
         for part in parts
     )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

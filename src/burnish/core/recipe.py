@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
-from burnish.core.options import check
+from burnish.core.options import check, number
+from burnish.core.reading import parse_yaml, read_text
 from burnish.core.renames import rename_recipe
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -132,13 +133,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} for an empty one; raises BurnishError where it is none."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(error).replace("\n", " ")
-        raise BurnishError(f"{path} is no readable YAML: {where}") from error
+    values = parse_yaml(read_text(path), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -147,8 +142,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    import yaml
-
     pairs, items = [], list(overrides)
     while items:
         item = items.pop(0)
@@ -159,11 +152,17 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             if not items or items[0].startswith("--"):
                 raise BurnishError(f"'{item}' has no value", f"--{key}=value")
             text = items.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text) if text else ""))
-        except yaml.YAMLError as error:
-            raise BurnishError(f"--{key} has the unreadable value '{text}'", "a number, word or [list]") from error
+        pairs.append((key, _value(key, text)))
     return pairs
+
+
+def _value(key: str, text: str) -> Any:
+    if text.startswith("~"):
+        return text  # a path in the home folder, where YAML reads "nothing"
+    try:
+        return parse_yaml(text, f"--{key}") if text else ""
+    except BurnishError as error:
+        raise BurnishError(f"--{key} has the unreadable value '{text[:100]}'", "a number, word or [list]") from error
 
 
 def merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -204,10 +203,11 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, source: str) -> 
 
 def _check_values(recipe: RecipeConfig, source: str) -> None:
     check(recipe, source)
-    if len(recipe.train.betas) != 2:
-        raise BurnishError(f"{source}: train.betas is {recipe.train.betas}", "two numbers")
+    betas = recipe.train.betas
+    if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
+        raise BurnishError(f"{source}: train.betas is {betas}", "two numbers, at least 0 and below 1")
     for entry in recipe.objectives:
-        if "name" not in entry:
+        if not isinstance(entry.get("name"), str):
             raise BurnishError(f"{source}: an entry of 'objectives' has no name: {entry}", "{name: <method>, ...}")
     if recipe.language.weight > 0 and not recipe.language.root:
         raise BurnishError(f"{source}: language.weight is {recipe.language.weight} but language.root is empty",

@@ -17,6 +17,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, require_space, write_json
+from burnish.core.progress import progress_bar
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.data.record import record_attempts
 from burnish.data.spool import Spool, StoredRecording, check_same_request
@@ -180,8 +181,6 @@ def _share_out(shares: list[_Share], episodes: int) -> None:
 
 def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: bool) -> list[_Share]:
     """Run attempts in simulator processes until every share is full; returns the shares."""
-    from tqdm import tqdm
-
     shares = [_Share(task, spool.attempts(task)) for task in request["tasks"]]
     _share_out(shares, request["episodes"])
     missing = sum(share.wanted - share.solved_before_enough() for share in shares)
@@ -189,7 +188,7 @@ def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: b
         return shares
     total = request["episodes"]
     name = f"demonstrations of {request['env']}"
-    bar = tqdm(total=total, initial=total - missing, desc=name, unit="demo", disable=not progress)
+    bar = progress_bar(total=total, initial=total - missing, desc=name, unit="demo", shown=progress)
     processes = min(count_workers(workers), max(1, (missing + 1) // 2))
     fix = "run the same command again to continue"
     held: dict[int, _Share] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, disk_errors, new_folder, remove_folder, require_space, sync, write_json
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.data.feature_cache import NAMES, CacheKey, FeatureCache, Statistics, load_statistics
@@ -104,8 +105,6 @@ def open_cache(
 
 
 def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: str) -> None:
-    from tqdm import tqdm
-
     key, num_frames = job.key, job.num_frames
     partial = folder.with_name(folder.name + ".partial")
     shapes = _prepare(partial, job, device)
@@ -114,8 +113,8 @@ def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: s
         raise BurnishError(f"{partial} is damaged: it notes {len(flags)} blocks", f"{expected}", f"rm -r '{partial}'")
     todo = [b for b in range(len(flags)) if not flags[b]]
     blocks = [np.arange(b * BLOCK, min(num_frames, (b + 1) * BLOCK)) for b in todo]
-    bar = tqdm(total=num_frames, initial=num_frames - sum(map(len, blocks)), unit="frame",
-               desc=f"features of {key.teacher['name']}", disable=not progress)  # fmt: skip
+    bar = progress_bar(total=num_frames, initial=num_frames - sum(map(len, blocks)), unit="frame",
+               desc=f"features of {key.teacher['name']}", shown=progress)  # fmt: skip
     handle = os.open(partial / "done", os.O_RDWR)
     try:
         with disk_errors(folder), bar:

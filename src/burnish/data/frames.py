@@ -18,6 +18,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, disk_errors, require_space, sync, write_json
+from burnish.core.progress import progress_bar
 
 _VERSION = 1
 _SAMPLE = 1 << 16
@@ -140,8 +141,6 @@ def _drop_stale(folder: Path, camera: str, key: str) -> None:
 
 def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: bool) -> None:
     """Decode one camera into `path`: a temporary file filled by position, forced to disk, renamed."""
-    from tqdm import tqdm
-
     count, height, width, _ = about["shape"]
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*"):
@@ -154,7 +153,10 @@ def _build(meta, root: Path, camera: str, path: Path, about: dict, progress: boo
     # A memory map on a full disk dies of SIGBUS; positioned writes raise an error that can be reported.
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
-        with disk_errors(path), tqdm(total=count, desc=f"decoding {camera}", unit="frame", disable=not progress) as bar:
+        with (
+            disk_errors(path),
+            progress_bar(total=count, desc=f"decoding {camera}", unit="frame", shown=progress) as bar,
+        ):
             os.pwrite(handle, header, 0)
 
             def fill(job) -> None:

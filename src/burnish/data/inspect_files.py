@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
+from burnish.core.progress import progress_bar
+from burnish.core.reading import read_object
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -107,11 +108,9 @@ def read_columns(files: DatasetFiles) -> dict[str, np.ndarray]:
     Raises:
         BurnishError: a data file is missing or unreadable, lacks a column, or has other dimensions than info.json.
     """
-    from tqdm import tqdm
-
     wanted = list(dict.fromkeys([*files.numeric, *INDEX_COLUMNS]))
     paths = list(dict.fromkeys(episode.data_file for episode in files.episodes))
-    parts = [_read_data(files, path, wanted) for path in tqdm(paths, desc="data", leave=False, delay=2)]
+    parts = [_read_data(files, path, wanted) for path in progress_bar(paths, desc="data", leave=False)]
     return {name: np.concatenate([part[name] for part in parts]) for name in wanted}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.data.inspect_files import DatasetFiles, Episode, read_embedded_image
 
 FROZEN = 0.3  # mean change below this (of 255) between neighbouring frames counts as no change
@@ -59,13 +60,11 @@ def look_at_views(files: DatasetFiles, quick: bool = False) -> tuple[list[View],
 
 def _check_videos(files: DatasetFiles, name: str, quick: bool, view: View) -> list[tuple[str, str]]:
     """Every video file of a view: there, readable, and as long as the metadata says."""
-    from tqdm import tqdm
-
     expected: dict[Path, int] = defaultdict(int)
     for episode in files.episodes:
         expected[episode.clips[name].file] += episode.length
     faults = []
-    for file, frames in tqdm(expected.items(), desc=name, leave=False, delay=2):
+    for file, frames in progress_bar(expected.items(), desc=name, leave=False):
         where = _where(files, file)
         if not file.is_file():
             faults.append((where, "missing"))

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object, write_json, write_text
+from burnish.core.files import write_json, write_text
 from burnish.core.options import number
+from burnish.core.reading import read_object
 from burnish.core.types import Batch
 
 INDEX, FACTS = "pairs.jsonl", "burnish_pairs.json"

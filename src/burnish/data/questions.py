@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.envs.base import Env, expand, make_env
@@ -198,15 +199,13 @@ def make_questions(
 
 def _ask_about_all(scenes: int, arguments: tuple, workers: int, progress: bool) -> dict[int, list]:
     """The questions about each scene; `arguments` are those of `draw_scenes`."""
-    from tqdm import tqdm
-
     size = max(1, min(200, scenes // 8))
     blocks = [(first, min(first + size, scenes)) for first in range(0, scenes, size)]
     count, name = min(count_workers(workers), len(blocks)), "simulator process"
     asked: dict[int, list] = {}
     with (
         WorkerPool(draw_scenes, *arguments, count=count, name=name, fix="fewer workers if memory ran out") as pool,
-        tqdm(total=scenes, desc="questions", unit="scene", disable=not progress) as bar,
+        progress_bar(total=scenes, desc="questions", unit="scene", shown=progress) as bar,
     ):
         for (first, last), found in pool.run(blocks, label=lambda block: f"scenes {block[0]} to {block[1] - 1}"):
             asked |= zip(range(first, last), found, strict=True)

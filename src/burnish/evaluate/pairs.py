@@ -6,7 +6,6 @@ chunk in which they diverge, and a pair compares exactly these two chunks on exa
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import number
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
 from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
@@ -193,9 +193,7 @@ class _Driver(Scheduler[_Rollout]):
         self.actor, self.folder, self.options, self.states, self.progress = actor, folder, request, states, progress
 
     def drive(self, rollouts: list[_Rollout]) -> None:
-        from tqdm import tqdm
-
-        with tqdm(total=len(rollouts), desc="rollouts", unit="ep", disable=not self.progress, file=sys.stderr) as bar:
+        with progress_bar(total=len(rollouts), desc="rollouts", unit="ep", shown=self.progress) as bar:
             self.run(rollouts, bar)
 
     def episode(self, run: _Rollout) -> Episode:

@@ -1,6 +1,5 @@
 """What the backbone of a policy still knows: losses and greedy answers on held-out scene questions."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import batched
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.data.questions import open_questions
 from burnish.evaluate.stats import Rate, mcnemar, paired_bootstrap, wilson
 
@@ -65,7 +65,6 @@ def retention(
         BurnishError: a folder that is not a question folder.
     """
     import torch
-    from tqdm import tqdm
 
     questions = open_questions(questions_root)
     chosen = _subset(questions.entries, limit)
@@ -73,7 +72,7 @@ def retention(
     policy.eval()
     total, tokens, correct = 0.0, 0, []
     try:
-        with torch.no_grad(), tqdm(total=len(chosen), desc="questions", disable=not progress, file=sys.stderr) as bar:
+        with torch.no_grad(), progress_bar(total=len(chosen), desc="questions", shown=progress) as bar:
             for entries in batched(chosen, batch_size):
                 batch = _batch(entries, questions.images, questions.camera, policy)
                 loss = policy.language(batch)

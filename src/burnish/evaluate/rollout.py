@@ -5,7 +5,6 @@ and every policy call has the same number of rows, so batch neighbours, the numb
 episodes end do not enter. Between different batch sizes last bits may differ; `batch_size` is therefore recorded.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.progress import progress_bar
 from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
@@ -199,11 +199,9 @@ class _Job:
     def fill(
         self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int
     ) -> None:
-        from tqdm import tqdm
-
         from burnish.evaluate.scheduler import Measurement, Planned
 
         stamp = {name: journal.settings[name] for name in ("seed", "weights", "variant")} | {"commit": commit()}
-        shown = {"desc": self.env, "unit": "ep", "disable": not self.progress, "file": sys.stderr}
-        with tqdm(total=total, initial=total - len(todo), **shown) as bar:
+        shown = {"desc": self.env, "unit": "ep", "shown": self.progress}
+        with progress_bar(total=total, initial=total - len(todo), **shown) as bar:
             Measurement(pool, policy, self.batch_size, journal, stamp).run(map(Planned, todo), bar)

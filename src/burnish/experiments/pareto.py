@@ -5,7 +5,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
-from burnish.core.files import read_object
+from burnish.core.reading import read_object
 from burnish.experiments.study import QUESTIONS
 
 ABILITY, KNOWLEDGE = "main", QUESTIONS

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object, write_json
+from burnish.core.files import write_json
 from burnish.core.provenance import commit, machine
+from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder, save_recipe
 from burnish.experiments.results import FROM_RUN, result_row, write_result
 

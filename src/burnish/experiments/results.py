@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object, write_json, write_text
+from burnish.core.files import write_json, write_text
+from burnish.core.reading import read_object
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
 FROM_RUN = ("commit", "date", "seeds", "hardware")

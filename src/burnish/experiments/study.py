@@ -13,9 +13,10 @@ from typing import Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, read_object, write_json
+from burnish.core.files import alone, write_json
 from burnish.core.options import check, option, refuse_unknown
 from burnish.core.provenance import weights_hash
+from burnish.core.reading import read_object
 from burnish.core.recipe import (
     demos_root,
     find_recipe,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
+from burnish.core.reading import read_object
 from burnish.evaluate.stats import Rate, wilson
 
 # variant folder under eval/: (how the page calls it, colour)

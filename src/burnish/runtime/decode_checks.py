@@ -3,7 +3,6 @@
 Every check runs the model itself; none trusts what its configuration says.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.core.progress import progress_bar
 from burnish.policies.base import Policy, require
 from burnish.runtime.observations import observations, split, true_tokens
 from burnish.sampling.blocks import BlockDecoder
@@ -57,8 +57,6 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
     Raises:
         BurnishError: no token policy, or a plan that cannot work with it.
     """
-    from tqdm import tqdm
-
     require(policy, "tokens", "verify decode")
     model = policy.token_model()
     batch = observations(policy, count, data)
@@ -69,7 +67,7 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
         prompt = model.embed(batch)
     block = model.step_length if model.block == 1 else model.block  # where any would do, those of one control step
     checks = check_model(model, prompt, make_plan({"block": block}, options or {}), truth)
-    return list(tqdm(checks, desc="checks", unit="", file=sys.stderr, leave=False, disable=not progress))
+    return list(progress_bar(checks, desc="checks", unit="", leave=False, shown=progress))
 
 
 class Watched(TokenModel):

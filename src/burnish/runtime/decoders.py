@@ -1,6 +1,5 @@
 """Decode a few chunks of a token policy by one or more decoders, in numbers and a figure."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.policies.base import Policy, require
 from burnish.runtime.decode_plot import draw_decode
 from burnish.runtime.observations import observations, split, true_tokens
@@ -37,8 +37,6 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
     Raises:
         BurnishError: no token policy, or a decoder that was asked for and does not fit.
     """
-    from tqdm import tqdm
-
     if count < 1 or repeats < 1:
         raise BurnishError(f"{count} observations, {repeats} repeats", "1 or more of each")
     if own and decoders:
@@ -56,7 +54,7 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
     made, refused = _fitting(model, names, options)
     found = {
         name: measure_decoder(made[name], prompts, model, repeats=repeats, truth=truth, actions=policy.token_actions)
-        for name in tqdm(made, desc="decoders", unit="", file=sys.stderr, leave=False, disable=not progress)
+        for name in progress_bar(made, desc="decoders", unit="", leave=False, shown=progress)
     }
     if figure:
         name = next(iter(made)) if names or "pipelined" not in made else "pipelined"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.progress import progress_bar
 from burnish.core.provenance import machine
 from burnish.core.types import Batch
 from burnish.policies import load_policy
@@ -224,8 +225,6 @@ def profile(
         warmup: calls before them that do not count (allocation, compilation).
         progress: show a bar on stderr.
     """
-    from tqdm import tqdm
-
     policy.eval()
     clock = Clock(policy.device)
     streams = policy.supports("tokens") and policy.token_model().time_ordered  # before the chunk is whole
@@ -233,7 +232,7 @@ def profile(
         dissect(policy, batches[i % len(batches)])
         policy.act(batches[i % len(batches)])
     result = Profile(chunk_size=policy.chunk_size, n_action_steps=policy.n_action_steps)
-    for i in tqdm(range(repeats), desc="profiling", unit="call", disable=not progress):
+    for i in progress_bar(range(repeats), desc="profiling", unit="call", shown=progress):
         batch = batches[i % len(batches)]
         begin = clock.now()
         policy.act(batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from burnish.core.config import RecipeConfig
 from burnish.core.files import remove_folder, write_json
+from burnish.core.progress import progress_bar
 from burnish.core.recipe import recipe_to_dict, run_folder
 from burnish.core.types import Batch
 from burnish.train import checkpoint, selfcheck
@@ -68,14 +69,12 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
 
 def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]] | None = None) -> None:
     """All optimiser steps from `run.step` on; `step` stands in for `train_step` (the benchmark's way in)."""
-    from tqdm import tqdm
-
     config, accelerator = run.recipe.train, run.accelerator
     streams = Streams(run)
     watch = DivergenceGuard(run.output, accelerator.process_index, late=run.device.type != "cpu")
     first, since, waited = run.step, time.perf_counter(), 0.0
     shown = run.progress and accelerator.is_main_process
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", unit="step", disable=not shown)
+    bar = progress_bar(total=config.steps, initial=run.step, desc="training", unit="step", shown=shown)
     last_logged = run.step
     run.start_clock()
     try:

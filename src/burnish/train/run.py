@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
+from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch

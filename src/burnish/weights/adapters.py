@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
+from burnish.core.reading import read_object
 from burnish.weights.names import match_names
 from burnish.weights.rounding import widened
 from burnish.weights.sources import Checkpoint, locate

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ import xxhash
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import disk_errors, make_folder, put_folder, remove_folder, require_space, write_json
+from burnish.core.progress import progress_bar
 from burnish.weights.tensorfile import BLOCK, Digests, TensorInfo, blocks, make_header, pieces
 
 Compute = Callable[[str, int, int], np.ndarray]
@@ -152,8 +152,6 @@ def write_tensors(
         label: of the progress bar.
         step: elements of a block.
     """
-    from tqdm import tqdm
-
     for name, source in plan.copies.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
@@ -170,9 +168,7 @@ def write_tensors(
             return handle, (stop - start) * tensors[name].stored.itemsize
 
         total, unflushed = sum(info.nbytes for info in tensors.values()), dict.fromkeys(dict(placed.values()), 0)
-        bar = stack.enter_context(
-            tqdm(total=total, desc=label, unit="B", unit_scale=True, file=sys.stderr, delay=2, mininterval=0.5)
-        )
+        bar = stack.enter_context(progress_bar(total=total, desc=label, unit="B", unit_scale=True))
         pool = ThreadPoolExecutor(threads)
         stack.callback(pool.shutdown, cancel_futures=True)  # the first error stops the rest
         jobs = [pool.submit(write_piece, name, *piece) for name, info in tensors.items() for piece in pieces(info.size)]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.data.loader import to_device
 from burnish.methods.align.aligner import square_grid
@@ -36,13 +37,11 @@ def compare_layers(run: Run, objective: Align, batches: int, progress: bool = Tr
         objective: whose teacher is meant; not set up.
         batches: of the run's batch size.
     """
-    from tqdm import tqdm
-
     policy, config = run.policy, objective.config
     layers = list(range(policy.num_layers))
     cka, sums, targets, tokens = None, torch.zeros(len(layers) - 1), None, 0
     policy.eval()
-    for k in tqdm(range(batches), desc="comparing layers", unit="batch", disable=not progress):
+    for k in progress_bar(range(batches), desc="comparing layers", unit="batch", shown=progress):
         batch = student_batch(run, k)
         with policy.capture(layers) as captured:
             policy.loss(batch, policy.draw(len(batch["action"]), generator("align select", k, device=str(run.device))))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import read_object
 from burnish.core.options import option, read_options
+from burnish.core.reading import read_object
 from burnish.core.renames import POLICY_FIELDS, rename
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.objective import OBJECTIVES, Objective, Run

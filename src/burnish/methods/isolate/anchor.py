@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.core.types import Batch
 
 if TYPE_CHECKING:
@@ -236,13 +237,11 @@ def question_batches(root: Path, samples: int, batch_size: int, seed: int, devic
     Raises:
         BurnishError: not a question folder, or an empty one.
     """
-    from tqdm import tqdm
-
     from burnish.data.loader import LanguageData, to_device
 
     data = LanguageData(root, batch_size, seed, rank, world)
     left = min(samples, len(data.questions)) // world
-    for k in tqdm(range(-(-left // batch_size)), desc="anchor", unit="batch", disable=not progress):
+    for k in progress_bar(range(-(-left // batch_size)), desc="anchor", unit="batch", shown=progress):
         batch = data.finish(to_device(data.raw(k), torch.device(device)), k)
         size, left = min(left, batch_size), left - batch_size
         yield {name: value[:size] for name, value in batch.items()}

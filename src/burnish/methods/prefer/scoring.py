@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
 from burnish.data.pairs import PairData
@@ -58,12 +59,10 @@ def reference_scores(
     Raises:
         BurnishError: a score is not finite.
     """
-    from tqdm import tqdm
-
     device = next(policy.parameters()).device
     together = max(1, ROWS_AT_ONCE // (2 * config.draws * data.chunk_size))
     found = torch.empty(len(data), pool, 2, config.draws)
-    for first in tqdm(range(0, len(data), batch_size), desc="reference scores", unit="batch", disable=not progress):
+    for first in progress_bar(range(0, len(data), batch_size), desc="reference scores", unit="batch", shown=progress):
         ids = range(first, min(first + batch_size, len(data)))
         batch, candidates = data.batch(ids)
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, Draws
 from burnish.data.loader import RobotData, to_device
@@ -101,9 +102,9 @@ def _exact(
     models: list[Policy], sets: list[tuple[Batch, Tensor]], steps: int, probes: int, seed: int, progress: bool
 ) -> Tensor:
     """[observations, C] exact log-probabilities, less those of the reference."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(sets) * len(models), desc="exact log-probabilities", unit="batch", disable=not progress) as bar:
+    with progress_bar(
+        total=len(sets) * len(models), desc="exact log-probabilities", unit="batch", shown=progress
+    ) as bar:
         exact = []
         for batch, chunks in sets:
             values = []

@@ -1,0 +1,94 @@
+"""Output folders: ours or nobody's, and one writer at a time."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.core.outputs import MARK, claim, kind_of, mark, require_own
+
+
+def test_a_new_an_empty_and_our_own_folder_are_taken(tmp_path):
+    for _ in range(2):
+        with claim(tmp_path / "a" / "run", "training run") as folder:
+            assert kind_of(folder) == "training run"
+    (tmp_path / "empty").mkdir()
+    with claim(tmp_path / "empty", "evaluation"):
+        pass
+
+
+def test_what_is_not_ours_is_not_touched(tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "thesis.tex").write_text("x")
+    told = pytest.raises(BurnishError, match="holds policy, thesis.tex, which this would overwrite")
+    with told, claim(tmp_path, "training run"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["policy", "thesis.tex"]
+
+
+def test_another_kind_of_ours_is_not_touched_either(tmp_path):
+    with claim(tmp_path / "a", "evaluation"):
+        pass
+    with pytest.raises(BurnishError, match="holds what burnish made as .evaluation"):
+        require_own(tmp_path / "a", "training run")
+
+
+def test_a_folder_of_before_is_told_by_its_files(tmp_path):
+    (tmp_path / "train.json").write_text("{}")
+    with claim(tmp_path, "training run", lambda folder: (folder / "train.json").is_file()):
+        pass
+    assert kind_of(tmp_path) == "training run"
+
+
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_a_file_in_the_way(tmp_path, below):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BurnishError, match="is a file"), claim(tmp_path / "file" / below, "evaluation"):
+        pass
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_marker_cut_off_at_its_start_counts_as_empty(tmp_path):
+    (tmp_path / MARK).touch()
+    with claim(tmp_path, "evaluation"):
+        assert kind_of(tmp_path) == "evaluation"
+
+
+def _hold(folder, ready, done):
+    with claim(folder, "evaluation"):
+        ready.set()
+        done.wait(30)
+
+
+def test_one_process_at_a_time(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    ready, done = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(tmp_path / "out", ready, done))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(BurnishError, match="another process is writing"), claim(tmp_path / "out", "evaluation"):
+            pass
+    finally:
+        done.set()
+        other.join(30)
+    with claim(tmp_path / "out", "evaluation"), claim(tmp_path / "out", "evaluation"):
+        pass
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    ready, done = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(tmp_path / "out", ready, done))
+    other.start()
+    assert ready.wait(30)
+    other.kill()
+    other.join(30)
+    with claim(tmp_path / "out", "evaluation"):
+        pass
+
+
+def test_mark_is_what_claim_looks_for(tmp_path):
+    mark(tmp_path, "data set")
+    require_own(tmp_path, "data set")

@@ -1,0 +1,104 @@
+"""Reading what others wrote: each kind of bad file ends in one line."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from burnish.core.errors import BurnishError
+from burnish.core.reading import inside, parse_json, parse_yaml, read_json, read_lines, read_object, read_text
+
+
+def refused(call, *arguments, **more) -> str:
+    with pytest.raises(BurnishError) as error:
+        call(*arguments, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nowhere").symlink_to("gone")
+    assert "is a pipe" in refused(read_text, tmp_path / "pipe")  # and does not wait for somebody to write into it
+    assert "is a folder" in refused(read_text, tmp_path / "folder")
+    assert "is a device" in refused(read_text, "/dev/zero")
+    assert "no file at" in refused(read_text, tmp_path / "absent")
+    assert "a link to nothing" in refused(read_text, tmp_path / "nowhere")
+    assert refused(read_text, tmp_path / ("x" * 300))
+    assert refused(read_text, tmp_path / "a\0b")
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    with open(tmp_path / "big", "wb") as file:
+        file.truncate(10**12)
+    assert "at most" in refused(read_text, tmp_path / "big")
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refused(read_text, tmp_path / "model.safetensors")
+
+
+def test_encodings(tmp_path):
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_object(tmp_path / "bom") == {}
+    (tmp_path / "wide").write_text("{}", encoding="utf-16")
+    assert "iconv" in refused(read_text, tmp_path / "wide")
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    assert "no UTF-8" in refused(read_text, tmp_path / "latin")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "~/x", "a\0b"])
+def test_names_that_lead_out(tmp_path, name):
+    assert "leads out" in refused(inside, tmp_path, name)
+
+
+def test_links(tmp_path):
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "2").write_text("{}")
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/2")
+    (snapshot / "other.json").symlink_to("../../secret")
+    assert read_json(snapshot / "config.json", snapshot) == {}
+    assert "outside" in refused(read_json, snapshot / "other.json", snapshot)
+
+
+@pytest.mark.parametrize("text, word", [
+    ("[" * 100_000, "deep"), ('{"a":' * 100 + "1" + "}" * 100, "deep"), ('{"a": 1, "a": 2}', "twice"),
+    ("{", "not JSON"), ("9" * 5000, "not JSON"),
+])  # fmt: skip
+def test_json(text, word):
+    assert word in refused(parse_json, text, "it")
+
+
+NINE = [f"{new}: &{new} [{','.join(['*' + old] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)]
+LAUGHS = "\n".join(["a: &a [x]", *NINE])
+
+
+@pytest.mark.parametrize("text, word", [
+    ("a: 1\na: 2", "twice"), ("&a [*a]", "deep"), ("[" * 50_000, "deep"), (LAUGHS, "repeats"),
+    ("!!python/object/apply:os.system [x]", "YAML"),
+])  # fmt: skip
+def test_yaml(text, word):
+    assert word in refused(parse_yaml, text, "it")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    (tmp_path / "rows").write_text('{"task": "a\u2028b"}\n\n{"task": 1}\n', encoding="utf-8")
+    assert list(read_lines(tmp_path / "rows")) == [(1, {"task": "a\u2028b"}), (3, {"task": 1})]
+    (tmp_path / "list").write_text("{}\n[1]\n")
+    assert "list:2 holds a list" in refused(list, read_lines(tmp_path / "list"))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_whatever_json_writes_is_read(value):
+    assert parse_json(json.dumps(value), "it") == value
