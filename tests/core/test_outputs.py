@@ -28,8 +28,8 @@ def test_what_is_not_ours_is_not_touched(tmp_path):
 
 
 def test_another_kind_of_ours_is_not_touched_either(tmp_path):
-    with claim(tmp_path / "a", "evaluation"):
-        pass
+    with claim(tmp_path / "a", "evaluation") as folder:
+        (folder / "summary.json").touch()
     with pytest.raises(BurnishError, match="holds what burnish made as .evaluation"):
         require_own(tmp_path / "a", "training run")
 

@@ -103,7 +103,8 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _write_mark(handle: int, folder: Path, kind: str) -> None:
-    if os.fstat(handle).st_size == 0:
+    if kind_of(folder) != kind:
         with disk_errors(folder):
+            os.ftruncate(handle, 0)
             os.pwrite(handle, (json.dumps({"kind": kind}) + "\n").encode(), 0)
             os.fsync(handle)
