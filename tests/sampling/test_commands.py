@@ -70,13 +70,14 @@ def test_bench_measures_and_names_its_figures():
             "num_key_value_heads": 1}  # fmt: skip
     found = bench.measure(2, 4, size, "cpu", torch.float32, 1)
     assert found["tokens_equal"] and found["decoders"]["bidirectional"]["rows"] >= 8 * (bench.PROMPT + 8)
-    times = {"bidirectional": 60, "prompt_cached": 20, "auto": 10, "pipelined": 12, "sequential": 11, "paper": 9,
-             "one_pass": 5}  # fmt: skip
+    times = {"bidirectional": 60, "prompt_cached": 20, "prompt_cached_equal": 8, "auto": 10, "pipelined": 12,
+             "sequential": 11, "paper": 9, "one_pass": 5}  # fmt: skip
     rows = {name: {"ms": ms, "first_step_ms": ms / 2} for name, ms in times.items()}
     lengths = {length: {"decoders": rows, "tokens_equal": True} for length in (7, 56, 640)}
     figures = bench._figures(lengths)
     assert figures == {
         "bidirectional_over_ours": 6, "bidirectional_over_pipelined": 5, "bidirectional_over_one_pass": 12,
-        "prompt_cached_over_ours": 2, "long_prompt_cached_over_ours": 2,
+        "prompt_cached_over_ours": 2, "long_prompt_cached_over_ours": 2, "prompt_cached_equal_passes_over_ours": 0.8,
+        "one_pass_over_ours": 0.5,
         "first_action_speedup": 6, "auto_worst_over_best": pytest.approx(10 / 9), "tokens_equal": True,
     }  # fmt: skip

@@ -150,7 +150,7 @@ def test_full_bidirectional_follows_its_schedule_and_may_open_its_prompt():
 
 def test_auto_takes_the_fastest_and_says_which():
     model = ToyModel(length=28)
-    decoder = make_decoder("auto", model, repeats=1)
+    decoder = make_decoder("auto", model, repeats=1, budget=1.0)
     assert isinstance(decoder, AutoDecoder)
     decoded = decoder(model.prompts(1))
     times = next(iter(decoder.times.values()))

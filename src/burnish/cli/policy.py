@@ -7,15 +7,18 @@ from typing import Annotated, Any
 
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
+from burnish.core.reading import parse_yaml
 
 Options = Annotated[list[str], Arg(metavar="NAME=VALUE")]
-Count = Annotated[int, Arg(least=1)]
-OrZero = Annotated[int, Arg(least=0)]
+Count = Annotated[int, Arg(least=1, most=1024)]
+Repeats = Annotated[int, Arg(least=1, most=100_000)]
+Threads = Annotated[int, Arg(least=0, most=1024)]
+OrZero = Annotated[int, Arg(least=0, most=65_536)]
 
 
 def profile(
     policy: str, *, data: str = "", set_: Annotated[list[str], Arg(metavar="FIELD=VALUE")] = (), batch_size: Count = 1,
-    repeats: Count = 30, warmup: OrZero = 3, device: str = "cpu", threads: OrZero = 0, json: bool = False,
+    repeats: Repeats = 30, warmup: OrZero = 3, device: str = "cpu", threads: Threads = 0, json: bool = False,
     output: Path | None = None,
 ) -> None:  # fmt: skip
     """Say where the time of a policy's call goes.
@@ -74,7 +77,7 @@ def profile_table(outcome: dict[str, Any]) -> str:
 
 def decode(
     policy: str, *, decoder: list[str] = (), option: Options = (), data: str = "", count: Count = 4,
-    repeats: Count = 3, device: str = "cpu",
+    repeats: Repeats = 3, device: str = "cpu",
     figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None, json: bool = False,
     output: Path | None = None, own: bool = False, into: Annotated[str, Arg(metavar="FILE:LABEL")] = "",
 ) -> None:  # fmt: skip
@@ -117,7 +120,7 @@ def decode(
 COLUMNS = {
     "passes": ("passes", "6.1f"), "rows": ("rows", "7.0f"), "ms": ("ms a chunk", "10.1f"), "p95": ("p95", "8.1f"),
     "first_step_ms": ("ms to step 1", "12.1f"), "left_to_right": ("left to right", "13.2f"),
-    "action_error": ("action error", "12.4f"),
+    "action_error": ("action error", "12.4f"), "token_error": ("token error", "11.3f"),
 }  # fmt: skip
 
 
@@ -137,17 +140,20 @@ def add_columns(target: str, figures: dict[str, Any]) -> None:
     Raises:
         BurnishError: no such file, or no such row in it.
     """
-    from burnish.core.files import read_object, write_json
+    from burnish.core.files import write_json
+    from burnish.core.reading import read_object
 
     name, _, label = target.rpartition(":")
     path = Path(name)
     if not path.is_file():
         raise BurnishError(f"--into {target}", "FILE:LABEL with an existing result file")
     result = read_object(path)
-    rows = [row for row in result.get("rows", []) if row["label"] == label]
+    listed = result.get("rows")
+    listed = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    rows = [row for row in listed if row.get("label") == label]
     if not rows:
-        labels = ", ".join(row["label"] for row in result.get("rows", []))
-        raise BurnishError(f"{path} has no row '{label}'", f"one of {labels}")
+        known = ", ".join(str(row.get("label")) for row in listed)
+        raise BurnishError(f"{path} has no row '{label}'", f"one of {known}" if known else "rows with labels")
     for row in rows:
         row |= {key: figures[key] for key in COLUMNS if key in figures}
     write_json(path, result)
@@ -192,9 +198,12 @@ def verify_decode(
 
 
 def verify_score(
-    policy: str, data: Path, *, reference: str = "", observations: int = 16, candidates: int = 4,
-    draws: Annotated[list[int], Arg(several=True)] = (1, 4, 16, 64), steps: int = 24, probes: int = 0,
-    disturbance: float = 0.3, seed: int = 0, device: str = "cpu", json: bool = False, output: Path | None = None,
+    policy: str, data: Path, *, reference: str = "", observations: Count = 16,
+    candidates: Annotated[int, Arg(least=2, most=64)] = 4,
+    draws: Annotated[list[int], Arg(several=True, least=1, most=4096)] = (1, 4, 16, 64),
+    steps: Annotated[int, Arg(least=1, most=4096)] = 24, probes: OrZero = 0,
+    disturbance: Annotated[float, Arg(least=0)] = 0.3, seed: int = 0, device: str = "cpu",
+    json: bool = False, output: Path | None = None,
 ) -> None:  # fmt: skip
     """Check a flow policy's score against its exact log-probability by the ODE.
 
@@ -270,19 +279,16 @@ def read_options(given: list[str], flag: str) -> dict[str, Any]:
     """NAME=VALUE items as options; values are YAML.
 
     Raises:
-        BurnishError: an item without "=", or a value that is no YAML.
+        BurnishError: an item without "=", a name given twice, or a value that is no YAML.
     """
-    import yaml
-
     options = {}
     for item in given:
         name, equals, value = item.partition("=")
-        if not equals:
+        if not equals or not name:
             raise BurnishError(f"{flag} {item}", "NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise BurnishError(f"{flag} {item} is unreadable", "NAME=VALUE, the value a number or word") from error
+        if name in options:
+            raise BurnishError(f"{flag} {name} twice", "each once")
+        options[name] = parse_yaml(value, f"{flag} {item[:100]}")
     return options
 
 

@@ -9,6 +9,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.policies.base import Policy, require
+from burnish.policies.keys import PAD
 from burnish.runtime.decode_plot import draw_decode
 from burnish.runtime.observations import observations, split, true_tokens
 from burnish.sampling.timing import measure_decoder
@@ -53,7 +54,15 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         names, options = [name], {**stored, **options}
     made, refused = _fitting(model, names, options)
     found = {
-        name: measure_decoder(made[name], prompts, model, repeats=repeats, truth=truth, actions=policy.token_actions)
+        name: measure_decoder(
+            made[name],
+            prompts,
+            model,
+            repeats=repeats,
+            truth=truth,
+            actions=policy.token_actions,
+            padded=batch.get(PAD),
+        )  # fmt: skip
         for name in progress_bar(made, desc="decoders", unit="", leave=False, shown=progress)
     }
     if figure:

@@ -1,4 +1,4 @@
-"""A plan chosen on the user's own device: exact decoders race on the first prompt, and the fastest one stays."""
+"""A plan chosen on the user's own device: plans that write nearly the careful one's tokens race on the first prompt."""
 
 import statistics
 from dataclasses import replace
@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
+from burnish.core.options import number
 from burnish.sampling.blocks import BlockDecoder, preset_values
 from burnish.sampling.plan import DecodePlan, make_plan
 from burnish.sampling.timing import run_once
@@ -17,38 +19,74 @@ WIDEST = 16
 """Blocks of up to so many of the model's own."""
 CLOSE = 1.3
 """After the first round only those within this factor of the best go on."""
+CAREFUL = {"add": 0.1, "act": 1.0, "append": 1, "min_unmasked": "one", "ties": "first", "threshold": 0.9}
+"""The plan that is always allowed: of the tokens that a pass unmasks together at most one is unsure."""
 
 
 class AutoDecoder(Decoder):
-    """Races plans that keep the rule (threshold, minimum unmasked) and differ in block width and in blocks at once.
+    """Races plans of the rule (threshold, minimum unmasked) that differ in block width and in blocks at once.
 
-    The choice is made at the first call with a new shape of prompt and kept; it follows from times, so two runs may
-    decide differently. `chosen` holds it; name that plan to repeat a run exactly.
+    Such plans write different tokens. The reference unmasks one token a pass; a plan whose tokens differ from it in a
+    larger share than `budget` on the first prompt does not race, and where none is left the plan CAREFUL stays. The
+    choice is made at the first call with a new shape of prompt and kept; it follows from times, so two runs may decide
+    differently. `chosen` holds it; name that plan to repeat a run exactly.
 
     Args:
         model: the policy.
         plan: the rule; `block` and `append` are chosen.
         preset: name of the rule, for `chosen`.
         repeats: timed decodes of each plan in the final.
+        budget: share of tokens that may differ from one token a pass; 1 chooses by time alone.
+
+    Attributes:
+        chosen, times, errors: by shape of prompt: the plan's name; milliseconds and shares of other tokens by name.
 
     Raises:
         BurnishError: the plan does not fit the model.
     """
 
-    def __init__(self, model: TokenModel, plan: DecodePlan, preset: str, repeats: int = 3):
-        self.model, self.repeats = model, repeats
-        self.decoders = {describe(p, preset): BlockDecoder(model, p) for p in candidates(model, plan)}
+    def __init__(self, model: TokenModel, plan: DecodePlan, preset: str, repeats: int = 3, budget: float = 0.05):
+        if not number(budget) or not 0 <= budget <= 1 or type(repeats) is not int or repeats < 1:
+            raise BurnishError(f"decoder auto: budget {budget!r}, repeats {repeats!r}",
+                               "a share of tokens, 0 to 1, and a whole number of at least 1")  # fmt: skip
+        self.model, self.repeats, self.budget = model, repeats, budget
+        self.plans = {describe(p, preset): p for p in candidates(model, plan)}
+        careful = replace(plan, block=_unit(model), **CAREFUL).fit(model)
+        said = " ".join(f"{name}={value}" for name, value in CAREFUL.items() if name != "append")
+        self.plans[f"{describe(careful, preset)} {said}"] = careful
+        self.draws = careful.order == "random"
         self.chosen: dict[tuple, str] = {}
         self.times: dict[tuple, dict[str, float]] = {}
+        self.errors: dict[tuple, dict[str, float]] = {}
+        self._kept: dict[str, BlockDecoder] = {}
 
     def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         key = (tuple(prompt.states.shape), prompt.states.dtype, str(prompt.states.device))
         if key not in self.chosen:
-            self.times[key] = race(self.decoders, prompt, self.repeats)
-            self.chosen[key] = min(self.times[key], key=self.times[key].__getitem__)
-        decoded = self.decoders[self.chosen[key]].decode(prompt, prefix, goal, stream)
+            self._choose(key, prompt)
+        decoded = self._kept[self.chosen[key]].decode(prompt, prefix, goal, stream)
         decoded.detail["plan"] = self.chosen[key]
         return decoded
+
+    def _choose(self, key: tuple, prompt: Prompt) -> None:
+        """Race on `prompt`; buffers, caches and graphs of all but the chosen plan are freed."""
+        *others, careful = self.plans
+        racing, self.errors[key] = others, {}
+        if self.budget < 1:
+            one_by_one = replace(self.plans[careful], threshold=1.01, add=1.0)
+            truth = BlockDecoder(self.model, one_by_one)(prompt).ids
+            for name in others:
+                found = BlockDecoder(self.model, self.plans[name])(prompt).ids
+                self.errors[key][name] = float((found != truth).float().mean())
+            racing = [name for name in others if self.errors[key][name] <= self.budget] or [careful]
+        decoders = {name: self._kept.get(name) or BlockDecoder(self.model, self.plans[name]) for name in racing}
+        self.times[key] = race(decoders, prompt, self.repeats)
+        best = min(self.times[key], key=self.times[key].__getitem__)
+        self.chosen[key], self._kept[best] = best, decoders[best]
+
+
+def _unit(model: TokenModel) -> int:
+    return model.step_length if model.block == 1 else model.block
 
 
 def candidates(model: TokenModel, plan: DecodePlan) -> list[DecodePlan]:
@@ -57,7 +95,7 @@ def candidates(model: TokenModel, plan: DecodePlan) -> list[DecodePlan]:
     Raises:
         BurnishError: the rest of the plan does not fit.
     """
-    unit = model.step_length if model.block == 1 else model.block
+    unit = _unit(model)
     num = model.length // unit
     plans = []
     for width in [w for w in range(1, WIDEST + 1) if num % w == 0]:
@@ -86,7 +124,8 @@ def race(decoders: dict[str, BlockDecoder], prompt: Prompt, repeats: int) -> dic
             times[name] = run_once(decoders[name], prompt)
 
     plans = {name: decoder.plan for name, decoder in decoders.items()}
-    attempt([name for name, plan in plans.items() if plan.append in (1, decoders[name].model.length // plan.block)])
+    ends = [name for name, plan in plans.items() if plan.append in (1, decoders[name].model.length // plan.block)]
+    attempt(ends or list(plans))
     best = {plans[name].block for name in sorted(times, key=times.__getitem__)[:2]}
     attempt([name for name, plan in plans.items() if plan.block in best and name not in times])
     limit = CLOSE * min(times.values())
@@ -98,6 +137,8 @@ def race(decoders: dict[str, BlockDecoder], prompt: Prompt, repeats: int) -> dic
 
 
 @DECODERS.register("auto")
-def auto(model: TokenModel, preset: str = "together", repeats: int = 3, **options: Any) -> AutoDecoder:
-    """The fastest on this device of the exact block decoders with the rule of `preset`."""
-    return AutoDecoder(model, make_plan(preset_values(preset), options), preset, repeats)
+def auto(
+    model: TokenModel, preset: str = "together", repeats: int = 3, budget: float = 0.05, **options: Any
+) -> AutoDecoder:
+    """The fastest on this device of the block decoders with the rule of `preset` that keep to the budget."""
+    return AutoDecoder(model, make_plan(preset_values(preset), options), preset, repeats, budget)

@@ -76,6 +76,8 @@ class FastDLLMDecoder(Decoder):
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
         plan = replace(plan, block=plan.block or model.block)
+        if plan.order != "confidence":
+            raise BurnishError(f"decoder fast_dllm: order {plan.order}", "confidence", "decoder confidence")
         check_legal(plan, model)
         if model.length % plan.block:
             raise BurnishError(f"blocks of {plan.block} do not divide a chunk of {model.length} tokens", "a divisor")

@@ -31,7 +31,7 @@ class BlockDecoder(Decoder):
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
         self.model, self.plan = model, plan.fit(model)
-        self.passes = Passes(model, self.plan)
+        self.passes, self.draws = Passes(model, self.plan), self.plan.order == "random"
         self._layout: Layout | None = None
         self._buffers: dict[Any, Buffers] = {}
 
@@ -41,7 +41,7 @@ class BlockDecoder(Decoder):
             self._layout, self._buffers = Layout.of(model, device), {}
         layout = self._layout
         precision = torch.promote_types(prompt.states.dtype, torch.float32)  # of confidences
-        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, precision))
+        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, precision, prompt.seeds))
         state = buffers.state
         streamed = prefix.shape[1] // model.step_length
         passes = syncs = positions = 0
@@ -104,7 +104,7 @@ def not_finite(passes: int) -> BurnishError:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"min_unmasked": "floor", "act": 4 / 7},
+    "paper": {"min_unmasked": "floor", "act": 4 / 7, "threshold": 0.5},
     # Half is the same as 4/7 for 7 tokens. A block of an even length reaches it one pass earlier.
     "fast": {"min_unmasked": "ceil", "act": 1 / 2},
     # All blocks at once, none waits for its predecessor: the passes of a single block, however long the chunk.
@@ -139,13 +139,18 @@ _register("together", PRESETS["together"])
 # One block after the other (block diffusion), storing a block's keys in the next one's first pass.
 _register("sequential", {"add": 1.0, "act": 1.0, "min_unmasked": "ceil"})
 # D2F (arXiv 2508.09192): pipelined, but a fully activated block unmasks a single token at least.
-_register("d2f", {"add": 0.1, "act": 0.95, "threshold": 0.9, "min_unmasked": "one"})
+_register("d2f", {"add": 0.1, "act": 0.95, "min_unmasked": "one", "ties": "first"})
 # All tokens in every pass, prompt recomputed, as many unmasked as a cosine schedule says (DD-VLA, UD-VLA).
 _register("bidirectional", {"min_unmasked": "cosine", "cache": False}, one_block=True)
 # As `bidirectional`, with the prompt computed once: exact where it sees no action token.
 _register("prompt_cached", {"min_unmasked": "cosine"}, one_block=True)
-# As `prompt_cached`, but unmasking whatever is confident, at least one token a pass.
-_register("confidence", {"min_unmasked": "one", "threshold": 0.9}, one_block=True)
+
+
+@DECODERS.register("confidence")
+def confidence(model: TokenModel, **options: Any) -> BlockDecoder:
+    """All tokens open, the prompt cached where it can be; a pass unmasks the surest token and all confident ones."""
+    defaults = {"block": model.length, "min_unmasked": "one", "ties": "first", "cache": not model.prompt_sees_actions}
+    return BlockDecoder(model, make_plan(defaults, options))
 
 
 @DECODERS.register("one_pass")

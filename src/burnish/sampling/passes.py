@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Buffers:
     cache: TokenCache
     state: BlockState
     graphs: dict[Hashable, tuple["torch.cuda.CUDAGraph", Tensor]] = field(default_factory=dict)
+    pool: Any = None
 
 
 class Passes:
@@ -102,14 +104,18 @@ class Passes:
         if not self.graphed(buffers.state.ids.device):
             return work()
         if key not in buffers.graphs:
-            buffers.graphs[key] = _capture(buffers.state, work)
+            buffers.pool = buffers.pool or torch.cuda.graph_pool_handle()
+            buffers.graphs[key] = _capture(buffers.state, work, buffers.pool)
         graph, outcome = buffers.graphs[key]
         graph.replay()
         return outcome
 
 
-def _capture(state: BlockState, work: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
-    """A CUDA graph of `work`. Warming up runs it for real, so the state is put back; keys are written twice alike."""
+def _capture(state: BlockState, work: Callable[[], Tensor], pool: Any) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    """A CUDA graph of `work`. Warming up runs it for real, so the state is put back; keys are written twice alike.
+
+    Graphs of one shape share a memory pool: they hand nothing to one another but what lies in `Buffers`.
+    """
     before = state.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -119,6 +125,6 @@ def _capture(state: BlockState, work: Callable[[], Tensor]) -> tuple["torch.cuda
             state.copy_(before)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         outcome = work()
     return graph, outcome

@@ -35,7 +35,7 @@ class DecodePlan:
     act: float = option(4 / 7, "once this share of a block is unmasked, its successor is fully activated (tau_act)",
                         least=0, most=1)  # fmt: skip
     threshold: float = option(
-        0.5, "tokens of at least this confidence are unmasked (tau_conf); above 1 none is", least=0
+        0.9, "tokens of at least this confidence are unmasked (tau_conf); above 1 none is", least=0
     )
     share: int = option(2, "a fully activated block unmasks at least 1 / share of its masked tokens (n)", least=1)
     min_unmasked: str = option("floor", "how many that is", choices=_RULES)
@@ -43,6 +43,11 @@ class DecodePlan:
     append: int = option(
         1, "blocks that may be opened before one pass; 1 is the paper's and means at least as many passes as blocks",
         least=1,
+    )  # fmt: skip
+    order: str = option(
+        "confidence", "which tokens of a block come first: the most confident, those of executed steps, those of "
+        "earlier steps (confidence decides among equals), or random",
+        choices=("confidence", "executed", "time", "random"),
     )  # fmt: skip
     ties: str = option("all", "unmask every token as confident as the last required one (the paper's >=), or the first",
                        choices=("all", "first"))  # fmt: skip
@@ -128,6 +133,9 @@ def _check_model(plan: DecodePlan, model: TokenModel) -> None:
         )
     if plan.shift != model.shift:
         raise BurnishError(f"shift={plan.shift}", f"shift={model.shift}, as the policy was trained")
+    if plan.order == "executed" and not model.executed or plan.order == "time" and not model.time_ordered:
+        raise BurnishError(f"order {plan.order} with tokens of which nobody knows their control step", "binned actions",
+                           "order confidence")  # fmt: skip
     if plan.confidence == "ordinal" and not model.time_ordered:
         raise BurnishError(
             "ordinal confidence with FAST tokens, which have no order", "binned actions", "confidence max"

@@ -22,6 +22,7 @@ class BlockState:
     Args:
         ids: long [B, L + 1].
         unmasked: long [B, L + 1], pass that unmasked a token; 0 for a prefix and for what is still masked.
+        rank: long [B, L + 1], which tokens come first, see `ranks`.
         opened: long [B], blocks that are fed or cached.
         cached: long [B], leading blocks whose keys and values are final.
         active: bool [B, N], fully activated blocks.
@@ -35,6 +36,7 @@ class BlockState:
 
     ids: Tensor
     unmasked: Tensor
+    rank: Tensor
     opened: Tensor
     cached: Tensor
     active: Tensor
@@ -64,12 +66,14 @@ class Layout:
         length: L.
         mask_id: the id of MASK.
         step_length: tokens of a control step.
+        executed: tokens that will be executed.
         seen: bool [L + 1, L], what an action token may attend to, by position; nothing for padding.
     """
 
     length: int
     mask_id: int
     step_length: int
+    executed: int
     seen: Tensor
 
     @classmethod
@@ -77,11 +81,27 @@ class Layout:
         slots = torch.arange(model.length, device=device)
         seen = torch.zeros(model.length + 1, model.length, dtype=torch.bool, device=device)
         seen[:-1] = sees(slots[:, None], slots[None], model.block)
-        return cls(model.length, model.mask_id, model.step_length, seen)
+        return cls(model.length, model.mask_id, model.step_length, model.executed, seen)
 
 
-def begin(layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision: torch.dtype) -> BlockState:
-    """The state before the first pass: the blocks that `prefix` long [B, n] touches are open, and `append` more."""
+def ranks(layout: Layout, plan: DecodePlan, num: int, seeds: Tensor | None) -> Tensor:
+    """long [B, L + 1]: tokens of the lowest rank are unmasked first, confidence decides among equals."""
+    device, places = layout.seen.device, torch.arange(layout.length + 1, device=layout.seen.device)
+    if plan.order == "random":
+        seeds = [0] * num if seeds is None else seeds.tolist()
+        drawn = [torch.randperm(layout.length + 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(drawn).to(device)
+    by = {"time": places // layout.step_length, "executed": (places >= layout.executed).long()}
+    return by.get(plan.order, torch.zeros_like(places)).expand(num, -1).clone()
+
+
+def begin(
+    layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision: torch.dtype, seeds: Tensor | None = None
+) -> BlockState:
+    """The state before the first pass: the blocks that `prefix` long [B, n] touches are open, and `append` more.
+
+    `seeds` are those of the prompt, for a random order.
+    """
     num, tokens = prefix.shape
     device, blocks = prefix.device, layout.length // plan.block
     whole = tokens // plan.block
@@ -91,7 +111,8 @@ def begin(layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision
     ids[:, -1] = 0
     zeros = torch.zeros(num, blocks, dtype=torch.long, device=device)
     state = BlockState(
-        ids=ids, unmasked=torch.zeros_like(ids), opened=torch.full((num,), opened, device=device),
+        ids=ids, unmasked=torch.zeros_like(ids), rank=ranks(layout, plan, num, seeds),
+        opened=torch.full((num,), opened, device=device),
         cached=torch.zeros(num, dtype=torch.long, device=device), active=zeros.bool(), turns=zeros.clone(),
         carry_ids=torch.zeros(num, dtype=torch.long, device=device),
         carry_confidence=torch.zeros(num, dtype=precision, device=device),
@@ -155,7 +176,10 @@ def settle(
     live_block = live[:, :: plan.block]
     state.turns.scatter_add_(1, blocks, live_block.long())
     turns, active = state.turns.gather(1, blocks), state.active.gather(1, blocks)
-    taken = choose(confidence.view(num, -1, plan.block), masked, active, turns, plan).view(num, count)
+    rank = None
+    if plan.order != "confidence":
+        rank = state.rank.gather(1, positions).view(num, -1, plan.block)
+    taken = choose(confidence.view(num, -1, plan.block), masked, active, turns, plan, rank).view(num, count)
     state.ids.scatter_(1, positions, torch.where(taken, ids, now))
     state.unmasked.scatter_(1, positions, torch.where(taken, state.passes, state.unmasked.gather(1, positions)))
     if not plan.cache:

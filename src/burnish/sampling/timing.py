@@ -14,7 +14,7 @@ from burnish.sampling.token_model import Decoder, Prompt, TokenModel
 
 def measure_decoder(
     decode: Decoder, prompts: list[Prompt], model: TokenModel, *, repeats: int = 1,
-    truth: Tensor | None = None, actions: Callable[[Tensor], Tensor] | None = None,
+    truth: Tensor | None = None, actions: Callable[[Tensor], Tensor] | None = None, padded: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Decode every prompt alone.
 
@@ -25,12 +25,14 @@ def measure_decoder(
         repeats: timed decodes of each prompt; one more warms up.
         truth: long [B, L], true tokens of the observations.
         actions: ids [B, L] to normalised actions [B, T, A], for the error.
+        padded: bool [B, T], steps beyond the episode, which have no true action; None where there are none.
 
     Returns:
         ms, p95, p99 of a chunk; first_step_ms until the first control step is final; means of passes (forward passes,
         NFE), rows (token positions fed in them) and host_syncs; left_to_right, Kendall's tau between control step and
-        the pass that unmasked it (1: strictly in order of time); action_error, the mean distance to the true actions
-        in normalised units; ids of the first prompt.
+        the pass that unmasked it (1: strictly in order of time); action_error and token_error, the mean distance to
+        the true actions in normalised units and the share of other tokens, both over steps of
+        the episode; ids of the first prompt.
     """
     times, firsts, decoded = [], [], []
     decode(prompts[0])
@@ -50,8 +52,12 @@ def measure_decoder(
         "n": len(prompts), "ids": decoded[0].ids[0].tolist(),
     }  # fmt: skip
     if truth is not None and actions is not None:
-        ids = torch.cat([d.ids for d in decoded])
-        found["action_error"] = float((actions(ids) - actions(truth.to(ids.device))).abs().mean())
+        ids, truth = torch.cat([d.ids for d in decoded]), truth.to(decoded[0].ids.device)
+        apart = (actions(ids) - actions(truth)).abs()
+        inside = torch.ones_like(apart[..., 0], dtype=torch.bool) if padded is None else ~padded.to(apart.device)
+        found["action_error"] = float(apart[inside].mean())
+        if model.time_ordered:
+            found["token_error"] = float((ids != truth).view(*inside.shape, -1)[inside].float().mean())
     return found
 
 

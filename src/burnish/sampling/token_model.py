@@ -9,6 +9,7 @@ how a block is decoded, and no decoder knows a model.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ class Prompt:
     Args:
         states: float [B, P, D].
         valid: bool [B, P], False on padding.
+        seeds: long [B], of what a decoder draws for each sample; None where it draws nothing, or always the same.
     """
 
     states: Tensor
     valid: Tensor
+    seeds: Tensor | None = None
 
 
 @dataclass
@@ -92,6 +95,7 @@ class TokenModel(ABC):
             is block-causal. A token sees all tokens of its own and of earlier blocks.
         prompt_sees_actions: True where the prompt attended to actions in training; its keys then change at every pass.
         time_ordered: False where positions do not follow control steps (FAST): no prefix, no streaming.
+        executed: action tokens at the start of a chunk that will be executed; 0 where nobody knows.
     """
 
     length: int
@@ -102,6 +106,7 @@ class TokenModel(ABC):
     block: int
     prompt_sees_actions: bool
     time_ordered: bool
+    executed: int = 0
 
     @abstractmethod
     def embed(self, batch: Batch) -> Prompt:
@@ -179,9 +184,14 @@ Stream = Callable[[int, Tensor], None]
 
 
 class Decoder(ABC):
-    """A decoder made for one model and one plan; keeps its buffers and compiled passes from call to call."""
+    """A decoder made for one model and one plan; keeps its buffers and compiled passes from call to call.
+
+    Attributes:
+        draws: whether tokens or their order are drawn, by `Prompt.seeds`.
+    """
 
     model: TokenModel
+    draws: bool = False
 
     @torch.no_grad()
     def __call__(self, prompt: Prompt, *, prefix: Tensor | None = None, until: int | None = None,
@@ -204,6 +214,12 @@ class Decoder(ABC):
     @abstractmethod
     def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
         """As a call, with a prefix long [B, n] that may be empty, and the number of leading tokens to decode."""
+
+
+def noise_seeds(noise: Tensor) -> Tensor:
+    """long [B], a seed for each sample from the bits of its noise [B, ...]: the same alone and among others."""
+    rows = noise.detach().flatten(1).float().cpu().numpy()
+    return torch.tensor([int.from_bytes(blake2b(row.tobytes(), digest_size=7).digest()) for row in rows])
 
 
 def _check_call(

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
 
+_LAST = 1 << 40
+"""Rank of what is not masked."""
+
 
 def likeliest(logits: Tensor, plan: DecodePlan) -> tuple[Tensor, Tensor]:
     """Likeliest legal id at each position and the model's confidence in it (at least float32; ties: the lowest id).
@@ -63,7 +66,9 @@ def least_unmasked(num_masked: Tensor, passes: Tensor, plan: DecodePlan) -> Tens
     return (num_masked - (plan.block * left + 5e-7).floor().long()).clamp_min(1)
 
 
-def choose(confidence: Tensor, is_masked: Tensor, active: Tensor, passes: Tensor, plan: DecodePlan) -> Tensor:
+def choose(
+    confidence: Tensor, is_masked: Tensor, active: Tensor, passes: Tensor, plan: DecodePlan, rank: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Tokens to unmask.
 
     Args:
@@ -72,17 +77,24 @@ def choose(confidence: Tensor, is_masked: Tensor, active: Tensor, passes: Tensor
         active: bool [B, N], fully activated blocks; in the others what is confident is unmasked, possibly nothing.
         passes: long [B, N], see `least_unmasked`.
         plan: the rule.
+        rank: long [B, N, k], tokens of the lowest come first, confident or not, and confidence decides among equals;
+            None is one rank for all.
 
     Returns:
         bool [B, N, k], a subset of `is_masked`; not empty in a fully activated block with masked tokens.
     """
     confidence = confidence.masked_fill(~is_masked, -1.0)
     confident = is_masked & (confidence >= plan.threshold) & (not plan.scheduled)
-    count = least_unmasked(is_masked.sum(-1), passes, plan)
-    ranked, order = confidence.sort(dim=-1, descending=True, stable=True)
+    count = least_unmasked(is_masked.sum(-1), passes, plan)[..., None]
+    order = confidence.argsort(dim=-1, descending=True, stable=True)
+    equal = confidence >= confidence.gather(-1, order.gather(-1, count - 1))
+    if rank is not None:
+        rank = rank.masked_fill(~is_masked, _LAST)
+        confident &= rank == rank.amin(-1, keepdim=True)
+        order = order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))
+        last = order.gather(-1, count - 1)
+        equal = (rank == rank.gather(-1, last)) & (confidence >= confidence.gather(-1, last))
+    required = order.argsort(-1) < count
     if plan.ties == "all":
-        last = ranked.gather(-1, (count - 1)[..., None])
-        required = confidence >= last
-    else:
-        required = order.argsort(-1) < count[..., None]
+        required |= equal
     return confident | (required & is_masked & active[..., None])
