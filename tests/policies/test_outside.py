@@ -123,11 +123,11 @@ def test_a_folder_with_the_old_name_of_a_field_loads(tmp_path, caplog):
     (folder / "config.json").write_text(json.dumps({**stored, "open_prompt": True}))
     renames._told.clear()
     policy = load_policy(folder)
-    assert policy.token_model().prompt_sees_actions and policy.decoder[0] == "bidirectional"
+    assert policy.token_model().prompt_sees_actions and policy.decoder[0] == "confidence"
     assert "open_prompt is now called prompt_sees_actions" in caplog.text
     changed = load_policy(folder, overrides={"prompt_sees_actions": False, "block_size": 7})
     assert not changed.token_model().prompt_sees_actions
-    assert load_policy(tmp_path / "p", overrides={"open_prompt": False}).decoder[0] == "prompt_cached"
+    assert load_policy(tmp_path / "p", overrides={"open_prompt": False}).decoder[0] == "confidence"
     config = PreTrainedConfig.from_pretrained(folder)
     assert config.prompt_sees_actions is True and config.open_prompt is None
     assert get_policy_class("burnish_discrete").from_pretrained(folder).config.prompt_sees_actions is True

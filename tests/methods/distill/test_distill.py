@@ -164,4 +164,4 @@ def test_the_loop_distils_and_exports_merged_weights(tmp_path):
     result = train(recipe, progress=False)
     assert result.final["loss_distill"] > 0 and "distill_agreement" in result.final
     student = load_policy(result.policy)
-    assert student.config.block_size == 3 and student.config.decoder_name == "together"
+    assert student.config.block_size == 3 and student.config.decoder_name == "d2f"

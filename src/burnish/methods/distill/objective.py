@@ -22,6 +22,7 @@ from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.reference import check_adapters, without_adapters
 from burnish.policies.base import Policy, TokenForward, require
+from burnish.policies.discrete.losses import inverse_share
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
 
@@ -41,12 +42,6 @@ def divergence(teacher: Tensor, student: Tensor, direction: str = "forward") -> 
     if direction == "reverse":
         p, q = q, p
     return (p.exp() * (p - q)).sum(-1)
-
-
-def inverse_share(hidden: Tensor, block: int) -> Tensor:
-    """[B, L]: for each token the block's length over its number of hidden tokens; D2F divides by the share drawn."""
-    blocks = hidden.view(len(hidden), -1, block).float()
-    return (block / blocks.sum(-1).clamp_min(1)).repeat_interleave(block, dim=1)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,22 @@ from typing import Any
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
+from burnish.core.options import number
 from burnish.core.renames import note
 from burnish.policies.discrete.noise import NOISE
 
 TRAININGS = ("autoregressive", "parallel", "diffusion")
 TOKENIZERS = ("uniform", "quantile", "fast")
+_CHOICES = {
+    "training": TRAININGS, "tokenizer": TOKENIZERS, "state_as": ("row", "tokens"), "dtype": ("float32", "bfloat16"),
+    "token_weights": ("equal", "inverse_share"),
+}  # fmt: skip
+_BOUNDS = {
+    "n_obs_steps": (1, 1), "chunk_size": (1, 4096), "n_action_steps": (1, 4096), "image_size": (0, 4096),
+    "max_state_dim": (1, 65536), "tokenizer_max_length": (1, 8192), "bins": (2, 4096), "fast_length": (1, 65536),
+    "block_size": (0, 65536),
+}  # fmt: skip
+_MOST_TOKENS = 65536
 
 
 @PreTrainedConfig.register_subclass("burnish_discrete")
@@ -75,11 +86,16 @@ class DiscreteConfig(PreTrainedConfig):
     noise_options: dict[str, float] = field(default_factory=dict)
     ordinal_weight: float = 0.0
     """Weight of the distance between the expected and the true action beside the cross-entropy."""
+    token_weights: str = "equal"
+    """Of hidden tokens in diffusion: equal, or inverse_share, the 1 / t of the likelihood bound (noisier)."""
 
     # Decoding.
     decoder: str = ""
-    """Name of a decoder; empty means autoregressive, one_pass, prompt_cached or together, as the training says."""
+    """Name of a decoder; empty means autoregressive, one_pass, confidence or d2f, as the training says: each writes
+    what is likely together, see docs/methods/decode.md."""
     decoder_options: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    """Of all weights when the policy is loaded: float32, or bfloat16 for inference. Bin edges stay float32."""
 
     optimizer_lr: float = 1e-4
     optimizer_betas: tuple[float, float] = (0.9, 0.95)
@@ -94,17 +110,25 @@ class DiscreteConfig(PreTrainedConfig):
         if self.open_prompt is not None:  # stored under its former name, and read by LeRobot's own commands
             note("burnish_discrete: open_prompt", "prompt_sees_actions")
             self.prompt_sees_actions, self.open_prompt = self.open_prompt, None
-        for name, known in (("training", TRAININGS), ("tokenizer", TOKENIZERS), ("state_as", ("row", "tokens"))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is '{getattr(self, name)}', not one of {', '.join(known)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}, not {least} to {most}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(number, values)):
+                raise ValueError(f"{name} is {values!r}, not three numbers")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std is {self.image_std}, not above 0")
+        if not number(self.ordinal_weight) or self.ordinal_weight < 0:
+            raise ValueError(f"ordinal_weight is {self.ordinal_weight!r}, not a number of at least 0")
         if self.n_action_steps > self.chunk_size:
             raise ValueError(f"n_action_steps {self.n_action_steps} is more than chunk_size {self.chunk_size}")
-        if not 2 <= self.bins <= 4096:
-            raise ValueError(f"bins is {self.bins}, not 2 to 4096")
         if self.tokenizer == "fast" and not self.fast_folder:
             raise ValueError("tokenizer is fast but fast_folder is empty")
-        if self.block_size < 0:
-            raise ValueError(f"block_size is {self.block_size}, not 0 (the whole chunk) or more")
         if self.prompt_sees_actions and (self.training == "autoregressive" or self.block_size):
             raise ValueError(
                 "prompt_sees_actions with attention over blocks: what a block tells the prompt, all blocks see"
@@ -121,6 +145,8 @@ class DiscreteConfig(PreTrainedConfig):
         """Chunk length and block size must fit; called when the features are known."""
         if self.action_feature is None or self.robot_state_feature is None:
             raise ValueError("burnish_discrete needs observation.state and action")
+        if self.length > _MOST_TOKENS:
+            raise ValueError(f"a chunk of {self.length} tokens, more than {_MOST_TOKENS}")
         if self.block_size > 0 and self.length % self.block_size:
             raise ValueError(f"blocks of {self.block_size} do not divide the {self.length} tokens of a chunk")
         if self.robot_state_feature.shape[0] > self.max_state_dim:
@@ -129,6 +155,10 @@ class DiscreteConfig(PreTrainedConfig):
             signature(NOISE.get(self.noise)).bind(1, 1, None, **self.noise_options)
         except TypeError as error:
             raise ValueError(f"noise schedule {self.noise} with {self.noise_options}: {error}") from error
+        for name, value in self.noise_options.items():
+            least, most = (1, 65536) if name == "window" else (0, 1)
+            if not number(value) or not least <= value <= most:
+                raise ValueError(f"noise option {name} is {value!r}, not {least} to {most}")
 
     @property
     def action_dim(self) -> int:
@@ -150,9 +180,7 @@ class DiscreteConfig(PreTrainedConfig):
             return self.decoder
         if self.training != "diffusion":
             return {"autoregressive": "autoregressive", "parallel": "one_pass"}[self.training]
-        if self.prompt_sees_actions:
-            return "bidirectional"
-        return "prompt_cached" if self.block == self.length else "together"
+        return "confidence" if self.block == self.length else "d2f"
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(lr=self.optimizer_lr, betas=self.optimizer_betas, weight_decay=self.optimizer_weight_decay,

@@ -1,6 +1,5 @@
 """A new `burnish_discrete` on a VLM folder, or on the VLM of a SmolVLA (the shipped base, say)."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import read_object
 from burnish.policies import folder as folders
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import load
@@ -30,7 +30,7 @@ def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict
         BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.
     """
     source = Path(source)
-    if (source / CONFIG).is_file() and "type" not in json.loads((source / CONFIG).read_text()):
+    if (source / CONFIG).is_file() and "type" not in read_object(source / CONFIG):
         return _build(source.absolute(), None, features, dataset_stats, fields, generator_seed, device)
     base = load(source)
     if base.name != "smolvla":
@@ -66,10 +66,10 @@ def _pixels(vlm_folder: Path) -> dict[str, list[float]]:
     """Mean and deviation of pixels that the vision tower was trained with."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (vlm_folder / name).is_file():
-            found = json.loads((vlm_folder / name).read_text())
-            found = found.get("image_processor", found)
-            if "image_mean" in found:
-                return {key: list(found[key]) for key in ("image_mean", "image_std")}
+            found = read_object(vlm_folder / name)
+            inner = found.get("image_processor")
+            found = inner if isinstance(inner, dict) else found
+            return {key: found[key] for key in ("image_mean", "image_std") if key in found}
     return {}
 
 

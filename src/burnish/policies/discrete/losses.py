@@ -28,6 +28,28 @@ def ordinal(logits: Tensor, values: Tensor, centres: Tensor) -> Tensor:
     return ((logits.float().softmax(-1) * centres).sum(-1) - values).abs()
 
 
+def repeat_last(actions: Tensor, padded: Tensor | None) -> Tensor:
+    """Chunks [B, T, A] whose padded steps, bool [B, T], repeat the last action before them.
+
+    They are trained like all others. Were they always hidden, a visible token in a late place would tell the policy
+    that the episode goes on, and a decoder that unmasks late places first would tell it so about every episode.
+    """
+    if padded is None:
+        return actions
+    steps = torch.arange(actions.shape[1], device=actions.device)
+    last = torch.where(padded.to(actions.device).bool(), 0, steps).cummax(1).values
+    return actions.gather(1, last[..., None].expand_as(actions))
+
+
+def inverse_share(hidden: Tensor, block: int) -> Tensor:
+    """[B, L]: for each token the block's length over its number of hidden tokens (D2F divides by the share drawn).
+
+    The weight 1 / t of masked diffusion, under which the loss is a bound of the likelihood.
+    """
+    blocks = hidden.view(len(hidden), -1, block).float()
+    return (block / blocks.sum(-1).clamp_min(1)).repeat_interleave(block, dim=1)
+
+
 def any_order_masks(noise: Tensor, time: Tensor, valid: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Hidden tokens of an unbiased estimate of the likelihood bound, from draws alone, and their weights.
 

@@ -12,12 +12,15 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
-from burnish.policies.discrete.network import TokenNet
+from burnish.policies.discrete.network import TokenNet, bucketed
 from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.folder import load_vlm
 from burnish.policies.keys import ACTION, PAD
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
+
+_TOKENS_AT_ONCE = 512
+"""Action tokens behind one prompt when several chunks are scored; attention among them grows with the square."""
 
 
 class DiscretePolicy(PreTrainedPolicy):
@@ -37,6 +40,7 @@ class DiscretePolicy(PreTrainedPolicy):
         self.model = TokenNet(config, _make_vlm(config))
         if dataset_stats is not None:
             self.fit_tokens(dataset_stats)
+        self.to(getattr(torch, config.dtype))
         self._decoders: dict[str, Decoder] = {}
         self.reset()
 
@@ -101,27 +105,22 @@ class DiscretePolicy(PreTrainedPolicy):
             prompt: embedded observations.
             actions: [B, T, A], normalised.
             draws: of `draw`.
-            padded: bool [B, T] or None.
+            padded: bool [B, T], steps beyond the episode, see `losses.repeat_last`; or None.
         """
         if draws.masks is None:
             raise BurnishError("draws without masks", "draws of policy.draw", "policy.draw(batch_size, generator)")
-        tokens = self.model.tokens
+        tokens, hidden, weight = self.model.tokens, draws.masks, draws.learned.float()
+        actions = losses.repeat_last(actions, padded)
         ids = tokens.encode(actions)
-        valid = self.valid_tokens(ids, padded)
-        hidden = draws.masks if self.config.training == "autoregressive" else draws.masks | ~valid
         logits = self.logits(prompt, ids, hidden)
-        out = {"ids": ids, "hidden": hidden, "logits": logits, "weight": (draws.learned & valid).float()}
+        if self.config.training == "diffusion" and self.config.token_weights == "inverse_share":
+            weight = weight * losses.inverse_share(hidden, self.config.block)
+        out = {"ids": ids, "hidden": hidden, "logits": logits, "weight": weight}
         out["cross_entropy"] = losses.cross_entropy(logits, ids)
         if self.config.ordinal_weight > 0 and tokens.time_ordered:
             within = actions.clamp(tokens.edges[:, 0], tokens.edges[:, -1])
             out["ordinal"] = losses.ordinal(logits, within.flatten(1), tokens.centres)
         return out
-
-    def valid_tokens(self, ids: Tensor, padded: Tensor | None) -> Tensor:
-        """bool [B, L]; FAST mixes all steps, so its tokens always count."""
-        if padded is None or not self.model.tokens.time_ordered:
-            return torch.ones_like(ids, dtype=torch.bool)
-        return ~padded.to(ids.device).bool().repeat_interleave(self.config.action_dim, dim=1)
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """LeRobot's training call; masks come from torch's global generator, as LeRobot's policies have it."""
@@ -142,40 +141,76 @@ class DiscretePolicy(PreTrainedPolicy):
         return out["cross_entropy"] + self.config.ordinal_weight * out["ordinal"]
 
     def log_likelihood(self, prompt: Prompt, actions: Tensor, draws: Draws, padded: Tensor | None) -> Tensor:
-        """[B] log-probability of `actions`: exact for autoregressive and parallel policies; for diffusion an unbiased
-        estimate of its lower bound, whose masks follow from `draws.noise` and `draws.time`.
-        """
-        config, tokens = self.config, self.model.tokens
-        ids = tokens.encode(actions)
-        valid = self.valid_tokens(ids, padded)
-        if config.training != "diffusion":
-            hidden = torch.full_like(valid, config.training == "parallel")
-            nats = losses.cross_entropy(self.logits(prompt, ids, hidden), ids)
-            return -(nats * valid).sum(1)
-        hidden, weight = losses.any_order_masks(draws.noise.flatten(1), draws.time, valid, config.block)
-        logits = self._given_clean_blocks(prompt, ids, hidden)
-        return -(losses.cross_entropy(logits, ids) * weight).sum(1)
+        """[B, C, K] log-probabilities of C chunks on K draws: exact for autoregressive and parallel policies, whatever
+        the draws; for diffusion an unbiased estimate of a lower bound, whose masks follow from noise and time.
 
-    def _given_clean_blocks(self, prompt: Prompt, ids: Tensor, hidden: Tensor) -> Tensor:
-        """[B, L, V]: every block with its own hidden tokens, given all earlier blocks without any.
-
-        One forward pass over [noisy | clean] tokens at the same positions, as in block diffusion (arXiv 2503.09573).
+        Args:
+            prompt: embedded observations.
+            actions: [B, C, T, A], normalised.
+            draws: noise [B, K, ...] and time [B, K], shared by the chunks; or [B, C, K, ...] and [B, C, K].
+            padded: bool [B, C, T], steps that count nothing; or None. FAST mixes all steps, so its tokens always count.
         """
-        config, model, L = self.config, self.model, self.config.length
-        if config.block == L:
-            return self.logits(prompt, ids, hidden)
-        index = torch.arange(L, device=ids.device)
-        block = index // config.block
-        same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
-        seen = torch.cat([torch.cat([same, before], 1), torch.cat([same & False, same | before], 1)])
-        both = torch.cat([torch.where(hidden, model.mask_id, ids), ids], dim=1)
-        states = model.joint(prompt, both, torch.cat([index, index]).expand_as(both), visible(prompt.valid, seen))
-        read = prompt.states.shape[1] + index
+        tokens, (B, C, T, A) = self.model.tokens, actions.shape
+        ids = tokens.encode(actions.reshape(B * C, T, A)).view(B, C, -1)
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        if padded is not None and tokens.time_ordered:
+            valid = ~padded.to(ids.device).bool().repeat_interleave(A, dim=2)
+        noise, time = draws.noise.flatten(-2), draws.time
+        K = time.shape[-1]
+        if self.config.training != "diffusion":
+            hidden = torch.full_like(valid, self.config.training == "parallel")
+            nats = self._costs(prompt, ids, hidden)
+            return -(nats * valid).sum(-1)[..., None].expand(B, C, K)
+        if time.ndim == 2:
+            noise, time = noise[:, None].expand(B, C, K, -1), time[:, None].expand(B, C, K)
+        every = valid[:, :, None].expand(B, C, K, -1).flatten(0, 2)
+        masks = losses.any_order_masks(noise.flatten(0, 2), time.flatten(), every, self.config.block)
+        hidden, weight = (part.view(B, C * K, -1) for part in masks)
+        nats = self._costs(prompt, ids.repeat_interleave(K, dim=1), hidden)
+        return -(nats * weight).sum(-1).view(B, C, K)
+
+    def copies_at_once(self, copies: int) -> tuple[int, int]:
+        """How many of so many chunks share a forward pass in `log_likelihood`, and the action tokens of that pass."""
+        doubled = self.config.training == "diffusion" and self.config.block < self.config.length
+        size = self.config.length * (1 + doubled)
+        together = 1 if self.config.prompt_sees_actions else max(1, min(copies, _TOKENS_AT_ONCE // size))
+        return together, together * size
+
+    def _costs(self, prompt: Prompt, ids: Tensor, hidden: Tensor) -> Tensor:
+        """[B, R, L] nats of R chunks of each observation, which do not see one another."""
+        together, _ = self.copies_at_once(ids.shape[1])
+        costs = []
+        for some, masked in zip(ids.split(together, 1), hidden.split(together, 1), strict=True):
+            logits = self._side_by_side(prompt, some, masked)
+            costs.append(losses.cross_entropy(logits.flatten(0, 1), some.flatten(0, 1)).view_as(some))
+        return torch.cat(costs, dim=1)
+
+    def _side_by_side(self, prompt: Prompt, ids: Tensor, hidden: Tensor) -> Tensor:
+        """[B, R, L, V] logits of R chunks behind one prompt: every block with its own hidden tokens, given all earlier
+        blocks of its chunk without any, as in block diffusion (arXiv 2503.09573): one pass over [noisy | clean] tokens
+        at the same positions.
+        """
+        config, model, (B, R, L) = self.config, self.model, ids.shape
+        if config.prompt_sees_actions:  # one chunk at a time, see `copies_at_once`
+            return self.logits(prompt, ids[:, 0], hidden[:, 0])[:, None]
+        index, P = torch.arange(L, device=ids.device), prompt.states.shape[1]
+        block, given = index // config.block, torch.where(hidden, model.mask_id, ids)
+        seen, read, size = sees(index[:, None], index[None], config.block), index - int(config.shift), L
+        if config.training == "diffusion" and config.block < L:
+            same, before = block[:, None] == block[None, :], block[:, None] > block[None, :]
+            seen = torch.cat([torch.cat([same, before], 1), torch.cat([same & False, same | before], 1)])
+            given, size = torch.cat([given, ids], dim=2), 2 * L
+            if config.shift:  # a block's first token is read from the last position of the block before, clean by then
+                read = torch.where(index % config.block == 0, read + L, read)
+        copies = torch.arange(R, device=ids.device)
+        apart = (copies[:, None, None, None] == copies[:, None]) & seen[:, None]  # [R, size, R, size]
+        places = index.repeat(R * (size // L)).expand(B, -1)
+        mask = visible(prompt.valid, apart.reshape(R * size, R * size))
+        states = model.joint(prompt, given.flatten(1), places, mask)
+        read = P + copies[:, None] * size + read
         if config.shift:
-            # The first token of a block is read from the last position of the block before, clean by then.
-            read = torch.where(index % config.block == 0, read + L, read) - 1
-            read = torch.where(index == 0, prompt.states.shape[1] - 1, read)
-        return model.head(states[:, read])
+            read[:, 0] = P - 1
+        return model.head(states[:, read.flatten()]).view(B, R, L, -1)
 
     # Acting.
 
@@ -222,7 +257,7 @@ class DiscretePolicy(PreTrainedPolicy):
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """Normalised actions [B, T, A]."""
         self.eval()
-        return self.decode(self.model.prompt(batch))
+        return self.decode(self.model.prompt(bucketed(batch)))
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:

@@ -16,6 +16,8 @@ from burnish.policies.discrete.tokenizers import Bins, Fast
 from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS
 from burnish.sampling.token_model import Prompt
 
+BUCKET = 16
+"""Text of a prompt is padded to a multiple of it on a GPU, where passes are graphs of one shape."""
 MULTI_IMAGE = ("smolvlm", "idefics3")
 """VLM types that take several images at once, [B, n, 3, H, W]."""
 _STATE_RANGE = {"MEAN_STD": 3.0}
@@ -176,6 +178,16 @@ class TokenNet(nn.Module):
             inputs_embeds=states, attention_mask=additive, position_ids=positions, past_key_values=slots,
             use_cache=slots is not None,
         ).last_hidden_state  # fmt: skip
+
+
+def bucketed(batch: dict[str, Any], multiple: int = 0) -> dict[str, Any]:
+    """A preprocessed batch whose text is padded, unseen, to a multiple of tokens: 0 means `BUCKET` on a GPU, else 1."""
+    multiple = multiple or (BUCKET if batch[TOKENS].is_cuda else 1)
+    more = -batch[TOKENS].shape[1] % multiple
+    if not more:
+        return batch
+    return {**batch, TOKENS: nn.functional.pad(batch[TOKENS], (0, more)),
+            TOKEN_MASK: nn.functional.pad(batch[TOKEN_MASK].bool(), (0, more))}  # fmt: skip
 
 
 def _prompt_positions(valid: Tensor) -> Tensor:

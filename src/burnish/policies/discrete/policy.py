@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +17,13 @@ from burnish.policies import language
 from burnish.policies.base import Stage, TokenForward
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig  # makes the type known to LeRobot
 from burnish.policies.discrete.create import new_policy
+from burnish.policies.discrete.network import bucketed
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.vlm import VLMPolicy
-from burnish.sampling.token_model import Prompt
+from burnish.sampling.token_model import Prompt, noise_seeds
 
 FAST_FOLDER = "fast"
 
@@ -95,7 +97,7 @@ class Discrete(VLMPolicy):
         return [self.policy.model.text_model.layers[0].mlp]
 
     def token_model(self) -> NetTokenModel:
-        return NetTokenModel(self.policy.model, lambda batch: self._embed(self._prepare(batch, None)))
+        return NetTokenModel(self.policy.model, lambda batch: self._embed(bucketed(self._prepare(batch, None))))
 
     def token_actions(self, ids: Tensor) -> Tensor:
         return self.policy.model.tokens.decode(ids)
@@ -111,7 +113,7 @@ class Discrete(VLMPolicy):
         `ordinal_weight` times the distance between expected and true action.
 
         `total` is the mean over all tokens that count in the batch, `per_sample` [B] the mean over those of one sample.
-        Tokens of padded steps are hidden and count nothing.
+        Padded steps are trained as repeats of the last action, so that no token tells where an episode ends.
         """
         prepared, draws = self._inputs(batch, batch[ACTION], draws)
         out = self.policy.token_losses(self._embed(prepared, self.length), prepared[ACTION], draws, batch.get(PAD))
@@ -130,26 +132,39 @@ class Discrete(VLMPolicy):
         masked diffusion an unbiased estimate of its bound, whose masks follow from `draws.noise` and `draws.time`
         alone, so that equal draws hide the same tokens of every chunk.
         """
-        prepared, draws = self._inputs(batch, actions, draws)
-        copies = 2 if self.config.training == "diffusion" and self.config.block < self.length else 1
-        prompt = self._embed(prepared, copies * self.length)
-        return self.policy.log_likelihood(prompt, prepared[ACTION], draws, batch.get(PAD))
+        one = {PAD: batch[PAD][:, None]} if PAD in batch else {}
+        draws = Draws(draws.noise[:, None], draws.time[:, None])
+        return self.scores({**batch, **one}, actions[:, None], draws)[:, 0, 0]
+
+    def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
+        """`score` of C chunks on K draws, [B, C, K]; images and prompt are embedded once, and chunks that do not see
+        one another share a pass through the language model.
+        """
+        self._check_chunk(candidates, 4)
+        prepared = self._prepare(batch, candidates)
+        copies = candidates.shape[1] * (draws.time.shape[-1] if self.config.training == "diffusion" else 1)
+        prompt = self._embed(prepared, self.policy.copies_at_once(copies)[1])
+        return self.policy.log_likelihood(prompt, prepared[ACTION], draws.to(self.device), batch.get(PAD))
 
     @torch.no_grad()
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
             stream: Callable[[int, Tensor], None] | None = None) -> Chunk:  # fmt: skip
         """Decode a chunk [B, T, A] on the CPU, in environment units, with the decoder of the config.
 
-        Decoding is greedy, so `draws` change nothing. `prefix` [B, P, A] comes back unchanged. `stream` is called
+        Decoders are greedy, so `draws` change nothing, unless the decoder draws its tokens (`dd_vla`) or their order:
+        then their noise decides, for each sample by itself. `prefix` [B, P, A] comes back unchanged. `stream` is called
         with the number n of control steps that are final and their actions [B, n, A], as often as n grows.
         """
         if prefix is not None and prefix.shape[1] == 0:
             prefix = None
-        prepared = self._prepare(batch, prefix)
+        prepared = bucketed(self._prepare(batch, prefix))
         committed = None if prefix is None else prepared[ACTION]
         prompt = self._embed(prepared)
         if self._captures:
             self.token_model().prefill(prompt)  # a pass over the prompt alone: decoders add tokens as they like
+        if self.policy.decoder().draws:
+            drawn = draws or self.draw(len(prompt.states), self.generator)
+            prompt = replace(prompt, seeds=noise_seeds(drawn.noise))
 
         def exact(actions: Tensor) -> Tensor:
             actions = self.postprocessor(actions)
@@ -195,10 +210,13 @@ class Discrete(VLMPolicy):
     # Inside.
 
     def _inputs(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[dict[str, Any], Draws]:
-        if actions.ndim != 3 or actions.shape[1] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+        self._check_chunk(actions, 3)
         prepared = self._prepare(batch, actions)
         return prepared, (draws or self.draw(len(actions), self.generator)).to(self.device)
+
+    def _check_chunk(self, actions: Tensor, ndim: int) -> None:
+        if actions.ndim != ndim or actions.shape[-2] != self.chunk_size:
+            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
 
     def _embed(self, prepared: dict[str, Any], action_tokens: int = 0) -> Prompt:
         if self._captures:

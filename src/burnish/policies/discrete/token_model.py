@@ -50,6 +50,7 @@ class NetTokenModel(TokenModel):
         self.net, self._embed = net, embed or net.prompt
         self.length, self.vocabulary = config.length, net.tokens.vocabulary
         self.time_ordered = net.tokens.time_ordered
+        self.executed = config.n_action_steps * config.action_dim if self.time_ordered else 0
         self.step_length = config.action_dim if self.time_ordered else self.length
         self.mask_id = None if config.training == "autoregressive" else net.mask_id
         self.shift, self.block, self.prompt_sees_actions = config.shift, config.block, config.prompt_sees_actions

@@ -1,6 +1,5 @@
 """Actions to token ids and back, in normalised units. Binned ids are time-major: position = step * A + dimension."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import number
+from burnish.core.reading import MOST_BYTES, read_object, regular_file
 
 _KNOWN = {"min": 0.0, "q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99, "max": 1.0}
 """Quantiles of LeRobot's statistics, and their levels."""
 
 
 FAST_FILES = ("tokenizer.json", "processor_config.json")
+_LAST = 0xD7FF
+"""Largest character that text may hold before those that stand for no character."""
 
 
 class Bins(nn.Module):
@@ -35,6 +38,14 @@ class Bins(nn.Module):
         super().__init__()
         self.vocabulary, self.action_dim, self.length = bins, action_dim, chunk_size * action_dim
         self.register_buffer("edges", torch.linspace(-1, 1, bins + 1).repeat(action_dim, 1))
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """Edges stay out of half precision, in which one id in seven would be another one."""
+        before = self.edges
+        super()._apply(function, recurse)
+        if self.edges.dtype in (torch.float16, torch.bfloat16):
+            self.edges = before.to(self.edges.device)
+        return self
 
     def fit_quantiles(self, stats: dict[str, Any], bounds: tuple[str, str]) -> None:
         """Bins that hold equally many actions each, as far as the stored quantiles tell (straight lines between).
@@ -92,7 +103,7 @@ class Fast(nn.Module):
         length: L; ids past the end of a chunk's tokens are `vocabulary - 1`.
 
     Raises:
-        BurnishError: files are missing.
+        BurnishError: files are missing or are no tokenizer.
     """
 
     time_ordered = False
@@ -105,9 +116,17 @@ class Fast(nn.Module):
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise BurnishError(f"no {missing[0]} in {folder}", "the files of a FAST tokenizer", "tokenizer uniform")
-        settings = json.loads(files[1].read_text())
-        self.scale, self.least = settings["scale"], settings["min_token"]
-        self.pairs = Tokenizer.from_file(str(files[0]))
+        settings = read_object(files[1])
+        self.scale, self.least = settings.get("scale"), settings.get("min_token")
+        if not number(self.scale) or not 0 < self.scale <= 1e6 or type(self.least) is not int or abs(self.least) > 1e6:
+            raise BurnishError(f"{files[1]} has scale {self.scale!r} and min_token {self.least!r}",
+                               "a number above 0 and a whole one, both at most a million")  # fmt: skip
+        try:
+            self.pairs = Tokenizer.from_file(str(regular_file(files[0], most=MOST_BYTES)))
+        except BurnishError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the tokenizers library raises no kind of its own
+            raise BurnishError(f"{files[0]} is no tokenizer ({' '.join(str(error).split())[:200]})") from None
         self.action_dim, self.chunk_size, self.length = action_dim, chunk_size, length
         self.vocabulary = self.pairs.get_vocab_size() + 1
 
@@ -120,7 +139,7 @@ class Fast(nn.Module):
         from scipy.fft import dct
 
         frequencies = np.rint(dct(actions.double().cpu().numpy(), axis=1, norm="ortho") * self.scale).astype(int)
-        texts = ["".join(map(chr, np.maximum(chunk.flatten() - self.least, 0))) for chunk in frequencies]
+        texts = ["".join(map(chr, np.clip(chunk.flatten() - self.least, 0, _LAST))) for chunk in frequencies]
         rows = [self.pairs.encode(text, add_special_tokens=False).ids for text in texts]
         longest = max(map(len, rows))
         if longest > self.length:
