@@ -1,14 +1,11 @@
 """Pairs: who is compared with whom, where, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.data.pairs import FACTS, INDEX, Pair, PairData, divergence, make_pairs, read_labels, write_index
-from burnish.evaluate.pairs import import_labels
+from burnish.data.pairs import Outcome, Pair, PairData, divergence, make_pairs, read_labels, write_index
 
 
 def rollout(*actions, start=0.0):
@@ -90,7 +87,7 @@ def test_hash_changes_with_the_index(root):
     [
         ([((0, 0), (1, 0))], 1e9, "compares 'task 0' with 'task 1'; expected one task in a pair"),
         ([((0, 0), (2, 0))], 0.0, "pair 0 .* starts from states that differ by .*; expected the same start"),
-        ([((0, 0), (0, 0))], 0.0, "the same actions on both sides"),
+        ([((0, 0), (0, 2))], 1e9, "pairs episode 0 with itself; expected two episodes"),
         ([((0, 0), (9, 0))], 1e9, "names episode 9; expected 0 to 2"),
         ([((0, 0), (2, 90))], 1e9, "names frame 90 of episode 2; expected 0 to 10"),
         ([], 0.0, "no pairs; expected at least one success and one failure"),
@@ -123,20 +120,10 @@ def test_labels_come_in_three_spellings(tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text('{"chosen": 1, "rejected": [2, 3]}\n\n{"chosen": {"episode": 0, "frame": 4}, "rejected": 1}\n')
     assert read_labels(file) == [Pair((1, 0), (2, 3)), Pair((0, 4), (1, 0))]
+    file.write_text('{"episode": 3, "success": false}\n{"chosen": 1, "rejected": {"action": [[1, 2.5]]}}\n')
+    assert read_labels(file) == [Outcome(3, False), Pair((1, 0), (1, 0), ((1.0, 2.5),))]
     file.write_text('{"chosen": 1}\n')
     with pytest.raises(BurnishError, match="labels.jsonl:1 is no pair"):
         read_labels(file)
     with pytest.raises(BurnishError, match="no file"):
         read_labels(tmp_path / "none.jsonl")
-
-
-def test_imported_labels_make_a_pair_folder_or_leave_nothing(root, tmp_path):
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text('{"chosen": [0, 1], "rejected": [2, 1]}\n')
-    with pytest.raises(BurnishError, match="states that differ"):
-        import_labels(root, labels)
-    assert not (root / INDEX).exists() and not (root / FACTS).exists()
-    assert import_labels(root, labels, state_tolerance=1e9) == 1
-    assert json.loads((root / FACTS).read_text())["source"] == "labels"
-    with pytest.raises(BurnishError, match="has pairs already"):
-        import_labels(root, labels, state_tolerance=1e9)

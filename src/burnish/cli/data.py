@@ -67,12 +67,16 @@ def pairs(
     seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
     ties: Literal["skip", "faster"] = "skip",
     offsets: Annotated[list[int], Arg(several=True, old=("--leads",))] = (0,), limit: int = 0, workers: int = 0,
-    device: str = "", labels: Path | None = None, state_tolerance: float = 0.0,
+    device: str = "", labels: Path | None = None, success: str = "", takeover: str = "", proposal: str = "",
+    state_tolerance: Annotated[list[float], Arg(several=True, least=0)] = (0.0,),
+    image_tolerance: Annotated[float, Arg(least=0)] = 2.0,
 ) -> None:  # fmt: skip
-    """Make preference pairs from rollouts of a policy, or import labels.
+    """Make preference pairs from rollouts of a policy, or import what is known about recorded episodes.
 
-    With --labels the pairs are of a data set that is there: one line {"chosen": [episode, frame], "rejected":
-    [episode, frame]} for each human or programmatic label. Killed or interrupted, the same command continues.
+    Killed or interrupted, the same command continues. With --labels, --success or --takeover the data set --root is
+    there already, and only an index is written beside it. Labels are JSON lines: {"chosen": [episode, frame],
+    "rejected": [episode, frame]}; {"chosen": [episode, frame], "rejected": {"action": [[...], ...]}} for actions that
+    were proposed and not recorded; {"episode": 3, "success": true} for losses that need no pairs.
 
     Args:
         policy: LeRobot policy folder; left out with --labels
@@ -91,19 +95,30 @@ def pairs(
         workers: simulator processes; 0 means one for each core
         device: torch device of the policy; default: a GPU where there is one
         labels: JSON lines of labels on the data set --root
-        state_tolerance: how far the starts of a labelled pair may differ
+        success: column that is true where an episode has succeeded, e.g. next.success
+        takeover: column that is true while a human acts in place of the policy, e.g. intervention
+        proposal: column of the actions that the policy proposed meanwhile; rejected where the human takes over
+        state_tolerance: how far the starts of a labelled pair may differ; one number, or one for each dimension
+        image_tolerance: how far their pictures may: mean difference of a view, of 255
 
     Examples:
         burnish data pairs runs/lift/policy tabletop:lift --states 200 --rollouts 4 --root data/pairs/lift
-        burnish data pairs --labels labels.jsonl --root data/my_robot
+        burnish data pairs --labels labels.jsonl --root data/my_robot --state-tolerance 0.02
+        burnish data pairs --takeover intervention --proposal policy_action --root data/my_robot
     """
-    from burnish.evaluate.pairs import collect, import_labels
+    from burnish.data.pairs_import import import_pairs
+    from burnish.evaluate.pairs import collect
 
-    if labels:
-        print(f"{import_labels(root, labels, state_tolerance)} pairs in {root}")
+    if labels or success or takeover or proposal:
+        if policy or env:
+            raise BurnishError("a policy to roll out, and labels to import", "one of them")
+        found = import_pairs(root, labels, success=success, takeover=takeover, proposal=proposal,
+                             state_tolerance=state_tolerance, image_tolerance=image_tolerance)  # fmt: skip
+        print(f"{found[0]} pairs and outcomes of {found[1]} episodes in {root}")
         return
     if not policy or not env:
-        raise BurnishError("pairs without a policy or without an environment", "both, or --labels")
+        raise BurnishError("pairs without a policy or without an environment",
+                           "both, or --labels, --success or --takeover")  # fmt: skip
     print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
                   image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, offsets=offsets,
                   limit=limit, workers=workers, device=device))  # fmt: skip

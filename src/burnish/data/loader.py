@@ -59,6 +59,7 @@ class RobotData:
         image_size, cache_dir: see `open_frames`.
         augmented: shift and jitter the images.
         meta: what `load_metadata(root)` gave, where it has been read already.
+        pictures: decode the frames; False leaves actions, states and instructions alone.
 
     Raises:
         BurnishError: no data set there, unknown episode or camera, columns missing, unreadable video.
@@ -67,12 +68,12 @@ class RobotData:
     def __init__(
         self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", augmented: bool = True,
-        rank: int = 0, world: int = 1, progress: bool = True, meta: Any = None,
+        rank: int = 0, world: int = 1, progress: bool = True, meta: Any = None, pictures: bool = True,
     ):  # fmt: skip
         self.meta = load_metadata(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
-        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta)
+        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta) if pictures else None
         self.actions, self.states, self.task_index, self.episode_index = _columns(root, self.meta)
         self.tasks = {int(index): str(name) for name, index in self.meta.tasks["task_index"].items()}
         self.episode_end = _episode_ends(self.meta)

@@ -5,7 +5,6 @@ of its replans, and goes on from there with other noise. So two rollouts have a 
 chunk in which they diverge, and a pair compares exactly these two chunks on exactly the same observation.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import number
 from burnish.core.progress import progress_bar
+from burnish.core.reading import read_object
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
-from burnish.data.pairs import FACTS, INDEX, Pair, PairData, make_pairs, read_labels, write_index
+from burnish.data.pairs import FACTS, Pair, make_pairs, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, Observation, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
@@ -30,10 +30,6 @@ from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
-
-
-LONGEST = 100
-"""Steps within which the two sides of a labelled pair must differ; a policy's chunk may be shorter, and says so."""
 
 
 @dataclass
@@ -233,7 +229,7 @@ def _already_made(root: Path, wanted: dict[str, Any]) -> Collection:
     """The collection that `root` holds, if it is the one that is asked for."""
     if not (root / FACTS).is_file():
         raise BurnishError(f"{root} exists and holds no pairs", "a new folder", "another --root")
-    facts = json.loads((root / FACTS).read_text())
+    facts = read_object(root / FACTS)
     facts["offsets"] = facts.pop("leads", facts.get("offsets"))  # its name in folders of 0.1
     check_same_request(facts, wanted, root)
     outcomes, size = facts["outcomes"], facts["group_sizes"]
@@ -274,29 +270,3 @@ def _finish(
         assemble(folder, root.name, chosen, spool.spec(specs[0].task_id), request["image_size"], family)
         write_index(folder, pairs, {"source": "rollouts", **facts})
     return Collection(root, len(pairs), len(chosen), sum(solved), mixed, len(sizes))
-
-
-def import_labels(root: Path | str, labels: Path | str, state_tolerance: float = 0.0) -> int:
-    """Make the LeRobot data set `root` a pair folder by a file of labels; returns how many pairs there are.
-
-    Args:
-        root: the data set that the labels are about.
-        labels: JSON lines, see `burnish.data.pairs.read_labels`.
-        state_tolerance: how far the states at the start of the two chunks may differ.
-
-    Raises:
-        BurnishError: unreadable labels, or a pair of unequal starts or tasks; then `root` is left as it was.
-    """
-    from burnish.data.frames import load_metadata
-
-    root, pairs = Path(root), read_labels(Path(labels))
-    load_metadata(root)
-    if (root / INDEX).exists():
-        raise BurnishError(f"{root} has pairs already", "a data set without", f"rm '{root / INDEX}'")
-    write_index(root, pairs, {"source": "labels"}, state_tolerance)
-    try:
-        return len(PairData(root, (), LONGEST))
-    except BurnishError:
-        for name in (INDEX, FACTS):
-            (root / name).unlink()
-        raise

@@ -7,6 +7,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 
 LOSSES = ("dpo", "ipo", "diffusion_dpo")
+"""Of pairs."""
 
 
 def margin(policy: Tensor, reference: Tensor | None) -> Tensor:
@@ -43,6 +44,19 @@ def diffusion_dpo(margin: Tensor, beta: float, horizon: float = 1000.0, label_sm
 def ipo(margin: Tensor, beta: float) -> Tensor:
     """[B] IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17): the unscaled margin is to be 1 / (2 beta)."""
     return (margin - 1 / (2 * beta)).square()
+
+
+def kto(change: Tensor, desirable: Tensor, beta: float, drift: Tensor) -> Tensor:
+    """[B] KTO (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8), from single chunks and how they ended.
+
+    Args:
+        change: [B] how much likelier a chunk has become than it was for the reference.
+        desirable: bool [B]; as many of either kind, so that both weigh alike.
+        beta: inverse temperature.
+        drift: scalar without gradient, how much likelier chunks from elsewhere have become: the reference point.
+    """
+    z = beta * (change - drift.clamp_min(0))
+    return torch.sigmoid(torch.where(desirable, -z, z))
 
 
 def preference(name: str, margin: Tensor, beta: float, label_smoothing: float, horizon: float) -> Tensor:

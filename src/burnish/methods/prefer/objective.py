@@ -9,23 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
-from burnish.data.pairs import PairData
+from burnish.data.pairs import OutcomeData, PairData, PairFolder
 from burnish.methods import reference
 from burnish.methods.objective import OBJECTIVES, Objective, Run
-from burnish.methods.prefer import losses
-from burnish.methods.prefer.draws import ScoreConfig, margin_error
+from burnish.methods.prefer import heldout, losses
+from burnish.methods.prefer.draws import margin_error
 from burnish.methods.prefer.options import PreferConfig, make_config
-from burnish.methods.prefer.scoring import counts, pair_draws, policy_seeds, reference_scores, reference_seeds, weighted
-from burnish.policies.base import Policy, require
+from burnish.methods.prefer.scoring import (
+    counts,
+    pair_draws,
+    policy_seeds,
+    reference_scores,
+    reference_seeds,
+    score_config,
+    weighted,
+)
+from burnish.policies.base import require
 
 log = logging.getLogger("burnish")
 
 
 @OBJECTIVES.register("prefer")
 class Prefer(Objective):
-    """Preference optimisation on pairs of chunks (CrossVLA, arXiv:2605.21854, with what its code leaves out).
+    """Preference optimisation on pairs of chunks (CrossVLA, arXiv:2605.21854, with what its code leaves out), or on
+    single ones and how their episodes ended (KTO).
 
     Set `train.imitation_weight` to 0 to train on preferences alone; above 0 the demonstrations anchor the policy.
 
@@ -41,15 +51,14 @@ class Prefer(Objective):
         self._sums: dict[str, Tensor] = {}
         self._seen = 0
         self._warned: set[str] = set()
+        self._held: heldout.HeldOut | None = None
+        self._held_figures: dict[str, float] = {}
 
     def setup(self, run: Run) -> None:
         config = self.config
         if config.loss != "clone":
             require(run.policy, "score", "prefer")
-        self.data = PairData(
-            Path(config.pairs), run.policy.cameras, run.policy.chunk_size, image_size=run.recipe.data.image_size,
-            cache_dir="", steps=config.steps, progress=run.progress,
-        )  # fmt: skip
+        self.data = self._open(run)
         self.data.check_units(run.data.meta.stats["action"])
         self.score = score_config(run.policy, config.score)
         self._warns = run.accelerator.is_main_process
@@ -60,19 +69,50 @@ class Prefer(Objective):
         if config.reference == "cached" and config.loss != "clone":
             with run.accelerator.main_process_first(), reference.without_dropout(self.dropouts):
                 self.cache = self._cached_reference(run)
+        if isinstance(self.data, PairData):
+            self.trained_on, held = heldout.split(self.data.pairs, config.held_out)
+            if len(held):
+                with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
+                    self._held = heldout.HeldOut(run.policy, self.data, held)
+
+    def _open(self, run: Run) -> PairFolder:
+        options: dict[str, Any] = {
+            "image_size": run.recipe.data.image_size, "cache_dir": "", "steps": self.config.steps,
+            "progress": run.progress,
+        }  # fmt: skip
+        kind: Any = {"clone": PairFolder, "kto": OutcomeData}.get(self.config.loss, PairData)
+        if kind is OutcomeData:
+            options["every"] = run.policy.n_action_steps
+        data = kind(Path(self.config.pairs), run.policy.cameras, run.policy.chunk_size, **options)
+        if not len(data.successes):
+            raise BurnishError(f"prefer: {self.config.pairs} has no success to imitate", "at least one")
+        return data
 
     def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
-        random = self._random(run)
-        if self.config.loss == "clone":
-            rows = self.data.successes[random.integers(len(self.data.successes), size=self.config.batch_size)]
+        config, random = self.config, self._random(run)
+        if config.loss == "clone":
+            rows = self.data.successes[random.integers(len(self.data.successes), size=config.batch_size)]
             imitated = _to(self.data.demonstrations(rows), run.device)
             draws = run.policy.draw(len(rows), run.generator)
-            return {"prefer": self.config.weight * run.policy.loss(imitated, draws).total}
-        ids = random.integers(len(self.data), size=self.config.batch_size)
-        slots = random.integers(self.config.pool, size=self.config.batch_size)
-        if self.config.reference != "cached":  # nothing is stored, so every step may have draws of its own
-            slots = slots + self.config.pool * (1 + run.step)
+            return {"prefer": config.weight * run.policy.loss(imitated, draws).total}
+        if config.loss == "kto":  # as many of either kind
+            kinds = [np.flatnonzero(self.data.desirable), np.flatnonzero(~self.data.desirable)]
+            halves = [-(-config.batch_size // 2), config.batch_size // 2]
+            ids = np.concatenate([k[random.integers(len(k), size=n)] for k, n in zip(kinds, halves, strict=True)])
+        else:
+            ids = self.trained_on[random.integers(len(self.trained_on), size=config.batch_size)]
+        slots = random.integers(config.pool, size=config.batch_size)
+        if config.reference != "cached":  # nothing is stored, so every step may have draws of its own
+            slots = slots + config.pool * (1 + run.step)
+        self._measure_held_out(run)
         return self._preference(run, ids, slots)
+
+    def _measure_held_out(self, run: Run) -> None:
+        """Every so often, and before the last step: what is held out is scored without gradient."""
+        last = run.step == run.recipe.train.steps - 1
+        if self._held is not None and self._micro == 0 and (last or run.step % heldout.EVERY == 0):
+            with reference.without_dropout(self.dropouts):
+                self._held_figures = self._held.figures(run.policy)
 
     def _preference(self, run: Run, ids: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
         config, seed = self.config, run.recipe.train.seed
@@ -85,17 +125,29 @@ class Prefer(Objective):
             per_draw = run.policy.scores(pairs, candidates, draws.draws)
         now = weighted(per_draw, draws.weight, self.score, valid)
         scores, start = now.mean(-1), None if before is None else before.mean(-1)
-        margin = losses.margin(scores, start)
-        terms = {"prefer": losses.preference(config.loss, margin, config.beta, config.label_smoothing,
-                                             config.horizon).mean() * config.weight}  # fmt: skip
+        if config.loss == "kto":
+            chosen = torch.from_numpy(self.data.desirable[ids]).to(run.device)
+            terms = {"prefer": self._unpaired(scores - start, chosen)}
+        else:
+            chosen = torch.ones(len(ids), dtype=torch.bool, device=run.device)
+            margin = losses.margin(scores, start)
+            terms = {"prefer": losses.preference(config.loss, margin, config.beta, config.label_smoothing,
+                                                 config.horizon).mean() * config.weight}  # fmt: skip
+            error = margin_error(now.detach() if before is None else now.detach() - before)
+            self._note({**losses.diagnose(scores, start, self.scale), "margin_standard_error": error.mean()})
         if config.sft_weight:
-            chosen = weighted(per_draw, draws.weight, replace(self.score, reduce="mean"), valid)[:, 0]
-            terms["prefer_sft"] = -config.sft_weight * chosen.mean()
+            imitated = weighted(per_draw, draws.weight, replace(self.score, reduce="mean"), valid)[:, 0]
+            terms["prefer_sft"] = -config.sft_weight * imitated[chosen].mean()
         if config.proximal_weight:
             terms["prefer_proximal"] = config.proximal_weight * losses.proximal(scores, start).mean()
-        error = margin_error(now.detach() if before is None else now.detach() - before)
-        self._note({**losses.diagnose(scores, start, self.scale), "margin_standard_error": error.mean()})
         return terms
+
+    def _unpaired(self, change: Tensor, desirable: Tensor) -> Tensor:
+        """The loss of single chunks: changes [B, 2] of their own scores and of those of chunks from elsewhere."""
+        drift = change[:, 1].detach().mean()
+        own = change[:, 0].detach()
+        self._note({"desirable": own[desirable].mean(), "undesirable": own[~desirable].mean(), "drift": drift})
+        return losses.kto(change[:, 0], desirable, self.config.beta, drift).mean() * self.config.weight
 
     @property
     def scale(self) -> float:
@@ -103,18 +155,20 @@ class Prefer(Objective):
         return self.config.beta * (self.config.horizon if self.config.loss == "diffusion_dpo" else 1.0)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the steps since the last call; warns once of each thing that is wrong."""
+        """Means over the steps since the last call, and what was held out at last; warns once of each thing wrong."""
+        held = {f"prefer_{name}": value for name, value in self._held_figures.items()}
         if not self._seen:
-            return {}
+            return held
         figures = {name: float(value) / self._seen for name, value in self._sums.items()}
         self._sums, self._seen = {}, 0
-        referenced = self.config.reference != "none"
-        line = losses.warning(figures, figures["margin_standard_error"], self.scale, referenced)
-        kind = line.partition(" ")[2][:20]
-        if line and self._warns and kind not in self._warned and self.config.loss != "ipo":
-            self._warned.add(kind)
-            log.warning("prefer: %s", line)
-        return {f"prefer_{name}": value for name, value in figures.items()}
+        if "margin" in figures:
+            referenced = self.config.reference != "none"
+            line = losses.warning(figures, figures["margin_standard_error"], self.scale, referenced)
+            kind = line.partition(" ")[2][:20]
+            if line and self._warns and kind not in self._warned and self.config.loss != "ipo":
+                self._warned.add(kind)
+                log.warning("prefer: %s", line)
+        return {**{f"prefer_{name}": value for name, value in figures.items()}, **held}
 
     def _note(self, figures: dict[str, Tensor]) -> None:
         for name, value in figures.items():
@@ -156,19 +210,6 @@ class Prefer(Objective):
                 return reference_scores(run.policy, self.data, self.score, config.pool, seed, progress=run.progress)
 
         return reference.cached(path, about, compute)
-
-
-def score_config(policy: Policy, config: ScoreConfig) -> ScoreConfig:
-    """The config as it applies to this policy: times, weights and antithetic noise mean something to flows only.
-
-    A policy whose score is exact needs one draw, which it does not look at.
-    """
-    if policy.supports("velocity"):
-        return config
-    draws = 1 if policy.supports("likelihood") else config.draws
-    return replace(
-        config, draws=draws, times="policy", fixed_times=(), weight="uniform", stratified=False, antithetic=False
-    )
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -15,8 +15,8 @@ class PreferConfig:
 
     pairs: str = option("", "pair folder, see `burnish data pairs`")
     loss: str = option(
-        "dpo", "clone is filtered behaviour cloning: imitate the successes and ignore the failures",
-        choices=(*LOSSES, "clone"),
+        "dpo", "dpo, ipo and diffusion_dpo need pairs; kto needs outcomes of episodes alone; clone is filtered "
+        "behaviour cloning: imitate the successes and ignore the failures", choices=(*LOSSES, "kto", "clone"),
     )  # fmt: skip
     beta: float = option(0.02, "inverse temperature; small keeps the policy near the reference", above=0)
     label_smoothing: float = option(
@@ -37,6 +37,9 @@ class PreferConfig:
         "chosen score from sinking with the rejected one", least=0,
     )  # fmt: skip
     proximal_weight: float = option(0.0, "of the squared change of both scores against the reference", least=0)
+    held_out: float = option(
+        0.1, "share of the pairs, by whole groups of episodes, that is measured and not trained on", least=0, below=1
+    )
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
@@ -89,6 +92,9 @@ def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
         raise BurnishError("prefer: no pairs", "a pair folder", "burnish data pairs --help")
     if config.label_smoothing and config.loss == "ipo":
         raise BurnishError("prefer: label_smoothing with ipo", "dpo or diffusion_dpo")
+    if config.loss == "kto" and (config.label_smoothing or config.reference == "none" or config.batch_size < 2):
+        raise BurnishError("prefer: kto with label_smoothing, without a reference, or with a single chunk a step",
+                           "reference: cached, and batch_size of at least 2")  # fmt: skip
     if config.proximal_weight and config.reference == "none":
         raise BurnishError("prefer: proximal_weight without a reference", "reference: cached")
     return config

@@ -1,6 +1,7 @@
 """Draws and scores of batches of pairs, for any policy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
-from burnish.data.pairs import PairData
+from burnish.data.pairs import OutcomeData, PairData
 from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, make_draws, weigh
 from burnish.methods.prefer.losses import finite
 from burnish.policies.base import Policy
@@ -51,7 +52,7 @@ def weighted(per_draw: Tensor, weight: Tensor, config: ScoreConfig, valid: Tenso
 
 @torch.no_grad()
 def reference_scores(
-    policy: Policy, data: PairData, config: ScoreConfig, pool: int, seed: int, batch_size: int = 16,
+    policy: Policy, data: PairData | OutcomeData, config: ScoreConfig, pool: int, seed: int, batch_size: int = 16,
     progress: bool = True,
 ) -> Tensor:  # fmt: skip
     """[N, pool, 2, K] weighted scores (see `weighted`) of all pairs on all sets of draws, by the policy as it is now.
@@ -82,6 +83,19 @@ def reference_scores(
                 found[first : first + len(ids), s] = scores.cpu()
     finite(found, f"reference on the pairs of {data.root}")
     return found
+
+
+def score_config(policy: Policy, config: ScoreConfig) -> ScoreConfig:
+    """The config as it applies to this policy: times, weights and antithetic noise mean something to flows only.
+
+    A policy whose score is exact needs one draw, which it does not look at.
+    """
+    if policy.supports("velocity"):
+        return config
+    draws = 1 if policy.supports("likelihood") else config.draws
+    return replace(
+        config, draws=draws, times="policy", fixed_times=(), weight="uniform", stratified=False, antithetic=False
+    )
 
 
 def policy_seeds(seed: int, ids: Sequence[int], slots: Sequence[int]) -> list[tuple]:

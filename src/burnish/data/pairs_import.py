@@ -1,0 +1,172 @@
+"""Preference labels on recorded episodes: of a file, of a column of outcomes, or of a human who took over.
+
+Nothing is written before everything has been checked, and of the pictures only those are decoded that a pair starts
+from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.options import number
+from burnish.core.progress import progress_bar
+from burnish.data.few_frames import few_frames
+from burnish.data.pairs import FACTS, INDEX, Outcome, Pair, check_pairs, read_labels, write_index
+
+STEPS = 100
+"""Steps within which the two sides of a pair must differ, and that a takeover keeps of a proposal."""
+
+
+def import_pairs(
+    root: Path | str, labels: Path | str | None = None, *, success: str = "", takeover: str = "", proposal: str = "",
+    state_tolerance: float | Sequence[float] = 0.0, image_tolerance: float = 2.0, progress: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """Make the LeRobot data set `root` a pair folder; returns how many pairs and how many outcomes it has.
+
+    Args:
+        root: the data set that the labels are about.
+        labels: JSON lines, see `burnish.data.pairs.read_labels`.
+        success: column that is true where an episode has succeeded (LeRobot's own is next.success).
+        takeover: column that is true while a human acts in place of the policy (LeRobot's own is intervention).
+        proposal: column of the actions that the policy proposed, [A], or whole chunks [T, A]; with `takeover`. Where a
+            human takes over, the proposal is rejected and what the human did is chosen.
+        state_tolerance: how far the states at the start of two chunks may differ, one number or one a dimension.
+        image_tolerance: how far their pictures may: mean absolute difference of a view, of 255.
+        progress: show a bar on stderr.
+
+    Raises:
+        BurnishError: unreadable labels, no such column, a pair of unequal starts or tasks; `root` is left as it was.
+    """
+    from burnish.data.loader import RobotData
+
+    root = Path(root)
+    tolerances = list(state_tolerance) if isinstance(state_tolerance, Sequence) else [state_tolerance]
+    if not tolerances or not all(number(one) and one >= 0 for one in (*tolerances, image_tolerance)):
+        raise BurnishError(f"tolerances {tolerances} and {image_tolerance}", "numbers of at least 0")
+    if bool(takeover) != bool(proposal):
+        raise BurnishError("a takeover without the column of proposals, or the other way round",
+                           "both: what was proposed is rejected, what the human did is chosen")  # fmt: skip
+    if not labels and not success and not takeover:
+        raise BurnishError("nothing to import", "--labels, --success or --takeover with --proposal")
+    found = read_labels(Path(labels)) if labels else []
+    if (root / INDEX).exists() or (root / FACTS).exists():
+        raise BurnishError(f"{root} has pairs already", "a data set without",
+                           f"rm -f '{root / INDEX}' '{root / FACTS}'")  # fmt: skip
+    data = RobotData(root, (), STEPS, 1, 0, augmented=False, progress=progress, pictures=False)
+    pairs = [label for label in found if isinstance(label, Pair)]
+    outcomes = _outcomes(data, [label for label in found if isinstance(label, Outcome)], success)
+    if takeover:
+        pairs += takeovers(data, takeover, proposal)
+    where = str(labels or root)
+    tolerance = tolerances if len(tolerances) > 1 else tolerances[0]
+    frames = check_pairs(data, pairs, tolerance, where)
+    recorded = [i for i, pair in enumerate(pairs) if not pair.proposal]
+    _check_pictures(data, frames[recorded], recorded, image_tolerance, where, progress)
+    given = {"labels": labels, "success": success, "takeover": takeover}
+    source = "+".join(name for name, value in given.items() if value)
+    facts = {"source": source, "image_tolerance": image_tolerance, "outcomes": outcomes}
+    write_index(root, pairs, facts, tolerance)
+    return len(pairs), sum(outcome is not None for outcome in outcomes)
+
+
+def _outcomes(data: Any, labels: Sequence[Outcome], column: str) -> list[bool | None]:
+    """For each episode whether it succeeded, None where nobody says."""
+    total = data.meta.total_episodes
+    outcomes: list[bool | None] = [None] * total
+    if column:
+        values = read_column(data, column).reshape(len(data.episode_index), -1)
+        if values.shape[1] != 1 or not np.isin(values, (0, 1)).all():
+            raise BurnishError(f"column '{column}' of {data.root} holds other values than true and false",
+                               "true in a frame of every episode that succeeded")  # fmt: skip
+        outcomes = [bool(values[data.episode_index == episode].any()) for episode in range(total)]
+    said: dict[int, bool] = {}
+    for label in labels:
+        if not 0 <= label.episode < total:
+            raise BurnishError(f"a label names episode {label.episode}", f"0 to {total - 1}")
+        if said.setdefault(label.episode, label.success) != label.success:
+            raise BurnishError(f"episode {label.episode} is labelled as a success and as a failure", "one of them")
+        outcomes[label.episode] = label.success
+    return outcomes
+
+
+def takeovers(data: Any, takeover: str, proposal: str) -> list[Pair]:
+    """A pair for each moment in which a human takes over and does something else than the policy proposed.
+
+    Raises:
+        BurnishError: columns that are missing or of another width, or no such moment.
+    """
+    human = read_column(data, takeover).reshape(len(data.episode_index), -1)
+    proposed = read_column(data, proposal).reshape(len(data.episode_index), -1)
+    wide = data.actions.shape[1]
+    if human.shape[1] != 1 or not np.isin(human, (0, 1)).all():
+        raise BurnishError(f"column '{takeover}' of {data.root} holds other values than true and false",
+                           "true while a human acts")  # fmt: skip
+    if proposed.shape[1] % wide:
+        raise BurnishError(f"column '{proposal}' of {data.root} has {proposed.shape[1]} numbers a frame",
+                           f"{wide}, as an action, or whole chunks of them")  # fmt: skip
+    human, pairs = human[:, 0].astype(bool), []
+    for i in np.flatnonzero(human):
+        episode = data.episode_index[i]
+        if i and human[i - 1] and data.episode_index[i - 1] == episode:
+            continue  # it has gone on for a while
+        if proposed.shape[1] > wide:
+            steps = proposed[i].reshape(-1, wide)[:STEPS]
+        else:
+            window = slice(i, i + STEPS)
+            going_on = np.logical_and.accumulate(human[window] & (data.episode_index[window] == episode))
+            steps = proposed[window][going_on]
+        if not np.isfinite(steps).all():
+            raise BurnishError(f"column '{proposal}' of {data.root} is not finite at frame {i}",
+                               "a proposal wherever a human takes over")  # fmt: skip
+        done = data.actions[i : min(i + len(steps), data.episode_end[episode])]
+        if not (steps[: len(done)] == done).all():
+            place = int(episode), int(i - np.searchsorted(data.episode_index, episode))
+            pairs.append(Pair(place, place, tuple(tuple(map(float, step)) for step in steps)))
+    if not pairs:
+        raise BurnishError(f"{data.root} has no moment in which '{takeover}' becomes true and the action differs "
+                           f"from '{proposal}'", "takeovers of a human")  # fmt: skip
+    return pairs
+
+
+def read_column(data: Any, name: str) -> np.ndarray:
+    """float64 [N, ...]: a column of the data set's tables, in the order of "index".
+
+    Raises:
+        BurnishError: there is none, or it does not hold numbers.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {key: feature["dtype"] for key, feature in data.meta.features.items()}
+    others = [key for key, kind in kinds.items() if kind not in ("video", "image", "string")]
+    if name not in others:
+        raise BurnishError(f"{data.root} has no column '{name}' of numbers", f"one of {', '.join(others)}")
+    files = sorted((data.root / "data").rglob("*.parquet"))
+    try:
+        table = pa.concat_tables([pq.read_table(path, columns=["index", name]) for path in files]).sort_by("index")
+        values = np.array([np.ravel(row) for row in table[name].to_pylist()], np.float64)
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise BurnishError(f"column '{name}' of {data.root} cannot be read as numbers ({line})") from error
+    if len(values) != len(data.episode_index):
+        raise BurnishError(f"column '{name}' of {data.root} has {len(values)} rows", f"{len(data.episode_index)}")
+    return values
+
+
+def _check_pictures(
+    data: Any, frames: np.ndarray, numbers: Sequence[int], tolerance: float, where: str, progress: bool
+) -> None:
+    """Both chunks of a pair must start from nearly the same picture of every camera."""
+    if not len(frames):
+        return
+    for camera in progress_bar(data.cameras, desc="pictures of the starts", unit="camera", shown=progress):
+        pictures = few_frames(data.meta, data.root, camera, frames.flatten().tolist())
+        for i, (one, two) in zip(numbers, frames.tolist(), strict=True):
+            apart = float(np.abs(pictures[one].astype(np.float32) - pictures[two]).mean())
+            if not apart <= tolerance:
+                raise BurnishError(f"pair {i} of {where} starts from pictures of '{camera}' that differ by {apart:.1f} "
+                                   "of 255 on average", f"the same start (at most {tolerance:g})",
+                                   "pair rollouts of the same start, or import with --image-tolerance")  # fmt: skip
