@@ -1,7 +1,8 @@
 """Ways to decode one chunk, on equal weights in one process: bidirectional and prompt-cached baselines against ours.
 
-Weights are random, so no token is ever confident and every decoder needs its most passes; how many a trained policy
-saves, and at what success, is the matter of the evidence table (recipes/decode). Vision, alike for all, is left out.
+Weights are random, so no token is ever confident and every decoder needs its most passes: baselines therefore also run
+in as many passes as ours, and time at equal error is taken on a small policy that learns something first
+(bench/decode_error.py). Success is the matter of recipes/decode. Vision, alike for all, is left out.
 """
 
 import argparse
@@ -24,10 +25,12 @@ GPU_SIZE = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers":
 """About 2.5 billion weights."""
 BINS = 256
 ONE_PASS = "one_pass"
+FEW = (ONE_PASS, "prompt_cached_equal")
+"""Decoders that are asked for fewer passes than their own rule takes."""
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Time every decoder at every length, in turns.
+    """Time every decoder at every length, in turns; and time at equal error.
 
     Figures:
         bidirectional_over_ours: 56 tokens; full bidirectional (12 passes, DD-VLA's setting) over our `auto` plan.
@@ -35,14 +38,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prompt_cached_over_ours: the same with the prompt computed once, the honest baseline.
         long_prompt_cached_over_ours: its smallest value at 350 and 640 tokens.
         first_action_speedup: time until the first control step is final, bidirectional over ours, 56 tokens.
+        prompt_cached_equal_passes_over_ours, one_pass_over_ours: 56 tokens; baselines in as many passes as ours, and in
+            one. On a GPU, and nearly on a CPU, passes are what counts: about 1 means that blocks save no time here.
         auto_worst_over_best: `auto` over the fastest decoder of all but `one_pass`, which decides no token in the light
             of another one; the worst length.
+        equal_error_prompt_cached_over_ours, equal_error_passes_ours, equal_error_passes_prompt_cached: a small policy
+            that was trained here (see bench.decode_error): milliseconds of the fastest plan of each family whose token
+            error is within 10 % of the best of both, and its passes.
+        mixed_share_one_pass, mixed_share_together, mixed_share_d2f: share of chunks of that policy that mix two modes
+            of its data, which no demonstration does.
         tokens_equal: cached and uncached decodes gave the same tokens in the same passes, at every length, in float64
             (among hundreds of random tokens float32 finds near ties, which rounding then decides).
         small_bidirectional_over_ours, small_first_action_speedup: as above, with a backbone of 4 million weights.
     """
     import torch
 
+    from bench import decode_error
     from burnish.core.provenance import machine
 
     gpu = torch.cuda.is_available()
@@ -61,6 +72,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     few = _figures(small)
     figures |= {f"small_{key}": few[key] for key in ("bidirectional_over_ours", "first_action_speedup")}
     detail["small"] = {**SMALL_SIZE, **small[56]}
+    errors = decode_error.measure(device, dtype, args.quick)
+    figures |= errors.pop("figures")
+    detail["error"] = errors
     if gpu:
         figures["pass_over_roofline"] = lengths[56]["pass_over_roofline"]
     detail["lengths"] = lengths
@@ -76,9 +90,11 @@ def _figures(lengths: dict[int, dict[str, Any]]) -> dict[str, float | bool]:
         "bidirectional_over_pipelined": ms[56]["bidirectional"] / ms[56]["pipelined"],
         "bidirectional_over_one_pass": ms[56]["bidirectional"] / ms[56][ONE_PASS],
         "prompt_cached_over_ours": ms[56]["prompt_cached"] / ms[56]["auto"],
+        "prompt_cached_equal_passes_over_ours": ms[56]["prompt_cached_equal"] / ms[56]["auto"],
+        "one_pass_over_ours": ms[56][ONE_PASS] / ms[56]["auto"],
         "first_action_speedup": first["bidirectional"] / min(first["auto"], first["pipelined"]),
         "auto_worst_over_best": max(
-            times["auto"] / min(time for name, time in times.items() if name != ONE_PASS) for times in ms.values()
+            times["auto"] / min(time for name, time in times.items() if name not in FEW) for times in ms.values()
         ),
         "tokens_equal": all(found["tokens_equal"] for found in lengths.values()),
     }
@@ -110,10 +126,13 @@ def measure(step: int, steps: int, size: dict[str, int], device: str, dtype: Any
     blocks, whole = random_models(step, steps, size, device, dtype)
     draws = torch.Generator().manual_seed(0)
     prompt = _prompt(torch.randn(1, PROMPT, size["hidden_size"], generator=draws).to(device, dtype))
-    made = {name: make_decoder(name, blocks) for name in ("pipelined", "sequential", "auto")}
+    made = {name: make_decoder(name, blocks) for name in ("pipelined", "sequential")}
+    made["auto"] = make_decoder("auto", blocks, budget=1.0)  # equal weights are random: tokens say nothing
     made |= {name: make_decoder("pipelined", blocks, preset=name) for name in ("paper", "together")}
     made |= {name: make_decoder(name, whole) for name in ("bidirectional", "prompt_cached", ONE_PASS)}
-    decoded = {name: decoder(prompt) for name, decoder in made.items()}  # warms up; auto makes its choice
+    steps_of_ours = made["auto"](prompt).passes  # makes its choice
+    made["prompt_cached_equal"] = make_decoder("prompt_cached", whole, steps=steps_of_ours)
+    decoded = {name: decoder(prompt) for name, decoder in made.items()}  # warms up
     times: dict[str, list[float]] = {name: [] for name in made}
     firsts: dict[str, list[float]] = {name: [] for name in made}
     for _ in tqdm(range(repeats), desc="rounds", file=sys.stderr, leave=False):
@@ -153,7 +172,7 @@ def cache_is_exact(step: int, steps: int, device: str) -> bool:
     return True
 
 
-def random_models(step: int, steps: int, size: dict[str, int], device: str, dtype: Any):
+def random_models(step: int, steps: int, size: dict[str, int], device: str, dtype: Any, bins: int = BINS):
     """One policy with random weights twice: block-causal over control steps, and bidirectional."""
     import torch
     from lerobot.configs import FeatureType, PolicyFeature
@@ -179,7 +198,7 @@ def random_models(step: int, steps: int, size: dict[str, int], device: str, dtyp
     config = DiscreteConfig(
         input_features={"observation.state": PolicyFeature(FeatureType.STATE, (8,))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (step,))},
-        chunk_size=steps, n_action_steps=steps, block_size=step, bins=BINS, device=device,
+        chunk_size=steps, n_action_steps=steps, block_size=step, bins=bins, device=device,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
