@@ -18,7 +18,7 @@ from burnish.data.demos import make_demos
 from burnish.evaluate.rollout import evaluate
 from burnish.evaluate.stats import wilson
 from burnish.policies import load_policy
-from burnish.train import train
+from burnish.train.loop import train
 
 ORDERS = ("confidence", "executed", "time", "random")
 PASSES = (2, 4, 12)

@@ -77,7 +77,6 @@ DECODE = {
     "own and named": ["--own", "--decoder", "d2f"],
     "into nowhere": ["--into", "nowhere.json:row"],
     "into no file": ["--into", "row"],
-    "unknown device": ["--device", "tpu9"],
 }
 
 

@@ -15,6 +15,7 @@ from workshop.tiny import make_tiny
 
 CAUSAL = {"block": 1, "shift": True}
 MODELS = {"autoregressive": CAUSAL, "fast_dllm": {}, "pipelined": {}, "together": {}, "sequential": {}, "auto": {}}
+MORE = {"d2f": {}, "confidence": {"block": 56}, "dd_vla": {"block": 56}, "one_pass": {"block": 56}}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,9 +31,9 @@ def test_options_that_cannot_be(name, options):
         make_decoder(name, ToyModel(**MODELS[name]), **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | MORE)
 def test_numbers_that_are_none_end_a_decode(name):
-    model = ToyModel(**MODELS[name])
+    model = ToyModel(**(MODELS | MORE)[name])
     prompt = model.prompts(2)
     decode = make_decoder(name, model)
     expected = decode(prompt).ids

@@ -105,6 +105,8 @@ def decode(
     from burnish.policies import load_policy
     from burnish.runtime.decoders import compare_decoders
 
+    if into:
+        _rows_of(into)  # before anything is timed
     found = compare_decoders(
         load_policy(policy, device=device), decoders=decoder, options=read_options(option, "--option"), own=own,
         data=data, count=count, repeats=repeats, figure=figure or "",
@@ -141,6 +143,15 @@ def add_columns(target: str, figures: dict[str, Any]) -> None:
         BurnishError: no such file, or no such row in it.
     """
     from burnish.core.files import write_json
+
+    path, result, rows = _rows_of(target)
+    for row in rows:
+        row |= {key: figures[key] for key in COLUMNS if key in figures}
+    write_json(path, result)
+
+
+def _rows_of(target: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The result file that FILE:LABEL names, what is in it, and its rows of that label."""
     from burnish.core.reading import read_object
 
     name, _, label = target.rpartition(":")
@@ -154,9 +165,7 @@ def add_columns(target: str, figures: dict[str, Any]) -> None:
     if not rows:
         known = ", ".join(str(row.get("label")) for row in listed)
         raise BurnishError(f"{path} has no row '{label}'", f"one of {known}" if known else "rows with labels")
-    for row in rows:
-        row |= {key: figures[key] for key in COLUMNS if key in figures}
-    write_json(path, result)
+    return path, result, rows
 
 
 def verify_decode(

@@ -97,4 +97,5 @@ def choose(
     required = order.argsort(-1) < count
     if plan.ties == "all":
         required |= equal
-    return confident | (required & is_masked & active[..., None])
+    # What is no number is never unmasked, so that a decode of such logits comes to no end, which its caller notices.
+    return confident | (required & is_masked & active[..., None] & ~confidence.isnan())

@@ -153,7 +153,8 @@ def test_token_and_diffusion_policies_score_behind_the_same_verb(tmp_path, train
         again = pair_draws(policy, config, policy_seeds(0, [0, 1, 2], [1, 1, 1]))
         other = policy.scores(batch, candidates, again.draws)
     assert scores.shape == (3, 2, config.draws) and (scores < 0).all()
-    assert torch.equal(scores[0, 0], scores[0, 1])  # equal chunks under shared masks: no margin at all
+    # Equal chunks under shared masks have no margin, but for the rounding of sums in another order: they share a pass.
+    torch.testing.assert_close(scores[0, 0], scores[0, 1], rtol=0, atol=2e-4)
     assert torch.equal(scores, other) == (training != "diffusion")
 
 
