@@ -13,20 +13,21 @@ import numpy as np
 
 BATCH, IMAGE = 32, 96
 MEASURE_EVERY = 50
-VARIANTS = ("plain", "cached", "live")
+VARIANTS = ("plain", "cached", "live", "matched")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """SmolVLA-small on random images, with a scene3d teacher of full size and random weights (which cost the same).
 
     Figures:
-        step_ratio_cached, step_ratio_live: time of an aligned step over a plain one beside it, the share of a gradient
-            measurement (every 50 steps) included. Live runs the teacher in every step.
+        step_ratio_cached, step_ratio_live, step_ratio_matched: time of an aligned step over a plain one beside it, the
+            share of a gradient measurement (every 50 steps) included. Live runs the teacher in every step; matched
+            reads kept features and sets its strength by `gradient_norm_ratio`, which measures two gradients each step.
         cache_fill_speedup: five epochs of the teacher in the loop over filling the cache once.
         half_exact: half precision equals the pooled features, rounded.
         pca_cosine: mean cosine of the compressed features with those.
         bytes_half, bytes_pca: of a sample (one view, three layers).
-        peak_mb_plain, peak_mb_cached, peak_mb_live: most memory of a process that trains so.
+        peak_mb_plain, peak_mb_cached, peak_mb_live, peak_mb_matched: most memory of a process that trains so.
     """
     from burnish.core.provenance import machine
     from burnish.train.setup import own_accelerate_state
@@ -82,6 +83,7 @@ def _run(folder: Path, variant: str):
         recipe.objectives = [{
             "name": "align", "teacher": {"name": "scene3d", "path": str(folder / "teacher")},
             "cache": "off" if variant == "live" else "", "measure_every": MEASURE_EVERY,
+            "gradient_norm_ratio": 1.0 if variant == "matched" else 0.0,
         }]  # fmt: skip
     (folder / variant).mkdir(exist_ok=True)
     return Run(recipe, progress=False)
@@ -159,12 +161,13 @@ def _cache(folder: Path, rows: int) -> dict[str, Any]:
         frames[first : first + 64] = smooth[: rows - first]
     frames.flush()
     source = FrameSource({"front": folder / "frames.npy"}, folder, geometry=False)
-    key = CacheKey(teacher.identity, "bench", ["front"], [IMAGE, IMAGE], [1, 3, 5], [4, 4], standardise=True)
+    key = CacheKey(teacher.identity, "bench", ["front"], [[IMAGE, IMAGE]], [1, 3, 5], [4, 4], standardise=True)
+    widths = tuple(teacher.widths)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
-    half = open_cache(folder / "half", FeatureJob(spec, key, source, None, rows), device=device)
+    half = open_cache(folder / "half", FeatureJob(spec, key, source, None, rows, widths), device=device)
     filling = time.perf_counter() - begin
-    smaller = FeatureJob(spec, replace(key, format="pca"), source, None, rows)
+    smaller = FeatureJob(spec, replace(key, format="pca"), source, None, rows, widths)
     small = open_cache(folder / "pca", smaller, progress=False, device=device)
     views, pooled = FrameViews(source), Pooled(teacher.to(device), key)
     inputs = views(np.arange(BATCH), None).images.to(device)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from feature_fakes import SPEC, fill, make_data, make_key
 
 from burnish.core.errors import BurnishError
-from burnish.data.feature_cache import CacheKey, FeatureCache, Statistics
+from burnish.data.feature_cache import CacheKey, FeatureCache, Fit, Statistics
 from burnish.data.feature_fill import Pooled
 from burnish.data.views import FrameViews, frame_source
 from burnish.teachers.base import make_teacher
+from burnish.teachers.placing import Placement
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def anisotropic():
 
 def test_pca_is_the_best_subspace():
     features = anisotropic()
-    key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca", components=3)
+    key = CacheKey({"name": "x"}, "", ["a"], [[1, 1]], [0], [2, 2], format="pca", components=3)
     statistics = Statistics.fit(features, key)
     assert statistics.basis.shape == (3, 6) and statistics.basis[:, 3:].abs().max() < 0.05
     error = statistics.decode(statistics.encode(features)) - features
@@ -74,10 +76,76 @@ def test_pca_is_the_best_subspace():
 
 def test_compression_is_gated_and_finds_its_own_size():
     features = anisotropic()
-    key = CacheKey({"name": "x"}, "", ["a"], [1, 1], [0], [2, 2], format="pca")
+    key = CacheKey({"name": "x"}, "", ["a"], [[1, 1]], [0], [2, 2], format="pca")
     assert len(Statistics.fit(features, key).basis) == 3
     with pytest.raises(BurnishError, match=r"2 components keep .* to a cosine of 0.9.*at least 0.99"):
         Statistics.fit(features, replace(key, components=2))
+
+
+@pytest.mark.parametrize("options", [{"standardise": True}, {"standardise": True, "format": "pca"}], ids=str)
+def test_statistics_from_blocks_are_those_of_the_whole(options):
+    features = anisotropic() + torch.arange(4.0).view(1, 1, 2, 2, 1) * 100
+    key = CacheKey({"name": "x"}, "", ["a"], [[1, 1]], [0], [2, 2], **options)
+    whole, fit = Statistics.fit(features, key), Fit(key)
+    for block in features.split(37):
+        fit.add(block)
+    parts = fit.statistics()
+    for one, other in zip(whole.tensors()[:2], parts.tensors()[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.mean, features.double().mean(0).float())
+    torch.testing.assert_close(
+        parts.scale, (features - features.mean(0)).flatten(0, -2).std(0, correction=0), rtol=1e-4, atol=1e-4
+    )
+    if whole.basis is not None:
+        assert len(whole.basis) == len(parts.basis) and fit.tokens[0].shape == (37 * 4, 6)
+
+
+def test_of_many_frames_few_tokens_are_kept_and_none_of_the_padding(monkeypatch):
+    monkeypatch.setattr("burnish.data.feature_cache.TOKENS", 512)
+    placed = [Placement(4, 4, 2, 0, 2, 4).numbers()]
+    key = CacheKey({"name": "x"}, "", ["a"], [[2, 4]], [0], [4, 4], format="pca", placed=placed)
+    fit = Fit(key)
+    features = torch.randn(64, 1, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    features[:, :, :2] = 1e4
+    for block in features.split(32):
+        fit.add(block)
+    assert [len(tokens) for tokens in fit.tokens] == [32, 32]  # a token for each of the 512 sampled frames
+    assert torch.cat(fit.tokens).abs().max() < 10 and torch.cat(fit.places).min() >= 8
+    assert fit.statistics().basis.shape[1] == 6
+
+
+def test_size_is_told_before_anything_is_computed(tmp_path, key, data, caplog, monkeypatch):
+    with caplog.at_level("INFO", "burnish"):
+        fill(tmp_path / "c", key, data)
+    assert "features of edges: 0.000192 MB a frame" in caplog.text
+    assert key.bytes_per_frame((12, 12)) == 192
+    assert replace(key, format="pca").bytes_per_frame((12, 12)) == 96
+    assert replace(key, format="pca", components=5).bytes_per_frame((12, 12)) == 40
+
+    def never(*_):
+        raise AssertionError("the disk is full: no frame is computed")
+
+    monkeypatch.setattr("burnish.data.feature_fill.fit_statistics", never)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(BurnishError, match="less with fewer pairs, cache_format: pca"):
+        fill(tmp_path / "d", key, data)
+
+
+def test_features_that_are_kept_as_they_are_need_no_statistics(tmp_path, key, data, monkeypatch):
+    calls, original = [], Pooled.__call__
+    monkeypatch.setattr(
+        Pooled, "__call__", lambda self, views: calls.append(len(views.images)) or original(self, views)
+    )
+    fill(tmp_path / "c", replace(key, standardise=False), data)
+    assert sum(calls) == len(data.actions)
+
+
+def test_a_foreign_folder_beside_the_cache_is_not_touched(tmp_path, key, data):
+    (tmp_path / "c.partial").mkdir()
+    (tmp_path / "c.partial/thesis.txt").write_text("mine")
+    with pytest.raises(BurnishError, match="thesis.txt, which this would overwrite"):
+        fill(tmp_path / "c", key, data)
+    assert (tmp_path / "c.partial/thesis.txt").read_text() == "mine"
 
 
 def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key, data):

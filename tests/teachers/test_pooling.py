@@ -1,5 +1,7 @@
 """Pooling a teacher's grid to the student's, and the positional term."""
 
+import math
+
 import pytest
 import torch
 
@@ -34,6 +36,24 @@ def test_area_is_the_mean_of_what_a_token_covers():
         [fine[0, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean((0, 1)) for r in range(4) for c in range(4)]
     )
     torch.testing.assert_close(pool_grid(fine, (4, 4), "area")[0].flatten(0, 1), by_hand)
+
+
+def test_the_positional_term_is_that_of_the_released_codes():
+    """Written out from VGGT's grid and embedding, channel by channel; its size is a third of ours once."""
+    height, width, channels, aspect = 5, 7, 16, 640 / 480
+    term = positional_term((height, width), channels, aspect)
+    diagonal = math.hypot(aspect, 1)
+    for r in range(height):
+        for c in range(width):
+            x = aspect / diagonal * (width - 1) / width * (2 * c / (width - 1) - 1)
+            y = 1 / diagonal * (height - 1) / height * (2 * r / (height - 1) - 1)
+            expected = []
+            for place in (x, y):
+                angles = [place / 100 ** (i / 4) for i in range(4)]
+                expected += [*map(math.sin, angles), *map(math.cos, angles)]
+            assert term[r, c].tolist() == pytest.approx(expected, abs=1e-6)
+    square = positional_term((37, 37), 2048)
+    assert square.flatten(0, 1).std(0).mean() == pytest.approx(0.0473, abs=0.0005)  # not 0.156
 
 
 def test_positional_term_tells_every_place():

@@ -13,6 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
 from burnish.teachers.geometry import GeometryTeacher, normals, patchify
+from burnish.teachers.pooling import pool_grid
 from burnish.teachers.scene3d import DEFAULTS, SceneNet
 
 
@@ -155,27 +156,81 @@ def test_no_folder_is_one_line(tmp_path):
 class Aggregator(nn.Module):
     """Writes down what it is given; its patch tokens are the patches' means, its first five tokens are special."""
 
+    def __init__(self):
+        super().__init__()
+        self.camera_token = nn.Parameter(torch.zeros(1))
+        self.moments = []
+
     def forward(self, images):
         self.seen = images
+        self.moments.append(len(images))
         patches = nn.functional.avg_pool2d(images.flatten(0, 1), 14).flatten(2).mT.unflatten(0, images.shape[:2])
         tokens = torch.cat([torch.full_like(patches[:, :, :5], 99.0), patches], 2)
         return [nn.functional.pad(tokens, (0, 2048 - 3)) + k for k in range(24)], 5
 
 
-def test_vggt_gets_518_pixels_from_0_to_1_views_jointly_and_loses_special_tokens(tmp_path, monkeypatch):
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The aggregator of a package `vggt` that loads whatever is there, as the real one does."""
     made = Aggregator()
     vggt = ModuleType("vggt.models.vggt")
     vggt.VGGT = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(aggregator=made))
     for name, module in (("vggt", ModuleType("vggt")), ("vggt.models", ModuleType("m")), ("vggt.models.vggt", vggt)):
         monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(BurnishError, match="no VGGT weights"):
+    return made
+
+
+def test_vggt_gets_518_pixels_from_0_to_1_views_jointly_and_loses_special_tokens(tmp_path, made):
+    from safetensors.torch import save_file
+
+    with pytest.raises(BurnishError, match="no VGGT weights.*try: hf download facebook/VGGT-1B"):
         make_teacher({"name": "vggt", "path": str(tmp_path)}, (4, 4))
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for content, words in ((b"weights", "unreadable"), (b"", "unreadable")):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(BurnishError, match=words):
+            make_teacher({"name": "vggt", "path": str(tmp_path)}, (4, 4))
+    save_file({"aggregator.other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(BurnishError, match="lacks 'aggregator.camera_token'"):
+        make_teacher({"name": "vggt", "path": str(tmp_path)}, (4, 4))
+    save_file({"aggregator.camera_token": torch.zeros(1)}, tmp_path / "model.safetensors")
     teacher = make_teacher({"name": "vggt", "path": str(tmp_path), "precision": "no"}, (4, 4))
     found = run_teacher(teacher, views(1, 2), [4, 23])
     assert made.seen.shape == (1, 2, 3, 518, 518) and made.seen.min() >= 0 and made.seen.max() <= 1
     assert found[23].shape == (1, 2, 37, 37, 2048) and found[4].max() < 6
     torch.testing.assert_close(found[23] - found[4], torch.full_like(found[4], 19.0))
+
+
+def test_vggt_keeps_the_chosen_layers_alone_pooled_and_few_moments_at_a_time(tmp_path, made):
+    import gc
+    import weakref
+
+    from safetensors.torch import save_file
+
+    from burnish.data.feature_cache import CacheKey
+    from burnish.data.feature_fill import Pooled
+
+    save_file({"aggregator.camera_token": torch.zeros(1)}, tmp_path / "model.safetensors")
+    spec = {"name": "vggt", "path": str(tmp_path), "precision": "no"}
+    teacher = make_teacher(spec, (4, 4))
+    key = CacheKey(teacher.identity, "", ["front", "side"], [[24, 24]] * 2, [4, 23], [4, 4])
+    alive, original, most = [], made.forward, []
+
+    def watched(images):
+        most.append(sum(output() is not None for output in alive))
+        outputs, first = original(images)
+        alive.extend(weakref.ref(output) for output in outputs)
+        return outputs, first
+
+    made.forward = watched
+    seen = views(5, 2)
+    found = Pooled(teacher, key)(seen)
+    gc.collect()
+    assert made.moments == [2, 2, 1] and most == [0, 0, 0]  # outputs of earlier moments are gone
+    assert {t: tuple(f.shape) for t, f in found.items()} == {t: (5, 2, 4, 4, 2048) for t in (4, 23)}
+    made.forward = original
+    whole = run_teacher(teacher, seen, [23])[23]
+    torch.testing.assert_close(found[23], pool_grid(whole, (4, 4), "area"))
+    assert key.bytes_per_frame(teacher.widths) == 2 * 2 * 16 * 2048 * 2
 
 
 def test_vggt_without_its_package(tmp_path):

@@ -95,15 +95,19 @@ def load_fake(path="", overrides=None, dataset_stats=None, features=None):
 
 
 def make_dataset(root, episodes=3, frames=9, size=32, seed=0, cameras=("front",), action_dim=3):
-    """A LeRobotDataset with h264 videos of moving gradients; the red channel encodes the row."""
+    """A LeRobotDataset with h264 videos of moving gradients, the red channel of which encodes the frame.
+
+    `size` is a side in pixels, or (height, width).
+    """
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets import LeRobotDataset
 
+    height, width = (size, size) if isinstance(size, int) else size
     features = {
         **{
             f"observation.images.{c}": {
                 "dtype": "video",
-                "shape": (size, size, 3),
+                "shape": (height, width, 3),
                 "names": ["height", "width", "channels"],
             }
             for c in cameras
@@ -117,10 +121,10 @@ def make_dataset(root, episodes=3, frames=9, size=32, seed=0, cameras=("front",)
     rng = np.random.default_rng(seed)
     for episode in range(episodes):
         for k in range(frames + episode):
-            image = np.zeros((size, size, 3), dtype=np.uint8)
+            image = np.zeros((height, width, 3), dtype=np.uint8)
             image[..., 0] = 8 * (dataset.meta.total_frames + k) % 256
-            image[..., 1] = np.linspace(0, 255, size)[:, None]
-            image[..., 2] = np.linspace(0, 255, size)[None, :]
+            image[..., 1] = np.linspace(0, 255, height)[:, None]
+            image[..., 2] = np.linspace(0, 255, width)[None, :]
             frame = {f"observation.images.{c}": image for c in cameras}
             state = np.array([episode, k, *rng.normal(size=2)], dtype=np.float32)
             action = np.array([episode, k, *rng.normal(size=action_dim - 2)], dtype=np.float32)

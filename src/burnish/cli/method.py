@@ -31,7 +31,11 @@ def align_cache(recipe: str) -> None:
 
 
 def align_select(
-    recipe: str, *, count: int = 3, batches: int = 8, figure: Annotated[Path, FIGURE] = Path("cka.png")
+    recipe: str,
+    *,
+    count: Annotated[int, Arg(least=1)] = 3,
+    batches: Annotated[int, Arg(least=1)] = 8,
+    figure: Annotated[Path, FIGURE] = Path("cka.png"),
 ) -> None:
     """Compare layers and print the pairs of every strategy.
 

@@ -4,6 +4,7 @@ Picklable and free of LeRobot, so that processes which fill the cache start quic
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.teachers.base import Views
+from burnish.teachers.placing import Placement, place
 
 RESTORABLE = "tabletop"
 
@@ -26,20 +28,35 @@ class FrameSource:
         frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3].
         root: data set folder.
         geometry: whether depth is wanted.
+        placements: how the policy pads each camera's view; none where it does not.
     """
 
     frames: dict[str, Path]
     root: Path
     geometry: bool
+    placements: tuple[Placement, ...] = ()
 
 
-def frame_source(data: Any, cameras: tuple[str, ...], geometry: bool) -> FrameSource:
+def frame_source(
+    data: Any, cameras: tuple[str, ...], geometry: bool, placements: tuple[Placement, ...] = ()
+) -> FrameSource:
     """The source of a `RobotData`; raises BurnishError where depth is wanted and nothing tells it."""
     arrays = data.frames.arrays
     frames = {camera: Path(arrays[f"observation.images.{camera}"].filename) for camera in cameras}
     if geometry:
         _episodes(data.root)
-    return FrameSource(frames, Path(data.root), geometry)
+    return FrameSource(frames, Path(data.root), geometry, placements)
+
+
+def has_geometry(root: Path, cameras: Sequence[str]) -> bool:
+    """Whether depth of these cameras is kept beside a data set, or can be rendered again from its states."""
+    if not (Path(root) / "ground_truth" / "episodes.jsonl").is_file():
+        return False
+    first = next(iter(_episodes(root)), {})
+    if str(first.get("task_id", "")).partition(":")[0] == RESTORABLE:
+        return True
+    folder, frames = Path(root) / "ground_truth", str(first.get("frames", ""))
+    return bool(frames) and all(_depth_file(folder, frames, camera).is_file() for camera in cameras)
 
 
 class FrameViews:
@@ -52,19 +69,19 @@ class FrameViews:
 
     def __call__(self, indices: np.ndarray, states: np.ndarray | None) -> Views:
         """Views of B frames; `states` [B, D] are their observed states (needed for rendered depth)."""
-        images = np.stack([np.stack([self.arrays[c][index] for c in self.arrays]) for index in indices])
-        images_BV3HW = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float() / 255
-        views = Views(images_BV3HW, torch.ones(images.shape[:2], dtype=torch.bool), tuple(self.arrays))
+        frames = [torch.from_numpy(array[indices]).permute(0, 3, 1, 2).float() / 255 for array in self.arrays.values()]
+        images_BV3HW = place(frames, self.source.placements)
+        views = Views(images_BV3HW, torch.ones(images_BV3HW.shape[:2], dtype=torch.bool), tuple(self.arrays))
         if self._depth is not None:
-            size = images.shape[2]
             seen = [
-                [self._depth(int(index), camera, size, None if states is None else states[i]) for camera in self.arrays]
-                for i, index in enumerate(indices)
-            ]
-            views.depth, views.points = (
-                torch.from_numpy(np.array([[view[kind] for view in moment] for moment in seen]))
-                for kind in ("depth", "points")
-            )
+                [self._depth(int(index), camera, array.shape[1], None if states is None else states[i])
+                 for i, index in enumerate(indices)]
+                for camera, array in self.arrays.items()
+            ]  # fmt: skip
+            depth = [torch.from_numpy(np.stack([one["depth"] for one in view]))[:, None] for view in seen]
+            points = [torch.from_numpy(np.stack([one["points"] for one in view])).permute(0, 3, 1, 2) for view in seen]
+            views.depth = place(depth, self.source.placements, repeat=True)[:, :, 0]
+            views.points = place(points, self.source.placements, repeat=True).permute(0, 1, 3, 4, 2)
         return views
 
     def close(self) -> None:
@@ -80,13 +97,13 @@ class _Depth:
         lengths = [episode["length"] for episode in self._episodes]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._frames = lru_cache(maxsize=64)(self._read)
-        self._env, self._env_id = None, ""
+        self._env, self._env_id = None, ("", 0)
 
     def __call__(self, index: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         episode, frame = self._episodes[place], index - int(self._starts[place])
         facts = self._frames(episode["frames"])[frame]
-        stored = self._folder / episode["frames"].replace(".jsonl", f".{camera}.depth.npy")
+        stored = _depth_file(self._folder, episode["frames"], camera)
         if stored.is_file():
             return _from_stored(np.load(stored, mmap_mode="r", allow_pickle=False)[frame], facts, camera, stored)
         if episode["task_id"].partition(":")[0] != RESTORABLE:
@@ -104,15 +121,19 @@ class _Depth:
     def _environment(self, task_id: str, size: int):
         from burnish.envs.base import make_env
 
-        if self._env_id != task_id:
+        if self._env_id != (task_id, size):
             self.close()
-            self._env, self._env_id = make_env(task_id, size), task_id
+            self._env, self._env_id = make_env(task_id, size), (task_id, size)
         return self._env
 
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
-            self._env, self._env_id = None, ""
+            self._env, self._env_id = None, ("", 0)
+
+
+def _depth_file(folder: Path, frames: str, camera: str) -> Path:
+    return folder / frames.replace(".jsonl", f".{camera}.depth.npy")
 
 
 def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dict[str, np.ndarray]:

@@ -166,6 +166,10 @@ class Policy(nn.Module, ABC):
         """Hand out hidden states of the backbone for the forward that runs inside."""
         raise lacks(self, "capture", "capture")
 
+    def view_mask(self, size: tuple[int, int]) -> Tensor:
+        """bool [H', W']: where the picture that the backbone gets of a view [H, W] shows it; elsewhere is padding."""
+        return torch.ones(size, dtype=torch.bool)
+
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that hold the VLM's knowledge: vision tower, connector, language model. None without one."""
         return iter(())

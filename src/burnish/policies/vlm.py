@@ -87,6 +87,13 @@ class VLMPolicy(PolicyWrapper):
             finally:
                 self._captures.remove(captured)
 
+    @torch.no_grad()
+    def view_mask(self, size: tuple[int, int]) -> Tensor:
+        """See Policy.view_mask: the pixels in which a white and a black view differ."""
+        views = (torch.full((1, 3, *size), shade, device=self.device) for shade in (0.0, 1.0))
+        black, white = (self.prepare_images({self.camera_keys[0]: view})[0][0] for view in views)
+        return (black != white).any(1)[0].cpu()
+
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Vision tower, connector, language model and its head; not the action expert, not the projections."""
         inside = {id(parameter) for parameter in self.vlm.parameters()}

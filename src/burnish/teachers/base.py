@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Views:
     """What a teacher may look at, for B moments and V cameras.
 
     Args:
-        images: float [B, V, 3, H, W] in [0, 1].
+        images: float [B, V, 3, H, W] in [0, 1], padded as the policy pads them (see teachers.placing).
         present: bool [B, V]; features of an absent camera are never used.
         cameras: names of the V cameras.
         depth: float [B, V, H, W] metres along the optical axis; only for teachers with `needs_geometry`.
@@ -34,8 +34,15 @@ class Views:
 
     def to(self, device: torch.device | str) -> "Views":
         """All tensors on a device."""
-        moved = {f: getattr(self, f) for f in ("images", "present", "depth", "points")}
-        return replace(self, **{f: tensor.to(device) for f, tensor in moved.items() if tensor is not None})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def moments(self, start: int, stop: int) -> "Views":
+        """The moments from `start` to before `stop`."""
+        return self._each(lambda tensor: tensor[start:stop])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Views":
+        held = {f: getattr(self, f) for f in ("images", "present", "depth", "points")}
+        return replace(self, **{f: change(tensor) for f, tensor in held.items() if tensor is not None})
 
 
 class Teacher(nn.Module):
@@ -50,9 +57,12 @@ class Teacher(nn.Module):
         standardise: whether features are centred at each place of a view and scaled by dimension before they are
             aligned, so that the cosine is about what differs from scene to scene.
         identity: whatever its features depend on (options, hash of the weights), JSON-able; the cache is keyed by it.
+        moments: moments that `features` gets at a time, so that outputs which nobody keeps fit into memory; 0 means any
+            number.
     """
 
     widths: Sequence[int]
+    moments: int = 0
     needs_geometry: bool = False
     standardise: bool = False
     identity: dict[str, Any]
@@ -86,7 +96,7 @@ def make_teacher(spec: dict[str, Any], grid: tuple[int, int]) -> Teacher:
         options.setdefault("grid", list(grid))
     try:
         teacher = kind(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise BurnishError(f"teacher '{name}' does not take these options ({error})",
                            "the options of its page") from error  # fmt: skip
     for attribute in ("widths", "identity"):
@@ -120,10 +130,10 @@ def precision_dtype(precision: str | bool) -> torch.dtype | None:
     Raises:
         BurnishError: none of no, bf16 and fp16.
     """
-    known = {"no": None, False: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in known:
+    known = {"no": None, "False": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if str(precision) not in known:
         raise BurnishError(f"teacher: precision {precision!r}", "no, bf16 or fp16")
-    return known[precision]
+    return known[str(precision)]
 
 
 def fingerprint(value: Any) -> str:

@@ -11,6 +11,7 @@ from burnish.teachers.base import TEACHERS, Teacher, Views
 
 CELLS = 4
 """A token describes its patch by CELLS x CELLS places."""
+MOST_TOKENS = 256
 
 
 @TEACHERS.register("geometry")
@@ -29,6 +30,10 @@ class GeometryTeacher(Teacher):
 
     def __init__(self, grid: Sequence[int]):
         super().__init__()
+        fits = isinstance(grid, list | tuple) and len(grid) == 2 and all(type(side) is int for side in grid)
+        if not fits or not all(1 <= side <= MOST_TOKENS for side in grid):
+            raise BurnishError(f"the geometry teacher's grid is {grid!r}"[:200],
+                               f"[rows, columns], 1 to {MOST_TOKENS} each")  # fmt: skip
         self.grid = tuple(grid)
         self.identity = {"name": "geometry", "grid": list(self.grid), "cells": CELLS}
 

@@ -4,7 +4,6 @@ Its build is VGGT's (Wang et al. 2025, arXiv 2503.11651) in small: patch tokens 
 alternately within a view and across views. It knows the standing cameras of the tabletop and no others.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import home
+from burnish.core.reading import read_object, regular_file
 from burnish.core.seeding import generator
 from burnish.teachers.base import TEACHERS, Teacher, Views, file_hash
 
 CAMERAS = ("front", "side")
+MAKE = "python -m workshop teacher recipes/align/scene3d.yaml"
+MOST = 4096
 DEFAULTS = {"image_size": 96, "patch": 12, "width": 96, "depth": 6, "heads": 4, "cells": 6}
 
 
@@ -79,14 +82,28 @@ def load_scene_net(folder: Path) -> tuple[SceneNet, dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (folder / "config.json").exists():
+        raise BurnishError(f"no scene3d teacher in {folder} (no config.json)", "a trained one", MAKE)
+    facts = read_object(folder / "config.json", folder)
+    weights = regular_file(folder / "model.safetensors", folder)
+    sizes = facts.get("model")
+    if (
+        not isinstance(sizes, dict)
+        or set(sizes) != set(DEFAULTS)
+        or not all(type(size) is int and 1 <= size <= MOST for size in sizes.values())
+    ):
+        raise BurnishError(f"{folder}/config.json: model is {str(sizes)[:200]}",
+                           f"{', '.join(DEFAULTS)}, 1 to {MOST} each", MAKE)  # fmt: skip
     try:
-        facts = json.loads((folder / "config.json").read_text())
-        net = SceneNet(**facts["model"])
-        net.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        line = str(error).splitlines()[0]
-        raise BurnishError(f"no scene3d teacher in {folder} ({line})", "a trained one",
-                           "python -m workshop teacher recipes/align/scene3d.yaml") from error  # fmt: skip
+        with torch.device("meta"):
+            count = sum(t.numel() for t in SceneNet(**sizes).state_dict().values())
+        if count > weights.stat().st_size:
+            raise ValueError(f"{count} weights in {weights.stat().st_size} bytes")
+        net = SceneNet(**sizes)
+        net.load_state_dict(load_file(weights))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BurnishError(f"no scene3d teacher in {folder} ({line})", "a trained one", MAKE) from error
     return net, facts
 
 
@@ -103,14 +120,17 @@ class Scene3dTeacher(Teacher):
 
     def __init__(self, path: str = "data/teachers/scene3d", untrained: bool = False):
         super().__init__()
-        self.net, facts = load_scene_net(Path(path))
+        if not isinstance(path, str):
+            raise BurnishError(f"scene3d: path is {path!r}"[:200], "a folder", MAKE)
+        folder = Path(home(path))
+        self.net, facts = load_scene_net(folder)
         if untrained:
             draws = generator("untrained teacher")
             for parameter in self.net.parameters():
                 if parameter.ndim > 1:
                     nn.init.trunc_normal_(parameter, std=0.05, generator=draws)
         self.widths = (facts["model"]["width"],) * len(self.net.blocks)
-        weights = file_hash(Path(path) / "model.safetensors")
+        weights = file_hash(folder / "model.safetensors")
         self.identity = {"name": "scene3d", "weights": weights, "untrained": untrained}
 
     def features(self, views: Views, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -110,6 +110,7 @@ def load(run: Run, folder: Path) -> dict[str, Any]:
     for key, tensor in saved["optimizer"].items():  # a wrong shape would crash the fused optimiser, not raise
         name, _, field = key.rpartition("/")
         _same_shape(tensor, () if field == "step" else run.trained[name].shape, key, path)
+    saved["objectives"] = _without_repeats(saved["objectives"], state["objectives"])
     for name in state:
         if name != "optimizer":
             _copy_into(state[name], saved[name], folder / "burnish" / f"{name}.safetensors")
@@ -233,6 +234,18 @@ def _same_names(expected: set[str], found: set[str], path: Path) -> None:
 def _same_shape(found: Tensor, expected: tuple[int, ...], name: str, path: Path) -> None:
     if tuple(found.shape) != tuple(expected):
         raise BurnishError(f"{path}: '{name}' has shape {tuple(found.shape)}", f"{tuple(expected)}")
+
+
+def _without_repeats(saved: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what earlier versions stored again under a second name: a part that several parts of a method share."""
+    kept = {name: tensor for name, tensor in saved.items() if name in live}
+
+    def repeated(name: str) -> bool:
+        end = name.rpartition(".")[2]
+        same = (t for other, t in kept.items() if other.endswith(f".{end}"))
+        return any(t.shape == saved[name].shape and torch.equal(t, saved[name]) for t in same)
+
+    return kept | {name: tensor for name, tensor in saved.items() if name not in live and not repeated(name)}
 
 
 def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:

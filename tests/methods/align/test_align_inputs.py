@@ -14,6 +14,7 @@ from burnish.methods.align.objective import cache_key
 from burnish.methods.align.options import make_config
 from burnish.methods.align.targets import LiveTargets
 from burnish.teachers.base import TEACHERS, Teacher, make_teacher
+from burnish.teachers.placing import Placement
 from burnish.train.loop import Run
 
 TEACHER = "teacher: 'edges:Edges'"
@@ -104,12 +105,16 @@ def test_the_key_knows_depth_files_and_settings(data, edges, tmp_path, monkeypat
     assert one.name != two.name and "geometry" not in teacher.identity
 
 
-def test_cameras_of_two_sizes(data, edges, monkeypatch):
+def test_cameras_of_two_sizes_and_shapes_are_in_the_key(data, edges, monkeypatch):
     teacher, config = make_teacher(SPEC, (2, 2)), make_config("default", {"teacher": SPEC})
-    arrays = {"observation.images.front": np.zeros((1, 32, 32, 3)), "observation.images.side": np.zeros((1, 16, 16, 3))}
-    monkeypatch.setattr(data, "frames", SimpleNamespace(arrays=arrays))
-    with pytest.raises(BurnishError, match="16x16 and 32x32"):
-        cache_key(config, teacher, [(0, 0)], data, ["front", "side"], (2, 2))
+    arrays = {"observation.images.front": np.zeros((1, 32, 32, 3)), "observation.images.side": np.zeros((1, 12, 16, 3))}
+    monkeypatch.setattr(data, "frames", SimpleNamespace(arrays=arrays, hash="0" * 16))
+    padded = [Placement.whole((32, 32)), Placement(16, 16, 4, 0, 12, 16)]
+    one, two = (
+        cache_key(config, teacher, [(0, 0)], data, ["front", "side"], (2, 2), placements)
+        for placements in (padded, [padded[0], Placement(16, 16, 2, 0, 12, 16)])
+    )
+    assert one.image_sizes == [[32, 32], [12, 16]] and one.placements == tuple(padded) and one.name != two.name
 
 
 @pytest.mark.parametrize("file", ["meta.json", "statistics.safetensors", "layer-0.npy"])

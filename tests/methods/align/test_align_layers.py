@@ -21,6 +21,7 @@ from burnish.methods.align.layers import (
     thirds,
     uniform,
 )  # fmt: skip
+from burnish.teachers.placing import Placement
 
 
 def test_early_to_middle_and_last_gives_the_released_lists():
@@ -58,6 +59,9 @@ def test_thirds_and_depth():
     assert [thirds(name, 9) for name in ("shallow", "middle", "deep")] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert by_depth([0, 1, 2, 3], 4, 8) == [(0, 1), (1, 3), (2, 5), (3, 7)]
     assert choose_pairs("depth", 0, 4, 8) == [(0, 2), (1, 4), (2, 7)]
+    # Of 17 layers that the actions read ten, evenly spread up to the last.
+    assert [s for s, _ in choose_pairs("depth", 10, 18, 24)] == [1, 2, 4, 6, 8, 9, 11, 13, 14, 16]
+    assert choose_pairs("single", 0, 18, 24) == [(11, 23)]  # the paper's 12 of 18 on pi, counted from 1
     assert choose_pairs("single", 0, 32, 24) == [(23, 23)] and choose_pairs("single", 0, 4, 8) == [(2, 7)]
 
 
@@ -114,15 +118,18 @@ def test_similar_layers():
     assert similar_layers([0.9, 0.5, 0.7, 0.95], 2, top=False) == [1, 2]
 
 
-def test_views_that_are_not_one_square_are_refused():
+def test_views_without_one_grid_are_refused():
     from burnish.core.errors import BurnishError
-    from burnish.methods.align.aligner import square_grid
+    from burnish.methods.align.aligner import token_grid
     from burnish.policies.base import Captured
 
     captured = Captured()
     captured.cameras = {"front": slice(0, 16), "wrist": slice(16, 32), "wide": slice(32, 40), "small": slice(40, 44)}
-    assert square_grid(captured, ["front", "wrist"]) == (4, 4)
-    with pytest.raises(BurnishError, match="'wide': 8.*one square grid"):
-        square_grid(captured, ["wide"])
-    with pytest.raises(BurnishError, match="'small': 4.*one square grid"):
-        square_grid(captured, ["front", "small"])
+    assert token_grid(captured, ["front", "wrist"]) == (4, 4)
+    with pytest.raises(BurnishError, match="'wide': 8.*one grid for all views"):
+        token_grid(captured, ["wide"])
+    with pytest.raises(BurnishError, match="'small': 4.*one grid for all views"):
+        token_grid(captured, ["front", "small"])
+    assert token_grid(captured, ["wide"], [Placement.whole((32, 64))]) == (2, 4)
+    with pytest.raises(BurnishError, match="one grid for all views"):
+        token_grid(captured, ["wide"], [Placement.whole((64, 64))])

@@ -68,3 +68,12 @@ def test_tokens_move_as_the_pixels_do():
     torch.testing.assert_close(half[:, :-1], (grid[:, :-1] + grid[:, 1:]) / 2)
     torch.testing.assert_close(half[:, -1], grid[:, -1])
     assert torch.equal(shift_grid(grid, torch.zeros(3, 2)), grid)
+
+
+def test_a_padded_view_moves_inside_its_padding():
+    """Rows 1 to 3 and columns 0 to 2 show the view: they read one another and never the padding."""
+    grid = torch.full((2, 5, 4, 1), 1e6)
+    grid[:, 1:4, :3] = torch.arange(9.0).view(1, 3, 3, 1)
+    moved = shift_grid(grid, torch.tensor([[1.0, 0.0], [-0.5, 2.0]]), (1, 3, 0, 2))[..., 0]
+    assert moved[0, 1:4, :3].tolist() == [[3, 4, 5], [6, 7, 8], [6, 7, 8]]
+    assert moved[1, 1:4, :3].tolist() == [[2, 2, 2], [3.5] * 3, [6.5] * 3]

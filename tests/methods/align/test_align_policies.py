@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from burnish.core.seeding import generator
-from burnish.methods.align.aligner import Aligner, square_grid
+from burnish.methods.align.aligner import Aligner, token_grid
 from burnish.methods.align.options import make_config
 from burnish.policies import load_policy
 
@@ -29,14 +29,16 @@ def batch():
     }
 
 
-def make_aligner(captured, cameras, **options):
+def make_aligner(captured, cameras, shown=None, **options):
     width = captured.hidden[0].shape[-1]
     config = make_config("default", {"nested": False, **options})
-    return Aligner(config, [(0, 0), (1, 1)], width, (6, 6), cameras, generator("aligner"))
+    if shown is None:
+        shown = torch.ones(len(cameras), *token_grid(captured, cameras), dtype=torch.bool)
+    return Aligner(config, [(0, 0), (1, 1)], width, (6, 6), cameras, shown, generator("aligner"))
 
 
 def make_targets(captured, cameras):
-    side = square_grid(captured, cameras)
+    side = token_grid(captured, cameras)
     shape = (len(captured.hidden[0]), len(cameras), *side, 6)
     return {layer: torch.randn(shape, generator=generator("targets", layer)) for layer in (0, 1)}
 
@@ -78,6 +80,24 @@ def test_an_absent_camera_counts_nothing(policy, batch):
     alone = make_aligner(captured, ("top",))
     expected = [loss.item() for loss in alone(captured, {k: t[:, :1] for k, t in targets.items()})]
     assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_tokens_of_padding_count_nothing(policy, batch):
+    with policy.capture([0, 1]) as captured, torch.no_grad():
+        policy.loss(batch, policy.draw(3, generator("draw")))
+    targets = make_targets(captured, policy.cameras)
+    shown = torch.ones(2, *token_grid(captured, policy.cameras), dtype=torch.bool)
+    shown[0, 0] = False  # the first camera is padded at the top, the second at the left
+    shown[1, :, 0] = False
+    for target in targets.values():
+        target[:, ~shown] = torch.nan
+    aligner = make_aligner(captured, policy.cameras, shown)
+    losses = aligner(captured, targets)
+    for (student, teacher), loss in zip(aligner.pairs, losses, strict=True):
+        states = aligner.tokens(captured.hidden[student], captured)[:, shown.flatten()]
+        projected = aligner.projectors(student, states)
+        cosine = torch.cosine_similarity(projected, targets[teacher].flatten(1, 3)[:, shown.flatten()], dim=-1)
+        assert loss.item() == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
 
 
 def test_layers_are_outputs_of_blocks(tiny_smolvla):

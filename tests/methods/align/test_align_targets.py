@@ -4,6 +4,7 @@ import pytest
 import torch
 from feature_fakes import SPEC, make_data, make_key
 
+from burnish.core.errors import BurnishError
 from burnish.methods.align.targets import LiveTargets, make_targets
 from burnish.teachers.base import make_teacher
 
@@ -28,6 +29,26 @@ def test_live_and_kept_targets_agree_without_augmentation(tmp_path, key, data):
         batch[camera] = batch[camera].permute(0, 3, 1, 2).float() / 255
     for layer in key.layers:
         torch.testing.assert_close(kept(batch)[layer], live(batch)[layer], atol=4e-3, rtol=4e-3)
+
+
+def test_live_values_are_checked_once_and_not_at_every_step(key, data, monkeypatch):
+    """The check waits for a GPU."""
+    import edges
+
+    live = make_targets(SPEC, make_teacher(SPEC, (2, 2)), key, data, cache="off", device=torch.device("cpu"))
+    batch = data.finish(data.raw(0), 0)
+    checks, original = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: checks.append(x) or original(x))
+    for _ in range(3):
+        live(batch)
+    assert len(checks) == len(key.layers)
+    broken = make_targets(SPEC, make_teacher(SPEC, (2, 2)), key, data, cache="off", device=torch.device("cpu"))
+    monkeypatch.setattr(
+        edges.Edges, "features",
+        lambda self, views, layers: {t: torch.full((*views.images.shape[:2], 4, 4, 12), torch.nan) for t in layers},
+    )  # fmt: skip
+    with pytest.raises(BurnishError, match="not finite at layer 0"):
+        broken(batch)
 
 
 def test_the_students_shift_reaches_the_kept_targets(tmp_path, key, data):

@@ -11,6 +11,7 @@ from burnish.methods.align.loss import alignment_loss
 from burnish.methods.align.options import AlignConfig
 from burnish.methods.align.projector import Projectors, prefix_widths
 from burnish.policies.base import Captured
+from burnish.teachers.placing import Placement
 
 
 class Aligner(nn.Module):
@@ -22,14 +23,16 @@ class Aligner(nn.Module):
         student_width: D_s.
         teacher_widths: D_t of every teacher layer.
         cameras: views, in the order of the targets.
+        shown: bool [V, h, w], tokens that show their view and no padding.
         generator: draws the projectors' weights.
     """
 
     def __init__(
         self, config: AlignConfig, pairs: Pairs, student_width: int, teacher_widths: Sequence[int],
-        cameras: Sequence[str], generator: torch.Generator,
+        cameras: Sequence[str], shown: Tensor, generator: torch.Generator,
     ):  # fmt: skip
         super().__init__()
+        self.register_buffer("shown", shown.flatten(), persistent=False)
         self.pairs, self.cameras, self.late_tokens = pairs, tuple(cameras), config.late_tokens
         outputs = [teacher_widths[t] for _, t in pairs]
         if config.sharing == "shared" and len(set(outputs)) > 1:
@@ -59,8 +62,13 @@ class Aligner(nn.Module):
         return torch.cat([hidden_BSD[:, r.start + late : r.stop + late] for r in rows], 1)
 
     def mask(self, captured: Captured) -> Tensor:
-        """bool [B, V * T]: False on the tokens of cameras that are absent."""
-        return torch.cat([captured.layout["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
+        """bool [B, V * T]: False on the tokens of cameras that are absent, and on those of padding."""
+        present = torch.cat([captured.layout["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
+        if present.shape[1] != len(self.shown):
+            raise BurnishError(
+                f"align: {present.shape[1]} student tokens but {len(self.shown)} of the teacher", "equal grids"
+            )
+        return present & self.shown
 
     def forward(self, captured: Captured, targets: dict[int, Tensor]) -> list[Tensor]:
         """The loss of each pair, a scalar with gradient.
@@ -89,15 +97,27 @@ class Aligner(nn.Module):
         return sum(share * loss for share, loss in zip(self.shares, losses, strict=True))
 
 
-def square_grid(captured: Captured, cameras: Sequence[str]) -> tuple[int, int]:
-    """The token grid of the policy's views, which must be square and equal.
+def token_grid(captured: Captured, cameras: Sequence[str], placements: Sequence[Placement] = ()) -> tuple[int, int]:
+    """The token grid of a policy's views: the shape of its pictures, and equal for all.
+
+    Args:
+        captured: of a forward.
+        cameras: views.
+        placements: of each view; none means square pictures.
 
     Raises:
-        BurnishError: they are not; names the tokens found.
+        BurnishError: they have none; names the tokens found.
     """
     counts = {camera: captured.cameras[camera].stop - captured.cameras[camera].start for camera in cameras}
-    sides = {round(count**0.5) for count in counts.values()}
-    if len(sides) != 1 or any(round(count**0.5) ** 2 != count for count in counts.values()):
-        raise BurnishError(f"align: views with {counts} tokens", "one square grid for all views")
-    side = sides.pop()
-    return side, side
+    grids = set()
+    for v, count in enumerate(counts.values()):
+        height, width = (placements[v].picture_height, placements[v].picture_width) if placements else (1, 1)
+        rows = max(1, round((count * height / width) ** 0.5))
+        columns = count // rows
+        fits = rows * columns == count and abs(rows * width - columns * height) < max(height, width)
+        grids.add((rows, columns) if fits else (0, 0))
+    if len(grids) != 1 or (0, 0) in grids:
+        raise BurnishError(
+            f"align: views with {counts} tokens", "one grid for all views, of the shape of their pictures"
+        )
+    return grids.pop()

@@ -1,6 +1,7 @@
 """What student and teacher layers have in common, measured on a data set before anything is trained."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.data.loader import to_device
-from burnish.methods.align.aligner import square_grid
+from burnish.methods.align.aligner import token_grid
 from burnish.methods.align.layers import StreamingCka, by_depth, choose_pairs, match_by_cka, similar_layers
-from burnish.methods.align.objective import Align, cache_key
-from burnish.methods.align.targets import make_targets
+from burnish.methods.align.objective import Align, cache_key, place_views
+from burnish.methods.align.targets import choose_teacher, make_targets
 from burnish.methods.objective import Run
 from burnish.teachers.base import make_teacher
 
@@ -46,14 +47,18 @@ def compare_layers(run: Run, objective: Align, batches: int, progress: bool = Tr
         with policy.capture(layers) as captured:
             policy.loss(batch, policy.draw(len(batch["action"]), generator("align select", k, device=str(run.device))))
         if targets is None:
-            grid = square_grid(captured, policy.cameras)
-            teacher = make_teacher(config.teacher, grid)
+            placements = place_views(run)
+            grid = token_grid(captured, policy.cameras, placements)
+            spec = config.teacher or choose_teacher(Path(run.data.root), policy.cameras)
+            teacher = make_teacher(spec, grid)
             pairs = [(0, t) for t in range(len(teacher.widths))]
-            key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid)
-            targets = make_targets(config.teacher, teacher, key, run.data, cache="off", device=run.device)
+            key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid, placements)
+            shown = key.shown().flatten()
+            targets = make_targets(spec, teacher, key, run.data, cache="off", device=run.device)
             cka = StreamingCka([captured.hidden[i].shape[-1] for i in layers], teacher.widths)
-        student = [image_tokens(captured, captured.hidden[i], policy.cameras).flatten(0, 1) for i in layers]
-        cka.add(student, [t.flatten(0, 3) for t in targets(batch).values()])
+        states = [image_tokens(captured, captured.hidden[i], policy.cameras) for i in layers]
+        student = [tokens[:, shown].flatten(0, 1) for tokens in states]
+        cka.add(student, [t.flatten(1, 3)[:, shown].flatten(0, 1) for t in targets(batch).values()])
         sums += torch.stack(
             [F.cosine_similarity(a, b, dim=-1).mean().cpu() for a, b in zip(student, student[1:], strict=False)]
         )

@@ -27,15 +27,14 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
+        ctx.factor = factor  # not saved: it may still be set before the gradient comes
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grad * factor.to(grad), None
+        return grad * ctx.factor.to(grad), None
 
 
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
-    """`value` itself, whose gradient is multiplied by `factor` (a scalar tensor, so that changing it costs no wait)."""
+    """`value` itself, whose gradient is multiplied by what `factor`, a scalar tensor, holds when the gradient comes."""
     return _Scale.apply(value, factor)

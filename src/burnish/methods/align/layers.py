@@ -15,6 +15,8 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 
 Pairs = list[tuple[int, int]]
+SINGLE = {18: 12}
+"""Blocks of a student and which one Spatial Forcing (arXiv 2510.12276) aligns, where not that at three quarters: pi."""
 STRATEGIES = ("depth", "single", "e2m_last1", "uniform-K", "shallow", "middle", "deep")
 
 
@@ -76,10 +78,10 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
 
     Args:
         select: "depth" every layer but the last, whose output the actions of SmolVLA and pi do not read, with teacher
-            layers spread evenly up to the last; "single" the
-            layer at three quarters of the depth with the teacher's last (Spatial Forcing); "e2m_last1"; "uniform-K";
-            "shallow", "middle", "deep" thirds.
-        count: pairs of "e2m_last1".
+            layers spread evenly up to the last; where these are more than `count`, as many of them, evenly spread;
+            "single" Spatial Forcing's layer (block 24 of 32, 12 of 18, else that at three quarters of the depth) with
+            the teacher's last; "e2m_last1"; "uniform-K"; "shallow", "middle", "deep" thirds.
+        count: pairs of "e2m_last1", and most of "depth" (0: no limit).
         num_student, num_teacher: layers.
         released: see `early_to_middle_and_last`.
 
@@ -88,14 +90,15 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
     """
     if select == "depth":
         read = max(1, num_student - 1)
-        return by_depth(range(read), read, num_teacher)
+        return by_depth(uniform(count or read, read), read, num_teacher)
     if select == "single":
-        return [(max(0, num_student * 3 // 4 - 1), num_teacher - 1)]
+        block = SINGLE.get(num_student, num_student * 3 // 4)
+        return [(max(0, block - 1), num_teacher - 1)]
     if select == "e2m_last1":
         return early_to_middle_and_last(count, num_student, num_teacher, released=released)
     if select in ("shallow", "middle", "deep"):
         return by_depth(thirds(select, num_student), num_student, num_teacher)
-    if match := re.fullmatch(r"uniform-(\d+)", select):
+    if match := re.fullmatch(r"uniform-(\d{1,4})", select):
         wanted = min(int(match[1]), num_student, num_teacher)
         if wanted > 0:
             return list(zip(uniform(wanted, num_student), uniform(wanted, num_teacher), strict=True))
@@ -105,8 +108,10 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
 def check_pairs(pairs: Sequence[Sequence[int]], num_student: int, num_teacher: int) -> Pairs:
     """Pairs as (student, teacher), both ascending; raises BurnishError that names a layer which does not exist."""
     for pair in pairs:
-        if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
-            raise BurnishError(f"align: {pair} among the pairs", "[student layer, teacher layer] in whole numbers")
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(layer) is int for layer in pair):
+            raise BurnishError(
+                f"align: {pair!r} among the pairs"[:200], "[student layer, teacher layer] in whole numbers"
+            )
         for layer, count, who in ((pair[0], num_student, "student"), (pair[1], num_teacher, "teacher")):
             if not 0 <= layer < count:
                 raise BurnishError(

@@ -19,7 +19,7 @@ def alignment_loss(predicted_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -
     return ((1 - cosine_BT) * mask_BT).sum() / mask_BT.sum().clamp_min(1)
 
 
-def shift_grid(features_BHWD: Tensor, offsets_B2: Tensor) -> Tensor:
+def shift_grid(features_BHWD: Tensor, offsets_B2: Tensor, bounds: tuple[int, int, int, int] | None = None) -> Tensor:
     """Move token grids as the student's images were moved: place (r, c) reads place (r + rows, c + columns).
 
     Between tokens it is linear, at the border the outermost token is repeated.
@@ -27,15 +27,17 @@ def shift_grid(features_BHWD: Tensor, offsets_B2: Tensor) -> Tensor:
     Args:
         features_BHWD: [B, H, W, D].
         offsets_B2: rows and columns in units of tokens, float [B, 2].
+        bounds: first and last row, first and last column of the view, where it is padded; the padding does not move.
     """
 
-    def weights(size: int, offset_B: Tensor) -> Tensor:
+    def weights(size: int, offset_B: Tensor, first: int, last: int) -> Tensor:
         """[B, size, size]: row r holds the two weights that read position r + offset."""
         place = torch.arange(size, device=offset_B.device)
-        wanted = (place + offset_B[:, None]).clamp(0, size - 1)
+        wanted = (place + offset_B[:, None]).clamp(first, last)
         return (1 - (wanted[:, :, None] - place).abs()).clamp_min(0)
 
     height, width = features_BHWD.shape[1:3]
+    top, bottom, left, right = bounds or (0, height - 1, 0, width - 1)
     offsets = offsets_B2.to(features_BHWD)
-    moved = torch.einsum("brh,bhwd->brwd", weights(height, offsets[:, 0]), features_BHWD)
-    return torch.einsum("bcw,brwd->brcd", weights(width, offsets[:, 1]), moved)
+    moved = torch.einsum("brh,bhwd->brwd", weights(height, offsets[:, 0], top, bottom), features_BHWD)
+    return torch.einsum("bcw,brwd->brcd", weights(width, offsets[:, 1], left, right), moved)

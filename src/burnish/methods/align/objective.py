@@ -4,11 +4,12 @@ Sun et al. 2026 (ROCKET, arXiv 2602.17951); one layer is Spatial Forcing (Li et 
 docs/methods/align.md lists every option and where its default comes from.
 """
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,22 @@ from burnish.core.types import Batch, PolicyLoss
 from burnish.data.augment import to_float
 from burnish.data.feature_cache import CacheKey
 from burnish.data.loader import to_device
-from burnish.methods.align.aligner import Aligner, square_grid
+from burnish.methods.align.aligner import Aligner, token_grid
 from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
-from burnish.methods.align.layers import check_pairs, choose_pairs
-from burnish.methods.align.options import make_config
-from burnish.methods.align.targets import make_targets
+from burnish.methods.align.layers import Pairs, check_pairs, choose_pairs
+from burnish.methods.align.options import AlignConfig, make_config
+from burnish.methods.align.targets import IMAGES, choose_teacher, make_targets
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.policies.base import Captured, require
-from burnish.teachers.base import file_hash, fingerprint, make_teacher
+from burnish.teachers.base import Teacher, file_hash, fingerprint, make_teacher
+from burnish.teachers.placing import Placement
 
-STRONGEST = 100.0
+if TYPE_CHECKING:
+    from burnish.data.loader import RobotData
+
+STRONGEST = 1e6
 """lambda is never set above this: where the alignment gradient vanishes, no lambda gives it a norm."""
+log = logging.getLogger("burnish")
 
 
 @OBJECTIVES.register("align")
@@ -67,24 +73,39 @@ class Align(Objective):
             raise BurnishError("align: with train.imitation_weight 0 no forward is made whose tokens could be aligned",
                                "a weight above 0", "--train.imitation_weight=1.0")  # fmt: skip
         shapes = _probe(run)
-        grid = square_grid(shapes, policy.cameras)
-        teacher = make_teacher(config.teacher, grid)
-        pairs = config.pairs or choose_pairs(
-            config.select, config.count, policy.num_layers, len(teacher.widths), released=config.released_last
-        )
-        pairs = check_pairs(pairs, policy.num_layers, len(teacher.widths))
+        placements = place_views(run)
+        grid = token_grid(shapes, policy.cameras, placements)
+        self.spec = config.teacher or choose_teacher(Path(run.data.root), policy.cameras)
+        teacher = make_teacher(self.spec, grid)
+        if not config.teacher and run.accelerator.is_main_process:
+            log.info("align: the teacher is %s", self.spec)
+        pairs = self._pairs(run, len(teacher.widths))
         self.layers = sorted({0} | {s for s, _ in pairs})
-        key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid)
-        with run.accelerator.main_process_first():
-            self.targets = make_targets(
-                config.teacher, teacher, key, run.data, cache=config.cache, device=run.device,
-                progress=run.progress and run.accelerator.is_main_process,
-            )  # fmt: skip
+        key = cache_key(config, teacher, pairs, run.data, policy.cameras, grid, placements)
+        # No barrier of ranks: features may take hours, and a barrier has a time limit. The cache has a lock.
+        self.targets = make_targets(
+            self.spec, teacher, key, run.data, cache=config.cache, device=run.device, progress=run.progress
+        )
         width = shapes.hidden[0].shape[-1]
         draws = generator(run.recipe.train.seed, "align")
-        self.aligner = Aligner(config, pairs, width, teacher.widths, policy.cameras, draws).to(run.device)
+        self.aligner = Aligner(config, pairs, width, teacher.widths, policy.cameras, key.shown(), draws).to(run.device)
         # lambda: a tensor, so that setting it costs no wait; a buffer, so that it resumes.
         self.register_buffer("strength", torch.tensor(float(config.weight or 1.0), device=run.device))
+
+    def _pairs(self, run: Run, teacher_layers: int) -> Pairs:
+        """The pairs of the options; says where a strategy finds fewer than it is named for."""
+        config, student_layers = self.config, run.policy.num_layers
+        if config.pairs:
+            return check_pairs(config.pairs, student_layers, teacher_layers)
+        chosen = choose_pairs(
+            config.select, config.count, student_layers, teacher_layers, released=config.released_last
+        )
+        pairs = check_pairs(chosen, student_layers, teacher_layers)
+        wanted = config.count if config.select == "e2m_last1" else int(config.select.partition("uniform-")[2] or 0)
+        if len(pairs) < wanted:
+            run.say([f"align: {config.select} makes {len(pairs)} of {wanted} pairs, {[list(pair) for pair in pairs]}: "
+                     f"the student has {student_layers} layers, the teacher {teacher_layers}"])  # fmt: skip
+        return pairs
 
     @contextmanager
     def watch(self, run: Run) -> Iterator[None]:
@@ -98,22 +119,32 @@ class Align(Objective):
         captured, self.captured = self.captured, None
         if captured is None:
             return {}
-        strength = self.strength * self._schedule(run)  # a copy: a measurement changes the buffer in place
-        states = dict(captured.hidden)
-        if self.config.gradient_norm_ratio:
-            captured.hidden.update({layer: scale_gradient(state, strength) for layer, state in states.items()})
+        config, states, schedule = self.config, dict(captured.hidden), self._schedule(run)
+        ratio = config.gradient_norm_ratio
+        factor = torch.ones_like(self.strength)
+        if ratio:
+            captured.hidden.update({layer: scale_gradient(state, factor) for layer, state in states.items()})
         losses = self.aligner(captured, self.targets(batch))
-        total = self.aligner.total(losses)
-        every = self.config.measure_every
-        if every and run.step % every == 0 and run.step != self._measured:
-            self._measured = run.step
-            task = out.total * run.recipe.train.imitation_weight
-            self._measure(run, states, captured.layout["image"], losses, task)
+        total, task = self.aligner.total(losses), out.total * run.recipe.train.imitation_weight
+        if torch.is_grad_enabled():
+            trained = {layer: states[layer] for layer in self.layers if states[layer].requires_grad}
+            if not trained:
+                raise BurnishError(
+                    "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
+                    "trained backbone layers", "train.freeze, train.train_only or the policy's train_expert_only",
+                )  # fmt: skip
+            rows = captured.layout["image"]
+            if config.measure_every and run.step % config.measure_every == 0 and run.step != self._measured:
+                self._measured = run.step
+                self._measure(trained, rows, losses, task)
+            if ratio:  # what was measured saw a factor of 1; the backward pass to come sees lambda
+                self._set_strength(run, min(trained.items()), rows, total, task)
+                factor.copy_(self.strength * schedule)
         for (student, teacher), value in zip(self.aligner.pairs, losses, strict=True):
             self._figures[f"align_{student}_{teacher}"] = value.detach()
         # With a given ratio lambda acts on the student alone: multiplying the loss would also multiply the projectors'
         # gradient, and clipping by the norm of all gradients would then starve the task.
-        return {"align": total if self.config.gradient_norm_ratio else strength * total}
+        return {"align": total if ratio else self.strength * schedule * total}
 
     def metrics(self) -> dict[str, float]:
         """Loss of each pair, lambda, and the last measurement of the gradients."""
@@ -136,28 +167,14 @@ class Align(Objective):
             return rise
         return rise * 0.5 * (1 + math.cos(math.pi * run.step / (config.stop_after * run.recipe.train.steps)))
 
-    def _measure(
-        self, run: Run, hidden: dict[int, Tensor], rows_BS: Tensor, losses: list[Tensor], task: Tensor
-    ) -> None:
-        """Gradients of every pair and of the task with respect to the image tokens of each captured layer."""
-        trained = [layer for layer in self.layers if hidden[layer].requires_grad]
-        if not trained:
-            raise BurnishError(
-                "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
-                "trained backbone layers", "train.freeze, train.train_only or the policy's train_expert_only",
-            )  # fmt: skip
-        states = [hidden[layer] for layer in trained]
-
-        def gradients(value: Tensor, divisor: Tensor | float = 1.0) -> list[Tensor]:
-            found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
-            return [s.new_zeros(()).expand_as(s) if g is None else g * rows_BS[..., None] / divisor
-                    for g, s in zip(found, states, strict=True)]  # fmt: skip
-
-        lam = self.strength * self._schedule(run)
-        by_pair = [gradients(loss, lam.clamp_min(1e-12) if self.config.gradient_norm_ratio else 1.0) for loss in losses]
-        by_task = gradients(task)
+    def _measure(self, trained: dict[int, Tensor], rows_BS: Tensor, losses: list[Tensor], task: Tensor) -> None:
+        """Gradients of every pair and of the task on the image tokens, at the shallowest and the deepest layer."""
+        layers = sorted({min(trained), max(trained)})
+        states = [trained[layer] for layer in layers]
+        by_pair = [_gradients(loss, states, rows_BS) for loss in losses]
+        by_task = _gradients(task, states, rows_BS)
         figures = {}
-        for place, layer in enumerate(trained):
+        for place, layer in enumerate(layers):
             chosen = [i for i, (student, _) in enumerate(self.aligner.pairs) if student >= layer]
             if not chosen:
                 continue
@@ -174,16 +191,31 @@ class Align(Objective):
                 figures[f"align_cosine_{names[0]}_vs_{names[1]}"] = matrix[a, b]
         figures["align_projector_similarity"] = self.aligner.projectors.similarity()
         self._figures |= {name: value.detach() for name, value in figures.items()}
-        if self.config.gradient_norm_ratio:
-            self._set_strength(run, figures[f"align_push_{trained[0]}"], figures[f"align_task_push_{trained[0]}"])
 
-    @torch.no_grad()
-    def _set_strength(self, run: Run, push: Tensor, task_push: Tensor) -> None:
-        """lambda that gives alignment's gradient on the shallowest image tokens its share of the norm of the task's."""
-        if run.accelerator.num_processes > 1:  # ranks see different batches and must agree
-            push, task_push = run.accelerator.reduce(torch.stack([push, task_push]), "mean")
-        wanted = (self.config.gradient_norm_ratio * task_push / push.clamp_min(1e-12)).clamp_max(STRONGEST)
-        self.strength.copy_(wanted if run.step == 0 else 0.8 * self.strength + 0.2 * wanted)
+    def _set_strength(
+        self, run: Run, shallowest: tuple[int, Tensor], rows_BS: Tensor, total: Tensor, task: Tensor
+    ) -> None:
+        """lambda that gives alignment's gradient on the shallowest image tokens its share of the norm of the task's.
+
+        Measured at every step on the very batch: two gradients at one state, without those of any weight.
+        """
+        layer, state = shallowest
+        squares = torch.stack(
+            [_gradients(value, [state], rows_BS)[0].float().square().sum() for value in (total, task)]
+        )
+        if run.accelerator.num_processes > 1:  # of the whole batch, and equal on all ranks
+            squares = run.accelerator.reduce(squares, "mean")
+        push, task_push = squares.sqrt()
+        with torch.no_grad():
+            wanted = self.config.gradient_norm_ratio * task_push / push.clamp_min(1e-30)
+            self.strength.copy_(wanted.clamp_max(STRONGEST))
+        self._figures |= {f"align_push_{layer}": push, f"align_task_push_{layer}": task_push}
+
+
+def _gradients(value: Tensor, states: list[Tensor], rows_BS: Tensor) -> list[Tensor]:
+    """Gradients of a scalar on the image tokens of some states, zero elsewhere."""
+    found = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(s) if g is None else g * rows_BS[..., None] for g, s in zip(found, states, strict=True)]
 
 
 def _probe(run: Run) -> Captured:
@@ -197,28 +229,32 @@ def _probe(run: Run) -> Captured:
     return captured
 
 
-def cache_key(config, teacher, pairs, data, cameras, grid) -> CacheKey:
-    """What the features of this run depend on.
+def place_views(run: Run) -> list[Placement]:
+    """How the policy pads each camera's view, in the order of its cameras."""
+    sizes = view_sizes(run.data, run.policy.cameras)
+    return [Placement.of(run.policy.view_mask(size)) for size in sizes]
 
-    Raises:
-        BurnishError: images are not square, so the policy pads them and tokens lie elsewhere than the teacher's.
-    """
-    sizes = {tuple(array.shape[1:3]) for array in data.frames.arrays.values()}
-    if len(sizes) > 1:
-        raise BurnishError(f"align: views of several sizes, {' and '.join(f'{h}x{w}' for h, w in sorted(sizes))}",
-                           "one size for all cameras", "--data.image_size=...")  # fmt: skip
-    size = sizes.pop()
-    if size[0] != size[1]:
-        raise BurnishError(
-            f"align: views of {size[0]}x{size[1]} pixels, which the policy pads to a square",
-            "square views", "cut or pad the data set's images",
-        )  # fmt: skip
+
+def view_sizes(data: "RobotData", cameras: Sequence[str]) -> list[tuple[int, int]]:
+    """[H, W] of each camera's frames as they are trained on."""
+    arrays = data.frames.arrays
+    sizes = [arrays[camera if camera in arrays else f"{IMAGES}{camera}"].shape[1:3] for camera in cameras]
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+def cache_key(
+    config: AlignConfig, teacher: Teacher, pairs: Pairs, data: "RobotData", cameras: Sequence[str],
+    grid: tuple[int, int], placements: Sequence[Placement] = (),
+) -> CacheKey:  # fmt: skip
+    """What the features of this run depend on; without `placements` no view is padded."""
     identity = dict(teacher.identity)
     if teacher.needs_geometry:  # depth and poses lie beside the data set, whose hash does not know them
         folder = Path(data.root) / "ground_truth"
         identity["geometry"] = fingerprint([file_hash(file) for file in sorted(folder.rglob("*")) if file.is_file()])
     return CacheKey(
-        teacher=identity, data=data.hash, cameras=list(cameras), image_size=[int(edge) for edge in size],
-        layers=sorted({t for _, t in pairs}), grid=list(grid), pooling=config.pooling, positional=config.positional,
-        standardise=teacher.standardise, format=config.cache_format, components=config.components,
+        teacher=identity, data=data.hash, cameras=list(cameras),
+        image_sizes=[list(size) for size in view_sizes(data, cameras)], layers=sorted({t for _, t in pairs}),
+        grid=list(grid), pooling=config.pooling, positional=config.positional, standardise=teacher.standardise,
+        format=config.cache_format, components=config.components,
+        placed=[placement.numbers() for placement in placements],
     )  # fmt: skip

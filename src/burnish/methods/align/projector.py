@@ -62,9 +62,9 @@ class Projector(nn.Module):
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, hidden_BTD: Tensor, width: int | None = None) -> Tensor:
-        """[B, T, D_s] to [B, T, D_t] with the first `width` hidden units; None uses all."""
-        fc1, fc2 = self.fc1, self.fc2
+    def forward(self, hidden_BTD: Tensor, width: int | None = None, fc2: nn.Linear | None = None) -> Tensor:
+        """[B, T, D_s] to [B, T, D_t] with the first `width` hidden units (None: all) and the output layer `fc2`."""
+        fc1, fc2 = self.fc1, fc2 or self.fc2
         inner = F.gelu(F.linear(self.norm(hidden_BTD), fc1.weight[:width], fc1.bias[:width]))
         return F.linear(inner, fc2.weight[:, :width], fc2.bias)
 
@@ -88,13 +88,13 @@ class Projectors(nn.Module):
         generator: torch.Generator,
     ):  # fmt: skip
         super().__init__()
-        self.widths = list(widths)
+        self.widths, self.sharing = list(widths), sharing
         first = Projector(student, hidden, teacher[0], norm, generator)
         members = [first]
-        for width in teacher[1:]:
-            member = first if sharing == "shared" else Projector(student, hidden, width, norm, generator)
+        for width in teacher[1:] if sharing != "shared" else ():
+            member = Projector(student, hidden, width, norm, generator)
             if sharing == "trunk":
-                member.norm, member.fc1 = first.norm, first.fc1
+                del member.norm, member.fc1
             elif sharing == "same_start":
                 member.load_state_dict(first.state_dict())
             members.append(member)
@@ -102,17 +102,24 @@ class Projectors(nn.Module):
 
     def forward(self, pair: int, hidden_BTD: Tensor) -> Tensor:
         """Student states [B, T, D_s] of one pair as the teacher's features [B, T, D_t]."""
-        return self.members[0][pair](hidden_BTD, self.widths[pair])
+        members, width = self.members[0], self.widths[pair]
+        if self.sharing == "trunk":
+            return members[0](hidden_BTD, width, members[pair].fc2)
+        return members[0 if self.sharing == "shared" else pair](hidden_BTD, width)
 
     def similarity(self) -> Tensor:
-        """Mean cosine of the flattened parameters of different projectors; 1 where one is shared.
+        """Mean cosine of the flattened weights of different projectors (of equal shape); 1 where one is shared.
 
         Near zero says nothing about training: it is what two random vectors of this length have from the start.
         """
         members = self.members[0]
-        if len(members) < 2:
+        layers = [[m.fc2.weight for m in members]]
+        if self.sharing != "trunk":
+            layers.append([m.fc1.weight for m in members])
+        comparable = [row for row in layers if len({weight.shape for weight in row}) == 1]
+        if len(members) < 2 or not comparable:
             return torch.ones((), device=members[0].fc1.weight.device)
-        flat = torch.stack([torch.cat([m.fc1.weight.flatten(), m.fc2.weight.flatten()]) for m in members]).detach()
+        flat = torch.cat([torch.stack([weight.detach().flatten() for weight in row]) for row in comparable], 1)
         flat = F.normalize(flat, dim=1)
         count = len(flat)
         return ((flat @ flat.T).sum() - count) / (count * (count - 1))

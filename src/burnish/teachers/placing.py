@@ -1,0 +1,116 @@
+"""Where a camera's view lies in the picture that a policy makes of it, carried over to what a teacher sees.
+
+A policy resizes a view and pads it to its own picture: SmolVLA and burnish_discrete at the top and the left, pi on
+both sides. The teacher gets the view with the same padding, so that its tokens lie over the student's, whatever the
+sizes and grids; tokens of the padding are masked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+
+LEAST_SHOWN = 0.5
+"""A token counts where at least this share of its area shows the view."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A view inside a padded picture, in pixels of that picture.
+
+    Args:
+        picture_height, picture_width: of the picture that the policy's backbone gets.
+        top, left, height, width: the part of it that shows the view.
+    """
+
+    picture_height: int
+    picture_width: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, shown_HW: Tensor) -> "Placement":
+        """From a mask bool [H, W] of the picture's pixels that show the view; raises BurnishError where none does."""
+        rows, columns = (shown_HW.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+        if not rows:
+            raise BurnishError("a picture that shows nothing of the view", "a policy that resizes and pads its views")
+        top, left = rows[0], columns[0]
+        return cls(*shown_HW.shape, top, left, rows[-1] + 1 - top, columns[-1] + 1 - left)
+
+    @classmethod
+    def whole(cls, size: Sequence[int]) -> "Placement":
+        """Of a view [H, W] that is not padded."""
+        height, width = size
+        return cls(height, width, 0, 0, height, width)
+
+    def padding(self, size: Sequence[int]) -> tuple[int, int, int, int]:
+        """Pixels (left, right, top, bottom) that make such a picture of a view [H, W] at its own resolution."""
+
+        def along(edge: int, whole: int, start: int, length: int) -> tuple[int, int]:
+            before = round(edge * start / length)
+            return before, max(0, round(edge * whole / length) - edge - before)
+
+        height, width = size
+        return (
+            *along(width, self.picture_width, self.left, self.width),
+            *along(height, self.picture_height, self.top, self.height),
+        )
+
+    def padded_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """[H', W'] of a view [H, W] after padding."""
+        left, right, top, bottom = self.padding(size)
+        return size[0] + top + bottom, size[1] + left + right
+
+    def pad(self, maps_NCHW: Tensor, repeat: bool = False) -> Tensor:
+        """Maps [N, C, H, W] of the view with its padding: black, or the outermost values repeated."""
+        margins = self.padding(maps_NCHW.shape[-2:])
+        if not any(margins):
+            return maps_NCHW
+        return F.pad(maps_NCHW, margins, mode="replicate") if repeat else F.pad(maps_NCHW, margins)
+
+    def tokens(self, grid: Sequence[int]) -> Tensor:
+        """bool [h, w]: the tokens of a grid over the picture that show the view; at least one."""
+        shown = torch.zeros(1, 1, self.picture_height, self.picture_width)
+        shown[..., self.top : self.top + self.height, self.left : self.left + self.width] = 1
+        share = F.adaptive_avg_pool2d(shown, tuple(grid))[0, 0]
+        return share >= min(LEAST_SHOWN, float(share.max()))
+
+    def bounds(self, grid: Sequence[int]) -> tuple[int, int, int, int]:
+        """First and last row, first and last column of `tokens`."""
+        return _bounds(self, *grid)
+
+    def numbers(self) -> list[int]:
+        """Its fields, JSON-able; `Placement(*numbers)` is it again."""
+        return list(astuple(self))
+
+
+@lru_cache(maxsize=64)
+def _bounds(placement: Placement, height: int, width: int) -> tuple[int, int, int, int]:
+    shown = placement.tokens((height, width))
+    rows, columns = (shown.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+    return rows[0], rows[-1], columns[0], columns[-1]
+
+
+def place(maps: Sequence[Tensor], placements: Sequence[Placement], repeat: bool = False) -> Tensor:
+    """Views of any sizes, padded as the policy pads them and brought to one size.
+
+    Args:
+        maps: [B, C, H, W] of each view.
+        placements: of each view; none leaves them unpadded.
+        repeat: repeat the outermost values (depth, points) instead of black, and take the nearest in resizing.
+
+    Returns:
+        [B, V, C, H', W'], as large as the largest padded view.
+    """
+    if placements:
+        maps = [placement.pad(view, repeat) for view, placement in zip(maps, placements, strict=True)]
+    size = tuple(max(view.shape[dim] for view in maps) for dim in (-2, -1))
+    mode = {"mode": "nearest"} if repeat else {"mode": "bilinear", "align_corners": False}
+    return torch.stack([v if tuple(v.shape[-2:]) == size else F.interpolate(v, size, **mode) for v in maps], 1)
