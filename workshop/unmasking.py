@@ -87,7 +87,8 @@ def _open(args: argparse.Namespace) -> dict[str, Any]:
 def _trained(args: argparse.Namespace, seed: int) -> Path:
     """The policy of a seed."""
     output = Path(args.work) / f"weights-{seed}"
-    words = [f"--train.seed={seed}", f"--train.steps={args.steps}", f"--data.root={args.data}", f"--output={output}"]
+    words = [f"--train.seed={seed}", f"--train.steps={args.steps}", f"--data.root={args.data}", f"--output={output}",
+             "--eval.questions.root="]  # fmt: skip
     return train(load_recipe("decode/train_bidirectional", words)).policy
 
 
