@@ -19,7 +19,14 @@ WIDEST = 16
 """Blocks of up to so many of the model's own."""
 CLOSE = 1.3
 """After the first round only those within this factor of the best go on."""
-CAREFUL = {"add": 0.1, "act": 1.0, "append": 1, "min_unmasked": "one", "ties": "first", "threshold": 0.9}
+CAREFUL: dict[str, Any] = {
+    "add": 0.1,
+    "act": 1.0,
+    "append": 1,
+    "min_unmasked": "one",
+    "ties": "first",
+    "threshold": 0.9,
+}
 """The plan that is always allowed: of the tokens that a pass unmasks together at most one is unsure."""
 
 

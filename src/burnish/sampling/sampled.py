@@ -43,7 +43,7 @@ class SampledDecoder(Decoder):
     draws = True
 
     def __init__(self, model: TokenModel, plan: SampledPlan):
-        if model.mask_id is None:
+        if model.mask_id != model.vocabulary:
             raise BurnishError("the policy was trained without a MASK token", "one trained by masked diffusion",
                                "decoder autoregressive")  # fmt: skip
         self.model, self.plan = model, plan
@@ -52,7 +52,7 @@ class SampledDecoder(Decoder):
         model, plan, num, device = self.model, self.plan, len(prompt.states), prompt.states.device
         seeds = [0] * num if prompt.seeds is None else prompt.seeds.tolist()
         random = [torch.Generator().manual_seed(seed) for seed in seeds]
-        known, mask_id = prefix.shape[1], model.mask_id
+        known, mask_id = prefix.shape[1], model.vocabulary  # as checked
         ids = torch.full((num, model.length), mask_id, device=device)
         ids[:, :known] = prefix
         unmasked, unknown = torch.zeros_like(ids), model.length - known
@@ -84,7 +84,8 @@ class SampledDecoder(Decoder):
         model, (num, size) = self.model, prompt.valid.shape
         slots = torch.arange(model.length, device=prompt.valid.device)
         mask = visible(prompt.valid, sees(slots[:, None], slots[None], model.block))
-        cache, begun = model.empty(prompt), []
+        cache = model.empty(prompt)
+        begun: list[bool] = []
 
         def logits_of(ids: Tensor) -> Tensor:
             if model.prompt_sees_actions or not begun:

@@ -88,8 +88,8 @@ def ranks(layout: Layout, plan: DecodePlan, num: int, seeds: Tensor | None) -> T
     """long [B, L + 1]: tokens of the lowest rank are unmasked first, confidence decides among equals."""
     device, places = layout.seen.device, torch.arange(layout.length + 1, device=layout.seen.device)
     if plan.order == "random":
-        seeds = [0] * num if seeds is None else seeds.tolist()
-        drawn = [torch.randperm(layout.length + 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        each = [0] * num if seeds is None else seeds.tolist()
+        drawn = [torch.randperm(layout.length + 1, generator=torch.Generator().manual_seed(seed)) for seed in each]
         return torch.stack(drawn).to(device)
     by = {"time": places // layout.step_length, "executed": (places >= layout.executed).long()}
     return by.get(plan.order, torch.zeros_like(places)).expand(num, -1).clone()
