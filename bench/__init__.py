@@ -24,8 +24,6 @@ BENCHES: dict[str, dict[str, str]] = {
     "decode": {
         "bidirectional_over_ours": ">= 5",
         "prompt_cached_over_ours": ">= 1.0",
-        "prompt_cached_equal_passes_over_ours": ">= 1.0",
-        "equal_error_prompt_cached_over_ours": ">= 1.0",
         "long_prompt_cached_over_ours": ">= 1.4",
         "first_action_speedup": ">= 8",
         "auto_worst_over_best": "<= 1.05",
