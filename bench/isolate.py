@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from burnish.train.setup import own_accelerate_state
 
     blocks = 1 if args.quick else 6
-    editing = edit_against_loop(LARGE, 3 if args.quick else 25)  # first, while memory is as fresh for all contestants
+    editing = edit_against_loop(LARGE, 3 if args.quick else 41)  # first, while memory is as fresh for all contestants
     with tempfile.TemporaryDirectory() as temporary, own_accelerate_state():
         folder = Path(temporary)
         root, questions = make_frames(folder / "data", 4, 60, IMAGE), make_questions(folder / "questions")
@@ -174,10 +174,7 @@ def _staleness(training: _Training, rounds: int) -> dict[str, list[float]]:
     def both(run, batch, grads):
         layout, mine = method.layout, {name: grads[name] for name in method._backbone if name in grads}
         task, results = torch.cat(layout.parts(mine)), []
-        for direction in (
-            method._refresh(run, mine),
-            method._direction,
-        ):  # of now, and of some steps ago
+        for direction in (method._refresh(run, mine), stale):  # of now, and of some steps ago
             gradient = layout.parts({name: g.clone() for name, g in mine.items()})
             edit(gradient, Direction([part.clone() for part in direction.vector], layout), layout)
             results.append(torch.cat(gradient))
@@ -185,11 +182,13 @@ def _staleness(training: _Training, rounds: int) -> dict[str, list[float]]:
         found["gradient"].append(float(torch.cosine_similarity(exact, approximate, dim=0)))
         if not torch.equal(exact, task):  # nothing conflicts at this step: there is no edit to compare
             found["edit"].append(float(torch.cosine_similarity(exact - task, approximate - task, dim=0)))
+        method._direction = stale
         return original(run, batch, grads)
 
     for _ in range(rounds):
         training.steps((EVERY - run.step % EVERY) % EVERY + 1)
         for _ in range(3):
+            stale = method._direction
             method._due = lambda _: True
             method.edit_gradients = both
             training.steps(1)
@@ -201,7 +200,7 @@ def edit_against_loop(shapes: Mapping[str, Sequence[int]], repeats: int) -> dict
     """Time of the edit and of a loop over parameters, in turns; every layer in conflict, which is checked."""
     import torch
 
-    from burnish.methods.isolate.layout import Layout, group_of
+    from burnish.methods.gradients import Layout, group_of
     from burnish.methods.isolate.project import Direction, edit
 
     draws = torch.Generator().manual_seed(0)
@@ -248,6 +247,11 @@ def edit_against_loop(shapes: Mapping[str, Sequence[int]], repeats: int) -> dict
             contestant(gradient)
             times[name].append(time.thread_time() - begin)
     torch.set_num_threads(threads)
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    speedups = {f"edit_speedup_over_{name}": medians[name] / medians["ours"] for name in list(contestants)[1:]}
+    # Neighbours in time, so that a machine which slows down for a while slows down both.
+    speedups = {
+        f"edit_speedup_over_{name}": statistics.median(
+            a / b for a, b in zip(times[name][1:], times["ours"][1:], strict=True)
+        )
+        for name in list(contestants)[1:]
+    }
     return speedups | {"edit_error": error}

@@ -185,6 +185,12 @@ LIBRARY = [
     ("report results", "burnish.experiments.results:update_pages", {}),
 ]
 NOT_ON_THE_COMMAND_LINE = {"progress", "make"}
+OTHER_SOURCE = {
+    ("data pairs", "policy"),
+    ("data pairs", "env"),
+    *(("data questions", k) for k in ("env", "scenes", "root")),
+}
+"""What may be left out where a flag names files to import."""
 
 
 def choices(parameters) -> dict[str, tuple]:
@@ -207,7 +213,7 @@ def test_a_command_has_the_signature_of_the_library(name, target, renamed):
         one, other = ours[key], library[key]
         if empty in (one.default, other.default):
             required = one.default is other.default is empty
-            assert required or (name, key) in {("data pairs", "policy"), ("data pairs", "env")}, key
+            assert required or (name, key) in OTHER_SOURCE, key
         else:
             assert (one.default or None) == (other.default or None), key
         if one.default is empty or isinstance(one.default, int | float) and one.default:

@@ -93,5 +93,5 @@ def test_damaged_folders(folder, tmp_path):
     with pytest.raises(BurnishError, match="beyond the 24"):
         open_questions(tmp_path)
     (tmp_path / "questions.jsonl").write_text("{not json")
-    with pytest.raises(BurnishError, match="cannot be read"):
+    with pytest.raises(BurnishError, match="questions.jsonl:1 is not JSON"):
         open_questions(tmp_path)

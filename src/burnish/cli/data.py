@@ -36,28 +36,43 @@ def demos(
 
 
 def questions(
-    env: str, scenes: int, root: Path, *, image_size: int = 96, camera: str = "", per_scene: int = 0, seed: int = 0,
-    workers: int = 0,
+    env: str = "", scenes: int = 0, root: Path | None = None, *,
+    from_: Annotated[Path | None, Arg(metavar="JSONL")] = None, images: Path | None = None, image_size: int = 96,
+    camera: str = "", per_scene: int = 0, seed: int = 0, workers: int = 0,
 ) -> None:  # fmt: skip
-    """Make scene questions with answers from the simulator's state.
+    """Make scene questions with answers from the simulator's state, or import pairs that are there.
+
+    With --from the pairs are yours: one line {"image": "a.jpg", "question": "...", "answer": "..."} each.
 
     Args:
-        env: environment id; "tabletop" takes turns over its families
+        env: environment id; "tabletop" takes turns over its families; left out with --from
         scenes: number of images
         root: folder to make
+        from_: JSON lines of questions and answers about pictures
+        images: folder of those pictures; default: that of the JSON lines
         image_size: height and width in pixels
         camera: default: the environment's first one
         per_scene: questions kept for each image; 0 keeps all
         seed: first initial state
         workers: processes; 0 means one for each core
 
-    Example:
+    Examples:
         burnish data questions tabletop 2000 data/questions --seed 2000000
+        burnish data questions --from vqa/pairs.jsonl --root data/vqa --image-size 224
     """
+    from burnish.data.question_import import import_questions
     from burnish.data.questions import make_questions, open_questions
 
-    made = make_questions(env, scenes, root, image_size=image_size, camera=camera, per_scene=per_scene, seed=seed,
-                          workers=workers)  # fmt: skip
+    if root is None or not (env or from_):
+        raise BurnishError("questions without a folder or without a source", "--root, and an environment or --from",
+                           "burnish data questions --help")  # fmt: skip
+    if from_:
+        if env or scenes or camera or per_scene or seed:
+            raise BurnishError("--from beside an environment, scenes, a camera or a seed", "one of both")
+        made = import_questions(from_, root, images=images, image_size=image_size)
+    else:
+        made = make_questions(env, scenes, root, image_size=image_size, camera=camera, per_scene=per_scene,
+                              seed=seed, workers=workers)  # fmt: skip
     found = open_questions(made)
     print(f"{len(found.entries)} questions about {len(found.images)} images in {made}")
 

@@ -82,11 +82,13 @@ def anchor(
 ) -> None:  # fmt: skip
     """Keep mean and variance of the hidden states of a frozen policy, as the anchor of the objective `isolate`.
 
+    A fifth of the questions, at most 256, is kept aside: the policy must agree with its own anchor on them.
+
     Args:
         policy: policy folder or name of a shipped base: the one that training starts from
         questions: question folder, see burnish data questions
         output: file to write
-        samples: questions to run; 0 means all
+        samples: questions to run; 0 means all others
         batch_size: questions in a forward pass
         tokens: image and text tokens, each by itself or together
         answers: count the tokens of answers too
@@ -96,25 +98,26 @@ def anchor(
         burnish method isolate anchor small data/questions -o anchor.safetensors
     """
     from burnish.core.provenance import weights_hash
-    from burnish.methods.isolate.anchor import Provenance, build, question_batches
+    from burnish.data.questions import open_questions
+    from burnish.methods.isolate.anchor import Provenance, build_from_questions
     from burnish.policies import load_policy
     from burnish.policies.load import choose_device
     from burnish.policies.vqa import PROMPT
 
+    open_questions(questions)  # what is wrong with them shows before a policy is loaded
     place = choose_device(device)
     model = load_policy(policy)
     base_hash = weights_hash(model)  # before the cast: a run takes it from the weights as they are stored
     model = model.float().to(place)
     about = Provenance(
-        base_hash, model.num_layers, 0, "questions", questions.name, 0, template=PROMPT, answers=answers,
-        tokens=tokens,
-    )  # fmt: skip
-    most = samples or 1 << 40
-    made = build(model, question_batches(questions, most, min(batch_size, most), 0, place, progress=True), about)
+        base_hash, model.num_layers, 0, questions.name, 0, template=PROMPT, answers=answers, tokens=tokens
+    )
+    made = build_from_questions(model, questions, samples or 1 << 40, batch_size, about, place, progress=True)
     made.save(output)
     groups = sorted({group for _, group in made.moments})
     print(f"{output}: {made.about.layers} layers of {made.about.width} channels, {made.about.samples} questions, "
-          f"tokens {' and '.join(groups)}, base {base_hash}")  # fmt: skip
+          f"tokens {' and '.join(groups)}, base {base_hash}; on {made.about.held_out} others the anchor loss is "
+          f"{made.about.gap:.3g} of its variance")  # fmt: skip
 
 
 COMMANDS = Group(

@@ -1,8 +1,7 @@
 """Scene questions with answers, made from simulator states, and the folder they are stored in.
 
-A question folder holds `images.npy` (uint8 [N, H, W, 3]), `questions.jsonl` (one object per line: image, question,
-answer, kind) and `meta.json`. Kinds: where (pointing, in percent of the image), colour, left_of, count, exists,
-holding, nearer, move (which object an instruction moves).
+docs/questions.md says what the folder holds. Kinds: where (pointing, in percent of the image), colour, left_of, count,
+exists, holding, nearer, move (which object an instruction moves).
 """
 
 import json
@@ -17,12 +16,14 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
+from burnish.core.reading import read_lines, read_object, regular_file
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
 from burnish.envs.base import Env, expand, make_env
 from burnish.envs.tabletop_scene import COLOURS, SHAPES
 
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
+MOST_SIDE = 4096
 MIN_GAP = 0.09
 """Pairs closer than this share of the image (12 px of 128) are not asked about: the answer would be a guess."""
 
@@ -215,7 +216,13 @@ def _ask_about_all(scenes: int, arguments: tuple, workers: int, progress: bool) 
 
 @dataclass(frozen=True)
 class Questions:
-    """An opened question folder: `images` [N, H, W, 3] uint8 (memory-mapped) and one entry per question."""
+    """An opened question folder, see docs/questions.md.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], memory-mapped.
+        entries: one for each question: "image" (its index), "question", "answer", "kind".
+        camera: name of the view.
+    """
 
     images: np.ndarray
     entries: list[dict]
@@ -240,15 +247,37 @@ def open_questions(root: Path | str) -> Questions:
         if not (root / name).exists():
             make = f"burnish data questions tabletop 1000 {root}"
             raise BurnishError(f"{root} has no {name}", "a question folder", make)
-    try:
-        meta = json.loads((root / "meta.json").read_text())
-        images = np.load(root / "images.npy", mmap_mode="r", allow_pickle=False)
-        entries = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines() if line.strip()]
-        camera = meta["camera"]
-    except (ValueError, KeyError) as error:
-        raise BurnishError(f"{root} cannot be read ({error!r})", "a question folder written by burnish") from error
+    camera = read_object(root / "meta.json", root).get("camera")
+    if not isinstance(camera, str) or not camera:
+        raise BurnishError(f"{root}/meta.json names no camera", "the name of a camera")
+    images = _open_images(regular_file(root / "images.npy", root))
+    entries = [_entry(row, len(images), f"{root}/questions.jsonl:{line}")
+               for line, row in read_lines(root / "questions.jsonl", root)]  # fmt: skip
     if not entries:
         raise BurnishError(f"{root}/questions.jsonl is empty", "at least one question")
-    if max(r["image"] for r in entries) >= len(images):
-        raise BurnishError(f"{root}/questions.jsonl names an image beyond the {len(images)} in images.npy")
     return Questions(images, entries, camera)
+
+
+def _open_images(path: Path) -> np.ndarray:
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError, OverflowError, TypeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise BurnishError(f"{path} cannot be read ({line})", "images as numpy writes them") from None
+    shape = getattr(images, "shape", ())  # numpy also opens archives
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape or max(shape[1:]) > MOST_SIDE or images.dtype != np.uint8:
+        raise BurnishError(f"{path} holds {shape} of {getattr(images, 'dtype', type(images).__name__)}",
+                           f"uint8 [images, height, width, 3] of at most {MOST_SIDE} pixels")  # fmt: skip
+    return images
+
+
+def _entry(row: dict, images: int, where: str) -> dict:
+    """A line of questions.jsonl, checked; a question without a kind is of the kind "other"."""
+    row.setdefault("kind", "other")
+    for key in ("question", "answer", "kind"):
+        if not isinstance(row.get(key), str):
+            raise BurnishError(f"{where} has {key} {str(row.get(key))[:100]!r}", "a text")
+    if type(row.get("image")) is not int or not 0 <= row["image"] < images:
+        raise BurnishError(f"{where} is about image {str(row.get('image'))[:100]}, beyond the {images} in images.npy",
+                           f"a number from 0 to {images - 1}")  # fmt: skip
+    return row

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +147,14 @@ class Policy(nn.Module, ABC):
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
         """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions it must continue."""
 
-    def language(self, batch: Batch) -> LanguageLoss:
+    def language(self, batch: Batch, through: Literal["vlm", "prefix"] = "vlm") -> LanguageLoss:
         """Answer loss of the very backbone that acts.
 
-        The batch holds "observation.images.<camera>" (one image) [B, 3, H, W] and lists "question", "answer".
+        Args:
+            batch: "observation.images.<camera>" (one image) [B, 3, H, W] and lists "question", "answer".
+            through: "vlm" reads picture and question as the VLM was trained to, which is where its answers are;
+                "prefix" as the policy does in `loss`, the question in the place of the instruction. They differ where
+                a policy scales embeddings (SmolVLA) or lets its prompt see itself both ways.
         """
         raise lacks(self, "language", "language")
 

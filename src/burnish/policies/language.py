@@ -5,7 +5,7 @@ around the language model treats images.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class Backbone:
         bos: whether a bos token follows the image.
         see_prompt: whether image and first question attend to one another in both directions, as
             PaliGemma was trained; otherwise everything is causal.
+        scale: factor of image and text embeddings.
+        around_image: ids of special tokens before and after the image; their embeddings are not scaled.
+        run: embeddings [B, S, D], what may be seen (bool [B, S, S]) and positions [B, S] to hidden states [B, S, D]
+            after the final norm; None runs `text_model`.
     """
 
     text_model: nn.Module
@@ -35,6 +39,9 @@ class Backbone:
     tokenizer: Any
     bos: bool = False
     see_prompt: bool = False
+    scale: float = 1.0
+    around_image: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: list) -> LanguageLoss:
@@ -46,12 +53,14 @@ def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: lis
         questions, answers: B strings, or B lists of them (several turns about one image).
 
     Returns:
-        LanguageLoss over [B, n + L]; the first n columns are the image.
+        LanguageLoss over [B, n + L]; the first n columns are the image, with the special tokens around it.
     """
     encoded = encode(backbone, image, questions, answers)
     embeds, real, labels = _join(backbone, image, encoded)
-    prompt = (labels != vqa.IGNORE).int().argmax(dim=1)
-    hidden = backbone.text_model(inputs_embeds=embeds, attention_mask=_mask(backbone, real, prompt, embeds.dtype),
+    allowed = _allowed(backbone, real, (labels != vqa.IGNORE).int().argmax(dim=1))
+    if backbone.run is not None:
+        return vqa.token_losses(backbone.run(embeds, allowed, _positions(real)), labels, backbone.head)
+    hidden = backbone.text_model(inputs_embeds=embeds, attention_mask=_additive(allowed[:, None], embeds.dtype),
                                  position_ids=_positions(real), use_cache=False).last_hidden_state  # fmt: skip
     return vqa.token_losses(hidden, labels, backbone.head)
 
@@ -62,8 +71,8 @@ def greedy_answers(backbone: Backbone, image: Tensor, questions: list[str], max_
     encoded = encode(backbone, image, questions, None)
     embeds, real, _ = _join(backbone, image, encoded)
     length = real.sum(dim=1)
-    out = backbone.text_model(inputs_embeds=embeds, attention_mask=_mask(backbone, real, length, embeds.dtype),
-                              position_ids=_positions(real), use_cache=True)  # fmt: skip
+    seen = _additive(_allowed(backbone, real, length)[:, None], embeds.dtype)
+    out = backbone.text_model(inputs_embeds=embeds, attention_mask=seen, position_ids=_positions(real), use_cache=True)
     last = out.last_hidden_state[torch.arange(len(length), device=length.device), length - 1]
     tokens = [backbone.head(last).argmax(dim=-1)]
     eos = backbone.tokenizer.eos_token_id
@@ -86,24 +95,30 @@ def encode(backbone: Backbone, image: Tensor, questions: list, answers: list | N
 
 def _join(backbone: Backbone, image: Tensor, encoded: vqa.Encoded) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings [B, S, D], real positions bool [B, S] and labels [B, S] of image and text together."""
-    batch, tokens = image.shape[:2]
+    before, after = (
+        backbone.embed_text(torch.tensor([ids] * len(image), dtype=torch.long, device=image.device)).to(image.dtype)
+        for ids in backbone.around_image
+    )
     text = backbone.embed_text(encoded.input_ids).to(image.dtype)
+    scaled = [part if backbone.scale == 1 else part * backbone.scale for part in (image, text)]
+    parts = [before, scaled[0], after, scaled[1]]
+    batch, tokens = len(image), sum(part.shape[1] for part in parts[:3])
     real = torch.cat([encoded.attention_mask.new_ones(batch, tokens), encoded.attention_mask], dim=1).bool()
     labels = torch.cat([encoded.labels.new_full((batch, tokens), vqa.IGNORE), encoded.labels], dim=1)
-    return torch.cat([image, text], dim=1), real, labels
+    return torch.cat(parts, dim=1), real, labels
 
 
 def _positions(real: Tensor) -> Tensor:
     return (real.cumsum(dim=1) - 1).clamp_min(0)
 
 
-def _mask(backbone: Backbone, real: Tensor, prompt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive [B, 1, S, S]: causal over real positions, both ways inside the first `prompt` [B] if so trained."""
+def _allowed(backbone: Backbone, real: Tensor, prompt: Tensor) -> Tensor:
+    """bool [B, S, S]: causal over real positions, both ways inside the first `prompt` [B] if so trained."""
     index = torch.arange(real.shape[1], device=real.device)
     allowed = (index[None, :] <= index[:, None])[None]
     if backbone.see_prompt:
         allowed = allowed | (index[None, :] < prompt[:, None])[:, None, :]
-    return _additive((allowed & real[:, None, :])[:, None], dtype)
+    return allowed & real[:, None, :]
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """SmolVLA: the language model reads images, text and state; the expert reads its keys and values."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ class SmolVLA(FlowPolicy):
         return language.Backbone(text_model=inner.vlm.model.text_model, head=inner.vlm.lm_head,
                                  embed_text=inner.embed_language_tokens,
                                  tokenizer=inner.processor.tokenizer)  # fmt: skip
+
+    @property
+    def prefix(self) -> language.Backbone:
+        model, ids = self.policy.model, ([], [])
+        if model.add_image_special_tokens:
+            ids = model.global_image_start_token.tolist(), model.image_end_token.tolist()
+        scale = self.vlm.config.text_config.hidden_size**0.5
+        return replace(self.backbone, see_prompt=True, scale=scale, around_image=ids, run=self._run_prefix)
+
+    def _run_prefix(self, embeds: Tensor, allowed: Tensor, positions: Tensor) -> Tensor:
+        """LeRobot's own pass over a prefix; it turns positions by a base of its own and not by the VLM's."""
+        # Without a cache LeRobot would ask the expert, which has no tokens here, in its cross-attention layers.
+        (states, _), _ = self.inner.forward(attention_mask=allowed, position_ids=positions, past_key_values=None,
+                                            inputs_embeds=[embeds, None], use_cache=True)  # fmt: skip
+        return states
 
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return self.policy.prepare_images(batch)

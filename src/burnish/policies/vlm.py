@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from burnish.core.types import Batch, LanguageLoss
 from burnish.policies import hidden, language
 from burnish.policies.base import Captured, Stage
 from burnish.policies.keys import IMAGES
+from burnish.policies.language import Backbone
 from burnish.policies.wrapper import PolicyWrapper
 
 
@@ -37,8 +39,13 @@ class VLMPolicy(PolicyWrapper):
 
     @property
     @abstractmethod
-    def backbone(self) -> language.Backbone:
-        """The parts of `vlm` that the language verbs need."""
+    def backbone(self) -> Backbone:
+        """The parts of `vlm` that the language verbs need, as the VLM was trained to read."""
+
+    @property
+    def prefix(self) -> Backbone:
+        """`backbone` as the policy reads: embeddings, masks and positions are those of its own prefix in `loss`."""
+        return replace(self.backbone, see_prompt=True)
 
     @abstractmethod
     def embed_image(self, image: Tensor) -> Tensor:
@@ -65,15 +72,16 @@ class VLMPolicy(PolicyWrapper):
 
     # The verbs that all families answer alike.
 
-    def language(self, batch: Batch) -> LanguageLoss:
+    def language(self, batch: Batch, through: Literal["vlm", "prefix"] = "vlm") -> LanguageLoss:
         """Losses of `batch["answer"]`: B strings, or B lists of them (several questions about one image)."""
-        image = self._question_image(batch)
-        return language.answer_loss(self.backbone, image, batch["question"], batch["answer"])
+        backbone = self.prefix if through == "prefix" else self.backbone
+        image = self._question_image(batch, backbone)
+        return language.answer_loss(backbone, image, batch["question"], batch["answer"])
 
     @torch.no_grad()
     def answer(self, batch: Batch, max_new_tokens: int = 8) -> list[str]:
         """Greedy answers to `batch["question"]`, each independent of the rest of the batch."""
-        image = self._question_image(batch)
+        image = self._question_image(batch, self.backbone)
         return language.greedy_answers(self.backbone, image, batch["question"], max_new_tokens)
 
     @contextmanager
@@ -113,7 +121,7 @@ class VLMPolicy(PolicyWrapper):
     def _note_layout(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
         hidden.note_layout(captured, parts, text_mask, state_positions=self.state_positions)
 
-    def _question_image(self, batch: Batch) -> Tensor:
+    def _question_image(self, batch: Batch, backbone: Backbone) -> Tensor:
         """[B, n, D] embeddings of the one image of a question batch, resized as the policy's images are."""
         keys = [key for key in batch if key.startswith(IMAGES)]
         if len(keys) != 1:
@@ -122,9 +130,10 @@ class VLMPolicy(PolicyWrapper):
         images, _ = self.prepare_images({self.camera_keys[0]: batch[keys[0]].to(self.device)})
         image = self.embed_image(images[0])
         if self._captures:
-            encoded = language.encode(self.backbone, image, batch["question"], batch.get("answer"))
+            encoded = language.encode(backbone, image, batch["question"], batch.get("answer"))
             present = torch.ones(len(image), dtype=torch.bool, device=self.device)
             part = (keys[0].removeprefix(IMAGES), image.shape[1], present)
+            before, after = map(len, backbone.around_image)
             for captured in self._captures:
-                hidden.note_layout(captured, [part], encoded.attention_mask.bool())
+                hidden.note_layout(captured, [part], encoded.attention_mask.bool(), around_image=(before, after))
         return image

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from burnish.methods.gradients import Layout
 from burnish.methods.isolate.adam import AdamWatch
-from burnish.methods.isolate.layout import Layout
 from burnish.methods.isolate.project import Direction, edit
 
 NAMES = ("layers.0.w", "layers.1.w")

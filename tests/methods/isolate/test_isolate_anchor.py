@@ -9,8 +9,9 @@ from fake import make_questions
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
+from burnish.methods.inputs import forward, question_batches, token_groups
 from burnish.methods.isolate import distances
-from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups
+from burnish.methods.isolate.anchor import Anchor, Provenance, build
 from burnish.policies import load_policy
 from burnish.policies.vqa import PROMPT
 
@@ -21,7 +22,7 @@ def policy(tiny_smolvla):
 
 
 def about(policy, **more):
-    return Provenance("abc", policy.num_layers, 0, "questions", "fake", 0, template=PROMPT, **more)
+    return Provenance("abc", policy.num_layers, 0, "fake", 0, template=PROMPT, **more)
 
 
 def numpy_rows(policy, questions, layer, group, answers):
@@ -105,7 +106,7 @@ def test_file_round_trip_and_refusals(policy, questions, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-def test_an_earlier_file_with_covariances_gives_its_variances(policy, questions, tmp_path):
+def test_an_earlier_file_is_refused_as_its_states_were_of_another_reading(policy, questions, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -113,12 +114,10 @@ def test_an_earlier_file_with_covariances_gives_its_variances(policy, questions,
     anchor.save(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata["about"] = json.dumps({**json.loads(metadata["about"]), "covariance": True})
-    full = {name: tensor.diag() if name.endswith("spread") else tensor for name, tensor in tensors.items()}
-    save_file(full, tmp_path / "b.safetensors", metadata=metadata)
-    loaded = Anchor.load(tmp_path / "b.safetensors")
-    assert loaded.about == anchor.about
-    assert all(torch.equal(loaded.moments[key].variance, m.variance) for key, m in anchor.moments.items())
+    metadata["about"] = json.dumps({**json.loads(metadata["about"]), "format": 1})
+    save_file(tensors, tmp_path / "b.safetensors", metadata=metadata)
+    with pytest.raises(BurnishError, match="format 1; expected 2, built through the policy.s own prefix"):
+        Anchor.load(tmp_path / "b.safetensors")
 
 
 def test_empty_question_folder(policy, questions, tmp_path):

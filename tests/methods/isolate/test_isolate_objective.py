@@ -157,7 +157,7 @@ def test_probe_reads_text_and_starts_at_zero_drift(dataset, questions, tiny_smol
     figures = run.objectives["isolate"].probe.measure(1)
     assert figures["drift_robot"] == figures["drift_questions"] == 0
     assert figures["text_loss"] == figures["text_loss_base"] > 1  # a random model knows nothing
-    with pytest.raises(BurnishError, match="cannot be read"):
+    with pytest.raises(BurnishError, match="no file at none.txt"):
         loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r2", "probe: {text: none.txt}"), progress=False)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.methods.isolate.layout import Layout, group_of
+from burnish.methods.gradients import Layout, group_of
 from burnish.methods.isolate.project import Direction, edit
 
 SHAPES = {

@@ -7,7 +7,8 @@ from dissect import Dissected, cut_at, recipe
 from test_isolate_adam import make, step
 
 from burnish.core.errors import BurnishError
-from burnish.methods.isolate.anchor import Anchor, build, question_batches
+from burnish.methods.inputs import question_batches
+from burnish.methods.isolate.anchor import Anchor, build
 from burnish.methods.isolate.objective import Isolate
 from burnish.methods.isolate.project import Direction
 from burnish.policies import load_policy

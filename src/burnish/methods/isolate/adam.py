@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from burnish.methods.isolate.layout import Layout, Vector
+from burnish.methods.gradients import Layout, Vector
 from burnish.methods.isolate.project import Direction
 from burnish.methods.products import parts
 

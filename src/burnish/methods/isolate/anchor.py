@@ -1,23 +1,38 @@
-"""An anchor: what the hidden states of a frozen base look like, layer by layer, and where that knowledge comes from."""
+"""An anchor: what the hidden states of a frozen base look like, layer by layer, and where that knowledge comes from.
+
+Questions go through the policy's own prefix (`Policy.language` with through="prefix"), so that an anchor and a robot
+batch are states of one function, and what stands between them is the pictures and the words alone.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.progress import progress_bar
+from burnish.core.options import read_options
+from burnish.core.reading import parse_json, regular_file
 from burnish.core.types import Batch
+from burnish.methods.inputs import forward, noise, question_batches, token_groups
+from burnish.methods.isolate import distances
+from burnish.methods.start import evaluating
 
 if TYPE_CHECKING:
-    from burnish.policies.base import Captured, Policy
+    from burnish.policies.base import Policy
 
-FORMAT = 1
+FORMAT = 2
+"""1 had states of the VLM's own reading, which SmolVLA never sees on robot inputs."""
+GROUPS = {"apart": ("image", "text"), "pooled": ("tokens",)}
+HELD_OUT = 256
+"""Questions that an anchor is held against, at most; and never more than a fifth of a folder."""
+MOST_GAP = 0.1
+MAKE = "burnish method isolate anchor --help"
+_MOST_BYTES = 2**30
+_PARTS = ("count", "mean", "spread")
 
 
 @dataclass
@@ -62,23 +77,24 @@ class Provenance:
     Args:
         base_hash: of the weights of the frozen policy.
         layers, width: of its backbone.
-        inputs: "questions" or "robot".
-        source: name of the question folder or data set.
-        samples: images asked about, or robot frames.
-        template: how a question becomes text; empty for robot inputs.
+        source: name of the question folder.
+        samples: questions.
+        template: how a question becomes text.
         answers: whether the rows of answers count too.
         tokens: "apart" (image and text each have a Gaussian) or "pooled".
+        gap: of the base itself on `held_out` questions that the anchor has not seen, see `Anchor.gap`.
     """
 
     base_hash: str
     layers: int
     width: int
-    inputs: str
     source: str
     samples: int
     template: str = ""
     answers: bool = False
     tokens: str = "apart"
+    gap: float = 0.0
+    held_out: int = 0
     format: int = FORMAT
 
 
@@ -99,10 +115,10 @@ class Anchor:
 
         from burnish.core.files import new_file
 
-        tensors = {}
-        for (layer, group), one in self.moments.items():
-            for name in ("count", "mean", "spread"):
-                tensors[f"{layer}.{group}.{name}"] = getattr(one, name).cpu().contiguous()
+        tensors = {
+            f"{layer}.{group}.{name}": getattr(one, name).cpu().contiguous()
+            for (layer, group), one in self.moments.items() for name in _PARTS
+        }  # fmt: skip
         with new_file(path) as file:
             save_file(tensors, file, metadata={"about": json.dumps(asdict(self.about))})
 
@@ -111,37 +127,24 @@ class Anchor:
         """Read what `save` wrote.
 
         Raises:
-            BurnishError: no such file, or no anchor of this format.
+            BurnishError: no such file, no anchor of this format, or a damaged one.
         """
         from safetensors import SafetensorError, safe_open
 
-        make = "burnish method isolate anchor --help"
         if not path.is_file():
-            raise BurnishError(f"no anchor at {path}", "a file that `burnish method isolate anchor` wrote", make)
+            raise BurnishError(f"no anchor at {path}", "a file that `burnish method isolate anchor` wrote", MAKE)
+        regular_file(path, most=_MOST_BYTES)
         try:
             with safe_open(path, "pt") as file:
-                about = Provenance(**_present(json.loads((file.metadata() or {})["about"])))
+                header = (file.metadata() or {})["about"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise BurnishError(f"{path} is no anchor ({error})", f"an anchor of format {FORMAT}", make) from None
-        if about.format != FORMAT:
-            raise BurnishError(f"{path} has format {about.format}", str(FORMAT), make)
-        moments = {}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BurnishError(f"{path} is no anchor ({error})", f"an anchor of format {FORMAT}", MAKE) from None
+        about = _provenance(parse_json(header, f"the header of {path}"), path)
         try:
-            for name, tensor in tensors.items():
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(f"'{name}' is not finite")
-                layer, group, part = name.split(".")
-                if part == "count":
-                    parts = (tensors[f"{layer}.{group}.{part}"] for part in ("count", "mean", "spread"))
-                    count, mean, spread = parts
-                    moments[int(layer), group] = Moments(count, mean, spread.diagonal() if spread.ndim == 2 else spread)
-            lacking = set(range(about.layers)) - {layer for layer, _ in moments}
-            if lacking or any(len(m.mean) != about.width for m in moments.values()):
-                raise ValueError(f"layers {sorted(lacking)} are missing" if lacking else "a layer of another width")
+            return cls(about, _moments(about, tensors))
         except (KeyError, ValueError) as error:
-            raise BurnishError(f"{path} is damaged ({error})", "a whole anchor", make) from None
-        return cls(about, moments)
+            raise BurnishError(f"{path} is damaged ({error})", "a whole anchor", MAKE) from None
 
     def check(self, path: Path | str, base_hash: str, layers: int, width: int) -> None:
         """Raise BurnishError unless the anchor was built from the very weights that training starts from."""
@@ -153,53 +156,71 @@ class Anchor:
             raise BurnishError(
                 f"{path} is the anchor of other weights ({self.about.base_hash})", f"the base {base_hash}", fix
             )
+        refuse_gap(self.about.gap, self.about.held_out, str(path))
+
+    def gap(self, other: "Anchor") -> float:
+        """The anchor loss (w2, summed over layers and groups) of what `other` saw, over the summed variance of this.
+
+        About 1.5 / N for N independent rows of the anchor's own distribution.
+        """
+        loss = total = 0.0
+        for key in self.moments.keys() & other.moments.keys():  # robot inputs without an instruction have no text
+            mine, theirs = self.moments[key], other.moments[key]
+            loss += float(distances.w2_of_moments(theirs.mean, theirs.variance, mine.mean, mine.variance))
+            total += float(mine.variance.sum())
+        return loss / total if total > 0 else float("nan")
 
     def to(self, device: torch.device) -> "Anchor":
         moved = {k: Moments(*(t.to(device) for t in (m.count, m.mean, m.spread))) for k, m in self.moments.items()}
         return Anchor(self.about, moved)
 
 
-def _present(about: dict[str, Any]) -> dict[str, Any]:
-    """Provenance without the field of earlier files that could hold full covariances."""
-    return {name: value for name, value in about.items() if name != "covariance"}
+def refuse_gap(gap: float, questions: int, what: str) -> None:
+    """Raise BurnishError unless a base agrees with its own anchor on held-out questions (see `Anchor.gap`).
 
-
-def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = None) -> dict[str, Tensor]:
-    """Which rows of a captured forward belong to which group, bool [B, S] each; never padding, state or actions.
-
-    Args:
-        captured: of a forward.
-        tokens: "apart" or "pooled".
-        leave_out: bool [B, S] of rows that count nowhere (answers, say).
+    Few questions differ by chance: 3 / N is twice the distance that N independent ones may be expected to have.
     """
-    image, text = captured.layout["image"], captured.layout["text"]
-    if leave_out is not None:
-        text = text & ~leave_out
-    return {"image": image, "text": text} if tokens == "apart" else {"tokens": image | text}
+    most = max(MOST_GAP, 3 / max(questions, 1))
+    if not 0 <= gap <= most:
+        raise BurnishError(
+            f"{what}: anchor and base do not agree: on {questions} held-out questions the anchor loss of the base is "
+            f"{gap:.3g} of the anchor's variance", f"at most {most:.3g}",
+            "burnish method isolate anchor, with these weights and with questions of one kind",
+        )  # fmt: skip
 
 
-def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Captured", Tensor | None]:
-    """Hidden states of one forward on questions or robot frames, and which rows are answers (bool [B, S] or None).
+def _provenance(about: object, path: Path) -> Provenance:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else about
+        raise BurnishError(f"{path} is an anchor of format {str(found)[:40]}", f"{FORMAT}, built through the policy's "
+                           "own prefix", "burnish method isolate anchor, to build it again")  # fmt: skip
+    known = {one.name for one in fields(Provenance)}
+    if about.keys() != known:
+        odd = min(map(str, known ^ about.keys()))
+        raise BurnishError(f"{path} is damaged: '{odd}' is missing or unknown", "a whole anchor", MAKE)
+    found = read_options(Provenance, about, f"{path} is damaged")
+    if found.tokens not in GROUPS:
+        raise BurnishError(f"{path} is damaged: tokens is '{found.tokens[:40]}'", " or ".join(GROUPS), MAKE)
+    return found
 
-    The randomness of a robot forward is the action expert's, which the backbone never sees.
-    """
-    with policy.capture(layers) as captured:
-        if "question" in batch:
-            return captured, policy.language(batch).mask
-        draws = policy.draw(len(batch["task"]), torch.Generator().manual_seed(0))
-        policy.loss(batch, draws)
-        return captured, None
 
-
-@contextmanager
-def evaluating(policy: "Policy"):
-    """Inside, the policy is in eval mode; afterwards in the mode that it was in."""
-    was_training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(was_training)
+def _moments(about: Provenance, tensors: dict[str, Tensor]) -> dict[tuple[int, str], Moments]:
+    """The statistics in a file's tensors; ValueError or KeyError where they are not those that `about` tells of."""
+    groups = GROUPS[about.tokens]
+    if about.layers < 1 or len(tensors) != about.layers * len(groups) * len(_PARTS):
+        raise ValueError(f"{len(tensors)} tensors for {about.layers} layers")
+    moments = {}
+    for layer in range(about.layers):
+        for group in groups:
+            count, mean, spread = (tensors[f"{layer}.{group}.{part}"] for part in _PARTS)
+            if count.shape != () or not mean.shape == spread.shape == (about.width,):
+                raise ValueError(f"layer {layer} has statistics of {tuple(mean.shape)}, not of {about.width} channels")
+            if any(part.dtype != torch.float64 or not bool(part.isfinite().all()) for part in (count, mean, spread)):
+                raise ValueError(f"statistics of layer {layer} are not finite numbers in float64")
+            if count < 1 or (spread < 0).any():
+                raise ValueError(f"layer {layer} has a negative variance or no samples")
+            moments[layer, group] = Moments(count, mean, spread)
+    return moments
 
 
 @torch.no_grad()
@@ -230,18 +251,37 @@ def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anch
     return Anchor(replace(about, samples=samples, width=width, layers=policy.num_layers), moments)
 
 
-def question_batches(root: Path, samples: int, batch_size: int, seed: int, device: torch.device | str, *,
-                     rank: int = 0, world: int = 1, progress: bool = False) -> Iterable[Batch]:  # fmt: skip
-    """Batches of questions from a folder, in an order that follows from `seed`; at most one pass over it.
+def build_from_questions(
+    policy: "Policy", root: Path, samples: int, batch_size: int, about: Provenance, device: torch.device | str, *,
+    wrong: bool = False, progress: bool = False,
+) -> Anchor:  # fmt: skip
+    """`build` on a question folder, held against questions of it that are kept aside.
+
+    Args:
+        policy: the frozen base.
+        root: question folder.
+        samples: questions, at most; all but those kept aside where there are fewer.
+        batch_size: questions in a forward pass.
+        about: see `build`.
+        device: where the policy is.
+        wrong: the control: an anchor of noise in place of the pictures, which nothing is held against.
+        progress: show a bar.
 
     Raises:
-        BurnishError: not a question folder, or an empty one.
+        BurnishError: not a question folder, an empty one, or the base disagrees with its own anchor.
     """
-    from burnish.data.loader import LanguageData, to_device
+    from burnish.data.questions import open_questions
 
-    data = LanguageData(root, batch_size, seed, rank, world)
-    left = min(samples, len(data.questions)) // world
-    for k in progress_bar(range(-(-left // batch_size)), desc="anchor", unit="batch", shown=progress):
-        batch = data.finish(to_device(data.raw(k), torch.device(device)), k)
-        size, left = min(left, batch_size), left - batch_size
-        yield {name: value[:size] for name, value in batch.items()}
+    total = len(open_questions(root).entries)
+    aside = min(HELD_OUT, total // 5)
+    used = max(1, min(samples, total - aside))
+    size = min(batch_size, used)
+    batches = question_batches(root, used, size, 0, device, progress=progress)
+    if wrong:
+        return build(policy, noise(batches), about)
+    anchor = build(policy, batches, about)
+    held = question_batches(root, aside or used, size, 0, device, skip=used if aside else 0)
+    gap = anchor.gap(build(policy, held, about))
+    refuse_gap(gap, aside or used, "isolate")
+    anchor.about = replace(anchor.about, gap=gap, held_out=aside or used)
+    return anchor

@@ -20,7 +20,13 @@ def w2_diagonal(rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         rows: [N, D].
         mean, variance: [D] of the anchor.
     """
-    shift, spread = _gaps(rows, mean, variance)
+    own_mean = rows.mean(0)
+    return w2_of_moments(own_mean, (rows - own_mean).square().mean(0), mean, variance)
+
+
+def w2_of_moments(own_mean: Tensor, own_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """`w2_diagonal` of rows with this mean and variance [D]."""
+    shift, spread = _gaps(own_mean, own_variance, mean, variance)
     return shift.square().sum() + spread.square().sum()
 
 
@@ -29,7 +35,8 @@ def w2_normalised(rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
     A few channels of huge activation carry most of the plain distance; here all channels count alike.
     """
-    shift, spread = _gaps(rows, mean, variance)
+    own_mean = rows.mean(0)
+    shift, spread = _gaps(own_mean, (rows - own_mean).square().mean(0), mean, variance)
     scale = (variance + FLOOR * variance.mean()).to(rows)
     return ((shift.square() + spread.square()) / scale).mean()
 
@@ -45,8 +52,7 @@ def tokens(rows: Tensor, reference: Tensor) -> Tensor:
     return (rows - reference).square().mean() / spread
 
 
-def _gaps(rows: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+def _gaps(own_mean: Tensor, own_variance: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     floor = FLOOR * variance.mean()
-    own_mean = rows.mean(0)
-    own_deviation = ((rows - own_mean).square().mean(0) + floor.to(rows)).sqrt()
-    return own_mean - mean.to(rows), own_deviation - (variance + floor).sqrt().to(rows)
+    own_deviation = (own_variance + floor.to(own_mean)).sqrt()
+    return own_mean - mean.to(own_mean), own_deviation - (variance + floor).sqrt().to(own_mean)

@@ -1,9 +1,10 @@
 """`isolate`: the objective that keeps the VLM's knowledge while its policy is fine-tuned."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, read_options
 from burnish.core.types import Batch, PolicyLoss
+from burnish.methods import products
+from burnish.methods.gradients import Layout, Vector, of_next_layers, stop_decay, stream_gradients
+from burnish.methods.inputs import Questions
 from burnish.methods.isolate.adam import AdamWatch
-from burnish.methods.isolate.layout import Layout, Vector
 from burnish.methods.isolate.options import Inputs, resolve
 from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.methods.products import parts
+from burnish.methods.start import Start
 from burnish.policies.base import Captured, Policy, require
 
 if TYPE_CHECKING:
@@ -44,6 +48,8 @@ class Isolate(Objective):
         check(self.inputs, "isolate")  # mistakes show before data is loaded
         self.watched = read_options(ProbeOptions, probe, "isolate: probe") if probe else None
         self.method, self.options = resolve(method, options)
+        if self.options.control == "wrong_anchor" and anchor:
+            raise BurnishError("isolate: an anchor file for a control that builds its own", "questions: FOLDER alone")
 
     def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
         if self.options.asks and not (self.inputs.questions or recipe.language.root):
@@ -78,7 +84,8 @@ class Isolate(Objective):
                                "trained backbone parameters", "fewer patterns in train.freeze, or no isolate"
                                )  # fmt: skip
         needs_source = options.uses_source or options.rule == "replay"
-        self.source = Source(run, options, self.inputs, questions) if needs_source else None
+        self.source = Source(run, options, self.inputs, questions, self._backbone) if needs_source else None
+        self._asked = self._answers(run, questions)
         self._micro, self._last_step = -1, -1
         self._sum: list[Tensor | None] = []
         self._measured: dict[str, float | Tensor] = {}
@@ -94,7 +101,9 @@ class Isolate(Objective):
         if options.edits and options.rule != "replace":
             self._adam = AdamWatch(run.optimizer, self._backbone, self.layout)
         if options.rule == "l2sp":
-            self._start = {name: p.detach().clone() for name, p in self._backbone.items()}
+            self._start = Start(self._backbone)
+        if options.rule not in ("none", "freeze", "lora"):
+            stop_decay(run.optimizer, self._backbone)
 
     @contextmanager
     def watch(self, run: Run) -> Iterator[None]:
@@ -118,6 +127,7 @@ class Isolate(Objective):
         if options.rule == "penalty":
             return {"anchor": options.weight * self.source.loss(run.policy, batch, captured, k)}
         if options.edits and options.protect != "random" and self._due(run):
+            self._direction = None  # the old one and the new one are never in memory together
             self._take(run, self.source.loss(run.policy, batch, captured, k), shared=captured is not None)
         return {}
 
@@ -133,24 +143,20 @@ class Isolate(Objective):
         return second or run.step % self.options.every == 0 or run.step % run.recipe.train.save_every == 0
 
     def _take(self, run: Run, loss: Tensor, shared: bool) -> None:
-        """Add this micro-batch's protected gradient to the sum, without touching any `.grad`.
-
-        torch.autograd.grad leaves the hooks that synchronise ranks alone, so this backward is local, and the ranks'
-        sums are averaged once in `edit_gradients`.
-        """
+        """Add this micro-batch's protected gradient to the sum; ranks are averaged once, in `edit_gradients`."""
         self._measured["isolate_protected_loss"] = loss.detach()
         scaler = run.accelerator.scaler
         scale = torch.ones((), device=run.device) if scaler is None else scaler.scale(torch.ones((), device=run.device))
+        self._sum = self._sum or [None] * len(self._backbone)
+
+        def add(index: int, gradient: Tensor) -> None:
+            gradient = gradient if scaler is None else gradient.float() / scale
+            before = self._sum[index]
+            # Not in place: autograd may have handed the very same tensor to two parameters.
+            self._sum[index] = gradient if before is None else before + gradient
+
         with torch.autocast(run.device.type, enabled=False):
-            found = torch.autograd.grad(
-                loss * scale, list(self._backbone.values()), retain_graph=shared, allow_unused=True
-            )
-        if scaler is not None:
-            found = [None if g is None else g.float() / scale for g in found]
-        self._sum = self._sum or [None] * len(found)
-        for i, gradient in enumerate(found):
-            before = self._sum[i]
-            self._sum[i] = gradient if before is None else before if gradient is None else before + gradient
+            stream_gradients(loss * scale, list(self._backbone.values()), add, retain_graph=shared)
 
     @torch.no_grad()
     def edit_gradients(self, run: Run, batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
@@ -163,6 +169,7 @@ class Isolate(Objective):
         mine = {name: grads[name].contiguous() for name in self._backbone if name in grads}
         grads |= mine
         if self.options.protect == "random":
+            self._direction = None
             self._sum = [torch.randn(p.shape, generator=run.shared_generator, device=run.device)
                          for p in self._backbone.values()]  # fmt: skip
         if self._sum and mine:
@@ -187,9 +194,10 @@ class Isolate(Objective):
             for name, gradient in reached.items():  # ranks must agree on the names, so none is left out
                 own = found.get(name, torch.zeros_like(gradient))
                 found[name] = run.accelerator.reduce(own, reduction="mean")
-        if self.options.rule == "replace":  # elsewhere a sum does for a mean: a direction's length does not matter
-            for gradient in found.values():
-                gradient.div_(self._micro + 1)
+        if self.options.rule == "replace" and self._micro:  # elsewhere a direction's length does not matter
+            found = {name: gradient / (self._micro + 1) for name, gradient in found.items()}
+        if self.options.control == "shuffled":
+            found = of_next_layers(found)
         return Direction(self.layout.parts({n: g.contiguous() for n, g in found.items()}), self.layout)
 
     def _project(self, run: Run, gradient: Vector, direction: Direction) -> dict[str, float]:
@@ -200,30 +208,62 @@ class Isolate(Objective):
         factor, edited = edit(gradient, direction, self.layout, options.rule, options.strength, metric, _is_logged(run))
         if options.optimiser != "plain":  # the metric holds only if Adam's second moment is the one it was made of
             self._adam.route(gradient, direction, factor, clipped=not in_metric)
-        return {} if edited is None else self._figures(edited, direction)
+        return {} if edited is None else self._figures(run, edited, direction)
 
-    def _figures(self, edited: Edited, direction: Direction) -> dict[str, Any]:
+    def _figures(self, run: Run, edited: Edited, direction: Direction) -> dict[str, Any]:
         self._adam.measure(direction)
+        premise = {} if self._asked is None else {"isolate_answer_cosine": self._answer_cosine(run, direction)}
         return {
             "isolate_cosine": edited.cosine.mean(), "isolate_conflict_rate": edited.conflict_rate,
             "isolate_removed_norm_fraction": edited.removed_overall,
-            "isolate_removed_norm_fraction_max": edited.removed.max(), **self._measured,
+            "isolate_removed_norm_fraction_max": edited.removed.max(), **premise, **self._measured,
         }  # fmt: skip
+
+    def _answers(self, run: Run, questions: str) -> Questions | None:
+        """Questions whose answers the protected gradient is compared with, where there are any and it is not theirs."""
+        options = self.options
+        projects = options.edits and options.rule != "replace" and options.protect != "answers"
+        if not (projects and questions and run.policy.supports("language")):
+            return None
+        return Questions(run, questions, min(16, run.recipe.train.batch_size), 1)
+
+    @torch.enable_grad()
+    def _answer_cosine(self, run: Run, direction: Direction) -> Tensor:
+        """Mean over groups of the cosine of the protected gradient and that of the loss on answers.
+
+        What is protected stands for what the backbone knows only as far as this is above zero.
+        """
+        names, parameters = zip(*self._backbone.items(), strict=True)
+        vector, square = direction.vector, direction.square
+        found = torch.zeros(len(self.layout.groups), 2, dtype=torch.float64, device=run.device)
+
+        def add(index: int, gradient: Tensor) -> None:
+            found.add_(self.layout.dots_of(names[index], gradient.float().contiguous(), vector))
+
+        stream_gradients(run.policy.language(self._asked.batch(run.step)).mean, parameters, add)
+        along, own = found.unbind(1)
+        scale = (own * square).sqrt()
+        return torch.where(scale > 0, along / scale, 0.0).sum() / (scale > 0).sum().clamp_min(1)
 
     def _pull_back(self, run: Run, grads: dict[str, Tensor]) -> dict[str, float]:
         """L2-SP: the gradient of weight / 2 times the squared distance from the start."""
 
-        def away() -> Iterator[Tensor]:
-            for name, start in self._start.items():
-                yield from parts([self._backbone[name].detach() - start])
+        def away(names: Iterable[str]) -> Iterator[Tensor]:
+            return chain.from_iterable(self._start.away(name, self._backbone[name]) for name in names)
 
-        for name, start in self._start.items():
-            if name in grads:
-                grads[name].add_(self._backbone[name].detach() - start, alpha=self.options.weight)
-        return {"isolate_distance": self.layout.dot(away(), away()).sum().sqrt()} if _is_logged(run) else {}
+        mine = {name: grads[name].contiguous() for name in self._backbone if name in grads}
+        grads |= mine
+        for part, distance in zip(parts(mine), away(mine), strict=True):
+            part.add_(distance, alpha=self.options.weight)
+        if not _is_logged(run):
+            return {}
+        square = sum(products.dot([part], [part]) for part in away(self._backbone))
+        return {"isolate_distance": square.sqrt()}
 
     def metrics(self) -> dict[str, float]:
         figures = {} if self.probe is None else self.probe.measure(self._last_step + 1)
+        if self.source is not None:
+            figures |= {f"isolate_gap_{inputs}": gap for inputs, gap in self.source.gaps.items()}
         if self._adam is not None and self._adam.leak is not None:
             figures["isolate_leak"] = float(self._adam.leak.mean())
             figures["isolate_leak_share"] = float((self._adam.leak > 0).double().mean())

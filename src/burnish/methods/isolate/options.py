@@ -5,7 +5,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, option, refuse_unknown
-from burnish.methods.isolate.layout import GRANULARITIES
+from burnish.methods.gradients import GRANULARITIES
 
 EDITS = ("conflict", "always", "soft", "replace")
 RULES = ("none", "freeze", "lora", "l2sp", "penalty", "replay", *EDITS)
@@ -13,12 +13,16 @@ PROTECT = ("robot", "questions", "self", "answers", "random")
 OPTIMISERS = ("plain", "first_moment", "preconditioned")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
     """Where questions and anchor come from."""
 
-    questions: str = option("", "question folder, see `burnish data questions`; empty takes the recipe's language.root")
-    anchor: str = option("", "file of `burnish method isolate anchor`; empty builds the anchor before the first step")
+    questions: str = option(
+        "", "question folder, see `burnish data questions`; empty takes the recipe's language.root", path=True
+    )
+    anchor: str = option(
+        "", "file of `burnish method isolate anchor`; empty builds the anchor before the first step", path=True
+    )
     anchor_samples: int = option(3000, "questions or robot frames to build it from (the paper's number)", least=1)
 
 
@@ -60,6 +64,10 @@ class Options:
     weight: float = option(1.0, "of penalty, replay, replace and l2sp", least=0)
     tokens: str = option("apart", "image and text tokens apart, or pooled", choices=("apart", "pooled"))
     answers: bool = option(False, "whether answers count among the text tokens of questions")
+    control: str = option(
+        "", "in place of the protected direction, for comparison: shuffled gives each layer the next one's gradient, "
+        "wrong_anchor builds the anchor from noise in place of pictures", choices=("", "shuffled", "wrong_anchor"),
+    )  # fmt: skip
 
     @property
     def edits(self) -> bool:
@@ -101,6 +109,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "self_anchor": {"rule": "conflict", "protect": "self", "distance": "tokens", "every": 8},
     "agem": {"rule": "conflict", "protect": "answers", "granularity": "global", "share": 0.25, "turns": 4},
     "random": {"rule": "conflict", "protect": "random"},
+    "shuffled": {"rule": "conflict", "tokens": "pooled", "control": "shuffled"},
+    "wrong_anchor": {"rule": "conflict", "tokens": "pooled", "control": "wrong_anchor"},
 }
 """Named methods. Sources: aegis arXiv:2604.16067 (batch and tokens as the readable text suggests), stop_gradient and
 insulate arXiv:2505.23705, l2sp arXiv:1802.01483, agem arXiv:1812.00420."""
@@ -123,4 +133,8 @@ def resolve(method: str, given: dict[str, Any]) -> tuple[str, Options]:
     check(options, "isolate")
     if options.protect == "self" and options.distance != "tokens":
         raise BurnishError(f"isolate: protect is self and distance {options.distance}", "distance tokens")
+    if options.control == "wrong_anchor" and not options.needs_anchor or options.control and not options.edits:
+        raise BurnishError(f"isolate: control {options.control} with method {method}",
+                           "a method that projects" + " against an anchor" * (options.control == "wrong_anchor"),
+                           "method: aegis or question_anchor")  # fmt: skip
     return method, options

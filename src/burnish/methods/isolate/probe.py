@@ -9,11 +9,13 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import option
+from burnish.core.reading import read_text
 from burnish.core.types import Batch
+from burnish.methods.inputs import question_batches, robot_batches
 from burnish.methods.isolate import distances
-from burnish.methods.isolate.anchor import evaluating, forward, question_batches, token_groups
-from burnish.methods.isolate.protected import robot_batches
+from burnish.methods.isolate.anchor import forward, token_groups
 from burnish.methods.objective import Run
+from burnish.methods.start import evaluating
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 IMAGE = "observation.images.text"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProbeOptions:
     """What to watch beside the loss, see `Probe`."""
 
     every: int = option(
         0, "steps between measurements, a multiple of train.log_every; 0: before and at the end", least=0
     )
-    questions: str = option("", "held-out question folder; by default that of eval.questions, or that of training")
-    text: str = option("", "held-out text file, UTF-8, one passage per line; empty leaves text_loss out")
+    questions: str = option(
+        "", "held-out question folder; by default that of eval.questions, or that of training", path=True
+    )
+    text: str = option("", "held-out text file, UTF-8, one passage per line; empty leaves text_loss out", path=True)
     samples: int = option(128, "questions and robot frames each", least=1)
 
 
@@ -121,13 +125,9 @@ def read_passages(path: Path) -> list[str]:
     """The lines of a UTF-8 text file that hold more than blanks.
 
     Raises:
-        BurnishError: no such file, not UTF-8, or nothing in it.
+        BurnishError: no such file, too large, not UTF-8, or nothing in it.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BurnishError(f"{path} cannot be read ({error})", "a UTF-8 text file, one passage per line") from None
-    passages = [line for line in lines if line]
+    passages = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not passages:
         raise BurnishError(f"{path} holds no text", "one passage per line")
     return passages

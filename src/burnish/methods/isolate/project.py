@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from burnish.methods.isolate.layout import Layout, Vector
+from burnish.methods.gradients import Layout, Vector
 
 _SMALLEST = 1e-30
 

@@ -1,41 +1,26 @@
 """The loss whose gradient is protected: on the robot batch, on questions, against an anchor or the frozen base."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch
+from burnish.methods.inputs import Questions, forward, question_batches, robot_batches, token_groups
 from burnish.methods.isolate import distances
-from burnish.methods.isolate.anchor import Anchor, Provenance, build, forward, question_batches, token_groups
+from burnish.methods.isolate.anchor import Anchor, Provenance, build, build_from_questions, refuse_gap
 from burnish.methods.isolate.options import Inputs, Options
 from burnish.methods.objective import Run
+from burnish.methods.start import Frozen
 
 if TYPE_CHECKING:
     from burnish.policies.base import Captured, Policy
 
-
-class Questions:
-    """Question batches beside the robot batches; batch k follows from the run's seed, k and the rank."""
-
-    def __init__(self, run: Run, root: str, batch_size: int, turns: int):
-        from burnish.data.loader import LanguageData
-
-        rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        seed = derive_seed(run.recipe.train.seed, "isolate")
-        self.data = LanguageData(Path(root), batch_size, seed, rank, world, turns)
-        self.device = run.device
-
-    def batch(self, k: int) -> Batch:
-        """Batch k, on the run's device."""
-        from burnish.data.loader import to_device
-
-        return self.data.finish(to_device(self.data.raw(k), self.device), k)
+GAP_SAMPLES = 64
+"""Robot frames, or questions, on which a run's base is held against its anchor."""
 
 
 class Source:
@@ -45,18 +30,25 @@ class Source:
         run: the run; its policy still holds the weights that it starts from.
         options, inputs: see Options and Inputs; without an anchor file one is built here, from the policy as it is.
         questions: question folder, or "".
+        trained: the policy's trained backbone parameters by name.
+
+    Attributes:
+        gaps: how far the base is from the anchor, on "questions" and "robot" inputs (see Anchor.gap).
     """
 
-    def __init__(self, run: Run, options: Options, inputs: Inputs, questions: str):
+    def __init__(self, run: Run, options: Options, inputs: Inputs, questions: str, trained: Mapping[str, nn.Parameter]):
         self.options = options
         self.layers = list(range(run.policy.num_layers))
         self.size = max(1, round(options.share * run.recipe.train.batch_size))
         self.questions = Questions(run, questions, self.size, options.turns) if options.asks else None
         self.frozen = self.anchor = None
+        self.gaps: dict[str, float] = {}
         if options.distance == "tokens" and options.protect != "answers":
-            self.frozen = copy.deepcopy(run.policy).eval().requires_grad_(False)
+            # An edit holds a gradient as large as the weights from step to step: the start waits on disk beside it.
+            self.frozen = Frozen(run.policy, trained, run.output if options.edits else None)
         if options.needs_anchor:
             self.anchor = self._anchor(run, questions, inputs.anchor, inputs.anchor_samples).to(run.device)
+            self._hold_against(run, questions, inputs.anchor)
 
     def loss(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Tensor:
         """The protected loss (scalar with graph) of micro-batch k.
@@ -77,10 +69,7 @@ class Source:
     def _distance(self, batch: Batch, captured: "Captured", answers: Tensor | None) -> Tensor:
         """Sum over layers and token groups of the distance of the states from the anchor."""
         options = self.options
-        reference = None
-        if self.frozen is not None:
-            with torch.no_grad():
-                reference, _ = forward(self.frozen, batch, self.layers)
+        reference = None if self.frozen is None else self.frozen.call(forward, batch, self.layers)[0]
         masks = token_groups(captured, options.tokens, None if options.answers else answers)
         total = torch.zeros((), device=next(iter(masks.values())).device)
         for group, mask in masks.items():
@@ -104,20 +93,43 @@ class Source:
         from burnish.policies.vqa import PROMPT
 
         options = self.options
-        if path:
+        wrong = options.control == "wrong_anchor"
+        if path and not wrong:
             anchor = Anchor.load(Path(path))
             with torch.no_grad():
                 captured, _ = forward(run.policy, _head(next(robot_batches(run, 1)), 1), [0])
             anchor.check(path, run.parent_hash, run.policy.num_layers, captured.hidden[0].shape[-1])
-            _check_settings(anchor, path, {"inputs": "questions", "tokens": options.tokens, "answers": options.answers})
+            _check_settings(anchor, path, {"tokens": options.tokens, "answers": options.answers})
             return anchor
         if not questions:
             raise BurnishError("isolate: nothing to build the anchor from", "questions: FOLDER or anchor: FILE",
                                "burnish data questions --help, or method: self_anchor")  # fmt: skip
-        about = Provenance(run.parent_hash, run.policy.num_layers, 0, "questions", Path(questions).name, 0,
+        about = Provenance(run.parent_hash, run.policy.num_layers, 0, Path(questions).name, 0,
                            template=PROMPT, answers=options.answers, tokens=options.tokens)  # fmt: skip
-        size, show = min(run.recipe.train.batch_size, samples), run.progress and run.accelerator.is_main_process
-        return build(run.policy, question_batches(Path(questions), samples, size, 0, run.device, progress=show), about)
+        show = run.progress and run.accelerator.is_main_process
+        return build_from_questions(run.policy, Path(questions), samples, run.recipe.train.batch_size, about,
+                                    run.device, wrong=wrong, progress=show)  # fmt: skip
+
+    def _hold_against(self, run: Run, questions: str, path: str) -> None:
+        """Say how far the base is from the anchor, on questions and on the robot's inputs, where nothing has drifted.
+
+        Raises:
+            BurnishError: on questions like those of the anchor it is too far, see `refuse_gap`.
+        """
+        anchor, wrong = self.anchor, self.options.control == "wrong_anchor"
+        self.gaps["questions"] = anchor.about.gap
+        if questions and (path or wrong):
+            size = min(run.recipe.train.batch_size, GAP_SAMPLES)
+            asked = build(run.policy, question_batches(Path(questions), GAP_SAMPLES, size, 0, run.device), anchor.about)
+            self.gaps["questions"] = anchor.gap(asked)
+            if not wrong and anchor.about.source == Path(questions).name:
+                refuse_gap(self.gaps["questions"], asked.about.samples, path)
+        robot = build(run.policy, robot_batches(run, GAP_SAMPLES), anchor.about)
+        self.gaps["robot"] = anchor.gap(robot)
+        run.say([
+            "isolate: before the first step the anchor loss is {questions:.3g} of the anchor's variance on questions "
+            "and {robot:.3g} on the robot's inputs".format(**self.gaps)
+        ])  # fmt: skip
 
 
 def _check_settings(anchor: Anchor, path: str, wanted: dict[str, Any]) -> None:
@@ -127,16 +139,7 @@ def _check_settings(anchor: Anchor, path: str, wanted: dict[str, Any]) -> None:
         found = getattr(anchor.about, key)
         if found != value:
             raise BurnishError(f"{path} was built with {key}={found}", f"{key}={value} as the run wants",
-                               fixes.get(key, "another anchor"))  # fmt: skip
-
-
-def robot_batches(run: Run, samples: int) -> Iterator[Batch]:
-    """The first batches of the run's data, about `samples` frames."""
-    from burnish.data.loader import to_device
-
-    count = max(1, samples // run.recipe.train.batch_size)
-    for k in range(count):
-        yield run.data.finish(to_device(run.data.raw(k), run.device), k)
+                               fixes[key])  # fmt: skip
 
 
 def _head(batch: Batch, size: int) -> Batch:

@@ -75,6 +75,10 @@ class Discrete(VLMPolicy):
         return language.Backbone(text_model=self.policy.model.text_model, head=self.vlm.get_output_embeddings(),
                                  embed_text=self.vlm.get_input_embeddings(), tokenizer=self.tokenizer)  # fmt: skip
 
+    @property
+    def prefix(self) -> language.Backbone:
+        return replace(self.backbone, see_prompt=True, scale=self.policy.model.scale)
+
     def embed_image(self, image: Tensor) -> Tensor:
         return self.policy.model.embed_image(image)
 
