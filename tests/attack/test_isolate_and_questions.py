@@ -294,7 +294,8 @@ def test_lines_of_pairs(refused, untouched, tmp_path, what):
 
 
 PICTURES = {
-    "empty": b"", "text": b"<svg></svg>", "cut": png((2000, 2000))[:3000], "flipped": png()[:40] + b"\xff" * 8 + png()[48:],
+    "empty": b"", "text": b"<svg></svg>", "cut": png((2000, 2000))[:3000],
+    "flipped": png()[:40] + b"\xff" * 8 + png()[48:],
     "3.6 billion pixels": bomb(), "70 million pixels": bomb(10_000, 7_000), "no pixels": bomb(0, 5),
     "16 bits": png(mode="I;16"), "32 bits": png(mode="I"), "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n", "gif": None,
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "numpy": b"\x93NUMPY\x01\x00",
