@@ -10,12 +10,12 @@ FURTHER = Arg(metavar="PATH")
 
 def compare(
     first: str, second: str, *, a: Annotated[list[str], FURTHER] = (), b: Annotated[list[str], FURTHER] = (),
-    task_regex: str | None = None, seed: int = 0, json: bool = False,
+    task_regex: str | None = None, seed: Annotated[int, Arg(least=0)] = 0, json: bool = False,
 ) -> None:  # fmt: skip
     """Compare two evaluations, paired on the initial states.
 
-    Each is an evaluation folder, or a file with one JSON object per line: task, seed (or initial_state, or trial),
-    success. Trials are paired on task and initial state.
+    Each is an evaluation folder, a file with one JSON object per line (task, seed or initial_state or trial, success),
+    or what lerobot-eval, vla-eval or openvla-oft wrote. Trials are paired on task and initial state.
 
     Args:
         first: A, for instance the base
@@ -28,6 +28,7 @@ def compare(
 
     Examples:
         burnish compare runs/lift/eval/base runs/lift/eval/tuned
+        burnish compare lerobot0/eval_info.json lerobot1/eval_info.json
         burnish compare base.jsonl tuned.jsonl --task-regex 'spatial/[0-4]$' --json
         burnish compare base/seed0 tuned/seed0 --a base/seed1 --b tuned/seed1      several runs of each
     """

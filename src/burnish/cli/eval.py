@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from burnish.cli.parser import Arg
+from burnish.core.errors import BurnishError
 
 
 def evaluate(
@@ -18,7 +19,7 @@ def evaluate(
 
     Args:
         policy: LeRobot policy folder, a shipped base (small), or expert, random_object
-        env: environment id, e.g. tabletop:lift, metaworld:mt10, libero:spatial/3
+        env: environment id, e.g. tabletop:lift, metaworld:mt10, libero:spatial/3, libero:spatial+exact
         output: folder of this evaluation
         episodes: for each task
         first_state: first initial state, where they are unlimited
@@ -26,7 +27,7 @@ def evaluate(
         workers: simulator processes; 0 means one for each core
         batch_size: episodes in flight; 0 means four for each worker
         max_steps: limit in control steps; 0 means the environment's
-        image_size: side of the images in pixels; default: the policy's
+        image_size: side of square images in pixels; default: the policy's height and width
         cameras: the environment's cameras in the policy's order; default: same names
         n_action_steps: actions executed of each chunk; default: the policy's
         device: torch device of the policy; default: a GPU where there is one
@@ -45,7 +46,13 @@ def evaluate(
     trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers,
               "max_steps": max_steps, "output": output, "video": video}  # fmt: skip
     if policy in ("expert", "random_object"):
-        found = evaluate_expert(env, which=policy, image_size=image_size or 128, **trials)
+        flags = {"--batch-size": batch_size, "--cameras": cameras, "--n-action-steps": n_action_steps,
+                 "--device": device, "--instruction-swap": instruction_swap}  # fmt: skip
+        given = [flag for flag, value in flags.items() if value]
+        if given:
+            raise BurnishError(f"{given[0]} with {policy}, which is no policy", "a policy folder, or no such flag")
+        size = {} if image_size is None else {"image_size": image_size}
+        found = evaluate_expert(env, which=policy, **size, **trials)
     else:
         found = evaluate(policy, env, batch_size=batch_size, image_size=image_size, cameras=cameras or None, **trials,
                          n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap)  # fmt: skip

@@ -95,12 +95,12 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     env: str = option("", "environment id; empty means the one of `demos`")
-    episodes: int = option(100, "episodes for each task", least=1)
-    first_state: int = option(1_000_000, "first initial state where they are unlimited; training uses small numbers")
+    episodes: int = option(100, "episodes for each task", least=1, most=10**6)
+    first_state: int = option(1_000_000, "first initial state, where they are unlimited", least=0, most=2**31)
     seed: int = option(0, "seed of the policy's noise")
     workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
     batch_size: int = option(0, "episodes in flight; 0 means four for each worker", least=0, most=65536)
-    max_steps: int = option(0, "episode limit; 0 means the environment's own", least=0)
+    max_steps: int = option(0, "episode limit; 0 means the environment's own", least=0, most=10**6)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     instruction_swap: bool = option(True, "also run with the instruction of another object, where there is one")
     random_object_expert: bool = option(False, "also run the expert that picks its object at random (tabletop only)")

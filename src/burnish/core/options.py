@@ -12,6 +12,7 @@ A recipe, a command line and Python all go through `check`, so that none of them
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
@@ -108,7 +109,7 @@ def home(path: str, what: str = "the path") -> str:
 
 def number(value: Any) -> bool:
     """Whether a value, from YAML for instance, is a finite number (true and false are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _range(metadata: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Processes beside this one: tasks go in, results come out, whatever goes wrong arrives as one BurnishError.
+"""Processes beside this one: tasks go in, results come out, whatever goes wrong arrives as one error.
 
 A worker is a generator function. It takes its tasks as an iterable and yields one result for each; what it needs from
 task to task (a simulator, an open file) are its own variables. Called with a list, it works in this process.
@@ -29,6 +29,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 
+MOST_WORKERS = 1024
 GRACE = 2.0
 """Seconds in which processes may end by themselves before they are stopped."""
 _DONE, _REFUSED, _FAILED = "done", "refused", "failed"
@@ -37,17 +38,18 @@ Worker = Callable[..., Generator[Any, None, None]]
 
 
 def count_workers(wanted: int = 0) -> int:
-    """`wanted`, or where it is 0 one for each core that this process may use; BurnishError below 0."""
-    if wanted < 0:
-        raise BurnishError(f"{wanted} workers", "a positive number, or 0 for one for each core")
+    """`wanted`, or where it is 0 one for each core that this process may use; BurnishError below 0 or beyond sense."""
+    if not 0 <= wanted <= MOST_WORKERS:
+        raise BurnishError(f"{wanted} workers", f"at most {MOST_WORKERS}, or 0 for one for each core")
     return wanted or len(os.sched_getaffinity(0))
 
 
 class WorkerPool(AbstractContextManager):
     """Processes that run one generator function; each works through its own tasks in the order in which they came.
 
-    An error of a worker, or the death of its process, is raised by the next `send` or `receive`; the pool is of no use
-    afterwards. A process ends when the pool is closed or its parent dies; Ctrl-C does not reach it.
+    An error of a worker (a RuntimeError where it is a fault of ours, with its traceback as a note), or the death of its
+    process, is raised by the next `send` or `receive`; the pool is of no use afterwards. A process ends when the pool
+    is closed or its parent dies; Ctrl-C does not reach it.
 
     Args:
         worker: generator function, importable by name: `worker(tasks, *arguments)`.
@@ -112,11 +114,15 @@ class WorkerPool(AbstractContextManager):
             process = self._processes[number]
             process.join(5)
             found = f"{self.name} {number} ended with exit code {process.exitcode} while it held {tasks}"
-            raise BurnishError(found, fix=self.fix) from None
+            memory = "fewer --workers if memory ran out" if process.exitcode == -signal.SIGKILL else ""
+            raise BurnishError(found, fix="; ".join(filter(None, (self.fix, memory)))) from None
         if outcome == _REFUSED:
             raise BurnishError(value)
         if outcome == _FAILED:
-            raise BurnishError(f"{self.name} {number} failed while it held {tasks}:\n{value}")
+            said, trace = value
+            error = RuntimeError(f"{self.name} {number} failed while it held {tasks}: {said}")
+            error.add_note(trace)
+            raise error
         return self._sent[number].popleft()[0], value
 
     def close(self) -> None:
@@ -167,5 +173,6 @@ def _report(connection: Connection, kind: type | None, error: BaseException | No
     if isinstance(error, BurnishError):
         _answered(connection, _REFUSED, str(error))
     elif error is not None:
-        _answered(connection, _FAILED, "".join(traceback.format_exception(error)).rstrip())
+        said = f"{type(error).__name__}: {error}"
+        _answered(connection, _FAILED, (said, "".join(traceback.format_exception(error)).rstrip()))
     return True

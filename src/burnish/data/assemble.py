@@ -15,15 +15,16 @@ import numpy as np
 
 from burnish.data.record import CODEC, ENCODER, PIXEL_FORMAT
 from burnish.data.spool import StoredRecording, task_folder_name
+from burnish.envs.base import Size, view_size
 
 EPISODES_PER_TABLE = 64
 
 
-def features_of(spec: dict[str, Any], image_size: int) -> dict[str, dict]:
+def features_of(spec: dict[str, Any], image_size: Size) -> dict[str, dict]:
     """LeRobot's feature table for what is recorded (the index columns are added by LeRobot)."""
     features: dict[str, dict] = {
         f"observation.images.{camera}": {
-            "dtype": "video", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"],
+            "dtype": "video", "shape": (*view_size(image_size, camera), 3), "names": ["height", "width", "channels"],
         }
         for camera in spec["cameras"]
     }  # fmt: skip
@@ -105,7 +106,7 @@ class _VideoFile:
 
 
 def assemble(
-    folder: Path, name: str, recordings: Sequence[StoredRecording], spec: dict[str, Any], image_size: int, robot: str
+    folder: Path, name: str, recordings: Sequence[StoredRecording], spec: dict[str, Any], image_size: Size, robot: str
 ) -> int:
     """Write the data set of `recordings`, in that order, into the empty folder `folder`.
 

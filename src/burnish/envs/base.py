@@ -14,7 +14,7 @@ A new family is one file of this folder that ends in `ENVS.register("name")(EnvF
 outside names its EnvFamily under the entry points `burnish.environments`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,11 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
+
+Size = int | Sequence[int] | Mapping[str, Sequence[int]]
+"""Side of square images in pixels, or their [height, width], or that of each camera by its name."""
+SIDES = (8, 4096)
+"""Shortest and longest side of an image that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Env(Protocol):
     """A simulator holding one task. The same `initial_state` and actions give the same episode, bit for bit."""
 
     spec: EnvSpec
-    image_size: int
+    image_size: Size
 
     def reset(self, initial_state: int) -> None:
         """Start the episode with this initial state. Draws nothing from a global generator."""
@@ -141,11 +146,13 @@ class EnvFamily:
 
     Args:
         tasks: the single-task selectors that a selector stands for, in a fixed order; BurnishError for an unknown one.
-        make: builds the environment of a single-task selector, with images of the given side in pixels.
+        make: builds the environment of a single-task selector, with images of the given size.
+        rectangles: whether `make` takes every `Size`; otherwise it is only ever asked for squares, by their side.
     """
 
     tasks: Callable[[str], list[str]]
-    make: Callable[[str, int], Env]
+    make: Callable[[str, Any], Env]
+    rectangles: bool = False
 
 
 ENVS: Registry[EnvFamily] = Registry("environment", room="burnish.envs")
@@ -164,7 +171,35 @@ def expand(env_id: str) -> list[str]:
     return [f"{name}:{task}" for task in family.tasks(selector)]
 
 
-def make_env(task_id: str, image_size: int = 128) -> Env:
-    """Build the environment of one single-task id (see `expand`); images are image_size x image_size."""
+def make_env(task_id: str, image_size: Size = 128) -> Env:
+    """Build the environment of one single-task id (see `expand`) with images of the given size."""
     family, _, selector = _family(task_id)
     return family.make(selector, image_size)
+
+
+def view_size(size: Size, camera: str) -> tuple[int, int]:
+    """(height, width) of a camera's images; of one that a mapping leaves out, those of its first."""
+    if isinstance(size, Mapping):
+        size = size.get(camera) or next(iter(size.values()))
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def by_name(size: Size, names: Mapping[str, str]) -> Size:
+    """`size` with cameras under other names (say, the simulator's); cameras that `names` lacks are left out."""
+    if not isinstance(size, Mapping):
+        return size
+    return {names[camera]: sides for camera, sides in size.items() if camera in names}
+
+
+def check_size(env_id: str, size: Size) -> None:
+    """Raise BurnishError where the environments of `env_id` cannot draw images of this size."""
+    family, name, _ = _family(env_id)
+    for camera in size if isinstance(size, Mapping) else ("",):
+        height, width = view_size(size, camera)
+        shown = f"images of {height}x{width}" + (f" for camera {camera}" if camera else "")
+        if not all(SIDES[0] <= side <= SIDES[1] for side in (height, width)):
+            raise BurnishError(shown, f"sides of {SIDES[0]} to {SIDES[1]} pixels", "--image-size 256")
+        if not family.rectangles and not isinstance(size, int):
+            raise BurnishError(f"{shown} from {name}, which draws one square size", "square images",
+                               f"--image-size {max(height, width)}")  # fmt: skip

@@ -2,7 +2,9 @@
 
 Selectors are suite names without the prefix `libero_`: spatial, object, goal, 10, 90, and LIBERO-PRO's perturbed
 suites such as spatial_swap or goal_lan. Physics, initial states and success tests are LIBERO's own; what differs is
-that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`.
+that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`: without shadows and at one sample
+a pixel, a mean of 4 of 255 from LIBERO's own pictures. The suffix `+exact` (spatial/3+exact, spatial+exact) renders as
+LIBERO does, at about half the speed; it is what pictures recorded elsewhere are to be compared with.
 
 Images are LIBERO's usual ones: the raw image rotated by 180 degrees, which is upright but mirrored left to right.
 Observations are the ones LIBERO gives: robosuite reads sensors and cameras after the last but one of the 25 simulator
@@ -19,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation, Size, by_name, view_size
 from burnish.envs.rendering import SceneRenderer, body_poses, camera_pose, geoms_of_bodies, project_points
 
+EXACT = "+exact"
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 FPS = 20
 # What an observation, an image or the ground truth needs of a moment.
@@ -88,18 +91,28 @@ def _parse(selector: str) -> tuple[str, list, int | None]:
     return suite, tasks_of_suite, int(index)
 
 
+def _looks(selector: str) -> tuple[str, str]:
+    """("spatial/3", "+exact") of "spatial/3+exact"; the second is empty without a suffix."""
+    named, plus, look = selector.partition("+")
+    if plus + look not in ("", EXACT):
+        raise BurnishError(f"unknown LIBERO variant '+{look}'", f"{EXACT}, or none")
+    return named, plus + look
+
+
 def tasks(selector: str) -> list[str]:
-    """Single-task selectors: "goal" gives "goal/0" to "goal/9", "goal/3" gives itself."""
-    suite, tasks_of_suite, index = _parse(selector)
-    return [f"{suite}/{i}" for i in range(len(tasks_of_suite)) if index in (None, i)]
+    """Single-task selectors: "goal" gives "goal/0" to "goal/9", "goal/3" gives itself; a suffix holds for all."""
+    named, looks = _looks(selector)
+    suite, tasks_of_suite, index = _parse(named)
+    return [f"{suite}/{i}{looks}" for i in range(len(tasks_of_suite)) if index in (None, i)]
 
 
-def make(selector: str, image_size: int) -> "Libero":
+def make(selector: str, image_size: Size) -> "Libero":
     """Build one task; the selector names a suite and a task, e.g. "spatial/0"."""
-    suite, tasks_of_suite, index = _parse(selector)
+    named, looks = _looks(selector)
+    suite, tasks_of_suite, index = _parse(named)
     if index is None:
         raise BurnishError(f"'{selector}' names a whole LIBERO suite", f"one task, e.g. {suite}/0")
-    return Libero(suite, index, tasks_of_suite[index], image_size)
+    return Libero(suite, index, tasks_of_suite[index], image_size, fast_rendering=not looks)
 
 
 class Libero:
@@ -111,14 +124,14 @@ class Libero:
     Args:
         suite, index: e.g. "spatial", 0.
         task: the benchmark's task tuple.
-        image_size: height and width of the images in pixels.
-        fast_rendering: False renders exactly as LIBERO does, with shadows and at four samples a pixel.
+        image_size: of the images.
+        fast_rendering: False (the suffix +exact) renders as LIBERO does, with shadows and at four samples a pixel.
     """
 
-    def __init__(self, suite: str, index: int, task, image_size: int, fast_rendering: bool = True):
+    def __init__(self, suite: str, index: int, task, image_size: Size, fast_rendering: bool = True):
         import mujoco
 
-        self.image_size = image_size
+        self.image_size: Size = image_size
         init_states = _path("init_states", task.problem_folder, task.init_states_file)
         self._init_states = _libero().load_initial_states(init_states)
         with _quiet():
@@ -139,9 +152,10 @@ class Libero:
         self._substeps = int(self._inner.control_timestep / self._inner.model_timestep)
         base_suite = next(name for name in (*MAX_STEPS, "") if suite.startswith(name))
         self.spec = EnvSpec(
-            task_id=f"libero:{suite}/{index}", cameras=tuple(CAMERAS), state_names=STATE_NAMES,
-            action_names=ACTION_NAMES, action_low=np.full(7, -1.0, np.float32), action_high=np.full(7, 1.0, np.float32),
-            fps=FPS, max_steps=MAX_STEPS.get(base_suite, 400), num_initial_states=len(self._init_states),
+            task_id=f"libero:{suite}/{index}" + ("" if fast_rendering else EXACT), cameras=tuple(CAMERAS),
+            state_names=STATE_NAMES, action_names=ACTION_NAMES, action_low=np.full(7, -1.0, np.float32),
+            action_high=np.full(7, 1.0, np.float32), fps=FPS, max_steps=MAX_STEPS.get(base_suite, 400),
+            num_initial_states=len(self._init_states),
         )  # fmt: skip
         sentence = task.language
         if suite.endswith(("_lan", "_task")):  # the sentence is in the problem file; its name is the old one
@@ -274,7 +288,9 @@ class Libero:
         return {name: np.ascontiguousarray(view[:, ::-1]) for name, view in views.items()}
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
-        places = project_points(self.model, self._seen, self._camera(camera), points)
+        places = project_points(
+            self.model, self._seen, self._camera(camera), points, view_size(self.image_size, camera)
+        )
         return np.stack([1 - places[:, 0], places[:, 1]], 1)  # images are mirrored, see `observe`
 
     def _camera(self, name: str) -> str:
@@ -284,9 +300,8 @@ class Libero:
 
     def _draw(self) -> SceneRenderer:
         if self._renderer is None:
-            self._renderer = SceneRenderer(
-                self.model, self.image_size, (0,), still_cameras=("agentview",), fast=self._fast_rendering
-            )
+            size, fast = by_name(self.image_size, CAMERAS), self._fast_rendering
+            self._renderer = SceneRenderer(self.model, size, (0,), still_cameras=("agentview",), fast=fast)
             self._renderer.start_episode(self._seen)
         return self._renderer
 
@@ -298,4 +313,4 @@ class Libero:
             self._inner.close()
 
 
-ENVS.register("libero")(EnvFamily(tasks, make))
+ENVS.register("libero")(EnvFamily(tasks, make, rectangles=True))

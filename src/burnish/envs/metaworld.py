@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation, Size, by_name, view_size
 from burnish.envs.rendering import SceneRenderer, body_poses, camera_pose, geoms_of_bodies, project_points
 
 SIMULATOR_STEPS = 5
@@ -49,7 +49,7 @@ def tasks(selector: str) -> list[str]:
     return [selector]
 
 
-def make(selector: str, image_size: int) -> "MetaWorld":
+def make(selector: str, image_size: Size) -> "MetaWorld":
     """Build one task, e.g. "reach-v3"."""
     names = tasks(selector)
     if len(names) > 1:
@@ -60,10 +60,10 @@ def make(selector: str, image_size: int) -> "MetaWorld":
 class MetaWorld:
     """One Meta-World task; see `burnish.envs.base.Env` for the protocol."""
 
-    def __init__(self, name: str, image_size: int):
+    def __init__(self, name: str, image_size: Size):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-        self.image_size = image_size
+        self.image_size: Size = image_size
         self._name = name
         self._env = env = ALL_V3_ENVIRONMENTS[name]()
         # What Meta-World's own set_task does for a task with visible goal, but with fresh draws at every reset.
@@ -132,7 +132,7 @@ class MetaWorld:
         return {name: np.ascontiguousarray(self._upright(camera, view)) for name, view in views.items()}
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
-        places = project_points(self.model, self.data, self._camera(camera), points)
+        places = project_points(self.model, self.data, self._camera(camera), points, view_size(self.image_size, camera))
         return 1 - places if camera in TURNED else places
 
     def _upright(self, camera: str, view: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ class MetaWorld:
 
     def _draw(self) -> SceneRenderer:
         if self._renderer is None:
-            self._renderer = SceneRenderer(self.model, self.image_size)
+            self._renderer = SceneRenderer(self.model, by_name(self.image_size, CAMERAS))
         return self._renderer
 
     def close(self) -> None:
@@ -168,4 +168,4 @@ class _ScriptedPolicy:
         return np.clip(self._policy.get_action(self._env._observation), -1, 1).astype(np.float32)
 
 
-ENVS.register("metaworld")(EnvFamily(tasks, make))
+ENVS.register("metaworld")(EnvFamily(tasks, make, rectangles=True))

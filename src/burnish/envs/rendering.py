@@ -10,11 +10,13 @@ import atexit
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+
+from burnish.envs.base import Size, view_size
 
 # A geometry counts as moved beyond this displacement: a fifth of a pixel at 96 px and half a metre.
 _MOVED_METRES = 2e-4
@@ -54,12 +56,13 @@ def body_poses(data, bodies: dict[str, int]) -> dict[str, dict[str, list[float]]
     }
 
 
-def project_points(model, data, camera: str, points: np.ndarray) -> np.ndarray:
-    """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the image) of world points [N, 3]."""
+def project_points(model, data, camera: str, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the image of `size` H, W) of world points [N, 3]."""
     camera_id = model.camera(camera).id
     local = (points - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
     half = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
-    return 0.5 + np.stack([local[:, 0], -local[:, 1]], 1) / (-local[:, 2:] * 2 * half)
+    sides = half * np.array([size[1] / size[0], 1.0])  # the field of view is vertical
+    return 0.5 + np.stack([local[:, 0], -local[:, 1]], 1) / (-local[:, 2:] * 2 * sides)
 
 
 def point_map(depth: np.ndarray, position: np.ndarray, rotation: np.ndarray, fovy: float) -> np.ndarray:
@@ -123,6 +126,15 @@ class _Background:
     glass: np.ndarray  # [H, W] float32 depth buffer of the translucent ones where they show, 0 elsewhere
 
 
+def make_room(model, size: Size) -> tuple[int, int]:
+    """Let the model's frame buffer hold every image of `size`; returns the largest height and width."""
+    sizes = [view_size(size, camera) for camera in (size if isinstance(size, Mapping) else ("",))]
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+    model.vis.global_.offheight = max(model.vis.global_.offheight, height)
+    return height, width
+
+
 def _free_contexts(gl, context) -> None:
     gl.make_current()
     context.free()
@@ -130,31 +142,30 @@ def _free_contexts(gl, context) -> None:
 
 
 class SceneRenderer:
-    """Renders one MuJoCo model at one square size.
+    """Renders one MuJoCo model.
 
     Args:
         model: mujoco.MjModel; its sample count is changed before the rendering context is made.
-        size: image height and width in pixels.
+        size: of the images.
         hidden_geom_groups: geometry groups that are not drawn (collision shapes in LIBERO).
         still_cameras: cameras that never move; for these `start_episode` switches on the kept background.
         fast: False keeps MuJoCo's own settings (shadows, reflections, four samples a pixel) and no background.
     """
 
-    def __init__(self, model, size: int, hidden_geom_groups=(), still_cameras=(), fast: bool = True):
+    def __init__(self, model, size: Size, hidden_geom_groups=(), still_cameras=(), fast: bool = True):
         import mujoco
 
         self._mujoco, self._model, self._size = mujoco, model, size
         if fast:
             model.vis.quality.offsamples = 0
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
-        model.vis.global_.offheight = max(model.vis.global_.offheight, size)
+        height, width = make_room(model, size)
         self._still_cameras = tuple(still_cameras) if fast else ()
         self._option = mujoco.MjvOption()
         shown = set(np.flatnonzero(self._option.geomgroup)) - set(hidden_geom_groups)  # MuJoCo hides groups 3 to 5
         self._visible = np.isin(model.geom_group, list(shown))
         self._option.geomgroup[:] = [group == _DRAWN_GROUP for group in range(mujoco.mjNGROUP)]
         self._site_groups = self._option.sitegroup.copy()
-        self._gl = mujoco.gl_context.GLContext(size, size)
+        self._gl = mujoco.gl_context.GLContext(width, height)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -166,7 +177,6 @@ class SceneRenderer:
         if fast:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._rect = mujoco.MjrRect(0, 0, size, size)
         self._start: tuple[np.ndarray, np.ndarray] | None = None
         self._glassy = np.zeros(model.ngeom, bool)  # translucent, by its own colour or its material's
         self._backgrounds: dict[str, _Background] = {}
@@ -225,8 +235,10 @@ class SceneRenderer:
         """[ngeom] whether any of a visible geometry can be in the image, by its bounding sphere."""
         camera_id = self._model.camera(camera).id
         local = (data.geom_xpos - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
-        slope, radius = np.tan(np.deg2rad(self._model.cam_fovy[camera_id]) / 2), self._model.geom_rbound
-        beyond_side = (np.abs(local[:, :2]) + slope * local[:, 2:]).max(1) > radius * np.sqrt(1 + slope**2)
+        height, width = view_size(self._size, camera)
+        radius = self._model.geom_rbound
+        slopes = np.tan(np.deg2rad(self._model.cam_fovy[camera_id]) / 2) * np.array([width / height, 1.0])
+        beyond_side = (np.abs(local[:, :2]) + slopes * local[:, 2:] > radius[:, None] * np.sqrt(1 + slopes**2)).any(1)
         outside = beyond_side | (local[:, 2] > radius)
         return self._visible & ~(outside & (radius > 0))  # planes have no bounding sphere
 
@@ -235,6 +247,8 @@ class SceneRenderer:
         viewpoint = mujoco.MjvCamera()
         viewpoint.type = mujoco.mjtCamera.mjCAMERA_FIXED
         viewpoint.fixedcamid = model.camera(camera).id
+        height, width = view_size(self._size, camera)
+        self._rect = mujoco.MjrRect(0, 0, width, height)
         self._option.sitegroup[:] = self._site_groups if with_sites else 0
         groups = model.geom_group.copy()
         model.geom_group[:] = np.where(drawn, _DRAWN_GROUP, 0)
@@ -245,8 +259,9 @@ class SceneRenderer:
     def _draw(self, with_depth: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
         self._gl.make_current()
         self._mujoco.mjr_render(self._rect, self._scene, self._context)
-        rgb = np.empty((self._size, self._size, 3), np.uint8)
-        depth = np.empty((self._size, self._size), np.float32) if with_depth else None
+        shape = (self._rect.height, self._rect.width)
+        rgb = np.empty((*shape, 3), np.uint8)
+        depth = np.empty(shape, np.float32) if with_depth else None
         self._mujoco.mjr_readPixels(rgb, depth, self._rect, self._context)
         return rgb, depth
 

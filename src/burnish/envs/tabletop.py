@@ -16,8 +16,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.envs import tabletop_scene as scene
 from burnish.envs import tabletop_variants as variants
-from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation
-from burnish.envs.rendering import camera_geometry, camera_pose, project_points
+from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation, Size, view_size
+from burnish.envs.rendering import camera_geometry, camera_pose, make_room, project_points
 from burnish.envs.tabletop_expert import TabletopExpert
 
 FAMILIES = ("reach", "push", "lift", "put_on", "stack")
@@ -41,7 +41,7 @@ def tasks(selector: str) -> list[str]:
     return ["+".join([name, *looks]) for name in names]
 
 
-def make(selector: str, image_size: int) -> "Tabletop":
+def make(selector: str, image_size: Size) -> "Tabletop":
     """Build the family named `selector`."""
     family, looks = variants.split(tasks(selector)[0])
     return Tabletop(family, image_size, looks)
@@ -50,17 +50,18 @@ def make(selector: str, image_size: int) -> "Tabletop":
 class Tabletop:
     """One family on one reusable MuJoCo model; see `burnish.envs.base.Env` for the protocol."""
 
-    def __init__(self, family: str, image_size: int, looks: tuple[str, ...] = ()):
+    def __init__(self, family: str, image_size: Size, looks: tuple[str, ...] = ()):
         import mujoco
 
         self._mujoco = mujoco
         self.family = family
-        self.image_size = image_size
+        self.image_size: Size = image_size
         xml = scene.model_xml()
         self.model = mujoco.MjModel.from_xml_string(variants.add_textures(xml) if "texture" in looks else xml)
         self._looks = variants.Looks(self.model, looks) if looks else None
         self.data = mujoco.MjData(self.model)
-        self._renderer = None
+        make_room(self.model, image_size)
+        self._renderers: dict[tuple[int, int], Any] = {}
         self._object_bodies = [self.model.body(f"object{i}").id for i in range(scene.NUM_OBJECTS)]
         self._hand_body = self.model.body("hand").id
         self._qpos = {n: int(self.model.joint(n).qposadr[0]) for n in ("hand", "left", "right")}
@@ -156,18 +157,20 @@ class Tabletop:
         state = np.array([*self.hand_position(), opening], np.float32)
         return Observation(images, state, self._instruction)
 
-    def _get_renderer(self):
-        if self._renderer is None:
-            self._renderer = self._mujoco.Renderer(self.model, self.image_size, self.image_size)
+    def _renderer(self, camera: str) -> Any:
+        """The renderer of a camera's image size, made when it is first asked for."""
+        size = view_size(self.image_size, camera)
+        if size not in self._renderers:
+            self._renderers[size] = renderer = self._mujoco.Renderer(self.model, *size)
             flags = self._mujoco.mjtRndFlag
             for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION):
-                self._renderer.scene.flags[flag] = 0
-        return self._renderer
+                renderer.scene.flags[flag] = 0
+        return self._renderers[size]
 
     def _render(self, camera: str) -> np.ndarray:
         if camera not in scene.CAMERAS:
             raise BurnishError(f"the tabletop has no camera '{camera}'", f"one of {', '.join(scene.CAMERAS)}")
-        renderer = self._get_renderer()
+        renderer = self._renderer(camera)
         renderer.update_scene(self.data, camera=camera)
         return renderer.render()
 
@@ -287,15 +290,14 @@ class Tabletop:
 
     def geometry(self, camera: str) -> dict[str, np.ndarray]:
         geoms = {int(self.model.geom(f"object{i}").id): i for i in range(scene.NUM_OBJECTS)}
-        return camera_geometry(self.model, self.data, self._get_renderer(), camera, geoms)
+        return camera_geometry(self.model, self.data, self._renderer(camera), camera, geoms)
 
     def project(self, camera: str, points: np.ndarray) -> np.ndarray:
-        return project_points(self.model, self.data, camera, points)
+        return project_points(self.model, self.data, camera, points, view_size(self.image_size, camera))
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        while self._renderers:
+            self._renderers.popitem()[1].close()
 
 
-ENVS.register("tabletop")(EnvFamily(tasks, make))
+ENVS.register("tabletop")(EnvFamily(tasks, make, rectangles=True))

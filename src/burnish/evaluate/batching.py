@@ -10,7 +10,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, Draws
-from burnish.envs.base import EnvSpec, Observation
+from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
 
 # A sentence that every tokenizer cuts at its limit. Its row makes all texts of a batch as long as they can get.
@@ -107,3 +107,21 @@ def match_cameras(policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None) 
             "--cameras (in a recipe eval.cameras) with the environment's cameras in the policy's order",
         )
     return dict(zip(policy.cameras, chosen, strict=True))
+
+
+def view_sizes(policy: Policy, cameras: Sequence[str] | None) -> Size:
+    """The size of the images that the policy was trained on, for the environment's cameras (see `match_cameras`).
+
+    Raises:
+        BurnishError: one camera of the environment stands for two of the policy of different sizes.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, camera in zip(policy.cameras, cameras or policy.cameras, strict=False):
+        size = list(policy.view_sizes[name])
+        if sizes.setdefault(camera, size) != size:
+            raise BurnishError(f"camera {camera} for views of {sizes[camera]} and {size} pixels", "one size",
+                               f"--image-size {max(size)}")  # fmt: skip
+    first = next(iter(sizes.values()))
+    if any(size != first for size in sizes.values()):
+        return sizes
+    return first[0] if first[0] == first[1] else first

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import Record, read_results
+from burnish.evaluate.records import Record
+from burnish.evaluate.results import read_results
 from burnish.evaluate.stats import Rate, mcnemar, minimum_detectable_difference, paired_bootstrap, sign_flip, wilson
 
 Key = tuple[str, int]
 Run = dict[Key, Record]
+MOST_TASKS, MOST_RUNS, MOST_TABLE = 2000, 100, 200_000
+"""Of one comparison, so that it ends; the last is of the exact sign-flip test."""
 Paths = Path | str | Sequence[Path | str]
 
 
@@ -91,14 +94,15 @@ class Comparison:
         ]
         if len(self.per_task) > 1:
             lines += ["", *_table(self.per_task)]
-        return "\n".join([*lines, *(f"WARNING: {w}" for w in self.warnings)])
+        return "\n".join(map(_plain, [*lines, *(f"WARNING: {w}" for w in self.warnings)]))
 
 
 def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0) -> Comparison:
     """Compare two policies or methods, paired on (task, initial state).
 
     Args:
-        a, b: evaluation folder or JSONL file; or several of them, the runs of one side (say, three seeds).
+        a, b: evaluation folder or result file, see `read_results`; or several of them, the runs of one side (say, three
+            seeds).
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
 
@@ -114,9 +118,12 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
         raise BurnishError(f"no trial of {names[0]} has a partner in {names[1]} ({examples})",
                            "evaluations of the same tasks on the same initial states")  # fmt: skip
     paired = [key for key in keys[0] if key in shared]
-    tasks = list(dict.fromkeys(task for task, _ in paired))
+    tasks: dict[str, list[Key]] = {}
+    for key in paired:
+        tasks.setdefault(key[0], []).append(key)
+    _check_bounds(len(tasks), *map(len, sides))
     overall = _result(sides, paired, seed)
-    per_task = {task: _result(sides, [k for k in paired if k[0] == task], seed) for task in tasks}
+    per_task = {task: _result(sides, some, seed) for task, some in tasks.items()}
     unpaired = tuple([k for k in some if k not in shared] for some in keys)
     runs = (len(sides[0]), len(sides[1]))
     return Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall))
@@ -127,7 +134,7 @@ def _name(paths: Paths) -> str:
 
 
 def _example(keys: list[Key]) -> str:
-    return f"{len(keys)} trials such as task '{keys[0][0]}' state {keys[0][1]}" if keys else "none"
+    return f"{len(keys)} trials such as task {keys[0][0]!r} state {keys[0][1]}" if keys else "none"
 
 
 def _load(paths: Paths, task_regex: str | None) -> list[Run]:
@@ -139,21 +146,21 @@ def _load(paths: Paths, task_regex: str | None) -> list[Run]:
     runs: list[Run] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         records = [r for r in read_results(path) if wanted.search(r.task)]
-        if len({r.key for r in records}) == len(records):
-            groups = [records]
-        else:
-            groups = [[r for r in records if r.seed == s] for s in sorted({r.seed for r in records})]
-        for group in groups:
-            run = {r.key: r for r in group}
-            if len(run) < len(group):
-                seen: set[Key] = set()
-                twice = next(r.key for r in group if r.key in seen or seen.add(r.key))
-                found = f"{path} holds task '{twice[0]}', initial state {twice[1]} more than once"
-                raise BurnishError(found, "each trial once for each seed")
-            runs.append(run)
+        groups: dict[int, Run] = {}
+        several = len({r.key for r in records}) < len(records)
+        for r in records:
+            groups.setdefault(r.seed if several else 0, {})[r.key] = r
+        runs += [group for _, group in sorted(groups.items())]
     if not any(runs):
         raise BurnishError(f"no task in {_name(paths)} matches '{task_regex}'")
     return [run for run in runs if run]
+
+
+def _check_bounds(tasks: int, *runs: int) -> None:
+    if tasks > MOST_TASKS:
+        raise BurnishError(f"{tasks} tasks", f"at most {MOST_TASKS}", "--task-regex with a part of them")
+    if max(runs) > MOST_RUNS:
+        raise BurnishError(f"{max(runs)} runs of the same initial states (one for each seed)", f"at most {MOST_RUNS}")
 
 
 def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
@@ -161,6 +168,8 @@ def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
     trials = [np.array([sum(k in run for run in side) for k in keys]) for side in sides]
     # Whole numbers, so that the exact test stays exact: the difference of shares times their common denominator.
     denominator = math.lcm(*np.concatenate(trials).tolist())
+    if denominator > 1 and denominator * len(keys) > MOST_TABLE:
+        raise BurnishError("runs that share few of their initial states", "the same states in all runs of a side")
     scaled = successes[1] * (denominator // trials[1]) - successes[0] * (denominator // trials[0])
     n, difference = len(keys), scaled / denominator
     only_a, only_b = int((scaled < 0).sum()), int((scaled > 0).sum())
@@ -206,6 +215,11 @@ def identical(x: Run, y: Run) -> bool:
     return bool(shared) and all(
         x[k].success == y[k].success and (x[k].steps == y[k].steps or -1 in (x[k].steps, y[k].steps)) for k in shared
     )
+
+
+def _plain(line: str) -> str:
+    """A line for the terminal, without what a name in a file could make the terminal do."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line)
 
 
 def _runs(count: int) -> str:

@@ -1,6 +1,6 @@
 """What an evaluation found: rates with n and interval, latency, videos."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Evaluation:
     seconds: float = 0.0
     """Wall time of this run, without episodes that were there already."""
     new_episodes: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Tasks without such an expert, and why."""
 
     @property
     def overall(self) -> Rate:
@@ -58,6 +60,7 @@ class Evaluation:
             "mean_steps": sum(r.steps for r in self.records) / len(self.records), "latency_ms": self.latency_ms,
             "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
             "seconds": self.seconds, "new_episodes": self.new_episodes,
+            "left_out": self.left_out,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -65,6 +68,8 @@ class Evaluation:
         lines = [f"{task:<{width}}  {rate}" for task, rate in self.per_task.items()]
         if len(lines) > 1:
             lines.append(f"{'overall':<{width}}  {self.overall}")
+        if self.left_out:
+            lines.append(f"left out, without such an expert: {', '.join(self.left_out)}")
         if self.other:
             lines.append(f"solved the newly named object's task instead: {self.other}")
         if self.latency_ms:

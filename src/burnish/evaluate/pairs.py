@@ -21,8 +21,8 @@ from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
 from burnish.data.pairs import FACTS, Pair, make_pairs, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
-from burnish.envs.base import EnvSpec, Observation, expand, make_env
-from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras
+from burnish.envs.base import EnvSpec, Observation, check_size, expand, make_env
+from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras, view_sizes
 from burnish.evaluate.rollout import initial_states
 from burnish.evaluate.scheduler import Scheduler
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool, Waiting
@@ -81,7 +81,7 @@ def collect(
         rollouts: for each of them, the first one included.
         first_state: the first initial state where the environment has unlimited ones; evaluation begins at 1000000.
         seed: of the policy's noise and of the branch points.
-        image_size: of the recorded views in pixels; 0 means the policy's own.
+        image_size: side of the recorded views in pixels; 0 means the policy's own.
         action_noise: standard deviation of the noise added to a branch's first chunk, as a share of half the range.
         expert: where all rollouts of a state failed, let the environment's expert complete one more.
         ties, offsets, limit: see `make_pairs`.
@@ -101,9 +101,10 @@ def collect(
                            "the branch point")  # fmt: skip
     request = {
         "format": 1, "env": env, "policy": weights, "states": states, "rollouts": rollouts,
-        "first_state": first_state, "seed": seed, "image_size": image_size or policy.image_size,
+        "first_state": first_state, "seed": seed, "image_size": image_size or view_sizes(policy, None),
         "action_noise": action_noise, "expert": expert,
     }  # fmt: skip
+    check_size(env, request["image_size"])
     options = {"ties": ties, "offsets": list(offsets), "limit": limit}
     if root.exists():
         return _already_made(root, request | options)

@@ -1,23 +1,29 @@
-"""`episodes.jsonl`: one line per episode, written as it ends, so that a killed evaluation continues.
+"""`episodes.jsonl`: one line per episode, written as it ends, so that a killed evaluation continues."""
 
-Also reads the result files of other tools: one JSON object per line with task, seed (or initial_state, or
-trial) and success.
-"""
-
-import fcntl
 import json
+import logging
+import math
 import os
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import disk_errors, write_json
+from burnish.core.options import number
+from burnish.core.outputs import claim
+from burnish.core.reading import MOST_BYTES, parse_json, read_object, regular_file
 
 EPISODES = "episodes.jsonl"
 SETTINGS = "settings.json"
 SUMMARY = "summary.json"
+EVALUATION = "evaluation"
+"""What the marker of an output folder says (see core.outputs)."""
+EXAMPLE = '{"task": "t", "seed": 3, "success": true}'
+log = logging.getLogger("burnish")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Record:
         initial_state: which of the fixed initial states.
         seed: seed of the policy's noise.
         success: whether the task was solved, always judged on the original instruction.
-        steps: control steps taken.
+        steps: control steps taken; -1 where it is not known.
         latency_ms: one policy call in milliseconds for each replan (the call serves a whole batch).
         instruction: the sentence that the policy was given.
         weights: hash of the policy's weights, or the name of the expert.
@@ -59,61 +65,132 @@ class Record:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-_FIELDS = {f.name for f in fields(Record)}
-_STATE_KEYS = ("initial_state", "trial", "seed")
+_STATES = ("initial_state", "trial", "seed")
+_LIKE_A_TASK = ("task_id", "task_name", "task_index", "task_idx", "task_description")
+_LIKE_A_STATE = (
+    "episode", "episode_id", "episode_index", "episode_idx", "episode_ix", "init_state_id", "init_state_idx",
+    "trial_id", "trial_idx",
+)  # fmt: skip
 
 
-def _parse(line: str, where: str) -> Record:
-    """One line of ours or of another tool's result file."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BurnishError(f"{where} is not JSON ({error.msg})", "one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise BurnishError(f"{where} holds {type(row).__name__}", "one JSON object per line")
-    state_key = next((k for k in _STATE_KEYS if k in row), None)
-    if "success" not in row or state_key is None:
-        missing = "success" if "success" not in row else "initial_state, trial or seed"
-        raise BurnishError(f"{where} lacks {missing}", 'a line such as {"task": "t", "seed": 3, "success": true}')
-    success, state = row["success"], row[state_key]
-    if success not in (0, 1, True, False):
-        raise BurnishError(f"{where}: success is {success!r}", "true, false, 0 or 1")
-    if isinstance(state, bool) or not isinstance(state, int):
-        raise BurnishError(f"{where}: {state_key} is {state!r}", "an integer")
-    known = {k: v for k, v in row.items() if k in _FIELDS}
-    seed = row.get("seed", 0)
-    known |= {
-        "task": str(row.get("task", "")), "initial_state": state, "success": bool(success),
-        "seed": seed if isinstance(seed, int) and state_key != "seed" else 0,
-        "steps": int(row.get("steps", -1)), "latency_ms": tuple(row.get("latency_ms", ())),
-    }  # fmt: skip
-    return Record(**known)
-
-
-def read_results(path: Path | str) -> list[Record]:
-    """Read an evaluation folder or a JSONL file of ours or of another tool, in file order.
-
-    `steps` is -1 where the file does not say. A last line cut off by a kill is left out.
+def parse_row(row: dict[str, Any], where: str) -> Record:
+    """One line of ours or of another tool's result file; null means that it does not say.
 
     Raises:
-        BurnishError: no such file, nothing in it, or a malformed line (named by number).
+        BurnishError: what a comparison needs is missing or under another name, or a value is of the wrong kind.
     """
-    path = Path(path)
-    file = path / EPISODES if path.is_dir() else path
-    if not file.is_file():
-        raise BurnishError(f"no results at {path}", f"an evaluation folder with {EPISODES}, or a JSONL file")
-    lines = file.read_text(encoding="utf-8").split("\n")
-    cut_off = lines.pop()
-    records = [_parse(line, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if cut_off.strip():
+    row = {key: value for key, value in row.items() if value is not None}
+    state = next((key for key in _STATES if key in row), None)
+    names = [key for key in _LIKE_A_TASK if "task" not in row and key in row]
+    if names or state is None:
+        names += [key for key in _LIKE_A_STATE if key in row]
+    if names:
+        raise _misnamed(where, where.rpartition(":")[0], names)
+    if "success" not in row or state is None:
+        missing = "success" if "success" not in row else "initial_state, trial or seed"
+        raise BurnishError(f"{where} lacks {missing}", f"a line such as {EXAMPLE}")
+    success, latency = _flag(row["success"], f"{where}: success"), row.get("latency_ms", [])
+    latency = [one for one in latency if one is not None] if isinstance(latency, list) else [latency]
+    if not all(number(one) and one >= 0 for one in latency):
+        raise BurnishError(f"{where}: latency_ms is {_short(row['latency_ms'])}", "milliseconds, or a list of them")
+    task, variant, steps = row.get("task", ""), row.get("variant", "plain"), _whole(row.get("steps", -1))
+    if isinstance(task, bool) or not isinstance(task, str | int):
+        raise BurnishError(f"{where}: task is {_short(task)}", "text")
+    if not isinstance(variant, str):
+        raise BurnishError(f"{where}: variant is {_short(variant)}", "text")
+    if steps is None or not -1 <= steps <= 10**9:
+        raise BurnishError(f"{where}: steps is {_short(row['steps'])}", "a whole number from 0 on")
+    numbers = {key: _whole(row.get(key, 0)) for key in (state, "seed")}
+    wrong = next((key for key, value in numbers.items() if value is None), None)
+    if wrong is not None:
+        raise BurnishError(f"{where}: {wrong} is {_short(row[wrong])}", "a whole number")
+    texts = {key: row[key] for key in ("instruction", "weights", "commit") if isinstance(row.get(key), str)}
+    other = _flag(row["other_success"], f"{where}: other_success") if "other_success" in row else None
+    return Record(
+        task=str(task), initial_state=numbers[state], seed=0 if state == "seed" else numbers["seed"], success=success,
+        steps=steps, latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, **texts,
+    )  # fmt: skip
+
+
+def _misnamed(where: str, file: str, names: list[str]) -> BurnishError:
+    new = {name: "task" if name in _LIKE_A_TASK else "initial_state" for name in names}
+    first = {to: name for name, to in reversed(new.items())}
+    edits = "; ".join(f's/"{name}":/"{to}":/' for to, name in first.items())
+    fix = f"sed {shlex.quote(edits)} {shlex.quote(file)} > renamed.jsonl"
+    found = f"{where} has {', '.join(map(repr, names))}, names that are not read"
+    return BurnishError(found, f"those in {EXAMPLE}", fix)
+
+
+def _flag(value: Any, what: str) -> bool:
+    if not number(value) and not isinstance(value, bool) or value not in (0, 1):
+        raise BurnishError(f"{what} is {_short(value)}", "true, false, 0 or 1")
+    return bool(value)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, which pandas writes as 3.0 in a column with gaps; None for anything else."""
+    return int(value) if number(value) and abs(value) < 2**63 and math.floor(value) == value else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def rows_of(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of every filled line of JSON; a last line that a kill has cut off is left out and told.
+
+    Raises:
+        BurnishError: a line that is no JSON object.
+    """
+    lines = text.split("\n")
+    for index, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            records.append(_parse(cut_off, f"{file}:{len(lines) + 1}"))
+            row = parse_json(line, f"{file}:{index}")
         except BurnishError:
-            if not records:
+            if index < len(lines) or index == 1 or line.rstrip().endswith("}"):
                 raise
-    if not records:
-        raise BurnishError(f"{file} holds no episode", "one JSON object per line")
+            log.warning("the last line of %s is cut off and left out", file)
+            return
+        if not isinstance(row, dict):
+            raise BurnishError(f"{file}:{index} holds {_short(row)}", "one JSON object per line")
+        yield f"{file}:{index}", row
+
+
+def parse_lines(text: str, file: Path) -> list[Record]:
+    """The episodes in lines of JSON.
+
+    Raises:
+        BurnishError: a malformed line, or an episode that stands there twice; the line is named.
+    """
+    records, spare = [], set()
+    for where, row in rows_of(text, file):
+        records.append(parse_row(row, where))
+        spare |= row.keys() & set(_LIKE_A_STATE) if not row.keys() & {"initial_state", "trial"} else set()
+    unique(records, file, sorted(spare))
     return records
+
+
+def unique(records: Iterable[Record], file: Path, spare: list[str] | None = None) -> None:
+    """Raise BurnishError where an episode stands twice; `spare` are columns that may be what tells the two apart."""
+    seen: set[tuple[str, int, int]] = set()
+    for one in records:
+        key = (one.task, one.initial_state, one.seed)
+        if key in seen and spare:
+            where = f"{file} repeats task {one.task!r} with seed {one.initial_state} and"
+            raise _misnamed(where, str(file), spare)
+        if key in seen:
+            found = f"{file} holds task {one.task!r}, initial state {one.initial_state} more than once"
+            raise BurnishError(found, "each trial once for each seed")
+        seen.add(key)
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a folder is an evaluation of a version that left no marker: its settings.json says so."""
+    file = folder / SETTINGS
+    return os.path.lexists(file) and {"env", "weights", "seed"} <= read_object(file, folder).keys()
 
 
 class Journal(AbstractContextManager):
@@ -124,56 +201,55 @@ class Journal(AbstractContextManager):
         settings: JSON-able facts that every episode in the folder shares (weights, seed, limits).
 
     Raises:
-        BurnishError: the folder was started with other settings, or another evaluation writes to it now.
+        BurnishError: the folder was started with other settings, holds something else than an evaluation, or another
+            process writes to it now.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        folder.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self.path = folder / EPISODES
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise BurnishError(f"another evaluation is writing to {folder}", "a folder of its own") from None
-        try:
+        with ExitStack() as opening:
+            opening.enter_context(claim(folder, EVALUATION, is_evaluation))
             self._check(folder, settings)
-            self._drop_cut_off_line()
-            self.records = read_results(self.path) if self.path.stat().st_size else []
-        except BurnishError:
-            self._file.close()
-            raise
+            self.records, end = self._read(folder)
+            with disk_errors(self.path):
+                self._file = opening.enter_context(open(self.path, "ab", buffering=0))
+                self._file.truncate(end)
+            self._held = opening.pop_all()
 
     def _check(self, folder: Path, settings: dict[str, Any]) -> None:
         file = folder / SETTINGS
-        if not file.exists():
+        if not os.path.lexists(file):
             write_json(file, settings)
             return
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_object(file, folder)
         now = json.loads(json.dumps(settings))
         different = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         if different:
             k = different[0]
             found = f"{folder} holds an evaluation with other {', '.join(different)}"
-            found += f" ({k}: {before.get(k)} there, {now.get(k)} now)"
+            found += f" ({k}: {_short(before.get(k))} there, {_short(now.get(k))} now)"
             raise BurnishError(found, "the same policy and settings, which continues it", "another --output")
 
-    def _drop_cut_off_line(self) -> None:
-        """A kill while writing leaves a line without its end; that episode is run again."""
-        content = self._file.read()
+    def _read(self, folder: Path) -> tuple[list[Record], int]:
+        """The episodes that are done, and where they end: an episode whose line a kill has cut off is run again."""
+        if not os.path.lexists(self.path):
+            return [], 0
+        content = regular_file(self.path, folder, MOST_BYTES).read_bytes()
         end = content.rfind(b"\n") + 1
-        if end < len(content):
-            self._file.truncate(end)
-        self._file.seek(end)
+        try:
+            return parse_lines(content[:end].decode(), self.path), end
+        except UnicodeDecodeError as error:
+            raise BurnishError(f"{self.path} is no UTF-8 text (byte {error.start})", "our own lines") from None
 
     def append(self, record: Record) -> None:
         """Add an episode; on the disk when this returns."""
+        line = record.to_line().encode()
         with disk_errors(self.path):
-            self._file.write(record.to_line().encode())
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         self.records.append(record)
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._held.close()

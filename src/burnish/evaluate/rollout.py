@@ -5,21 +5,25 @@ and every policy call has the same number of rows, so batch neighbours, the numb
 episodes end do not enter. Between different batch sizes last bits may differ; `batch_size` is therefore recorded.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.core.config import EvalConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.options import check
+from burnish.core.outputs import require_own
 from burnish.core.progress import progress_bar
 from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
-from burnish.envs.base import EnvSpec, expand, make_env
+from burnish.envs.base import EnvSpec, Size, check_size, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
-from burnish.evaluate.records import SUMMARY, Journal
+from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
 from burnish.policies.load import policy_and_hash
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 VIDEOS_PER_TASK = 2
 EPISODES_PER_WORKER = 4
+log = logging.getLogger("burnish")
 
 Trial = tuple[EnvSpec, int]
 
@@ -58,7 +63,7 @@ def evaluate(
         workers: simulator processes; 0 means one for each core.
         batch_size: episodes in flight, 0 means four for each worker; the policy is called on half of them.
         max_steps: limit in control steps; 0 means the environment's own.
-        image_size: side of the images in pixels; None means what the policy was trained on.
+        image_size: side of square images in pixels; None means the height and width that the policy was trained on.
         cameras: the environment's cameras in the policy's order; None means those of the same names.
         n_action_steps: actions executed of each chunk; None means the policy's own number.
         device: torch device that a policy folder is loaded to; "" means a GPU where there is one.
@@ -70,22 +75,22 @@ def evaluate(
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
     """
-    from burnish.evaluate.batching import BatchedPolicy, match_cameras
+    from burnish.evaluate.batching import BatchedPolicy, match_cameras, view_sizes
 
+    trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
+                        batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()))  # fmt: skip
+    check_trials(trials, Path(output), image_size)
     policy, weights = policy_and_hash(policy, device)
-    workers, batch_size = _parallel(workers, batch_size)
-    job = _Job(
-        env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers, batch_size=batch_size,
-        max_steps=max_steps, image_size=image_size or policy.image_size, video=video, progress=progress, make=make,
-        swap=instruction_swap,
-    )  # fmt: skip
+    size = image_size or view_sizes(policy, cameras)
+    check_size(env, size)
+    job = _Job(trials, size, video, progress, make, swap=instruction_swap)
 
     def prepare(spec: EnvSpec) -> BatchedPolicy:
         if policy.action_dim != len(spec.action_names):
             expected = f"{len(spec.action_names)} for {spec.task_id}"
             raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
-        matched, width = match_cameras(policy, spec, cameras), (job.batch_size + 1) // 2
-        return BatchedPolicy(policy, matched, seed, width, n_action_steps or policy.n_action_steps)
+        steps = policy.n_action_steps if n_action_steps is None else n_action_steps
+        return BatchedPolicy(policy, match_cameras(policy, spec, cameras), seed, (job.batch_size + 1) // 2, steps)
 
     return job.run(Path(output), weights, prepare)
 
@@ -97,6 +102,8 @@ def evaluate_expert(
 ) -> Evaluation:  # fmt: skip
     """Measure a scripted expert on the same initial states, with the same files as `evaluate`.
 
+    Tasks that have no such expert are left out and told; summary.json names them.
+
     Args:
         which: "expert", or "random_object" for the one that picks its object at random: what a policy that ignores
             language can reach at best.
@@ -105,20 +112,20 @@ def evaluate_expert(
     """
     if which not in ("expert", "random_object"):
         raise BurnishError(f"unknown expert '{which}'", "expert or random_object")
-    workers, batch_size = _parallel(workers, 0)
-    job = _Job(
-        env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers, batch_size=batch_size,
-        max_steps=max_steps, image_size=image_size, video=video, progress=progress, make=make, actor=which,
-    )  # fmt: skip
+    trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
+                        max_steps=max_steps)  # fmt: skip
+    check_trials(trials, Path(output), image_size)
+    job = _Job(trials, image_size, video, progress, make, actor=which)
     return job.run(Path(output), which, lambda spec: None)
 
 
-def _parallel(workers: int, batch_size: int) -> tuple[int, int]:
-    workers = count_workers(workers)
-    if batch_size < 0:
-        raise BurnishError(f"a batch of {batch_size}", "a positive number, or 0 for four episodes for each worker")
-    batch_size = batch_size or EPISODES_PER_WORKER * workers
-    return min(workers, batch_size), batch_size
+def check_trials(trials: EvalConfig, output: Path, image_size: int | None) -> None:
+    """Raise BurnishError for settings that cannot be measured, before anything slow begins."""
+    check(trials, "evaluation")
+    if image_size is not None:
+        check_size(trials.env, image_size)
+    expand(trials.env)
+    require_own(output, EVALUATION, is_evaluation)
 
 
 def initial_states(spec: EnvSpec, first: int, count: int) -> range:
@@ -132,49 +139,54 @@ def initial_states(spec: EnvSpec, first: int, count: int) -> range:
 class _Job:
     """What `evaluate` and `evaluate_expert` share; see there."""
 
-    env: str
-    episodes: int
-    first_state: int
-    seed: int
-    workers: int
-    batch_size: int
-    max_steps: int
-    image_size: int
+    trials: EvalConfig
+    image_size: Size
     video: bool
     progress: bool
     make: MakeEnv
     swap: bool = False
     actor: str = "policy"
 
+    @property
+    def batch_size(self) -> int:
+        return self.trials.batch_size or EPISODES_PER_WORKER * count_workers(self.trials.workers)
+
     def run(self, output: Path, weights: str, prepare: "Callable[[EnvSpec], BatchedPolicy | None]") -> Evaluation:
         """`prepare` returns the batched policy (None for an expert) once a simulator has said what it offers."""
         start = time.perf_counter()
-        with SimulatorPool(self.workers, self.make, self.image_size) as pool:
-            specs = pool.describe(expand(self.env))
-            policy = prepare(specs[0])
+        workers = min(count_workers(self.trials.workers), self.batch_size)
+        with SimulatorPool(workers, self.make, self.image_size) as pool:
+            specs = pool.describe(expand(self.trials.env), self.actor, self.trials.first_state)
+            able = [spec for spec in specs if spec.task_id not in pool.unable]
+            if not able:
+                raise BurnishError(next(iter(pool.unable.values())), "a task with such an expert")
+            for reason in pool.unable.values():
+                log.warning("left out: %s", reason)
+            policy = prepare(able[0])
             cameras = tuple(policy.cameras.values()) if policy else ()
-            plan = self.plan(specs)
+            plan = self.plan(able)
             settings = self.settings(weights, cameras, policy.n_action_steps if policy else 0)
             with Journal(output, settings) as journal:
                 before = len(journal.records)
                 self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output), len(plan))
                 records = {r.key: r for r in journal.records}
-        found = [records[spec.task_id, state] for spec, state in plan]
-        evaluation = Evaluation(output, settings, found, time.perf_counter() - start, len(records) - before)
-        write_json(output / SUMMARY, evaluation.to_dict())
+                found = [records[spec.task_id, state] for spec, state in plan]
+                seconds = time.perf_counter() - start
+                evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable)
+                write_json(output / SUMMARY, evaluation.to_dict())
         return evaluation
 
     def plan(self, specs: Sequence[EnvSpec]) -> list[Trial]:
         """Every episode, task by task. The same initial state twice would be the same trial twice."""
-        if self.episodes < 1:
-            raise BurnishError(f"{self.episodes} episodes", "at least one for each task")
-        return [(spec, state) for spec in specs for state in initial_states(spec, self.first_state, self.episodes)]
+        first, count = self.trials.first_state, self.trials.episodes
+        return [(spec, state) for spec in specs for state in initial_states(spec, first, count)]
 
     def settings(self, weights: str, cameras: Sequence[str], n_action_steps: int) -> dict[str, Any]:
+        trials = self.trials
         return {
-            "env": self.env, "actor": self.actor, "weights": weights,
-            "variant": "instruction_swap" if self.swap else "plain", "seed": self.seed,
-            "first_state": self.first_state, "max_steps": self.max_steps, "image_size": self.image_size,
+            "env": trials.env, "actor": self.actor, "weights": weights,
+            "variant": "instruction_swap" if self.swap else "plain", "seed": trials.seed,
+            "first_state": trials.first_state, "max_steps": trials.max_steps, "image_size": self.image_size,
             "cameras": list(cameras), "n_action_steps": n_action_steps,
             "batch_size": self.batch_size if self.actor == "policy" else 0,
         }  # fmt: skip
@@ -189,9 +201,9 @@ class _Job:
             video = self.video and filmed[spec.task_id] <= VIDEOS_PER_TASK
             if (spec.task_id, state) not in done:
                 episodes.append(Episode(
-                    task=spec.task_id, initial_state=state, max_steps=self.max_steps or spec.max_steps,
+                    task=spec.task_id, initial_state=state, max_steps=self.trials.max_steps or spec.max_steps,
                     cameras=cameras or (spec.cameras[:1] if video else ()), actor=self.actor,
-                    actor_seed=derive_seed(self.actor, self.seed, spec.task_id, state) % 2**31, swap=self.swap,
+                    actor_seed=derive_seed(self.actor, self.trials.seed, spec.task_id, state) % 2**31, swap=self.swap,
                     video=output / video_path(spec.task_id, state) if video else None,
                 ))  # fmt: skip
         return episodes
@@ -202,6 +214,6 @@ class _Job:
         from burnish.evaluate.scheduler import Measurement, Planned
 
         stamp = {name: journal.settings[name] for name in ("seed", "weights", "variant")} | {"commit": commit()}
-        shown = {"desc": self.env, "unit": "ep", "shown": self.progress}
+        shown = {"desc": self.trials.env, "unit": "ep", "shown": self.progress}
         with progress_bar(total=total, initial=total - len(todo), **shown) as bar:
             Measurement(pool, policy, self.batch_size, journal, stamp).run(map(Planned, todo), bar)

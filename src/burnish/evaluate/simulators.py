@@ -15,9 +15,11 @@ from burnish.core.errors import BurnishError
 from burnish.core.workers import WorkerPool
 from burnish.data.record import Tape
 from burnish.data.spool import write_recording
-from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject
+from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject, Size
 
-MakeEnv = Callable[[str, int], Env]
+MakeEnv = Callable[[str, Any], Env]
+FILM_HEIGHT = 256
+"""Higher views are filmed at a fraction of their size: the frames of an episode are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,8 @@ class _Running:
                 raise BurnishError(f"{episode.task} offers no instruction swap", "for instance tabletop:lift")
             env.set_instruction(env.alternative_instruction(episode.actor_seed))
             self.other_success = False
-        if episode.actor == "expert":
-            self.expert = env.expert(episode.actor_seed)
-        elif episode.actor == "random_object":
-            if not isinstance(env, RandomObject):
-                raise BurnishError(f"{episode.task} offers no expert that picks its object at random")
-            self.expert = env.random_object_expert(episode.actor_seed)
+        if episode.actor != "policy":
+            self.expert = _expert(env, episode.actor, episode.actor_seed)
         self.instruction = env.instruction
         if episode.record is not None:
             self.tape = Tape(env, episode.initial_state, episode.cameras)
@@ -127,7 +125,7 @@ class _Running:
     def _film(self) -> None:
         if self.episode.video is not None:
             images = self.env.observe(self.episode.cameras).images
-            self.frames.append(np.concatenate([images[c] for c in self.episode.cameras], axis=1))
+            self.frames.append(_side_by_side([images[camera] for camera in self.episode.cameras]))
 
     def end(self, slot: int) -> Finished:
         if self.episode.video is not None:
@@ -142,10 +140,25 @@ class _Running:
         return Finished(slot, self.success, self.steps, self.instruction, self.other_success)
 
 
+def _expert(env: Env, actor: str, seed: int) -> Expert:
+    if actor == "expert":
+        return env.expert(seed)
+    if not isinstance(env, RandomObject):
+        raise BurnishError(f"{env.spec.task_id} offers no expert that picks its object at random")
+    return env.random_object_expert(seed)
+
+
+def _side_by_side(images: list[np.ndarray]) -> np.ndarray:
+    """One frame of a film; the views of a wide robot are thinned and padded to one height."""
+    small = [image[:: (s := -(-len(image) // FILM_HEIGHT)), ::s] for image in images]
+    height = max(map(len, small))
+    return np.concatenate([np.pad(one, ((0, height - len(one)), (0, 0), (0, 0))) for one in small], axis=1)
+
+
 class _Simulators:
     """What one process holds. Simulators are kept and reused for later episodes of their task."""
 
-    def __init__(self, make: MakeEnv, image_size: int):
+    def __init__(self, make: MakeEnv, image_size: Size):
         self.make, self.image_size = make, image_size
         self.running: dict[int, _Running] = {}
         self.idle: list[Env] = []
@@ -159,10 +172,17 @@ class _Simulators:
             self.idle.pop().close()
         return self.make(task, self.image_size)
 
-    def describe(self, task: str) -> EnvSpec:
-        env = self.take_env(task)
+    def describe(self, task: str, actor: str, first_state: int) -> tuple[EnvSpec, str]:
+        """What the task offers, and why `actor` cannot act in it (empty where it can)."""
+        env, reason = self.take_env(task), ""
         self.idle.append(env)
-        return env.spec
+        if actor != "policy":
+            env.reset(first_state if env.spec.num_initial_states is None else 0)
+            try:
+                _expert(env, actor, 0)
+            except BurnishError as error:
+                reason = str(error)
+        return env.spec, reason
 
     def start(self, slot: int, episode: Episode) -> Waiting | Finished:
         run = self.running[slot] = _Running(self.take_env(episode.task), episode)
@@ -195,8 +215,8 @@ class _Simulators:
 
 
 def run_episodes(
-    commands: Iterable[tuple], make: MakeEnv, image_size: int
-) -> Generator[EnvSpec | Waiting | Finished, None, None]:
+    commands: Iterable[tuple], make: MakeEnv, image_size: Size
+) -> Generator[tuple[EnvSpec, str] | Waiting | Finished, None, None]:
     """The worker of a `SimulatorPool`: a command is (describe, start, act or finish, *its arguments)."""
     with closing(_Simulators(make, image_size)) as held:
         known = {"describe": held.describe, "start": held.start, "act": held.act, "finish": held.finish}
@@ -210,22 +230,28 @@ class SimulatorPool(WorkerPool):
     Args:
         workers: number of processes.
         make: builds a simulator from a single-task id and an image size; must be importable by name.
-        image_size: side of the square images, in pixels.
+        image_size: of the images.
+
+    Attributes:
+        unable: tasks in which the actor asked about cannot act, and why; known after `describe`.
     """
 
-    def __init__(self, workers: int, make: MakeEnv, image_size: int):
-        fix = "the same command continues after the finished episodes; fewer --workers if memory ran out"
+    def __init__(self, workers: int, make: MakeEnv, image_size: Size):
+        fix = "the same command again, which continues after the finished episodes"
         super().__init__(run_episodes, make, image_size, count=workers, name="simulator process", fix=fix)
         self._episodes: dict[int, Episode] = {}
+        self.unable: dict[str, str] = {}
 
-    def describe(self, tasks: Iterable[str]) -> list[EnvSpec]:
+    def describe(self, tasks: Iterable[str], actor: str = "policy", first_state: int = 0) -> list[EnvSpec]:
         """Specs of single-task ids, asked of all processes at once. Only before the first `start`."""
         tasks = list(tasks)
         for i, task in enumerate(tasks):
-            self.send(i % len(self), ("describe", task), task)
+            self.send(i % len(self), ("describe", task, actor, first_state), task)
         specs: dict[str, EnvSpec] = {}
         while len(self.idle()) < len(self):
-            specs |= {task: spec for _, (_, task), spec in self.receive()}
+            for _, (_, task, *_), (spec, reason) in self.receive():
+                specs[task] = spec
+                self.unable |= {spec.task_id: reason} if reason else {}
         return [specs[task] for task in tasks]
 
     def start(self, slot: int, episode: Episode) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import Record, read_results
+from burnish.evaluate.records import Record
+from burnish.evaluate.results import read_results
 from burnish.evaluate.stats import crossed_bootstrap, wilson
 
 Trials = dict[int, dict[Any, float]]

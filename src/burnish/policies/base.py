@@ -111,6 +111,11 @@ class Policy(nn.Module, ABC):
     state_dim: int
     num_layers: int
 
+    @property
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        """(height, width) of the images that it was trained on, by camera."""
+        return {camera: (self.image_size, self.image_size) for camera in self.cameras}
+
     def supports(self, capability: str) -> bool:
         """Whether this policy can do what `capability` (see CAPABILITIES) stands for."""
         return capability in self.capabilities

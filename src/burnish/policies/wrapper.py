@@ -51,6 +51,11 @@ class PolicyWrapper(Policy):
         self.generator = seeding.generator("policy draws")
         self.requires_grad_(True)
 
+    @property
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        shapes = (self.config.image_features[key].shape for key in self.camera_keys)
+        return {camera: (shape[-2], shape[-1]) for camera, shape in zip(self.cameras, shapes, strict=True)}
+
     # How a folder of its type is read and made.
 
     @classmethod

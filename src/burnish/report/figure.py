@@ -5,6 +5,7 @@ from pathlib import Path
 
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
+from burnish.report.media import read_picture
 from burnish.report.plots import percent
 from burnish.report.run_folder import Evaluation, load_run
 
@@ -30,7 +31,7 @@ def write_figure(run_folder: Path | str, out: Path | str) -> Path:
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, (image, text) in zip(axes, strips, strict=False):
         axis.imshow(image, interpolation="lanczos")
-        axis.set_title(text, loc="left", fontsize=10, color="#1c2127")
+        axis.set_title(text, loc="left", fontsize=10, color="#1c2127", parse_math=False)
         axis.axis("off")
     _draw_rates(axes[-1], rates)
     out = Path(out)
@@ -40,16 +41,14 @@ def write_figure(run_folder: Path | str, out: Path | str) -> Path:
 
 def _strips(one: Evaluation) -> list[tuple]:
     """(image, instruction) of solved episodes, a task at a time before any task comes twice."""
-    from matplotlib.image import imread
-
     seen: Counter[str] = Counter()
     ranked = []
     for film in one.films:
-        if film.get("success") and (one.folder / str(film.get("film_strip"))).is_file():
-            seen[film["task"]] += 1
-            ranked.append((seen[film["task"]], film))
-    chosen = [film for _, film in sorted(ranked, key=lambda pair: pair[0])[:ROWS]]
-    return [(imread(one.folder / film["film_strip"]), film["instruction"] or film["task"]) for film in chosen]
+        image = read_picture(film.strip) if film.success and film.strip else None
+        if image is not None:
+            seen[film.task] += 1
+            ranked.append((seen[film.task], image, film.instruction))
+    return [pair for _, *pair in sorted(ranked, key=lambda one: one[0])[:ROWS]]
 
 
 def _draw_rates(axis, rates: list[Evaluation]) -> None:
@@ -59,7 +58,7 @@ def _draw_rates(axis, rates: list[Evaluation]) -> None:
         axis.plot(rate.rate, place, "o", color=colour, markersize=8)
         label = f"{percent(rate.rate)} ({rate.successes}/{rate.n})"
         axis.text(1.02, place, label, va="center", fontsize=9, color="#68717d", transform=axis.get_yaxis_transform())
-    axis.set_yticks(range(len(rates)), [one.label for one in rates], fontsize=9)
+    axis.set_yticks(range(len(rates)), [one.label for one in rates], fontsize=9, parse_math=False)
     axis.set_ylim(len(rates) - 0.5, -0.5)
     axis.set_xlim(-0.01, 1.01)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"], fontsize=8, color="#68717d")

@@ -73,7 +73,7 @@ def as_html(found: Inspection) -> str:
     rows = [[f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.what)] for p in found.problems]
     parts = [
         f'<header><div class="brand">burnish data inspect</div><h1>{escape(name)}</h1>'
-        f'<div class="sub">LeRobotDataset {found.version} · {escape(_verdict(found))}</div></header>',
+        f'<div class="sub">LeRobotDataset {escape(found.version)} · {escape(_verdict(found))}</div></header>',
         section("Overview", facts(_overview(found))),
         section("Remarks", table(["", "where", "what"], rows)) if rows else "",
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
+from burnish.core.reading import read_text
 from burnish.report import sections
 from burnish.report.html import document
 from burnish.report.run_folder import RunFolder, load_run
@@ -27,6 +28,8 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
     """
     run = load_run(Path(run_folder))
     target = Path(out) if out else run.path / "report.html"
+    if not out and target.is_file() and "burnish</title>" not in read_text(target)[:2000]:
+        raise BurnishError(f"{target} is another page", "none, or one of ours", "--out PAGE.html")
     write_page(target, render(run))
     return target
 

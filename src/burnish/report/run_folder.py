@@ -1,12 +1,15 @@
 """Reads what a run left behind. Every part is optional: a page is made of whatever is there."""
 
-import json
+import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.reading import read_object
+from burnish.core.options import number
+from burnish.core.reading import inside, read_object, read_text, regular_file
+from burnish.evaluate.records import rows_of
 from burnish.evaluate.stats import Rate, wilson
 
 # variant folder under eval/: (how the page calls it, colour)
@@ -16,6 +19,21 @@ VARIANTS = {
     "swap": ("Told another object", "swap"),
     "expert_random_object": ("Random-object expert", "expert"),
 }
+FILM_KINDS = {"video": (".mp4",), "film_strip": (".png", ".jpg", ".jpeg")}
+_KINDS = {dict: "object", list: "list"}
+log = logging.getLogger("burnish")
+
+
+@dataclass(frozen=True)
+class Film:
+    """One filmed episode; a file is None where it is missing or not the run's own."""
+
+    task: str
+    initial_state: str
+    instruction: str
+    success: bool
+    video: Path | None
+    strip: Path | None
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,7 @@ class Evaluation:
         tasks: per task.
         latency_ms: percentile name to milliseconds for one call of the policy.
         other: for the instruction swap, success on the object that the sentence named instead.
-        films: what was filmed: {"task", "initial_state", "success", "video", "film_strip", "instruction"}; the two
-            paths are within `folder`.
+        films: what was filmed.
     """
 
     variant: str
@@ -36,8 +53,7 @@ class Evaluation:
     tasks: dict[str, Rate]
     latency_ms: dict[str, float]
     other: Rate | None
-    folder: Path
-    films: list[dict[str, Any]]
+    films: list[Film]
 
     @property
     def label(self) -> str:
@@ -68,15 +84,15 @@ def load_run(path: Path) -> RunFolder:
     """Read a run folder.
 
     Raises:
-        BurnishError: the folder is missing, holds nothing to report, or a file in it is malformed.
+        BurnishError: the folder is missing, holds nothing to report, or a file in it is malformed or leads out of it.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise BurnishError(f"no run folder at {path}", "a folder that `burnish run` or `burnish train` wrote")
     recipe = path / "recipe.yaml"
     run = RunFolder(
-        path=path, info=_read_object(path / "run.json"), metrics=read_jsonl(path / "metrics.jsonl"),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        evaluations=_evaluations(path), retention=_read_object(path / "retention.json"),
+        path=path, info=_info(path), metrics=read_jsonl(path / "metrics.jsonl", path),
+        recipe=read_text(recipe, path) if os.path.lexists(recipe) else "",
+        evaluations=_evaluations(path), retention=_retention(path),
     )  # fmt: skip
     if not (run.info or run.metrics or run.evaluations or run.retention):
         raise BurnishError(f"nothing to report in {path}", "at least one of run.json, metrics.jsonl, retention.json, "
@@ -84,59 +100,110 @@ def load_run(path: Path) -> RunFolder:
     return run
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, [] when it does not exist; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise BurnishError(f"{path} line {number} is not JSON ({error.msg})", "one JSON object per line") from None
-        if not isinstance(row, dict):
-            raise BurnishError(f"{path} line {number} is not a JSON object", "one JSON object per line")
-        rows.append(row)
-    return rows
+def read_jsonl(path: Path, root: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file in `root`, [] when it does not exist; a last line cut short by a kill is left out."""
+    return [row for _, row in rows_of(read_text(path, root), path)] if os.path.lexists(path) else []
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+def _read_object(path: Path, root: Path) -> dict[str, Any]:
+    return read_object(path, root) if os.path.lexists(path) else {}
+
+
+def _part[T](row: dict[str, Any], key: str, kind: type[T], where: str) -> T:
+    """`row[key]`, an empty `kind` where it is missing or null; raises BurnishError where it is something else."""
+    value = kind() if row.get(key) is None else row[key]
+    if not isinstance(value, kind):
+        raise BurnishError(f"{where}: {key} is no {_KINDS[kind]}", "what burnish writes")
+    return value
+
+
+def _number(row: dict[str, Any], key: str, where: str) -> float:
+    if not number(row.get(key)):
+        raise BurnishError(f"{where}: {key} is {str(row.get(key))[:60]!r}", "a number")
+    return float(row[key])
+
+
+def _parts(row: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    found = _part(row, key, list, where)
+    if not all(isinstance(one, dict) for one in found):
+        raise BurnishError(f"{where}: {key} holds something else than objects", "what burnish writes")
+    return found
+
+
+def _info(path: Path) -> dict[str, Any]:
+    file = path / "run.json"
+    info = _read_object(file, path)
+    for key, kind in (("versions", dict), ("commands", list)):
+        _part(info, key, kind, str(file))
+    for stage in _parts(info, "stages", str(file)):
+        stage["minutes"] = _number({"minutes": stage.get("minutes") or 0}, "minutes", f"{file}: a stage")
+    return info
+
+
+def _retention(path: Path) -> dict[str, Any]:
+    file = path / "retention.json"
+    content = _read_object(file, path)
+    for name in ("base", "tuned"):
+        part = _part(content, name, dict, str(file))
+        rates = _part(part, "by_kind", dict, f"{file}: {name}") | ({"accuracy": part.get("accuracy")} if part else {})
+        for kind, row in rates.items():
+            read_rate(row, f"{file}: {name} {kind}")
+    paired = content.get("comparison") or content.get("mcnemar_p")
+    for key in ("low", "high", "forgotten", "learned", "difference", "p") if isinstance(paired, dict) else ():
+        _number(paired, key, f"{file}: comparison")
+    return content
 
 
 def _evaluations(path: Path) -> dict[str, Evaluation]:
-    found = {file.parent.name: _evaluation(file) for file in sorted(path.glob("eval/*/summary.json"))}
+    found = {file.parent.name: _evaluation(file, path) for file in sorted(path.glob("eval/*/summary.json"))}
     known = [name for name in VARIANTS if name in found]
     return {name: found[name] for name in dict.fromkeys([*known, *found])}
 
 
-def _evaluation(file: Path) -> Evaluation:
-    summary = read_object(file)
-    tasks = (summary.get("per_task") or {}).items()
+def _evaluation(file: Path, root: Path) -> Evaluation:
+    summary = read_object(file, root)
+    where, latency = str(file), _part(summary, "latency_ms", dict, str(file))
     return Evaluation(
         variant=file.parent.name,
         overall=read_rate(summary.get("overall"), f"{file}: overall"),
-        tasks={task: read_rate(row, f"{file}: per_task {task}") for task, row in tasks},
-        latency_ms={name: float(value) for name, value in (summary.get("latency_ms") or {}).items()},
+        tasks={
+            task: read_rate(row, f"{file}: {task}") for task, row in _part(summary, "per_task", dict, where).items()
+        },
+        latency_ms={name: _number(latency, name, f"{file}: latency_ms") for name in latency},
         other=read_rate(summary["other"], f"{file}: other") if summary.get("other") else None,
-        folder=file.parent,
-        films=_films(summary.get("videos") or [], file.parent / "episodes.jsonl"),
+        films=_films(_parts(summary, "videos", where), file.parent, root),
     )
 
 
-def _films(videos: list[dict[str, Any]], episodes: Path) -> list[dict[str, Any]]:
+def _films(videos: list[dict[str, Any]], folder: Path, root: Path) -> list[Film]:
     """What was filmed, with the sentence that the policy was given."""
-    said = {(row.get("task"), row.get("initial_state")): row.get("instruction") for row in read_jsonl(episodes)}
-    return [film | {"instruction": said.get((film["task"], film["initial_state"])) or ""} for film in videos]
+    rows = read_jsonl(folder / "episodes.jsonl", root) if videos else []
+    said = {(str(row.get("task")), str(row.get("initial_state"))): row.get("instruction") for row in rows}
+    films = []
+    for one in videos:
+        key = (str(one.get("task")), str(one.get("initial_state")))
+        files = (_file(folder, one.get(name), kinds) for name, kinds in FILM_KINDS.items())
+        films.append(Film(*key, str(said.get(key) or key[0]), bool(one.get("success")), *files))
+    return films
+
+
+def _file(folder: Path, name: Any, kinds: tuple[str, ...]) -> Path | None:
+    """A file of the evaluation's folder; None where there is none, or none that belongs on a page, which is told."""
+    try:
+        path = inside(folder, str(name)) if name else folder
+        known = path.suffix.lower() in kinds and os.path.lexists(path)
+        return Path(os.path.abspath(regular_file(path, folder))) if known else None
+    except BurnishError as error:
+        log.warning("%s; it is left out of the page", error)
+        return None
 
 
 def read_rate(row: Any, where: str) -> Rate:
     """A rate as `Rate.to_dict` wrote it; the interval is computed again from the counts."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in ("n", "successes")):
+    counts = [row.get(key) for key in ("successes", "n")] if isinstance(row, dict) else [None]
+    if not all(type(count) is int and number(count) for count in counts):
         raise BurnishError(f"{where} has no whole numbers n and successes", "what `burnish eval` writes")
-    return wilson(row["successes"], row["n"])
+    try:
+        return wilson(*counts)
+    except BurnishError as error:
+        raise BurnishError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@ import json
 from html import escape
 from typing import Any
 
+from burnish.core.options import number
 from burnish.evaluate.stats import Rate
 from burnish.report.html import facts, section, table
 from burnish.report.media import films
@@ -129,7 +130,7 @@ def retention(run: RunFolder) -> str:
     rows = [_interval_row(label, rate, name) for name, label in labels.items() if (rate := _accuracy(run, name))]
     parts = [interval_plot(rows)] if rows else []
     sentences = []
-    if _is_number(before.get("loss")) and _is_number(after.get("loss")):
+    if number(before.get("loss")) and number(after.get("loss")):
         sentences.append(f"Answer loss {before['loss']:.3f} before, {after['loss']:.3f} after (nats per token).")
     paired = run.retention.get("comparison") or run.retention.get("mcnemar_p")
     if isinstance(paired, dict):
@@ -172,7 +173,7 @@ def _retention_curves(run: RunFolder) -> str:
 def training(run: RunFolder) -> str:
     """The curves of metrics.jsonl; figures that methods logged come folded at the end."""
     main, other = [], []
-    named = {key for row in run.metrics for key, value in row.items() if _is_number(value)}
+    named = {key for row in run.metrics for key, value in row.items() if number(value)}
     if len([name for name in named if name.startswith("loss_")]) == 1:
         named -= {"loss_policy"}  # the only term is the loss itself
     for column in [*CURVES, *sorted(named - set(CURVES) - BOOKKEEPING - set(RETENTION_COLUMNS))]:
@@ -241,12 +242,8 @@ def _accuracy(run: RunFolder, name: str) -> Rate | None:
 
 def _column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of metrics.jsonl, where it holds a number."""
-    rows = [row for row in run.metrics if _is_number(row.get(name)) and _is_number(row.get("step"))]
+    rows = [row for row in run.metrics if number(row.get(name)) and number(row.get("step"))]
     return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _interval_row(label: str, rate: Rate, role: str) -> IntervalRow:
