@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import EnvSpec, Expert, Observation
+from burnish.envs.base import EnvSpec, Expert, Observation, view_size
 
 GOAL = 3.0
 
@@ -18,7 +18,7 @@ class LineEnv:
     """A point on a line that must be pushed beyond 3 or below -3; the initial state decides which, and the start.
 
     The instruction says the side: "go right" or "go left". State 13 kills its process on the fifth step where
-    BURNISH_TEST_CRASH is set.
+    BURNISH_TEST_CRASH is set. The task "dull" has no expert.
     """
 
     def __init__(self, task: str, image_size: int):
@@ -62,7 +62,7 @@ class LineEnv:
 
     def observe(self, cameras: Sequence[str] = ()) -> Observation:
         level = int(np.clip(20 * self.x + 128, 0, 255))
-        images = {c: np.full((self.image_size, self.image_size, 3), level, np.uint8) for c in cameras}
+        images = {c: np.full((*view_size(self.image_size, c), 3), level, np.uint8) for c in cameras}
         return Observation(images, np.array([self.x], np.float32), self.instruction)
 
     def step(self, action: np.ndarray) -> bool:
@@ -73,19 +73,14 @@ class LineEnv:
         return self.x > GOAL if self.right else self.x < -GOAL
 
     def expert(self, seed: int = 0) -> Expert:
+        if self.spec.task_id == "line:dull":
+            raise BurnishError("no scripted expert for line:dull")
         return _Pusher(1.0 if self.right else -1.0)
 
     def random_object_expert(self, seed: int) -> Expert:
         return _Pusher(float(np.random.default_rng(seed).choice([-1.0, 1.0])))
 
     def close(self) -> None: ...
-
-
-class DullEnv(LineEnv):
-    """Offers neither swap nor random object."""
-
-    alternative_instruction = None
-    random_object_expert = None
 
 
 class _Pusher:
@@ -97,7 +92,7 @@ class _Pusher:
 
 
 def tasks(selector: str) -> list[str]:
-    return ["a", "b"] if not selector else [selector]
+    return {"": ["a", "b"], "mixed": ["a", "dull"]}.get(selector, [selector])
 
 
 def make(selector: str, image_size: int) -> LineEnv:
@@ -113,10 +108,11 @@ def register() -> None:
     from burnish.envs.base import ENVS, EnvFamily
 
     if "line" not in ENVS:
-        ENVS.register("line")(EnvFamily(tasks, make))
+        ENVS.register("line")(EnvFamily(tasks, make, rectangles=True))
+        ENVS.register("squares")(EnvFamily(tasks, make))
 
 
-def make_policy(listens: bool = True, slow: float = 0.0):
+def make_policy(listens: bool = True, slow: float = 0.0, size: tuple[int, int] = (8, 8)):
     """A noisy policy that goes where the sentence says (or always right), through a matrix product on the images."""
     import time
 
@@ -130,15 +126,20 @@ def make_policy(listens: bool = True, slow: float = 0.0):
         cameras = ("front",)
         chunk_size, n_action_steps, image_size, action_dim, num_layers = 4, 2, 8, 1, 1
 
+        view_sizes = {"front": size}
+
         def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.full((3 * 8 * 8, 1), 1e-3 if listens else 2e-3))
             self.widths: list[int] = []
+            self.shapes: set[tuple[int, ...]] = set()
 
         def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
             time.sleep(slow)
             image = batch["observation.images.front"]
-            assert image.shape[1:] == (3, 8, 8) and float(image.max()) <= 1
+            self.shapes.add(tuple(image.shape[1:]))
+            assert float(image.max()) <= 1
+            image = image[..., :8, :8]
             self.widths.append(len(image))
             longest = max(len(t) for t in batch["task"])
             seen = image.flatten(1) @ self.weight + 1e-9 * min(longest, 48)  # as padding to the longest text does

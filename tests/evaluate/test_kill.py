@@ -12,7 +12,9 @@ from pathlib import Path
 
 import evaluation_fakes as fakes
 
-from burnish.evaluate.records import EPISODES, SUMMARY, read_results
+from burnish.core.outputs import MARK
+from burnish.evaluate.records import EPISODES, SUMMARY
+from burnish.evaluate.results import read_results
 from burnish.evaluate.rollout import evaluate
 
 SCRIPT = Path(__file__).with_name("killed_evaluation.py")
@@ -78,7 +80,7 @@ def check_killed(folder, kills, chance, whole):
     assert _outcomes(found) == _outcomes(whole.records)
     summary = json.loads((folder / SUMMARY).read_text())
     assert summary["overall"]["n"] == 40 and len(summary["videos"]) == 4
-    assert not [p for p in folder.rglob(".*")], "no partial file is left"
+    assert [p.name for p in folder.rglob(".*")] == [MARK], "no partial file is left"
 
 
 def _outcomes(records):

@@ -1,5 +1,6 @@
 """The journal survives kills at any byte; other tools' files are read; mistakes get one clear line."""
 
+import fcntl
 import json
 
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
+from burnish.core.outputs import MARK
 from burnish.core.provenance import weights_hash
-from burnish.evaluate.records import EPISODES, Journal, Record, read_results
+from burnish.evaluate.records import EPISODES, SETTINGS, Journal, Record
+from burnish.evaluate.results import read_results
 
 RECORDS = [Record("t:a", i, 3, i % 2 == 0, 10 + i, (1.5, 2.5), "lift the rød ball") for i in range(3)]
 
@@ -30,7 +33,9 @@ def test_a_file_cut_at_any_byte_loses_only_the_last_episode(tmp_path_factory, da
     cut = data.draw(st.integers(0, len(whole)))
     folder = tmp_path_factory.mktemp("cut")
     (folder / EPISODES).write_bytes(whole[:cut])
-    with Journal(folder, {}) as journal:
+    settings = {"env": "t", "weights": "x", "seed": 3}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    with Journal(folder, settings) as journal:
         done = whole[:cut].count(b"\n")
         assert journal.records == RECORDS[:done]
         for record in RECORDS[done:]:
@@ -41,7 +46,9 @@ def test_a_file_cut_at_any_byte_loses_only_the_last_episode(tmp_path_factory, da
 def test_other_settings_and_second_writer_are_refused(tmp_path):
     with Journal(tmp_path, {"weights": "x", "seed": 1}) as journal:
         journal.append(RECORDS[0])
-        with pytest.raises(BurnishError, match="another evaluation is writing"):
+    with (tmp_path / MARK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BurnishError, match="another process is writing"):
             Journal(tmp_path, {"weights": "x", "seed": 1})
     with pytest.raises(BurnishError, match=r"other weights \(weights: x there, y now\)"):
         Journal(tmp_path, {"weights": "y", "seed": 1})
@@ -55,6 +62,9 @@ def test_other_settings_and_second_writer_are_refused(tmp_path):
         ('{"task": "a", "seed": 4, "success": true}', 4, True),
         ('{"task": "a", "trial": 5, "success": 0, "extra": []}', 5, False),
         ('{"task": "a", "initial_state": 6, "seed": 1, "success": 1}', 6, True),
+        ('{"task": "a", "seed": 7.0, "success": 1.0, "steps": null, "variant": null}', 7, True),
+        ('\ufeff{"task": "a", "trial": 8, "success": false, "latency_ms": 12.5}', 8, False),
+        ('{"task": "a", "trial": 9, "success": true, "latency_ms": null, "seed": null}', 9, True),
     ],
 )
 def test_reads_other_tools(tmp_path, line, state, success):
@@ -73,7 +83,8 @@ def test_reads_other_tools(tmp_path, line, state, success):
         ('{"task": "a", "seed": 1, "success": "yes"}\n', "success is 'yes'"),
         ('{"task": "a", "seed": "x", "success": 1}\n', "seed is 'x'"),
         ('{"seed": 1, "success": 1}\nnonsense\n', ":2 is not JSON"),
-        ("[1]\n", "holds list"),
+        ("[1]\n", "no list of JSON objects"),
+        ('{"seed": 1, "success": 1}\n[1]\n', r":2 holds \[1\]"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, text, message):
@@ -81,8 +92,10 @@ def test_malformed_files_are_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(BurnishError, match=message):
         read_results(file)
-    with pytest.raises(BurnishError, match="no results at"):
+    with pytest.raises(BurnishError, match="no file at"):
         read_results(tmp_path / "missing")
+    with pytest.raises(BurnishError, match="no results at"):
+        read_results(tmp_path)
 
 
 def test_hashes_follow_contents(tmp_path):

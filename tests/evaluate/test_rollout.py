@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.outputs import MARK
 from burnish.core.seeding import generator
-from burnish.evaluate.records import read_results
+from burnish.evaluate.results import read_results
 from burnish.evaluate.rollout import evaluate, evaluate_expert
 
 fakes.register()
@@ -129,8 +130,15 @@ def test_a_dead_simulator_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):
         ({"cameras": ["top"]}, "cameras top for a policy that sees front"),
         ({"cameras": ["front", "side"]}, "cameras front, side"),
         ({"n_action_steps": 5}, "5 action steps; expected 1 to 4"),
-        ({"episodes": 0}, "0 episodes"),
-        ({"workers": -1}, "-1 workers"),
+        ({"episodes": 0}, "episodes is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_steps": -1}, "max_steps is -1; expected at least 0"),
+        ({"first_state": -1}, "first_state is -1"),
+        ({"batch_size": 10**9}, "batch_size is 1000000000"),
+        ({"episodes": 10**9}, "episodes is 1000000000"),
+        ({"n_action_steps": 0}, "0 action steps"),
+        ({"image_size": 0}, "images of 0x0; expected sides of 8 to 4096"),
+        ({"image_size": 10**6}, "images of 1000000x1000000"),
     ],
 )
 def test_refusals(tmp_path, change, message):
@@ -154,3 +162,106 @@ def test_command_on_the_tabletop(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "--env", "tabletop:reach", "--output", str(tmp_path / "y")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "config.json" in error and not (tmp_path / "y").exists()
+
+
+def test_views_have_the_height_and_width_of_the_policy(tmp_path):
+    policy = fakes.make_policy(size=(12, 20))
+    arguments = {"episodes": 2, "workers": 1, **QUIET}
+    result = evaluate(policy, "line:a", output=tmp_path / "1", **arguments)
+    assert policy.shapes == {(3, 12, 20)} and result.settings["image_size"] == [12, 20]
+    again = evaluate(policy, "line:a", output=tmp_path / "1", **arguments)
+    assert again.new_episodes == 0
+    square = evaluate(policy, "line:a", output=tmp_path / "2", image_size=16, **arguments)
+    assert square.settings["image_size"] == 16 and policy.shapes == {(3, 12, 20), (3, 16, 16)}
+
+
+def test_an_environment_of_squares_and_a_size_beyond_all_are_refused_before_any_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("burnish.evaluate.rollout.SimulatorPool", None)
+    for size, env, message in (
+        ((12, 20), "squares:a", "images of 12x20 from squares, which draws one square size; .*--image-size 20"),
+        ((12, 20000), "line:a", "images of 12x20000; expected sides of 8 to 4096 pixels"),
+    ):
+        with pytest.raises(BurnishError, match=message):
+            evaluate(fakes.make_policy(size=size), env, output=tmp_path / "x", **QUIET)
+    assert not (tmp_path / "x").exists()
+
+
+def test_sizes_by_camera():
+    from burnish.evaluate.batching import view_sizes
+
+    policy = fakes.make_policy()
+    type(policy).cameras, type(policy).view_sizes = ("front", "side"), {"front": (8, 12), "side": (16, 16)}
+    assert view_sizes(policy, None) == {"front": [8, 12], "side": [16, 16]}
+    assert view_sizes(policy, ["top", "wrist"]) == {"top": [8, 12], "wrist": [16, 16]}
+    with pytest.raises(BurnishError, match="camera top for views of .8, 12. and .16, 16. pixels"):
+        view_sizes(policy, ["top", "top"])
+
+
+def test_films_of_large_views_are_thinned_and_padded():
+    from burnish.evaluate.simulators import _side_by_side
+
+    large, small = np.full((480, 640, 3), 7, np.uint8), np.full((96, 128, 3), 9, np.uint8)
+    frame = _side_by_side([large, small])
+    assert (
+        frame.shape == (240, 320 + 128, 3)
+        and frame[0, 0, 0] == 7
+        and frame[95, 320, 0] == 9
+        and not frame[96:, 320:].any()
+    )
+
+
+def test_an_expert_leaves_out_what_it_cannot_do(tmp_path, caplog):
+    found = evaluate_expert("line:mixed", episodes=3, output=tmp_path / "1", workers=1, **QUIET)
+    assert {r.task for r in found.records} == {"line:a"} and len(found.records) == 3
+    assert "no scripted expert for line:dull" in caplog.text and "line:dull" in str(found)
+    summary = json.loads((tmp_path / "1/summary.json").read_text())
+    assert summary["left_out"] == {"line:dull": "no scripted expert for line:dull"}
+    with pytest.raises(BurnishError, match="no scripted expert for line:dull"):
+        evaluate_expert("line:dull", episodes=3, output=tmp_path / "2", workers=1, **QUIET)
+    assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize("files", [
+    {"summary.json": "mine"}, {"episodes.jsonl": '{"task": "a", "cut of'}, {"meta/info.json": "{}"}, {"notes.txt": ""},
+    {"settings.json": '{"theme": "dark"}', "episodes.jsonl": "x"},
+])  # fmt: skip
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for call in (lambda: evaluate(fakes.make_policy(), "line:a", output=tmp_path, **QUIET),
+                 lambda: evaluate_expert("line:a", output=tmp_path, **QUIET)):  # fmt: skip
+        with pytest.raises(BurnishError, match="which this would overwrite"):
+            call()
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_an_evaluation_without_our_marker_goes_on(tmp_path):
+    arguments = {"output": tmp_path, "workers": 1, **QUIET}
+    evaluate(fakes.make_policy(), "line:a", episodes=2, **arguments)
+    (tmp_path / MARK).unlink()
+    assert evaluate(fakes.make_policy(), "line:a", episodes=3, **arguments).new_episodes == 1
+    (tmp_path / "settings.json").write_text((tmp_path / "settings.json").read_text()[:40])
+    with pytest.raises(BurnishError, match="settings.json is not JSON"):
+        evaluate(fakes.make_policy(), "line:a", episodes=3, **arguments)
+
+
+def test_a_full_disk_is_one_line_and_the_evaluation_goes_on(tmp_path, monkeypatch):
+    import os
+
+    wrote, room = os.fsync, [2]
+
+    def full(handle):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(28, "No space left on device")
+        wrote(handle)
+
+    arguments = {"episodes": 4, "output": tmp_path, "workers": 1, **QUIET}
+    evaluate(fakes.make_policy(), "line:a", **{**arguments, "episodes": 1})
+    monkeypatch.setattr("burnish.evaluate.records.os.fsync", full)
+    with pytest.raises(BurnishError, match="no room left while writing .*episodes.jsonl"):
+        evaluate(fakes.make_policy(), "line:a", **arguments)
+    monkeypatch.undo()
+    assert len(evaluate(fakes.make_policy(), "line:a", **arguments).records) == 4
