@@ -9,11 +9,15 @@ it needs a LIBERO configuration that nobody else should see.
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class PeerRequest:
         image_size: of both cameras, in pixels.
         max_steps: limit in control steps.
         episodes: initial states 0 to episodes - 1.
-        batch_size: parallel environments.
+        batch_size: parallel environments; divides `episodes` where there is a `replay`.
         hard_reset: LeRobot rebuilds the model at every reset (its default) or does not.
         output: where the answer is written, as JSON or (with `replay`) as .npz.
         replay: .npy with actions [episodes, steps, A] that the policy's are added to, or "".
@@ -134,21 +138,27 @@ def measure_outcomes(request: PeerRequest) -> None:
     policy = parts["policy"]
     policy.model.sample_noise = lambda shape, device: torch.zeros(shape, dtype=torch.float32, device=device)
     replay = torch.from_numpy(np.load(request.replay, allow_pickle=False))
-    step = iter(range(replay.shape[1]))
-
-    def add_replay(transition: dict) -> dict:
-        return {ACTION: replay[:, next(step)] + request.scale * transition[ACTION]}
-
-    parts["env_postprocessor"] = add_replay
-    with torch.no_grad():
-        found = rollout(env, seeds=list(range(request.episodes)), **parts)
+    rounds = []
+    for first in range(0, request.episodes, request.batch_size):  # LeRobot goes on to the next initial states
+        states = range(first, first + request.batch_size)
+        parts["env_postprocessor"] = _add_replay(replay[states.start : states.stop], request.scale)
+        with torch.no_grad():
+            found = rollout(env, seeds=list(states), **parts)
+        missing = replay.shape[1] - found[ACTION].shape[1]
+        rounds.append({
+            "success": found["success"].any(dim=1).numpy(), "steps": found["done"].int().argmax(dim=1).numpy() + 1,
+            "actions": np.pad(found[ACTION].numpy(), ((0, 0), (0, missing), (0, 0))),
+        })  # fmt: skip
     close_envs({"libero": {0: env}})
-    np.savez(
-        request.output,
-        success=found["success"].any(dim=1).numpy(),
-        steps=found["done"].int().argmax(dim=1).numpy() + 1,
-        actions=found[ACTION].numpy(),
-    )
+    np.savez(request.output, **{name: np.concatenate([one[name] for one in rounds]) for name in rounds[0]})
+
+
+def _add_replay(replay: "torch.Tensor", scale: float) -> Callable[[dict], dict]:
+    """What stands in for the environment's postprocessor: recorded actions plus the scaled ones of the policy."""
+    from lerobot.utils.constants import ACTION
+
+    step = iter(range(replay.shape[1]))
+    return lambda transition: {ACTION: replay[:, next(step)] + scale * transition[ACTION]}
 
 
 def main() -> None:
