@@ -302,3 +302,10 @@ for name in sys.argv[1:]:
     assert not heavy, f"the parser of {name} imports {heavy}"
 """
     subprocess.run([sys.executable, "-c", code, *leaves()], check=True)
+
+
+def test_a_reader_who_leaves_ends_the_command_without_a_word(tmp_path):
+    (tmp_path / "r").write_text('{"task": "t", "seed": 0, "success": true}\n')
+    command = f"{sys.executable} -m burnish.cli.main compare {tmp_path}/r {tmp_path}/r; echo $? >{tmp_path}/status"
+    done = subprocess.run(["sh", "-c", f"( {command} ) | true"], capture_output=True, text=True)
+    assert done.stderr == "" and int((tmp_path / "status").read_text()) in (0, 141)

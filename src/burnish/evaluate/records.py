@@ -100,16 +100,20 @@ def parse_row(row: dict[str, Any], where: str) -> Record:
         raise BurnishError(f"{where}: variant is {_short(variant)}", "text")
     if steps is None or not -1 <= steps <= 10**9:
         raise BurnishError(f"{where}: steps is {_short(row['steps'])}", "a whole number from 0 on")
-    numbers = {key: _whole(row.get(key, 0)) for key in (state, "seed")}
-    wrong = next((key for key, value in numbers.items() if value is None), None)
-    if wrong is not None:
-        raise BurnishError(f"{where}: {wrong} is {_short(row[wrong])}", "a whole number")
+    initial_state, seed = _integer(row, state, where), _integer(row, "seed", where)
     texts = {key: row[key] for key in ("instruction", "weights", "commit") if isinstance(row.get(key), str)}
     other = _flag(row["other_success"], f"{where}: other_success") if "other_success" in row else None
     return Record(
-        task=str(task), initial_state=numbers[state], seed=0 if state == "seed" else numbers["seed"], success=success,
-        steps=steps, latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, **texts,
+        task=str(task), initial_state=initial_state, seed=0 if state == "seed" else seed, success=success, steps=steps,
+        latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, **texts,
     )  # fmt: skip
+
+
+def _integer(row: dict[str, Any], key: str, where: str) -> int:
+    value = _whole(row.get(key, 0))
+    if value is None:
+        raise BurnishError(f"{where}: {key} is {_short(row[key])}", "a whole number")
+    return value
 
 
 def _misnamed(where: str, file: str, names: list[str]) -> BurnishError:

@@ -117,7 +117,9 @@ def _vla_eval(content: dict[str, Any], file: Path) -> Iterator[tuple[str, dict[s
 
 
 def _openvla(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    task, state, count, total = None, None, 0, 0
+    task: str | None = None
+    state: int | None = None
+    count = total = 0
     for found in _LOG.finditer(text):
         if found["task"] is not None:
             task = found["task"]
