@@ -20,7 +20,7 @@ KNOWN = f"lines such as {EXAMPLE}, or a result file of lerobot-eval, vla-eval or
 # The log that openvla-oft keeps (openpi's example has the same lines behind a prefix).
 _LOG = re.compile(
     r"^(?:\w+:\w+:)?(?:Task: (?P<task>.*)|Starting episode (?P<episode>\d{1,9})\.\.\.|Success: (?P<success>.*)"
-    r"|# episodes completed so far: (?P<total>\d{1,9}))\s*$",
+    r"|# episodes completed so far: (?P<total>\d{1,9}))[ \t\r]*$",
     re.M,
 )
 log = logging.getLogger("burnish")
