@@ -47,7 +47,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 TEXTS = sorted(set(texts()))
-COMMAND = re.compile(r"(?:^|[`;,] ?|\bor |&& |\bby )(burnish [a-z][^`;()]*)")
+COMMAND = re.compile(r"(?:^|[`;,] ?|\bor |&& |\bby )(burnish [a-z][^`;(),]*)")
 
 
 def found_at(name: str) -> object:
@@ -84,6 +84,7 @@ FIELDS = set(recipe_fields())
 FLAGS_OF = {
     name: {flag for action in one.parser._actions for flag in action.option_strings} for name, one in PARSERS.items()
 }
+OTHERS = {"--num_processes", "--debug", "--section.field"}
 FLAGS = set().union(*FLAGS_OF.values())
 
 
@@ -113,11 +114,4 @@ def test_a_command_in_a_message_exists_with_its_flags(where, command):
     (where, flag) for where, text in TEXTS for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)
 }))  # fmt: skip
 def test_a_flag_in_a_message_is_one_of_some_command(where, flag):
-    assert flag in FLAGS | FIELDS | {"--num_processes", "--debug"} or flag.startswith("--policy.overrides."), where
-
-
-def test_no_message_speaks_python_to_the_command_line():
-    wrong = [
-        place for place in TEXTS if re.search(r"\bgive \w+=|\bload_policy\(|\w+= of (your|the) data set", place[1])
-    ]
-    assert wrong == []
+    assert flag in FLAGS | FIELDS | OTHERS or flag.startswith("--policy.overrides."), where

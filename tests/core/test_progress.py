@@ -20,19 +20,30 @@ class Clock:
 
 
 @pytest.fixture
-def stream(monkeypatch):
+def shown(monkeypatch):
+    """`shown(work, terminal=False)`: what `work` puts on stderr, by a clock of its own."""
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
     monkeypatch.setattr("tqdm.std.time", Clock())
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    return sys.stderr
+
+    def run(work, terminal=False):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            work()
+        return stream.getvalue()
+
+    return run
 
 
-def test_a_log_has_whole_lines_ten_seconds_apart(stream):
-    with progress_bar(total=1000, desc="train", unit="step") as bar:
-        for _ in range(1000):
-            bar.set_postfix_str("loss 0.1", refresh=False)
-            bar.update()
-    text = stream.getvalue()
+def test_a_log_has_whole_lines_ten_seconds_apart(shown):
+    def work():
+        with progress_bar(total=1000, desc="train", unit="step") as bar:
+            for _ in range(1000):
+                bar.set_postfix_str("loss 0.1", refresh=False)
+                bar.update()
+
+    text = shown(work)
     assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
     lines = text.splitlines()
     assert all(line.startswith("train: ") for line in lines)
@@ -42,13 +53,10 @@ def test_a_log_has_whole_lines_ten_seconds_apart(stream):
     assert "1000/1000" in lines[-1] and len(text) < 20_000
 
 
-def test_a_short_task_says_nothing_and_a_hidden_one_neither(stream):
-    list(progress_bar(range(2), desc="short"))
-    list(progress_bar(range(1000), desc="hidden", shown=False))
-    assert "hidden" not in stream.getvalue() and len(stream.getvalue().splitlines()) <= 1
+def test_a_short_task_says_little_and_a_hidden_one_nothing(shown):
+    assert len(shown(lambda: list(progress_bar(range(2), desc="short"))).splitlines()) <= 1
+    assert shown(lambda: list(progress_bar(range(1000), desc="hidden", shown=False))) == ""
 
 
-def test_a_terminal_is_drawn_anew(stream, monkeypatch):
-    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    list(progress_bar(range(1000), desc="train"))
-    assert "\r" in stream.getvalue()
+def test_a_terminal_is_drawn_anew(shown):
+    assert "\r" in shown(lambda: list(progress_bar(range(1000), desc="train")), terminal=True)

@@ -50,7 +50,7 @@ def test_other_settings_and_second_writer_are_refused(tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(BurnishError, match="another process is writing"):
             Journal(tmp_path, {"weights": "x", "seed": 1})
-    with pytest.raises(BurnishError, match=r"other weights \(weights: x there, y now\)"):
+    with pytest.raises(BurnishError, match=r"other weights \(weights: 'x' there, 'y' now\)"):
         Journal(tmp_path, {"weights": "y", "seed": 1})
     with Journal(tmp_path, {"weights": "x", "seed": 1}) as journal:
         assert journal.records == RECORDS[:1]

@@ -109,7 +109,7 @@ def test_malformed_metrics_line_is_named(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[3] = "{"
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BurnishError, match=r"metrics\.jsonl line 4"):
+    with pytest.raises(BurnishError, match=r"metrics\.jsonl:4"):
         write_report(run)
 
 
