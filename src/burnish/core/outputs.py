@@ -73,8 +73,9 @@ def require_own(folder: Path, kind: str, old: Callable[[Path], bool] | None = No
         return
     found = kind_of(folder)
     shown = f'what burnish made as "{found}"' if found else ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    raise BurnishError(f"{folder} holds {shown}, which this would overwrite", f"a new or empty folder, or a {kind}",
-                       "another output")  # fmt: skip
+    article = "an" if kind[0] in "aeiou" else "a"
+    raise BurnishError(f"{folder} holds {shown}, which this would overwrite",
+                       f"a new or empty folder, or {article} {kind}", "another output")  # fmt: skip
 
 
 def kind_of(folder: Path) -> str:
