@@ -27,8 +27,8 @@ class QuestionsConfig:
     root: str = option("", "question folder; empty means retention is not measured", path=True)
     env: str = option("", "environment id; empty means the one of `demos`")
     scenes: int = option(200, "number of images", least=1, most=10**7)
-    per_scene: int = option(5, "questions kept for each image", least=1, most=1000)
-    limit: int = option(1000, "questions measured", least=1)
+    per_scene: int = option(5, "questions kept for each image; 0 means all", least=0, most=1000)
+    limit: int = option(1000, "questions measured; 0 means all", least=0)
     seed: int = option(5_000_000, "first initial state")
 
 
