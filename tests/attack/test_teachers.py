@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from feature_fakes import make_vision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
+from burnish.core.errors import BurnishError
+from burnish.teachers.base import Views, make_teacher, run_teacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods" / "align"))
 
@@ -302,3 +307,28 @@ def test_features_that_are_being_filled(dataset, whole_cache, tmp_path, refused,
     (folder / "done").write_bytes(b"\0")
     PARTS[case](folder)
     refused(words(dataset, tmp_path / "run", f"{EDGES} cache: '{tmp_path / 'features'}'"))
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+FIELDS = [
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "mlp_ratio",
+    "layer_norm_eps", "hidden_act", "num_channels", "qkv_bias", "image_mean", "image_std", "size", "crop_size",
+    "architectures", "dtype", "layerscale_value", "out_features", "pruned_heads",
+]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FIELDS), VALUES)
+def test_any_value_of_any_field_is_a_teacher_or_one_line(whole_vision, vision, field, value):
+    for name in (CONFIG, PREPROCESSOR):
+        shutil.copyfile(whole_vision / name, vision / name)
+        change(vision / name, **{field: value})
+    try:
+        teacher = make_teacher({"name": "folder", "path": str(vision)}, (2, 2))
+        views = Views(torch.rand(1, 1, 3, 64, 48), torch.ones(1, 1, dtype=torch.bool), ("front",))
+        run_teacher(teacher, views, [0])
+    except BurnishError as error:
+        assert "\n" not in str(error)

@@ -57,10 +57,10 @@ class Run(seat.Run):
         self._minutes_before, self._started = 0.0, math.nan
         self.generator = generator(recipe.train.seed, "setup", device=str(self.device))
         self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
-        with self.accelerator.main_process_first():  # one rank decodes the frames, the others find them
-            self.policy, self.data, self.parent_hash = policy_and_data(
-                recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
-            )
+        # One rank decodes the frames, the others wait for its lock: a barrier of ranks has a time limit.
+        self.policy, self.data, self.parent_hash = policy_and_data(
+            recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
+        )
         self.objectives = make_objectives(recipe)
         self._prepare_policy()
         self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}

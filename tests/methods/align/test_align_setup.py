@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import fake
 import numpy as np
@@ -80,18 +79,28 @@ def test_every_selection_names_layers_that_exist(student, teacher):
                 assert check_pairs(pairs, student, teacher) == pairs, name
 
 
-def test_ranks_wait_at_no_barrier_for_the_features(dataset, tmp_path):
-    training = Run(recipe(dataset, tmp_path / "x", f"{{name: align, {TEACHER}}}"), progress=False)
-    own = training.accelerator
-
-    def late():
+def test_ranks_wait_at_no_barrier_for_frames_and_features(dataset, tmp_path, monkeypatch):
+    def late(*_):
         raise AssertionError("a barrier of ranks has a time limit, filling has none")
 
-    training.accelerator = SimpleNamespace(
-        num_processes=2, process_index=1, is_main_process=False, main_process_first=late, wait_for_everyone=late
-    )
-    training.objectives["align"].setup(training)
-    training.accelerator = own
+    for name in ("main_process_first", "local_main_process_first", "wait_for_everyone"):
+        monkeypatch.setattr(f"accelerate.Accelerator.{name}", late)
+    made = recipe(dataset, tmp_path / "x", f"{{name: align, {TEACHER}, cache: '{tmp_path / 'features'}'}}")
+    assert Run(made, progress=False).objectives["align"].targets.cache.folder.is_dir()
+
+
+def test_one_process_fills_and_the_other_waits_and_finds(dataset, tmp_path, edges, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from feature_fakes import fill, make_data, make_key
+
+    from burnish.data import feature_fill
+
+    data, fills, original = make_data(dataset), [], feature_fill._fill
+    monkeypatch.setattr(feature_fill, "_fill", lambda *a: (fills.append(a), original(*a)))
+    with ThreadPoolExecutor(2) as pool:
+        caches = list(pool.map(lambda _: fill(tmp_path / "c", make_key(data), data), range(2)))
+    assert len(fills) == 1 and all(np.array_equal(caches[0].arrays[t], caches[1].arrays[t]) for t in (0, 1))
 
 
 def as_earlier_versions_stored_it(folder):
