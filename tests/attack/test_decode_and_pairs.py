@@ -307,3 +307,9 @@ def test_options_of_prefer(folder, dataset, root, tmp_path, options, refused):
 def train_on(folder, dataset, root, tmp_path, refused, options="pool: 1"):
     refused(["train", f"--policy.path={folder}", f"--data.root={dataset}", f"--output={tmp_path / 'run'}",
              "--train.steps=1", f"--objectives=[{{name: prefer, pairs: {root}, {options}}}]"])  # fmt: skip
+
+
+def test_what_is_right_is_imported(root, tmp_path, accepted):
+    proposal = {"action": [[0.5, 0.5, 0.5]]}
+    labels = write(tmp_path / "l.jsonl", {"chosen": [0, 1], "rejected": proposal}, {"episode": 1, "success": False})
+    accepted(["data", "pairs", "--labels", labels, "--root", root], "1 pairs and outcomes of 1 episodes")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
@@ -78,6 +79,23 @@ def test_weights_of_the_likelihood_bound(folders, batch):
     hidden = draws.masks.view(3, 4, 14)
     wanted = draws.learned.view(3, 4, 14) * (14 / hidden.sum(2, keepdim=True).clamp_min(1))
     torch.testing.assert_close(seen[0].weight.view(3, 4, 14), wanted)
+
+
+def test_doubled_blocks_are_learned_given_clean_ones(folders, batch):
+    """One pass over both copies: every block as if all blocks before it were known."""
+    policy = load_policy(folders["blocks"], overrides={"doubled": True, "noise": "independent"})
+    plain, draws = load_policy(folders["blocks"]), policy.draw(3, rng())
+    with policy.watch_tokens() as seen:
+        policy.loss(batch, draws)
+    for block in range(4):
+        at = slice(14 * block, 14 * block + 14)
+        masks = draws.masks.clone()
+        masks[:, : 14 * block] = False
+        with plain.watch_tokens() as alone:
+            plain.loss(batch, Draws(draws.noise, draws.time, masks, draws.learned))
+        torch.testing.assert_close(seen[0].logits[:, at], alone[0].logits[:, at], rtol=1e-4, atol=1e-4)
+    with pytest.raises(BurnishError, match="doubled without blocks"):
+        load_policy(folders["diffusion"], overrides={"doubled": True})
 
 
 # Scores.

@@ -86,6 +86,9 @@ class DiscreteConfig(PreTrainedConfig):
     noise_options: dict[str, float] = field(default_factory=dict)
     ordinal_weight: float = 0.0
     """Weight of the distance between the expected and the true action beside the cross-entropy."""
+    doubled: bool = False
+    """Train every block given all earlier ones without noise, on a noisy and a clean copy of the chunk, as block
+    diffusion does (arXiv 2503.09573): what `sequential` decoding meets. Needs attention over blocks."""
     token_weights: str = "equal"
     """Of hidden tokens in diffusion: equal, or inverse_share, the 1 / t of the likelihood bound (noisier)."""
 
@@ -133,6 +136,8 @@ class DiscreteConfig(PreTrainedConfig):
             raise ValueError(
                 "prompt_sees_actions with attention over blocks: what a block tells the prompt, all blocks see"
             )
+        if self.doubled and (self.training != "diffusion" or not self.block_size):
+            raise ValueError("doubled without blocks: only what is trained by diffusion over blocks has earlier ones")
         if self.training == "autoregressive":
             if self.block_size not in (0, 1):
                 raise ValueError(f"block_size is {self.block_size}, but an autoregressive policy sees back only")

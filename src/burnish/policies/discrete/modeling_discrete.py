@@ -112,7 +112,10 @@ class DiscretePolicy(PreTrainedPolicy):
         tokens, hidden, weight = self.model.tokens, draws.masks, draws.learned.float()
         actions = losses.repeat_last(actions, padded)
         ids = tokens.encode(actions)
-        logits = self.logits(prompt, ids, hidden)
+        if self.config.doubled:
+            logits = self._side_by_side(prompt, ids[:, None], hidden[:, None])[:, 0]
+        else:
+            logits = self.logits(prompt, ids, hidden)
         if self.config.training == "diffusion" and self.config.token_weights == "inverse_share":
             weight = weight * losses.inverse_share(hidden, self.config.block)
         out = {"ids": ids, "hidden": hidden, "logits": logits, "weight": weight}

@@ -120,7 +120,8 @@ class Discrete(VLMPolicy):
         Padded steps are trained as repeats of the last action, so that no token tells where an episode ends.
         """
         prepared, draws = self._inputs(batch, batch[ACTION], draws)
-        out = self.policy.token_losses(self._embed(prepared, self.length), prepared[ACTION], draws, batch.get(PAD))
+        prompt = self._embed(prepared, self.length * (1 + self.config.doubled))
+        out = self.policy.token_losses(prompt, prepared[ACTION], draws, batch.get(PAD))
         for watched in self._watched:
             watched.append(TokenForward(out["ids"], out["hidden"], out["weight"], out["logits"]))
         weight = out["weight"]
