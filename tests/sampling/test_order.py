@@ -118,7 +118,7 @@ def joints(count, seed=0):
 
 def impossible(name, block, **options):
     wrong = 0
-    for support, weights in joints(150):
+    for support, weights in joints(60):
         model = Joint(support, weights, block)
         cached = {} if block == 4 else {"cache": False}
         ids = make_decoder(name, model, **cached, **options)(model.prompts(1)).ids[0]
@@ -133,8 +133,8 @@ def test_defaults_write_no_chunk_that_cannot_be(name, block):
 
 def test_less_careful_plans_write_such_chunks():
     """The argmax of every token by itself; half of the tokens at once; whatever reaches a half."""
-    assert impossible("one_pass", 4) > 20
-    assert impossible("together", 2, threshold=0.5) > 10
+    assert impossible("one_pass", 4) > 10
+    assert impossible("together", 2, threshold=0.5) > 5
     assert impossible("pipelined", 2, preset="paper") > 0
 
 
@@ -180,10 +180,10 @@ def test_drawn_tokens_follow_seeds_and_greedy_ones_the_schedule(model):
 
 def test_drawn_tokens_have_the_models_frequencies():
     model = Joint([(0, 0), (1, 1), (2, 2)], [0.6, 0.3, 0.1], 2)
-    prompt = Prompt(torch.zeros(4000, 9, 32), torch.ones(4000, 9, dtype=torch.bool), torch.arange(4000))
+    prompt = Prompt(torch.zeros(1200, 9, 32), torch.ones(1200, 9, dtype=torch.bool), torch.arange(1200))
     ids = make_decoder("dd_vla", model, steps=1)(prompt).ids
-    share = torch.bincount(ids[:, 0], minlength=3) / 4000
-    torch.testing.assert_close(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.03, rtol=0)
+    share = torch.bincount(ids[:, 0], minlength=3) / 1200
+    torch.testing.assert_close(share, torch.tensor([0.6, 0.3, 0.1]), atol=0.05, rtol=0)
     assert (ids[:, 0] != ids[:, 1]).float().mean() > 0.3, "one pass mixes"
     two = make_decoder("dd_vla", model, steps=2)(prompt).ids
     assert (two[:, 0] == two[:, 1]).all(), "the second pass has seen the first"
@@ -202,7 +202,7 @@ def test_remasking_takes_back_what_became_unlikely():
             return self.whole(None, ids, visible, cache)
 
     model = Late(length=14, block=14, vocabulary=4)
-    prompt = seeded(model.prompts(200), *range(200))
+    prompt = seeded(model.prompts(60), *range(60))
     right = [
         float((make_decoder("dd_vla", model, remask=remask, choice_temperature=0.0)(prompt).ids == 1).float().mean())
         for remask in (False, True)
