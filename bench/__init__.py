@@ -38,6 +38,10 @@ BENCHES: dict[str, dict[str, str]] = {
         "every_element_exact": "true",
         "agrees_with_mergekit": "true",
     },
+    "memory": {
+        f"{name}_over_plain": "<= 1.1"
+        for name in ("align", "isolate", "isolate_aegis", "capability", "capability_projection", "prefer", "distill")
+    },
     "prefer": {
         "gradients_equal": "true",
         "speedup_over_textbook_k1": ">= 2.4",
@@ -64,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole JSON object instead of a table")
     parser.add_argument("--output", default="", help="also write the JSON object to this file")
     parser.add_argument("--mergekit", default="", metavar="PYTHON", help="merge: interpreter with mergekit, the peer")
+    parser.add_argument("--size", default="tiny", choices=("tiny", "smolvla"), help="memory: of the policy")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 

@@ -138,7 +138,7 @@ def test_inspect(family, make, tmp_path, capsys):
     arguments = [str(delta.path), "--other", str(other.path), "--plots", str(tmp_path / "plots")]
     assert main(["weights", "inspect", *arguments, "--output", str(tmp_path / "found.json")]) == 0
     assert "cosine" in capsys.readouterr().out and json.loads((tmp_path / "found.json").read_text())["norm"]
-    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"norm.png", "cosine.png"}
+    assert {p.name for p in (tmp_path / "plots").glob("*.png")} == {"norm.png", "cosine.png"}
     assert main(["weights", "control", str(delta.path), "--kind", "flip", "-o", str(tmp_path / "flip")]) == 0
     assert inspect(delta.path, [tmp_path / "flip"])["others"][str(tmp_path / "flip")]["sign_conflict"] == 1.0
     assert main(["weights", "merge", str(base), "--delta", str(delta.path), "-o", str(tmp_path / "m")]) == 0

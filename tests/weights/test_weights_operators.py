@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import weights
 
@@ -178,6 +178,7 @@ def near_midpoints() -> st.SearchStrategy[float]:
     return st.builds(build, st.integers(0, 0x7F00), st.integers(-3, 3), st.sampled_from([1.0, -1.0]))
 
 
+@settings(deadline=None)
 @given(st.lists(near_midpoints() | st.floats(-1e38, 1e38), min_size=1, max_size=40))
 def test_bf16_is_rounded_once(values):
     value = np.array(values)

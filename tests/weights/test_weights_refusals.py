@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from weight_files import SHAPES, read_file, weights, write_file
+from weight_files import SHAPES, assert_same, read_file, weights, write_file
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
@@ -191,8 +191,11 @@ def test_an_existing_output_is_kept(family, delta, tmp_path):
     (tmp_path / "there/precious").write_text("x")
     refused(lambda: merge(family[0], [(delta, 1.0)], output=tmp_path / "there"), "exists", "--force")
     assert (tmp_path / "there/precious").read_text() == "x"
-    merge(family[0], [(delta, 1.0)], output=tmp_path / "there", force=True)
-    assert not (tmp_path / "there/precious").exists()
+    refused(lambda: merge(family[0], [(delta, 1.0)], output=tmp_path / "there", force=True), "precious", "overwrite")
+    assert (tmp_path / "there/precious").read_text() == "x"
+    merge(family[0], [(delta, 1.0)], output=tmp_path / "ours")
+    merge(family[0], [(delta, 0.0)], output=tmp_path / "ours", force=True)
+    assert_same(weights(tmp_path / "ours"), weights(family[0]))
 
 
 def test_a_finished_command_is_not_repeated(family, delta, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from weight_files import assert_same, read_file, to_bf16, weights, write_file
 
 from burnish.core.errors import BurnishError
+from burnish.core.outputs import mark
 from burnish.weights.control import control
 from burnish.weights.delta import Delta
 from burnish.weights.extract import extract
@@ -18,7 +19,7 @@ from burnish.weights.merge import merge
 from burnish.weights.rounding import difference, narrow, unequal
 from burnish.weights.sources import Checkpoint
 from burnish.weights.verify import verify
-from burnish.weights.writer import part_folder
+from burnish.weights.writer import PART, part_folder
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(size=(6, 8)).astype(np.float32), RNG.normal(size=(5, 4)).astype(np.float32)
@@ -84,7 +85,7 @@ def test_factors_are_not_subtracted_one_by_one(pair, tmp_path):
             extract(base, tuned, output=tmp_path / "d")
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "of_next_year"])
 def test_adapters_whose_base_was_changed(pair, tmp_path, start):
     with pytest.raises(BurnishError, match=start):
         extract(pair[0], adapter(tmp_path / "lora", init_lora_weights=start)[0], output=tmp_path / "d")
@@ -199,6 +200,7 @@ def test_outputs_that_cannot_be(pair, tmp_path, monkeypatch):
 def test_one_writer_at_a_time(pair, tmp_path):
     part = part_folder(tmp_path / "m")
     part.mkdir()
+    mark(part, PART)
     (part / "model.safetensors").write_bytes(b"of the other process")
     handle = os.open(part, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

@@ -82,7 +82,8 @@ def test_an_error_in_a_thread_is_raised_and_nothing_is_left(family, tmp_path, mo
 
 def test_one_function_is_all_that_the_writer_asks_for(tmp_path):
     tensors = {"a": TensorInfo("F32", (3, 5)), "b": TensorInfo("I64", (0,)), "c": TensorInfo("F16", ())}
-    plan = Plan(tmp_path / "out", {"x/model.safetensors": (tensors, {"format": "pt"})}, "any")
+    files = {"x/model.safetensors": (tensors, {"format": "pt"})}
+    plan = Plan(tmp_path / "out", files, "any", "about.json", "something")
     asked = []
 
     def compute(name, start, stop):

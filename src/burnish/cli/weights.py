@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
+from burnish.core.options import home
 
 log = logging.getLogger("burnish")
 
@@ -19,8 +20,8 @@ Heads = Literal["refuse", "skip", "keep"]
 def extract(
     base: str, tuned: str, *, output: Output, control: str | None = None, include: Patterns = (),
     exclude: Patterns = (), heads: Heads = "refuse", dtype: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto",
-    rename: Annotated[list[str], Arg(metavar="REGEX=NAME")] = (), threads: int = 0, force: bool = False,
-    verify: bool = False,
+    rename: Annotated[list[str], Arg(metavar="REGEX=NAME")] = (), strict: bool = False, threads: int = 0,
+    force: bool = False, verify: bool = False,
 ) -> int:  # fmt: skip
     """Write the difference of two fine-tunes, or of one and the base, as a task vector (delta).
 
@@ -34,8 +35,9 @@ def extract(
         heads: what to do with action and state heads that differ between robots
         dtype: of the delta; auto: fp32 for half-precision parents, else fp64, which gives the tuned model back exactly
         rename: change names of tuned and control before they are matched; repeat at will
+        strict: refuse two runs that differ in more than their methods (seed, steps, data, recipe)
         threads: 0 means one for each core
-        force: replace an existing output
+        force: replace an earlier output
         verify: read everything back and check every element
 
     Example:
@@ -44,9 +46,11 @@ def extract(
     _one_blas_thread()
     from burnish.weights.extract import extract
 
+    output = Path(_path(str(output), "-o"))
     rules = [_pair(text, "--rename", "REGEX=NAME") for text in rename]
-    delta = extract(base, tuned, control, output=output, include=include, exclude=exclude, heads=heads, dtype=dtype,
-                    rename=rules, threads=threads, force=force)  # fmt: skip
+    parents = _path(base, "base"), _path(tuned, "tuned"), control and _path(control, "--control")
+    delta = extract(*parents, output=output, include=include, exclude=exclude, heads=heads, dtype=dtype, rename=rules,
+                    strict=strict, threads=threads, force=force)  # fmt: skip
     meta = delta.meta
     print(f"{output}: {len(delta.tensors)} tensors, norm {delta.norm():.4g}, {len(meta['skipped'])} left out")
     if meta["not_exact"]:
@@ -70,7 +74,7 @@ def merge(
     Args:
         base: folder, file, or a shipped base
         output: folder to write; it appears when it is whole
-        delta: a delta and its weight, 1 when not given; repeat at will
+        delta: a delta and its weight, 1 when not given (a folder of that very name comes first); repeat at will
         tuned: merge its difference to the base, without keeping that; repeat at will
         operator: task, linear, slerp, ties or dare
         option: an option of the operator; repeat at will
@@ -81,7 +85,7 @@ def merge(
         dtype: of changed tensors; auto: as wide as base and tuned model
         other_base: the base need not be the one of the deltas
         threads: 0 means one for each core
-        force: replace an existing output
+        force: replace an earlier output
         verify: read everything back and check every element
 
     Examples:
@@ -91,8 +95,9 @@ def merge(
     _one_blas_thread()
     from burnish.weights.merge import merge
 
+    output = Path(_path(str(output), "-o"))
     record = merge(
-        base, [_weighted(text, "--delta") for text in delta], output=output,
+        _path(base, "base"), [_weighted(text, "--delta") for text in delta], output=output,
         tuned=[_weighted(text, "--tuned") for text in tuned], operator=operator,
         options=dict(_pair(text, "--option", "NAME=VALUE") for text in option),
         modules=[_factor(text, "--module", "REGEX=FACTOR") for text in module], include=include, exclude=exclude,
@@ -116,7 +121,7 @@ def control(
         norm_of: scale to this delta's norm
         seed: of permute and noise
         threads: 0 means one for each core
-        force: replace an existing output
+        force: replace an earlier output
 
     Example:
         burnish weights control runs/delta permute --norm-of runs/seeds -o runs/permuted
@@ -124,6 +129,8 @@ def control(
     _one_blas_thread()
     from burnish.weights.control import control
 
+    output = Path(_path(str(output), "-o"))
+    delta, norm_of = _path(delta, "delta"), norm_of and _path(norm_of, "--norm-of")
     made = control(delta, kind, output=output, norm_of=norm_of or None, seed=seed, threads=threads, force=force)
     print(f"{output}: {kind} of {delta}, norm {made.norm():.4g}")
 
@@ -145,14 +152,13 @@ def inspect(
         burnish weights inspect runs/delta --other runs/seeds --plots runs/delta-plots
     """
     _one_blas_thread()
-    from burnish.core.files import write_json
-    from burnish.weights.inspect import draw, inspect, table
+    from burnish.weights.inspect import draw, inspect, save, table
 
-    found = inspect(delta, other)
+    found = inspect(_path(delta, "delta"), [_path(one, "--other") for one in other])
     if plots:
-        found["plots"] = [str(path) for path in draw(found, plots)]
+        found["plots"] = [str(path) for path in draw(found, _path(str(plots), "--plots"))]
     if output:
-        write_json(output, found)
+        save(found, Path(_path(str(output), "--output")))
     print(dumps(found, indent=1) if json else table(found))
 
 
@@ -181,6 +187,14 @@ def _one_blas_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def _path(text: str, flag: str) -> str:
+    """`text` with `~` as the home folder; one that no file system can hold is refused."""
+    path = home(text, flag)
+    if not path or "\0" in path or max(map(len, path.split("/"))) > 255 or len(path) > 4095:
+        raise BurnishError(f"{flag} '{text[:60]}' is no path", "a folder or a file")
+    return path
+
+
 def _pair(text: str, flag: str, form: str) -> tuple[str, str]:
     left, equals, right = text.rpartition("=")
     if not equals:
@@ -189,8 +203,15 @@ def _pair(text: str, flag: str, form: str) -> tuple[str, str]:
 
 
 def _weighted(text: str, flag: str) -> tuple[str, float]:
-    """PATH=WEIGHT; without a weight it is 1."""
-    return _factor(text if "=" in text else f"{text}=1", flag, "PATH=WEIGHT")
+    """PATH=WEIGHT. What exists as it stands is a path of weight 1, whatever = it holds; else the last = splits."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or os.path.lexists(_path(text, flag)):
+        return _path(text, flag), 1.0
+    try:
+        return _path(path, flag), float(weight)
+    except ValueError as error:
+        raise BurnishError(f"{flag} {text}: there is no such folder, and '{weight}' after its last = is no weight",
+                           f"a folder, or one and a number: {flag} {path}=1.1") from error  # fmt: skip
 
 
 def _factor(text: str, flag: str, form: str) -> tuple[str, float]:
@@ -198,7 +219,7 @@ def _factor(text: str, flag: str, form: str) -> tuple[str, float]:
     try:
         return name, float(factor)
     except ValueError as error:
-        raise BurnishError(f"{flag} has the weight '{factor}'", "a number, for instance 1.1") from error
+        raise BurnishError(f"{flag} {text}: '{factor}' is no number", f"{form}, for instance vision=0.5") from error
 
 
 COMMANDS = Group(

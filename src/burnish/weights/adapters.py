@@ -6,6 +6,7 @@ differences of factors mean nothing; the product does not depend on G.
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +16,28 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.options import number
 from burnish.core.reading import read_object
 from burnish.weights.names import match_names
 from burnish.weights.rounding import widened
-from burnish.weights.sources import Checkpoint, locate
+from burnish.weights.sources import Checkpoint, locate, stamp
 from burnish.weights.tensorfile import FLOATS, Digests, TensorFile, TensorInfo, whole_digest
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+"""Starts of an adapter (peft's init_lora_weights) that leave the base's own weights alone. Others (pissa, olora, corda,
+loftq, lora_ga, ...) move part of them into the factors, so that base + product is not what was trained."""
+_VARIANTS = ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices", "alora_invocation_tokens",
+             "use_qalora", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+             "monteclora_config")  # fmt: skip
+"""Settings of peft that change what the factors mean, or what else an adapter holds."""
 
 
 def open_source(path: Path | str, base: Checkpoint, rules: Sequence[tuple[str, str]] = ()) -> "Checkpoint | Adapted":
     """A checkpoint or an adapter of `base`, under the base's names."""
     path = locate(path)
-    return Adapted(base, path, rules) if (path / ADAPTER_CONFIG).is_file() else Checkpoint(path, base.tensors, rules)
+    adapter = os.path.lexists(path / ADAPTER_CONFIG)  # a pipe of that name is named as one
+    return Adapted(base, path, rules) if adapter else Checkpoint(path, base.tensors, rules)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Adapted:
 
     def __init__(self, base: Checkpoint, path: Path, rules: Sequence[tuple[str, str]] = ()):
         self.base, self.path = base, path
-        config, stored = _read_config(path / ADAPTER_CONFIG), TensorFile(path / ADAPTER)
+        config, stored = _read_config(path / ADAPTER_CONFIG), TensorFile(path / ADAPTER, path)
         modules: dict[str, dict[str, np.ndarray]] = {}
         plain: dict[str, np.ndarray] = {}
         for name in stored.tensors:
@@ -117,6 +126,11 @@ class Adapted:
                                    "give the base as it was before it was quantised")  # fmt: skip
 
     @property
+    def stamp(self) -> list[Any]:
+        """See `sources.stamp`."""
+        return stamp(self.path, [self.path / ADAPTER, self.path / ADAPTER_CONFIG])
+
+    @property
     def low_rank(self) -> bool:
         """Whether every change is a plain product, so that the delta can stay in factors."""
         return not self.replaced and all(update.magnitude is None for update in self.updates.values())
@@ -140,7 +154,8 @@ class Adapted:
         first, last = start // columns, -(-stop // columns)
         rows = widened(self.base.read(name, first * columns, last * columns), dtype).reshape(-1, columns)
         rows = rows + update.rows(first, last)
-        rows *= (magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros has no direction, and is refused later
+            rows *= (magnitude[first:last] / np.sqrt((rows * rows).sum(1)))[:, None]
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
 
 
@@ -156,20 +171,23 @@ def _value(stored: TensorFile, name: str) -> np.ndarray:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_object(path)
+    config = read_object(path, path.parent)
     if config.get("peft_type") != "LORA":
         raise BurnishError(f"{path}: peft_type {config.get('peft_type')!r}", "LORA (DoRA included)")
-    if not all(isinstance(config.get(number), int | float) for number in ("r", "lora_alpha")):
-        raise BurnishError(f"{path}: r is {config.get('r')} and lora_alpha {config.get('lora_alpha')}", "numbers")
-    start = str(config.get("init_lora_weights"))
-    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
-        raise BurnishError(f"{path}: init_lora_weights {start} changes the base's own weights", "plain LoRA or DoRA",
-                           "merge it with peft first, or save it with path_initial_model_for_weight_conversion"
-                           )  # fmt: skip
-    for setting in ("layer_replication", "lora_bias", "megatron_config", "trainable_token_indices",
-                    "alora_invocation_tokens"):  # fmt: skip
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (number(rank) and number(alpha) and rank >= 1):
+        raise BurnishError(f"{path}: r is {rank} and lora_alpha {alpha}", "numbers, r at least 1")
+    start = config.get("init_lora_weights")
+    if str(True if start is None else start).lower() not in STARTS:
+        raise BurnishError(f"{path}: init_lora_weights {start} may change the base's own weights", f"one of "
+                           f"{', '.join(STARTS)}", "merge it with peft first, or save it with "
+                           "path_initial_model_for_weight_conversion")  # fmt: skip
+    for setting in _VARIANTS:
         if config.get(setting):
             raise BurnishError(f"{path} uses {setting}", "plain LoRA or DoRA", "merge it with peft first")
+    for switch in ("use_dora", "use_rslora", "fan_in_fan_out"):
+        if config.get(switch) not in (None, True, False):
+            raise BurnishError(f"{path}: {switch} is {config[switch]!r}", "true or false")
     return config
 
 
@@ -184,6 +202,8 @@ def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[
     if down.shape[0] != rank or up.shape[1] != rank:
         raise BurnishError(f"{path}: '{module}' has factors {list(up.shape)} and {list(down.shape)}", f"rank {rank:g}")
     magnitude = parts.get("lora_magnitude_vector")
+    if magnitude is not None and magnitude.size != up.shape[0]:
+        raise BurnishError(f"{path}: '{module}' has {magnitude.size} magnitudes", f"{up.shape[0]}, one for each row")
     if (magnitude is not None) != bool(config.get("use_dora")):
         raise BurnishError(f"{path}: use_dora is {config.get('use_dora')} but '{module}' disagrees", "a whole adapter")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -193,11 +213,22 @@ def _update(path: Path, module: str, parts: dict[str, np.ndarray], config: dict[
     return Update(up, down, scale, None if magnitude is None else magnitude.reshape(-1), transposed)
 
 
-def _pattern(path: Path, patterns: dict[str, Any] | None, module: str, default: float) -> float:
+def _pattern(path: Path, patterns: Any, module: str, default: float) -> float:
     """peft's rule: the first pattern that is the module's name or ends it after a dot."""
-    try:
-        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return float(next(found, default))
-    except (re.error, AttributeError, TypeError, ValueError) as error:
-        raise BurnishError(f"{path}: rank_pattern or alpha_pattern cannot be used ({error})",
-                           "patterns with a number each") from error  # fmt: skip
+    if not isinstance(patterns or {}, dict):
+        raise BurnishError(f"{path}: rank_pattern or alpha_pattern is {patterns!r:.60}", "patterns with a number each")
+    for pattern, value in (patterns or {}).items():
+        # The file may come from anywhere, and a group that repeats can take for ever.
+        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+            raise BurnishError(f"{path}: the pattern {pattern[:60]!r} is too involved", "at most three repeats, none "
+                               "of a group", "merge the adapter with peft first")  # fmt: skip
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise BurnishError(f"{path}: '{pattern}' in rank_pattern or alpha_pattern is no regular expression "
+                               f"({error})") from error  # fmt: skip
+        if fits:
+            if not number(value) or value == 0:
+                raise BurnishError(f"{path}: '{pattern}' has {value!r}", "a number")
+            return float(value)
+    return float(default)

@@ -8,7 +8,7 @@ import numpy as np
 
 from burnish.core.options import check_value
 from burnish.core.seeding import derive_seed
-from burnish.weights.delta import FORMAT, META, NUMBERS, Delta
+from burnish.weights.delta import FORMAT, KIND, META, NUMBERS, Delta
 from burnish.weights.rounding import Buffers, dot
 from burnish.weights.tensorfile import PIECE, Digests, TensorInfo, blocks
 from burnish.weights.writer import Plan, cores, output_folder, write_summary, write_tensors
@@ -38,8 +38,8 @@ def control(
     job = _Control(source, kind, factor, seed)
     tensors = {name: TensorInfo("F32", tuple(entry["shape"])) for name, entry in source.tensors.items()}
     identity = {"delta": source.digest, "kind": kind, "factor": factor, "seed": seed}
-    plan = Plan(Path(output), {NUMBERS: (tensors, {"format": "pt"})}, identity, inputs=[source.path])
-    if not force and plan.is_done(META):
+    plan = Plan(Path(output), {NUMBERS: (tensors, {"format": "pt"})}, identity, META, KIND, inputs=[source.path])
+    if not force and plan.is_done():
         return Delta(output)
     with output_folder(plan, force) as folder:
         digests = write_tensors(plan, folder, job.compute, cores(threads), kind, step=PIECE)
@@ -65,7 +65,7 @@ class _Control:
         spread = entry["norm"] / max(1, np.prod(entry["shape"])) ** 0.5
         factor = -self.factor if self.kind == "flip" else self.factor
         for at, end in blocks(start, stop):
-            value = self.delta.values(name, at, end, self._buffers(0, end - at), self.read)
+            value = self.delta.healthy_values(name, at, end, self._buffers(0, end - at), self.read)
             if self.kind == "noise":
                 value = draws.normal(scale=spread, size=end - at)
             out[at - start : end - start] = value * factor

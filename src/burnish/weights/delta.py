@@ -5,6 +5,7 @@ delta.safetensors   one tensor for each changed tensor; low-rank ones as <name>:
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.weights.adapters import Update, product_block
-from burnish.weights.rounding import widen, widened
-from burnish.weights.tensorfile import Digests, TensorFile, whole_digest
+from burnish.weights.record import check_delta
+from burnish.weights.rounding import healthy, widen, widened
+from burnish.weights.tensorfile import FLOATS, Digests, TensorFile, TensorInfo, whole_digest
 from burnish.weights.writer import read_summary
 
 FORMAT = 2
-META, NUMBERS = "delta.json", "delta.safetensors"
+META, NUMBERS, KIND = "delta.json", "delta.safetensors", "task vector"
 _HINT = "a folder that `burnish weights extract` wrote"
 
 
@@ -32,15 +34,16 @@ class Delta:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        if not (self.path / META).is_file():
+        if not os.path.lexists(self.path / META):
             raise BurnishError(f"no delta at {path}", _HINT, "burnish weights extract --help")
         self.meta: dict[str, Any] = read_summary(self.path / META, _HINT)
         if self.meta.get("format") not in (1, FORMAT) or self.meta.get("low"):
             # Format 1 could keep what float32 lacks in a file of its own.
             raise BurnishError(f"{self.path / META} has format {self.meta.get('format')}", f"{FORMAT}",
                                "extract it again, or use the burnish version that wrote it")  # fmt: skip
+        check_delta(self.meta, self.path / META)
         self.tensors: dict[str, dict[str, Any]] = self.meta["tensors"]
-        self.numbers = TensorFile(self.path / NUMBERS)
+        self.numbers = TensorFile(self.path / NUMBERS, self.path)
         self._updates: dict[str, list[Update]] = {}
         self._check_names()
 
@@ -51,8 +54,23 @@ class Delta:
             what = "lacks" if wrong[0] in expected else "has the extra tensor"
             raise BurnishError(f"{self.path / NUMBERS} {what} '{wrong[0]}'", "the tensors that delta.json lists")
         for name, entry in self.tensors.items():
+            if not self._fits(entry, [self.numbers.tensors[part] for part in self._parts(name)]):
+                raise BurnishError(f"'{name}' in {self.path / NUMBERS} has another shape or dtype than delta.json says",
+                                   f"numbers of the shape {entry['shape']}", "extract it again")  # fmt: skip
             if entry["form"] == "lowrank":  # small, so looked at before anything is written
                 self.check(name, whole_digest({p: self.numbers.digest(p) for p in self._parts(name)}))
+
+    @staticmethod
+    def _fits(entry: dict[str, Any], stored: list[TensorInfo]) -> bool:
+        shapes = [list(info.shape) for info in stored]
+        if any(info.dtype not in FLOATS for info in stored):
+            return False
+        if entry["form"] == "dense":
+            return shapes == [entry["shape"]]
+        rows, columns = reversed(entry["shape"]) if entry["transposed"] else entry["shape"]
+        pairs = zip(shapes[::2], shapes[1::2], strict=True)
+        return all(len(up) == len(down) == 2 and up[1] == down[0] and [up[0], down[1]] == [rows, columns]
+                   for up, down in pairs)  # fmt: skip
 
     def _parts(self, name: str) -> list[str]:
         """Names in delta.safetensors that hold `name`."""
@@ -71,7 +89,7 @@ class Delta:
 
     def norm(self) -> float:
         """Root of the sum of squares of all elements; what is tied counts once."""
-        return sum(entry["norm"] ** 2 for entry in self.tensors.values()) ** 0.5
+        return math.hypot(*(entry["norm"] for entry in self.tensors.values()))
 
     @property
     def digest(self) -> str:
@@ -103,6 +121,16 @@ class Delta:
         if digests is not None:
             digests.add(name, start, bits)
         return widen(bits, self.numbers.tensors[name].dtype, out)
+
+    def healthy_values(
+        self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None
+    ) -> np.ndarray:
+        """As `values`; raises BurnishError for a number that is not finite."""
+        found = self.values(name, start, stop, out, digests)
+        if not healthy(found):
+            raise BurnishError(f"'{name}' in {self.path} holds numbers that are not finite", "a healthy delta",
+                               "extract it again")  # fmt: skip
+        return found
 
     def whole(self, name: str) -> np.ndarray:
         """The delta of one tensor as float64 in its shape (for tensors that fit in memory)."""

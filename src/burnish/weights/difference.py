@@ -36,9 +36,14 @@ class Difference:
 
     def values(
         self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None,
-        base: np.ndarray | None = None,
+        base: np.ndarray | None = None, quick: bool = False,
     ) -> np.ndarray:  # fmt: skip
-        """As `Checkpoint.values`; `base`: the base's elements where they are at hand. Digests are the tuned model's."""
+        """As `Checkpoint.values`. Digests are the tuned model's.
+
+        Args:
+            base: the base's elements where they are at hand.
+            quick: see `rounding.difference`.
+        """
         if base is None:
             base = self.base.values(name, start, stop, np.empty(stop - start))
-        return difference(self.tuned.values(name, start, stop, out, digests), base, out)
+        return difference(self.tuned.values(name, start, stop, out, digests), base, out, quick)

@@ -1,5 +1,6 @@
 """Extraction: the difference of two fine-tunes (or of one and the base) as a delta."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,15 @@ from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.core.options import check_value
 from burnish.weights.adapters import Adapted, open_source
-from burnish.weights.delta import FORMAT, META, NUMBERS, Delta
+from burnish.weights.delta import FORMAT, KIND, META, NUMBERS, Delta
 from burnish.weights.names import Choice, Heads, choose, embodiment, same_robot
-from burnish.weights.rounding import Buffers, difference, dot, narrow, unequal, widen
-from burnish.weights.sources import Checkpoint, locate, stamp
+from burnish.weights.parents import differences
+from burnish.weights.rounding import Buffers, difference, dot, healthy, narrow, refuse_odd, unequal, widen
+from burnish.weights.sources import Checkpoint, locate
 from burnish.weights.tensorfile import DTYPES, Digests, TensorInfo, whole_digest
 from burnish.weights.writer import Plan, cores, output_folder, write_summary, write_tensors
+
+log = logging.getLogger("burnish")
 
 DeltaDtype = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
 Parents = dict[str, Checkpoint | Adapted]
@@ -30,7 +34,7 @@ error of a step is uniform (its square over 12); 0.541 averages 1 / mantissa^2 o
 def extract(
     base: Path | str, tuned: Path | str, control: Path | str | None = None, *, output: Path | str,
     include: Sequence[str] = (), exclude: Sequence[str] = (), heads: Heads = "refuse", dtype: DeltaDtype = "auto",
-    rename: Sequence[tuple[str, str]] = (), threads: int = 0, force: bool = False,
+    rename: Sequence[tuple[str, str]] = (), strict: bool = False, threads: int = 0, force: bool = False,
 ) -> Delta:  # fmt: skip
     """Write the delta tuned - control (control: the base when not given) to the folder `output`.
 
@@ -47,29 +51,47 @@ def extract(
         dtype: auto (fp32 for half-precision parents, else fp64, which gives the tuned model back bit for bit), fp64,
             fp32, bf16 or fp16. The difference of two bf16 numbers seldom fits into bf16.
         rename: (pattern, replacement) applied to names of tuned and control.
+        strict: refuse two fine-tunes whose recorded runs differ in more than their methods (seed, steps, data, recipe),
+            or of which nothing is recorded; without it that is logged as a warning and kept in delta.json.
         threads: 0 means one for each core.
         force: replace an existing `output`.
 
     Raises:
-        BurnishError: names, shapes or files that do not fit, too little disk, nothing chosen.
+        BurnishError: names, shapes or files that do not fit, weights that are not finite, too little disk, nothing
+            chosen.
     """
     check_value(heads, {"choices": get_args(Heads)}, "--heads")
     check_value(dtype, {"choices": get_args(DeltaDtype)}, "--dtype")
     root = Checkpoint(locate(base))
     parents: Parents = {"base": root, "tuned": open_source(tuned, root, rename)}
     parents["control"] = root if control is None else open_source(control, root, rename)
+    unlike = [] if control is None else _compare_runs(parents, strict)
     choice = choose({who: parent.tensors for who, parent in parents.items()}, include, exclude, heads)
     if heads == "refuse":
         _check_robots(parents, choice)
     job = _Extraction(parents, choice, _factors(parents, choice), dtype)
     plan = job.plan(Path(output), [list(rule) for rule in rename])
-    if not force and plan.is_done(META):
+    if not force and plan.is_done():
         return Delta(output)
     with output_folder(plan, force) as folder:
         digests = write_tensors(plan, folder, job.compute, cores(threads), "extracting")
-        meta = job.meta(digests) | {"rename": [list(rule) for rule in rename], "identity": plan.seal}
+        asked = {"rename": [list(rule) for rule in rename], "runs_differ": unlike}
+        meta = job.meta(digests) | asked | {"identity": plan.seal}
         write_summary(folder, META, meta)
     return Delta(output)
+
+
+def _compare_runs(parents: Parents, strict: bool) -> list[str]:
+    """How the runs behind tuned and control differ; warns of it, or refuses it."""
+    paths = parents["tuned"].path, parents["control"].path
+    found = differences(*paths)
+    if found and strict:
+        raise BurnishError(f"{paths[0]} and {paths[1]} are no pair: {'; '.join(found)}", "two runs that differ in "
+                           "their methods alone", "train one of them again, or leave out --strict")  # fmt: skip
+    if found:
+        log.warning("%s and %s differ in more than their methods, which the vector then holds too: %s", *paths,
+                    "; ".join(found))  # fmt: skip
+    return found
 
 
 def _check_robots(parents: Parents, choice: Choice) -> None:
@@ -158,11 +180,11 @@ class _Extraction:
         for part, matrix in self.factors.matrices.items() if self.factors else ():
             tensors[part] = TensorInfo({4: "F32", 8: "F64"}[matrix.itemsize], matrix.shape)
         identity = {
-            "parents": {who: stamp(parent.path) for who, parent in self.parents.items()}, "version": __version__,
+            "parents": {who: parent.stamp for who, parent in self.parents.items()}, "version": __version__,
             "tensors": {name: info.dtype for name, info in sorted(tensors.items())}, "rename": rename,
         }  # fmt: skip
         inputs = [parent.path for parent in self.parents.values()]
-        return Plan(output, {NUMBERS: (tensors, {"format": "pt"})}, identity, inputs=inputs)
+        return Plan(output, {NUMBERS: (tensors, {"format": "pt"})}, identity, META, KIND, inputs=inputs)
 
     def compute(self, name: str, start: int, stop: int) -> np.ndarray:
         """Stored bits of elements start:stop of a dense tensor or a factor."""
@@ -172,13 +194,20 @@ class _Extraction:
         tuned = self.tuned.values(name, start, stop, buffers(0, size), self.read["tuned"])
         who = "control" if self.three else "base"
         control = self.control.values(name, start, stop, buffers(1, size), self.read[who])
+        values = {self.tuned.path: tuned, self.control.path: control}
+        if self.three:
+            base = self.base.values(name, start, stop, buffers(4, size), self.read["base"])
+            values[self.base.path] = base
+        finite = all(map(healthy, values.values())) or refuse_odd(name, values)
         delta = difference(tuned, control, buffers(2, size))
         bits = narrow(delta, info.dtype, np.empty(size, info.stored))
         widen(bits, info.dtype, delta)
         sums["not_exact"] = _not_exact(tuned, np.add(control, delta, out=buffers(3, size)), self.tuned.tensors[name])
+        if not finite:  # infinities that nobody changed, as masks have them, are no part of any norm
+            for value in values.values():
+                value[~np.isfinite(value)] = 0.0
         sums |= {"delta": dot(delta, delta), "tuned": dot(tuned, tuned), "control": dot(control, control)}
         if self.three:
-            base = self.base.values(name, start, stop, buffers(3, size), self.read["base"])
             np.subtract(control, base, out=control)
             np.subtract(tuned, base, out=tuned)
             sums |= {"control_task": dot(control, control), "tuned_task": dot(tuned, tuned),

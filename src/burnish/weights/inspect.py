@@ -8,11 +8,15 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
-from burnish.core.files import make_folder
+from burnish.core.files import write_json
+from burnish.core.outputs import claim
+from burnish.core.reading import read_json
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
 from burnish.weights.rounding import Buffers, dot
 from burnish.weights.tensorfile import blocks
+
+_FIGURES = {"norm.png", "cosine.png"}
 
 
 def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, A
         "delta": str(own.path), "norm": total, "tensors": len(own.tensors), "groups": groups, "modules": table,
         "others": {str(path): against(own, Delta(path)) for path in others}, "geometry": own.meta["geometry"],
         "rounding_noise": own.meta["rounding_noise"], "not_exact": own.meta["not_exact"],
-        "control_vector": own.meta.get("control_vector"),
+        "control_vector": own.meta.get("control_vector"), "runs_differ": own.meta.get("runs_differ", []),
     }  # fmt: skip
 
 
@@ -66,8 +70,8 @@ def against(own: Delta, other: Delta) -> dict[str, Any]:
         other.check(name)
         size, row = int(np.prod(own.tensors[name]["shape"])), sums.setdefault(module_of(name), np.zeros(5))
         for at, end in blocks(0, size):
-            x = own.values(name, at, end, buffers(0, end - at))
-            y = other.values(name, at, end, buffers(1, end - at))
+            x = own.healthy_values(name, at, end, buffers(0, end - at))
+            y = other.healthy_values(name, at, end, buffers(1, end - at))
             signs = np.sign(x) * np.sign(y)
             row += (dot(x, y), dot(x, x), dot(y, y), (signs < 0).sum(), (signs != 0).sum())
     whole = np.sum(list(sums.values()), axis=0)
@@ -88,6 +92,7 @@ def table(found: dict[str, Any], most: int = 20) -> str:
     lines += ["energy: " + ", ".join(f"{group} {share:.1%}" for group, share in found["groups"].items() if share > 0)]
     for key, value in found["geometry"].items():
         lines.append(f"{key.replace('_', ' ')}: {value:.3f}")
+    lines += [f"the two runs differ in more than their methods: {one}" for one in found["runs_differ"]]
     for path, other in found["others"].items():
         lines.append(f"to {path}: cosine {_said(other['cosine'])}, norm ratio {_said(other['norm_ratio'])}, "
                      f"signs differ in {other['sign_conflict']:.1%}")  # fmt: skip
@@ -103,12 +108,26 @@ def _said(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def save(found: dict[str, Any], path: Path) -> None:
+    """Write the figures to a JSON file; only an earlier one of the kind is replaced."""
+    if path.is_dir():
+        raise BurnishError(f"{path} is a folder", "a file", f"--output '{path / 'inspect.json'}'")
+    if path.exists():
+        before = read_json(path) if path.suffix == ".json" else None
+        if not isinstance(before, dict) or not {"delta", "norm", "modules", "others"} <= before.keys():
+            raise BurnishError(f"{path} exists and holds something else", "a new file", "another --output")
+    write_json(path, found)
+
+
 def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:
     """norm.png (norm of each module, coloured by part) and, with others, cosine.png; returns their paths."""
+    with claim(Path(folder), "figures of a task vector", lambda old: {p.name for p in old.iterdir()} <= _FIGURES):
+        return _draw(found, Path(folder))
+
+
+def _draw(found: dict[str, Any], folder: Path) -> list[Path]:
     from matplotlib.patches import Patch
 
-    folder = Path(folder)
-    make_folder(folder)
     colours = dict(zip(GROUPS[:4], ("tab:green", "tab:blue", "tab:orange", "tab:red"), strict=True))
     modules = found["modules"]
     figure, axis = _module_axis(list(modules), "norm of the delta")

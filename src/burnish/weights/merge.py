@@ -11,20 +11,20 @@ import numpy as np
 from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.core.options import check_value
+from burnish.core.reading import regular_file
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
 from burnish.weights.match import Change, Changes, Vector, match, recorded_base
 from burnish.weights.names import Heads
 from burnish.weights.operators import OPERATORS, Block, Streams
-from burnish.weights.rounding import Buffers, narrow, widen
-from burnish.weights.sources import INDEX, Checkpoint, locate, stamp
+from burnish.weights.rounding import TOO_LARGE, Buffers, healthy, refuse_odd, round_to, widen, widened
+from burnish.weights.sources import INDEX, Checkpoint, locate
 from burnish.weights.tensorfile import BLOCK, DTYPES, FLOATS, Digests, TensorInfo, whole_digest
 from burnish.weights.writer import Plan, cores, output_folder, read_summary, write_summary, write_tensors
 
 RECORD = "capability.json"
 OutputDtype = Literal["auto", "base", "fp64", "fp32", "bf16", "fp16"]
 _QUICK_LOOK = 16
-_TOO_LARGE_FOR_F16 = 65520
 _OTHER_WEIGHTS = ("model*.safetensors", "consolidated*", "pytorch_model*", "tf_model*", "flax_model*", "*.gguf")
 
 
@@ -66,7 +66,7 @@ def merge(
     job = _Merge(root, vectors, changes, operator, options or {}, dtype)
     asked = {"modules": [list(module) for module in modules], "include": list(include), "exclude": list(exclude)}
     plan = job.plan(Path(output), asked)
-    if not force and plan.is_done(RECORD):
+    if not force and plan.is_done():
         return read_summary(plan.target / RECORD, "an untouched folder")
     job.look_at_base(expected)
     with output_folder(plan, force) as folder:
@@ -111,31 +111,56 @@ class _Merge:
             for file in self.base.files
         }
         identity = {
-            "base": stamp(self.base.path), "version": __version__, "dtype": self.dtype, "operator": self.operator,
+            "base": self.base.stamp, "version": __version__, "dtype": self.dtype, "operator": self.operator,
             "options": self.options, "parts": [[_identity(v.source), v.weight] for v in self.vectors],
             "modules": asked["modules"], "changed": sorted(self.changes),
         }  # fmt: skip
         inputs = [self.base.path, *(vector.source.path for vector in self.vectors)]
-        return Plan(output, files, identity, _companions(self.base), inputs)
+        return Plan(output, files, identity, RECORD, "merged checkpoint", _companions(self.base), inputs)
 
     def compute(self, name: str, start: int, stop: int) -> np.ndarray:
         """Stored bits of elements start:stop of the merged tensor."""
         bits = self.base.read(name, start, stop)
         self.base_read.add(name, start, bits)
         if name not in self.changes:
+            _refuse_nan(name, self.base, bits)
             return bits
-        changes, size, info = self.changes[name], stop - start, self.tensors[name]
-        base = widen(bits, self.base.tensors[name].dtype, self._buffers(0, size))
+        info, base = self.tensors[name], widen(bits, self.base.tensors[name].dtype, self._buffers(0, stop - start))
+        out = np.empty(stop - start, info.stored)
+        if not round_to(self._apply(name, start, stop, base, self.read), info.dtype, out):
+            round_to(self._look_closer(name, start, stop), info.dtype, out)
+        return out
+
+    def _apply(self, name: str, start: int, stop: int, base: np.ndarray, read: Sequence[Digests] | None) -> np.ndarray:
+        """The merged block. With `read` the digests are taken, and infinities of a mask give NaN; without neither."""
+        changes = self.changes[name]
         deltas = [
-            _values(change, start, stop, self._buffers(k + 1, size), base, self.read[change.number])
+            _values(change, start, stop, self._buffers(k + 1, stop - start), base, read and read[change.number])
             for k, change in enumerate(changes)
         ]
         block = make_block(changes, self.vectors, start, base, deltas)
         block.state = self._state(name)
-        merged = self.how.apply(block, **self.options)
-        if info.dtype == "F16":
-            _check_range(name, merged)
-        return narrow(merged, info.dtype, np.empty(size, info.stored))
+        with np.errstate(invalid="ignore", over="ignore"):  # found and named by what looks at the result
+            return self.how.apply(block, **self.options)
+
+    def _look_closer(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A block with numbers that are not finite or too large: named and refused, unless they are a mask's."""
+        base, dtype = self.base.values(name, start, stop, np.empty(stop - start)), self.tensors[name].dtype
+        values = {self.base.path: base}
+        for change in self.changes[name]:
+            source, out = change.vector.source, np.empty(stop - start)
+            if isinstance(source, Difference):
+                values[source.path] = source.tuned.values(change.name, start, stop, out)
+            else:
+                source.healthy_values(change.name, start, stop, out)
+        refuse_odd(name, values)
+        merged = self._apply(name, start, stop, base.copy(), None)
+        largest = np.abs(merged[~np.isinf(base) | (merged != base)]).max(initial=0.0)
+        if not largest < TOO_LARGE[dtype]:
+            raise BurnishError(f"'{name}' reaches {largest:.4g}, too large for {dtype}",
+                               f"less than {TOO_LARGE[dtype]:.5g}",
+                               "--dtype fp32" if dtype == "F16" else "a smaller weight")  # fmt: skip
+        return merged
 
     def _state(self, name: str) -> Any:
         if self.how.prepare is not None and name not in self._states:
@@ -188,12 +213,12 @@ class _Merge:
 
 
 def _values(
-    change: Change, start: int, stop: int, out: np.ndarray, base: np.ndarray, digests: Digests | None = None
+    change: Change, start: int, stop: int, out: np.ndarray, base: np.ndarray, digests: Digests | None
 ) -> np.ndarray:
     """A vector's block, float64; `base` is the base's, which an on-the-fly difference needs."""
-    source, digests = change.vector.source, digests if change.first else None
+    source, digests, quick = change.vector.source, digests if change.first else None, digests is not None
     if isinstance(source, Difference):
-        return source.values(change.name, start, stop, out, digests, base)
+        return source.values(change.name, start, stop, out, digests, base, quick)
     return source.values(change.name, start, stop, out, digests)
 
 
@@ -210,44 +235,56 @@ def make_streams(base: Checkpoint, name: str, changes: Sequence[Change]) -> Stre
     """What an operator's `prepare` gets: base and vectors of one tensor as float64 blocks, one after the other."""
     size = base.tensors[name].size
 
-    def blocks(values: Any) -> Iterator[np.ndarray]:
+    def blocks(values: Any, path: Path | None = None) -> Iterator[np.ndarray]:
         out = np.empty(BLOCK)
         for start in range(0, size, BLOCK):
             stop = min(start + BLOCK, size)
-            yield values(start, stop, out[: stop - start])
+            found = values(start, stop, out[: stop - start])
+            if path is not None and not healthy(found):  # an operator that trims or votes would swallow it
+                raise BurnishError(f"'{name}' in {path} or the base holds numbers that are not finite",
+                                   "healthy weights")  # fmt: skip
+            yield found
 
-    deltas = [partial(blocks, partial(change.vector.source.values, change.name)) for change in changes]
+    sources = [(change.vector.source, change.name) for change in changes]
+    deltas = [partial(blocks, partial(source.values, own), source.path) for source, own in sources]
     return Streams(partial(blocks, partial(base.values, name)), deltas, [change.weight for change in changes], size)
 
 
-def _check_range(name: str, value: np.ndarray) -> None:
-    largest = np.abs(value).max(initial=0.0)
-    if np.isfinite(largest) and largest >= _TOO_LARGE_FOR_F16:
-        raise BurnishError(f"'{name}' reaches {largest:.4g}, too large for F16", "less than 65520", "--dtype fp32")
+def _refuse_nan(name: str, base: Checkpoint, bits: np.ndarray) -> None:
+    """Raise BurnishError for a block of the base, copied as it is, that holds NaN."""
+    dtype = base.tensors[name].dtype
+    half = dtype == "BF16" and (bits & 0x7FFF).max(initial=0) > 0x7F80
+    if half or (dtype in FLOATS and dtype != "BF16" and np.isnan(bits).any()):
+        refuse_odd(name, {base.path: widened(bits, dtype)})
 
 
 def _identity(source: Delta | Difference) -> Any:
     """What fixes a vector: its digest, or for one that is computed on the fly the files it comes from."""
-    return source.digest if isinstance(source, Delta) else stamp(source.path)
+    return source.digest if isinstance(source, Delta) else source.tuned.stamp
 
 
 def _companions(checkpoint: Checkpoint) -> dict[str, Path]:
     """Config, processors, tokenizer: every other file of the base's folder.
 
     Left out: training state, hidden files, and other copies of the weights, which would be loaded as if they were new.
+
+    Raises:
+        BurnishError: a pipe, a device, a pointer of Git LFS, a link that leads out of the folder, to one or nowhere.
     """
-    if checkpoint.path.is_file():
+    root = checkpoint.path
+    if not root.is_dir():
         return {}
     weights = {checkpoint.place(file) for file in checkpoint.files}
     patterns = _OTHER_WEIGHTS if checkpoint.index is not None else (*_OTHER_WEIGHTS, INDEX)
     found = {}
-    for file in sorted(checkpoint.path.rglob("*")):
-        inside = file.relative_to(checkpoint.path)
+    for file in sorted(root.rglob("*")):
+        inside = file.relative_to(root)
         hidden = any(part.startswith(".") for part in inside.parts)
         others = len(inside.parts) == 1 and any(inside.match(pattern) for pattern in patterns)
         training = inside.parts[0] in ("burnish", "checkpoints", RECORD)
-        if file.is_file() and not (hidden or others or training or inside.as_posix() in weights):
-            found[inside.as_posix()] = file
+        if hidden or others or training or inside.as_posix() in weights or (file.is_dir() and not file.is_symlink()):
+            continue
+        found[inside.as_posix()] = regular_file(file, root)
     return found
 
 
@@ -256,7 +293,7 @@ def _update_configs(folder: Path, plan: Plan, base: Checkpoint) -> None:
     if base.index is not None:
         metadata = {**base.index["metadata"], "total_size": sum(info.nbytes for info in plan.tensors.values())}
         (folder / INDEX).write_text(json.dumps({**base.index, "metadata": metadata}, indent=2))
-    old, new = (f"{path.absolute()}/".encode() for path in (base.path, plan.target))
+    old, new = (json.dumps(f"{path.absolute()}/")[1:-1].encode() for path in (base.path, plan.target))
     for config in folder.glob("*.json"):
         content = config.read_bytes()
         if old in content:

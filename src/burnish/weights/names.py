@@ -1,6 +1,5 @@
 """Which tensor is what in a VLA checkpoint, which take part in a delta, and how names of two checkpoints meet."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import read_object
 from burnish.weights.tensorfile import FLOATS, TensorInfo
 
 Heads = Literal["refuse", "skip", "keep"]
@@ -186,9 +186,14 @@ def embodiment(folder: Path) -> dict[str, list[int]] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-        features = {**(config.get("input_features") or {}), **(config.get("output_features") or {})}
-        return {name: list(feature["shape"]) for name, feature in sorted(features.items())} or None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BurnishError(f"{path} is unreadable ({error!r})", "a config.json as LeRobot writes it") from error
+    config = read_object(path, folder)
+    found: dict[str, list[int]] = {}
+    for section in ("input_features", "output_features"):
+        features = config.get(section) or {}
+        for name, feature in features.items() if isinstance(features, dict) else [(section, None)]:
+            shape = feature.get("shape") if isinstance(feature, dict) else None
+            if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+                raise BurnishError(f"{path}: the shape of '{name}' is unreadable", "a list of whole numbers, as "
+                                   "LeRobot writes it")  # fmt: skip
+            found[name] = shape
+    return dict(sorted(found.items())) or None

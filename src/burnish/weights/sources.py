@@ -1,6 +1,6 @@
 """Where the numbers of a base or a fine-tune come from: a folder or a file of safetensors, by tensor and range."""
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import inside, read_object
 from burnish.weights.names import match_names
 from burnish.weights.rounding import widen
 from burnish.weights.tensorfile import Digests, TensorFile, digest_of
@@ -36,7 +37,8 @@ class Checkpoint:
     def __init__(self, path: Path | str, reference: Iterable[str] | None = None, rules: Sequence[tuple[str, str]] = ()):
         self.path = Path(path)
         self.index: dict[str, Any] | None = None
-        self.files = [TensorFile(file) for file in self._find()]
+        root = self.path if self.path.is_dir() else None
+        self.files = [TensorFile(file, root) for file in self._find()]
         self._file_of = {name: file for file in self.files for name in file.tensors}
         if sum(len(file.tensors) for file in self.files) != len(self._file_of):
             raise BurnishError(f"{self.path}: a tensor is in two shards", "each tensor once")
@@ -52,31 +54,35 @@ class Checkpoint:
         self.tensors = {new: self._file_of[old].tensors[old] for new, old in self.names.items()}
 
     def _find(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if (self.path / WEIGHTS).is_file():
-            return [self.path / WEIGHTS]
-        if (self.path / INDEX).is_file():
-            return self._shards()
-        single = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else []
+        if not self.path.is_dir():
+            if self.path.exists():
+                return [self.path]
+            raise BurnishError(f"no weights at {self.path}: there is no such folder or file",
+                               f"a folder with {WEIGHTS} or {INDEX}, or a safetensors file")  # fmt: skip
+        for name, shards in ((WEIGHTS, False), (INDEX, True)):
+            if os.path.lexists(self.path / name):  # a link to nothing is named as that
+                return self._shards() if shards else [self.path / name]
+        single = sorted(self.path.glob("*.safetensors"))
         single = [file for file in single if not file.name.startswith("policy_")]  # LeRobot's statistics
         if len(single) == 1:
             return single
-        pickled = self.path.is_dir() and any(self.path.glob("*.bin"))
+        pickled = any(self.path.glob("*.bin"))
         fix = "convert it with save_pretrained(..., safe_serialization=True)" if pickled else ""
         raise BurnishError(f"no weights at {self.path}", f"{WEIGHTS} or {INDEX} with its shards", fix)
 
     def _shards(self) -> list[Path]:
+        file = self.path / INDEX
+        index = read_object(file, self.path)
+        names, metadata = index.get("weight_map"), index.get("metadata") or {}
+        if not isinstance(names, dict) or not all(isinstance(shard, str) and shard for shard in names.values()):
+            raise BurnishError(f"the index {file} is unreadable", "a weight_map, tensor to name of its shard")
+        if not isinstance(metadata, dict):
+            raise BurnishError(f"the index {file} has damaged metadata", "words by name")
+        self.index = index | {"metadata": metadata}
         try:
-            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-            names = sorted({Path(name).as_posix() for name in index["weight_map"].values()})
-            self.index = index | {"metadata": dict(index.get("metadata") or {})}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BurnishError(f"{self.path / INDEX} is unreadable ({error!r})", "a weight_map") from error
-        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise BurnishError(f"{self.path / INDEX} names '{outside[0]}'", "shards inside the folder")
-        return [self.path / name for name in names]
+            return [inside(self.path, shard) for shard in sorted({Path(name).as_posix() for name in names.values()})]
+        except BurnishError as error:
+            raise BurnishError(f"the index {file}: {error}") from None
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         wrong = sorted(set(weight_map) ^ set(self._file_of))
@@ -107,14 +113,25 @@ class Checkpoint:
         """A tensor's digest, read now."""
         return digest_of(name, self.tensors[name], self.read)
 
+    @property
+    def stamp(self) -> list[Any]:
+        """See `stamp`."""
+        return stamp(self.path, [file.path for file in self.files])
+
 
 def locate(path: Path | str) -> Path:
     """A checkpoint's folder or file; a bare name may be a base that ships with burnish."""
-    shipped = Path(__file__).resolve().parents[1] / "assets" / Path(path)
-    return shipped if not Path(path).exists() and len(Path(path).parts) == 1 and shipped.is_dir() else Path(path)
+    found = Path(path)
+    try:
+        there = found.exists()
+    except (OSError, ValueError) as error:
+        shown = str(path)[:60]
+        raise BurnishError(f"{shown!r} is no path ({getattr(error, 'strerror', None) or error})", "a path") from None
+    shipped = Path(__file__).resolve().parents[1] / "assets" / found
+    return shipped if not there and len(found.parts) == 1 and found.name != ".." and shipped.is_dir() else found
 
 
-def stamp(path: Path) -> list[Any]:
+def stamp(path: Path, files: Iterable[Path]) -> list[Any]:
     """Place, names, sizes and times of a source's files: whether a finished output was made from these."""
-    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.glob("adapter_config.json")])
-    return [str(path.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+    facts = [(file.name, file.stat()) for file in sorted(files)]
+    return [str(path.resolve()), *([name, fact.st_size, fact.st_mtime_ns] for name, fact in facts)]

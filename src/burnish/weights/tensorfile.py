@@ -17,9 +17,11 @@ import numpy as np
 import xxhash
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import parse_json, regular_file
 
 PIECE, BLOCK = 1 << 21, 1 << 18
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format
+_MAX_HEADER = 25_000_000  # a quarter of the format's own limit; a thousand tensors take a tenth of a megabyte
+_MAX_DIMENSIONS = 16
 _NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
@@ -54,13 +56,17 @@ class TensorInfo(NamedTuple):
 class TensorFile:
     """One safetensors file, read by range.
 
+    Args:
+        path: a regular file.
+        root: folder that it must lie in, links followed; None allows any place.
+
     Attributes:
         tensors: what is in it, in the file's order.
         metadata: the header's own words.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, root: Path | None = None):
+        self.path = regular_file(path, root)
         try:
             self._handle = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._handle)
@@ -69,12 +75,18 @@ class TensorFile:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
             if length > min(_MAX_HEADER, total - 8):
                 raise BurnishError(f"{path} is truncated or no safetensors file", "a whole safetensors file")
-            header = json.loads(os.pread(self._handle, length, 8))
+            text = os.pread(self._handle, length, 8).decode("utf-8")
         except OSError as error:
             raise BurnishError(f"{path} cannot be read ({error.strerror})", "a safetensors file") from error
-        except (ValueError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise BurnishError(f"{path} has an unreadable header", "a safetensors file") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {} if isinstance(header, dict) else {}
+        header = parse_json(text, f"the header of {path}")
+        if not isinstance(header, dict):
+            raise BurnishError(f"{path} has an unreadable header", "a JSON object of tensors")
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        words = self.metadata.items() if isinstance(self.metadata, dict) else [(0, 0)]
+        if not all(isinstance(key, str) and isinstance(value, str) for key, value in words):
+            raise BurnishError(f"__metadata__ in the header of {path} is damaged", "words by name, as the format says")
         found = _check_header(path, header, total - 8 - length)
         self.tensors = {name: info for name, (info, _) in found.items()}
         self._offsets = {name: 8 + length + offset for name, (_, offset) in found.items()}
@@ -96,17 +108,23 @@ class TensorFile:
         return digest_of(name, self.tensors[name], self.read)
 
 
-def _check_header(path: Path, header: Any, data_bytes: int) -> dict[str, tuple[TensorInfo, int]]:
+def _check_header(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, tuple[TensorInfo, int]]:
     """Tensors with their offsets; refuses offsets that overlap, leave gaps or disagree with the shape."""
     found, end = {}, 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             info, (start, stop) = TensorInfo(entry["dtype"], tuple(entry["shape"])), entry["data_offsets"]
-            if not all(type(size) is int and size >= 0 for size in info.shape):
-                raise BurnishError(f"{path}: '{name}' has shape {list(info.shape)}", "whole numbers, none below 0")
+            if not name or not name.isprintable():
+                raise BurnishError(f"{path} has a tensor called {name!r}", "names that can be printed")
+            sizes = entry["shape"] if isinstance(entry["shape"], list) else [-1]
+            if not all(type(size) is int and 0 <= size < 2**48 for size in sizes) or len(sizes) > _MAX_DIMENSIONS:
+                shape = str(list(info.shape))
+                raise BurnishError(f"{path}: '{name}' has shape {shape if len(shape) < 100 else shape[:97] + '...'}",
+                                   f"a list of at most {_MAX_DIMENSIONS} whole numbers, none below 0")  # fmt: skip
             if info.dtype not in _NUMPY:
                 raise BurnishError(f"{path}: '{name}' has dtype {info.dtype}", f"one of {', '.join(_NUMPY)}")
-            if start != end or stop - start != info.nbytes:
+            whole = type(start) is int and type(stop) is int
+            if not whole or start != end or stop - start != info.nbytes:
                 raise BurnishError(f"{path}: the bytes of '{name}' do not fit its shape", "an undamaged file")
             found[name], end = (info, start), stop
     except (KeyError, TypeError, ValueError, AttributeError) as error:

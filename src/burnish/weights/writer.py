@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ import xxhash
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import disk_errors, make_folder, put_folder, remove_folder, require_space, write_json
+from burnish.core.outputs import MARK, kind_of, mark, require_own
 from burnish.core.progress import progress_bar
+from burnish.core.reading import read_object, regular_file
 from burnish.weights.tensorfile import BLOCK, Digests, TensorInfo, blocks, make_header, pieces
 
 Compute = Callable[[str, int, int], np.ndarray]
 """compute(name, start, stop) -> stored bits of elements start:stop of the flattened tensor; called from any thread."""
+MOST_THREADS = 256
+PART = "unfinished task vector or merge"
+"""What the marker of a hidden folder says while it is filled."""
 _FLUSH = 1 << 27
 """Bytes after which what is written is sent on to the disk, while the next ones are computed: otherwise most of it
 would wait in memory for the end, and the disk be idle until then."""
@@ -39,6 +44,8 @@ class Plan:
         target: the folder that appears at the end.
         files: file name to (tensors in their order, metadata).
         identity: anything JSON-able that fixes the result.
+        summary: name of the JSON file that tells what the folder holds, see `write_summary`.
+        kind: what the folder's marker says that it holds.
         copies: further files, target name to source, copied as they are.
         inputs: what is read; the target may not be one of them, nor hold one.
     """
@@ -46,6 +53,8 @@ class Plan:
     target: Path
     files: Mapping[str, tuple[Mapping[str, TensorInfo], dict[str, str]]]
     identity: Any
+    summary: str
+    kind: str
     copies: Mapping[str, Path] = field(default_factory=dict)
     inputs: Sequence[Path] = ()
 
@@ -63,11 +72,19 @@ class Plan:
         """Short form of `identity`, kept with the result."""
         return _seal(self.identity)
 
-    def is_done(self, summary: str) -> bool:
+    def is_done(self) -> bool:
         """Whether the target is there, whole, and was written for this very identity."""
-        if not all((self.target / name).is_file() for name in (summary, *self.files, *self.copies)):
+        if not all((self.target / name).is_file() for name in (self.summary, *self.files, *self.copies)):
             return False
-        return read_summary(self.target / summary, "an untouched folder").get("identity") == self.seal
+        return read_summary(self.target / self.summary, "an untouched folder").get("identity") == self.seal
+
+    def is_ours(self, folder: Path) -> bool:
+        """Whether an earlier version, which set no marker, wrote `folder`: its summary is there, as it was written."""
+        try:
+            read_summary(folder / self.summary, "")
+        except BurnishError:
+            return False
+        return True
 
 
 @contextmanager
@@ -75,8 +92,8 @@ def output_folder(plan: Plan, force: bool = False) -> Iterator[Path]:
     """Hand out the hidden folder, empty; on leaving it becomes `plan.target` atomically, on an error it vanishes.
 
     Raises:
-        BurnishError: the target exists, cannot be a folder, is or holds an input, another process is writing it, or
-            there is too little room.
+        BurnishError: the target exists (with `force`: and is none of ours), cannot be a folder, is or holds an input,
+            another process is writing it, or there is too little room.
     """
     _check_target(plan, force)
     target, part = plan.target, part_folder(plan.target)
@@ -84,10 +101,20 @@ def output_folder(plan: Plan, force: bool = False) -> Iterator[Path]:
     with _only_writer(part, target):
         try:
             _check_target(plan, force)  # whoever held the folder before may have finished
-            _empty(part)
+            if kind_of(part) != plan.kind:  # a writer killed just before it renamed
+                require_own(part, PART)
+        except BurnishError:
+            with suppress(OSError):
+                part.rmdir()  # only where it is empty
+            raise
+        try:
+            with disk_errors(target):
+                mark(part, PART)
+                _empty(part)
             require_space(target.absolute().parent, plan.nbytes, f"{target}")
             with disk_errors(target):
                 yield part
+                mark(part, plan.kind)
                 put_folder(part, target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -103,13 +130,15 @@ def part_folder(target: Path) -> Path:
 def _check_target(plan: Plan, force: bool) -> None:
     target = Path(os.path.abspath(plan.target))
     if target.is_symlink() or (target.exists() and not force):
-        raise BurnishError(f"{plan.target} exists", "a new folder", "another -o, or --force to replace a folder")
+        raise BurnishError(f"{plan.target} exists", "a new folder", "another -o, or --force to replace one that "
+                           "burnish wrote")  # fmt: skip
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir() or (target.exists() and not target.is_dir()):
         raise BurnishError(f"-o {plan.target}: {target if target.exists() else above} is a file", "a new folder")
     for path in (*plan.inputs, Path.cwd()):
         if target.resolve() in (path.resolve(), *path.resolve().parents):
             raise BurnishError(f"-o {plan.target} would replace {path}", "a folder that holds no input", "another -o")
+    require_own(target, plan.kind, plan.is_ours)
 
 
 @contextmanager
@@ -135,6 +164,8 @@ def _lock(handle: int) -> bool:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
+        if path.name == MARK:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -153,6 +184,7 @@ def write_tensors(
         step: elements of a block.
     """
     for name, source in plan.copies.items():
+        regular_file(source)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
     digests, tensors = Digests(), plan.tensors
@@ -206,8 +238,8 @@ def _write(handle: int, bits: np.ndarray, offset: int) -> None:
 
 def cores(threads: int) -> int:
     """`threads`, or as many as there are cores this process may use (at most 8) for 0."""
-    if threads < 0:
-        raise BurnishError(f"--threads {threads}", "0 (one for each core) or more")
+    if not 0 <= threads <= MOST_THREADS:
+        raise BurnishError(f"--threads {threads}", f"0 (one for each core) to {MOST_THREADS}")
     return threads or min(8, len(os.sched_getaffinity(0)))
 
 
@@ -218,12 +250,10 @@ def write_summary(folder: Path, name: str, value: Mapping[str, Any]) -> None:
 
 def read_summary(path: Path, what: str) -> dict[str, Any]:
     """Inverse of `write_summary`; refuses a file that is missing, unreadable or edited."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        sealed = value.pop("sealed")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BurnishError(f"{path} cannot be read ({error})", what) from error
-    if sealed != _seal(value):
+    value = read_object(path, path.parent)
+    if "sealed" not in value:
+        raise BurnishError(f"{path} carries no seal", what)
+    if value.pop("sealed") != _seal(value):
         raise BurnishError(f"{path} was changed after it was written", "an untouched file", "make it again")
     return value
 

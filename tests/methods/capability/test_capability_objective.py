@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import burnish
 from burnish.core.errors import BurnishError
+from burnish.weights.delta import Delta
 from burnish.weights.extract import extract
 from burnish.weights.merge import merge
 
@@ -83,13 +84,39 @@ def test_the_stronger_the_longer_it_stays(fake, made, monkeypatch):
     assert results[2].final["capability_pinned"] > results[1].final["capability_pinned"] > 0
 
 
-def test_normalised_weight_does_not_depend_on_the_size_of_the_vector(fake, made, monkeypatch, tmp_path):
+def test_a_ratio_does_not_depend_on_the_size_of_the_vector(fake, made, monkeypatch, tmp_path):
     from burnish.weights.control import control
 
     loud = control(made / "delta", "rescale", output=tmp_path / "loud", norm_of=made / "lora_delta")
-    a = train(fake, made, monkeypatch, "quiet", weight=0.5, normalize=True)
-    b = train(fake, made, monkeypatch, "loud", weight=0.5, normalize=True, delta=str(loud.path))
+    a = train(fake, made, monkeypatch, "quiet", gradient_norm_ratio=0.5)
+    b = train(fake, made, monkeypatch, "loud", gradient_norm_ratio=0.5, delta=str(loud.path))
     assert distance(made, a) == pytest.approx(distance(made, b), rel=0.01)
+    sizes = [Delta(path).norm() for path in (made / "delta", loud.path)]
+    weights = [result.final["capability_weight"] for result in (a, b)]
+    assert weights[0] / weights[1] == pytest.approx(sizes[1] / sizes[0], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["l1", "ewc", "projection"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_ratio_is_kept_at_every_step(fake, made, monkeypatch, kind, adapters):
+    from burnish.methods.capability.objective import Capability
+
+    plain, ratios = Capability.edit_gradients, []
+
+    def watched(self, run, batch, grads):
+        before = {name: grad.clone() for name, grad in grads.items()}
+        figures = plain(self, run, batch, grads)
+        added = {name: grad - before[name] for name, grad in grads.items()}
+        covered = [name for name, grad in added.items() if grad.abs().sum() > 0]
+        if covered:
+            ratios.append(float(run.norm([added[n] for n in covered]) / run.norm([before[n] for n in covered])))
+        return figures
+
+    monkeypatch.setattr(Capability, "edit_gradients", watched)
+    how = ("base", *LORA) if adapters else ("merged",)
+    vector = made / ("lora_delta" if adapters else "delta")
+    train(fake, made, monkeypatch, "ratio", *how, kind=kind, gradient_norm_ratio=0.3, delta=str(vector))
+    assert len(ratios) > 3 and all(0.28 < ratio < 0.33 for ratio in ratios[1:]), ratios
 
 
 def test_projected_gradients(fake, made, monkeypatch):
@@ -101,9 +128,8 @@ def test_projected_gradients(fake, made, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_retention_is_measured_along_the_vector(fake, made, monkeypatch, normalize):
-    result = train(fake, made, monkeypatch, "retained", weight=0.0, alpha=1.1, normalize=normalize)
+def test_retention_is_measured_along_the_vector(fake, made, monkeypatch):
+    result = train(fake, made, monkeypatch, "retained", weight=0.0)  # alpha is 1.1, as the paper has it
     base, end = (load_file(p / "model.safetensors") for p in (made / "base", result.policy))
     tuned, plain = (load_file(made / n / "policy/model.safetensors") for n in ("aux", "plain"))
     gamma = {k: (tuned[k] - plain[k]).double() for k in base}
@@ -142,6 +168,8 @@ def test_dora(fake, made, monkeypatch):
         ({"kind": "magic"}, "kind is 'magic'"),
         ({"reading": "r3"}, "unknown option 'reading'"),
         ({"alpha": 0.0}, "alpha is 0"),
+        ({"normalize": True}, "unknown option 'normalize'"),
+        ({"gradient_norm_ratio": -1.0}, "gradient_norm_ratio is -1.0"),
         ({"delta": ""}, "no delta"),
         ({"weight": "much"}, "weight is 'much'"),
         ({"weight": -1.0}, "weight is -1.0"),
@@ -168,3 +196,8 @@ def test_a_weight_as_yaml_reads_it():
     from burnish.methods.capability.objective import Capability
 
     assert Capability(delta="somewhere", weight="1e-4").options.weight == 1e-4
+    assert Capability(delta="somewhere").options.alpha == 1.1
+
+
+def test_runs_of_two_seeds_are_told_apart(made):
+    assert Delta(made / "delta").meta["runs_differ"] == ["train.seed 1 and 0"]

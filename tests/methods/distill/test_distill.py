@@ -165,3 +165,11 @@ def test_the_loop_distils_and_exports_merged_weights(tmp_path):
     assert result.final["loss_distill"] > 0 and "distill_agreement" in result.final
     student = load_policy(result.policy)
     assert student.config.block_size == 3 and student.config.decoder_name == "d2f"
+
+
+def test_a_copied_teacher_shares_what_is_not_trained(folder):
+    run, method = started(folder, teacher="copy")
+    mine, copied = (dict(policy.named_parameters()) for policy in (run.policy, method._copy[0]))
+    assert any(p.requires_grad for p in mine.values()) and not any(p.requires_grad for p in copied.values())
+    for name, p in mine.items():
+        assert (copied[name] is p) == (not p.requires_grad), name

@@ -90,7 +90,9 @@ class Distill(Objective):
         # In a list, so that the copy is neither trained nor saved with the run.
         self._copy: list[Policy] = []
         if self.options.teacher == "copy":
-            self._copy = [copy.deepcopy(policy).eval().requires_grad_(False)]
+            # Those that are not trained stay what they are, and one of each is enough.
+            frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            self._copy = [copy.deepcopy(policy, frozen).eval().requires_grad_(False)]
         else:
             check_adapters(policy)
 
