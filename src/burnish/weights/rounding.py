@@ -62,8 +62,8 @@ def round_to(value: np.ndarray, dtype: str, out: np.ndarray) -> bool:
         with np.errstate(over="ignore"):
             out[:] = value
         looked = value if dtype == "F16" else out  # numpy compares float16 slowly
-        largest = max(looked.max(initial=0.0), -looked.min(initial=0.0))
-        return bool(largest < TOO_LARGE[dtype])  # not so for NaN
+        largest = max(float(looked.max(initial=0.0)), -float(looked.min(initial=0.0)))
+        return largest < TOO_LARGE[dtype]  # not so for NaN
     bits, size = value.view(np.uint64), value.size
     rounded, single, low = (
         _scratch(k, size).view(kind)[:size] for k, kind in enumerate((np.uint64, np.float32, np.uint32))
