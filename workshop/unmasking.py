@@ -6,23 +6,26 @@ compares all plans on the same trials. The same command continues. Raw outcomes 
 """
 
 import argparse
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_json
 from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_object
 from burnish.core.recipe import load_recipe
 from burnish.data.demos import make_demos
 from burnish.evaluate.rollout import evaluate
-from burnish.evaluate.stats import wilson
+from burnish.experiments.results import write_result
+from burnish.experiments.variants import variant_rows
 from burnish.policies import load_policy
 from burnish.train.loop import train
 
 ORDERS = ("confidence", "executed", "time", "random")
 PASSES = (2, 4, 12)
 FIRST_STATE = 1_000_000
+REFERENCE = "confidence_12"
 
 
 def plans() -> dict[str, dict[str, Any]]:
@@ -61,27 +64,24 @@ def main(args: argparse.Namespace) -> int:
     data = Path(args.data)
     if not data.exists():
         make_demos("tabletop:lift", args.demos, data, image_size=96, cameras=["front"], workers=args.threads)
-    result = _open(args)
+    metrics, began = _open(args), time.monotonic()
     for seed in seeds:
-        _measure(args, seed, _trained(args, seed), result)
+        _measure(args, seed, _trained(args, seed), metrics, began)
+    metrics["minutes"] += (time.monotonic() - began) / 60
+    _write(args, metrics, time.monotonic())
     return 0
 
 
 def _open(args: argparse.Namespace) -> dict[str, Any]:
-    """The result so far, or an empty one; raises BurnishError where it was made with other settings."""
+    """Settings, minutes and outcomes so far; raises BurnishError where the file was made with other settings."""
     settings = {name: getattr(args, name) for name in ("steps", "demos", "block")}
     path = Path(args.output)
-    if path.exists():
-        found = read_object(path)
-        if found.get("settings") != settings:
-            raise BurnishError(f"{path} was made with {found.get('settings')}", f"{settings}", "another --output")
-        return found
-    info = machine()
-    return {
-        "name": "decode/unmasking", "command": "python -m workshop unmasking", "device": info.pop("device"),
-        "versions": info, "commit": commit(), "settings": settings, "rows": [],
-        "outcomes": {name: {} for name in plans()},
-    }  # fmt: skip
+    if not path.exists():
+        return {"settings": settings, "minutes": 0.0, "outcomes": {name: {} for name in plans()}}
+    found = read_object(path).get("metrics", {})
+    if found.get("settings") != settings:
+        raise BurnishError(f"{path} was made with {found.get('settings')}", f"{settings}", "another --output")
+    return found
 
 
 def _trained(args: argparse.Namespace, seed: int) -> Path:
@@ -92,13 +92,13 @@ def _trained(args: argparse.Namespace, seed: int) -> Path:
     return train(load_recipe("decode/train_bidirectional", words)).policy
 
 
-def _measure(args: argparse.Namespace, seed: int, policy: Path, result: dict[str, Any]) -> None:
+def _measure(args: argparse.Namespace, seed: int, policy: Path, metrics: dict[str, Any], began: float) -> None:
     """All plans of one seed, a block of states at a time; the result file is written after each."""
     loaded = {name: load_policy(policy, overrides=fields) for name, fields in plans().items()}
     for first in range(0, args.states, args.block):
         count = min(args.block, args.states - first)
         for name, model in loaded.items():
-            done = result["outcomes"][name].setdefault(str(seed), {})
+            done = metrics["outcomes"][name].setdefault(str(seed), {})
             if all(str(FIRST_STATE + first + i) in done for i in range(count)):
                 continue
             found = evaluate(
@@ -106,15 +106,20 @@ def _measure(args: argparse.Namespace, seed: int, policy: Path, result: dict[str
                 output=Path(args.work) / f"eval-{seed}" / name / f"{first:06d}", video=False, progress=False,
             )  # fmt: skip
             done |= {str(record.initial_state): record.success for record in found.records}
-            result["rows"] = [_row(label, by_seed) for label, by_seed in result["outcomes"].items()]
-            write_json(Path(args.output), result)
+            _write(args, metrics, began)
             print(f"seed {seed}, states {first} to {first + count - 1}: {name} {found.overall}", flush=True)
 
 
-def _row(label: str, by_seed: dict[str, dict[str, bool]]) -> dict[str, Any]:
-    every = [success for outcomes in by_seed.values() for success in outcomes.values()]
-    rate = wilson(sum(every), len(every)).to_dict() if every else {}
-    return {
-        "label": label, **rate,
-        "by_seed": {seed: sum(o.values()) / len(o) for seed, o in by_seed.items() if o},
-    }  # fmt: skip
+def _write(args: argparse.Namespace, metrics: dict[str, Any], began: float) -> None:
+    """The result file: a row for each plan on the states that all of its seeds have seen."""
+    known = {name: {int(seed): done for seed, done in by_seed.items() if done}
+             for name, by_seed in metrics["outcomes"].items()}  # fmt: skip
+    words = ["python -m workshop unmasking", f"--seeds {args.seeds}", f"--states {args.states}",
+             *(f"--{name} {value}" for name, value in metrics["settings"].items())]  # fmt: skip
+    seeds = sorted({seed for by_seed in known.values() for seed in by_seed})
+    write_result(
+        args.output, recipe="recipes/decode/train_bidirectional.yaml", command=" ".join(words), commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"), hardware=machine()["device"],
+        seeds={"train": ", ".join(map(str, seeds)), "demos": 0}, rows=variant_rows(known, REFERENCE),
+        minutes=metrics["minutes"] + (time.monotonic() - began) / 60, metrics=metrics,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -260,7 +261,10 @@ class DiscretePolicy(PreTrainedPolicy):
     def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
         """Normalised actions [B, T, A]."""
         self.eval()
-        return self.decode(self.model.prompt(bucketed(batch)))
+        prompt = self.model.prompt(bucketed(batch))
+        if self.decoder().draws:  # by torch's global generator, as LeRobot's policies have it
+            prompt = replace(prompt, seeds=torch.randint(2**62, (len(prompt.states),)))
+        return self.decode(prompt)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
