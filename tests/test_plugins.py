@@ -42,10 +42,10 @@ def policy_folder(tmp_path_factory, demonstrations):
         from lerobot.utils.feature_utils import dataset_to_policy_features
         from sample_package.policy import Linear
 
-        from burnish.data.frames import load_metadata
+        from burnish.data.dataset import open_dataset
         from burnish.policies.folder import new_processors
 
-        meta = load_metadata(demonstrations)
+        meta = open_dataset(demonstrations)
         features = dataset_to_policy_features(meta.features)
         config = make_policy_config("sample_linear", device="cpu")
         config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}

@@ -289,7 +289,6 @@ def test_duplicate_episode(broken):
         (lambda root: (root / INFO).write_text("{"), r"info\.json is not JSON"),
         (lambda root: edit_info(root, lambda info: info.pop("fps")), r"info\.json lacks fps"),
         (lambda root: edit_info(root, lambda info: info.update(codebase_version="v1.6")), "version v1.6; expected"),
-        (lambda root: edit_info(root, lambda info: info["features"].pop("action")), "no feature 'action'"),
         (lambda root: (root / "meta/episodes.jsonl").write_text('{"length": 3}\n'), "line 1 lacks episode_index"),
         (lambda root: (root / "meta/tasks.jsonl").unlink(), r"tasks\.jsonl is missing"),
         (lambda root: (root / "data/chunk-000/episode_000001.parquet").unlink(), r"000001\.parquet is missing"),

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.data import few_frames as pictures
 from burnish.data.pairs import FACTS, INDEX, OutcomeData, Pair, PairData
 from burnish.data.pairs_import import import_pairs
+from burnish.data.streamed import StreamedFrames
 
 
 @pytest.fixture
@@ -53,20 +53,11 @@ def test_labels_make_a_pair_folder_or_leave_nothing(root, tmp_path):
 
 def test_one_label_decodes_the_pictures_that_it_needs(root, tmp_path, monkeypatch):
     decoded = []
-    original = pictures._from_video
-    monkeypatch.setattr(pictures, "_from_video", lambda *given: decoded.append(given[2]) or original(*given))
+    original = StreamedFrames._picture
+    monkeypatch.setattr(StreamedFrames, "_picture", lambda self, row: decoded.append(row) or original(self, row))
     labels = write(tmp_path / "labels.jsonl", {"chosen": [0, 4], "rejected": [2, 7]})
     import_pairs(root, labels, state_tolerance=1e9, image_tolerance=255, progress=False)
-    assert sorted(decoded) == [[4], [7]] and not (root / ".frames").exists()
-
-
-def test_few_frames_are_those_that_all_frames_are(root):
-    from burnish.data.frames import load_metadata, open_frames
-
-    meta, camera = load_metadata(root), "observation.images.front"
-    found = pictures.few_frames(meta, root, camera, [0, 8, 9, 17, 29])
-    every = open_frames(root, [camera], progress=False).arrays[camera]
-    assert sorted(found) == [0, 8, 9, 17, 29] and all(np.array_equal(found[i], every[i]) for i in found)
+    assert sorted(decoded) == [4, 19 + 7] and not (root / ".frames").exists()
 
 
 def test_tolerance_is_one_number_or_one_a_dimension(root, tmp_path):

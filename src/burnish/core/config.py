@@ -45,9 +45,11 @@ class DataConfig:
     episodes: list[int] = option([], "episodes to use; empty means all")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
     workers: int = option(1, "threads that prepare batches ahead of the step", least=1, most=256)
+    columns: dict[str, Any] = option({}, "features under other names, e.g. {action: [action.arm, action.gripper]}")
     cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set", path=True)
+    cache_gb: float = option(32.0, "room they may take; beyond it frames are decoded when needed", least=0)
     augment: bool = option(True, "random shift and colour jitter of the training images")
-    image_size: int = option(0, "longest edge of training images in pixels; 0 keeps the data set's", least=0, most=8192)
+    image_size: int = option(0, "longest edge of training images; 0 means what the policy sees", least=0, most=8192)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
@@ -194,6 +194,8 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, source: str) -> 
                 name, everywhere, 1, 0.5
             ) or [k for k in everywhere if k.startswith(prefix) and "." not in k[len(prefix):]]  # fmt: skip
             raise BurnishError(f"{source}: unknown key '{name}'", f"'{near[0]}'" if len(near) == 1 else ", ".join(near))
+        if get_origin(hints[key]) is list and isinstance(value, str | int | float):
+            raise BurnishError(f"{source}: '{name}' is {value!r}", "a list", f"--{name}=[{value}]")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 example = f"fields below it, such as {name}.{fields(hints[key])[0].name}"

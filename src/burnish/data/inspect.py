@@ -1,13 +1,13 @@
 """What a practitioner must know about a data set before wasting a GPU day on it."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from burnish.data.inspect_checks import STATE, Problem, check_columns, check_views, episode_starts
-from burnish.data.inspect_files import DatasetFiles, open_dataset, read_columns
+from burnish.data.dataset import Dataset, Problem, open_dataset
+from burnish.data.features import ACTION, STATE
+from burnish.data.inspect_checks import check_dataset, check_views
 from burnish.data.inspect_views import View, look_at_views
 
 GRIPPER_WORDS = ("gripper", "finger", "claw", "jaw")
@@ -49,14 +49,19 @@ class Gripper:
 
 @dataclass
 class Inspection:
-    """Result of `inspect_dataset`; shares are in [0, 1], lengths in frames."""
+    """Result of `inspect_dataset`; shares are in [0, 1], lengths in frames.
+
+    `instructions` maps each one that a frame carries to the number of episodes that do, `frame_shares` to the share of
+    frames. Without actions, control is unknown and the shares about them are 0.
+    """
 
     root: Path
     version: str
-    fps: int
+    fps: float
     lengths: np.ndarray
     views: list[View]
     instructions: dict[str, int]
+    frame_shares: dict[str, float]
     actions: list[Dimension]
     states: list[Dimension]
     control: str
@@ -76,37 +81,50 @@ def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
     """Read any LeRobotDataset (v3.0, and v2.x in place) and say what is in it and what is wrong with it.
 
     Args:
-        quick: trust the frame counts in the video headers instead of reading every video to its end.
+        quick: do not decode every video and open every picture, only those of one episode.
 
     Raises:
         BurnishError: the folder is no data set, or its metadata or data files are missing or malformed.
     """
-    files = open_dataset(root)
-    columns = read_columns(files)
-    views, faults = look_at_views(files, quick)
-    problems = [Problem("error", where, what) for where, what in faults]
-    problems += check_columns(files, columns) + check_views(views)
-    starts = episode_starts(columns)
-    action, state = columns["action"], columns.get(STATE)
-    names, control = files.names("action"), _control(action, state)
-    gripper = find_gripper(names, action, files.names(STATE) if state is not None else [], state, starts)
-    idle = _idle(action, starts, control, names, gripper)
-    return Inspection(
-        root=files.root,
-        version=files.version,
-        fps=files.fps,
-        lengths=np.array([episode.length for episode in files.episodes]),
-        views=views,
-        instructions=_instructions(files, columns),
-        actions=_dimensions(files, "action", action),
-        states=_dimensions(files, STATE, state) if state is not None else [],
-        control=control,
-        gripper=gripper,
-        idle_share=float(idle.mean()),
-        idle_start=float(np.median([np.argmin(np.append(part, False)) for part in np.split(idle, starts[1:])])),
-        repeated_share=float(_repeats(columns, starts).mean()),
+    dataset = open_dataset(root, everything=True)
+    for episode in dataset.episodes.values():
+        start, stop = dataset.rows.span(episode.index)
+        if start == stop and episode.data_file in dataset.rows.lost:
+            raise dataset.rows.lost[episode.data_file]
+    views, faults = look_at_views(dataset, quick)
+    problems = check_dataset(dataset) + faults + check_views(views)
+    rows, starts = dataset.rows, dataset.rows.starts
+    action, state = (rows.values[name].astype(np.float64) if name in rows.values else None for name in (ACTION, STATE))
+    carried = _instructions(dataset)
+    found = Inspection(
+        root=dataset.root, version=dataset.version, fps=dataset.fps,
+        lengths=np.array([episode.length for episode in dataset.episodes.values()]), views=views,
+        instructions={text: episodes for text, (episodes, _) in carried.items()},
+        frame_shares={text: frames / len(rows) for text, (_, frames) in carried.items()},
+        actions=_dimensions(dataset, ACTION, action),
+        states=_dimensions(dataset, STATE, state), control="", gripper=None, idle_share=0.0, idle_start=0.0,
+        repeated_share=0.0,
         problems=sorted(problems, key=lambda problem: ("error", "warning", "hint").index(problem.kind)),
-    )
+    )  # fmt: skip
+    if action is not None and len(action):
+        _describe_motion(found, dataset, action, state, starts)
+    return found
+
+
+def _describe_motion(
+    found: Inspection, dataset: Dataset, action: np.ndarray, state: np.ndarray | None, starts: np.ndarray
+) -> None:
+    """Fill in what actions [N, A] and states [N, S] tell of the control, the gripper and idle frames."""
+    action = np.where(np.isfinite(action), action, 0.0)
+    state = None if state is None else np.where(np.isfinite(state), state, 0.0)
+    names = dataset.features[ACTION]["names"]
+    found.control = _control(action, state)
+    state_names = dataset.features[STATE]["names"] if state is not None else []
+    found.gripper = find_gripper(names, action, state_names, state, starts)
+    idle = _idle(action, starts, found.control, names, found.gripper)
+    found.idle_share = float(idle.mean())
+    found.idle_start = float(np.median([np.argmin(np.append(part, False)) for part in np.split(idle, starts[1:])]))
+    found.repeated_share = float(_repeats([one for one in (action, state) if one is not None], starts).mean())
 
 
 def find_gripper(
@@ -157,10 +175,11 @@ def _opens(
     return "", "nothing tells"
 
 
-def _dimensions(files: DatasetFiles, feature: str, values: np.ndarray) -> list[Dimension]:
-    known = {key: array for key, array in files.stats.get(feature, {}).items() if array.size == values.shape[1]}
-    result = []
-    for i, name in enumerate(files.names(feature)):
+def _dimensions(dataset: Dataset, feature: str, values: np.ndarray | None) -> list[Dimension]:
+    if values is None:
+        return []
+    known, result = dataset.figures.get(feature, {}), []
+    for i, name in enumerate(dataset.features[feature]["names"]):
         one = values[:, i][np.isfinite(values[:, i])]
         if not one.size:
             one = np.zeros(1)
@@ -202,15 +221,20 @@ def _idle(
     return (np.abs(moves) < 0.02 * scale).all(1)
 
 
-def _repeats(columns: dict[str, np.ndarray], starts: np.ndarray) -> np.ndarray:
+def _repeats(parts: list[np.ndarray], starts: np.ndarray) -> np.ndarray:
     """[N] True where state and action equal those of the frame before."""
-    rows = np.concatenate([columns[name] for name in ("action", STATE) if name in columns], axis=1)
+    rows = np.concatenate(parts, axis=1)
     same = np.concatenate([[False], (rows[1:] == rows[:-1]).all(1)])
     same[starts] = False
     return same
 
 
-def _instructions(files: DatasetFiles, columns: dict[str, np.ndarray]) -> dict[str, int]:
-    """Instruction to the number of episodes that carry it, most frequent first."""
-    first = map(int, columns["task_index"][episode_starts(columns)].tolist())
-    return dict(Counter(files.tasks.get(i, f"(task {i} without a text)") for i in first).most_common())
+def _instructions(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    """Each instruction that a frame carries, with its episodes and frames; most frequent first."""
+    keys, found = dataset.rows.keys, {}
+    for index, count in zip(*np.unique(keys["task_index"], return_counts=True), strict=True):
+        episodes = len(np.unique(keys["episode_index"][keys["task_index"] == index]))
+        text = dataset.tasks.get(int(index), f"(task {index} without a text)")
+        before = found.get(str(text), (0, 0))
+        found[str(text)] = (before[0] + episodes, before[1] + int(count))
+    return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))

@@ -1,18 +1,19 @@
-"""The images of a data set: are the videos whole, what do they show, which way is up?"""
+"""The images of a data set: are all of them there and whole, what do they show, which way is up?"""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
-from burnish.data.inspect_files import DatasetFiles, Episode, read_embedded_image
+from burnish.data.checks import each
+from burnish.data.dataset import Dataset, Problem
+from burnish.data.pictures import content, decode_depth, decode_picture, header_fault, read_cells
+from burnish.data.videos import Timeline, decode, find_video, locate, read_timeline
 
 FROZEN = 0.3  # mean change below this (of 255) between neighbouring frames counts as no change
+_LOOKED_AT = 300
 
 
 @dataclass
@@ -25,139 +26,162 @@ class View:
         megabytes: of all its video files.
         brightness: mean over the sampled frames, 0 to 255.
         frozen_share: share of neighbouring frames in a sampled episode that do not differ.
-        orientation: a hint in words.
+        orientation: a hint in words, or the range of a depth view in the stored unit.
         thumbnails: [H, W, 3] uint8, first, middle and last frame of an episode.
+        depth: whether it shows no colours.
     """
 
     name: str
     size: tuple[int, int] | None = None
-    codec: str = ""
+    codec: str = "images in parquet"
     megabytes: float = 0.0
     brightness: float = 0.0
     frozen_share: float | None = None
     orientation: str = ""
     thumbnails: list[np.ndarray] = field(default_factory=list)
+    depth: bool = False
 
 
-def look_at_views(files: DatasetFiles, quick: bool = False) -> tuple[list[View], list[tuple[str, str]]]:
-    """Views with thumbnails, and (file, what is wrong) for every fault found; `quick` as in `inspect_dataset`."""
-    views, faults = [], []
-    for name in files.views:
-        view, broken = View(name, codec="images in parquet"), []
-        if name in files.videos:
-            broken = _check_videos(files, name, quick, view)
-        try:
-            frames = _sample_frames(files, name, {where for where, _ in broken})
-        except BurnishError as error:
-            broken.append((name, str(error)))
-            frames = []
-        faults += broken
-        if frames:
-            faults += _describe(files, view, frames)
+def look_at_views(dataset: Dataset, quick: bool = False) -> tuple[list[View], list[Problem]]:
+    """Views with thumbnails, and every fault of their files.
+
+    Args:
+        quick: read videos without decoding them, and only the pictures that are shown.
+    """
+    views, problems = [], []
+    for name in dataset.views:
+        one = dataset.features[name]
+        view = View(name, depth=one["depth"] or one["shape"][2] != 3)
+        look = _look_at_videos if one["dtype"] == "video" else _look_at_pictures
+        found, frames = look(dataset, view, quick)
+        problems += found
+        if frames and not view.depth:
+            _describe(dataset, view, frames)
         views.append(view)
-    return views, faults
+    return views, problems
 
 
-def _check_videos(files: DatasetFiles, name: str, quick: bool, view: View) -> list[tuple[str, str]]:
-    """Every video file of a view: there, readable, and as long as the metadata says."""
-    expected: dict[Path, int] = defaultdict(int)
-    for episode in files.episodes:
-        expected[episode.clips[name].file] += episode.length
-    faults = []
-    for file, frames in progress_bar(expected.items(), desc=name, leave=False):
-        where = _where(files, file)
-        if not file.is_file():
-            faults.append((where, "missing"))
+def _look_at_videos(dataset: Dataset, view: View, quick: bool) -> tuple[list[Problem], list[np.ndarray]]:
+    """Every video file of a view: there, readable, as long as the rows, and the frames of an episode in the middle."""
+    files: dict[str, list[int]] = defaultdict(list)
+    for episode in dataset.episodes.values():
+        files[episode.clips[view.name].file].append(episode.index)
+    problems, shown, readable = [], [], {}
+    for file, episodes in progress_bar(files.items(), desc=view.name, leave=False):
+        try:
+            path = find_video(dataset.root, file)
+            readable[file] = timeline = read_timeline(path)
+        except BurnishError as error:
+            where = f"video {dataset.root / file} "
+            problems.append(Problem("error", file, str(error).removeprefix(where).removeprefix("is "), tuple(episodes),
+                                    view.name))  # fmt: skip
             continue
-        view.megabytes += file.stat().st_size / 1e6
-        fault = _check_video(file, frames, files.fps, quick, view)
-        if fault:
-            faults.append((where, fault))
-    return faults
+        view.size, view.codec = timeline.size, timeline.codec
+        view.megabytes += path.stat().st_size / 1e6
+        problems += _check_video(dataset, view, file, episodes, timeline)
+    whole = [file for file in readable if not any(one.where == file for one in problems)] or list(readable)
+    if view.depth or not whole:
+        return problems, []
+    middle = whole[len(whole) // 2]
+    sample = files[middle][len(files[middle]) // 2]
+    for file in whole if not quick else [middle]:
+        wanted, path = _placed(dataset, view.name, file, files[file], readable[file]), dataset.root / file
+        start, stop = dataset.rows.span(sample)
+        seen = set()
+        for row, picture in progress_bar(decode(path, wanted), desc=file, leave=False):
+            seen.add(row)
+            if file == middle and start <= row < min(stop, start + _LOOKED_AT):
+                shown.append(picture)
+            if quick and row >= min(stop, start + _LOOKED_AT) - 1:
+                break
+        if not quick:
+            problems += _check_seen(dataset, view.name, file, sorted(set(wanted.values()) - seen))
+    return problems, shown
 
 
-def _check_video(file: Path, frames: int, fps: int, quick: bool, view: View) -> str:
-    import av
-
-    try:
-        with av.open(str(file)) as container:
-            if not container.streams.video:
-                return "holds no video"
-            stream = container.streams.video[0]
-            view.codec = stream.codec_context.name
-            rate = float(stream.average_rate or 0)
-            found = stream.frames if quick else 0
-            # Read to the end without decoding: a file cut short shows there, not in its header.
-            found = found or sum(1 for packet in container.demux(stream) if packet.size and not packet.is_corrupt)
-    except (av.FFmpegError, OSError) as error:
-        return f"unreadable ({error.strerror or error})"
-    if found != frames:
-        return f"too {'short' if found < frames else 'long'}: {found} frames, {frames} frames in the data"
-    if rate and abs(rate - fps) > 0.01 * fps:
-        return f"{rate:g} frames a second, meta/info.json says {fps}"
-    return ""
+def _placed(dataset: Dataset, camera: str, file: str, episodes: list[int], timeline: Timeline) -> dict[int, int]:
+    wanted = {}
+    for episode in episodes:
+        start, stop = dataset.rows.span(episode)
+        first, _ = locate(timeline, dataset.episodes[episode].clips[camera].start, stop - start, dataset.fps)
+        stamps = timeline.stamps[first : first + stop - start].tolist()
+        wanted |= dict(zip(stamps, range(start, stop), strict=False))
+    return wanted
 
 
-def _where(files: DatasetFiles, file: Path) -> str:
-    return str(file.relative_to(files.root))
-
-
-def read_frames(episode: Episode, name: str, fps: int) -> Iterator[np.ndarray]:
-    """Decode the frames [H, W, 3] uint8 of one episode and view, in order."""
-    import av
-
-    clip = episode.clips[name]
-    try:
-        with av.open(str(clip.file)) as container:
-            stream = container.streams.video[0]
-            start = clip.start - 0.5 / fps
-            container.seek(max(0, int(start / stream.time_base)), stream=stream, backward=True)
-            sent = 0
-            for frame in container.decode(stream):
-                if frame.time is not None and frame.time >= start:
-                    yield frame.to_ndarray(format="rgb24")
-                    sent += 1
-                    if sent == episode.length:
-                        return
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise BurnishError(f"{clip.file} cannot be decoded ({getattr(error, 'strerror', error)})") from None
-    raise BurnishError(f"{clip.file}: episode {episode.index} ends after {sent} of {episode.length} frames")
-
-
-def _sample_frames(files: DatasetFiles, name: str, broken: set[str]) -> list[np.ndarray]:
-    """Frames of an episode in the middle whose file is whole: up to 300 of a video, or three embedded images."""
-    readable = [e for e in files.episodes if name not in e.clips or _where(files, e.clips[name].file) not in broken]
-    if not readable:
+def _check_seen(dataset: Dataset, camera: str, file: str, missing: list[int]) -> list[Problem]:
+    if not missing:
         return []
-    episode = readable[len(readable) // 2]
-    if name not in files.videos:
-        picked = sorted({0, episode.length // 2, episode.length - 1})
-        return [read_embedded_image(files, name, episode, frame) for frame in picked]
-    return list(islice(read_frames(episode, name, files.fps), 300))
+    episodes, frames = (dataset.rows.keys[name][missing] for name in ("episode_index", "frame_index"))
+    what = f"damaged: {len(missing)} frames cannot be decoded, first frame {frames[0]} of episode {episodes[0]}"
+    return [Problem("error", file, what, tuple(np.unique(episodes).tolist()), camera)]
 
 
-def _describe(files: DatasetFiles, view: View, frames: list[np.ndarray]) -> list[tuple[str, str]]:
-    """Fill in what the sampled frames show; returns faults."""
+def _check_video(dataset: Dataset, view: View, file: str, episodes: list[int], timeline: Timeline) -> list[Problem]:
+    rows, fps = dataset.rows, dataset.fps
+    count, found = sum(stop - start for start, stop in map(rows.span, episodes)), len(timeline)
+    declared = tuple(dataset.features[view.name]["shape"][:2])
+    if timeline.size != declared:
+        (h, w), (height, width) = timeline.size, declared
+        what = f"images are {h}x{w}, meta/info.json says {height}x{width} (height x width)"
+        return [Problem("error", view.name, what, tuple(episodes), view.name)]
+    if timeline.rate and abs(timeline.rate - fps) > 0.01 * fps:
+        what = f"{timeline.rate:g} frames a second, meta/info.json says {fps:g}"
+        return [Problem("error", file, what, tuple(episodes), view.name)]
+    if found != count:
+        what = f"too {'short' if found < count else 'long'}: {found} frames, {count} frames in the data"
+        return [Problem("error", file, what, tuple(episodes), view.name, stops=found < count)]
+    faults = []
+    for episode in episodes:
+        start, stop = rows.span(episode)
+        what = locate(timeline, dataset.episodes[episode].clips[view.name].start, stop - start, fps)[1]
+        if what:
+            faults.append((episode, f"in {file} there is {what}"))
+    return each(faults, camera=view.name)
+
+
+def _look_at_pictures(dataset: Dataset, view: View, quick: bool) -> tuple[list[Problem], list[np.ndarray]]:
+    """Every picture in the tables: there, and its header right; and three of an episode in the middle."""
+    numbers = [number for number in dataset.rows.episodes.tolist() if number in dataset.episodes]
+    if not numbers:
+        return [], []
+    sample = numbers[len(numbers) // 2]
+    start, stop = dataset.rows.span(sample)
+    picked, shown, faults = {0, (stop - start) // 2, stop - start - 1}, {}, {}
+    size = tuple(dataset.features[view.name]["shape"][:2])
+    files = dict.fromkeys(dataset.episodes[number].data_file for number in numbers)
+    for file in [dataset.episodes[sample].data_file] if quick else files:
+        for episode, frame, cell in progress_bar(read_cells(dataset, view.name, file), desc=view.name, leave=False):
+            shows = episode == sample and frame in picked
+            if quick and not shows:
+                continue
+            try:
+                data = content(dataset.root, cell)
+                fault = "" if view.depth else header_fault(data, size)
+                if shows and not fault:
+                    shown[frame] = decode_depth(data) if view.depth else decode_picture(data, size)
+            except BurnishError as error:
+                fault = str(error)
+            if fault:
+                faults.setdefault(episode, []).append((frame, fault))
+    if view.depth and shown:
+        low, high = min(one.min() for one in shown.values()), max(one.max() for one in shown.values())
+        view.size = next(iter(shown.values())).shape[:2]
+        view.orientation = f"depth, {low:g} to {high:g} in its own unit"
+    found = [(episode, f"frame {many[0][0]} has {many[0][1]}" + (f", {len(many) - 1} more" if len(many) > 1 else ""))
+             for episode, many in sorted(faults.items())]  # fmt: skip
+    return each(found, camera=view.name), [shown[frame] for frame in sorted(shown)]
+
+
+def _describe(dataset: Dataset, view: View, frames: list[np.ndarray]) -> None:
+    """Fill in what the sampled frames show."""
     view.size = frames[0].shape[:2]
     view.thumbnails = [frames[0], frames[len(frames) // 2], frames[-1]]
     view.brightness = float(np.mean([frame.mean() for frame in frames]))
-    if view.name in files.videos and len(frames) > 1:
+    if dataset.features[view.name]["dtype"] == "video" and len(frames) > 1:
         change = [np.abs(a.astype(np.int16) - b).mean() for a, b in zip(frames, frames[1:], strict=False)]
         view.frozen_share = float(np.mean(np.array(change) < FROZEN))
     view.orientation = orientation_hint(view.thumbnails)
-    return _check_size(files, view)
-
-
-def _check_size(files: DatasetFiles, view: View) -> list[tuple[str, str]]:
-    shape, names = files.features[view.name]["shape"], files.features[view.name].get("names") or []
-    if len(shape) != 3:
-        return [(view.name, f"shape {shape} in meta/info.json; expected three numbers")]
-    channels_first = bool(names) and str(names[0]).startswith("c") or (not names and shape[0] == 3)
-    declared = tuple(shape[1:]) if channels_first else tuple(shape[:2])
-    if declared == view.size:
-        return []
-    found = f"{view.size[0]}x{view.size[1]}"
-    return [(view.name, f"images are {found}, meta/info.json says {declared[0]}x{declared[1]} (height x width)")]
 
 
 def orientation_hint(frames: list[np.ndarray]) -> str:

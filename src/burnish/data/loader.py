@@ -1,12 +1,12 @@
 """Batches for training. Batch k depends on the seed, k and the rank alone, so any run can go on from any step."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.data.augment import augment, to_float
-from burnish.data.frames import load_metadata, open_frames
+from burnish.data.checks import require
+from burnish.data.dataset import Dataset, look, open_dataset
+from burnish.data.features import ACTION, IMAGES, STATE
+from burnish.data.frames import CACHE_GB, open_frames
 from burnish.data.questions import open_questions
 
-IMAGES = "observation.images."
+log = logging.getLogger("burnish")
 
 
 class BatchSampler:
@@ -51,36 +54,47 @@ class RobotData:
     """The frames, states and actions of a LeRobotDataset as training batches.
 
     Args:
-        root: data set folder (v3).
-        cameras: names or full keys of the cameras wanted; empty means all.
+        root: data set folder.
+        cameras: names or full keys of the cameras wanted; empty means all that show colours.
         chunk_size: actions in a chunk; beyond the episode's end the last one is repeated and marked as padding.
         batch_size, seed, rank, world: see `BatchSampler`.
         episodes: episode numbers to use; empty means all.
-        image_size, cache_dir: see `open_frames`.
+        image_size, cache_dir, cache_gb, seen: see `open_frames`.
         augmented: shift and jitter the images.
-        meta: what `load_metadata(root)` gave, where it has been read already.
+        meta: what `open_dataset(root)` gave, where it has been read already.
         pictures: decode the frames; False leaves actions, states and instructions alone.
 
+    A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
+
     Raises:
-        BurnishError: no data set there, unknown episode or camera, columns missing, unreadable video.
+        BurnishError: no data set there, unknown episode or camera, unreadable pictures, and all else that
+            `burnish.data.checks.require` refuses.
     """
 
     def __init__(
         self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
-        episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", augmented: bool = True,
-        rank: int = 0, world: int = 1, progress: bool = True, meta: Any = None, pictures: bool = True,
+        episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
+        seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
+        meta: Dataset | None = None, pictures: bool = True,
     ):  # fmt: skip
-        self.meta = load_metadata(root) if meta is None else meta
+        self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
-        self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta) if pictures else None
-        self.actions, self.states, self.task_index, self.episode_index = _columns(root, self.meta)
-        self.tasks = {int(index): str(name) for name, index in self.meta.tasks["task_index"].items()}
-        self.episode_end = _episode_ends(self.meta)
-        chosen = sorted(set(episodes)) or list(range(self.meta.total_episodes))
-        if chosen and not 0 <= chosen[0] <= chosen[-1] < self.meta.total_episodes:
-            raise BurnishError(f"data.episodes names episode {chosen[-1]}",
-                               f"0 to {self.meta.total_episodes - 1} in {root}")  # fmt: skip
+        chosen = require(self.meta, episodes, self.cameras)
+        if pictures and not self.cameras:
+            raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
+        dark = [name for name in self.meta.views if name not in self.meta.camera_keys]
+        if dark and not cameras:
+            log.warning("%s: left out, as they show no colours: %s", root, ", ".join(dark))
+        rows = self.meta.rows
+        self.frames = None
+        if pictures:
+            self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta, seen=seen,
+                                      cache_gb=cache_gb, episodes=episodes)  # fmt: skip
+        values = {name: np.ascontiguousarray(one, np.float32) for name, one in rows.values.items()}
+        self.actions, self.states = values[ACTION], values.get(STATE)
+        self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]
+        self.tasks = {index: self.meta.instruction(index) for index in self.meta.tasks}
         self.indices = np.flatnonzero(np.isin(self.episode_index, chosen))
         if len(self.indices) == 0:
             raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
@@ -93,10 +107,12 @@ class RobotData:
         return self.frames.hash
 
     def _camera_key(self, camera: str) -> str:
-        key = camera if camera in self.meta.camera_keys or camera.startswith(IMAGES) else IMAGES + camera
-        if key not in self.meta.camera_keys:
-            known = f"one of {', '.join(self.meta.camera_keys)}"
-            raise BurnishError(f"the policy wants camera '{camera}', which {self.root} lacks", known, "record it")
+        known = self.meta.camera_keys
+        key = camera if camera in known or camera.startswith(IMAGES) else IMAGES + camera
+        if key not in known:
+            dark = ", which shows no colours" if key in self.meta.views else ""
+            raise BurnishError(f"the policy wants camera '{camera}'{dark or f', which {self.root} lacks'}",
+                               f"one of {', '.join(known)}", look(self.root))  # fmt: skip
         return key
 
     def raw(self, k: int) -> Batch:
@@ -119,7 +135,7 @@ class RobotData:
     def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Chunks [..., T, A] that start at `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
         window = frames[..., None] + np.arange(self.chunk_size)
-        end = self.episode_end[self.episode_index[frames]][..., None]
+        end = self.meta.rows.ends[frames][..., None]
         return self.actions[np.minimum(window, end - 1)], window >= end
 
     def finish(self, batch: Batch, k: int) -> Batch:
@@ -219,43 +235,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def pin(batch: Batch) -> Batch:
     """Pin all tensors for a copy to an accelerator that needs no waiting."""
     return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-def _columns(root: Path, meta) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
-    """actions [N, A], states [N, D] or None, task index [N], episode index [N], in the order of "index"."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted, look = ["index", "episode_index", "task_index", "action"], f"burnish data inspect {root}"
-    missing = [c for c in wanted if c not in meta.features]
-    if missing:
-        raise BurnishError(f"{root} has no column '{missing[0]}'", "a data set with actions", look)
-    if "observation.state" in meta.features:
-        wanted.append("observation.state")
-    try:
-        table = pa.concat_tables([pq.read_table(p, columns=wanted) for p in sorted((root / "data").rglob("*.parquet"))])
-    except (pa.ArrowException, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise BurnishError(f"the table of {root}/data is unreadable ({line})", fix=look) from error
-    table = table.sort_by("index")
-    if table.num_rows != meta.total_frames or table["index"][-1].as_py() != meta.total_frames - 1:
-        raise BurnishError(f"{root} has {table.num_rows} frames", f"{meta.total_frames} as in meta/info.json")
-    states = _matrix(table["observation.state"]) if "observation.state" in wanted else None
-    return _matrix(table["action"]), states, table["task_index"].to_numpy(), table["episode_index"].to_numpy()
-
-
-def _matrix(column) -> np.ndarray:
-    import pyarrow as pa
-
-    array = column.combine_chunks()
-    nested = pa.types.is_nested(array.type)
-    values = array.flatten().to_numpy(zero_copy_only=False) if nested else array.to_numpy(zero_copy_only=False)
-    return np.ascontiguousarray(values.reshape(len(array), -1), dtype=np.float32)
-
-
-def _episode_ends(meta) -> np.ndarray:
-    """[E] one past the last frame of each episode."""
-    ends = np.zeros(meta.total_episodes, dtype=np.int64)
-    table = meta.episodes.with_format(None)
-    ends[np.array(table["episode_index"])] = np.array(table["dataset_to_index"])
-    return ends

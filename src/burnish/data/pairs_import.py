@@ -13,8 +13,10 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 from burnish.core.progress import progress_bar
-from burnish.data.few_frames import few_frames
+from burnish.data.features import is_numeric
 from burnish.data.pairs import FACTS, INDEX, Outcome, Pair, check_pairs, read_labels, write_index
+from burnish.data.rows import read_rows
+from burnish.data.streamed import Shape, StreamedFrames
 
 STEPS = 100
 """Steps within which the two sides of a pair must differ, and that a takeover keeps of a proposal."""
@@ -121,7 +123,7 @@ def takeovers(data: Any, takeover: str, proposal: str) -> list[Pair]:
         if not np.isfinite(steps).all():
             raise BurnishError(f"column '{proposal}' of {data.root} is not finite at frame {i}",
                                "a proposal wherever a human takes over")  # fmt: skip
-        done = data.actions[i : min(i + len(steps), data.episode_end[episode])]
+        done = data.actions[i : min(i + len(steps), data.meta.rows.span(episode)[1])]
         if not (steps[: len(done)] == done).all():
             place = int(episode), int(i - np.searchsorted(data.episode_index, episode))
             pairs.append(Pair(place, place, tuple(tuple(map(float, step)) for step in steps)))
@@ -132,28 +134,20 @@ def takeovers(data: Any, takeover: str, proposal: str) -> list[Pair]:
 
 
 def read_column(data: Any, name: str) -> np.ndarray:
-    """float64 [N, ...]: a column of the data set's tables, in the order of "index".
+    """float64 [N, ...]: a column of the data set's tables, in the order of `Rows`.
 
     Raises:
         BurnishError: there is none, or it does not hold numbers.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {key: feature["dtype"] for key, feature in data.meta.features.items()}
-    others = [key for key, kind in kinds.items() if kind not in ("video", "image", "string")]
+    others = [key for key, feature in data.meta.features.items() if is_numeric(feature)]
     if name not in others:
         raise BurnishError(f"{data.root} has no column '{name}' of numbers", f"one of {', '.join(others)}")
-    files = sorted((data.root / "data").rglob("*.parquet"))
-    try:
-        table = pa.concat_tables([pq.read_table(path, columns=["index", name]) for path in files]).sort_by("index")
-        values = np.array([np.ravel(row) for row in table[name].to_pylist()], np.float64)
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise BurnishError(f"column '{name}' of {data.root} cannot be read as numbers ({line})") from error
-    if len(values) != len(data.episode_index):
-        raise BurnishError(f"column '{name}' of {data.root} has {len(values)} rows", f"{len(data.episode_index)}")
-    return values
+    rows = read_rows(data.root, data.meta.rows.names, data.meta.features, (name,))
+    if rows.wrong[name]:
+        row, count = rows.wrong[name][0]
+        raise BurnishError(f"column '{name}' of {data.root} cannot be read as numbers (row {row} has "
+                           f"{'none' if count < 0 else count})", "as many in every row")  # fmt: skip
+    return rows.values[name].astype(np.float64)
 
 
 def _check_pictures(
@@ -163,7 +157,8 @@ def _check_pictures(
     if not len(frames):
         return
     for camera in progress_bar(data.cameras, desc="pictures of the starts", unit="camera", shown=progress):
-        pictures = few_frames(data.meta, data.root, camera, frames.flatten().tolist())
+        episodes = np.unique(data.episode_index[frames]).tolist()
+        pictures = StreamedFrames.open(data.meta, camera, Shape.of(data.meta, camera, 0, 0), episodes)
         for i, (one, two) in zip(numbers, frames.tolist(), strict=True):
             apart = float(np.abs(pictures[one].astype(np.float32) - pictures[two]).mean())
             if not apart <= tolerance:

@@ -3,7 +3,6 @@
 Picklable and free of LeRobot, so that processes which fill the cache start quickly.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import inside, read_lines
 from burnish.teachers.base import Views
 from burnish.teachers.placing import Placement, place
 
@@ -25,13 +25,13 @@ class FrameSource:
     """Says where everything is; `FrameViews` opens it.
 
     Args:
-        frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3].
+        frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3], or to `StreamedFrames`.
         root: data set folder.
         geometry: whether depth is wanted.
         placements: how the policy pads each camera's view; none where it does not.
     """
 
-    frames: dict[str, Path]
+    frames: dict[str, Any]
     root: Path
     geometry: bool
     placements: tuple[Placement, ...] = ()
@@ -42,7 +42,8 @@ def frame_source(
 ) -> FrameSource:
     """The source of a `RobotData`; raises BurnishError where depth is wanted and nothing tells it."""
     arrays = data.frames.arrays
-    frames = {camera: Path(arrays[f"observation.images.{camera}"].filename) for camera in cameras}
+    chosen = {camera: arrays[f"observation.images.{camera}"] for camera in cameras}
+    frames = {camera: Path(a.filename) if isinstance(a, np.memmap) else a for camera, a in chosen.items()}
     if geometry:
         _episodes(data.root)
     return FrameSource(frames, Path(data.root), geometry, placements)
@@ -64,7 +65,10 @@ class FrameViews:
 
     def __init__(self, source: FrameSource):
         self.source = source
-        self.arrays = {c: np.load(p, mmap_mode="r", allow_pickle=False) for c, p in source.frames.items()}
+        self.arrays = {
+            camera: np.load(one, mmap_mode="r", allow_pickle=False) if isinstance(one, Path) else one
+            for camera, one in source.frames.items()
+        }
         self._depth = _Depth(source.root) if source.geometry else None
 
     def __call__(self, indices: np.ndarray, states: np.ndarray | None) -> Views:
@@ -116,7 +120,7 @@ class _Depth:
         return env.geometry(camera)
 
     def _read(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self._folder / name).read_text().splitlines()]
+        return [row for _, row in read_lines(inside(self._folder, name), self._folder)]
 
     def _environment(self, task_id: str, size: int):
         from burnish.envs.base import make_env
@@ -158,4 +162,7 @@ def _episodes(root: Path) -> list[dict]:
     if not path.is_file():
         raise BurnishError(f"no {path}: nothing tells where things were", "demonstrations made by burnish data demos",
                            "another teacher, e.g. teacher: {name: folder, path: ...}")  # fmt: skip
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for _, row in read_lines(path)]
+    if any(key not in row for row in rows for key in ("episode_index", "length", "frames", "task_id")):
+        raise BurnishError(f"{path} has a line without episode_index, length, frames and task_id", "what demos wrote")
+    return sorted(rows, key=lambda row: row["episode_index"])

@@ -96,6 +96,7 @@ class Policy(nn.Module, ABC):
         chunk_size: T, actions in a chunk.
         n_action_steps: actions of a chunk to execute before asking again.
         image_size: side of the images it was trained on, in pixels.
+        input_size: longest edge to which it resizes its images; 0 where it takes them as they are.
         action_dim: A.
         state_dim: dimensions of the state.
         num_layers: layers of the backbone.
@@ -107,6 +108,7 @@ class Policy(nn.Module, ABC):
     chunk_size: int
     n_action_steps: int
     image_size: int
+    input_size: int = 0
     action_dim: int
     state_dim: int
     num_layers: int

@@ -55,6 +55,10 @@ class Pi(FlowPolicy):
         return cls(policy, preprocessor, postprocessor, _read_sizes(folder))
 
     @property
+    def input_size(self) -> int:
+        return max(self.config.image_resolution)
+
+    @property
     def vlm(self) -> nn.Module:
         return self.policy.model.paligemma_with_expert.paligemma
 

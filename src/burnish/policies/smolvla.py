@@ -32,6 +32,10 @@ class SmolVLA(FlowPolicy):
         return {**raw, **inside, "load_vlm_weights": False}
 
     @property
+    def input_size(self) -> int:
+        return max(self.config.resize_imgs_with_padding or (0,))
+
+    @property
     def vlm(self) -> nn.Module:
         return self.policy.model.vlm_with_expert.vlm
 

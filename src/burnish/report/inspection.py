@@ -17,16 +17,16 @@ def as_text(found: Inspection) -> str:
     for view in found.views:
         size = f"{view.size[0]}x{view.size[1]}" if view.size else "unreadable"
         out.append(f"  {view.name:<32} {size:<10} {view.codec:<18} {view.megabytes:8.1f} MB  {view.orientation}")
-    out += ["", "instructions (episodes)"]
+    out += ["", "instructions (episodes, share of frames)"]
     shown = list(found.instructions.items())[:20]
-    out += [f"  {count:>6}  {text}" for text, count in shown]
+    out += [f"  {count:>6} {100 * found.frame_shares[text]:>6.1f} %  {text}" for text, count in shown]
     if len(found.instructions) > len(shown):
         out.append(f"          ... and {len(found.instructions) - len(shown)} more")
     for title, dimensions in (("action", found.actions), ("state", found.states)):
         if dimensions:
             out += ["", *_dimension_lines(title, dimensions)]
     out += ["", _verdict(found)]
-    out += [f"  {problem.kind:<8} {problem.where}: {problem.what}" for problem in found.problems]
+    out += [f"  {problem.kind:<8} {problem.where}: {problem.sentence}" for problem in found.problems]
     return "\n".join(out)
 
 
@@ -34,10 +34,12 @@ def _overview(found: Inspection) -> list[tuple[str, str]]:
     lengths = found.lengths
     seconds, median = lengths / found.fps, median_high(lengths.tolist())
     pairs = [
-        ("episodes", f"{len(lengths)}, {lengths.sum()} frames, {seconds.sum() / 60:.1f} minutes at {found.fps} fps"),
+        ("episodes", f"{len(lengths)}, {lengths.sum()} frames, {seconds.sum() / 60:.1f} minutes at {found.fps:g} fps"),
         ("lengths", f"{lengths.min()} to {lengths.max()} frames, median {median} ({median / found.fps:.1f} s)"),
         ("control", f"{found.control or 'unknown'} (guessed from states and actions)"),
     ]
+    if not found.actions:
+        return pairs
     if found.gripper:
         sign = {"+": "large values open", "-": "small values open", "": "which sign opens is unclear"}
         pairs.append(("gripper", f"{found.gripper.name}: {sign[found.gripper.opens]} ({found.gripper.evidence})"))
@@ -70,7 +72,9 @@ def as_html(found: Inspection) -> str:
     """The same with thumbnails, as one self-contained page."""
     name = found.root.resolve().name
     marks = {"error": "fail", "warning": "warn", "hint": "ok"}
-    rows = [[f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.what)] for p in found.problems]
+    rows = [
+        [f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.sentence)] for p in found.problems
+    ]
     parts = [
         f'<header><div class="brand">burnish data inspect</div><h1>{escape(name)}</h1>'
         f'<div class="sub">LeRobotDataset {escape(found.version)} · {escape(_verdict(found))}</div></header>',
@@ -82,8 +86,11 @@ def as_html(found: Inspection) -> str:
         size = f"{view.size[0]} x {view.size[1]}, {view.codec}" if view.size else "unreadable"
         lead = f"{size}. {view.orientation}"
         parts.append(section(view.name, f'<div class="thumbs">{images}</div>' if images else "<p></p>", lead=lead))
-    counts = [[escape(text), str(count)] for text, count in found.instructions.items()]
-    parts.append(section("Instructions", table(["text", "episodes"], counts, numbers=(1,))))
+    counts = [
+        [escape(text), str(count), f"{100 * found.frame_shares[text]:.1f} %"]
+        for text, count in found.instructions.items()
+    ]
+    parts.append(section("Instructions", table(["text", "episodes", "frames"], counts, numbers=(1, 2))))
     for title, dimensions in (("Actions", found.actions), ("States", found.states)):
         parts.append(_dimension_section(title, dimensions))
     return document(f"{name} · burnish data inspect", "".join(parts))

@@ -30,8 +30,9 @@ from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensor
 FORMAT = 1
 KEEP = 2
 _MAY_CHANGE = (
-    "name", "output", "demos.", "eval.", "data.workers", "data.cache_dir", "data.root", "train.log_every",
-    "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers", "train.self_check",
+    "name", "output", "demos.", "eval.", "data.workers", "data.cache_dir", "data.cache_gb", "data.root",
+    "train.log_every", "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers",
+    "train.self_check",
 )  # fmt: skip
 """Fields (or sections) that may differ on resuming: they do not touch the arithmetic, or have a hash of their own."""
 

@@ -11,8 +11,10 @@ import torch
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import demos_root
-from burnish.data.frames import load_metadata
-from burnish.data.loader import IMAGES, RobotData
+from burnish.data.checks import require
+from burnish.data.dataset import Dataset, open_dataset
+from burnish.data.features import ACTION, IMAGES, STATE
+from burnish.data.loader import RobotData
 from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
 from burnish.train.selfcheck import check_statistics
@@ -83,8 +85,9 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     from burnish.core.provenance import weights_hash
 
     root = demos_root(recipe)
-    meta = load_metadata(root)
-    keys = tuple(k for k in ("action", "observation.state") if k in meta.features)
+    meta = open_dataset(root, recipe.data.columns)
+    require(meta, recipe.data.episodes, _cameras(recipe, meta))
+    keys = tuple(k for k in (ACTION, STATE) if k in meta.features)
     check_statistics(meta.stats, keys, root)
     policy = _load_policy(recipe, meta)
     width = meta.features["action"]["shape"][0]
@@ -94,12 +97,13 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     data = RobotData(
         root, policy.cameras, policy.chunk_size, recipe.train.batch_size, recipe.train.seed,
         episodes=recipe.data.episodes, image_size=recipe.data.image_size, cache_dir=recipe.data.cache_dir,
-        augmented=recipe.data.augment, rank=rank, world=world, progress=progress, meta=meta,
+        cache_gb=recipe.data.cache_gb, seen=policy.input_size, augmented=recipe.data.augment, rank=rank, world=world,
+        progress=progress, meta=meta,
     )  # fmt: skip
     return policy, data, weights_hash(policy)
 
 
-def _load_policy(recipe: RecipeConfig, meta) -> Policy:
+def _load_policy(recipe: RecipeConfig, meta: Dataset) -> Policy:
     from burnish.policies import create_policy, load_policy
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
@@ -111,20 +115,28 @@ def _load_policy(recipe: RecipeConfig, meta) -> Policy:
     return create_policy(overrides.pop("vlm_model_name"), features, meta.stats, overrides, type=recipe.policy.type)
 
 
-def _features(recipe: RecipeConfig, meta) -> dict[str, Any]:
-    """LeRobot's features of the data set: the chosen cameras at the training size, state, action."""
+def _cameras(recipe: RecipeConfig, meta: Dataset) -> list[str]:
+    """Full keys of the chosen cameras; by default all that show colours."""
+    wanted = [c if c.startswith("observation.") else IMAGES + c for c in recipe.data.cameras]
+    for camera in wanted:
+        if camera not in meta.camera_keys and meta.camera_keys:
+            known = [key.removeprefix(IMAGES) for key in meta.camera_keys]
+            dark = ", which shows no colours" if camera in meta.views else ""
+            raise BurnishError(f"data.cameras names '{camera.removeprefix(IMAGES)}'{dark}",
+                               f"one of {', '.join(known)}", f"--data.cameras=[{','.join(known)}]")  # fmt: skip
+    return wanted or meta.camera_keys
+
+
+def _features(recipe: RecipeConfig, meta: Dataset) -> dict[str, Any]:
+    """LeRobot's features of what is trained on: the chosen cameras at the training size, state, action."""
     from lerobot.configs.types import FeatureType
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    wanted = [c if c.startswith(IMAGES) else IMAGES + c for c in recipe.data.cameras] or meta.camera_keys
-    unknown = [c for c in wanted if c not in meta.camera_keys]
-    if unknown:
-        raise BurnishError(f"data.cameras names '{unknown[0]}'", f"one of {', '.join(meta.camera_keys)}")
+    names = {*_cameras(recipe, meta), STATE, ACTION}
+    wanted = {key: feature for key, feature in meta.features.items() if key in names}
     features = {}
-    for key, feature in dataset_to_policy_features(meta.features).items():
+    for key, feature in dataset_to_policy_features(wanted).items():
         if feature.type is FeatureType.VISUAL:
-            if key not in wanted:
-                continue
             scale = min(1.0, (recipe.data.image_size or 1 << 30) / max(feature.shape[1:]))
             feature = replace(feature, shape=(3, *(max(1, round(edge * scale)) for edge in feature.shape[1:])))
         features[key] = feature

@@ -67,6 +67,10 @@ class Discrete(VLMPolicy):
         return cls(*new_policy(source, features, dataset_stats, {"type": name, **overrides}, **options))
 
     @property
+    def input_size(self) -> int:
+        return self.config.image_size
+
+    @property
     def vlm(self) -> nn.Module:
         return self.policy.model.vlm
 
