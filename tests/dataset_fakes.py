@@ -63,8 +63,8 @@ def _info(version: str, kind: str) -> dict:
         else "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
     )
     video = "{video_key}/" + data if new else "chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}"
-    old = {} if new else {"total_chunks": 1, "total_videos": len(LENGTHS), "total_tasks": len(TASKS), "splits": {"train": "0:3"}}
-    return old | {
+    old = {"total_chunks": 1, "total_videos": len(LENGTHS), "total_tasks": len(TASKS), "splits": {"train": "0:3"}}
+    return ({} if new else old) | {
         "codebase_version": version, "fps": FPS, "features": features, "chunks_size": 1000,
         "total_episodes": len(LENGTHS), "total_frames": len(FRAMES), "data_path": f"data/{data}.parquet",
         "robot_type": "fake", "video_path": f"videos/{video}.mp4" if kind == "video" else None,

@@ -16,7 +16,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.reading import inside, read_lines, read_object, regular_file
 
 MOST = 1 << 40
-"""Largest number of an episode, a row or a file, and of seconds, that is believed."""
+"""Largest number of a row or a file, and of seconds, that is believed."""
+MOST_EPISODES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _episodes_v3(root: Path, info: dict[str, Any], videos: dict[str, str], where
             chunk, number = (_whole(row[f"data/{part}"], at, f"data/{part}") for part in parts[:2])
             span = tuple(None if row[key] is None else int(_float(row[key], -1)) for key in spans if key in row)
             yield Episode(
-                _whole(row["episode_index"], at, "episode_index"), _whole(row["length"], at, "length"),
+                _whole(row["episode_index"], at, "episode_index", MOST_EPISODES), _whole(row["length"], at, "length"),
                 _texts(row.get("tasks")), data_path.format(chunk_index=chunk, file_index=number), clips,
                 span if len(span) == 2 else None,
             )  # fmt: skip
@@ -178,16 +179,16 @@ def _episodes_v2(root: Path, info: dict[str, Any], videos: dict[str, str], where
         at = f"{path} line {number}"
         if "episode_index" not in row or "length" not in row:
             raise BurnishError(f"{at} lacks episode_index or length")
-        index = _whole(row["episode_index"], at, "episode_index")
+        index = _whole(row["episode_index"], at, "episode_index", MOST_EPISODES)
         place = {"episode_chunk": index // size, "episode_index": index}
         clips = {name: Clip(video_path.format(video_key=stored, **place), 0.0) for name, stored in videos.items()}
         yield Episode(index, _whole(row["length"], at, "length"), _texts(row.get("tasks")), data_path.format(**place),
                       clips)  # fmt: skip
 
 
-def _whole(value: Any, where: str, what: str) -> int:
+def _whole(value: Any, where: str, what: str, most: int = MOST) -> int:
     """A whole number from 0 on; pandas makes floats of a column that lacks one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST or value % 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value % 1:
         raise BurnishError(f"{where}: {what} is {value!r}", "a whole number from 0 on")
     return int(value)
 
