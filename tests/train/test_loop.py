@@ -274,7 +274,7 @@ def test_missing_statistics_and_wrong_action_dimension(dataset, tmp_path):
     shutil.copytree(dataset, own)
     stats = json.loads((own / "meta/stats.json").read_text())
     (own / "meta/stats.json").write_text(json.dumps({k: v for k, v in stats.items() if k != "action"}))
-    with pytest.raises(BurnishError, match="no 'mean' of 'action'"):
+    with pytest.raises(BurnishError, match="action: statistics lack mean"):
         run(own, tmp_path / "r")
     wide = fake.make_dataset(tmp_path / "wide", episodes=1, action_dim=5)
     with pytest.raises(BurnishError, match="actions of dimension 5; expected 3"):

@@ -27,7 +27,7 @@ def test_train_prints_where_things_are(recipe_file, tmp_path, capsys):
     [
         (["--train.stepz=3"], "unknown key 'train.stepz'"),
         (["--data.root=nowhere"], "no data set at nowhere"),
-        (["--data.cameras=[side]"], "data.cameras names 'observation.images.side'"),
+        (["--data.cameras=[side]"], "data.cameras names 'side'"),
         (["--train.freeze=[vision]"], "'vision' matches no parameter"),
         (["--train.precision=fp16"], "there is no GPU"),
         (["--train.trackers=[trackio]"], "tracker 'trackio' is not installed"),
