@@ -4,7 +4,7 @@ Selectors are suite names without the prefix `libero_`: spatial, object, goal, 1
 suites such as spatial_swap or goal_lan. Physics, initial states and success tests are LIBERO's own; what differs is
 that nothing is rendered unless it is asked for, and then by `burnish.envs.rendering`: without shadows and at one sample
 a pixel, a mean of 4 of 255 from LIBERO's own pictures. The suffix `+exact` (spatial/3+exact, spatial+exact) renders as
-LIBERO does, at about half the speed; it is what pictures recorded elsewhere are to be compared with.
+LIBERO does, five times as long a picture; it is what pictures recorded elsewhere are to be compared with.
 
 Images are LIBERO's usual ones: the raw image rotated by 180 degrees, which is upright but mirrored left to right.
 Observations are the ones LIBERO gives: robosuite reads sensors and cameras after the last but one of the 25 simulator
