@@ -112,7 +112,7 @@ def _measure(args: argparse.Namespace, seed: int, policy: Path, metrics: dict[st
 
 def _write(args: argparse.Namespace, metrics: dict[str, Any], began: float) -> None:
     """The result file: a row for each plan on the states that all of its seeds have seen."""
-    known = {name: {int(seed): done for seed, done in by_seed.items() if done}
+    known = {name: {int(seed): {at: float(won) for at, won in done.items()} for seed, done in by_seed.items() if done}
              for name, by_seed in metrics["outcomes"].items()}  # fmt: skip
     words = ["python -m workshop unmasking", f"--seeds {args.seeds}", f"--states {args.states}",
              *(f"--{name} {value}" for name, value in metrics["settings"].items())]  # fmt: skip
