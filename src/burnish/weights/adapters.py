@@ -174,7 +174,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_object(path, path.parent)
     if config.get("peft_type") != "LORA":
         raise BurnishError(f"{path}: peft_type {config.get('peft_type')!r}", "LORA (DoRA included)")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha = config.get("lora_alpha")
     if not (number(rank) and number(alpha) and rank >= 1):
         raise BurnishError(f"{path}: r is {rank} and lora_alpha {alpha}", "numbers, r at least 1")
     start = config.get("init_lora_weights")

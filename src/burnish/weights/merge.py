@@ -135,7 +135,9 @@ class _Merge:
         """The merged block. With `read` the digests are taken, and infinities of a mask give NaN; without neither."""
         changes = self.changes[name]
         deltas = [
-            _values(change, start, stop, self._buffers(k + 1, stop - start), base, read and read[change.number])
+            _values(
+                change, start, stop, self._buffers(k + 1, stop - start), base, read[change.number] if read else None
+            )
             for k, change in enumerate(changes)
         ]
         block = make_block(changes, self.vectors, start, base, deltas)

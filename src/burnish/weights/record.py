@@ -26,7 +26,8 @@ def check_delta(meta: Mapping[str, Any], path: Path) -> None:
     for who in ("base", "tuned", "control"):
         _parent(meta.get(who), path, who)
     _require(_texts(meta["base"].get("tensors")), path, "base.tensors")
-    tied, robot = meta.get("tied"), meta.get("embodiment")
+    tied: Any = meta.get("tied")
+    robot = meta.get("embodiment")
     _require(_texts(tied) and all(owner in meta["tensors"] for owner in tied.values()), path, "tied")
     _require(robot is None or (isinstance(robot, dict) and all(map(_shape, robot.values()))), path, "embodiment")
     _require(_texts(meta.get("skipped")), path, "skipped")
@@ -42,7 +43,7 @@ def check_merge(record: Mapping[str, Any], path: Path) -> None:
     """Raise BurnishError where capability.json at `path` is not as `merge` writes it."""
     _require(record.get("kind") == "merge", path, "kind")
     _parent(record.get("base"), path, "base")
-    deltas = record.get("deltas")
+    deltas: Any = record.get("deltas")
     _require(isinstance(deltas, list) and bool(deltas), path, "deltas")
     for delta in deltas:
         _parent(delta, path, "deltas")
@@ -52,7 +53,7 @@ def check_merge(record: Mapping[str, Any], path: Path) -> None:
         found = record.get(patterns)
         _require(isinstance(found, list) and all(map(_text, found)), path, patterns)
     for name, entry in _entries(record, path):
-        weights = entry.get("weights") if isinstance(entry, dict) else None
+        weights: Any = entry.get("weights") if isinstance(entry, dict) else None
         _require(isinstance(weights, list) and _text(entry.get("digest")), path, f"the entry of '{name}'")
         fits = (isinstance(one, list) and len(one) == 3 and type(one[0]) is int and 0 <= one[0] < len(deltas)
                 and _text(one[1]) and number(one[2]) for one in weights)  # fmt: skip

@@ -126,12 +126,12 @@ def refuse_odd(name: str, values: Mapping[Path, np.ndarray]) -> bool:
     """
     for path, value in values.items():
         if np.isnan(value).any():
-            raise BurnishError(f"'{name}' in {path} holds NaN", "numbers", "another checkpoint of that run")
+            raise BurnishError(f"'{name}' in {path} holds NaN", "finite numbers, as in another checkpoint of that run")
     for path, value in values.items():
         own = np.isinf(value)
         if any((own & (other != value)).any() for other in values.values()):
-            raise BurnishError(f"'{name}' in {path} holds infinities", "finite numbers",
-                               "another checkpoint of that run")  # fmt: skip
+            raise BurnishError(f"'{name}' in {path} holds infinities",
+                               "finite numbers, as in another checkpoint of that run")  # fmt: skip
     return False
 
 
