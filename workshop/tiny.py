@@ -13,6 +13,7 @@ from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, IMAGES, STATE
 from burnish.policies.pi import Pi
 from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.pipelines import new_processors
 
 IMAGE_TOKEN = "<image>"
 _SPECIAL = [
@@ -255,7 +256,7 @@ def _pi(name: str, folder: Path, features: dict, stats: dict, overrides: dict, s
     config = folders.decode_config(raw, "the tiny config", features, "cpu")
     with small_pi(sizes, tokenizer_folder):
         policy = folders.build(config, seed)
-        pre, post = folders.new_processors(config, stats)
+        pre, post = new_processors(config, stats)
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in policy.named_parameters():
         if ".dense." in parameter_name:  # adaptive norms start as zero gates, which would shut images and text out

@@ -18,6 +18,7 @@ from burnish.policies import folder as folders
 from burnish.policies import load_policy
 from burnish.policies.base import CAPABILITIES, lacks, require
 from burnish.policies.load import POLICIES
+from burnish.policies.pipelines import new_processors
 from burnish.sampling.token_model import DECODERS, make_decoder
 from workshop.tiny import default_statistics, make_tiny
 
@@ -64,7 +65,7 @@ def act(installed, tmp_path):
         "dim_feedforward": 32, "n_encoder_layers": 1, "n_decoder_layers": 1, "pretrained_backbone_weights": None,
     }  # fmt: skip
     config = folders.decode_config(raw, "the test", features, "cpu")
-    policy = POLICIES.get("act")(folders.build(config, 0), *folders.new_processors(config, default_statistics(5, 4)))
+    policy = POLICIES.get("act")(folders.build(config, 0), *new_processors(config, default_statistics(5, 4)))
     policy.save(tmp_path / "policy")
     return load_policy(tmp_path / "policy")
 

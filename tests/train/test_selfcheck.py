@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,65 @@ def test_missing_statistics(tmp_path):
     bad = {"action": {"mean": [0.0], "std": [float("nan")], "min": [0.0], "max": [0.0]}}
     with pytest.raises(BurnishError, match="'std' of 'action' is not finite"):
         selfcheck.check_statistics(bad, ("action",), tmp_path)
+
+
+def test_statistics_that_are_no_numbers(tmp_path):
+    for figure in (None, "x", ["x"], [None], [[1], [1, 2]]):
+        bad = {"action": {"mean": figure, "std": [1.0], "min": [0.0], "max": [0.0]}}
+        with pytest.raises(BurnishError, match="'mean' of 'action' is not finite"):
+            selfcheck.check_statistics(bad, ("action",), tmp_path)
+
+
+@pytest.fixture(params=["smolvla", "pi0", "burnish_discrete"])
+def two_cameras(request, tmp_path):
+    from burnish.policies import load_policy
+    from workshop.tiny import make_tiny
+
+    policy = load_policy(make_tiny(request.param, tmp_path / "policy", cameras=("top", "wrist")))
+    batch = {
+        "observation.images.top": torch.rand(4, 3, 32, 32), "observation.images.wrist": torch.zeros(4, 3, 32, 32),
+        "observation.state": torch.randn(4, 7), "action": torch.randn(4, 8, 7),
+        "action_is_pad": torch.zeros(4, 8, dtype=torch.bool), "task": ["a", "b", "c", "d"],
+    }  # fmt: skip
+    return policy, batch
+
+
+def blind(policy, monkeypatch):
+    """The wrist camera never reaches the model, as a rename map can have it."""
+    plain = policy.preprocessor
+
+    def without(batch):
+        return {**(seen := plain(batch)), "observation.images.wrist": torch.zeros_like(seen["observation.images.top"])}
+
+    monkeypatch.setattr(policy, "preprocessor", without)
+
+
+def test_every_camera_of_a_sound_policy_is_seen(two_cameras):
+    policy, batch = two_cameras
+    before = torch.get_rng_state()
+    assert selfcheck.unseen_cameras(policy.train(), batch) == [] and policy.training
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_camera_that_reaches_nothing_is_told_and_then_refused(two_cameras, monkeypatch):
+    policy, batch = two_cameras
+    blind(policy, monkeypatch)
+    assert selfcheck.unseen_cameras(policy, batch) == ["wrist"]
+    said = []
+    run = SimpleNamespace(policy=policy, step=0, recipe=SimpleNamespace(train=SimpleNamespace(steps=100)),
+                          say=said.extend)  # fmt: skip
+    selfcheck.check_cameras(run, batch)
+    assert len(said) == 1 and "camera 'wrist' reaches nothing" in said[0]
+    run.step = 5
+    selfcheck.check_cameras(run, batch)
+    run.step = 10
+    with pytest.raises(BurnishError, match=r"'wrist' reaches nothing.*after 10 steps.*--data.cameras='\[top\]'"):
+        selfcheck.check_cameras(run, batch)
+    run.step = run.recipe.train.steps = 2
+    selfcheck.check_cameras(run, batch)
+    run.step = 1
+    with pytest.raises(BurnishError, match="after 1 steps"):
+        selfcheck.check_cameras(run, batch)
 
 
 def test_fingerprints_tell_order_and_last_bits():

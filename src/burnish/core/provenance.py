@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from burnish.core.reading import read_object, regular_file
+
 # Places and machines, which do not change what a policy does.
 _NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
 
@@ -23,9 +25,9 @@ def weights_hash(policy: Any) -> str:
     digest = hashlib.sha256()
     if isinstance(policy, str | Path):
         for path in sorted(Path(policy).glob("*.safetensors")):
-            with path.open("rb") as file:
+            with regular_file(path, Path(policy)).open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        config = json.loads((Path(policy) / "config.json").read_text(encoding="utf-8"))
+        config = read_object(Path(policy) / "config.json", Path(policy))
         kept = {k: v for k, v in config.items() if k not in _NOT_HASHED}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         return digest.hexdigest()[:16]

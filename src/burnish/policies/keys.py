@@ -3,7 +3,8 @@
 IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 VLM_FOLDER = "vlm"
 """Inside a policy folder: config, tokenizer and processor of its VLM."""

@@ -1,5 +1,7 @@
 """Open a policy folder: the registry knows the wrapper of its type, and the wrapper what is peculiar to it."""
 
+import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,25 +9,33 @@ import torch
 
 from burnish.core import renames
 from burnish.core.errors import BurnishError
+from burnish.core.options import home
 from burnish.core.provenance import weights_hash
+from burnish.core.reading import read_object
 from burnish.core.registry import Registry
 from burnish.policies import folder as folders
+from burnish.policies import pipelines, tensors
 from burnish.policies.base import Policy
-from burnish.policies.keys import CONFIG, WEIGHTS
+from burnish.policies.keys import ADAPTER, CONFIG, INDEX, PREPROCESSOR, WEIGHTS
+from burnish.policies.pretrained import is_hub_name
 from burnish.policies.wrapper import PolicyWrapper
 
+log = logging.getLogger("burnish")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_BELOW = ("policy", "pretrained_model", "last/pretrained_model", "*/pretrained_model", "checkpoints/*/pretrained_model",
+          "*/policy", "*/*/policy")  # fmt: skip
+"""Where policies lie in the run folders of burnish and LeRobot."""
 
 POLICIES: Registry[type[PolicyWrapper]] = Registry("policy", room="burnish.policies", module="policy")
 """Wrappers by LeRobot's name of the policy's type; those of outside packages by entry points `burnish.policies`."""
 
 
 def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: str = "cpu",
-         dataset_stats: dict[str, Any] | None = None,
-         features: dict[str, Any] | None = None) -> PolicyWrapper:  # fmt: skip
-    """Load a LeRobot policy folder; see `burnish.policies.load_policy`."""
+         dataset_stats: dict[str, Any] | None = None, features: dict[str, Any] | None = None,
+         stats_source: str = "the given statistics") -> PolicyWrapper:  # fmt: skip
+    """Load a LeRobot policy folder; see `burnish.policies.load_policy`. Errors call the statistics `stats_source`."""
     folder, device = resolve(path), choose_device(device)
-    raw = folders.read_json(folder / CONFIG)
+    raw = read_object(folder / CONFIG, folder)
     name = raw.get("type")
     if name not in POLICIES:
         raise BurnishError(f"policy type {name!r} in {folder / CONFIG}", f"one of {', '.join(POLICIES)}")
@@ -33,28 +43,65 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
     changes = folders.known_fields(renames.rename(overrides or {}, old), name)
     raw = kind.read_config({**renames.rename(raw, old), **changes}, folder)
     config = folders.decode_config(raw, str(folder / CONFIG), features, device)
-    processors = folders.load_processors(config, folder, dataset_stats, folder / kind.tokenizer_folder)
+    state = tensors.read_weights(folder)
+    earlier: dict[str, Any] = {}
+    if not (folder / PREPROCESSOR).exists():
+        earlier = tensors.old_statistics(state, [*config.input_features, *config.output_features])
+    if dataset_stats is None and earlier:
+        log.warning("%s has LeRobot's earlier layout: its statistics are taken from the weights", folder)
+        dataset_stats, stats_source = earlier, str(folder / WEIGHTS)
+    processors = pipelines.load_processors(config, folder, dataset_stats, kind.tokenizer_folder, source=stats_source,
+                                           renamed=features is not None, own=kind.processor_steps)  # fmt: skip
     policy = kind.build(config, 0, folder)
-    state = kind.rename_tensors(policy, folders.read_tensors(folder / WEIGHTS))
-    folders.load_tensors(policy, state, str(folder / WEIGHTS))
+    tensors.load_tensors(policy, kind.rename_tensors(policy, state), str(folder / WEIGHTS))
     return kind.open(policy.to(device).eval(), *processors, folder, dataset_stats)
 
 
 def resolve(path: Path | str) -> Path:
-    """The folder behind a path or the name of a shipped base."""
-    folder = Path(path)
+    """The folder behind a path or the name of a shipped base.
+
+    Raises:
+        BurnishError: there is no policy; it says what to do where the path is a hub name, a run's folder above the
+            policy, or an adapter without its base.
+    """
+    folder = Path(home(str(path)))
     if not folder.is_dir() and len(folder.parts) == 1 and (ASSETS / folder).is_dir():
         folder = ASSETS / folder
+    if (folder / ADAPTER).is_file() and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        raise _adapter(folder.absolute())
     if not (folder / CONFIG).is_file():
         shipped = sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG}"))
         also = f" or a shipped base ({', '.join(shipped)})" if shipped else ""
-        raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}")
+        if is_hub_name(str(path)):
+            raise BurnishError(f"no policy at {path}: names of the Hugging Face hub are not fetched",
+                               f"a LeRobot policy folder{also}", _download(str(path)))  # fmt: skip
+        below = sorted({place.parent for pattern in _BELOW for place in folder.glob(f"{pattern}/{CONFIG}")})
+        raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}",
+                           " or ".join(map(str, below[-3:])))  # fmt: skip
     return folder.absolute()
 
 
+def _adapter(folder: Path) -> BurnishError:
+    """The error of a folder with LoRA factors alone; its remedy makes a whole policy of them."""
+    base = read_object(folder / ADAPTER, folder).get("base_model_name_or_path")
+    found, expected = f"{folder} is a peft adapter without its base ({ADAPTER}, no {WEIGHTS})", "a whole policy"
+    if not isinstance(base, str) or not base:
+        return BurnishError(found, expected, "burnish weights merge --help")
+    fetched = is_hub_name(base)
+    words = [Path(base).name if fetched else base, "--tuned", str(folder), "-o", f"{folder}-merged"]
+    merge = f"burnish weights merge {shlex.join(words)}"
+    return BurnishError(found, expected, f"{_download(base)} && {merge}" if fetched else merge)
+
+
+def _download(name: str) -> str:
+    return f"hf download {name} --local-dir {Path(name).name}"
+
+
 def choose_device(name: str = "") -> str:
-    """`name`, or for "" a GPU where there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """`name`, or for "" a GPU where there is one; raises BurnishError for one that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    folders.check_device(name)
+    return name
 
 
 def policy_and_hash(policy: Policy | Path | str, device: str = "") -> tuple[Policy, str]:

@@ -8,12 +8,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from burnish.core.errors import BurnishError
+from burnish.core.reading import read_object
 from burnish.policies import folder as folders
-from burnish.policies import language
+from burnish.policies import language, tensors
 from burnish.policies.flow import FlowPolicy
-from burnish.policies.keys import TOKEN_MASK, TOKENS
+from burnish.policies.keys import CONFIG, TOKEN_MASK, TOKENS
 from burnish.policies.load import POLICIES
-from burnish.policies.pi_sizes import small_pi
+from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.sizes import check_fits, check_model_numbers
 
 SIZES_FILE = "tiny.json"
 """In the folder of a tiny policy: the sizes that LeRobot cannot store."""
@@ -37,6 +40,8 @@ class Pi(FlowPolicy):
     @classmethod
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
         sizes = None if folder is None else _read_sizes(folder)
+        if folder is not None and sizes is None:
+            _check_whole(config, folder)
         with small_pi(sizes) if sizes else nullcontext():
             return folders.build(config, seed)
 
@@ -119,4 +124,31 @@ class Pi(FlowPolicy):
 
 
 def _read_sizes(folder: Path) -> dict[str, Any] | None:
-    return folders.read_json(folder / SIZES_FILE) if (folder / SIZES_FILE).is_file() else None
+    """The sizes of a tiny policy, checked; None for one of LeRobot's own size."""
+    path = folder / SIZES_FILE
+    if not path.exists():
+        return None
+    sizes = read_object(path, folder)
+    check_model_numbers(sizes, str(path))
+    known = {**PI_SIZES, "vocab_size": 1}
+    wrong = [name for name in known if type(sizes.get(name)) is not type(known[name])]
+    wrong += [name for name in sizes if name not in known]
+    parts = [part for part in PI_SIZES if part not in wrong and set(sizes[part]) != set(PI_SIZES[part])]
+    if wrong or parts:
+        raise BurnishError(
+            f"{path}: '{[*wrong, *parts][0]}' is not what a tiny policy has", "sizes as burnish writes them"
+        )
+    check_fits({"hidden_size": sizes["gemma_2b"]["width"], "vocab_size": sizes["vocab_size"],
+                "intermediate_size": sizes["gemma_2b"]["mlp_dim"], "num_hidden_layers": sizes["gemma_2b"]["depth"]},
+               tensors.size(folder), 0, str(path))  # fmt: skip
+    return sizes
+
+
+def _check_whole(config: Any, folder: Path) -> None:
+    """LeRobot's own sizes are billions of numbers: weights of fewer bytes cannot be theirs, and nothing is built."""
+    from lerobot.policies.pi0.modeling_pi0 import get_gemma_config
+
+    for variant in (config.paligemma_variant, config.action_expert_variant):
+        size = get_gemma_config(variant)
+        check_fits({"hidden_size": size.width, "intermediate_size": size.mlp_dim, "num_hidden_layers": size.depth},
+                   tensors.size(folder), 0, str(folder / CONFIG))  # fmt: skip

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies import folder as folders
-from burnish.policies import hidden, language
+from burnish.policies import hidden, language, tensors
 from burnish.policies.base import Captured
 from burnish.policies.flow import FlowPolicy
-from burnish.policies.keys import CONFIG, STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
+from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
+from burnish.policies.pipelines import new_processors
+from burnish.policies.pretrained import load_vlm, require_inside, vlm_config
 
 
 @POLICIES.register("smolvla")
@@ -27,9 +29,15 @@ class SmolVLA(FlowPolicy):
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """All weights are in model.safetensors, and the VLM's other files inside the folder if they are anywhere."""
-        inside = {"vlm_model_name": str(folder / VLM_FOLDER)} if (folder / VLM_FOLDER).is_dir() else {}
-        return {**raw, **inside, "load_vlm_weights": False}
+        """All weights are in model.safetensors, and the VLM's other files inside the folder."""
+        place = require_inside(folder, VLM_FOLDER, raw.get("vlm_model_name"))
+        return {**raw, "vlm_model_name": str(place), "load_vlm_weights": False}
+
+    @classmethod
+    def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
+        place = Path(config.vlm_model_name)
+        _smolvlm(place, tensors.size(folder or place), config.num_vlm_layers)
+        return folders.build(config, seed)
 
     @property
     def input_size(self) -> int:
@@ -146,22 +154,21 @@ class SmolVLA(FlowPolicy):
         Raises:
             BurnishError: not a SmolVLM folder, or features that do not fit.
         """
-        from transformers import AutoConfig
-
         vlm_folder = Path(source).absolute()
-        if not (vlm_folder / CONFIG).is_file():
-            raise BurnishError(f"no VLM in {vlm_folder}", "a folder with config.json")
-        vlm_config = AutoConfig.from_pretrained(vlm_folder)
-        if vlm_config.model_type != "smolvlm":
-            raise BurnishError(
-                f"a VLM of type '{vlm_config.model_type}' in {vlm_folder}", "smolvlm, which SmolVLA is made of"
-            )
-        size = vlm_config.vision_config.image_size
+        size = _smolvlm(vlm_folder, None, 0).vision_config.image_size
         raw = {"type": name, "resize_imgs_with_padding": [size, size], "freeze_vision_encoder": False,
                "train_expert_only": False, "push_to_hub": False, **overrides, "vlm_model_name": str(vlm_folder),
                "load_vlm_weights": False}  # fmt: skip
         config = folders.decode_config(raw, str(vlm_folder), features, device)
         policy = cls.build(config, generator_seed)
-        weights = folders.load_vlm(vlm_folder).state_dict()
-        folders.load_tensors(policy.model.vlm_with_expert.vlm, weights, str(vlm_folder), extra_allowed=True)
-        return cls(policy.to(device), *folders.new_processors(config, dataset_stats))
+        weights = load_vlm(vlm_folder).state_dict()
+        tensors.load_tensors(policy.model.vlm_with_expert.vlm, weights, str(vlm_folder), extra_allowed=True)
+        return cls(policy.to(device), *new_processors(config, dataset_stats, tokenizer=vlm_folder))
+
+
+def _smolvlm(folder: Path, num_bytes: int | None, layers: int) -> Any:
+    """The config of a SmolVLM folder; see `pretrained.vlm_config`."""
+    config = vlm_config(folder, num_bytes, layers)
+    if config.model_type != "smolvlm":
+        raise BurnishError(f"a VLM of type '{config.model_type}' in {folder}", "smolvlm, which SmolVLA is made of")
+    return config

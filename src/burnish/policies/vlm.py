@@ -17,6 +17,9 @@ from burnish.policies.keys import IMAGES
 from burnish.policies.language import Backbone
 from burnish.policies.wrapper import PolicyWrapper
 
+SPARE_IDS = 1024
+"""Token ids beyond the embeddings that a tokenizer may know: PaliGemma's image token is one, and no text makes it."""
+
 
 class VLMPolicy(PolicyWrapper):
     """A LeRobot policy whose backbone is a vision-language model, with its processors."""
@@ -28,6 +31,11 @@ class VLMPolicy(PolicyWrapper):
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
         self.num_layers = len(self.backbone.text_model.layers)
+        rows = self.backbone.text_model.get_input_embeddings().weight.shape[0]
+        highest = max(self.tokenizer.get_vocab().values(), default=0)
+        if highest >= rows + SPARE_IDS:
+            raise BurnishError(f"the tokenizer has the id {highest}, and the model {rows} embeddings",
+                               "the tokenizer of that model")  # fmt: skip
         self._captures: list[Captured] = []
 
     # What a family of policies has to say.
@@ -64,7 +72,11 @@ class VLMPolicy(PolicyWrapper):
         """The one of the preprocessor."""
         from lerobot.processor import TokenizerProcessorStep
 
-        return next(s for s in self.preprocessor.steps if isinstance(s, TokenizerProcessorStep)).input_tokenizer
+        for step in self.preprocessor.steps:
+            if isinstance(step, TokenizerProcessorStep):
+                return step.input_tokenizer
+        raise BurnishError("the preprocessor has no tokenizer_processor, which a policy of this type reads its "
+                           "instruction by", "LeRobot's steps")  # fmt: skip
 
     def stages(self) -> list[Stage]:
         first, *others = super().stages()

@@ -14,6 +14,7 @@ from burnish.core import seeding
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.policies import folder as folders
+from burnish.policies import tensors
 from burnish.policies.base import Policy, Stage
 from burnish.policies.keys import ACTION, IMAGES, STATE, TASK
 
@@ -32,6 +33,8 @@ class PolicyWrapper(Policy):
 
     tokenizer_folder = "tokenizer"
     """Folder inside a policy folder that has the tokenizer's files, for the preprocessor."""
+    processor_steps: tuple[str, ...] = ()
+    """Registered steps of its processors beyond LeRobot's common ones; a folder may name no others."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__()
@@ -103,15 +106,18 @@ class PolicyWrapper(Policy):
             dtype: store floating tensors so (e.g. torch.float16); None keeps them.
             state_dict: weights to store instead of the policy's own (a moving average), with the names of
                 `policy.policy.state_dict()`.
+
+        Raises:
+            BurnishError: weights that are not finite.
         """
         folder = Path(folder)
-        if dtype is not None:
-            state = self.policy.state_dict() if state_dict is None else state_dict
-            state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        self.policy.save_pretrained(folder, state_dict=state_dict)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(folder)
+        tensors.write_weights(folder, self.policy.state_dict() if state_dict is None else state_dict, dtype)
         self.preprocessor.save_pretrained(folder)
         self.postprocessor.save_pretrained(folder)
         self.write_extras(folder, Path(home or folder).absolute())
+        tensors.share_mode(folder)
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """Write the files beside config, weights and processors that make the folder self-contained."""
@@ -140,8 +146,7 @@ class PolicyWrapper(Policy):
         missing = [key for key in (*self.camera_keys, STATE, TASK) if key not in batch]
         if missing:
             raise BurnishError(f"a batch without {', '.join(missing)} (it has {', '.join(batch)})",
-                               f"cameras {', '.join(self.cameras)}, {STATE} and {TASK}",
-                               "load the policy with features= of your data set")  # fmt: skip
+                               f"cameras {', '.join(self.cameras)}, {STATE} and {TASK}")  # fmt: skip
         chosen = {key: batch[key] for key in (*self.camera_keys, STATE, TASK)}
         if actions is not None:
             chosen[ACTION] = actions

@@ -121,6 +121,8 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
         suffix = f"_{micro}" if config.grad_accumulation > 1 else ""
         seen |= {f"robot{suffix}": batch} | ({f"language{suffix}": language} if language else {})
         figures |= {f"{name}{suffix}": value for name, value in {**terms, "total": total.detach()}.items()}
+    if config.self_check:
+        selfcheck.check_cameras(run, batch)
     accelerator.unscale_gradients(run.stepper)
     edits: dict[str, float] = {}
     if run.editors:

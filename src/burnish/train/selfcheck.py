@@ -7,12 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import generator
+from burnish.core.types import Batch
 from burnish.methods.objective import Run
+from burnish.policies.base import Policy
+from burnish.policies.keys import IMAGES
 
 LOSS_BAND = (1e-5, 10.0)
 """Flow matching on normalised actions: a net that knows nothing predicts about 0, whose loss is
 1 (noise) + 1 (normalised actions) = 2; a base that is sure of another robot's actions reaches 5, and cross-entropy over
 bins 6. Far above that the normalisation does not fit; below 1e-5 the targets are constant."""
+CAMERAS_AGAIN = 10
+"""Steps after which a camera that reached nothing at the start is looked at again."""
 OUTLIER = 4.0
 """Standard deviations beyond which an action counts as outside, where the policy normalises by mean and deviation."""
 
@@ -26,8 +32,15 @@ def check_statistics(stats: dict[str, Any] | None, keys: tuple[str, ...], root) 
                     f"{root}/meta/stats.json has no '{figure}' of '{key}'", "statistics of every input and output",
                     f"burnish data inspect {root}",
                 )  # fmt: skip
-            if not np.isfinite(np.asarray(stats[key][figure], dtype=np.float64)).all():
+            if not _finite(stats[key][figure]):
                 raise BurnishError(f"{root}/meta/stats.json: '{figure}' of '{key}' is not finite", "finite statistics")
+
+
+def _finite(values: Any) -> bool:
+    try:
+        return bool(np.isfinite(np.asarray(values, dtype=np.float64)).all())
+    except (TypeError, ValueError):  # text, or rows of unequal length
+        return False
 
 
 def normalisation_warnings(
@@ -106,6 +119,50 @@ def check_ranks(run: Run, tensors: dict[str, Tensor], what: str) -> None:
             "equal ones on every rank",
             "let the module run inside the step's forward and make edit_gradients depend on `grads` alone",
         )
+
+
+def check_cameras(run: Run, batch: Batch) -> None:
+    """Look before the first step and again after ten whether every camera of the policy changes its loss.
+
+    A black picture in a camera's place (a white one where it is black) changes nothing where a rename map, a wrong name
+    or a zero weight keeps the camera out. At the start that is a warning, as a new gate may open; later it is an error.
+
+    Raises:
+        BurnishError: a camera that reaches nothing, with its name.
+    """
+    again = min(CAMERAS_AGAIN, run.recipe.train.steps - 1)
+    if run.step not in (0, again):
+        return
+    unseen = unseen_cameras(run.policy, batch)
+    if not unseen:
+        return
+    found = f"camera '{unseen[0]}' reaches nothing: a black picture in its place leaves the loss as it is"
+    if run.step < again or again == 0:
+        run.say([f"{found} (looked at again after {again} steps)"])
+        return
+    kept = ", ".join(name for name in run.policy.cameras if name not in unseen)
+    raise BurnishError(f"{found}, after {run.step} steps too", "cameras that the policy looks at",
+                       f"--data.cameras='[{kept}]', or --train.self_check=false to train all the same")  # fmt: skip
+
+
+@torch.no_grad()
+def unseen_cameras(policy: Policy, batch: Batch) -> list[str]:
+    """The cameras that no sample's loss depends on, by two samples of `batch` on equal draws."""
+    few: Batch = {key: value[:2] for key, value in batch.items()}
+    draws = policy.draw(len(few["task"]), generator(0, "cameras", device=str(policy.device)))
+    training = policy.training
+    policy.eval()
+    try:
+        whole = policy.loss(few, draws).per_sample
+        return [name for name in policy.cameras
+                if torch.equal(whole, policy.loss(_blanked(few, f"{IMAGES}{name}"), draws).per_sample)]  # fmt: skip
+    finally:
+        policy.train(training)
+
+
+def _blanked(batch: Batch, key: str) -> Batch:
+    picture = batch[key]
+    return {**batch, key: torch.zeros_like(picture) if bool(picture.any()) else torch.ones_like(picture)}
 
 
 def report_unreached(trained: dict[str, nn.Parameter]) -> list[str]:

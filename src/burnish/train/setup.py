@@ -89,7 +89,7 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     require(meta, recipe.data.episodes, _cameras(recipe, meta))
     keys = tuple(k for k in (ACTION, STATE) if k in meta.features)
     check_statistics(meta.stats, keys, root)
-    policy = _load_policy(recipe, meta)
+    policy = _load_policy(recipe, meta, f"{root}/meta/stats.json")
     width = meta.features["action"]["shape"][0]
     if policy.action_dim != width:
         raise BurnishError(f"{root} has actions of dimension {width}", f"{policy.action_dim} as the policy has",
@@ -103,12 +103,13 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     return policy, data, weights_hash(policy)
 
 
-def _load_policy(recipe: RecipeConfig, meta: Dataset) -> Policy:
+def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str) -> Policy:
     from burnish.policies import create_policy, load_policy
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
-        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features)
+        return load(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
+                    stats_source=stats_source)  # fmt: skip
     if "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)

@@ -12,6 +12,9 @@ from burnish.core.reading import read_object
 from burnish.policies import folder as folders
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import load
+from burnish.policies.pipelines import new_processors
+from burnish.policies.pretrained import load_vlm
+from burnish.policies.tensors import load_tensors
 
 _SHARED = ("max_state_dim", "tokenizer_max_length", "pad_language_to")
 """Config fields that a new policy takes over from a SmolVLA."""
@@ -50,8 +53,8 @@ def _build(
            "vlm_model_name": str(vlm_folder), "load_vlm_weights": False}  # fmt: skip
     config = folders.decode_config(raw, str(vlm_folder), features, device)
     policy = folders.build(config, seed)
-    vlm = folders.load_vlm(vlm_folder) if base is None else base.vlm
-    folders.load_tensors(policy.model.vlm, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
+    vlm = load_vlm(vlm_folder) if base is None else base.vlm
+    load_tensors(policy.model.vlm, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
     if base is not None and config.state_as == "row" and config.max_state_dim == base.config.max_state_dim:
         policy.model.state_proj.load_state_dict(base.policy.model.state_proj.state_dict())
     with torch.random.fork_rng(devices=[]):
@@ -59,7 +62,7 @@ def _build(
         policy.model.start()
     policy.fit_tokens(stats)
     _check_images(policy)
-    return policy.to(device).eval(), *folders.new_processors(config, stats)
+    return policy.to(device).eval(), *new_processors(config, stats, tokenizer=vlm_folder)
 
 
 def _pixels(vlm_folder: Path) -> dict[str, list[float]]:

@@ -13,18 +13,19 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
+from burnish.policies.discrete.lerobot_calls import LeRobotCalls
 from burnish.policies.discrete.network import TokenNet, bucketed
 from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.discrete.token_model import NetTokenModel
-from burnish.policies.folder import load_vlm
 from burnish.policies.keys import ACTION, PAD
+from burnish.policies.pretrained import load_vlm
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
 
 _TOKENS_AT_ONCE = 512
 """Action tokens behind one prompt when several chunks are scored; attention among them grows with the square."""
 
 
-class DiscretePolicy(PreTrainedPolicy):
+class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
     """See DiscreteConfig.
 
     Args:
@@ -258,13 +259,14 @@ class DiscretePolicy(PreTrainedPolicy):
             self._decoders[key] = make_decoder(name, NetTokenModel(self.model), **self.config.decoder_options)
         return self._decoders[key]
 
-    def predict_action_chunk(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """Normalised actions [B, T, A]."""
+    def predict_action_chunk(self, batch: dict[str, Any], inference_delay: int | None = None,
+                             prev_chunk_left_over: Tensor | None = None, **_: Any) -> Tensor:  # fmt: skip
+        """Normalised actions [B, T, A]; see `LeRobotCalls.committed` for what real-time chunking passes."""
         self.eval()
         prompt = self.model.prompt(bucketed(batch))
         if self.decoder().draws:  # by torch's global generator, as LeRobot's policies have it
             prompt = replace(prompt, seeds=torch.randint(2**62, (len(prompt.states),)))
-        return self.decode(prompt)
+        return self.decode(prompt, self.committed(prev_chunk_left_over, inference_delay))
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
-from burnish.policies import language
+from burnish.policies import language, tensors
 from burnish.policies.base import Stage, TokenForward
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig  # makes the type known to LeRobot
 from burnish.policies.discrete.create import new_policy
@@ -22,6 +22,7 @@ from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES
+from burnish.policies.pretrained import require_inside, vlm_config
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt, noise_seeds
 
@@ -45,10 +46,17 @@ class Discrete(VLMPolicy):
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """All weights are in model.safetensors, the VLM's and FAST's other files inside the folder if anywhere."""
-        places = {"vlm_model_name": folder / VLM_FOLDER, "fast_folder": folder / FAST_FOLDER}
-        inside = {field: str(place) for field, place in places.items() if place.is_dir()}
+        """All weights are in model.safetensors, the VLM's and FAST's other files inside the folder."""
+        inside = {"vlm_model_name": str(require_inside(folder, VLM_FOLDER, raw.get("vlm_model_name")))}
+        if raw.get("tokenizer") == "fast":
+            inside["fast_folder"] = str(require_inside(folder, FAST_FOLDER, raw.get("fast_folder")))
         return {**raw, **inside, "load_vlm_weights": False}
+
+    @classmethod
+    def build(cls, config: DiscreteConfig, seed: int, folder: Path | None = None) -> nn.Module:
+        place = Path(config.vlm_model_name)
+        vlm_config(place, tensors.size(folder or place))
+        return folders.build(config, seed)
 
     @classmethod
     def open(

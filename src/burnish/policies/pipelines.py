@@ -1,0 +1,329 @@
+"""The processors of a policy folder, read by ourselves: registered steps of a short list, and nothing else runs.
+
+LeRobot's own reader imports and calls whatever `class` a step names, follows state files out of the folder, and passes
+values on unnormalised where statistics are missing. This one does none of it.
+"""
+
+import logging
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core.errors import BurnishError
+from burnish.core.options import option, read_options
+from burnish.core.reading import inside, read_object
+from burnish.policies.keys import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE
+from burnish.policies.pretrained import foreign, load_tokenizer, no_remote_code, require_inside
+from burnish.policies.tensors import first, read_file
+
+log = logging.getLogger("burnish")
+MOST_STEPS = 32
+_KEYS = {"registry_name", "config", "state_file", "artifacts"}
+_MODES = {
+    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
+}  # fmt: skip
+
+
+@dataclass
+class _Nothing:
+    """A step without options."""
+
+
+@dataclass
+class _Rename:
+    rename_map: dict = option({})
+
+
+@dataclass
+class _Tokenizer:
+    tokenizer_name: str | None = option(None)
+    max_length: int = option(512, least=1, most=8192)
+    task_key: str = option("task", choices=("task",))
+    padding_side: str = option("right", choices=("right", "left"))
+    padding: str | bool = option("max_length", choices=("max_length", "longest", "do_not_pad", True, False))
+    truncation: bool = option(True)
+
+
+@dataclass
+class _Device:
+    device: str = option("cpu")
+    float_dtype: str | None = option(None, choices=(None, "float16", "bfloat16", "float32", "float64"))
+
+
+@dataclass
+class _Normalizer:
+    features: dict = option({})
+    norm_map: dict = option({})
+    eps: float = option(1e-8, above=0, most=0.1)
+    normalize_observation_keys: list[str] | None = option(None)
+
+
+@dataclass
+class _Relative:
+    enabled: bool = option(False)
+    exclude_joints: list[str] = option([])
+    action_names: list[str] | None = option(None)
+
+
+@dataclass
+class _Absolute:
+    enabled: bool = option(False)
+
+
+@dataclass
+class _StateInPrompt:
+    max_state_dim: int = option(32, least=1, most=4096)
+    task_key: str = option("task", choices=("task",))
+    include_state_in_prompt: bool = option(True)
+
+
+BEFORE: Mapping[str, type] = {
+    "rename_observations_processor": _Rename, "to_batch_processor": _Nothing, "device_processor": _Device,
+    "smolvla_new_line_processor": _Nothing, "pi0_new_line_processor": _Nothing, "tokenizer_processor": _Tokenizer,
+    "pi05_prepare_state_tokenizer_processor_step": _StateInPrompt, "relative_actions_processor": _Relative,
+    "normalizer_processor": _Normalizer,
+}  # fmt: skip
+"""Steps that may stand before the model, and their options."""
+AFTER: Mapping[str, type] = {
+    "unnormalizer_processor": _Normalizer, "absolute_actions_processor": _Absolute, "device_processor": _Device,
+}  # fmt: skip
+
+
+def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tokenizer: str, *, renamed: bool = False,
+                    own: Iterable[str] = (), source: str = "") -> tuple[Any, Any]:  # fmt: skip
+    """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does.
+
+    Args:
+        config: LeRobot's.
+        folder: the policy's.
+        stats: LeRobot statistics that replace the stored ones; None keeps them.
+        tokenizer: name of the folder inside it that has the tokenizer's files.
+        renamed: the features are not those that the policy was stored with, so its rename map goes too.
+        own: names of registered steps that the policy's type has beyond LeRobot's.
+        source: names `stats` in errors.
+
+    Raises:
+        BurnishError: missing files or statistics, a step that is not on the list, and all that cannot be read.
+    """
+    lacking = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).exists()]
+    if lacking and stats is None:
+        raise BurnishError(f"no {lacking[0]} in {folder}, so no normalisation statistics",
+                           "LeRobot's processor files, or a training (it takes its data set's statistics)")  # fmt: skip
+    if lacking:
+        return new_processors(config, stats, source or str(folder), folder / tokenizer)
+    before = _entries(folder, PREPROCESSOR, BEFORE, own)
+    after = _entries(folder, POSTPROCESSOR, AFTER, own)
+    changes: dict[str, dict[str, Any]] = {
+        "device_processor": {"device": str(config.device)},
+        "normalizer_processor": {"features": {**config.input_features, **config.output_features},
+                                 "norm_map": config.normalization_mapping},
+    }  # fmt: skip
+    back = {"unnormalizer_processor": {"features": config.output_features, "norm_map": config.normalization_mapping}}
+    if stats is not None:
+        changes["normalizer_processor"]["stats"] = back["unnormalizer_processor"]["stats"] = stats
+    if renamed:
+        changes["rename_observations_processor"] = {"rename_map": {}}
+    for entry in before:
+        if entry["registry_name"] == "tokenizer_processor":
+            changes["tokenizer_processor"] = _tokenizer(folder, tokenizer, entry)
+        elif entry["registry_name"] == "rename_observations_processor" and not renamed:
+            _check_rename(config, entry["config"], folder)
+    _register(config)
+    pre, post = _pipeline(before, changes, folder, PREPROCESSOR), _pipeline(after, back, folder, POSTPROCESSOR)
+    _join_relative(pre, post)
+    _check_statistics(config, pre, post, source if source and stats is not None else str(folder))
+    return pre, post
+
+
+def new_processors(config: Any, dataset_stats: dict[str, Any], source: str = "the data set's statistics",
+                   tokenizer: Path | None = None) -> tuple[Any, Any]:  # fmt: skip
+    """LeRobot's default pipelines for `config`, checked for their statistics.
+
+    Args:
+        config: LeRobot's.
+        dataset_stats: LeRobot statistics by key.
+        source: names them in errors.
+        tokenizer: folder of the tokenizer, whatever name LeRobot has for it; None takes LeRobot's.
+    """
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.processor import TokenizerProcessorStep
+
+    local = tokenizer if tokenizer is not None and tokenizer.is_dir() else None
+    with no_remote_code(local), foreign("the processors cannot be made", "a tokenizer and statistics that fit"):
+        pre, post = make_pre_post_processors(config, dataset_stats=dataset_stats)
+    for step in pre.steps if local is not None else ():
+        if isinstance(step, TokenizerProcessorStep):
+            step.tokenizer_name = str(local)
+    _check_statistics(config, pre, post, source)
+    return pre, post
+
+
+def _entries(folder: Path, name: str, known: Mapping[str, type], own: Iterable[str]) -> list[dict[str, Any]]:
+    """The steps of a stored pipeline, each with "registry_name" and "config", checked."""
+    path = folder / name
+    steps = read_object(path, folder).get("steps")
+    if not isinstance(steps, list) or not 0 < len(steps) <= MOST_STEPS:
+        raise BurnishError(f"{path} has no steps", f"a list of 1 to {MOST_STEPS}, as LeRobot writes it")
+    entries: list[dict[str, Any]] = []
+    for number, step in enumerate(steps):
+        where = f"{path}: step {number}"
+        if not isinstance(step, dict):
+            raise BurnishError(f"{where} is no JSON object", "registry_name and config")
+        if "class" in step or not isinstance(step.get("registry_name"), str):
+            raise BurnishError(f"{where} names the class {str(step.get('class'))[:60]!r} to be imported and called",
+                               "the registry_name of a step of LeRobot's")  # fmt: skip
+        kind, unknown = step["registry_name"], sorted(set(step) - _KEYS)
+        if unknown or (kind not in known and kind not in own):
+            found = f"'{unknown[0]}' of {where}" if unknown else f"{where} is '{kind}'"
+            raise BurnishError(found, f"steps {', '.join([*known, *own])}" if not unknown else ", ".join(sorted(_KEYS)))
+        if kind in [entry["registry_name"] for entry in entries]:
+            raise BurnishError(f"{where} is a second '{kind}'", "each step once")
+        config = step.get("config", {})
+        if not isinstance(config, dict):
+            raise BurnishError(f"{where} has no table of options", "config: {...}")
+        if kind in known:
+            read_options(known[kind], config, f"{where} ({kind})")
+        if "stats" in config:
+            raise BurnishError(f"{where} holds statistics of its own", "a state_file")
+        entries.append({**step, "config": config})
+    return entries
+
+
+def _tokenizer(folder: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Options of the tokenizer step: the loaded tokenizer and where it lies inside the folder."""
+    artifacts = entry.get("artifacts") or {}
+    stored = artifacts.get("tokenizer_name") if isinstance(artifacts, dict) else None
+    if not (folder / name).is_dir() and isinstance(stored, str) and stored:  # as later versions of LeRobot save it
+        name = str(inside(folder, stored).relative_to(folder))
+    place = require_inside(folder, name, entry["config"].get("tokenizer_name"))
+    return {"tokenizer": load_tokenizer(place), "tokenizer_name": str(place)}
+
+
+def _check_rename(config: Any, options: dict[str, Any], folder: Path) -> None:
+    """A key that the config declares must reach the model under its own name."""
+    names = options.get("rename_map", {})
+    if not all(isinstance(name, str) for name in names.values()):
+        raise BurnishError(f"{folder / PREPROCESSOR}: rename_map has a value that is no name", "key to key")
+    declared = [*(config.input_features or {}), ACTION]
+    lost = [key for key in declared if names.get(key, key) != key]
+    if lost:
+        raise BurnishError(
+            f"{folder / PREPROCESSOR} renames '{lost[0]}' to '{names[lost[0]]}', so that it never "
+            "reaches the model that declares it",
+            "the names of config.json, or an empty rename_map",
+        )
+
+
+def _register(config: Any) -> None:
+    """Import the file in which LeRobot (or a package) registers the steps of this type of policy."""
+    import lerobot.processor  # noqa: F401 - registers the common steps
+
+    module = type(config).__module__.replace("configuration_", "processor_")
+    with foreign(f"the processors of {config.type} cannot be imported", "LeRobot with that policy"):
+        import_module(module)
+
+
+def _pipeline(entries: list[dict[str, Any]], changes: dict[str, dict[str, Any]], folder: Path, name: str) -> Any:
+    from lerobot.processor import PolicyProcessorPipeline, ProcessorStepRegistry
+    from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
+
+    steps = []
+    for entry in entries:
+        kind = entry["registry_name"]
+        options = {**entry["config"], **changes.get(kind, {})}
+        place = options.pop("tokenizer_name", None)
+        with foreign(f"{folder / name}: step '{kind}' cannot be made", "options as LeRobot writes them"):
+            step = ProcessorStepRegistry.get(kind)(**options)
+            if "tokenizer" in options:  # a step that was given a tokenizer does not store its place
+                step.tokenizer, step.tokenizer_name = None, place
+            if entry.get("state_file") is not None:
+                step.load_state_dict(_state(entry["state_file"], folder, name))
+        steps.append(step)
+    back = {"to_transition": policy_action_to_transition, "to_output": transition_to_policy_action}
+    ways = back if name == POSTPROCESSOR else {}
+    return PolicyProcessorPipeline(steps=steps, name=name.removesuffix(".json"), **ways)
+
+
+def _state(file: Any, folder: Path, name: str) -> dict[str, Tensor]:
+    if not isinstance(file, str) or re.fullmatch(r"[\w-][\w.-]*\.safetensors", file) is None:
+        raise BurnishError(f"{folder / name}: state_file is {str(file)[:80]!r}", "a file of the folder, by name")
+    return read_file(folder / file, folder)
+
+
+def _join_relative(pre: Any, post: Any) -> None:
+    """The step that makes actions absolute again needs the one that made them relative."""
+    from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
+
+    relative = next((step for step in pre.steps if isinstance(step, RelativeActionsProcessorStep)), None)
+    for step in post.steps:
+        if isinstance(step, AbsoluteActionsProcessorStep):
+            step.relative_step = relative
+            if step.enabled and (relative is None or not relative.enabled):
+                raise BurnishError("the postprocessor makes actions absolute that were never relative", "both or none")
+
+
+def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
+    """Statistics that normalisation needs are there, finite, of the right width, and spread."""
+    from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
+
+    def stored(steps: Iterable[Any], kind: type) -> dict[str, Tensor]:
+        return {key: value for step in steps if isinstance(step, kind) for key, value in step.state_dict().items()}
+
+    for step in pre.steps:
+        chosen = step.normalize_observation_keys if isinstance(step, NormalizerProcessorStep) else None
+        if chosen is not None and STATE not in chosen:
+            raise BurnishError(f"{source} leaves {STATE} out of the normalisation", "normalize_observation_keys: null")
+    before, after = stored(pre.steps, NormalizerProcessorStep), stored(post.steps, UnnormalizerProcessorStep)
+    for key, feature, found in (
+        (STATE, config.robot_state_feature, before),
+        (ACTION, config.action_feature, before),
+        (ACTION, config.action_feature, after),
+    ):
+        mode = config.normalization_mapping.get(feature.type.value)
+        for statistic in _MODES.get(mode.name if mode else "IDENTITY", ()):
+            value = found.get(f"{key}.{statistic}")
+            if value is None:
+                raise BurnishError(
+                    f"no statistic '{statistic}' of {key} in {source} (it has {first(found) or 'none'})",
+                    f"what normalisation {mode.name} needs", _remedy(statistic, source),
+                )  # fmt: skip
+            if tuple(value.shape) != tuple(feature.shape):
+                raise BurnishError(f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
+                                   f"{feature.shape[0]}, as the features declare",
+                                   "statistics and features of the same data set")  # fmt: skip
+        _check_spread(key, mode.name if mode else "IDENTITY", found, source)
+
+
+def _check_spread(key: str, mode: str, found: dict[str, Tensor], source: str) -> None:
+    if mode not in _MODES:
+        return
+    low, high = (found[f"{key}.{statistic}"] for statistic in _MODES[mode])
+    spread = high if mode == "MEAN_STD" else high - low
+    names = " and ".join(_MODES[mode])
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise BurnishError(f"{names} of {key} in {source} are not all finite", "finite statistics")
+    if bool((spread < 0).any()):
+        what = "a negative std" if mode == "MEAN_STD" else f"{names} the wrong way round"
+        raise BurnishError(f"{what} of {key} in {source} (dimension {int((spread < 0).nonzero()[0])})",
+                           "statistics of a data set")  # fmt: skip
+    still = (spread == 0).nonzero().flatten().tolist()
+    if still:
+        log.warning("%s of %s do not spread in dimension %s (%s): a value that differs at all is blown up there",
+                    names, key, ", ".join(map(str, still)), source)  # fmt: skip
+
+
+def _remedy(statistic: str, source: str) -> str:
+    """The command that adds a quantile, where the statistics are a data set's (`source` then ends in stats.json)."""
+    if not (source.endswith("stats.json") and statistic.startswith("q")):
+        return ""
+    root = Path(source).parent.parent
+    where = shlex.quote(str(root))
+    return f"python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id local/{root.name} --root {where}"

@@ -1,0 +1,208 @@
+"""Files of a VLM or a tokenizer as the Hugging Face libraries read them: looked at first, then loaded without code.
+
+transformers imports what `auto_map` names (and asks on the terminal first), fetches attention kernels from the hub by
+name, follows file names out of the folder and loads adapters' bases from elsewhere. A folder that asks for any of it is
+refused before transformers sees it. Chat templates stay text: nothing here renders one.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.reading import read_json, regular_file
+from burnish.policies.sizes import check_fits, check_model_numbers
+
+MOST_FILES = 1000
+MOST_BYTES = 256 * 2**20
+_BIG = ("tokenizer.json", "vocab.json", "added_tokens.json")
+"""Read by the libraries alone: plain tables of tokens."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+_CLASSES = {
+    "tokenizer_class": r"[A-Z]\w*(Tokenizer|TokenizerFast|Backend)", "processor_class": r"[A-Z]\w*Processor",
+    "image_processor_type": r"[A-Z]\w*(ImageProcessor|FeatureExtractor)\w*",
+    "feature_extractor_type": r"[A-Z]\w*(ImageProcessor|FeatureExtractor)\w*",
+    "video_processor_type": r"[A-Z]\w*VideoProcessor\w*", "model_type": r"[a-z][\w-]*",
+    "dtype": r"(torch\.)?(auto|b?float\d+)", "torch_dtype": r"(torch\.)?(auto|b?float\d+)",
+}  # fmt: skip
+"""Names that the libraries look up among their own classes."""
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_REFUSED = {
+    "auto_map": "code of its own", "custom_pipelines": "code of its own", "trust_remote_code": "code of its own",
+    "configuration_files": "other files", "fast_tokenizer_files": "other files", "init_inputs": "arguments",
+    "use_pretrained_backbone": "weights from elsewhere", "quantization_config": "quantised weights",
+}  # fmt: skip
+
+
+@contextmanager
+def foreign(what: str, expected: str, fix: str = "") -> Iterator[None]:
+    """Inside, whatever a library raises about the files of others becomes one BurnishError that begins with `what`."""
+    try:
+        yield
+    except (BurnishError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, transformers and LeRobot anything
+        raise BurnishError(f"{what}: {one_line(error)}", expected, fix) from error
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text or type(error).__name__
+
+
+def check_files(folder: Path) -> None:
+    """Raise BurnishError unless every file of a VLM's or tokenizer's folder is harmless to load.
+
+    That is: a regular file inside the folder, of a bounded size (weights aside), and no JSON that names code, classes
+    beyond the libraries' own, other places, or sizes out of range.
+    """
+    for count, path in enumerate(sorted(folder.rglob("*"))):
+        if count > MOST_FILES:
+            raise BurnishError(f"{folder} holds over {MOST_FILES} files", "config, tokenizer and processor of a VLM")
+        if path.is_dir() and not path.is_symlink():
+            continue
+        regular_file(path, folder, None if path.suffix in _WEIGHTS else MOST_BYTES)
+        if path.name == "adapter_config.json":
+            raise BurnishError(f"{path} makes an adapter of the VLM", "the whole VLM", "merge the adapter with peft")
+        if path.suffix == ".json" and path.name not in _BIG:
+            content = read_json(path, folder)
+            _check_inert(content, path)
+            if path.name == "config.json":
+                check_model_numbers(content, str(path))
+
+
+def _check_inert(content: Any, path: Path) -> None:
+    todo = [content]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, list):
+            todo += one
+        if not isinstance(one, dict):
+            continue
+        todo += one.values()
+        for key, value in one.items():
+            if key in _REFUSED and value:
+                raise BurnishError(f"{path} asks for {_REFUSED[key]} ({key}), which burnish does not load",
+                                   "plain config, tokenizer and processor files")  # fmt: skip
+            if key in _CLASSES and value is not None and not _named(value, _CLASSES[key]):
+                raise BurnishError(f"{path}: {key} is {str(value)[:60]!r}", "the name of one of transformers' own")
+            if key.endswith("attn_implementation") and not _plain_attention(value):
+                raise BurnishError(f"{path}: {key} is {str(value)[:60]!r}", f"one of {', '.join(_ATTENTION)}")
+            if key.endswith("_file") and key != "special_tokens_map_file" and value is not None:
+                inside = _named(value, r"[\w.-]+") and (path.parent / value).is_file()
+                if not inside:
+                    raise BurnishError(f"{path}: {key} is {str(value)[:60]!r}", "a file of the folder itself, by name")
+
+
+def _named(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _plain_attention(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_plain_attention(part) for part in value.values())
+    return value is None or value in _ATTENTION
+
+
+def is_hub_name(name: Any) -> bool:
+    """Whether a text looks like `owner/name` on the Hugging Face hub, and nothing here goes by it."""
+    return _named(name, r"[\w.-]+/[\w.-]+") and ".." not in name and not Path(name).exists()
+
+
+def require_inside(folder: Path, name: str, stored: Any) -> Path:
+    """`folder`/`name`, with the checked files of its VLM or tokenizer.
+
+    Args:
+        folder: the policy's.
+        name: of the folder inside it.
+        stored: what the policy's config names in its place: an absolute path or a hub name.
+
+    Raises:
+        BurnishError: there is none (it says what to copy: nothing outside the folder is read), or `check_files`.
+    """
+    place = folder / name
+    if place.is_dir():
+        check_files(place)
+        return place
+    fix = f"copy config, tokenizer and processor of its VLM into {shlex.quote(str(place))}"
+    if isinstance(stored, str) and stored and Path(stored).is_dir():
+        fix = f"cp -rL {shlex.quote(str(Path(stored).absolute()))} {shlex.quote(str(place))}"
+    elif is_hub_name(stored):
+        fix = f"hf download {stored} --include '*.json' --local-dir {shlex.quote(str(place))}"
+    raise BurnishError(f"no {name}/ in {folder} (it names '{stored or ''}', and nothing outside the folder is read)",
+                       "the files of its language model and tokenizer inside", fix)  # fmt: skip
+
+
+@contextmanager
+def no_remote_code(tokenizer: Path | None = None) -> Iterator[None]:
+    """Inside, transformers neither runs a folder's code nor asks about it, also where LeRobot calls it.
+
+    Args:
+        tokenizer: folder that LeRobot's tokenizer step takes whatever name it is given; None leaves the step alone.
+    """
+    from unittest.mock import patch
+
+    from lerobot.processor import tokenizer_processor
+    from transformers import dynamic_module_utils
+
+    with patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0):
+        if tokenizer is None:
+            yield
+            return
+        with patch.object(tokenizer_processor, "AutoTokenizer") as auto:
+            auto.from_pretrained = lambda *_, **__: load_tokenizer(tokenizer)
+            yield
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; raises BurnishError where it is damaged, or asks for what `check_files` refuses."""
+    from transformers import AutoTokenizer
+
+    check_files(folder)
+    fix = f"put the tokenizer's files into {folder}"
+    with foreign(f"the tokenizer in {folder} cannot be loaded", "a tokenizer that transformers can load", fix):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def vlm_config(folder: Path, num_bytes: int | None = None, layers: int = 0) -> Any:
+    """The transformers config of a VLM folder, checked; see `check_fits` for the other arguments.
+
+    Raises:
+        BurnishError: no such folder (hub names are not fetched), or one that cannot be read or is too large.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        found = str(folder)
+        fix = f"hf download {found} --local-dir {folder.name}" if is_hub_name(found) else ""
+        raise BurnishError(f"no VLM in {found}", "a folder with config.json", fix)
+    check_files(folder)
+    with foreign(f"the VLM's config in {folder} cannot be read", "a config.json of transformers"):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        values = config.to_dict()
+    if num_bytes is not None:
+        check_fits(values, num_bytes, layers, str(folder / "config.json"))
+    return config
+
+
+def load_vlm(folder: Path | str, *, weights: bool = True) -> nn.Module:
+    """The transformers model of a VLM folder in float32, with its own weights or random ones."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = Path(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if weights else None
+    config = vlm_config(folder, size)
+    with foreign(f"the VLM in {folder} cannot be loaded", "an image-text-to-text model with safetensors weights"):
+        if weights:
+            return AutoModelForImageTextToText.from_pretrained(
+                str(folder), config=config, dtype=torch.float32, trust_remote_code=False, local_files_only=True,
+                use_safetensors=True,
+            )  # fmt: skip
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)

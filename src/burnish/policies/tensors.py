@@ -1,0 +1,167 @@
+"""Weights of a policy folder: one file or shards, finite, and written by ourselves."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.reading import inside, read_object, regular_file
+from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
+
+_OLD = ("normalize_inputs.", "unnormalize_outputs.", "normalize_targets.")
+"""Where LeRobot kept statistics among the weights before it had processors."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names, all inside the folder.
+
+    Raises:
+        BurnishError: neither is there, or the index leads elsewhere.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        try:
+            return [regular_file(folder / WEIGHTS, folder)]
+        except BurnishError as error:
+            raise BurnishError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    shards = read_object(folder / INDEX, folder).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise BurnishError(f"{folder / INDEX} has no weight_map", "tensor name to file name")
+    return [regular_file(inside(folder, name), folder) for name in sorted(set(shards.values()))]
+
+
+def size(folder: Path) -> int:
+    """Bytes of all safetensors of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name.
+
+    Raises:
+        BurnishError: missing, damaged or foreign files, and shards that do not fit their index.
+    """
+    files = weight_files(folder)
+    if files == [folder / WEIGHTS]:
+        return read_file(files[0], folder)
+    index, state = read_object(folder / INDEX, folder)["weight_map"], {}
+    for file in files:
+        for name, tensor in read_file(file, folder).items():
+            if index.get(name) is None or folder / index[name] != file:
+                raise BurnishError(f"{file} holds '{name}', which {INDEX} does not place there", "shards that fit it")
+            state[name] = tensor
+    lost = sorted(set(index) - set(state))
+    if lost:
+        raise BurnishError(f"{folder / INDEX} names '{lost[0]}', which is in no shard", "shards that fit their index")
+    return state
+
+
+def read_file(file: Path, folder: Path) -> dict[str, Tensor]:
+    """The tensors of one file of `folder`; raises BurnishError where it is missing, damaged, or no file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    regular_file(file, folder)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BurnishError(f"{file} cannot be read: {reason}", "whole safetensors of the policy") from error
+
+
+def old_statistics(state: dict[str, Tensor], keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Take statistics of LeRobot's earlier layout out of `state`; by feature and name, empty where there are none.
+
+    Args:
+        state: tensors by name; loses those of normalisation modules.
+        keys: features that the config declares; in a buffer's name each dot is an underscore.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    known = {key.replace(".", "_"): key for key in keys}
+    for name in [name for name in state if name.startswith(_OLD)]:
+        value = state.pop(name)
+        buffer, _, statistic = name.split(".", 1)[1].removeprefix("buffer_").rpartition(".")
+        if buffer in known:
+            found.setdefault(known[buffer], {})[statistic] = value
+    return found
+
+
+def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra_allowed: bool = False) -> None:
+    """Copy `state` into `module`: each of its tensors must be there, in its shape, and (unless allowed) no other.
+
+    A tensor that shares its memory with one that is there (tied weights) may be absent. NaN and infinity are refused.
+    """
+    own = module.state_dict()
+    present = {own[key].data_ptr() for key in own if key in state}
+    missing = [k for k in own if k not in state and own[k].data_ptr() not in present]
+    extra = [] if extra_allowed else [k for k in state if k not in own]
+    if missing or extra:
+        kinds = ((missing, "missing"), (extra, "unknown"))
+        said = [f"{len(keys)} {what} ({first(keys)})" for keys, what in kinds if keys]
+        raise BurnishError(f"tensors of {source} do not match the config: {', '.join(said)}",
+                           f"exactly the {len(own)} tensors of the model",
+                           "the config.json that belongs to the weights")  # fmt: skip
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
+        raise BurnishError(f"{len(wrong)} tensors of {source} have other shapes ({wrong[0]}: {shapes})",
+                           "the shapes of config.json", "the config.json that belongs to the weights")  # fmt: skip
+    for name, tensor in own.items():
+        if name in state and tensor.is_floating_point() != state[name].is_floating_point():
+            raise BurnishError(f"tensor {name} of {source} is {state[name].dtype}", f"a kind of {tensor.dtype}")
+    check_finite({name: state[name] for name in own if name in state}, source)
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+
+
+def check_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raise BurnishError that names the tensors of `state` with NaN or infinity; one pass over the numbers."""
+
+    def broken(tensor: Tensor) -> bool:
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            return False
+        return not bool(torch.isfinite(tensor.float()).all())  # a sum of finite numbers may overflow
+
+    wrong = [name for name, tensor in state.items() if broken(tensor)]
+    if wrong:
+        raise BurnishError(f"{len(wrong)} of {len(state)} tensors of {source} hold NaN or infinity ({first(wrong)})",
+                           "finite weights, e.g. of an earlier checkpoint")  # fmt: skip
+
+
+def write_weights(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write model.safetensors beside config.json: finite tensors, each memory once (under the first of its names).
+
+    LeRobot's own writer takes the live weights whatever it is given, from its version 0.6.2 on.
+
+    Args:
+        folder: the policy's.
+        state: tensors by LeRobot's names.
+        dtype: floating tensors are stored so; None keeps them.
+    """
+    from safetensors.torch import save_file
+
+    check_finite(state, "the policy to store")
+    seen: dict[Any, str] = {}
+    stored: dict[str, Tensor] = {}
+    for name in sorted(state):
+        tensor = state[name]
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
+        if tensor.numel() and seen.setdefault(place, name) != name:
+            continue
+        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        stored[name] = cast.detach().cpu().contiguous()
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def share_mode(folder: Path) -> None:
+    """Give the folder's tensors the rights of config.json; safetensors writes them for their owner alone."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, file)
+
+
+def first(keys: Iterable[str]) -> str:
+    """The first three of some names."""
+    keys = list(keys)
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
