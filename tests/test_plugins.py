@@ -43,7 +43,7 @@ def policy_folder(tmp_path_factory, demonstrations):
         from sample_package.policy import Linear
 
         from burnish.data.dataset import open_dataset
-        from burnish.policies.folder import new_processors
+        from burnish.policies.pipelines import new_processors
 
         meta = open_dataset(demonstrations)
         features = dataset_to_policy_features(meta.features)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from burnish.core.errors import BurnishError
 from burnish.core.provenance import weights_hash
 from burnish.policies import load_policy
-from burnish.policies.load import load, resolve
+from burnish.policies.load import resolve
 from workshop.tiny import default_statistics, make_tiny
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -158,7 +158,7 @@ def test_missing_quantiles_name_the_data_set(tiny_pi05, tmp_path):
     with pytest.raises(
         BurnishError, match=r"no statistic 'q01' of observation.state in .*data/meta/stats.json"
     ) as error:
-        load(tiny_pi05, dataset_stats=stats, stats_source=f"{tmp_path}/data/meta/stats.json")
+        load_policy(tiny_pi05, dataset_stats=stats, stats_source=f"{tmp_path}/data/meta/stats.json")
     words = shlex.split(remedy(error))
     assert words[:3] == ["python", "-m", "lerobot.scripts.augment_dataset_quantile_stats"]
     assert words[words.index("--root") + 1] == f"{tmp_path}/data"

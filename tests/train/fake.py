@@ -84,7 +84,7 @@ class FakePolicy(Policy):
                   Path(folder) / "model.safetensors")  # fmt: skip
 
 
-def load_fake(path="", overrides=None, dataset_stats=None, features=None):
+def load_fake(path="", overrides=None, dataset_stats=None, features=None, **_):
     """Stands in for burnish.policies.load_policy."""
     from safetensors.torch import load_file
 

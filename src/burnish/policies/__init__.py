@@ -10,8 +10,8 @@ __all__ = ["Captured", "Policy", "create_policy", "load_policy"]
 
 
 def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, device: str = "cpu",
-                dataset_stats: dict[str, Any] | None = None,
-                features: dict[str, Any] | None = None) -> "Policy":  # fmt: skip
+                dataset_stats: dict[str, Any] | None = None, features: dict[str, Any] | None = None,
+                stats_source: str = "the given statistics") -> "Policy":  # fmt: skip
     """Load a LeRobot policy folder, or a shipped base by its bare name.
 
     Args:
@@ -19,14 +19,18 @@ def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, de
         overrides: fields of the LeRobot config to change before the model is built.
         device: torch device; "" means a GPU where there is one.
         dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
-        features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones.
+        features: LeRobot PolicyFeatures by key, inputs and outputs, that replace the declared ones. A stored rename map
+            goes with those.
+        stats_source: what errors call `dataset_stats`, e.g. the path of a data set's stats.json.
 
     Raises:
-        BurnishError: missing or left-over tensors, missing statistics, dimensions that do not fit, in one line.
+        BurnishError: missing, left-over or non-finite tensors, missing statistics, dimensions that do not fit, sizes out
+            of range, and whatever would run code or read outside the folder (see SECURITY.md), in one line.
     """
     from burnish.policies.load import load
 
-    return load(path, overrides=overrides, device=device, dataset_stats=dataset_stats, features=features)
+    return load(path, overrides=overrides, device=device, dataset_stats=dataset_stats, features=features,
+                stats_source=stats_source)  # fmt: skip
 
 
 def create_policy(vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, *,

@@ -108,8 +108,8 @@ def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str) -> Poli
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
-        return load(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
-                    stats_source=stats_source)  # fmt: skip
+        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
+                           stats_source=stats_source)  # fmt: skip
     if "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
