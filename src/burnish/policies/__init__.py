@@ -24,8 +24,8 @@ def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, de
         stats_source: what errors call `dataset_stats`, e.g. the path of a data set's stats.json.
 
     Raises:
-        BurnishError: missing, left-over or non-finite tensors, missing statistics, dimensions that do not fit, sizes out
-            of range, and whatever would run code or read outside the folder (see SECURITY.md), in one line.
+        BurnishError: missing, left-over or non-finite tensors, missing statistics, dimensions that do not fit, sizes
+            out of range, and whatever would run code or read outside the folder (see SECURITY.md), in one line.
     """
     from burnish.policies.load import load
 
