@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.reading import read_json, regular_file
+from burnish.core.reading import read_json, read_object, regular_file
+from burnish.policies.keys import CONFIG, VLM_FOLDER
 from burnish.policies.sizes import check_fits, check_model_numbers
 
 MOST_FILES = 1000
 MOST_BYTES = 256 * 2**20
 _BIG = ("tokenizer.json", "vocab.json", "added_tokens.json")
 """Read by the libraries alone: plain tables of tokens."""
+_WIDE = re.compile(rb'"\s*:\s*(\d{8,})\s*[,}]')
+"""A token id for which the tokenizer would make room up to it."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 _CLASSES = {
     "tokenizer_class": r"[A-Z]\w*(Tokenizer|TokenizerFast|Backend)", "processor_class": r"[A-Z]\w*Processor",
@@ -62,19 +65,22 @@ def check_files(folder: Path) -> None:
     That is: a regular file inside the folder, of a bounded size (weights aside), and no JSON that names code, classes
     beyond the libraries' own, other places, or sizes out of range.
     """
+    root = next((part for part in folder.parents if part.parent.name == "snapshots"), folder)  # the hub's cache
     for count, path in enumerate(sorted(folder.rglob("*"))):
         if count > MOST_FILES:
             raise BurnishError(f"{folder} holds over {MOST_FILES} files", "config, tokenizer and processor of a VLM")
         if path.is_dir() and not path.is_symlink():
             continue
-        regular_file(path, folder, None if path.suffix in _WEIGHTS else MOST_BYTES)
+        regular_file(path, root, None if path.suffix in _WEIGHTS else MOST_BYTES)
         if path.name == "adapter_config.json":
             raise BurnishError(f"{path} makes an adapter of the VLM", "the whole VLM", "merge the adapter with peft")
         if path.suffix == ".json" and path.name not in _BIG:
-            content = read_json(path, folder)
+            content = read_json(path, root)
             _check_inert(content, path)
-            if path.name == "config.json":
+            if path.name == CONFIG:
                 check_model_numbers(content, str(path))
+        elif path.name in _BIG and (wide := _WIDE.search(path.read_bytes())):
+            raise BurnishError(f"{path} has the number {wide[1].decode()[:20]}", "token ids of up to 7 digits")
 
 
 def _check_inert(content: Any, path: Path) -> None:
@@ -128,7 +134,10 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
     """
     place = folder / name
     if place.is_dir():
-        check_files(place)
+        if name == VLM_FOLDER:
+            vlm_config(place)
+        else:
+            check_files(place)
         return place
     fix = f"copy config, tokenizer and processor of its VLM into {shlex.quote(str(place))}"
     if isinstance(stored, str) and stored and Path(stored).is_dir():
@@ -170,26 +179,28 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
-def vlm_config(folder: Path, num_bytes: int | None = None, layers: int = 0) -> Any:
-    """The transformers config of a VLM folder, checked; see `check_fits` for the other arguments.
+def vlm_config(folder: Path) -> Any:
+    """The transformers config of a VLM folder, whose files are checked.
 
     Raises:
-        BurnishError: no such folder (hub names are not fetched), or one that cannot be read or is too large.
+        BurnishError: no such folder (hub names are not fetched), or one that cannot be read.
     """
     from transformers import AutoConfig
 
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).exists():
         found = str(folder)
         fix = f"hf download {found} --local-dir {folder.name}" if is_hub_name(found) else ""
-        raise BurnishError(f"no VLM in {found}", "a folder with config.json", fix)
+        raise BurnishError(f"no VLM in {found}", f"a folder with {CONFIG}", fix)
     check_files(folder)
-    with foreign(f"the VLM's config in {folder} cannot be read", "a config.json of transformers"):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        values = config.to_dict()
-    if num_bytes is not None:
-        check_fits(values, num_bytes, layers, str(folder / "config.json"))
-    return config
+    read_object(folder / CONFIG)
+    with foreign(f"the VLM's {CONFIG} in {folder} cannot be read", "a config of transformers"):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def check_size(config: Any, num_bytes: int, folder: Path, layers: int = 0) -> None:
+    """`check_fits` for what `vlm_config` returns of `folder`."""
+    check_fits(config.to_dict(), num_bytes, layers, str(folder / CONFIG))
 
 
 def load_vlm(folder: Path | str, *, weights: bool = True) -> nn.Module:
@@ -197,8 +208,9 @@ def load_vlm(folder: Path | str, *, weights: bool = True) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
     folder = Path(folder)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if weights else None
-    config = vlm_config(folder, size)
+    config = vlm_config(folder)
+    if weights:
+        check_size(config, sum(path.stat().st_size for path in folder.glob("*.safetensors")), folder)
     with foreign(f"the VLM in {folder} cannot be loaded", "an image-text-to-text model with safetensors weights"):
         if weights:
             return AutoModelForImageTextToText.from_pretrained(

@@ -15,7 +15,7 @@ from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pipelines import new_processors
-from burnish.policies.pretrained import load_vlm, require_inside, vlm_config
+from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
 
 
 @POLICIES.register("smolvla")
@@ -36,7 +36,7 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
         place = Path(config.vlm_model_name)
-        _smolvlm(place, tensors.size(folder or place), config.num_vlm_layers)
+        check_size(_smolvlm(place), tensors.size(folder or place), place, config.num_vlm_layers)
         return folders.build(config, seed)
 
     @property
@@ -155,7 +155,7 @@ class SmolVLA(FlowPolicy):
             BurnishError: not a SmolVLM folder, or features that do not fit.
         """
         vlm_folder = Path(source).absolute()
-        size = _smolvlm(vlm_folder, None, 0).vision_config.image_size
+        size = _smolvlm(vlm_folder).vision_config.image_size
         raw = {"type": name, "resize_imgs_with_padding": [size, size], "freeze_vision_encoder": False,
                "train_expert_only": False, "push_to_hub": False, **overrides, "vlm_model_name": str(vlm_folder),
                "load_vlm_weights": False}  # fmt: skip
@@ -166,9 +166,8 @@ class SmolVLA(FlowPolicy):
         return cls(policy.to(device), *new_processors(config, dataset_stats, tokenizer=vlm_folder))
 
 
-def _smolvlm(folder: Path, num_bytes: int | None, layers: int) -> Any:
-    """The config of a SmolVLM folder; see `pretrained.vlm_config`."""
-    config = vlm_config(folder, num_bytes, layers)
+def _smolvlm(folder: Path) -> Any:
+    config = vlm_config(folder)
     if config.model_type != "smolvlm":
         raise BurnishError(f"a VLM of type '{config.model_type}' in {folder}", "smolvlm, which SmolVLA is made of")
     return config

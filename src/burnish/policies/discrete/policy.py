@@ -22,7 +22,7 @@ from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES
-from burnish.policies.pretrained import require_inside, vlm_config
+from burnish.policies.pretrained import check_size, require_inside, vlm_config
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt, noise_seeds
 
@@ -55,7 +55,7 @@ class Discrete(VLMPolicy):
     @classmethod
     def build(cls, config: DiscreteConfig, seed: int, folder: Path | None = None) -> nn.Module:
         place = Path(config.vlm_model_name)
-        vlm_config(place, tensors.size(folder or place))
+        check_size(vlm_config(place), tensors.size(folder or place), place)
         return folders.build(config, seed)
 
     @classmethod
