@@ -115,15 +115,14 @@ def check_fits(config: dict[str, Any], num_bytes: int, layers: int, where: str) 
         layers: language-model layers that are kept, 0 and below for all.
         where: names the config in errors.
     """
-    for part in _tables(config):
-        hidden, wide = part.get("hidden_size"), part.get("intermediate_size")
-        if not number(hidden):
-            continue
-        count = part.get("num_hidden_layers") or 0
-        count = min(count, layers) if layers > 0 else count
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    for part, kept in ((text, layers), (vision, 0)):
+        hidden, count = part.get("hidden_size") or 0, part.get("num_hidden_layers") or 0
+        count = min(count, kept) if kept > 0 else count
         edge, patch = part.get("image_size"), part.get("patch_size")
-        places = (edge // patch) ** 2 if number(edge) and number(patch) and patch >= 1 else 0
-        least = int(hidden * ((part.get("vocab_size") or 0) + places + count * (wide if number(wide) else hidden)))
+        places = (edge // patch) ** 2 if number(edge) and number(patch) else 0
+        rows = places if part is vision else part.get("vocab_size") or 0
+        least = int(hidden * (rows + count * (part.get("intermediate_size") or hidden)))
         if least > num_bytes:
             raise BurnishError(f"{where} describes a model of over {least:.2g} numbers, and its weights have "
                                f"{num_bytes:.2g} bytes", "the config.json that belongs to the weights")  # fmt: skip
