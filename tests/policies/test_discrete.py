@@ -344,7 +344,7 @@ def tiny_paligemma(folder):
         ({"block_size": 5}, "do not divide"),
         ({"training": "autoregressive", "block_size": 7}, "back only"),
         ({"training": "guess"}, "not one of"),
-        ({"bins": 1}, "at least 2 and at most 4096"),
+        ({"bins": 1}, "2 to 4096"),
         ({"tokenizer": "fast"}, "fast_folder"),
         ({"max_state_dim": 3}, "max_state_dim"),
         ({"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}, "QUANTILES"),

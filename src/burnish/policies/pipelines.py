@@ -7,7 +7,7 @@ values on unnormalised where statistics are missing. This one does none of it.
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,68 +33,36 @@ _MODES = {
 
 
 @dataclass
-class _Nothing:
-    """A step without options."""
+class _Options:
+    """Options of all steps on the lists; a step's class refuses those of another."""
 
-
-@dataclass
-class _Rename:
     rename_map: dict = option({})
-
-
-@dataclass
-class _Tokenizer:
     tokenizer_name: str | None = option(None)
     max_length: int = option(512, least=1, most=8192)
     task_key: str = option("task", choices=("task",))
     padding_side: str = option("right", choices=("right", "left"))
     padding: str | bool = option("max_length", choices=("max_length", "longest", "do_not_pad", True, False))
     truncation: bool = option(True)
-
-
-@dataclass
-class _Device:
     device: str = option("cpu")
     float_dtype: str | None = option(None, choices=(None, "float16", "bfloat16", "float32", "float64"))
-
-
-@dataclass
-class _Normalizer:
     features: dict = option({})
     norm_map: dict = option({})
     eps: float = option(1e-8, above=0, most=0.1)
     normalize_observation_keys: list[str] | None = option(None)
-
-
-@dataclass
-class _Relative:
     enabled: bool = option(False)
     exclude_joints: list[str] = option([])
     action_names: list[str] | None = option(None)
-
-
-@dataclass
-class _Absolute:
-    enabled: bool = option(False)
-
-
-@dataclass
-class _StateInPrompt:
     max_state_dim: int = option(32, least=1, most=4096)
-    task_key: str = option("task", choices=("task",))
     include_state_in_prompt: bool = option(True)
 
 
-BEFORE: Mapping[str, type] = {
-    "rename_observations_processor": _Rename, "to_batch_processor": _Nothing, "device_processor": _Device,
-    "smolvla_new_line_processor": _Nothing, "pi0_new_line_processor": _Nothing, "tokenizer_processor": _Tokenizer,
-    "pi05_prepare_state_tokenizer_processor_step": _StateInPrompt, "relative_actions_processor": _Relative,
-    "normalizer_processor": _Normalizer,
+STEPS = {
+    PREPROCESSOR: ("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor",
+                   "smolvla_new_line_processor", "pi0_new_line_processor", "tokenizer_processor",
+                   "pi05_prepare_state_tokenizer_processor_step", "relative_actions_processor"),
+    POSTPROCESSOR: ("unnormalizer_processor", "absolute_actions_processor", "device_processor"),
 }  # fmt: skip
-"""Steps that may stand before the model, and their options."""
-AFTER: Mapping[str, type] = {
-    "unnormalizer_processor": _Normalizer, "absolute_actions_processor": _Absolute, "device_processor": _Device,
-}  # fmt: skip
+"""Steps that may stand before the model and after it."""
 
 
 def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tokenizer: str, *, renamed: bool = False,
@@ -113,14 +81,15 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
     Raises:
         BurnishError: missing files or statistics, a step that is not on the list, and all that cannot be read.
     """
+    from lerobot.policies.factory import _reconnect_relative_absolute_steps
+
     lacking = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).exists()]
     if lacking and stats is None:
         raise BurnishError(f"no {lacking[0]} in {folder}, so no normalisation statistics",
                            "LeRobot's processor files, or a training (it takes its data set's statistics)")  # fmt: skip
     if lacking:
         return new_processors(config, stats, source or str(folder), folder / tokenizer)
-    before = _entries(folder, PREPROCESSOR, BEFORE, own)
-    after = _entries(folder, POSTPROCESSOR, AFTER, own)
+    before, after = (_entries(folder, name, (*STEPS[name], *own)) for name in (PREPROCESSOR, POSTPROCESSOR))
     changes: dict[str, dict[str, Any]] = {
         "device_processor": {"device": str(config.device)},
         "normalizer_processor": {"features": {**config.input_features, **config.output_features},
@@ -138,7 +107,7 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
             _check_rename(config, entry["config"], folder)
     _register(config)
     pre, post = _pipeline(before, changes, folder, PREPROCESSOR), _pipeline(after, back, folder, POSTPROCESSOR)
-    _join_relative(pre, post)
+    _reconnect_relative_absolute_steps(pre, post)
     _check_statistics(config, pre, post, source if source and stats is not None else str(folder))
     return pre, post
 
@@ -166,33 +135,28 @@ def new_processors(config: Any, dataset_stats: dict[str, Any], source: str = "th
     return pre, post
 
 
-def _entries(folder: Path, name: str, known: Mapping[str, type], own: Iterable[str]) -> list[dict[str, Any]]:
+def _entries(folder: Path, name: str, known: Iterable[str]) -> list[dict[str, Any]]:
     """The steps of a stored pipeline, each with "registry_name" and "config", checked."""
-    path = folder / name
+    path, entries = folder / name, []
     steps = read_object(path, folder).get("steps")
     if not isinstance(steps, list) or not 0 < len(steps) <= MOST_STEPS:
         raise BurnishError(f"{path} has no steps", f"a list of 1 to {MOST_STEPS}, as LeRobot writes it")
-    entries: list[dict[str, Any]] = []
     for number, step in enumerate(steps):
         where = f"{path}: step {number}"
-        if not isinstance(step, dict):
-            raise BurnishError(f"{where} is no JSON object", "registry_name and config")
-        if "class" in step or not isinstance(step.get("registry_name"), str):
+        if not isinstance(step, dict) or not isinstance(step.get("config", {}), dict):
+            raise BurnishError(f"{where} is no JSON object with options", "registry_name and config: {...}")
+        kind, unknown = step.get("registry_name"), sorted(set(step) - _KEYS - {"class"})
+        if "class" in step or not isinstance(kind, str):
             raise BurnishError(f"{where} names the class {str(step.get('class'))[:60]!r} to be imported and called",
                                "the registry_name of a step of LeRobot's")  # fmt: skip
-        kind, unknown = step["registry_name"], sorted(set(step) - _KEYS)
-        if unknown or (kind not in known and kind not in own):
-            found = f"'{unknown[0]}' of {where}" if unknown else f"{where} is '{kind}'"
-            raise BurnishError(found, f"steps {', '.join([*known, *own])}" if not unknown else ", ".join(sorted(_KEYS)))
+        if kind not in known or unknown:
+            raise BurnishError(f"{where} is '{kind}'" + f" with '{unknown[0]}'" * bool(unknown),
+                               f"one of {', '.join(known)}, with {', '.join(sorted(_KEYS))}")  # fmt: skip
         if kind in [entry["registry_name"] for entry in entries]:
             raise BurnishError(f"{where} is a second '{kind}'", "each step once")
         config = step.get("config", {})
-        if not isinstance(config, dict):
-            raise BurnishError(f"{where} has no table of options", "config: {...}")
-        if kind in known:
-            read_options(known[kind], config, f"{where} ({kind})")
-        if "stats" in config:
-            raise BurnishError(f"{where} holds statistics of its own", "a state_file")
+        if kind in STEPS[name]:
+            read_options(_Options, config, f"{where} ({kind})")
         entries.append({**step, "config": config})
     return entries
 
@@ -258,18 +222,6 @@ def _state(file: Any, folder: Path, name: str) -> dict[str, Tensor]:
     return read_file(folder / file, folder)
 
 
-def _join_relative(pre: Any, post: Any) -> None:
-    """The step that makes actions absolute again needs the one that made them relative."""
-    from lerobot.processor import AbsoluteActionsProcessorStep, RelativeActionsProcessorStep
-
-    relative = next((step for step in pre.steps if isinstance(step, RelativeActionsProcessorStep)), None)
-    for step in post.steps:
-        if isinstance(step, AbsoluteActionsProcessorStep):
-            step.relative_step = relative
-            if step.enabled and (relative is None or not relative.enabled):
-                raise BurnishError("the postprocessor makes actions absolute that were never relative", "both or none")
-
-
 def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
     """Statistics that normalisation needs are there, finite, of the right width, and spread."""
     from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
@@ -288,7 +240,9 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         (ACTION, config.action_feature, after),
     ):
         mode = config.normalization_mapping.get(feature.type.value)
-        for statistic in _MODES.get(mode.name if mode else "IDENTITY", ()):
+        if mode is None or mode.name not in _MODES:
+            continue
+        for statistic in _MODES[mode.name]:
             value = found.get(f"{key}.{statistic}")
             if value is None:
                 raise BurnishError(
@@ -299,21 +253,17 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
                 raise BurnishError(f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
                                    f"{feature.shape[0]}, as the features declare",
                                    "statistics and features of the same data set")  # fmt: skip
-        _check_spread(key, mode.name if mode else "IDENTITY", found, source)
+        _check_spread(key, mode.name, found, source)
 
 
 def _check_spread(key: str, mode: str, found: dict[str, Tensor], source: str) -> None:
-    if mode not in _MODES:
-        return
     low, high = (found[f"{key}.{statistic}"] for statistic in _MODES[mode])
-    spread = high if mode == "MEAN_STD" else high - low
-    names = " and ".join(_MODES[mode])
+    spread, names = high if mode == "MEAN_STD" else high - low, " and ".join(_MODES[mode])
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise BurnishError(f"{names} of {key} in {source} are not all finite", "finite statistics")
     if bool((spread < 0).any()):
         what = "a negative std" if mode == "MEAN_STD" else f"{names} the wrong way round"
-        raise BurnishError(f"{what} of {key} in {source} (dimension {int((spread < 0).nonzero()[0])})",
-                           "statistics of a data set")  # fmt: skip
+        raise BurnishError(f"{what} of {key} in {source} (dimension {int((spread < 0).nonzero()[0])})")
     still = (spread == 0).nonzero().flatten().tolist()
     if still:
         log.warning("%s of %s do not spread in dimension %s (%s): a value that differs at all is blown up there",

@@ -14,7 +14,7 @@ MOST_LAYERS = 128
 
 @dataclass
 class PolicyNumbers:
-    """Numbers of a policy's config.json by name, whatever its type; of each type some are absent."""
+    """Numbers of a policy's config.json by name; what only burnish_discrete has, its config checks."""
 
     n_obs_steps: int = option(1, least=1, most=64)
     chunk_size: int = option(1, least=1, most=4096)
@@ -40,14 +40,6 @@ class PolicyNumbers:
     time_sampling_offset: float = option(0.0, least=0, below=1)
     memory_frames: int = option(1, least=1, most=64)
     memory_stride: int = option(1, least=1, most=10_000)
-    # burnish_discrete
-    bins: int = option(2, least=2, most=4096)
-    fast_length: int = option(1, least=1, most=65_536)
-    block_size: int = option(0, least=0, most=65_536)
-    image_size: int | list = option(0, least=0, most=1024)
-    image_mean: list[float] = option([], least=-1000, most=1000)
-    image_std: list[float] = option([], above=0, most=1000)
-    ordinal_weight: float = option(0.0, least=0, most=1e6)
 
 
 @dataclass
