@@ -150,7 +150,7 @@ def _entries(folder: Path, name: str, known: Iterable[str]) -> list[dict[str, An
             raise BurnishError(f"{where} names the class {str(step.get('class'))[:60]!r} to be imported and called",
                                "the registry_name of a step of LeRobot's")  # fmt: skip
         if kind not in known or unknown:
-            raise BurnishError(f"{where} is '{kind}'" + f" with '{unknown[0]}'" * bool(unknown),
+            raise BurnishError(f"{where} is '{kind}'" + (f" with '{unknown[0]}'" if unknown else ""),
                                f"one of {', '.join(known)}, with {', '.join(sorted(_KEYS))}")  # fmt: skip
         if kind in [entry["registry_name"] for entry in entries]:
             raise BurnishError(f"{where} is a second '{kind}'", "each step once")
