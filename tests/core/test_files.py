@@ -27,6 +27,27 @@ def test_the_earlier_folder_outlives_a_writer_killed_between_its_renames(tmp_pat
     assert (tmp_path / "x/a").read_text() == "earlier" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_only_looks_like_a_leftover_stays(tmp_path):
+    for name in (".x.mine", ".x.old.txt", ".x.2024", ".xy.new"):
+        (tmp_path / name).mkdir()
+    for name in (".x.gone", ".x.new", ".x.old"):
+        (tmp_path / name).mkdir()
+    with files.new_folder(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == [".x.2024", ".x.mine", ".x.old.txt", ".xy.new", "x"]
+
+
+def test_a_sweep_takes_what_killed_writers_left_of_any_folder(tmp_path):
+    for name in (".000004.gone", ".000008.new", ".000008.old", ".notes", "000012", ".000012.old"):
+        (tmp_path / name).mkdir()
+    files.sweep(tmp_path)
+    assert names(tmp_path) == [".notes", "000008", "000012"]
+    (tmp_path / ".a[1].gone").mkdir()
+    files.sweep(tmp_path, "a[1]")
+    files.sweep(tmp_path / "none")
+    assert names(tmp_path) == [".notes", "000008", "000012"]
+
+
 def test_new_folder_is_whole_or_absent(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x") as folder:
         (folder / "half").write_text("h")

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+from contextlib import suppress
 
 import pytest
 
+from burnish.core import outputs
 from burnish.core.errors import BurnishError
-from burnish.core.outputs import MARK, claim, kind_of, mark, require_own
+from burnish.core.outputs import MARK, claim, kind_of, mark, require_own, share
 
 
 def test_a_new_an_empty_and_our_own_folder_are_taken(tmp_path):
@@ -87,6 +89,82 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     other.join(30)
     with claim(tmp_path / "out", "evaluation"):
         pass
+
+
+def test_a_folder_of_marked_folders_is_nobodys(tmp_path):
+    """An evaluation of the base may come before the training: runs/x/eval/base, then runs/x."""
+    with claim(tmp_path / "x/eval/base", "evaluation") as folder:
+        (folder / "summary.json").touch()
+    with claim(tmp_path / "x", "training run"):
+        pass
+    (tmp_path / "y/eval/base").mkdir(parents=True)
+    (tmp_path / "y/eval/base/notes.txt").touch()
+    with pytest.raises(BurnishError, match="holds eval"):
+        require_own(tmp_path / "y", "training run")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path, fails):
+    with suppress(RuntimeError), claim(tmp_path / "a/b/c", "evaluation"):
+        if fails:
+            raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    with claim(tmp_path / "mine", "evaluation"):
+        pass
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_several_processes_share_a_folder_of_one_kind(tmp_path):
+    share(tmp_path / "study", "study")
+    with claim(tmp_path / "study/plain-0", "training run"):
+        share(tmp_path / "study", "study")
+    (tmp_path / "study/data.json").touch()
+    with pytest.raises(BurnishError, match="what burnish made as .study"):
+        share(tmp_path / "study", "evaluation")
+    (tmp_path / "file").touch()
+    with pytest.raises(BurnishError, match="holds file, study"):
+        share(tmp_path, "study")
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "link", "words", "list"])
+def test_an_odd_marker_is_one_line(tmp_path, what):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / MARK
+    (tmp_path / "elsewhere").write_text("mine")
+    {
+        "pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "elsewhere"),
+        "words": lambda: path.write_text("{"), "list": lambda: path.write_text("[1]"),
+    }[what]()  # fmt: skip
+    (tmp_path / "out/other").touch()
+    with pytest.raises(BurnishError), claim(tmp_path / "out", "evaluation"):
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["link", "link/below", "x" * 300, "a\0b"])
+def test_places_that_can_be_no_folder(tmp_path, name):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(BurnishError), claim(tmp_path / name, "evaluation"):
+        pass
+    assert os.listdir(tmp_path) == ["link"]
+
+
+def test_a_lock_on_a_marker_that_is_gone_is_none(tmp_path, monkeypatch):
+    """The holder may remove its folder between our opening of the marker and our lock."""
+    plain, calls = outputs._lock, []
+
+    def lock(handle, folder):
+        if not calls:
+            (folder / MARK).unlink()
+            folder.rmdir()
+        calls.append(handle)
+        plain(handle, folder)
+
+    monkeypatch.setattr(outputs, "_lock", lock)
+    with claim(tmp_path / "out", "evaluation"):
+        assert kind_of(tmp_path / "out") == "evaluation"
+    assert len(calls) == 2
 
 
 def test_mark_is_what_claim_looks_for(tmp_path):

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
@@ -95,6 +95,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     assert "list:2 holds a list" in refused(list, read_lines(tmp_path / "list"))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # a busy machine
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

@@ -39,7 +39,21 @@ def test_free_mappings_take_any_key(tmp_path):
     ("text", "words"),
     [
         ("trian: {lr: 1}", ["recipe.yaml", "'trian'", "'train'"]),
-        ("train: {learning_rate: 1}", ["'train.learning_rate'"]),
+        ("train: {learning_rate: 1}", ["'train.learning_rate'", "expected 'train.lr'"]),
+        ("learning_rate: 1", ["'learning_rate'", "expected 'train.lr'"]),
+        ("train: {weight_decays: 1}", ["expected 'train.weight_decay'"]),
+        ("train: {warm_up: 1}", ["'train.warm_up'", "train.warmup_steps"]),
+        ("train: {epochs: 1}", ["expected 'train.steps'"]),
+        ("train: {gradient_accumulation_steps: 1}", ["expected 'train.grad_accumulation'"]),
+        ("train: {save_freq: 1}", ["expected 'train.save_every'"]),
+        ("output_dir: x", ["expected 'output'"]),
+        ("dataset: {root: x}", ["expected 'data.root'"]),
+        ("policy: {pretrained_path: x}", ["expected 'policy.path'"]),
+        ("train: {peft: {lora_alpha: 1}}", ["expected 'train.peft.alpha'"]),
+        ("name: ../x", ["name is '../x'", "expected letters"]),
+        ("name: /etc", ["name is '/etc'"]),
+        ("name: ''", ["name is ''"]),
+        ("train: {seed: 1" + 40 * "0" + "}", ["train.seed", "at most 18 digits"]),
         ("lr: 1", ["'lr'", "'train.lr'"]),
         ("train: {peft: {ranks: 4}}", ["'train.peft.ranks'", "'train.peft.rank'"]),
         ("train: {steps: many}", ["train.steps", "many"]),
@@ -70,6 +84,20 @@ def test_mistakes_on_the_command_line():
         load_recipe(None, ["steps"])
     with pytest.raises(BurnishError, match="no value"):
         load_recipe(None, ["--train.steps"])
+
+
+def test_a_home_folder_is_meant_wherever_a_path_may_stand(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(None, [
+        "--output=~/out", "--data.root=~/set", "--policy.path", "~/base", "--policy.overrides.vlm_model_name=~/vlm",
+        "--objectives=[{name: align, teacher: {name: folder, path: ~/dino}, cache: ~/cache, note: 'a ~/b'}]",
+    ])  # fmt: skip
+    assert (recipe.output, recipe.data.root, recipe.policy.path) == ("/home/me/out", "/home/me/set", "/home/me/base")
+    assert recipe.policy.overrides == {"vlm_model_name": "/home/me/vlm"}
+    entry = recipe.objectives[0]
+    assert (
+        entry["teacher"]["path"] == "/home/me/dino" and entry["cache"] == "/home/me/cache" and entry["note"] == "a ~/b"
+    )
 
 
 def test_missing_file(tmp_path):

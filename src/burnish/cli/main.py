@@ -90,8 +90,11 @@ def _mistake(error: Exception) -> str | None:
     except MemoryError:
         return "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
     except Exception as other:  # noqa: BLE001 - the same error again
-        short = type(other).__name__ == "OutOfMemoryError"
-        return "the device has not enough memory; try: a smaller batch" if short else None
+        if type(other).__name__ == "OutOfMemoryError":
+            return "the device has not enough memory; try: a smaller batch"
+        if "DefaultCPUAllocator" in str(other):  # torch's way to say MemoryError
+            return "not enough memory; expected a machine with more; try: a smaller batch"
+        return None
 
 
 def _step(error: Exception) -> str:

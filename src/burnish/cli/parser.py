@@ -161,7 +161,7 @@ def field_lines(kind: type, prefix: str = "") -> list[str]:
             lines += field_lines(type(default), f"{name}.")
             continue
         meaning = one.metadata.get("help", "")
-        shown = "" if default in ("", [], {}) or f"{default} means" in meaning else f" (default {default})"
+        shown = "" if default in ("", [], {}, None) or f"{default} means" in meaning else f" (default {default})"
         lines.append(f"  --{name}  {meaning}{shown}")
     return lines
 

@@ -16,7 +16,9 @@ class DemosConfig:
     episodes: int = option(100, "demonstrations in all, shared by the tasks", least=1, most=10**7)
     image_size: int = option(96, "height and width of the views in pixels", least=8, most=4096)
     cameras: list[str] = option([], "cameras to record; empty means the environment's default one")
-    seed: int = option(0, "first initial state; training and evaluation must not overlap, see EvalConfig.first_state")
+    seed: int = option(
+        0, "first initial state; training and evaluation must not overlap, see eval.first_state", least=0, most=2**31
+    )
     workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
 
 
@@ -28,8 +30,8 @@ class QuestionsConfig:
     env: str = option("", "environment id; empty means the one of `demos`")
     scenes: int = option(200, "number of images", least=1, most=10**7)
     per_scene: int = option(5, "questions kept for each image; 0 means all", least=0, most=1000)
-    limit: int = option(1000, "questions measured; 0 means all", least=0)
-    seed: int = option(5_000_000, "first initial state")
+    limit: int = option(1000, "questions measured; 0 means all", least=0, most=10**9)
+    seed: int = option(5_000_000, "first initial state", least=0, most=2**31)
 
 
 @dataclass
@@ -64,20 +66,20 @@ class LanguageConfig:
 class PeftConfig:
     method: str = option("none", "none, lora or dora", choices=("none", "lora", "dora"))
     rank: int = option(16, "width of the added matrices", least=1, most=65536)
-    alpha: int = option(32, "their product is scaled by alpha / rank", least=1)
+    alpha: int = option(32, "their product is scaled by alpha / rank", least=1, most=2**20)
     target_modules: str = option("", "regular expression over modules; empty means attention, MLP, action projections")
 
 
 @dataclass
 class TrainConfig:
-    steps: int = option(1000, "optimiser steps", least=1)
+    steps: int = option(1000, "optimiser steps", least=1, most=10**9)
     imitation_weight: float = option(1.0, "weight of the imitation loss; with 0 the objectives alone train", least=0)
     batch_size: int = option(32, "samples in a forward pass of one process", least=1, most=2**20)
     grad_accumulation: int = option(1, "forward passes in a step", least=1, most=2**16)
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(1e-4, "of AdamW", least=0)
     betas: list[float] = option([0.9, 0.95], "of AdamW")
-    warmup_steps: int = option(100, "steps of linear warm-up", least=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", least=0, most=10**9)
     min_lr_ratio: float = option(0.05, "the cosine schedule ends at this share of `lr`", least=0, most=1)
     max_grad_norm: float = option(10.0, "gradients are clipped to this norm", least=0)
     ema_decay: float = option(0.0, "0 means no moving average; otherwise it is what is exported", least=0, below=1)
@@ -87,6 +89,9 @@ class TrainConfig:
     train_only: list[str] = option([], "when given, only parameters matching one of these are trained")
     log_every: int = option(10, "steps between rows of metrics.jsonl", least=1)
     save_every: int = option(500, "steps between checkpoints", least=1)
+    keep_checkpoints: int | None = option(
+        None, "checkpoints that stay after the end; empty means 1, and none for the runs of a study", least=0, most=2
+    )
     retention_every: int = option(0, "steps between answers to questions; 0 only before and after", least=0)
     max_minutes: float = option(0.0, "stop after so many minutes even if steps are left; 0 means no limit", least=0)
     self_check: bool = option(True, "look for unequal processes, clipped actions and an implausible loss at the start")

@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import glob
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 
+log = logging.getLogger("burnish")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27")
 
@@ -19,10 +22,14 @@ _FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Let one process at a time make something in `folder`; the others wait, and should look again afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that writes %s", folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -70,8 +77,9 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it; BurnishError where a file is in the way or the system forbids it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BurnishError(f"the folder {folder} cannot be made ({error.strerror})", "a place you can write") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BurnishError(f"the folder {folder} cannot be made ({reason})", "a place you can write") from error
 
 
 @contextmanager
@@ -104,17 +112,14 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Fill the folder that is handed out; on leaving it becomes `target` atomically, on an error it vanishes.
 
-    An existing `target` is replaced. Leftovers of killed writers (names that start with a dot) are removed first, save
-    the earlier folder of one that was killed between its two renames, which comes back.
+    An existing `target` is replaced. What a killed writer left is removed first, save the earlier folder of one that
+    was killed between its two renames, which comes back.
     """
     make_folder(target.parent)
-    old = target.with_name(f".{target.name}.old")
-    if old.is_dir() and not target.exists():
-        os.rename(old, target)
-    for stale in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.new")
-    temporary.mkdir()
+    sweep(target.parent, target.name)
+    old, temporary = (target.with_name(f".{target.name}.{end}") for end in ("old", "new"))
+    with disk_errors(target):
+        temporary.mkdir()
     try:
         with disk_errors(target):
             yield temporary
@@ -123,6 +128,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     remove_folder(old)
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed writers left of the folder `name` in `folder`, or with "" of any folder in it.
+
+    That is `.<name>.new` and `.<name>.gone`, and `.<name>.old`, which comes back where <name> is missing.
+    """
+    name = glob.escape(name) or "*"
+    for old in folder.glob(f".{name}.old"):
+        target = folder / old.name[1:-4]
+        if old.is_dir() and not target.exists():
+            os.rename(old, target)
+    for end in ("old", "new", "gone"):
+        for stale in folder.glob(f".{name}.{end}"):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def put_folder(temporary: Path, target: Path) -> None:

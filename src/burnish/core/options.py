@@ -78,7 +78,7 @@ def check(options: Any, where: str, prefix: str = "") -> None:
         if not _fits(hints[one.name], value):
             raise BurnishError(f"{where}: {name} is {_short(value)}", f"a {_words(hints[one.name])}")
         if one.metadata.get("path") and isinstance(value, str) and value.startswith("~"):
-            setattr(options, one.name, home(value, f"{where}: {name}"))
+            object.__setattr__(options, one.name, home(value, f"{where}: {name}"))  # frozen or not
         check_value(value, one.metadata, f"{where}: {name}")
 
 
@@ -89,6 +89,8 @@ def check_value(value: Any, metadata: Mapping[str, Any], what: str) -> None:
         raise BurnishError(f"{what} is {value!r}", "a finite number")
     if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
         raise BurnishError(f"{what} is {_short(value)}", f"one of {', '.join(map(str, choices))}")
+    if type(value) is int and abs(value) >= 2**63:
+        raise BurnishError(f"{what} is {_short(value)}", "a number of at most 18 digits")
     if not number(value):
         return
     least, most, above, below = (metadata.get(key) for key in ("least", "most", "above", "below"))

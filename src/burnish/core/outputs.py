@@ -9,24 +9,30 @@ import fcntl
 import json
 import logging
 import os
+import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, make_folder
+from burnish.core.files import alone, disk_errors, make_folder, put_folder
 from burnish.core.reading import read_object
 
 MARK = ".burnish.json"
+DEEPEST = 8
+"""Folders in each other that may hold outputs of ours before the first marker."""
+Old = Callable[[Path], bool]
 log = logging.getLogger("burnish")
 _held: dict[str, int] = {}
 
 
 @contextmanager
-def claim(folder: Path, kind: str, old: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def claim(folder: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
     """Make `folder` where it is missing, mark it as ours, and keep other processes out until the block ends.
 
-    A block inside another one of the same folder and process only passes through.
+    A block inside another one of the same folder and process only passes through. A folder that was made here and into
+    which nothing was written goes again.
 
     Args:
         folder: the output folder.
@@ -38,6 +44,7 @@ def claim(folder: Path, kind: str, old: Callable[[Path], bool] | None = None) ->
             another process is writing it.
     """
     folder = Path(folder)
+    require_own(folder, kind, old)
     key = os.path.realpath(folder)
     if key in _held:
         _held[key] += 1
@@ -46,32 +53,79 @@ def claim(folder: Path, kind: str, old: Callable[[Path], bool] | None = None) ->
         finally:
             _held[key] -= 1
         return
-    require_own(folder, kind, old)
-    make_folder(folder)
-    with disk_errors(folder):
-        handle = os.open(folder / MARK, os.O_RDWR | os.O_CREAT, 0o644)
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    handle = _locked(folder)
     try:
-        _lock(handle, folder)
         _write_mark(handle, folder, kind)
         _held[key] = 1
         yield folder
     finally:
         _held.pop(key, None)
+        if missing:
+            _remove_unused(folder, missing)
         os.close(handle)
 
 
-def require_own(folder: Path, kind: str, old: Callable[[Path], bool] | None = None) -> None:
-    """Raise BurnishError unless `folder` is absent, empty, or marked as `kind`; see `claim`."""
-    above = next((one for one in (folder, *folder.absolute().parents) if one.exists()), folder)
-    if above.exists() and not above.is_dir():
-        raise BurnishError(f"{above} is a file", f"a folder for the {kind}", "another output")
+@contextmanager
+def new_output(root: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
+    """Fill `<root>.partial`, claimed and handed out; on leaving it becomes `root` atomically, on an error it vanishes.
+
+    Args:
+        root: absent or empty.
+        kind, old: as for `claim`, of both folders.
+    """
+    require_own(root, kind)
+    partial = root.with_name(root.name + ".partial")
+    with claim(partial, kind, old), disk_errors(root):
+        try:
+            if root.is_dir() and os.listdir(root):
+                raise BurnishError(f"another process has just made {root}", fix="the same command again")
+            yield partial
+            if root.exists():
+                root.rmdir()
+            put_folder(partial, root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def share(folder: Path, kind: str, old: Old | None = None) -> None:
+    """Make `folder` where it is missing and mark it as ours; several processes may write different parts of it.
+
+    Raises:
+        BurnishError: as `claim`, but for another process.
+    """
+    require_own(folder, kind, old)
+    with alone(folder), disk_errors(folder):
+        if kind_of(folder) != kind:
+            mark(folder, kind)
+
+
+def require_own(folder: Path, kind: str, old: Old | None = None) -> None:
+    """Raise BurnishError unless `folder` is absent, empty, marked as `kind`, or holds nothing but folders that are.
+
+    See `claim`.
+    """
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)
+    except (OSError, ValueError) as error:  # too long a name, a null byte, no way through
+        reason = getattr(error, "strerror", None) or error
+        raise BurnishError(f"{str(folder)[:100]!r} can be no folder ({reason})", "another output") from None
+    above = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), folder)
+    usable = above.is_dir() or not os.path.lexists(above)
+    if not usable:
+        what = "a link to nothing" if above.is_symlink() and not above.exists() else "a file"
+        raise BurnishError(f"{above} is {what}", f"a folder for the {kind}", "another output")
     if not folder.is_dir():
         return
     with disk_errors(folder):
         names = sorted(os.listdir(folder))
-    if not set(names) - {MARK} or kind_of(folder) == kind or (MARK not in names and old is not None and old(folder)):
-        return
     found = kind_of(folder)
+    if not set(names) - {MARK} or found == kind:
+        return
+    if MARK not in names and (_holds_outputs_only(folder) or (old is not None and old(folder))):
+        return
     shown = f'what burnish made as "{found}"' if found else ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     article = "an" if kind[0] in "aeiou" else "a"
     raise BurnishError(f"{folder} holds {shown}, which this would overwrite",
@@ -91,6 +145,45 @@ def mark(folder: Path, kind: str) -> None:
     (folder / MARK).write_text(json.dumps({"kind": kind}) + "\n", encoding="utf-8")
 
 
+def _holds_outputs_only(folder: Path, depth: int = 0) -> bool:
+    """Whether there is no file in `folder` but in folders that carry a marker: runs/x with an evaluation in it."""
+    with disk_errors(folder), os.scandir(folder) as entries:
+        return depth < DEEPEST and all(
+            entry.is_dir(follow_symlinks=False)
+            and (os.path.isfile(os.path.join(entry.path, MARK)) or _holds_outputs_only(Path(entry.path), depth + 1))
+            for entry in entries
+        )
+
+
+def _locked(folder: Path) -> int:
+    """The marker of `folder`, open and locked."""
+    path = folder / MARK
+    while True:
+        make_folder(folder)
+        try:
+            with disk_errors(folder):
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise BurnishError(f"{path} cannot be opened ({error.strerror})", "a regular file") from None
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BurnishError(f"{path} is no file", "a regular file")
+            _lock(handle, folder)
+            if _is_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # whoever held it has just removed its folder
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,6 +199,18 @@ def _lock(handle: int, folder: Path) -> None:
 def _write_mark(handle: int, folder: Path, kind: str) -> None:
     if kind_of(folder) != kind:
         with disk_errors(folder):
+            content = (json.dumps({"kind": kind}) + "\n").encode()
             os.ftruncate(handle, 0)
-            os.pwrite(handle, (json.dumps({"kind": kind}) + "\n").encode(), 0)
+            if os.pwrite(handle, content, 0) < len(content):
+                os.ftruncate(handle, 0)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle)
+
+
+def _remove_unused(folder: Path, made: list[Path]) -> None:
+    """Remove a folder that holds nothing but the marker, and those that were made above it."""
+    with suppress(OSError):
+        if os.listdir(folder) == [MARK]:
+            os.unlink(folder / MARK)
+            for one in made:
+                one.rmdir()

@@ -4,17 +4,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
-from burnish.core.options import check, number
+from burnish.core.options import check, home, number
 from burnish.core.reading import parse_yaml, read_text
 from burnish.core.renames import rename_recipe
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 """Recipes and studies that come with the package."""
+ALIASES = {
+    "batch": "train.batch_size", "dataset": "data.root", "dataset.root": "data.root", "epochs": "train.steps",
+    "gradient_accumulation_steps": "train.grad_accumulation", "job_name": "name", "log_freq": "train.log_every",
+    "lora_alpha": "train.peft.alpha", "lora_rank": "train.peft.rank", "lr_warmup_steps": "train.warmup_steps",
+    "num_steps": "train.steps", "num_workers": "data.workers", "output_dir": "output", "policy.device": "eval.device",
+    "policy.pretrained_path": "policy.path", "save_freq": "train.save_every",
+}  # fmt: skip
+"""What other tools call a field, by its last word or its whole name; for error messages alone."""
 
 
 def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
@@ -30,7 +39,9 @@ def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
     Raises:
         BurnishError: there is none; names the nearest shipped ones.
     """
-    path = Path(name)
+    path = Path(home(str(name), "the recipe's path"))
+    if "\0" in str(path) or not path.name:
+        raise BurnishError(f"no recipe at {str(path)!r}", "a file")
     if beside is not None and (beside.parent / path).is_file():
         return beside.parent / path
     if path.is_file():
@@ -120,6 +131,21 @@ def run_folder(recipe: RecipeConfig) -> Path:
     return Path(recipe.output) if recipe.output else Path("runs") / recipe.name
 
 
+def check_name(name: str, what: str, parts: int = 8) -> None:
+    """Raise BurnishError unless `name` can be a folder below another one: no `..`, no absolute path, no odd characters.
+
+    Args:
+        name: of a recipe, study, variant or evaluation.
+        what: what is named, which begins the message.
+        parts: how many folders it may name in each other ("align/core" names two).
+    """
+    found = name.split("/")
+    odd = any(part in ("", ".", "..") or part.startswith(("~", ".")) or len(part) > 100 for part in found)
+    if odd or len(found) > parts or not name.isprintable():
+        expected = "letters, digits, _ and - " + ("with / between the names of folders" if parts > 1 else "and no /")
+        raise BurnishError(f"{what} is {name[:100]!r}", expected.strip())
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"lr": 1}} to {"train.lr": 1}; lists and empty mappings stay whole."""
     flat: dict[str, Any] = {}
@@ -173,13 +199,14 @@ def merge(values: dict[str, Any], extra: dict[str, Any]) -> None:
             values[key] = value
 
 
-def _known_keys(cls: type, prefix: str = "") -> list[str]:
+def _known_keys(cls: type, prefix: str = "") -> dict[str, str]:
+    """Every field and what its help says."""
     hints = get_type_hints(cls)
-    known = []
+    known = {}
     for f in fields(cls):
-        known.append(prefix + f.name)
+        known[prefix + f.name] = f.metadata.get("help", "")
         if is_dataclass(hints[f.name]):
-            known += _known_keys(hints[f.name], f"{prefix}{f.name}.")
+            known |= _known_keys(hints[f.name], f"{prefix}{f.name}.")
     return known
 
 
@@ -188,19 +215,50 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, source: str) -> 
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            everywhere = _known_keys(RecipeConfig)
-            # A right field in a wrong section ("lr" for "train.lr") is the likeliest slip after a typing error.
-            near = [k for k in everywhere if k.rpartition(".")[2] == str(key)] or get_close_matches(
-                name, everywhere, 1, 0.5
-            ) or [k for k in everywhere if k.startswith(prefix) and "." not in k[len(prefix):]]  # fmt: skip
-            raise BurnishError(f"{source}: unknown key '{name}'", f"'{near[0]}'" if len(near) == 1 else ", ".join(near))
+            near = _near(name, prefix)
+            found = f"{source}: unknown key '{name[:100]}'"
+            raise BurnishError(found, f"'{near[0]}'" if len(near) == 1 else ", ".join(near))
         if get_origin(hints[key]) is list and isinstance(value, str | int | float):
-            raise BurnishError(f"{source}: '{name}' is {value!r}", "a list", f"--{name}=[{value}]")
+            raise BurnishError(f"{source}: '{name}' is {str(value)[:100]!r}", "a list", f"--{name}=[{str(value)[:50]}]")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 example = f"fields below it, such as {name}.{fields(hints[key])[0].name}"
                 raise BurnishError(f"{source}: '{name}' is {value!r}", example)
             _check_keys(hints[key], value, f"{name}.", source)
+        elif _would_be_bent(hints[key], value) and (name, value) != ("train.precision", False):
+            raise BurnishError(f"{source}: {name} is {str(value)[:100]!r}", "a value of the field's type")
+
+
+def _would_be_bent(hint: Any, value: Any) -> bool:
+    """Whether draccus would make something else of a value: 1 of true, a word of a list, 1 of 1.5."""
+    kinds = {get_origin(part) or part for part in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+    odd: dict[type, set[Any]] = {bool: {bool}, list: {list, tuple}, dict: {dict}, float: {float, str}}
+    odd[NoneType] = {NoneType}
+    return type(value) in odd and not kinds & odd[type(value)] and Any not in kinds
+
+
+def _near(name: str, prefix: str) -> list[str]:
+    """The fields that an unknown key may mean, the likeliest kind of slip first; else all of its section."""
+    everywhere, last = _known_keys(RecipeConfig), name.rpartition(".")[2]
+    if right_field_in_wrong_section := [key for key in everywhere if key.rpartition(".")[2] == last]:
+        return right_field_in_wrong_section
+    if alias := ALIASES.get(name) or ALIASES.get(last):
+        return [alias]
+    words = last.replace("_", " ")  # "learning rate" stands in the help of train.lr
+    if " " in words and (described := [key for key, meaning in everywhere.items() if words in meaning]):
+        return described
+    return get_close_matches(name, everywhere, 1, 0.5) or [
+        key for key in everywhere if key.startswith(prefix) and "." not in key[len(prefix) :]
+    ]
+
+
+def _at_home(value: Any) -> Any:
+    """`value` with every "~/..." inside it below the home folder."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return home(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _check_values(recipe: RecipeConfig, source: str) -> None:
@@ -208,9 +266,13 @@ def _check_values(recipe: RecipeConfig, source: str) -> None:
     betas = recipe.train.betas
     if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
         raise BurnishError(f"{source}: train.betas is {betas}", "two numbers, at least 0 and below 1")
+    check_name(recipe.name, f"{source}: name")
+    # Of what methods and policies take only they know what is a path; nothing else begins so.
+    recipe.objectives, recipe.policy.overrides = map(_at_home, (recipe.objectives, recipe.policy.overrides))
     for entry in recipe.objectives:
         if not isinstance(entry.get("name"), str):
-            raise BurnishError(f"{source}: an entry of 'objectives' has no name: {entry}", "{name: <method>, ...}")
+            found = f"{source}: an entry of 'objectives' has no name: {str(entry)[:200]}"
+            raise BurnishError(found, "{name: <method>, ...}")
     if recipe.language.weight > 0 and not recipe.language.root:
         raise BurnishError(f"{source}: language.weight is {recipe.language.weight} but language.root is empty",
                            "a question folder", "burnish data questions --help")  # fmt: skip

@@ -57,7 +57,7 @@ class Registry[T]:
             module, _, attribute = name.partition(":")
             try:
                 return getattr(import_module(module), attribute)
-            except (ImportError, AttributeError, ValueError) as error:
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
                 found = f"{self.kind} '{name}' cannot be imported ({error})"
                 raise BurnishError(found, "package.module:Class") from error
         if not self._find(name):

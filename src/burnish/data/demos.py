@@ -5,7 +5,6 @@ order until each task has its share of solved ones, so the data set is the same 
 and however many processes did it.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,12 +16,16 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, require_space, write_json
+from burnish.core.outputs import kind_of, mark, require_own
 from burnish.core.progress import progress_bar
+from burnish.core.reading import read_object
 from burnish.core.workers import WorkerPool, count_workers
+from burnish.data import spool as spools
 from burnish.data.record import record_attempts
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 
 FORMAT = 1
+KIND, FACTS = "demonstrations", "burnish_demos.json"
 # A task whose expert fails this often in a row from the start is given up.
 HOPELESS_ATTEMPTS = 20
 
@@ -83,14 +86,18 @@ def make_demos(
         What was made, with the expert's success rate. A folder that is complete already is left as it is.
 
     Raises:
-        BurnishError: bad arguments, a folder made with other settings, no expert, or a full disk; finished
-            episodes are kept and the same call continues.
+        BurnishError: bad arguments, a folder of something else or made with other settings, another process that writes
+            it, no expert, or a full disk; finished episodes are kept and the same call continues.
     """
     root = Path(root)
     request = _request(env, episodes, image_size, cameras, seed, geometry)
-    if root.exists() and any(root.iterdir()):
+    require_own(root, KIND, lambda folder: True)  # what lies in it is looked at next
+    root = root.resolve() if root.is_symlink() else root
+    if _holds_something(root):
         return _already_made(root, request)
     with closing(Spool(root, request)) as spool:
+        if _holds_something(root):  # another process has finished it meanwhile
+            return _already_made(root, request)
         shares = _record_all(spool, request, workers, progress)
         summary = _assemble(spool, root, request, shares)
         spool.remove()
@@ -100,12 +107,12 @@ def make_demos(
 def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], seed: int, geometry: bool) -> dict:
     from burnish.envs.base import expand
 
-    if episodes < 1:
-        raise BurnishError(f"{episodes} episodes", "at least 1")
-    if image_size < 16 or image_size % 2:
-        raise BurnishError(f"image size {image_size}", "an even number of at least 16 pixels")
-    if seed < 0:
-        raise BurnishError(f"seed {seed}", "a number from 0 on")
+    if not 1 <= episodes <= 10**7:
+        raise BurnishError(f"{episodes} episodes", "at least 1 and at most 10000000")
+    if not 16 <= image_size <= 4096 or image_size % 2:
+        raise BurnishError(f"image size {image_size}", "an even number of at least 16 and at most 4096 pixels")
+    if not 0 <= seed <= 2**31:
+        raise BurnishError(f"seed {seed}", "a number from 0 to 2147483648")
     tasks = expand(env)
     return {
         "format": FORMAT, "env": env, "tasks": tasks, "episodes": episodes, "image_size": image_size,
@@ -113,14 +120,25 @@ def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], s
     }  # fmt: skip
 
 
+def _holds_something(root: Path) -> bool:
+    return root.is_dir() and any(root.iterdir())
+
+
 def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
-    path = root / "burnish_demos.json"
+    path = root / FACTS
     if not path.is_file():
         raise BurnishError(f"{root} is not empty and no data set of burnish data demos", "a new folder")
-    made = json.loads(path.read_text())
-    check_same_request(made["request"], request, root)
-    shutil.rmtree(root.with_name(root.name + ".partial"), ignore_errors=True)  # a kill came after the last rename
-    return _summary(root, made)
+    made = read_object(path)
+    try:
+        check_same_request(made["request"], request, root)
+        summary = _summary(root, made)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = f"{path} is damaged ({error})"
+        raise BurnishError(found, "what `burnish data demos` wrote", "another --root") from None
+    partial = spools.partial_folder(root)
+    if kind_of(partial) == spools.KIND:
+        shutil.rmtree(partial, ignore_errors=True)  # a kill came after the last rename
+    return summary
 
 
 def _summary(root: Path, made: dict[str, Any]) -> DemosSummary:
@@ -256,7 +274,8 @@ def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_S
             "skipped": skipped,
             "versions": _versions(family),
         }  # fmt: skip
-        write_json(folder / "burnish_demos.json", facts)
+        write_json(folder / FACTS, facts)
+        mark(folder, KIND)
     return _summary(root, facts)
 
 

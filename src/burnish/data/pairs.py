@@ -133,8 +133,21 @@ def write_index(
     for pair in pairs:
         rejected = {"action": pair.proposal} if pair.proposal else list(pair.rejected)
         lines.append(json.dumps({"chosen": list(pair.chosen), "rejected": rejected}) + "\n")
-    write_json(root / FACTS, {"format": FORMAT, "pairs": len(pairs), "state_tolerance": state_tolerance, **facts})
-    write_text(root / INDEX, "".join(lines))
+    try:
+        about = {"format": FORMAT, "pairs": len(pairs), "state_tolerance": state_tolerance, **facts}
+        write_json(root / FACTS, about)
+        write_text(root / INDEX, "".join(lines))
+    except BaseException:  # one without the other is of no use
+        for name in (FACTS, INDEX):
+            (root / name).unlink(missing_ok=True)
+        raise
+
+
+def require_no_pairs(root: Path) -> None:
+    """Raise BurnishError where the data set `root` is a pair folder already."""
+    if (root / INDEX).exists() or (root / FACTS).exists():
+        raise BurnishError(f"{root} has pairs already", "a data set without",
+                           f"rm -f '{root / INDEX}' '{root / FACTS}'")  # fmt: skip
 
 
 def check_unique(pairs: Sequence[Pair]) -> None:

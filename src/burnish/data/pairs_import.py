@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import alone
 from burnish.core.options import number
 from burnish.core.progress import progress_bar
 from burnish.data.features import is_numeric
-from burnish.data.pairs import FACTS, INDEX, Outcome, Pair, check_pairs, read_labels, write_index
+from burnish.data.pairs import Outcome, Pair, check_pairs, read_labels, require_no_pairs, write_index
 from burnish.data.rows import read_rows
 from burnish.data.streamed import Shape, StreamedFrames
 
@@ -54,9 +55,7 @@ def import_pairs(
     if not labels and not success and not takeover:
         raise BurnishError("nothing to import", "--labels, --success or --takeover with --proposal")
     found = read_labels(Path(labels)) if labels else []
-    if (root / INDEX).exists() or (root / FACTS).exists():
-        raise BurnishError(f"{root} has pairs already", "a data set without",
-                           f"rm -f '{root / INDEX}' '{root / FACTS}'")  # fmt: skip
+    require_no_pairs(root)
     data = RobotData(root, (), STEPS, 1, 0, augmented=False, progress=progress, pictures=False)
     pairs = [label for label in found if isinstance(label, Pair)]
     outcomes = _outcomes(data, [label for label in found if isinstance(label, Outcome)], success)
@@ -70,7 +69,9 @@ def import_pairs(
     given = {"labels": labels, "success": success, "takeover": takeover}
     source = "+".join(name for name, value in given.items() if value)
     facts = {"source": source, "image_tolerance": image_tolerance, "outcomes": outcomes}
-    write_index(root, pairs, facts, tolerance)
+    with alone(root):
+        require_no_pairs(root)  # another process may have written some meanwhile
+        write_index(root, pairs, facts, tolerance)
     return len(pairs), sum(outcome is not None for outcome in outcomes)
 
 

@@ -6,7 +6,6 @@ A line is `{"id": "q1", "image": "kitchen/001.jpg", "question": "what is on the 
 
 import hashlib
 import json
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, put_folder, require_space, write_json
-from burnish.core.outputs import claim, require_own
+from burnish.core.files import require_space, write_json
+from burnish.core.outputs import new_output
 from burnish.core.progress import progress_bar
-from burnish.core.reading import inside, read_lines, read_object, regular_file
+from burnish.core.reading import inside, read_lines, regular_file
 from burnish.data.frames import npy_header
+from burnish.data.questions import KIND, holds_questions
 
-KIND = "questions"
 CAMERA = "image"
 MOST_TEXT = 2000
 """Characters in a question, an answer or a kind."""
@@ -60,22 +59,10 @@ def import_questions(
         "format": 1, "camera": CAMERA, "source": lines.name, "image_size": image_size, "images": len(paths),
         "questions": len(entries), "digest": _digest(lines, paths),
     }  # fmt: skip
-    if (root / "meta.json").exists():
-        found = read_object(root / "meta.json")
-        if found != meta:
-            raise BurnishError(f"{root} holds other questions ({str(found)[:300]})", str(meta), "another --root")
+    if holds_questions(root, meta):
         return root
-    require_own(root, KIND)
-    partial = root.with_name(root.name + ".partial")
-    with claim(partial, KIND), disk_errors(root):
-        try:
-            _write(partial, entries, paths, meta, progress)
-            if root.exists():
-                root.rmdir()
-            put_folder(partial, root)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with new_output(root, KIND) as partial:
+        _write(partial, entries, paths, meta, progress)
     return root
 
 

@@ -6,7 +6,6 @@ exists, holding, nearer, move (which object an instruction moves).
 
 import json
 import os
-import shutil
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -15,13 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import disk_errors, require_space, write_json, write_text
+from burnish.core.outputs import new_output, require_own
 from burnish.core.progress import progress_bar
 from burnish.core.reading import read_lines, read_object, regular_file
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import WorkerPool, count_workers
+from burnish.data.frames import npy_header
 from burnish.envs.base import Env, expand, make_env
 from burnish.envs.tabletop_scene import COLOURS, SHAPES
 
+KIND = "questions"
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
 MOST_SIDE = 4096
 MIN_GAP = 0.09
@@ -118,13 +121,12 @@ def _pair_questions(facts: SceneFacts, rng: np.random.Generator) -> Iterator[tup
 
 def draw_scenes(
     blocks: Iterable[tuple[int, int]], env_id: str, image_size: int, camera: str, seed: int, per_scene: int,
-    images: Path,
+    images: Path, first_byte: int,
 ) -> Generator[list[list[tuple[str, str, str]]], None, None]:  # fmt: skip
     """The worker of `make_questions`: draws scenes first to last - 1 of a block straight into the file `images`.
 
     Yields the questions about each scene of a block.
     """
-    array = np.load(images, mmap_mode="r+", allow_pickle=False)
     envs = [make_env(task, image_size) for task in expand(env_id)]
     absent = list(product(COLOURS, SHAPES)) if env_id.startswith("tabletop") else []
     for first, last in blocks:
@@ -137,15 +139,24 @@ def draw_scenes(
             expert = env.expert(scene)
             for _ in range(int(rng.integers(0, 15)) if rng.random() < 0.6 else 0):
                 env.step(expert.act())
-            array[scene] = env.observe([camera]).images[camera]
+            picture = np.asarray(env.observe([camera]).images[camera], np.uint8).reshape(image_size, image_size, 3)
+            _write_at(images, first_byte + scene * picture.nbytes, picture)
             questions = ask(scene_facts(env, camera), rng, absent)
             if per_scene:
                 questions = [questions[i] for i in rng.permutation(len(questions))[:per_scene]]
             asked.append(questions)
-        array.flush()
         yield asked
     for env in envs:
         env.close()
+
+
+def _write_at(path: Path, start: int, array: np.ndarray) -> None:
+    """Positioned writes: on a full disk a memory map dies of SIGBUS, and these raise an error that can be reported."""
+    view = memoryview(np.ascontiguousarray(array)).cast("B")
+    with disk_errors(path), open(path, "r+b", buffering=0) as file:
+        while view:
+            done = os.pwrite(file.fileno(), view, start)
+            view, start = view[done:], start + done
 
 
 def make_questions(
@@ -157,7 +168,8 @@ def make_questions(
     Args:
         env: environment id; several tasks take turns.
         scenes: how many images.
-        root: folder to make; one that holds just what is asked for is left as it is.
+        root: folder to make; one that holds just what is asked for is left as it is. `<root>.partial` beside it is
+            filled until then.
         image_size: height and width of the images in pixels.
         camera: the view; empty means the environment's first one.
         per_scene: how many questions to keep for each image; 0 keeps all.
@@ -166,36 +178,73 @@ def make_questions(
         progress: show a bar on stderr.
 
     Raises:
-        BurnishError: bad arguments, or `root` exists and holds other questions than asked for.
+        BurnishError: bad arguments, `root` holds something else than what is asked for, another process is making it,
+            or the disk is full; then nothing is left.
     """
-    if scenes < 1:
-        raise BurnishError(f"{scenes} scenes", "at least 1")
+    _check_numbers(scenes, image_size, per_scene, seed)
     root = Path(root)
+    require_own(root, KIND, _is_made)
+    root = root.resolve() if root.is_symlink() else root
     probe = make_env(expand(env)[0], image_size)
     camera = camera or probe.spec.cameras[0]
+    views = probe.spec.cameras
     probe.close()
+    if camera not in views:
+        raise BurnishError(f"unknown camera '{camera}' of {env}", f"one of {', '.join(views)}")
     sizes = {"scenes": scenes, "image_size": image_size, "camera": camera, "per_scene": per_scene}
     meta = {"env": env, **sizes, "seed": seed, "format": 1}
-    if (root / "meta.json").exists():
-        found = json.loads((root / "meta.json").read_text())
-        if found != meta:
-            raise BurnishError(f"{root} holds other questions ({found})", f"{meta}", "another --root")
+    if holds_questions(root, meta):
         return root
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shape = (scenes, image_size, image_size, 3)
-    np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
-    arguments = env, image_size, camera, seed, per_scene, partial / "images.npy"
-    asked = _ask_about_all(scenes, arguments, workers, progress)
-    with open(partial / "questions.jsonl", "w") as lines:
-        for image in range(scenes):
-            for kind, question, answer in asked[image]:
-                entry = {"image": image, "question": question, "answer": answer, "kind": kind}
-                lines.write(json.dumps(entry) + "\n")
-    (partial / "meta.json").write_text(json.dumps(meta))
-    os.replace(partial, root)
+    with new_output(root, KIND, _is_unfinished) as partial:
+        _fill(partial, meta, seed, workers, progress)
     return root
+
+
+def _check_numbers(scenes: int, image_size: int, per_scene: int, seed: int) -> None:
+    limits = {"scenes": (scenes, 1, 10**8), "image size": (image_size, 8, 4096), "per_scene": (per_scene, 0, 1000),
+              "seed": (seed, 0, 2**31)}  # fmt: skip
+    for name, (value, least, most) in limits.items():
+        if not least <= value <= most:
+            raise BurnishError(f"{name} is {value}", f"{least} to {most}")
+
+
+def holds_questions(root: Path, meta: dict) -> bool:
+    """Whether `root` holds what is asked for; BurnishError where it holds other questions, or something else."""
+    require_own(root, KIND, _is_made)
+    if not _is_made(root):
+        return False
+    found = read_object(root / "meta.json")
+    if found != meta:
+        raise BurnishError(f"{root} holds other questions ({str(found)[:300]})", f"{meta}", "another --root")
+    return True
+
+
+def _is_made(root: Path) -> bool:
+    return (root / "meta.json").exists()
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a folder without a marker is what a killed `make_questions` of an earlier version left."""
+    return {file.name for file in folder.iterdir()} <= {"images.npy", "questions.jsonl", "meta.json"}
+
+
+def _fill(folder: Path, meta: dict, seed: int, workers: int, progress: bool) -> None:
+    """Write images, questions and meta.json into a folder that was claimed."""
+    for name in ("images.npy", "questions.jsonl", "meta.json"):
+        (folder / name).unlink(missing_ok=True)
+    scenes, size, images = meta["scenes"], meta["image_size"], folder / "images.npy"
+    header = npy_header((scenes, size, size, 3), np.uint8)
+    require_space(folder, len(header) + scenes * size * size * 3, f"{scenes} images in {folder}")
+    images.write_bytes(header)
+    arguments = meta["env"], size, meta["camera"], seed, meta["per_scene"], images, len(header)
+    asked = _ask_about_all(scenes, arguments, workers, progress)
+    entries = (
+        {"image": image, "question": question, "answer": answer, "kind": kind}
+        for image in range(scenes)
+        for kind, question, answer in asked[image]
+    )
+    write_text(folder / "questions.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    write_json(folder / "meta.json", meta)
 
 
 def _ask_about_all(scenes: int, arguments: tuple, workers: int, progress: bool) -> dict[int, list]:

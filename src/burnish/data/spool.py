@@ -6,10 +6,10 @@
 <root>.partial/<task>/000013.failed.safetensors  an attempt that did not solve the task (facts only)
 """
 
-import fcntl
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, new_file, write_json
+from burnish.core.files import make_folder, new_file, write_json
+from burnish.core.outputs import claim
+from burnish.core.reading import read_object
 
+KIND = "unfinished recordings"
+"""What the marker of the folder says."""
 _NAME = re.compile(r"(\d+)\.(solved|failed)\.safetensors")
 
 
@@ -80,25 +84,23 @@ class Spool:
     """
 
     def __init__(self, root: Path, request: dict[str, Any]):
-        self.folder = root.with_name(root.name + ".partial")
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as the spool
+        self.folder = partial_folder(root)
+        self._held, self._is_open = ExitStack(), True
+        self._held.enter_context(claim(self.folder, KIND, lambda folder: (folder / "request.json").is_file()))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BurnishError(f"another process is filling {self.folder}", "one at a time") from None
-        path = self.folder / "request.json"
-        if not path.exists():
-            write_json(path, request)
-        check_same_request(json.loads(path.read_text()), request, self.folder)
-        for stale in self.folder.glob("*/.*"):
-            stale.unlink()
+            path = self.folder / "request.json"
+            if not path.exists():
+                write_json(path, request)
+            check_same_request(_read(path), request, self.folder)
+            for stale in self.folder.glob("*/.*"):
+                stale.unlink()
+        except BaseException:
+            self._held.close()
+            raise
 
     def task_folder(self, task_id: str) -> Path:
         folder = self.folder / task_folder_name(task_id)
-        with disk_errors(folder):
-            folder.mkdir(exist_ok=True)
+        make_folder(folder)
         return folder
 
     def attempts(self, task_id: str) -> dict[int, Path]:
@@ -107,15 +109,34 @@ class Spool:
         return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}
 
     def spec(self, task_id: str) -> dict[str, Any]:
-        return json.loads((self.task_folder(task_id) / "spec.json").read_text())
+        return _read(self.task_folder(task_id) / "spec.json")
 
     def close(self) -> None:
-        self._lock.close()
+        """Let go of the folder; it stays where an attempt has come to its end, and the same request continues."""
+        if not any(self.folder.glob("*/*.safetensors")):
+            self.remove()
+        self._held.close()
 
     def remove(self) -> None:
         """Delete the spool; the data set is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
+        if self._is_open:  # else another process may have begun there
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._is_open = False
+        self._held.close()
+
+
+def partial_folder(root: Path) -> Path:
+    """Where what is made for `root` lies until it is whole."""
+    return root.with_name(root.name + ".partial")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of ours; where it is damaged the recordings beside it are of no use."""
+    try:
+        return read_object(path)
+    except BurnishError as error:
+        folder = next(one for one in path.parents if one.name.endswith(".partial"))
+        raise BurnishError(str(error), fix=f"rm -r '{folder}'") from None
 
 
 def recording_path(folder: Path, number: int, success: bool) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import number
+from burnish.core.outputs import mark, require_own
 from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object
 from burnish.core.seeding import derive_seed
@@ -30,6 +31,8 @@ from burnish.policies.load import policy_and_hash
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
+
+KIND = "preference pairs"
 
 
 @dataclass
@@ -94,7 +97,9 @@ def collect(
             complete is left as it is.
     """
     root = Path(root)
-    _check_numbers(states, rollouts, workers=workers, limit=limit, image_size=image_size, action_noise=action_noise)
+    _check_numbers(states, rollouts, workers=workers, limit=limit, image_size=image_size, action_noise=action_noise,
+                   first_state=first_state)  # fmt: skip
+    require_own(root, KIND, lambda folder: True)  # what lies in it is looked at below
     policy, weights = policy_and_hash(policy, device)
     if not offsets or not all(0 <= offset < policy.chunk_size for offset in offsets):
         raise BurnishError(f"offsets {list(offsets)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach "
@@ -110,25 +115,30 @@ def collect(
         return _already_made(root, request | options)
     spool = Spool(root, request)
     try:
+        if root.exists():  # another process has finished it meanwhile
+            return _already_made(root, request | options)
         count = count_workers(workers)
         with SimulatorPool(count, make, request["image_size"]) as pool:
             specs = pool.describe(expand(env))
             for spec in specs:
                 _collect_task(pool, policy, spec, spool, request, 4 * count, progress)
         collection = _finish(root, spool, specs, request, options)
-    except BaseException:
+        spool.remove()
+    finally:
         spool.close()
-        raise
-    spool.remove()
     return collection
 
 
 def _check_numbers(states: int, rollouts: int, **others: float) -> None:
     if states < 1 or rollouts < 2:
         raise BurnishError(f"{states} states with {rollouts} rollouts", "at least 1 state and 2 rollouts")
+    if states > 10**6 or rollouts > 1000:
+        raise BurnishError(f"{states} states with {rollouts} rollouts", "at most 1000000 states and 1000 rollouts")
+    most = {"image_size": 4096, "first_state": 2**31, "action_noise": 10}
     for name, value in others.items():
-        if not number(value) or value < 0:
-            raise BurnishError(f"{name} is {value}", "a number of at least 0")
+        if not number(value) or value < 0 or value > most.get(name, value):
+            above = f" and at most {most[name]}" if name in most else ""
+            raise BurnishError(f"{name} is {value}", f"a number of at least 0{above}")
 
 
 def _collect_task(
@@ -233,11 +243,15 @@ def _already_made(root: Path, wanted: dict[str, Any]) -> Collection:
     facts = read_object(root / FACTS)
     facts["offsets"] = facts.pop("leads", facts.get("offsets"))  # its name in folders of 0.1
     check_same_request(facts, wanted, root)
-    outcomes, size = facts["outcomes"], facts["group_sizes"]
-    ends = np.cumsum(size)
-    solved = [sum(outcomes[end - n : end]) for end, n in zip(ends, size, strict=True)]
-    mixed = sum(0 < k < n for k, n in zip(solved, size, strict=True))
-    return Collection(root, facts["pairs"], len(outcomes), sum(outcomes), mixed, len(size))
+    try:
+        outcomes, size = facts["outcomes"], facts["group_sizes"]
+        ends = np.cumsum(size)
+        solved = [sum(outcomes[end - n : end]) for end, n in zip(ends, size, strict=True)]
+        mixed = sum(0 < k < n for k, n in zip(solved, size, strict=True))
+        return Collection(root, int(facts["pairs"]), len(outcomes), sum(outcomes), mixed, len(size))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BurnishError(f"{root / FACTS} is damaged ({error})", "what `burnish data pairs` wrote",
+                           "another --root") from None  # fmt: skip
 
 
 def _finish(
@@ -270,4 +284,5 @@ def _finish(
         family = request["env"].partition(":")[0]
         assemble(folder, root.name, chosen, spool.spec(specs[0].task_id), request["image_size"], family)
         write_index(folder, pairs, {"source": "rollouts", **facts})
+        mark(folder, KIND)
     return Collection(root, len(pairs), len(chosen), sum(solved), mixed, len(sizes))

@@ -218,7 +218,8 @@ class Journal(AbstractContextManager):
             self.records, end = self._read(folder)
             with disk_errors(self.path):
                 self._file = opening.enter_context(open(self.path, "ab", buffering=0))
-                self._file.truncate(end)
+                if self._file.seek(0, os.SEEK_END) > end:
+                    self._file.truncate(end)
             self._held = opening.pop_all()
 
     def _check(self, folder: Path, settings: dict[str, Any]) -> None:

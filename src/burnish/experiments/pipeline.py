@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.options import number
 from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_object
-from burnish.core.recipe import demos_root, run_folder, save_recipe
-from burnish.experiments.results import FROM_RUN, result_row, write_result
+from burnish.core.recipe import demos_root, run_folder
+from burnish.experiments.results import FROM_RUN, check_place, result_row, write_result
 
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
@@ -46,11 +47,15 @@ class Outcome:
 
 
 class Stages:
-    """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time."""
+    """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time.
+
+    Raises:
+        BurnishError: the file is damaged.
+    """
 
     def __init__(self, file: Path, facts: dict[str, Any]):
         self.file = file
-        self.content = (read_object(file) if file.exists() else {"stages": []}) | facts
+        self.content = (_read_stages(file) if file.exists() else {"stages": []}) | facts
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -81,6 +86,19 @@ class Stages:
         write_json(self.file, self.content)
 
 
+def _read_stages(file: Path) -> dict[str, Any]:
+    fix = f"rm '{file}'"  # nothing but the minutes of its stages is lost
+    try:
+        content = read_object(file)
+    except BurnishError as error:
+        raise BurnishError(str(error), fix=fix) from None
+    stages = content.get("stages")
+    entries = stages if isinstance(stages, list) else [None]
+    if not all(isinstance(s, dict) and isinstance(s.get("name"), str) and number(s.get("minutes")) for s in entries):
+        raise BurnishError(f"{file}: 'stages' is damaged", 'a list of {"name": ..., "minutes": ...}', fix)
+    return content
+
+
 def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None = None, fresh: bool = False) -> Outcome:
     """Do everything that `recipe` asks for; finished stages of an earlier call are not repeated.
 
@@ -88,21 +106,31 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
         fresh: delete an earlier training of this run and what was measured of it; the data stays.
         command: the command line to show in the report.
         result: where to write the committed outcome, e.g. results/tabletop/quickstart.json; None writes none.
+
+    Raises:
+        BurnishError: a mistake in the recipe, a folder or result file that holds something else, another process that
+            writes there, and all that the stages refuse.
     """
-    from burnish.report.page import write_report
-    from burnish.train.run import check_resumable
+    from burnish.train.run import claim_run
     from burnish.train.setup import make_objectives
 
     if not recipe.demos.env and not recipe.data.root:
         raise BurnishError(f"recipe '{recipe.name}' names neither demos.env nor data.root", "one of them")
     make_objectives(recipe)  # a mistake in their options shows before anything is made
+    check_place(result)
+    with claim_run(run_folder(recipe)) as folder:
+        return _run(recipe, folder, command, result, fresh)
+
+
+def _run(recipe: RecipeConfig, folder: Path, command: str, result: Path | None, fresh: bool) -> Outcome:
+    from burnish.report.page import write_report
+    from burnish.train.run import check_resumable, note_recipe
+
     if not fresh:
         check_resumable(recipe)
-    folder = run_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, folder / "recipe.yaml")
     seeds = {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed}
     stages = Stages(folder / "run.json", run_facts(recipe.name, command, seeds))
+    note_recipe(recipe, folder / "recipe.yaml")
     outcome = Outcome(folder)
     make_data(recipe, stages)
     _train(recipe, stages, fresh)

@@ -10,6 +10,7 @@ Several names, separated by spaces, give one table. `results:STUDY runs: KEY ...
 study's runs logged. No number is typed by hand.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json, write_text
+from burnish.core.options import number
 from burnish.core.reading import read_object
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
@@ -70,6 +72,22 @@ def write_result(
     return path
 
 
+def check_place(path: Path | None) -> None:
+    """Raise BurnishError where a result cannot be written to `path`, or would replace something else than a result."""
+    if path is None:
+        return
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BurnishError(f"--result {path}: {above} is {'not yours to write' if above.is_dir() else 'a file'}",
+                           "a folder that you can write", "another file")  # fmt: skip
+    if os.path.lexists(path):
+        try:
+            check_result(read_object(path), str(path))
+        except BurnishError as error:
+            found = f"--result would replace a file that is no result ({error})"
+            raise BurnishError(found, fix="another file") from None
+
+
 def check_result(content: Any, where: str) -> None:
     """Raise BurnishError unless `content` is a complete result whose rates follow from their counts."""
     if not isinstance(content, dict):
@@ -77,11 +95,15 @@ def check_result(content: Any, where: str) -> None:
     missing = [name for name in FIELDS if name not in content]
     if missing:
         raise BurnishError(f"{where} lacks {', '.join(missing)}", "a result written by `burnish run`")
-    for row in content["rows"]:
-        missing = [name for name in ROW_FIELDS if name not in row]
+    for row in content["rows"] if isinstance(content["rows"], list) else [None]:
+        missing = [name for name in ROW_FIELDS if name not in row] if isinstance(row, dict) else ["everything"]
         if missing:
-            raise BurnishError(f"{where}: row '{row.get('label', '?')}' lacks {', '.join(missing)}")
-        low, high = row["interval"]
+            label = row.get("label", "?") if isinstance(row, dict) else row
+            raise BurnishError(f"{where}: row '{label}' lacks {', '.join(missing)}")
+        ends = row["interval"] if isinstance(row["interval"], list | tuple) and len(row["interval"]) == 2 else [None]
+        if not all(map(number, [*ends, row["n"], row["successes"], row["rate"]])):
+            raise BurnishError(f"{where}: row '{row['label']}' holds something else than numbers")
+        low, high = ends
         n, successes = row["n"], row["successes"]
         if n < 1 or abs(row["rate"] - successes / n) > 1e-9 or not low <= row["rate"] <= high:
             found = f"{where}: row '{row['label']}' contradicts itself"

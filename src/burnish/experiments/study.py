@@ -5,19 +5,22 @@ may share the work (seed 0 in one, seed 1 in another); a last call with all seed
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, write_json
+from burnish.core.files import alone, make_folder, write_json
 from burnish.core.options import check, option, refuse_unknown
+from burnish.core.outputs import share
 from burnish.core.provenance import weights_hash
 from burnish.core.reading import read_object
 from burnish.core.recipe import (
+    check_name,
     demos_root,
     find_recipe,
     load_recipe,
@@ -29,7 +32,7 @@ from burnish.core.recipe import (
 )
 from burnish.core.renames import STUDY, rename
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
-from burnish.experiments.results import FROM_RUN, write_result
+from burnish.experiments.results import FROM_RUN, check_place, write_result
 from burnish.experiments.variants import read_successes, variant_rows
 
 log = logging.getLogger("burnish")
@@ -46,7 +49,7 @@ class StudyConfig:
     """A study file. `{seed}` and `{out}` in `setup` and `variants` stand for the seed and the study's folder."""
 
     name: str = option("", "result name; runs go to runs/<name>/<variant>-<seed>")
-    recipe: str = option("", "what all variants share: a recipe file, beside the study file or shipped")
+    recipe: str = option("", "what all variants share: a recipe file, beside the study file or shipped", path=True)
     seeds: list[int] = option([0, 1, 2], "training seeds (and seeds of the policy's noise in evaluation)")
     reference: str = option("", "the variant that the others are compared with; empty means the first")
     setup: list[str] = option([], "burnish commands to run once for each seed before its variants")
@@ -84,7 +87,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyCo
     missing = [key for key in ("name", "recipe", "seeds", "variants") if not getattr(study, key)]
     if missing:
         raise BurnishError(f"{path}: '{missing[0]}' is empty", "name, recipe, seeds and variants")
-    check(study, str(path))
+    _check(study, str(path))
     study.reference = study.reference or next(iter(study.variants))
     if study.reference not in study.variants:
         expected = f"one of {', '.join(study.variants)}"
@@ -92,6 +95,28 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyCo
     if "main" in study.evals:
         raise BurnishError(f"{path}: an evaluation is called 'main'", "another name; 'main' is the recipe's own")
     return study, load_recipe(find_recipe(study.recipe, beside=path), overrides)
+
+
+def _check(study: StudyConfig, where: str) -> None:
+    check(study, where)
+    check_name(study.name, f"{where}: name")
+    whole = all(type(seed) is int and abs(seed) < 2**62 for seed in study.seeds)
+    if not whole or len({*study.seeds}) < len(study.seeds):
+        raise BurnishError(f"{where}: seeds is {str(study.seeds)[:100]}", "whole numbers, each once")
+    for line in study.setup:
+        try:
+            words = shlex.split(line) if isinstance(line, str) else []
+        except ValueError as error:
+            raise BurnishError(f"{where}: the setup command {line[:100]!r} cannot be split ({error})") from None
+        if not words:
+            raise BurnishError(f"{where}: {str(line)[:100]!r} in setup", "a command")
+    for what, entries in (("variants", study.variants), ("evals", study.evals)):
+        for name, changes in entries.items():
+            if not isinstance(name, str):
+                raise BurnishError(f"{where}: the name {name!r} in {what} is no text", f"'{name}' in quotes")
+            check_name(name, f"{where}: a name in {what}", parts=1)
+            if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
+                raise BurnishError(f"{where}: '{name}' of {what} is {str(changes)[:100]}", "fields and their values")
 
 
 def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
@@ -108,9 +133,10 @@ def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
             raise BurnishError(f"the variants '{variants}'", f"some of {known}, with {study.reference}")
         study.variants = {name: study.variants[name] for name in wanted}
     if seeds:
-        if not all(seed.strip().isdigit() for seed in seeds.split(",")):
-            raise BurnishError(f"the seeds '{seeds}'", "whole numbers, separated by commas")
-        study.seeds = [int(seed) for seed in seeds.split(",")]
+        found = [seed.strip() for seed in seeds.split(",")]
+        if not all(seed.isdecimal() and len(seed) < 19 for seed in found) or len({*found}) < len(found):
+            raise BurnishError(f"the seeds '{seeds[:100]}'", "whole numbers, each once, separated by commas")
+        study.seeds = [int(seed) for seed in found]
 
 
 def run_study(
@@ -129,14 +155,15 @@ def run_study(
         The study's folder.
 
     Raises:
-        BurnishError: a mistake in any variant (before anything is trained), a setup command that failed.
+        BurnishError: a mistake in any variant (before anything is trained), a setup command that failed, a folder that
+            holds something else, a run that another process is at.
     """
+    from burnish.train.run import claim_run
     from burnish.train.setup import make_objectives
 
     folder = study_folder(study)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(result)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
-    clocks = {"data": Stages(folder / "data.json", facts)}
     # A mistake in the last variant should not wait for hours to show.
     runs = {
         (seed, variant): _Run(variant, seed, variant_recipe(study, base, variant, seed))
@@ -146,6 +173,8 @@ def run_study(
     for run in runs.values():
         make_objectives(run.recipe)
         _settings(study, run)
+    share(folder, "study", is_study_folder)
+    clocks = {"data": Stages(folder / "data.json", facts)}
     with alone(folder):
         make_data(base, clocks["data"])
     if base.policy.path and _ask_questions(runs.values()):
@@ -159,10 +188,10 @@ def run_study(
                 _set_up(_fill(line, seed, folder), clock, run_setup)
         for variant in study.variants:
             run = runs[seed, variant]
-            run.folder.mkdir(exist_ok=True)
-            clock = clocks[f"{variant} {seed}"] = Stages(run.folder / "run.json", facts)
-            with clock.stage(f"{variant}, seed {seed}"):
-                _train_and_measure(study, run)
+            with claim_run(run.folder):
+                clock = clocks[f"{variant} {seed}"] = Stages(run.folder / "run.json", facts)
+                with clock.stage(f"{variant}, seed {seed}"):
+                    _train_and_measure(study, run)
             finished.append(run)
             if result:
                 minutes = sum(clock.minutes for clock in clocks.values())
@@ -181,13 +210,27 @@ def variant_recipe(study: StudyConfig, base: RecipeConfig, variant: str, seed: i
     values["data"]["root"] = str(demos_root(base))
     merge(values, _fill(study.variants[variant], seed, folder))
     values |= {"name": f"{study.name}/{variant}-{seed}", "output": str(folder / f"{variant}-{seed}")}
-    values["train"]["seed"] = values["eval"]["seed"] = seed
-    return recipe_from_dict(values, f"variant '{variant}'")
+    recipe = recipe_from_dict(values, f"variant '{variant}'")
+    recipe.train.seed = recipe.eval.seed = seed
+    if recipe.train.keep_checkpoints is None:
+        recipe.train.keep_checkpoints = 0
+    return recipe
 
 
 def study_folder(study: StudyConfig) -> Path:
     """Where the runs of a study lie."""
     return Path("runs") / study.name
+
+
+def is_study_folder(folder: Path) -> bool:
+    """Whether a folder without a marker holds a study: stages of its data or setup, or runs."""
+    from burnish.train.run import is_run
+
+    stages = [file for pattern in ("data.json", "setup-*.json") for file in folder.glob(pattern)]
+    with suppress(BurnishError):
+        if any("stages" in read_object(file) for file in stages):
+            return True
+    return any(is_run(one) for one in folder.iterdir() if one.is_dir())
 
 
 def _fill(value: Any, seed: int, folder: Path) -> Any:
@@ -213,11 +256,12 @@ def _set_up(line: str, stages: Any, run_setup: SetupRunner | None) -> None:
 
 
 def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
-    changes = {name: {"instruction_swap": False, **change} for name, change in {"main": {}, **study.evals}.items()}
-    try:
-        return {name: replace(run.recipe.eval, **change) for name, change in changes.items()}
-    except TypeError as error:
-        raise BurnishError(f"an entry of evals has a field that eval lacks ({error})") from error
+    settings = {}
+    for name, change in {"main": {}, **study.evals}.items():
+        values = recipe_to_dict(run.recipe)
+        merge(values["eval"], {"instruction_swap": False, **change})
+        settings[name] = recipe_from_dict(values, f"evals: {name}").eval
+    return settings
 
 
 def _train_and_measure(study: StudyConfig, run: _Run) -> None:
@@ -248,7 +292,7 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
         return
     asker = load_policy(policy, device=settings.device)
     found = retention(asker, questions.root, limit=questions.limit, progress=True)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_json(path, {"asked": asked, "tuned": found.to_dict()})
 
 
@@ -294,7 +338,11 @@ def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metri
 
 
 def _retention(folder: Path) -> dict[str, Any]:
-    return read_object(folder / "retention.json")["tuned"]
+    path = folder / "retention.json"
+    found = read_object(path).get("tuned")
+    if not isinstance(found, dict) or not {"loss", "correct"} <= found.keys():
+        raise BurnishError(f"{path} is damaged", "what `burnish run` wrote", f"rm '{path}'")
+    return found
 
 
 def _answers(folder: Path) -> dict[int, float]:

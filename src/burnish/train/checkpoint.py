@@ -11,7 +11,6 @@
 All randomness of a step follows from the seed, the rank and the step: the step is the RNG state and the data position.
 """
 
-import json
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
+from burnish.core.reading import read_object
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.methods.objective import Run
 from burnish.policies.base import Policy
@@ -29,10 +29,14 @@ from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensor
 
 FORMAT = 1
 KEEP = 2
+_META = {
+    "step": int, "recipe": dict, "parent_hash": str, "data_hash": str, "minutes": int | float, "window": dict,
+    "scaler": dict, "objectives": dict, "optimizer": list,
+}  # fmt: skip
 _MAY_CHANGE = (
     "name", "output", "demos.", "eval.", "data.workers", "data.cache_dir", "data.cache_gb", "data.root",
     "train.log_every", "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers",
-    "train.self_check",
+    "train.self_check", "train.keep_checkpoints",
 )  # fmt: skip
 """Fields (or sections) that may differ on resuming: they do not touch the arithmetic, or have a hash of their own."""
 
@@ -55,6 +59,9 @@ def save(run: Run, log_state: dict[str, Any]) -> Path:
     """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two. One rank calls this.
 
     `log_state` is kept in meta.json as it is: minutes of training, and the figures that no row has yet.
+
+    Raises:
+        BurnishError: too little room, or weights that are not finite; the checkpoints before stay.
     """
     target = run.output / "checkpoints" / f"{run.step:06d}"
     tensors = _training_state(run)
@@ -63,26 +70,48 @@ def save(run: Run, log_state: dict[str, Any]) -> Path:
     require_space(run.output, size, f"checkpoint {target}")
     with new_folder(target) as folder:
         with exported(run) as policy:
+            _check_finite(run, policy)
             policy.save(folder, home=target)
         (folder / "burnish").mkdir(exist_ok=True)
         for name, part in tensors.items():
             _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
         write_json(folder / "burnish" / "meta.json", _meta(run, log_state))
     point_to(target.parent / "last", target.name)
-    for old in _finished(run.output)[:-KEEP]:
-        remove_folder(old)
+    drop(run.output, KEEP)
     return target
 
 
+def drop(output: Path, keep: int) -> None:
+    """Remove all checkpoints of a run folder but the newest `keep`."""
+    for old in _finished(output)[: -keep or None]:
+        remove_folder(old)
+    if not keep:
+        remove_folder(output / "checkpoints")
+
+
 def export(run: Run) -> Path:
-    """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format."""
+    """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format.
+
+    Raises:
+        BurnishError: weights that are not finite, or too little room; an earlier policy stays.
+    """
     target = run.output / "policy"
     with new_folder(target) as folder, exported(run) as policy:
+        _check_finite(run, policy)
         policy.save(folder, home=target)
     if run.recipe.train.peft.method != "none":
         with new_folder(run.output / "adapter") as folder:
             _save_adapter(run, folder)
     return target
+
+
+def _check_finite(run: Run, policy: Policy) -> None:
+    """The guard looks at loss and gradients; a step of finite gradients may still overflow."""
+    tensors = {**run.trained, **dict(policy.named_parameters())}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    if bad:
+        found = f"step {run.step}: {len(bad)} of {len(tensors)} tensors are not finite, such as '{bad[0]}'"
+        raise BurnishError(found, "finite weights", "--fresh with a lower train.lr; the checkpoints before are whole")
 
 
 def latest(output: Path) -> Path | None:
@@ -126,12 +155,13 @@ def load(run: Run, folder: Path) -> dict[str, Any]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checkpoint's meta.json; BurnishError when it is missing or from another format."""
     path = folder / "burnish" / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BurnishError(f"{path} is unreadable ({error})", "a checkpoint that `burnish train` wrote") from error
+    meta = read_object(path)
     if meta.get("format") != FORMAT:
         raise BurnishError(f"{path} has format {meta.get('format')}", f"{FORMAT}", "the burnish version that wrote it")
+    wrong = [key for key, kind in _META.items() if not isinstance(meta.get(key), kind)]
+    if wrong or meta["window"].keys() != {"sums", "counts"}:
+        raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
+                           f"rm -r '{folder}'")  # fmt: skip
     return meta
 
 
@@ -152,7 +182,8 @@ def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path)
 
 def _finished(output: Path) -> list[Path]:
     folder = output / "checkpoints"
-    return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def _training_state(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -220,7 +251,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise BurnishError(
-            f"{path} is unreadable ({error})", "a whole checkpoint", "remove it; the one before is used"
+            f"{path} is unreadable ({error})", "a whole checkpoint", f"rm -r '{path.parents[1]}'"
         ) from error
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import disk_errors, write_text
+from burnish.core.reading import parse_json, read_text
 
 _PANELS = ("loss", "lr", "grad_norm", "data_wait_share", "retention_loss", "retention_accuracy")
 
@@ -50,7 +52,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        rows = [row for row in read_rows(path) if row["step"] <= step]
+        rows = [row for row in read_rows(path) if row["step"] <= step] if step >= 0 else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.last = rows[-1] if rows else {}
 
@@ -68,13 +70,23 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line cut by a kill is left out."""
+    """All whole rows of a metrics file; a last line cut by a kill is left out.
+
+    Raises:
+        BurnishError: a line that is no object with a step, another one than the last.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    lines = [line for line in read_text(path).split("\n") if line.strip()] if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = parse_json(line, f"{path}:{number}")
+        except BurnishError:
+            if number == len(lines):
+                break
+            raise
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise BurnishError(f"{path}:{number} is no row of figures", 'an object with "step"', f"rm '{path}'")
+        rows.append(row)
     return rows
 
 
@@ -94,6 +106,6 @@ def draw_curves(metrics: Path, target: Path) -> None:
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if name.startswith("loss") and min(value for _, value in points) > 0:
+        if name.startswith("loss") and points and min(value for _, value in points) > 0:
             axis.set_yscale("log")
     save_figure(figure, target, dpi=110)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.config import RecipeConfig
-from burnish.core.files import remove_folder, write_json
+from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
 from burnish.core.recipe import recipe_to_dict, run_folder
 from burnish.core.types import Batch
@@ -18,8 +19,8 @@ from burnish.train import checkpoint, selfcheck
 from burnish.train.divergence import DivergenceGuard
 from burnish.train.logging import Metrics, draw_curves
 from burnish.train.optim import learning_rate
-from burnish.train.run import Run, TrainResult, finished, result, start_files
-from burnish.train.setup import own_accelerate_state
+from burnish.train.run import Run, TrainResult, claim_run, finished, result, start_files, start_over, tidy
+from burnish.train.setup import is_first_process, own_accelerate_state
 from burnish.train.step import clip, gradients, write_back
 from burnish.train.streams import Streams
 
@@ -34,25 +35,33 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
 
     Args:
         recipe: see core.config; `load_recipe` reads one.
-        resume: False deletes the earlier checkpoints and figures of the run folder and starts over.
+        resume: False deletes the earlier checkpoints and figures of the run folder and starts over. A folder that
+            holds files of another kind is refused either way.
         progress: show a progress bar.
 
     Returns:
         Paths and final figures. A finished run is not repeated.
 
     Raises:
-        BurnishError: anything wrong with recipe, data, policy, checkpoint or disk, or a loss that is not finite.
+        BurnishError: anything wrong with recipe, data, policy, checkpoint or disk, a loss or weights that are not
+            finite, or an output folder that is somebody's work or is being written by another process.
     """
-    output = run_folder(recipe)
-    if resume and (done := finished(recipe, output)):
-        return done
+    output, first = run_folder(recipe), is_first_process()
+    with claim_run(output) if first else nullcontext():
+        if first:
+            tidy(output)
+        if resume and (done := finished(recipe, output)):
+            if first:
+                _drop_checkpoints(recipe, done)
+            return done
+        return _train(recipe, output, resume, progress)
+
+
+def _train(recipe: RecipeConfig, output: Path, resume: bool, progress: bool) -> TrainResult:
     with own_accelerate_state():
         run = Run(recipe, progress)
         if run.accelerator.is_main_process and not resume:
-            for name in ("checkpoints", "policy", "adapter", "eval"):  # figures of the old weights go with them
-                remove_folder(output / name)
-            for name in ("train.json", "retention.json"):
-                (output / name).unlink(missing_ok=True)
+            start_over(output)
         run.accelerator.wait_for_everyone()
         newest = checkpoint.latest(output)
         if newest is not None:
@@ -217,10 +226,17 @@ def _finish(run: Run, metrics: Metrics | None) -> TrainResult:
         about = {"steps": run.step, "data_hash": run.data.hash, "final": final, "recipe": recipe_to_dict(run.recipe)}
         write_json(run.output / "train.json", about)
         done = result(run.output, run.step, final)
+        _drop_checkpoints(run.recipe, done)
     if run.recipe.train.trackers:
         run.accelerator.end_training()
     run.accelerator.wait_for_everyone()
     return done
+
+
+def _drop_checkpoints(recipe: RecipeConfig, done: TrainResult) -> None:
+    """After the end the newest checkpoint is enough; a run that has only run out of time needs it to go on."""
+    keep = 1 if recipe.train.keep_checkpoints is None else recipe.train.keep_checkpoints
+    checkpoint.drop(done.output, keep if done.steps >= recipe.train.steps else max(1, keep))
 
 
 def _static_checks(run: Run) -> list[str]:

@@ -67,6 +67,9 @@ def add_adapters(policy: nn.Module, config: PeftConfig, seed: int = 0) -> None:
         raise BurnishError(
             f"train.peft.target_modules: '{pattern}' matches no linear layer", f"names such as {linear[-1]}"
         )
+    widest = max(max(policy.get_submodule(name).weight.shape) for name in targets)
+    if config.rank > widest:
+        raise BurnishError(f"train.peft.rank is {config.rank}", f"at most {widest}, the width of the widest layer")
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

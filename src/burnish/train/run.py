@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.files import remove_folder, sweep
+from burnish.core.options import number
+from burnish.core.outputs import claim, kind_of
 from burnish.core.reading import read_object
-from burnish.core.recipe import demos_root, run_folder, save_recipe
+from burnish.core.recipe import demos_root, load_recipe, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.methods import objective as seat
@@ -27,6 +32,8 @@ from burnish.train.setup import make_accelerator, make_objectives, policy_and_da
 from burnish.train.step import OWN, Step
 
 log = logging.getLogger("burnish")
+KIND = "training run"
+"""What the marker of a run folder says; `burnish train` and `burnish run` share it."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,50 @@ class Run(seat.Run):
             log.warning("%s", line)
 
 
+def claim_run(output: Path) -> AbstractContextManager[Path]:
+    """`claim` of a run folder; one of an earlier version, without a marker, is told by its files."""
+    return claim(output, KIND, is_run)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder without a marker holds a run of `burnish train` or `burnish run`."""
+    if any(folder.glob("checkpoints/*/burnish/meta.json")):
+        return True
+    told = {"train.json": {"steps", "recipe"}, "run.json": {"stages", "name"}}
+    for name, keys in told.items():
+        with suppress(BurnishError):
+            if keys <= read_object(folder / name).keys():
+                return True
+    return False
+
+
+def start_over(output: Path) -> None:
+    """Delete what an earlier training of a claimed run folder left, and what was measured of it; nothing else."""
+    for name in ("checkpoints", "policy", "adapter"):
+        remove_folder(output / name)
+    for folder in filter(Path.is_dir, (output / "eval").glob("*")):
+        ours = kind_of(folder) == "evaluation" or {"settings.json", "episodes.jsonl"} <= set(os.listdir(folder))
+        if ours or not os.listdir(folder):
+            remove_folder(folder)
+    with suppress(OSError):
+        (output / "eval").rmdir()
+    for name in ("train.json", "retention.json"):
+        (output / name).unlink(missing_ok=True)
+
+
+def tidy(output: Path) -> None:
+    """Remove what killed writers left in a claimed run folder."""
+    sweep(output / "checkpoints")
+    for name in ("checkpoints", "policy", "adapter", "eval"):
+        sweep(output, name)
+
+
 def check_resumable(recipe: RecipeConfig) -> None:
     """Raise BurnishError when the run folder holds a run of another recipe; nothing is loaded or written."""
     output = run_folder(recipe)
     newest = checkpoint.latest(output)
     if (output / "train.json").is_file():
-        before = read_object(output / "train.json")["recipe"]
-        checkpoint.check_same_recipe(before, recipe, output / "train.json")
+        checkpoint.check_same_recipe(_read_done(output)["recipe"], recipe, output / "train.json")
     elif newest is not None:
         checkpoint.check_same_recipe(checkpoint.read_meta(newest)["recipe"], recipe, newest)
 
@@ -175,7 +219,7 @@ def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     path = output / "train.json"
     if not path.is_file() or not (output / "policy").is_dir():
         return None
-    done = read_object(path)
+    done = _read_done(output)
     checkpoint.check_same_recipe(done["recipe"], recipe, path)
     limit = recipe.train.max_minutes
     if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):
@@ -187,10 +231,29 @@ def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     return result(output, done["steps"], done["final"])
 
 
+def _read_done(output: Path) -> dict[str, Any]:
+    """train.json of a run folder; BurnishError where it is damaged."""
+    path = output / "train.json"
+    done = read_object(path)
+    wanted = {"steps": int, "data_hash": str, "final": dict, "recipe": dict}
+    wrong = [key for key, kind in wanted.items() if type(done.get(key)) is not kind]
+    if wrong or not number(done["final"].get("minutes", 0.0)):
+        raise BurnishError(f"{path} is damaged ('{(wrong or ['minutes'])[0]}' of it)", "what `burnish train` wrote",
+                           f"rm '{path}'")  # fmt: skip
+    return done
+
+
 def start_files(run: Run, resumed: bool) -> Metrics | None:
     """recipe.yaml and metrics.jsonl, on the first rank only."""
     if not run.accelerator.is_main_process:
         return None
-    run.output.mkdir(parents=True, exist_ok=True)
-    save_recipe(run.recipe, run.output / "recipe.yaml")
+    note_recipe(run.recipe, run.output / "recipe.yaml")
     return Metrics(run.output / "metrics.jsonl", run.step if resumed else -1)
+
+
+def note_recipe(recipe: RecipeConfig, path: Path) -> None:
+    """Write recipe.yaml, unless the file says the same already: it may be a person's, with comments."""
+    with suppress(BurnishError):
+        if path.is_file() and load_recipe(path) == recipe:
+            return
+    save_recipe(recipe, path)

@@ -1,5 +1,6 @@
 """What a run needs before its first step: accelerator, data, policy, objectives."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,12 @@ def own_accelerate_state() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         torch.random.set_rng_state(random_state)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the first of those that a launcher started; known before accelerate."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def make_accelerator(recipe: RecipeConfig, output: Path):

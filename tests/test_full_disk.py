@@ -1,0 +1,118 @@
+"""A full disk: one line, nothing half made, and the same command goes on after there is room.
+
+The limit is the system's on the size of a file, which an ordinary user may set, and which simulator processes inherit.
+"""
+
+import errno
+import os
+import resource
+from contextlib import contextmanager
+
+import fake
+import numpy as np
+import pytest
+import yaml
+
+from burnish.cli.main import main
+from burnish.core.outputs import MARK
+from burnish.core.recipe import recipe_to_dict
+
+
+@contextmanager
+def most_bytes(count: int):
+    """No file may grow beyond `count` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def fails(capsys):  # in memory: a file of captured lines would be limited too
+    def run(words, count):
+        capsys.readouterr()
+        with most_bytes(count):
+            status = main([str(word) for word in words])
+        err = capsys.readouterr().err
+        line = err.strip().split("\n")[-1]
+        assert status == 2 and "no room left while writing" in line and "Traceback" not in err, err
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(dataset, tmp_path, monkeypatch):
+    fake.register(monkeypatch.setattr)
+    path = tmp_path / "recipe.yaml"
+    more = [f"--data.cache_dir={tmp_path / 'frames'}", "--train.steps=5", "--train.save_every=2"]
+    path.write_text(yaml.safe_dump(recipe_to_dict(fake.recipe(dataset, tmp_path / "run", *more))))
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 10, 1000, 5000, 9000])
+def test_train(recipe_file, tmp_path, fails, count):
+    assert main(["train", "--config", str(recipe_file), f"--output={tmp_path / 'whole'}", "--quiet"]) == 0
+    fails(["train", "--config", recipe_file, "--quiet"], count)
+    run = tmp_path / "run"
+    assert not (run / "policy").exists() and not (run / "train.json").exists()
+    assert [path for path in run.rglob(".*") if path.name != MARK] == []
+    assert main(["train", "--config", str(recipe_file), "--quiet"]) == 0
+    fake.assert_same_weights(run / "policy", tmp_path / "whole/policy")
+    assert fake.figures(run / "metrics.jsonl") == fake.figures(tmp_path / "whole/metrics.jsonl")
+
+
+def test_a_run_of_all_stages(recipe_file, tmp_path, fails):
+    fails(["run", recipe_file], 5000)
+    assert not (tmp_path / "run/policy").exists()
+    assert main(["run", str(recipe_file)]) == 0
+
+
+@pytest.mark.parametrize("count", [0, 300, 20_000])
+def test_questions(tmp_path, fails, count):
+    """In the process that asks, and in the simulators, where a memory map would end in SIGBUS."""
+    words = ["data", "questions", "tabletop:reach", "2", str(tmp_path / "made"), "--workers", "1"]
+    fails(words, count)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_after_there_is_room(tmp_path, fails):
+    words = ["data", "questions", "tabletop:reach", "3", str(tmp_path / "made"), "--workers", "1"]
+    fails(words, 50_000)
+    assert main(words) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    images = np.load(tmp_path / "made/images.npy", allow_pickle=False)
+    assert images.shape == (3, 96, 96, 3) and all(image.std() > 5 for image in images)
+
+
+def test_questions_need_room_before_they_begin(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("Usage", (), {"free": 10}))
+    assert main(["data", "questions", "tabletop:reach", "4", str(tmp_path / "made")]) == 2
+    assert "4 images in" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [0, 100, 3000])
+def test_demos(tmp_path, fails, count):
+    fails(["data", "demos", "tabletop:reach", "1", tmp_path / "made", "--image-size", "32", "--workers", "1"], count)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_pairs(dataset, tmp_path, monkeypatch, capfd):
+    """The index and the facts beside it are written both or not at all."""
+    from burnish.data import pairs
+
+    (tmp_path / "labels.jsonl").write_text('{"chosen": [0, 0], "rejected": [2, 0]}\n')
+    root = fake.make_dataset(tmp_path / "set", episodes=3)
+    before = sorted(root.iterdir())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "pairs.jsonl")
+
+    words = ["data", "pairs", "--labels", str(tmp_path / "labels.jsonl"), "--root", str(root), "--state-tolerance", "9",
+             "--image-tolerance", "255"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "write_text", full)
+        assert main(words) == 2
+    assert "no room left" in capfd.readouterr().err and sorted(root.iterdir()) == before
+    assert main(words) == 0
