@@ -9,7 +9,7 @@ import statistics
 import sys
 from typing import Any
 
-STEPS, DIMS, BINS, PROMPT, BATCH = 8, 4, 32, 16, 128
+STEPS, DIMS, BINS, PROMPT, BATCH = 8, 4, 32, 16, 64
 SIZE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2}  # fmt: skip
 PASSES = (1, 2, 3, 4, 6, 8, 12)
@@ -79,7 +79,7 @@ def measure(device: str, dtype: Any, quick: bool = False) -> dict[str, Any]:
     from burnish.sampling.timing import run_once
     from burnish.sampling.token_model import Prompt, make_decoder
 
-    steps, count, repeats = (60, 32, 2) if quick else (1500, 512, 9)
+    steps, count, repeats = (60, 32, 2) if quick else (500, 256, 9)
     print("python -m bench decode: a policy to measure errors with", file=sys.stderr)
     (whole, tokens), (causal, _) = train(False, steps, device, dtype), train(True, steps, device, dtype)
     plans = {f"prompt_cached {n}": (whole, "prompt_cached", {"steps": n}) for n in PASSES}
