@@ -67,8 +67,7 @@ def main(args: argparse.Namespace) -> int:
     metrics, began = _open(args), time.monotonic()
     for seed in seeds:
         _measure(args, seed, _trained(args, seed), metrics, began)
-    metrics["minutes"] += (time.monotonic() - began) / 60
-    _write(args, metrics, time.monotonic())
+    _write(args, metrics, began)
     return 0
 
 
@@ -117,9 +116,10 @@ def _write(args: argparse.Namespace, metrics: dict[str, Any], began: float) -> N
     words = ["python -m workshop unmasking", f"--seeds {args.seeds}", f"--states {args.states}",
              *(f"--{name} {value}" for name, value in metrics["settings"].items())]  # fmt: skip
     seeds = sorted({seed for by_seed in known.values() for seed in by_seed})
+    minutes = metrics["minutes"] + (time.monotonic() - began) / 60
     write_result(
         args.output, recipe="recipes/decode/train_bidirectional.yaml", command=" ".join(words), commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"), hardware=machine()["device"],
         seeds={"train": ", ".join(map(str, seeds)), "demos": 0}, rows=variant_rows(known, REFERENCE),
-        minutes=metrics["minutes"] + (time.monotonic() - began) / 60, metrics=metrics,
+        minutes=minutes, metrics={**metrics, "minutes": minutes},
     )  # fmt: skip
