@@ -88,7 +88,7 @@ class Layout:
         """Add `other` times its group's factor [L] to `vector`, in place; a factor of 0 leaves a group's bits alone."""
         if self.device.type == "cpu":  # numbers that are known need no tensor, and some parts no work
             known = factors.tolist()
-            for part, added, number in zip(reversed(vector), reversed(other), reversed(self._number), strict=True):
+            for part, added, number in zip(vector, other, self._number, strict=True):
                 if known[number]:
                     part.add_(added, alpha=known[number])
             return
