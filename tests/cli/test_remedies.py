@@ -84,7 +84,8 @@ FIELDS = set(recipe_fields())
 FLAGS_OF = {
     name: {flag for action in one.parser._actions for flag in action.option_strings} for name, one in PARSERS.items()
 }
-OTHERS = {"--num_processes", "--debug", "--section.field"}
+OTHERS = {"--num_processes", "--debug", "--section.field", "--local-dir", "--inference.type"}
+"""Of accelerate, every command, any field, hf download and LeRobot."""
 FLAGS = set().union(*FLAGS_OF.values())
 
 
@@ -115,3 +116,10 @@ def test_a_command_in_a_message_exists_with_its_flags(where, command):
 }))  # fmt: skip
 def test_a_flag_in_a_message_is_one_of_some_command(where, flag):
     assert flag in FLAGS | FIELDS | OTHERS or flag.startswith("--policy.overrides."), where
+
+
+def test_no_message_speaks_python_to_the_command_line():
+    wrong = [
+        place for place in TEXTS if re.search(r"\bgive \w+=|\bload_policy\(|\w+= of (your|the) data set", place[1])
+    ]
+    assert wrong == []
