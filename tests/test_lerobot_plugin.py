@@ -1,6 +1,8 @@
 """LeRobot's own commands run our checkpoints, environments and data sets unchanged."""
 
 import importlib.metadata
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from lerobot_cli import ENV, LIMIT, SIZE, lerobot_eval, lerobot_train
 from burnish.core.errors import BurnishError
 from burnish.envs.base import make_env
 from burnish.evaluate.rollout import evaluate
+from burnish.policies import load_policy
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,9 @@ def test_lerobot_train_continues_our_checkpoint(folder, tmp_path, monkeypatch):
     make_demos("tabletop:reach", 2, root, image_size=SIZE, workers=1, progress=False)
     measured = [*ENV, "--env_eval_freq=2", "--eval.n_episodes=1", "--eval.batch_size=1"]
     saved = lerobot_train(folder, root, tmp_path / "train", monkeypatch, *measured)
+    with pytest.raises(BurnishError, match="no vlm/ in .*nothing outside the folder is read") as error:
+        load_policy(saved)
+    subprocess.run(shlex.split(str(error.value).split("; try: ")[1]), check=True)
     again = evaluate(
         saved, "tabletop:reach", episodes=1, output=tmp_path / "ours", max_steps=LIMIT, workers=1, progress=False
     )
