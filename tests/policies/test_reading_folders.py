@@ -169,7 +169,7 @@ def test_an_adapter_says_how_it_becomes_a_policy(tiny_smolvla, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     for base, said in (("some base", "burnish weights merge 'some base' --tuned"), ("owner/base", "hf download owner"),
-                       (None, "burnish weights merge --help")):  # fmt: skip
+                       (None, "burnish weights merge BASE --tuned")):  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
         with pytest.raises(BurnishError, match="is a peft adapter without its base") as error:
             load_policy(folder)

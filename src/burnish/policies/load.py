@@ -83,14 +83,15 @@ def resolve(path: Path | str) -> Path:
 
 def _adapter(folder: Path) -> BurnishError:
     """The error of a folder with LoRA factors alone; its remedy makes a whole policy of them."""
-    base = read_object(folder / ADAPTER, folder).get("base_model_name_or_path")
-    found, expected = f"{folder} is a peft adapter without its base ({ADAPTER}, no {WEIGHTS})", "a whole policy"
-    if not isinstance(base, str) or not base:
-        return BurnishError(found, expected, "burnish weights merge --help")
+    places = [(ADAPTER, "base_model_name_or_path"), (CONFIG, "pretrained_path")]
+    stored = [read_object(folder / file, folder).get(key) for file, key in places if (folder / file).is_file()]
+    base = next((name for name in stored if isinstance(name, str) and name), "BASE")
     fetched = is_hub_name(base)
     words = [Path(base).name if fetched else base, "--tuned", str(folder), "-o", f"{folder}-merged"]
     merge = f"burnish weights merge {shlex.join(words)}"
-    return BurnishError(found, expected, f"{_download(base)} && {merge}" if fetched else merge)
+    return BurnishError(f"{folder} is a peft adapter without its base ({ADAPTER}, no {WEIGHTS})",
+                        "a whole policy" if base != "BASE" else "a whole policy, made with the BASE it was trained on",
+                        f"{_download(base)} && {merge}" if fetched else merge)  # fmt: skip
 
 
 def _download(name: str) -> str:
