@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
-from burnish.core.reading import inside, read_lines
+from burnish.core.options import number
+from burnish.core.reading import inside, read_lines, regular_file
 from burnish.teachers.base import Views
 from burnish.teachers.placing import Placement, place
 
@@ -69,7 +70,8 @@ class FrameViews:
             camera: np.load(one, mmap_mode="r", allow_pickle=False) if isinstance(one, Path) else one
             for camera, one in source.frames.items()
         }
-        self._depth = _Depth(source.root) if source.geometry else None
+        num_frames = next(iter(self.arrays.values())).shape[0]
+        self._depth = _Depth(source.root, num_frames) if source.geometry else None
 
     def __call__(self, indices: np.ndarray, states: np.ndarray | None) -> Views:
         """Views of B frames; `states` [B, D] are their observed states (needed for rendered depth)."""
@@ -96,9 +98,12 @@ class FrameViews:
 class _Depth:
     """Depth and world points of one frame and camera: stored beside the data set, or rendered from its states."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, num_frames: int):
         self._folder, self._episodes = root / "ground_truth", _episodes(root)
         lengths = [episode["length"] for episode in self._episodes]
+        if sum(lengths) != num_frames:
+            raise BurnishError(f"{self._folder}/episodes.jsonl tells of {sum(lengths)} frames",
+                               f"the {num_frames} of the data set")  # fmt: skip
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._frames = lru_cache(maxsize=64)(self._read)
         self._env, self._env_id = None, ("", 0)
@@ -106,17 +111,24 @@ class _Depth:
     def __call__(self, index: int, camera: str, size: int, state: np.ndarray | None) -> dict[str, np.ndarray]:
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         episode, frame = self._episodes[place], index - int(self._starts[place])
-        facts = self._frames(episode["frames"])[frame]
-        stored = _depth_file(self._folder, episode["frames"], camera)
-        if stored.is_file():
-            return _from_stored(np.load(stored, mmap_mode="r", allow_pickle=False)[frame], facts, camera, stored)
+        told = self._frames(episode["frames"])
+        if len(told) != episode["length"]:
+            raise BurnishError(f"{self._folder}/{episode['frames']} has {len(told)} lines",
+                               f"one for each of {episode['length']} frames")  # fmt: skip
+        facts, stored = told[frame], _depth_file(self._folder, episode["frames"], camera)
+        if stored.exists():
+            return _from_stored(_load_depth(stored, self._folder, episode["length"])[frame], facts, camera, stored)
         if episode["task_id"].partition(":")[0] != RESTORABLE:
             raise BurnishError(
                 f"no depth of '{camera}' beside {self._folder.parent}, and {episode['task_id']} cannot be put back",
                 "demonstrations with depth", "burnish data demos --geometry ...",
             )  # fmt: skip
         env = self._environment(episode["task_id"], size)
-        env.restore(facts, state)
+        try:
+            env.restore(facts, state)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            where = f"line {frame + 1} of {self._folder}/{episode['frames']}"
+            raise BurnishError(f"{where} does not say where things were ({error!r})", "what demos wrote") from error
         return env.geometry(camera)
 
     def _read(self, name: str) -> list[dict]:
@@ -140,12 +152,25 @@ def _depth_file(folder: Path, frames: str, camera: str) -> Path:
     return folder / frames.replace(".jsonl", f".{camera}.depth.npy")
 
 
+def _load_depth(path: Path, folder: Path, length: int) -> np.ndarray:
+    """[T, H, W] of an episode, memory-mapped."""
+    try:
+        depth = np.load(regular_file(path, folder), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BurnishError(f"{path} is no array of depth ({error})", "the file that demos wrote") from error
+    if depth.ndim != 3 or len(depth) != length or not np.issubdtype(depth.dtype, np.floating):
+        raise BurnishError(f"{path} has shape {depth.shape} of {depth.dtype}", f"[{length}, H, W] metres")
+    return depth
+
+
 def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dict[str, np.ndarray]:
     """World points of a stored depth image, by the camera's pose in the frame's facts."""
     from burnish.envs.rendering import point_map
 
-    pose = facts.get("cameras", {}).get(camera)
-    if pose is None:
+    poses = facts.get("cameras")
+    pose = poses.get(camera) if isinstance(poses, dict) else None
+    sizes = {"position": 3, "rotation": 9, "fovy": 1}
+    if not isinstance(pose, dict) or not all(_numbers(pose.get(key), count) for key, count in sizes.items()):
         raise BurnishError(f"no pose of camera '{camera}' beside {path}",
                            "demonstrations recorded again with --geometry")  # fmt: skip
     depth = np.array(depth, np.float32)
@@ -163,6 +188,17 @@ def _episodes(root: Path) -> list[dict]:
         raise BurnishError(f"no {path}: nothing tells where things were", "demonstrations made by burnish data demos",
                            "another teacher, e.g. teacher: {name: folder, path: ...}")  # fmt: skip
     rows = [row for _, row in read_lines(path)]
-    if any(key not in row for row in rows for key in ("episode_index", "length", "frames", "task_id")):
+    kinds = {"episode_index": int, "length": int, "frames": str, "task_id": str}
+    if any(type(row.get(key)) is not kind for row in rows for key, kind in kinds.items()):
         raise BurnishError(f"{path} has a line without episode_index, length, frames and task_id", "what demos wrote")
+    if any(row["length"] < 1 for row in rows):
+        raise BurnishError(f"{path} has an episode of no frames", "what demos wrote")
     return sorted(rows, key=lambda row: row["episode_index"])
+
+
+def _numbers(value: Any, count: int) -> bool:
+    """Whether a value holds `count` finite numbers, in lists or alone."""
+    flat = [value] if count == 1 else value
+    while isinstance(flat, list) and flat and isinstance(flat[0], list):
+        flat = [one for row in flat for one in (row if isinstance(row, list) else [row])]
+    return isinstance(flat, list) and len(flat) == count and all(map(number, flat))
