@@ -29,7 +29,7 @@ class Start:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], folder: Path | None = None):
         self._like = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
-        self._kept = {name: _small(p.detach()) for name, p in parameters.items()} if folder is None else {}
+        self._kept = {} if folder is not None else _copies(parameters)
         if folder is not None:
             make_folder(folder)
             with disk_errors(folder):
@@ -41,7 +41,7 @@ class Start:
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, in the type and on the device of the parameters."""
         if self._kept:
-            return {name: self._kept[name].to(dtype) for name, (_, dtype, _) in self._like.items()}
+            return {name: self._kept[name].to(dtype, copy=True) for name, (_, dtype, _) in self._like.items()}
         self._file.seek(0)
         return {name: self._read(*like) for name, like in self._like.items()}
 
@@ -98,10 +98,23 @@ def evaluating(policy: "Policy") -> Iterator[None]:
         policy.train(was_training)
 
 
-def _small(tensor: Tensor) -> Tensor:
-    """A copy, in bfloat16 where every number is one."""
-    half = tensor.to(torch.bfloat16, copy=True)
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor.clone()
+@torch.no_grad()
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies, in bfloat16 where that is exact; all of a type in one tensor, or the heap would be left in pieces."""
+    kinds = {}
+    for name, parameter in parameters.items():
+        exact = torch.equal(parameter.to(torch.bfloat16).to(parameter.dtype), parameter)
+        kinds[name] = torch.bfloat16 if exact else parameter.dtype, parameter.device
+    sizes = dict.fromkeys(kinds.values(), 0)
+    for name, parameter in parameters.items():
+        sizes[kinds[name]] += parameter.numel()
+    rooms = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
+    used, kept = dict.fromkeys(rooms, 0), {}
+    for name, parameter in parameters.items():
+        kind, size = kinds[name], parameter.numel()
+        kept[name] = rooms[kind][used[kind] : used[kind] + size].view(parameter.shape).copy_(parameter)
+        used[kind] += size
+    return kept
 
 
 def _bytes(tensor: Tensor) -> Tensor:
