@@ -113,7 +113,7 @@ def as_earlier_versions_stored_it(folder):
 
 
 def test_a_shared_projector_is_stored_once_and_old_checkpoints_go_on(dataset, tmp_path):
-    objective, more = f"{{name: align, {TEACHER}}}", ["--train.steps=8"]
+    objective, more = f"{{name: align, {TEACHER}}}", ["--train.steps=8", "--train.keep_checkpoints=2"]
     whole = train(recipe(dataset, tmp_path / "whole", objective, more=more), progress=False)
     kept = load_file(tmp_path / "whole/checkpoints/last/burnish/objectives.safetensors")
     assert sorted({name.split(".")[4] for name in kept if ".members." in name}) == ["0"]
