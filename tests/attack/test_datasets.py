@@ -400,6 +400,26 @@ def test_any_cell_is_refused_or_read_right(good, tmp_path_factory, rows, column,
     fakes.assert_reads_right(data)
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(at=st.floats(0, 0.99), data=st.binary(min_size=1, max_size=60))
+def test_any_damage_to_a_video_is_refused_or_read_right(good, tmp_path_factory, at, data):
+    root = tmp_path_factory.mktemp("damaged") / "set"
+    shutil.copytree(good["v2"], root, ignore=shutil.ignore_patterns(".frames"))
+    content = bytearray((root / VIDEO2).read_bytes())
+    place = int(at * len(content))
+    content[place : place + len(data)] = data
+    (root / VIDEO2).write_bytes(bytes(content))
+    whole = inspect_dataset(root).ok
+    try:
+        found = read(root)
+    except BurnishError as error:
+        assert "\n" not in str(error) and "try: " in str(error) and not whole
+        return
+    assert len(found.indices) == 18
+    if whole:
+        fakes.assert_reads_right(read(root, episodes=[0, 2]))
+
+
 def test_every_remedy_runs(copy, refused, capfd, monkeypatch):
     """The commands that messages suggest end without an error of usage."""
     import shlex

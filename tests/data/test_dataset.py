@@ -94,6 +94,7 @@ def test_numbers_with_gaps(copy):
     ]
     assert abs(data.observations(data.indices[:1])[FRONT].float().mean() - fakes.level(2, 0)) < 4
     assert errors(root) == ""
+    assert any("7 numbers are missing, first 2" in p.what for p in inspect_dataset(root).problems)
     edit_json(root / INFO, lambda one: one.update(total_episodes=10))
     assert "total_episodes is 10, found 3" in errors(root)
 

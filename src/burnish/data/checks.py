@@ -55,12 +55,23 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
         without = wanted.difference(*(one.episodes for one in stopping))
         fix = first.fix or (f"--data.episodes={sorted(without)}".replace(" ", "") if first.episodes and without else "")
         raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix if 0 < len(fix) < 300 else look(root))
+    if dataset.version != "v3.0":
+        log.info("%s is of version %s and read as it is", root, dataset.version)
     for one in found:
         if one.kind == "warning" and one.where == "instructions" and one.what not in dataset.told:
             dataset.told.add(one.what)
             log.warning("%s: %s", root, one.what)
     dataset.told.add(request)
     return chosen
+
+
+def colour_cameras(dataset: Dataset) -> list[str]:
+    """Full keys of all cameras that show colours; what is left out is told, once."""
+    dark = [name for name in dataset.views if name not in dataset.camera_keys]
+    if dark and "dark" not in dataset.told:
+        dataset.told.add("dark")
+        log.warning("%s: left out, as they show no colours: %s", dataset.root, ", ".join(dark))
+    return dataset.camera_keys
 
 
 def find_problems(dataset: Dataset, episodes: Sequence[int] = ()) -> list[Problem]:
@@ -101,6 +112,10 @@ def _check_lengths(dataset: Dataset, rows: Rows, chosen: list[int]) -> list[Prob
             named = dataset.episodes[episode].data_file
             elsewhere.append((episode, f"its rows are in {rows.names[file]}, the metadata name {named}"))
     problems = each(lost) + each(wrong) + each(elsewhere, stops=False)
+    gaps = np.setdiff1d(np.arange(max(chosen)), chosen) if len(chosen) == len(dataset.episodes) else []
+    if len(gaps):
+        what = f"{len(gaps)} numbers are missing, first {gaps[0]}; burnish looks episodes up, LeRobot counts places"
+        problems.append(Problem("hint", "episodes", what))
     strays = [(episode, "in the data, not in the metadata") for episode in sorted(found)]
     for key, count in (("total_episodes", len(dataset.episodes)), ("total_frames", len(rows))):
         said = dataset.info.get(key)
@@ -263,7 +278,7 @@ def check_clips(dataset: Dataset, camera: str) -> list[Problem]:
                     wrong[here] = f"from_timestamp {start:g}: its pictures overlap those of episode {other} in {file}"
     problems = each(sorted(wrong.items()), camera=camera)
     if longer:
-        what = f"{len(longer)} episodes have more pictures than rows, first episode {longer[0]}"
+        what = f"to_timestamp lies beyond the last row of {len(longer)} of the episodes, first of episode {longer[0]}"
         problems.append(Problem("warning", camera, what, tuple(longer), camera))
     return problems
 

@@ -1,6 +1,5 @@
 """Batches for training. Batch k depends on the seed, k and the rank alone, so any run can go on from any step."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +14,11 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.data.augment import augment, to_float
-from burnish.data.checks import require
+from burnish.data.checks import colour_cameras, require
 from burnish.data.dataset import Dataset, look, open_dataset
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.frames import CACHE_GB, open_frames
 from burnish.data.questions import open_questions
-
-log = logging.getLogger("burnish")
 
 
 class BatchSampler:
@@ -79,13 +76,10 @@ class RobotData:
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
-        self.cameras = [self._camera_key(c) for c in cameras] or list(self.meta.camera_keys)
+        self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
         chosen = require(self.meta, episodes, self.cameras)
         if pictures and not self.cameras:
             raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
-        dark = [name for name in self.meta.views if name not in self.meta.camera_keys]
-        if dark and not cameras:
-            log.warning("%s: left out, as they show no colours: %s", root, ", ".join(dark))
         rows = self.meta.rows
         self.frames = None
         if pictures:

@@ -54,6 +54,8 @@ def read_timeline(path: Path) -> Timeline:
             if not container.streams.video:
                 raise BurnishError(f"video {path} holds no video", "one video stream", "record or copy it again")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BurnishError(f"video {path} is unreadable (an unknown codec)", "a whole video", "copy it again")
             stamps = [
                 packet.pts
                 for packet in container.demux(stream)

@@ -12,7 +12,7 @@ import torch
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import demos_root
-from burnish.data.checks import require
+from burnish.data.checks import colour_cameras, require
 from burnish.data.dataset import Dataset, open_dataset
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.loader import RobotData
@@ -132,7 +132,7 @@ def _cameras(recipe: RecipeConfig, meta: Dataset) -> list[str]:
             dark = ", which shows no colours" if camera in meta.views else ""
             raise BurnishError(f"data.cameras names '{camera.removeprefix(IMAGES)}'{dark}",
                                f"one of {', '.join(known)}", f"--data.cameras=[{','.join(known)}]")  # fmt: skip
-    return wanted or meta.camera_keys
+    return wanted or colour_cameras(meta)
 
 
 def _features(recipe: RecipeConfig, meta: Dataset) -> dict[str, Any]:
