@@ -1,8 +1,10 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
+from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.train import selfcheck
 
