@@ -147,15 +147,20 @@ def check_cameras(run: Run, batch: Batch) -> None:
 
 @torch.no_grad()
 def unseen_cameras(policy: Policy, batch: Batch) -> list[str]:
-    """The cameras that no sample's loss depends on, by two samples of `batch` on equal draws."""
+    """The cameras that neither loss nor actions depend on, by two samples of `batch` on equal draws.
+
+    The loss alone would not do: where statistics blow its targets up, a picture's part is lost in rounding.
+    """
     few: Batch = {key: value[:2] for key, value in batch.items()}
     draws = policy.draw(len(few["task"]), generator(0, "cameras", device=str(policy.device)))
     training = policy.training
     policy.eval()
     try:
         whole = policy.loss(few, draws).per_sample
-        return [name for name in policy.cameras
-                if torch.equal(whole, policy.loss(_blanked(few, f"{IMAGES}{name}"), draws).per_sample)]  # fmt: skip
+        blank = {name: _blanked(few, f"{IMAGES}{name}") for name in policy.cameras}
+        unseen = [name for name in blank if torch.equal(whole, policy.loss(blank[name], draws).per_sample)]
+        acted = policy.act(few, draws).actions if unseen else None
+        return [name for name in unseen if torch.equal(acted, policy.act(blank[name], draws).actions)]
     finally:
         policy.train(training)
 
