@@ -76,3 +76,9 @@ def test_the_rules_themselves_bite():
     assert skips_wrapper(first("policy.module(batch)").func) and skips_wrapper(first("wrapped.module.loss(b)").func)
     assert not skips_wrapper(first("run.module.trained()").func)
     assert allows_pickle(first("np.load(path)")) and not allows_pickle(first("np.load(path, allow_pickle=False)"))
+
+
+def test_names_of_test_files_are_unique():
+    """Two of one name in folders without a package cannot be collected together."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, after in zip(names, names[1:], strict=False) if name == after] == []
