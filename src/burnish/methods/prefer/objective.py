@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import alone
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.pairs import OutcomeData, PairData, PairFolder
@@ -67,7 +68,7 @@ class Prefer(Objective):
         if config.reference == "adapter_off":
             reference.check_adapters(run.policy)
         if config.reference == "cached" and config.loss != "clone":
-            with run.accelerator.main_process_first(), reference.without_dropout(self.dropouts):
+            with reference.without_dropout(self.dropouts):
                 self.cache = self._cached_reference(run)
         if isinstance(self.data, PairData):
             self.trained_on, held = heldout.split(self.data.pairs, config.held_out)
@@ -209,7 +210,8 @@ class Prefer(Objective):
             with run.accelerator.autocast():  # as the policy is scored: rounding must not look like a preference
                 return reference_scores(run.policy, self.data, self.score, config.pool, seed, progress=run.progress)
 
-        return reference.cached(path, about, compute)
+        with alone(path.parent):  # not a barrier of ranks, which has a time limit
+            return reference.cached(path, about, compute)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
