@@ -152,10 +152,13 @@ def inspect(dataset: Path, *, html: Annotated[Path | None, Arg(metavar="FILE")] 
     Example:
         burnish data inspect data/lift --html inspect.html
     """
+    from burnish.core.outputs import require_file
     from burnish.data.inspect import inspect_dataset
     from burnish.report.inspection import as_html, as_text
     from burnish.report.page import write_page
 
+    if html:
+        require_file(html, "page")
     found = inspect_dataset(dataset, quick=quick)
     print(as_text(found))
     if html:

@@ -97,6 +97,7 @@ def anchor(
     Example:
         burnish method isolate anchor small data/questions -o anchor.safetensors
     """
+    from burnish.core.outputs import require_file
     from burnish.core.provenance import weights_hash
     from burnish.data.questions import open_questions
     from burnish.methods.isolate.anchor import Provenance, build_from_questions
@@ -104,6 +105,7 @@ def anchor(
     from burnish.policies.load import choose_device
     from burnish.policies.vqa import PROMPT
 
+    require_file(output, "anchor")
     open_questions(questions)  # what is wrong with them shows before a policy is loaded
     place = choose_device(device)
     model = load_policy(policy)

@@ -1,5 +1,6 @@
 """`burnish policy`: how fast a policy is, how it decodes, and whether a shortcut says what it should."""
 
+import os
 import shlex
 from json import dumps
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
+from burnish.core.outputs import require_file
 from burnish.core.reading import parse_yaml
 
 Options = Annotated[list[str], Arg(metavar="NAME=VALUE")]
@@ -41,6 +43,11 @@ def profile(
     """
     from burnish.runtime.profile import profile_policy, write_profile
 
+    if output:
+        if os.path.lexists(output) and not output.is_dir():
+            raise BurnishError(f"{output} is a file", "a folder for profile.json and profile.png", "another --output")
+        require_file(output / "profile.json", "profile")
+        require_file(output / "profile.png", "figure")
     outcome = profile_policy(
         policy, overrides=read_options(set_, "--set"), data=data, batch_size=batch_size, repeats=repeats,
         warmup=warmup, device=device, threads=threads,
@@ -105,6 +112,9 @@ def decode(
     from burnish.policies import load_policy
     from burnish.runtime.decoders import compare_decoders
 
+    for place, kind in ((output, "table of decoders"), (figure, "figure")):
+        if place:
+            require_file(place, kind)
     if into:
         _rows_of(into)  # before anything is timed
     found = compare_decoders(
@@ -243,6 +253,8 @@ def verify_score(
     from burnish.methods.prefer.verify import verify_score
     from burnish.policies import load_policy
 
+    if output:
+        require_file(output, "table of scores")
     numbers = {
         "observations": observations, "candidates": candidates, "steps": steps, "probes": probes,
         "disturbance": disturbance, "seed": seed,

@@ -23,8 +23,12 @@ def page(
     Example:
         burnish report page runs/tabletop/quickstart
     """
+    from burnish.core.outputs import require_file
     from burnish.report.page import write_report
 
+    for place, kind in ((out, "page"), (figure, "figure")):
+        if place:
+            require_file(place, kind)
     print(write_report(run_folder, out))
     if figure:
         from burnish.report.figure import write_figure
@@ -42,8 +46,10 @@ def pareto(result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("par
     Example:
         burnish report pareto results/isolate/core.json -o docs/img/isolate.png
     """
+    from burnish.core.outputs import require_file
     from burnish.experiments.pareto import write_pareto
 
+    require_file(output, "figure")
     print(write_pareto(result, output))
 
 

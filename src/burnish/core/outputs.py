@@ -17,12 +17,19 @@ from pathlib import Path
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, disk_errors, make_folder, put_folder
-from burnish.core.reading import read_object
+from burnish.core.reading import read_object, regular_file
 
 MARK = ".burnish.json"
 DEEPEST = 8
 """Folders in each other that may hold outputs of ours before the first marker."""
 Old = Callable[[Path], bool]
+SIGNS = {
+    "page": (b"<title>", "· burnish".encode()), "figure": (b"\x89PNG", b"Matplotlib"),
+    "anchor": (b"__metadata__", b"base_hash"), "profile": (b'"profiled_total"', b'"stages"'),
+    "table of decoders": (b'"decoders"', b'"policy"'), "table of scores": (b"burnish policy verify score",),
+}  # fmt: skip
+"""Kinds of single files, and what an earlier one holds near its beginning."""
+_LOOK = 2**20
 log = logging.getLogger("burnish")
 _held: dict[str, int] = {}
 
@@ -130,6 +137,28 @@ def require_own(folder: Path, kind: str, old: Old | None = None) -> None:
     article = "an" if kind[0] in "aeiou" else "a"
     raise BurnishError(f"{folder} holds {shown}, which this would overwrite",
                        f"a new or empty folder, or {article} {kind}", "another output")  # fmt: skip
+
+
+def require_file(path: Path, kind: str) -> None:
+    """Raise BurnishError unless `path` is free for a file of ours, or holds an earlier one of its kind.
+
+    Args:
+        path: the file.
+        kind: one of `SIGNS`.
+    """
+    path = Path(path)
+    try:
+        if not os.path.lexists(path):
+            return
+    except ValueError as error:  # a null byte
+        raise BurnishError(f"{str(path)[:100]!r} can be no file ({error})", "another output") from None
+    if path.is_dir():
+        raise BurnishError(f"{path} is a folder", "a file", "a name in it")
+    with disk_errors(path), open(regular_file(path), "rb") as file:
+        begin = file.read(_LOOK)
+    if begin and not all(sign in begin for sign in SIGNS[kind]):
+        raise BurnishError(f"{path} holds something else, which this would overwrite",
+                           f"no file, or an earlier {kind}", "another output")  # fmt: skip
 
 
 def kind_of(folder: Path) -> str:

@@ -113,6 +113,8 @@ def _check_features(config: Any, source: str) -> None:
         found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
         raise BurnishError(f"features {found} in {source}", "a camera, observation.state and action")
     for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
+        if len(feature.shape) != 1:
+            raise BurnishError(f"{source}: the {name} has the shape {tuple(feature.shape)}", "one dimension: [count]")
         most = getattr(config, limit, feature.shape[0])  # policies that do not pad have no limit
         if feature.shape[0] > most:
             raise BurnishError(f"{name} of {feature.shape[0]} dimensions", f"at most {limit} = {most}",
