@@ -217,6 +217,16 @@ def test_a_long_episode_has_no_timestamp_error(tmp_path):
     assert "timestamps" not in str(find_problems(open_dataset(root)))
 
 
+def test_a_camera_of_another_name_is_left_out_for_its_name(tmp_path, caplog):
+    root = fakes.write_v3(tmp_path / "set", pictures=True)
+    edit_json(root / INFO, lambda one: one["features"].update({"wrist": dict(one["features"][FRONT])}))
+    cells = [{"bytes": fakes.png(np.zeros((32, 32, 3), np.uint8)), "path": None} for _ in range(18)]
+    edit_table(root / DATA, lambda c: c.update({"wrist": cells}))
+    with caplog.at_level("WARNING", "burnish"):
+        assert read(root).cameras == [FRONT]
+    assert "do not start with 'observation.': wrist" in caplog.text and "no colours" not in caplog.text
+
+
 def test_depth_is_left_out_with_a_word(tmp_path, caplog):
     root, deep = fakes.write_v3(tmp_path / "set", pictures=True), "observation.images.depth"
     edit_json(root / INFO, lambda one: one["features"].update(

@@ -304,6 +304,14 @@ def test_malformed_data_sets_get_one_clear_line(broken, damage, message, capsys)
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_hub_name_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        BurnishError, match="not fetched.*try: hf download owner/set --repo-type dataset --local-dir set"
+    ):
+        inspect_dataset(Path("owner/set"))
+
+
 def test_malformed_v30(v30, tmp_path):
     root = Path(shutil.copytree(v30, tmp_path / "set"))
     (root / "meta/tasks.parquet").write_bytes(b"nothing")

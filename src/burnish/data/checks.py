@@ -66,11 +66,15 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
 
 
 def colour_cameras(dataset: Dataset) -> list[str]:
-    """Full keys of all cameras that show colours; what is left out is told, once."""
+    """Full keys of all cameras that can be trained on; what is left out is told, once."""
     dark = [name for name in dataset.views if name not in dataset.camera_keys]
     if dark and "dark" not in dataset.told:
         dataset.told.add("dark")
-        log.warning("%s: left out, as they show no colours: %s", dataset.root, ", ".join(dark))
+        named = [name for name in dark if name.startswith("observation.")]
+        other = [name for name in dark if name not in named]
+        for names, why in ((named, "they show no colours"), (other, "their names do not start with 'observation.'")):
+            if names:
+                log.warning("%s: left out, as %s: %s", dataset.root, why, ", ".join(names))
     return dataset.camera_keys
 
 

@@ -222,6 +222,9 @@ def _refuse_other_folders(root: Path) -> None:
     expected = "a LeRobotDataset folder with meta/info.json"
     if not root.is_dir():
         what = f"{root} is a file" if root.exists() else f"no data set at {root}"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(root)) and not root.parent.exists():
+            fix = f"hf download {root} --repo-type dataset --local-dir {root.name}"
+            raise BurnishError(f"{what}: names of the Hugging Face hub are not fetched", expected, fix)
         raise BurnishError(what, expected, "burnish data demos --help")
     below = sorted(p.parent.parent for place in ("*", "*/*") for p in root.glob(f"{place}/meta/info.json"))
     if below:
