@@ -222,8 +222,8 @@ def test_a_camera_of_another_name_is_left_out_for_its_name(tmp_path, caplog):
     edit_json(root / INFO, lambda one: one["features"].update({"wrist": dict(one["features"][FRONT])}))
     cells = [{"bytes": fakes.png(np.zeros((32, 32, 3), np.uint8)), "path": None} for _ in range(18)]
     edit_table(root / DATA, lambda c: c.update({"wrist": cells}))
-    with caplog.at_level("WARNING", "burnish"):
-        assert read(root).cameras == [FRONT]
+    with caplog.at_level("WARNING", "burnish"), pytest.raises(BurnishError, match="wrist would be"):
+        read(root)
     assert "do not start with 'observation.': wrist" in caplog.text and "no colours" not in caplog.text
 
 
