@@ -45,6 +45,14 @@ def test_a_folder_of_somebody_else_stays_as_it_is(dataset, tmp_path, name, fresh
     assert contents(tmp_path / "out") == {name: b"mine"}
 
 
+def test_starting_over_spares_the_policy_that_training_starts_from(dataset, tmp_path):
+    run(dataset, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(BurnishError, match="would delete the policy .* that training starts from"):
+        run(dataset, tmp_path / "out", f"--policy.path={tmp_path / 'out' / 'policy'}", resume=False)
+    assert contents(tmp_path / "out") == before
+
+
 def test_the_data_set_and_the_policy_are_no_output(dataset, tmp_path):
     before = contents(dataset)
     for place in (dataset, dataset / "meta", dataset / "videos"):

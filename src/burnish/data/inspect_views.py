@@ -136,7 +136,7 @@ def _check_video(dataset: Dataset, view: View, file: str, episodes: list[int], t
         start, stop = rows.span(episode)
         what = locate(timeline, dataset.episodes[episode].clips[view.name].start, stop - start, fps)[1]
         if what:
-            faults.append((episode, f"in {file} there is {what}"))
+            faults.append((episode, f"in {file} there are {what}"))
     return each(faults, camera=view.name)
 
 

@@ -36,7 +36,9 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
         place = Path(config.vlm_model_name)
-        check_size(_smolvlm(place), tensors.size(folder or place), place, config.num_vlm_layers)
+        vlm = _smolvlm(place)
+        check_size(vlm, tensors.size(folder or place), place, config.num_vlm_layers)
+        _check_use(config, vlm.vision_config.patch_size, str(folder or place))
         return folders.build(config, seed)
 
     @property
@@ -164,6 +166,19 @@ class SmolVLA(FlowPolicy):
         weights = load_vlm(vlm_folder).state_dict()
         tensors.load_tensors(policy.model.vlm_with_expert.vlm, weights, str(vlm_folder), extra_allowed=True)
         return cls(policy.to(device), *new_processors(config, dataset_stats, tokenizer=vlm_folder))
+
+
+def _check_use(config: Any, patch: int, where: str) -> None:
+    """What LeRobot's config allows and its model cannot do."""
+    state, edges = config.robot_state_feature.shape[0], config.resize_imgs_with_padding
+    if not config.use_cache:
+        raise BurnishError(
+            f"{where}: use_cache is false", "true: SmolVLA acts on cached keys and values"
+        )
+    if config.adapt_to_pi_aloha and state != 14:
+        raise BurnishError(f"{where}: adapt_to_pi_aloha with {state} state dimensions", "the 14 of an Aloha robot")
+    if edges and any(edge < patch or edge % patch for edge in edges):
+        raise BurnishError(f"{where}: resize_imgs_with_padding is {tuple(edges)}", f"multiples of {patch}, its patches")
 
 
 def _smolvlm(folder: Path) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
 from burnish.core.recipe import recipe_to_dict, run_folder
@@ -47,6 +48,10 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
             finite, or an output folder that is somebody's work or is being written by another process.
     """
     output, first = run_folder(recipe), is_first_process()
+    start = Path(recipe.policy.path).resolve()
+    if not resume and recipe.policy.path and output.resolve() in start.parents:
+        raise BurnishError(f"starting over in {output} would delete the policy {recipe.policy.path} that training "
+                           "starts from", "a policy outside the run", "another --output")  # fmt: skip
     with claim_run(output) if first else nullcontext():
         if first:
             tidy(output)
