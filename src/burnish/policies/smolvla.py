@@ -172,9 +172,7 @@ def _check_use(config: Any, patch: int, where: str) -> None:
     """What LeRobot's config allows and its model cannot do."""
     state, edges = config.robot_state_feature.shape[0], config.resize_imgs_with_padding
     if not config.use_cache:
-        raise BurnishError(
-            f"{where}: use_cache is false", "true: SmolVLA acts on cached keys and values"
-        )
+        raise BurnishError(f"{where}: use_cache is false", "true: SmolVLA acts on cached keys and values")
     if config.adapt_to_pi_aloha and state != 14:
         raise BurnishError(f"{where}: adapt_to_pi_aloha with {state} state dimensions", "the 14 of an Aloha robot")
     if edges and any(edge < patch or edge % patch for edge in edges):
