@@ -84,7 +84,7 @@ FIELDS = set(recipe_fields())
 FLAGS_OF = {
     name: {flag for action in one.parser._actions for flag in action.option_strings} for name, one in PARSERS.items()
 }
-OTHERS = {"--num_processes", "--debug", "--section.field", "--local-dir", "--inference.type"}
+OTHERS = {"--num_processes", "--debug", "--section.field", "--local-dir", "--repo-type", "--inference.type"}
 """Of accelerate, every command, any field, hf download and LeRobot."""
 FLAGS = set().union(*FLAGS_OF.values())
 
