@@ -17,3 +17,13 @@ class BurnishError(Exception):
         if fix:
             parts.append(f"try: {fix}")
         super().__init__("; ".join(parts))
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The text of another library's error in one line of at most `most` characters; its type where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of an error's text, where the rest only repeats it; its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:most]

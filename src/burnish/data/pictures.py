@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.reading import inside, regular_file
 from burnish.data.dataset import Dataset
 
@@ -54,7 +54,7 @@ def open_picture(data: bytes) -> Any:
     try:
         image = Image.open(BytesIO(data))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BurnishError(f"an unreadable picture ({_line(error)})") from None
+        raise BurnishError(f"an unreadable picture ({first_line(error, 120)})") from None
     if image.width * image.height > MOST_PIXELS:
         raise BurnishError(f"a picture of {image.height}x{image.width} pixels")
     return image
@@ -89,7 +89,7 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
     try:
         return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise BurnishError(f"an unreadable picture ({_line(error)})") from None
+        raise BurnishError(f"an unreadable picture ({first_line(error, 120)})") from None
 
 
 def decode_depth(data: bytes) -> np.ndarray:
@@ -97,8 +97,4 @@ def decode_depth(data: bytes) -> np.ndarray:
     try:
         return np.asarray(open_picture(data))
     except (OSError, ValueError, SyntaxError) as error:
-        raise BurnishError(f"an unreadable picture ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise BurnishError(f"an unreadable picture ({first_line(error, 120)})") from None

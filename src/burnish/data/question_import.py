@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import require_space, write_json
 from burnish.core.outputs import new_output
 from burnish.core.progress import progress_bar
-from burnish.core.reading import inside, read_lines, regular_file
+from burnish.core.reading import MOST_BYTES, inside, read_lines, regular_file
 from burnish.data.frames import npy_header
 from burnish.data.questions import KIND, holds_questions
 
@@ -25,7 +25,6 @@ CAMERA = "image"
 MOST_TEXT = 2000
 """Characters in a question, an answer or a kind."""
 MOST_PIXELS = 64_000_000
-_MOST_BYTES = 256 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Pillow's modes of 8 bits: others (depth, say) would lose their digits without a word."""
@@ -104,7 +103,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 def _find(folder: Path, name: str, where: str) -> Path:
     try:
-        return regular_file(inside(folder, name), most=_MOST_BYTES)
+        return regular_file(inside(folder, name), most=MOST_BYTES)
     except BurnishError as error:
         raise BurnishError(f"{where}: {error}") from None
 
@@ -150,7 +149,7 @@ def picture(path: Path, size: int, where: str) -> np.ndarray:
             width, height = (max(1, round(edge * scale)) for edge in image.size)
             image = image.resize((width, height), Image.Resampling.BILINEAR)
     except broken as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise BurnishError(f"{where}: {path} is no readable picture ({line})", ", ".join(_FORMATS)) from None
     square = np.zeros((size, size, 3), np.uint8)
     top, left = (size - height) // 2, (size - width) // 2

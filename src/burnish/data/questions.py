@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import disk_errors, require_space, write_json, write_text
 from burnish.core.outputs import new_output, require_own
 from burnish.core.progress import progress_bar
@@ -311,8 +311,7 @@ def _open_images(path: Path) -> np.ndarray:
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, OverflowError, TypeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise BurnishError(f"{path} cannot be read ({line})", "images as numpy writes them") from None
+        raise BurnishError(f"{path} cannot be read ({one_line(error, 200)})", "images as numpy writes them") from None
     shape = getattr(images, "shape", ())  # numpy also opens archives
     if len(shape) != 4 or shape[3] != 3 or 0 in shape or max(shape[1:]) > MOST_SIDE or images.dtype != np.uint8:
         raise BurnishError(f"{path} holds {shape} of {getattr(images, 'dtype', type(images).__name__)}",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.reading import inside, read_lines, read_object, regular_file
 
 MOST = 1 << 40
@@ -68,7 +68,9 @@ def read_parquet(root: Path, name: str, columns: Sequence[str] = (), optional: S
             raise Unreadable(f"{path} is missing", "every file that the metadata names", fix) from None
         raise Unreadable(str(error)) from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(f"{path} cannot be read ({_line(error)})", "a whole parquet file", "copy it again") from None
+        raise Unreadable(
+            f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file", "copy it again"
+        ) from None
     lacking = [column for column in columns if column not in present]
     if lacking:
         raise BurnishError(f"{path} lacks the column {', '.join(lacking)}", "every feature of meta/info.json")
@@ -76,7 +78,9 @@ def read_parquet(root: Path, name: str, columns: Sequence[str] = (), optional: S
     try:
         return pq.read_table(path, columns=wanted or None, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(f"{path} cannot be read ({_line(error)})", "a whole parquet file", "copy it again") from None
+        raise Unreadable(
+            f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file", "copy it again"
+        ) from None
 
 
 def misplaced(root: Path, name: str) -> str:
@@ -86,10 +90,6 @@ def misplaced(root: Path, name: str) -> str:
         return ""
     near = next((p for p in sorted(root.iterdir()) if p.is_dir() and p.name.rstrip("s").lower() == top.rstrip("s")), "")
     return f"mv '{near}' '{root / top}'" if near else ""
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def template(info: dict[str, Any], key: str, allowed: Sequence[str], where: str) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
 from burnish.policies.keys import CONFIG, PREPROCESSOR
-from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code, one_line
+from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code
 from burnish.policies.sizes import check_policy_numbers
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")

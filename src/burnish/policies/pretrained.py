@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.core.errors import BurnishError
-from burnish.core.reading import read_json, read_object, regular_file
+from burnish.core.errors import BurnishError, one_line
+from burnish.core.reading import MOST_BYTES, read_json, read_object, regular_file
 from burnish.policies.keys import CONFIG, VLM_FOLDER
 from burnish.policies.sizes import check_fits, check_model_numbers
 
 MOST_FILES = 1000
-MOST_BYTES = 256 * 2**20
 _BIG = ("tokenizer.json", "vocab.json", "added_tokens.json")
 """Read by the libraries alone: plain tables of tokens."""
 _WIDE = re.compile(rb'"\s*:\s*(\d{8,})\s*[,}]')
@@ -52,11 +51,6 @@ def foreign(what: str, expected: str, fix: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises Exception itself, transformers and LeRobot anything
         raise BurnishError(f"{what}: {one_line(error)}", expected, fix) from error
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text or type(error).__name__
 
 
 def check_files(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import inside, read_object, regular_file
 from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
 
@@ -68,8 +68,7 @@ def read_file(file: Path, folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BurnishError(f"{file} cannot be read: {reason}", "whole safetensors of the policy") from error
+        raise BurnishError(f"{file} cannot be read: {one_line(error)}", "whole safetensors of the policy") from error
 
 
 def old_statistics(state: dict[str, Tensor], keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.options import home, number
 from burnish.core.reading import inside, read_object, regular_file
 from burnish.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint, precision_dtype
@@ -83,7 +83,7 @@ class FolderTeacher(Teacher):
         try:
             return self.model(pixels, output_hidden_states=True)
         except (ValueError, RuntimeError) as error:  # of a size that it does not take, or out of memory
-            line = next(iter(str(error).splitlines()), type(error).__name__)
+            line = first_line(error)
             raise BurnishError(f"the teacher `folder` fails on images of {self.side} pixels ({line})",
                                "a size in preprocessor_config.json that the model takes") from error  # fmt: skip
 
@@ -168,7 +168,7 @@ def _load(folder: Path, kind: str, num_bytes: int) -> nn.Module:
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, ArithmeticError,
             ImportError, StrictDataclassError, SafetensorError) as error:  # fmt: skip
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise BurnishError(f"{folder} is no vision model that transformers loads ({line})", "a whole folder") from error
     names = {str(name) for key in ("missing_keys", "mismatched_keys") for name in info.get(key) or ()}
     wrong = sorted(name for name in names if PARTS[kind] in name and "pooler" not in name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.options import home
 from burnish.core.reading import read_object, regular_file
 from burnish.core.seeding import generator
@@ -102,7 +102,7 @@ def load_scene_net(folder: Path) -> tuple[SceneNet, dict[str, Any]]:
         net = SceneNet(**sizes)
         net.load_state_dict(load_file(weights))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise BurnishError(f"no scene3d teacher in {folder} ({line})", "a trained one", MAKE) from error
     return net, facts
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.options import home
 from burnish.core.reading import regular_file
 from burnish.teachers.base import TEACHERS, Teacher, Views, file_hash, precision_dtype
@@ -65,7 +65,7 @@ def _load(kind: type, folder: Path) -> torch.nn.Module:
     try:
         return kind.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise BurnishError(f"{folder} holds no VGGT weights ({line})", "VGGT-1B", f"{DOWNLOAD} '{folder}'") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
 from burnish.policies import folder as folders
 from burnish.policies.keys import CONFIG
@@ -83,7 +83,7 @@ def _check_images(policy: nn.Module) -> None:
     try:
         embedded = policy.model.embed_image(torch.zeros(1, 3, size, size))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        kind, reason = policy.model.vlm.config.model_type, " ".join(str(error).split())[:200]
+        kind, reason = policy.model.vlm.config.model_type, one_line(error, 200)
         raise BurnishError(
             f"a VLM of type '{kind}' that cannot embed an image ({reason})",
             "one whose get_image_features takes pixel values alone, as SmolVLM or PaliGemma",
