@@ -91,7 +91,7 @@ class _Merge:
         self.tensors = {name: TensorInfo(self._dtype(name), info.shape) for name, info in base.tensors.items()}
         self.base_read = Digests()
         self.read = [Digests() for _ in vectors]
-        self._buffers = Buffers()
+        self._buffers, self._stored = Buffers(), Buffers()
         self._states: dict[str, Any] = {}
 
     def _dtype(self, name: str) -> str:
@@ -119,14 +119,14 @@ class _Merge:
         return Plan(output, files, identity, RECORD, "merged checkpoint", _companions(self.base), inputs)
 
     def compute(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Stored bits of elements start:stop of the merged tensor."""
-        bits = self.base.read(name, start, stop)
+        """Stored bits of elements start:stop of the merged tensor; the thread's next call may overwrite them."""
+        bits = self.base.read(name, start, stop, self._stored(0, stop - start))
         self.base_read.add(name, start, bits)
         if name not in self.changes:
             _refuse_nan(name, self.base, bits)
             return bits
         info, base = self.tensors[name], widen(bits, self.base.tensors[name].dtype, self._buffers(0, stop - start))
-        out = np.empty(stop - start, info.stored)
+        out = self._stored(1, stop - start).view(info.stored)[: stop - start]
         if not round_to(self._apply(name, start, stop, base, self.read), info.dtype, out):
             round_to(self._look_closer(name, start, stop), info.dtype, out)
         return out

@@ -10,10 +10,11 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.reading import inside, read_object
 from burnish.weights.names import match_names
-from burnish.weights.rounding import widen
+from burnish.weights.rounding import Buffers, widen
 from burnish.weights.tensorfile import Digests, TensorFile, digest_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_stored = Buffers()
 
 
 class Checkpoint:
@@ -97,14 +98,14 @@ class Checkpoint:
             return file.path.relative_to(self.path).as_posix()
         return file.path.name if file.path.suffix == ".safetensors" else WEIGHTS
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start:stop of the flattened tensor as stored bits."""
+    def read(self, name: str, start: int, stop: int, scratch: np.ndarray | None = None) -> np.ndarray:
+        """Elements start:stop of the flattened tensor as stored bits, in `scratch` as `TensorFile.read` has it."""
         stored = self.names[name]
-        return self._file_of[stored].read(stored, start, stop)
+        return self._file_of[stored].read(stored, start, stop, scratch)
 
     def values(self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None) -> np.ndarray:
         """Put elements start:stop (at most a block) into float64 `out`, exactly; stored bits are added to `digests`."""
-        bits = self.read(name, start, stop)
+        bits = self.read(name, start, stop, _stored(0, stop - start))
         if digests is not None:
             digests.add(name, start, bits)
         return widen(bits, self.tensors[name].dtype, out)

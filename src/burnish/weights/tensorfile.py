@@ -91,9 +91,15 @@ class TensorFile:
         self.tensors = {name: info for name, (info, _) in found.items()}
         self._offsets = {name: 8 + length + offset for name, (_, offset) in found.items()}
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Elements start:stop of the flattened tensor as stored bits."""
-        found = np.empty(stop - start, self.tensors[name].stored)
+    def read(self, name: str, start: int, stop: int, scratch: np.ndarray | None = None) -> np.ndarray:
+        """Elements start:stop of the flattened tensor as stored bits.
+
+        Args:
+            scratch: float64 memory of at least stop - start elements to put them in; new memory without it, of which
+                every page costs the system a fault.
+        """
+        kind = self.tensors[name].stored
+        found = np.empty(stop - start, kind) if scratch is None else scratch.view(kind)[: stop - start]
         left = memoryview(found).cast("B") if found.size else memoryview(b"")
         offset = self._offsets[name] + start * found.itemsize
         while left:  # the system gives two gigabytes at a time

@@ -27,7 +27,8 @@ from burnish.core.reading import read_object, regular_file
 from burnish.weights.tensorfile import BLOCK, Digests, TensorInfo, blocks, make_header, pieces
 
 Compute = Callable[[str, int, int], np.ndarray]
-"""compute(name, start, stop) -> stored bits of elements start:stop of the flattened tensor; called from any thread."""
+"""compute(name, start, stop) -> stored bits of elements start:stop of the flattened tensor; called from any thread,
+which is done with them before it calls again."""
 MOST_THREADS = 256
 PART = "unfinished task vector or merge"
 """What the marker of a hidden folder says while it is filled."""
