@@ -68,6 +68,12 @@ def tiny_pi05(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_pi0_fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_smolvla`, of type pi0_fast."""
+    return _tiny("pi0_fast", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def edges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of edges.py, the example teacher of docs/methods/align.md, which can then be imported."""
     page = (Path(__file__).parents[1] / "docs/methods/align.md").read_text()

@@ -1,5 +1,6 @@
 """Small random-weight VLMs and policies, made on the spot: for tests, for docs, and as the start of a base model."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,8 +11,9 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.policies import create_policy
 from burnish.policies import folder as folders
-from burnish.policies.keys import ACTION, IMAGES, STATE
+from burnish.policies.keys import ACTION, FAST_FOLDER, IMAGES, STATE
 from burnish.policies.pi import Pi
+from burnish.policies.pi0_fast import Pi0Fast, local_tokenizers
 from burnish.policies.pi_sizes import PI_SIZES, small_pi
 from burnish.policies.pipelines import new_processors
 
@@ -26,6 +28,8 @@ _SPECIAL = [
     "<end_of_utterance>",
     "<bos>",
 ]
+_RARE = 0x4E00
+"""Characters from here on are no byte's, so that no text makes their tokens."""
 NANO_TEXTS = (
     "Question: what colour is the cube?\nAnswer: red",
     "Question: how many cubes are there?\nAnswer: 2",
@@ -51,13 +55,14 @@ _CHAT = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = True) -> Any:
+def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = True, spare: int = 0) -> Any:
     """Train a byte-level BPE tokenizer with SmolVLM's special tokens.
 
     Args:
         texts: the training texts.
         vocab_size: upper limit; 264 (bytes and special tokens) is the least that makes sense.
         split_digits: spell numbers digit by digit; otherwise a frequent number becomes one token.
+        spare: ids beyond `vocab_size` that no text makes, after those of single bytes and before those of words.
 
     Returns:
         A transformers PreTrainedTokenizerFast with eos `<end_of_utterance>` and pad `<|im_end|>`.
@@ -70,10 +75,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = 
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + spare,
         special_tokens=_SPECIAL,
         show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), *map(chr, range(_RARE, _RARE + spare))],
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -195,7 +200,7 @@ def make_tiny(
     LeRobot itself loads a tiny smolvla as it is; for pi0 and pi05 it needs `pi_sizes.small_pi`.
 
     Args:
-        type: smolvla, pi0, pi05 or burnish_discrete.
+        type: one of KINDS.
         folder: where to write.
         cameras: names of the cameras.
         state_dim, action_dim: at most 8 unless `overrides` raises max_state_dim and max_action_dim.
@@ -217,10 +222,9 @@ def make_tiny(
     stats = dataset_stats or default_statistics(state_dim, action_dim)
     config = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, **(overrides or {})}
     folder = Path(folder)
-    make = {"smolvla": _smolvla, "pi0": _pi, "pi05": _pi, "burnish_discrete": _discrete}
-    if type not in make:
-        raise BurnishError(f"a tiny policy of type '{type}'", f"one of {', '.join(make)}")
-    make[type](type, folder, features, stats, config, seed)
+    if type not in KINDS:
+        raise BurnishError(f"a tiny policy of type '{type}'", f"one of {', '.join(KINDS)}")
+    KINDS[type](type, folder, features, stats, config, seed)
     return folder
 
 
@@ -245,15 +249,9 @@ def _pi(name: str, folder: Path, features: dict, stats: dict, overrides: dict, s
     tokenizer_folder = (folder / Pi.tokenizer_folder).absolute()
     tokenizer.save_pretrained(tokenizer_folder)
     sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
-    raw = {
-        "type": name,
-        "image_resolution": [28, 28],
-        "num_inference_steps": 3,
-        "push_to_hub": False,
-        "tokenizer_max_length": 96,
-        **overrides,
-    }
-    config = folders.decode_config(raw, "the tiny config", features, "cpu")
+    config = folders.decode_config(
+        {"type": name, "num_inference_steps": 3, **_PI_FIELDS, **overrides}, "the tiny config", features, "cpu"
+    )
     with small_pi(sizes, tokenizer_folder):
         policy = folders.build(config, seed)
         pre, post = new_processors(config, stats)
@@ -264,3 +262,67 @@ def _pi(name: str, folder: Path, features: dict, stats: dict, overrides: dict, s
                 parameter.normal_(0.0, 0.5, generator=generator)
     next(s for s in pre.steps if isinstance(s, TokenizerProcessorStep)).tokenizer_name = str(tokenizer_folder)
     Pi(policy, pre, post, sizes=sizes).save(folder)
+
+
+def _pi0_fast(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    spare, words = 400, 384
+    tokenizer = build_tokenizer([*NANO_TEXTS, "Task: State: Action: | 0 1 2 3"], words, spare=spare)
+    tokenizer.save_pretrained(folder / Pi.tokenizer_folder)
+    build_fast(folder / FAST_FOLDER)
+    sizes = {**PI_SIZES, "vocab_size": len(tokenizer)}
+    last_spare = tokenizer.convert_tokens_to_ids(chr(_RARE + spare - 1))
+    raw = {
+        "type": name, "max_action_tokens": 96, "max_decoding_steps": 24, **_PI_FIELDS,
+        "fast_skip_tokens": tokenizer.vocab_size - 1 - last_spare, **overrides,
+        "text_tokenizer_name": str((folder / Pi.tokenizer_folder).absolute()),
+        "action_tokenizer_name": str((folder / FAST_FOLDER).absolute()),
+    }  # fmt: skip
+    config = folders.decode_config(raw, "the tiny config", features, "cpu")
+    with local_tokenizers(config), small_pi(sizes, image_size=config.image_resolution[0]):
+        policy = folders.build(config, seed)
+        pre, post = new_processors(config, stats, tokenizer=folder / Pi.tokenizer_folder)
+    Pi0Fast(policy, pre, post, sizes=sizes).save(folder)
+
+
+def build_fast(folder: Path | str, vocab_size: int = 300) -> Path:
+    """Write the two files of a FAST tokenizer that burnish reads: byte pairs over characters, made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    pairs.train_from_iterator(["".join(chr(i) for i in range(200)), "ddddeeee" * 9], trainer)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs.save(str(folder / "tokenizer.json"))
+    (folder / "processor_config.json").write_text(json.dumps({"scale": 10, "min_token": -100}))
+    return folder
+
+
+def _lerobot(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    """A type that LeRobot makes of its config alone; a chunk is as long as its kind of network allows."""
+    length, executed = overrides["chunk_size"], overrides["n_action_steps"]
+    kept = {k: v for k, v in overrides.items() if k not in ("chunk_size", "n_action_steps", "max_state_dim",
+                                                            "max_action_dim")}  # fmt: skip
+    fields: dict[str, dict[str, Any]] = {
+        "act": {"chunk_size": length, "n_action_steps": executed, "dim_model": 32, "n_heads": 2, "dim_feedforward": 32,
+                "n_encoder_layers": 3, "latent_dim": 4, "n_vae_encoder_layers": 1},
+        "diffusion": {"horizon": 8 * -(-length // 8), "n_action_steps": min(executed, 4), "down_dims": [16, 32, 32],
+                      "n_groups": 4, "diffusion_step_embed_dim": 16, "spatial_softmax_num_keypoints": 4,
+                      "num_train_timesteps": 10, "num_inference_steps": 2, "use_group_norm": True,
+                      "drop_n_last_frames": 1},
+        "vqbet": {"n_obs_steps": 2, "n_action_pred_token": 2, "action_chunk_size": 4, "crop_shape": None,
+                  "vqvae_embedding_dim": 16, "vqvae_enc_hidden_dim": 16, "gpt_block_size": 32, "gpt_input_dim": 32,
+                  "gpt_output_dim": 32, "gpt_n_layer": 2, "gpt_n_head": 2, "gpt_hidden_dim": 32,
+                  "spatial_softmax_num_keypoints": 4, "use_group_norm": True},
+    }  # fmt: skip
+    create_policy("", features, stats, {**fields[name], **kept}, type=name, generator_seed=seed).save(folder)
+
+
+_PI_FIELDS = {"image_resolution": [28, 28], "push_to_hub": False, "tokenizer_max_length": 96}
+KINDS = {
+    "smolvla": _smolvla, "pi0": _pi, "pi05": _pi, "pi0_fast": _pi0_fast, "burnish_discrete": _discrete,
+    "act": _lerobot, "diffusion": _lerobot, "vqbet": _lerobot,
+}  # fmt: skip
+"""How a tiny policy of each type is made."""

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import fake
 import pytest
@@ -27,8 +28,10 @@ from burnish.train.streams import Streams
 from burnish.weights.extract import extract
 from workshop.tiny import make_tiny
 
-POLICIES = ("smolvla", "pi0", "pi05", "burnish_discrete")
+POLICIES = ("smolvla", "pi0", "pi05", "burnish_discrete", "pi0_fast", "act", "vqbet")
+POLICIES += ("diffusion",) if find_spec("diffusers") else ()
 CAMERAS = ("top", "wrist")
+ONE_CAMERA = ("vqbet",)
 METHODS = {
     "align": (
         "teacher: {{name: 'test_matrix:Brightness'}}, pairs: [[0, 0], [1, 0]], cache: 'off', gradient_norm_ratio: 0.5, "
@@ -41,7 +44,13 @@ METHODS = {
 }
 """The inside of each entry; `{...}` are folders made below."""
 BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "isolate": "prefer", "prefer": "capability"}
-REFUSED = {("distill", kind): "no masked tokens" for kind in ("smolvla", "pi0", "pi05")}
+LACKS = {
+    "no masked tokens": [("distill", kind) for kind in POLICIES if kind != "burnish_discrete"],
+    "no language model": [("isolate", "act")],
+    "no hidden states": [(method, kind) for method in ("isolate", "align") for kind in ("vqbet", "diffusion")],
+    "no log-probability": [("prefer", kind) for kind in ("act", "vqbet", "diffusion")],
+}
+REFUSED = {pair: lack for lack, pairs in LACKS.items() for pair in pairs if pair[1] in POLICIES}
 SERVED = [(method, kind) for method in METHODS for kind in POLICIES if (method, kind) not in REFUSED]
 OVERRIDES = {"burnish_discrete": {"block_size": 28, "noise": "pipeline"}}
 """A student whose blocks of four steps are what `distill` is for; the other methods take it as well."""
@@ -61,6 +70,10 @@ class Brightness(Teacher):
         return {layer: cells.unflatten(0, views.images.shape[:2]) for layer in layers}
 
 
+def cameras_of(kind):
+    return CAMERAS[: 1 if kind in ONE_CAMERA else 2]
+
+
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory):
     """Data, questions, pairs; and of each policy a base and the delta of a fine-tune."""
@@ -70,7 +83,7 @@ def ground(tmp_path_factory):
     shutil.copytree(root / "data", root / "pairs")
     write_index(root / "pairs", [Pair((0, i), (2, i)) for i in range(4)], {"source": "test"}, 1e9)
     for kind in POLICIES:
-        base, tuned = make_tiny(kind, root / kind, cameras=CAMERAS), root / f"{kind}-tuned"
+        base, tuned = make_tiny(kind, root / kind, cameras=cameras_of(kind)), root / f"{kind}-tuned"
         shutil.copytree(base, tuned)
         draws = torch.Generator().manual_seed(0)
         weights = load_file(base / "model.safetensors")
@@ -86,6 +99,7 @@ def recipe(ground, kind, output, *methods, more=()):
     return load_recipe(None, [
         f"--policy.path={ground / kind}", f"--policy.overrides={json.dumps(OVERRIDES.get(kind, {}))}",
         f"--data.root={ground / 'data'}", f"--output={output}", f"--objectives=[{entries}]", "--train.steps=2",
+        f"--data.cameras=[{', '.join(cameras_of(kind))}]",
         "--train.batch_size=2", "--train.grad_accumulation=2", "--train.log_every=1", "--train.save_every=1",
         "--train.lr=1e-3", "--train.warmup_steps=0", "--train.ema_decay=0.9", "--data.workers=1", *more,
     ])  # fmt: skip
@@ -136,7 +150,7 @@ def test_a_method_trains_and_resumes_to_the_same_bits(ground, tmp_path, method, 
     assert row == resumed_row
 
 
-@pytest.mark.parametrize(("method", "kind"), SERVED)
+@pytest.mark.parametrize(("method", "kind"), [pair for pair in SERVED if (BESIDE[pair[0]], pair[1]) in SERVED])
 def test_a_method_stands_beside_another(ground, tmp_path, method, kind):
     with started(recipe(ground, kind, tmp_path / "run", method, BESIDE[method])) as run:
         row = step(run)

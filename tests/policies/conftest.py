@@ -46,19 +46,7 @@ def questions(batch):
 
 @pytest.fixture
 def fast_folder(tmp_path):
-    """Files of a FAST tokenizer: byte pairs over characters, made on the spot."""
-    import json
+    """Files of a FAST tokenizer."""
+    from workshop.tiny import build_fast
 
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    pairs.train_from_iterator(["".join(chr(i) for i in range(200)), "ddddeeee" * 9], trainer)
-    folder = tmp_path / "fast"
-    folder.mkdir()
-    pairs.save(str(folder / "tokenizer.json"))
-    (folder / "processor_config.json").write_text(json.dumps({"scale": 10, "min_token": -100}))
-    return folder
+    return build_fast(tmp_path / "fast", 600)

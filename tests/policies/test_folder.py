@@ -181,8 +181,8 @@ def test_folders_that_are_none(tmp_path, tiny_smolvla):
     with pytest.raises(BurnishError, match="no policy at enormous"):
         load_policy("enormous")
     folder = shutil.copytree(tiny_smolvla, tmp_path / "other")
-    (folder / "config.json").write_text(json.dumps({"type": "act"}))
-    with pytest.raises(BurnishError, match="policy type 'act'"):
+    (folder / "config.json").write_text(json.dumps({"type": "none"}))
+    with pytest.raises(BurnishError, match="policy type 'none'"):
         load_policy(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(BurnishError, match="config.json is not JSON"):
@@ -261,5 +261,5 @@ def test_tiny_sizes_are_put_back():
 
 
 def test_unknown_tiny_type(tmp_path):
-    with pytest.raises(BurnishError, match="a tiny policy of type 'act'"):
-        make_tiny("act", tmp_path)
+    with pytest.raises(BurnishError, match="a tiny policy of type 'none'"):
+        make_tiny("none", tmp_path)

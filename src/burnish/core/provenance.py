@@ -13,7 +13,7 @@ from typing import Any
 from burnish.core.reading import read_object, regular_file
 
 # Places and machines, which do not change what a policy does.
-_NOT_HASHED = ("vlm_model_name", "pretrained_path", "device")
+_NOT_HASHED = ("vlm_model_name", "text_tokenizer_name", "action_tokenizer_name", "pretrained_path", "device")
 
 
 def weights_hash(policy: Any) -> str:

@@ -43,6 +43,27 @@ class Draws:
         return Draws(self.noise.to(device), self.time.to(device), *moved)
 
 
+@dataclass(frozen=True)
+class Window:
+    """What a policy is trained on around a moment, in control steps relative to it.
+
+    Args:
+        observations: those that it sees, oldest first, the present (0) last. Where there are several, its images are
+            [B, n, 3, H, W] and its states [B, n, D]; before an episode's start the first one is repeated.
+        first_action: of the first action of a chunk; below 0 where the policy also predicts what was done before.
+        drop_last: frames at the end of an episode that no batch starts from.
+    """
+
+    observations: tuple[int, ...] = (0,)
+    first_action: int = 0
+    drop_last: int = 0
+
+    @property
+    def reach(self) -> int:
+        """How many control steps back it sees."""
+        return -min(self.observations)
+
+
 @dataclass
 class PolicyLoss:
     """What `Policy.loss` returns: `total` is a scalar with gradient, `per_sample` is [B]."""

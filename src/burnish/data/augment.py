@@ -11,8 +11,8 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 def to_float(images_BHW3: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1]."""
-    return images_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1]; an axis for moments after B is kept."""
+    return images_BHW3.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
 
 
 def draw_shift(images_BHW3: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,11 +38,15 @@ def shift_by(images_BHW3: Tensor, offsets_B2: Tensor) -> Tensor:
     return images_BHW3.reshape(-1, 3).index_select(0, flat.reshape(-1)).view_as(images_BHW3)
 
 
-def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Random brightness, contrast and saturation for each image, as one 3x3 matrix and offset; float in [0, 1]."""
+def colour_jitter(images_B3HW: Tensor, generator: torch.Generator, moments: int = 1) -> Tensor:
+    """Random brightness, contrast and saturation for each image, as one 3x3 matrix and offset; float in [0, 1].
+
+    Every `moments` images that follow one another share theirs.
+    """
     batch, _, height, width = images_B3HW.shape
     device = images_B3HW.device
-    draws = torch.rand(batch, 3, generator=generator, device=device) * 2 - 1
+    draws = torch.rand(batch // moments, 3, generator=generator, device=device) * 2 - 1
+    draws = draws.repeat_interleave(moments, 0) if moments > 1 else draws
     brightness, contrast, saturation = draws[:, 0] * JITTER / 2, 1 + draws[:, 1] * JITTER, 1 + draws[:, 2] * JITTER
     grey_3 = torch.tensor(_GREY, device=device)
     keep = saturation[:, None, None] * torch.eye(3, device=device)
@@ -55,6 +59,14 @@ def colour_jitter(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment(images_BHW3: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shifted and colour-jittered images, float [B, 3, H, W], and the shift [B, 2] of each in rows and columns."""
+    """Shifted and colour-jittered images, float [B, 3, H, W], and the shift [B, 2] of each in rows and columns.
+
+    Moments of one view, [B, n, H, W, 3], are moved and coloured alike.
+    """
+    if images_BHW3.ndim == 5:
+        moments = images_BHW3.shape[1]
+        offsets = draw_shift(images_BHW3[:, 0], generator)
+        moved = shift_by(images_BHW3.flatten(0, 1), offsets.repeat_interleave(moments, 0))
+        return colour_jitter(to_float(moved), generator, moments).unflatten(0, (-1, moments)), offsets
     offsets = draw_shift(images_BHW3, generator)
     return colour_jitter(to_float(shift_by(images_BHW3, offsets)), generator), offsets

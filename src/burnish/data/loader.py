@@ -12,7 +12,7 @@ import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed, generator
-from burnish.core.types import Batch
+from burnish.core.types import Batch, Window
 from burnish.data.augment import augment, to_float
 from burnish.data.checks import colour_cameras, require
 from burnish.data.dataset import Dataset, look, open_dataset
@@ -59,6 +59,7 @@ class RobotData:
         image_size, cache_dir, cache_gb, seen: see `open_frames`.
         augmented: shift and jitter the images.
         meta: what `open_dataset(root)` gave, where it has been read already.
+        window: what the policy sees and predicts around a frame, see `Window`.
         pictures: decode the frames; False leaves actions, states and instructions alone.
 
     A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
@@ -72,10 +73,11 @@ class RobotData:
         self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
         seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
-        meta: Dataset | None = None, pictures: bool = True,
+        meta: Dataset | None = None, pictures: bool = True, window: Window = Window(),
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
+        self.window = window
         self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
         chosen = require(self.meta, episodes, self.cameras)
         if pictures and not self.cameras:
@@ -89,7 +91,7 @@ class RobotData:
         self.actions, self.states = values[ACTION], values.get(STATE)
         self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]
         self.tasks = {index: self.meta.instruction(index) for index in self.meta.tasks}
-        self.indices = np.flatnonzero(np.isin(self.episode_index, chosen))
+        self.indices = np.flatnonzero(np.isin(self.episode_index, chosen) & self._far_from_end(window.drop_last))
         if len(self.indices) == 0:
             raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
         self.sampler = BatchSampler(len(self.indices), batch_size, (seed, "robot"), rank, world)
@@ -109,6 +111,11 @@ class RobotData:
                                f"one of {', '.join(known)}", look(self.root))  # fmt: skip
         return key
 
+    def _far_from_end(self, steps: int) -> np.ndarray:
+        """bool [N]: rows that are not among the last `steps` of their episode; of a shorter one its first row."""
+        rows, ends = np.arange(len(self.episode_index)), self.meta.rows.ends
+        return (rows < ends - steps) | (rows == np.searchsorted(self.episode_index, self.episode_index))
+
     def raw(self, k: int) -> Batch:
         """Batch k as stored: images still uint8 [B, H, W, 3]."""
         frames = self.indices[self.sampler.indices(k)]
@@ -119,18 +126,23 @@ class RobotData:
         return batch
 
     def observations(self, frames: np.ndarray) -> Batch:
-        """Images uint8 [B, H, W, 3], states and instructions of these frames [B]."""
-        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][frames]) for key in self.cameras}
+        """Images uint8 [B, H, W, 3], states and instructions of these frames [B]; with moments as `window` has them."""
+        seen = frames
+        if len(self.window.observations) > 1:
+            first = np.searchsorted(self.episode_index, self.episode_index[frames])
+            seen = np.maximum(frames[:, None] + np.array(self.window.observations), first[:, None])
+        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][seen]) for key in self.cameras}
         if self.states is not None:
-            batch["observation.state"] = torch.from_numpy(self.states[frames])
+            batch["observation.state"] = torch.from_numpy(self.states[seen])
         batch["task"] = [self.tasks[int(i)] for i in self.task_index[frames]]
         return batch
 
     def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Chunks [..., T, A] that start at `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
-        window = frames[..., None] + np.arange(self.chunk_size)
+        """Chunks [..., T, A] of `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
+        window = frames[..., None] + self.window.first_action + np.arange(self.chunk_size)
+        first = np.searchsorted(self.episode_index, self.episode_index[frames])[..., None]
         end = self.meta.rows.ends[frames][..., None]
-        return self.actions[np.minimum(window, end - 1)], window >= end
+        return self.actions[np.clip(window, first, end - 1)], (window < first) | (window >= end)
 
     def finish(self, batch: Batch, k: int) -> Batch:
         """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are.

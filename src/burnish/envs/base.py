@@ -56,11 +56,15 @@ class EnvSpec:
 
 @dataclass
 class Observation:
-    """One moment: `images` [H, W, 3] uint8 upright by camera name, `state` [D] float32, the instruction."""
+    """One moment: `images` [H, W, 3] uint8 upright by camera name, `state` [D] float32, the instruction.
+
+    `earlier` are those of the control steps before, oldest first, where they were asked for.
+    """
 
     images: dict[str, np.ndarray]
     state: np.ndarray
     instruction: str
+    earlier: tuple["Observation", ...] = ()
 
 
 class Expert(Protocol):

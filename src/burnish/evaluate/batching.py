@@ -1,7 +1,7 @@
 """The policy's side of an evaluation: observations in, chunks out, one padded batch at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +44,8 @@ class BatchedPolicy:
     """
 
     def __init__(self, policy: Policy, cameras: dict[str, str], seed: int, width: int, n_action_steps: int):
-        if not 1 <= n_action_steps <= policy.chunk_size:
-            raise BurnishError(f"{n_action_steps} action steps", f"1 to {policy.chunk_size}, the policy's chunk size")
+        if not 1 <= n_action_steps <= policy.act_steps:
+            raise BurnishError(f"{n_action_steps} action steps", f"1 to {policy.act_steps}, the policy's chunk")
         self.policy = policy.eval()
         self.cameras = cameras
         self.seed, self.width, self.n_action_steps = seed, width, n_action_steps
@@ -77,13 +77,15 @@ class BatchedPolicy:
             torch.cuda.synchronize(self.device)
 
     def _batch(self, observations: list[Observation]) -> Batch:
-        batch: Batch = {
-            "observation.state": torch.from_numpy(np.stack([o.state for o in observations])).to(self.device),
-            "task": [o.instruction for o in observations],
-        }
+        def stacked(read: Callable[[Observation], np.ndarray]) -> torch.Tensor:
+            rows = [[read((*o.earlier, o)[step - 1]) for step in self.policy.window.observations] for o in observations]
+            array = np.array(rows)
+            return torch.from_numpy(array if array.shape[1] > 1 else array[:, 0]).to(self.device)
+
+        batch: Batch = {"observation.state": stacked(lambda o: o.state), "task": [o.instruction for o in observations]}
         for name, camera in self.cameras.items():
-            images = torch.from_numpy(np.stack([o.images[camera] for o in observations])).to(self.device)
-            batch[f"observation.images.{name}"] = images.permute(0, 3, 1, 2).float() / 255
+            images = stacked(lambda o, camera=camera: o.images[camera])
+            batch[f"observation.images.{name}"] = images.movedim(-1, -3).float() / 255
         return batch
 
     def _draws(self, rows: list[Request]) -> Draws:

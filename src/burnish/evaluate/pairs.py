@@ -101,8 +101,8 @@ def collect(
                    first_state=first_state)  # fmt: skip
     require_own(root, KIND, lambda folder: True)  # what lies in it is looked at below
     policy, weights = policy_and_hash(policy, device)
-    if not offsets or not all(0 <= offset < policy.chunk_size for offset in offsets):
-        raise BurnishError(f"offsets {list(offsets)}", f"frames from 0 to {policy.chunk_size - 1}: a chunk must reach "
+    if not offsets or not all(0 <= offset < policy.act_steps for offset in offsets):
+        raise BurnishError(f"offsets {list(offsets)}", f"frames from 0 to {policy.act_steps - 1}: a chunk must reach "
                            "the branch point")  # fmt: skip
     request = {
         "format": 1, "env": env, "policy": weights, "states": states, "rollouts": rollouts,
@@ -208,7 +208,7 @@ class _Driver(Scheduler[_Rollout]):
         return Episode(
             task=run.spec.task_id, initial_state=run.state, max_steps=run.spec.max_steps,
             cameras=tuple(self.actor.cameras.values()), record=self.folder / f"{number:06d}.safetensors",
-            actor_seed=derive_seed("completion", run.state) % 2**31,
+            actor_seed=derive_seed("completion", run.state) % 2**31, history=self.actor.policy.window.reach,
         )  # fmt: skip
 
     def received(self, reply: Waiting) -> None:

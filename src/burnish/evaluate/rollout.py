@@ -168,7 +168,8 @@ class _Job:
             settings = self.settings(weights, cameras, policy.n_action_steps if policy else 0)
             with Journal(output, settings) as journal:
                 before = len(journal.records)
-                self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output), len(plan))
+                history = policy.policy.window.reach if policy else 0
+                self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output, history), len(plan))
                 records = {r.key: r for r in journal.records}
                 found = [records[spec.task_id, state] for spec, state in plan]
                 seconds = time.perf_counter() - start
@@ -191,7 +192,9 @@ class _Job:
             "batch_size": self.batch_size if self.actor == "policy" else 0,
         }  # fmt: skip
 
-    def missing(self, plan: list[Trial], journal: Journal, cameras: tuple[str, ...], output: Path) -> list[Episode]:
+    def missing(
+        self, plan: list[Trial], journal: Journal, cameras: tuple[str, ...], output: Path, history: int = 0
+    ) -> list[Episode]:
         """The episodes that the journal does not hold yet."""
         done = {r.key for r in journal.records}
         filmed: dict[str, int] = {}
@@ -204,7 +207,7 @@ class _Job:
                     task=spec.task_id, initial_state=state, max_steps=self.trials.max_steps or spec.max_steps,
                     cameras=cameras or (spec.cameras[:1] if video else ()), actor=self.actor,
                     actor_seed=derive_seed(self.actor, self.trials.seed, spec.task_id, state) % 2**31, swap=self.swap,
-                    video=output / video_path(spec.task_id, state) if video else None,
+                    video=output / video_path(spec.task_id, state) if video else None, history=history,
                 ))  # fmt: skip
         return episodes
 

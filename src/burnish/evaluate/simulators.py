@@ -3,9 +3,10 @@
 Imports no torch, so that a process starts quickly.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ class Episode:
         actor: "policy" (chunks come from outside), "expert" or "random_object".
         actor_seed: seed of the expert, or of the choice of the other object in an instruction swap.
         swap: name another object in the instruction.
+        history: observations of as many control steps before come with each that is asked for.
         video: path of the mp4 to write, rendered at every control step; a film strip is put beside it.
         record: path of the recording to write (burnish.data.spool), with `cameras` rendered at every control step;
             ".solved" or ".failed" is put before its last suffix.
@@ -44,6 +46,7 @@ class Episode:
     actor: str = "policy"
     actor_seed: int = 0
     swap: bool = False
+    history: int = 0
     video: Path | None = None
     record: Path | None = None
 
@@ -83,9 +86,11 @@ class _Running:
     other_success: bool | None = None
     frames: list[np.ndarray] = field(default_factory=list)
     tape: Tape | None = None
+    seen: deque[Observation] = field(default_factory=deque)
 
     def begin(self) -> None:
         env, episode = self.env, self.episode
+        self.seen = deque(maxlen=episode.history)
         env.reset(episode.initial_state)
         if episode.swap:
             if not isinstance(env, InstructionSwap):
@@ -105,9 +110,19 @@ class _Running:
 
     def execute(self, actions: np.ndarray) -> None:
         """Take the chunk [T, A] step by step; whatever is left when the episode ends is dropped."""
-        for action in actions:
+        for left, action in zip(range(len(actions), 0, -1), actions, strict=True):
+            if left <= self.episode.history and not self.over:
+                self.seen.append(self.env.observe(self.episode.cameras))
             if not self.over:
                 self.step(action)
+
+    def observe(self) -> Observation:
+        """The present moment and those before it; before the start the first one stands for them."""
+        now, missing = self.env.observe(self.episode.cameras), self.episode.history - len(self.seen)
+        if self.episode.history:
+            first = self.seen[0] if self.seen else now
+            now = replace(now, earlier=(*[first] * missing, *self.seen))
+        return now
 
     def step(self, action: np.ndarray) -> None:
         if self.tape is not None:
@@ -204,7 +219,7 @@ class _Simulators:
     def reply(self, slot: int) -> Waiting | Finished:
         run = self.running[slot]
         if not run.over:
-            return Waiting(slot, run.env.observe(run.episode.cameras))
+            return Waiting(slot, run.observe())
         del self.running[slot]
         self.idle.append(run.env)
         return run.end(slot)

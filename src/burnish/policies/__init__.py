@@ -15,7 +15,7 @@ def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, de
     """Load a LeRobot policy folder, or a shipped base by its bare name.
 
     Args:
-        path: the folder (smolvla, pi0, pi05, burnish_discrete, or a type of an installed package), or e.g. "small".
+        path: the folder, of any type that LeRobot or an installed package knows, or e.g. "small".
         overrides: fields of the LeRobot config to change before the model is built.
         device: torch device; "" means a GPU where there is one.
         dataset_stats: LeRobot statistics by key that replace the stored ones (fine-tuning on new data).
@@ -35,16 +35,16 @@ def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, de
 
 def create_policy(vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, *,
                   type: str = "smolvla", **options: Any) -> "Policy":  # fmt: skip
-    """A new policy on a VLM folder.
+    """A new policy on a VLM folder; of a type that starts from none ("act"), the folder is "".
 
     See `SmolVLA.create` in `burnish.policies.smolvla`, and for type burnish_discrete, which takes a SmolVLA folder or a
     shipped base too, `burnish.policies.discrete.create.new_policy`.
     """
     from burnish.core import renames
-    from burnish.policies.load import POLICIES
+    from burnish.policies.load import kind_of
 
     fields = renames.rename(overrides or {}, renames.POLICY_FIELDS.get(type, {}))
-    return POLICIES.get(type).create(type, vlm_folder, features, dataset_stats, fields, **options)
+    return kind_of(type).create(type, vlm_folder, features, dataset_stats, fields, **options)
 
 
 def __getattr__(name: str):

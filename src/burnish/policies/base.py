@@ -5,7 +5,7 @@ declares it, a method asks `policy.supports(name)` or calls `require`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss
+from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss, Window
 from burnish.sampling.token_model import TokenModel
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
@@ -26,13 +26,22 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
     "velocity": ("velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
     "tokens": ("action tokens", "a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
+    "prefix": ("way to continue actions that are committed", "a flow-matching or burnish_discrete policy"),
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
 
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
 capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
-`watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens.
+`watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. prefix:
+`act(prefix=)`.
 """
+
+
+ADAPTER_TARGETS = (
+    r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2"
+    r"|state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out|time_mlp_in|time_mlp_out)"
+)
+"""Attention, MLP and action projections."""
 
 
 @dataclass
@@ -93,8 +102,10 @@ class Policy(nn.Module, ABC):
         name: LeRobot's name of its type, e.g. smolvla.
         capabilities: names from CAPABILITIES (or a package's own), see `supports`.
         cameras: names of its cameras.
-        chunk_size: T, actions in a chunk.
+        chunk_size: T, actions in a chunk of the training data.
         n_action_steps: actions of a chunk to execute before asking again.
+        window: which observations it sees, and where its chunks begin.
+        adapter_targets: regular expression over the linear layers that adapters go to by default.
         image_size: side of the images it was trained on, in pixels.
         input_size: longest edge to which it resizes its images; 0 where it takes them as they are.
         action_dim: A.
@@ -109,6 +120,8 @@ class Policy(nn.Module, ABC):
     n_action_steps: int
     image_size: int
     input_size: int = 0
+    window: Window = Window()
+    adapter_targets: str = ADAPTER_TARGETS
     action_dim: int
     state_dim: int
     num_layers: int
@@ -117,6 +130,11 @@ class Policy(nn.Module, ABC):
     def view_sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width) of the images that it was trained on, by camera."""
         return {camera: (self.image_size, self.image_size) for camera in self.cameras}
+
+    @property
+    def act_steps(self) -> int:
+        """Actions that `act` returns, the present step's first."""
+        return self.chunk_size
 
     def supports(self, capability: str) -> bool:
         """Whether this policy can do what `capability` (see CAPABILITIES) stands for."""
@@ -152,7 +170,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
-        """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions it must continue."""
+        """Sample a chunk, without gradient; `prefix` [B, P, A] are committed actions that it must continue."""
 
     def language(self, batch: Batch, through: Literal["vlm", "prefix"] = "vlm") -> LanguageLoss:
         """Answer loss of the very backbone that acts.
@@ -240,6 +258,19 @@ class Policy(nn.Module, ABC):
         """What `act` consists of, for the profiler; time of no stage is the host's."""
         return []
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts that sharding wraps one by one and checkpointing recomputes; none lies inside another.
+
+        Each is called as a module, with hooks, in every forward that reaches it. This one takes the modules whose
+        class LeRobot's policy names for sharding (`_fsdp_wrap_modules`) or a transformers model will not have split
+        (`_no_split_modules`), else the items of its lists of modules. A policy that runs the parts of its layers by hand
+        names those parts.
+        """
+        named = {name for module in self.modules() for table in ("_fsdp_wrap_modules", "_no_split_modules")
+                 for name in getattr(module, table, None) or ()}  # fmt: skip
+        found = outermost(self, lambda module: type(module).__name__ in named)
+        return [block for block in found or listed(self) if any(True for _ in block.parameters())]
+
     def token_counters(self) -> list[nn.Module]:
         """Modules whose inputs [B, S, D] together are all token positions of a forward pass, each once."""
         return []
@@ -250,6 +281,21 @@ class Policy(nn.Module, ABC):
 
         `home` is where the folder will lie in the end, when it is written elsewhere and renamed.
         """
+
+
+def outermost(root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Modules below `root` that are `wanted`, in order, without those inside another one."""
+    found: list[nn.Module] = []
+    for child in root.children():
+        found += [child] if wanted(child) else outermost(child, wanted)
+    return found
+
+
+def listed(root: nn.Module) -> list[nn.Module]:
+    """The items of all lists of modules below `root`, those of lists inside a list in their places."""
+    if isinstance(root, nn.ModuleList):  # which itself cannot be called
+        return [one for item in root for one in (listed(item) if isinstance(item, nn.ModuleList) else [item])]
+    return [item for each in outermost(root, lambda module: isinstance(module, nn.ModuleList)) for item in listed(each)]
 
 
 def lacks(policy: Policy, capability: str, wanted: str) -> BurnishError:

@@ -19,7 +19,7 @@ from burnish.policies.vlm import VLMPolicy
 class FlowPolicy(VLMPolicy):
     """A LeRobot flow-matching policy with its processors."""
 
-    capabilities = VLMPolicy.capabilities | {"velocity"}
+    capabilities = VLMPolicy.capabilities | {"velocity", "prefix"}
 
     # What a family of policies has to say.
 
@@ -47,6 +47,19 @@ class FlowPolicy(VLMPolicy):
     @abstractmethod
     def inner(self) -> nn.Module:
         """LeRobot's module that runs language model and expert together."""
+
+    @property
+    @abstractmethod
+    def expert(self) -> nn.Module:
+        """The action expert inside; has `layers`, which LeRobot runs by hand beside those of the language model."""
+
+    def blocks(self) -> list[nn.Module]:
+        """As VLMPolicy.blocks; of layers that LeRobot runs by hand, whose own hooks stay silent, the parts it calls."""
+        by_hand = {*self.backbone.text_model.layers, *self.expert.layers}
+        found: list[nn.Module] = []
+        for block in super().blocks():
+            found += [*block.self_attn.children(), block.mlp] if block in by_hand else [block]
+        return found
 
     def embed_image(self, image: Tensor) -> Tensor:
         return self.inner.embed_image(image)

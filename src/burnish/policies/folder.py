@@ -31,12 +31,11 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
     """LeRobot's config object from its JSON form (with "type"), checked; `source` names it in errors."""
     import draccus
     from lerobot.configs.types import FeatureType
-    from lerobot.policies.factory import get_policy_class
 
     check_device(device)
     check_policy_numbers(raw, source)
     raw = {**raw, "device": device}
-    config_class = get_policy_class(raw.pop("type")).config_class
+    config_class = config_class_of(raw.pop("type"))
     expected = f"fields of {config_class.__name__}"
     with foreign(f"{source} cannot be read", expected):
         try:
@@ -50,6 +49,22 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
     with foreign(source, "values that go together"):
         config.validate_features()
     return config
+
+
+def config_class_of(policy_type: str) -> Any:
+    """The config class that LeRobot's registry has for a type."""
+    import lerobot.policies  # noqa: F401 - registers LeRobot's own
+    from lerobot.configs.policies import PreTrainedConfig
+
+    return PreTrainedConfig.get_choice_class(policy_type)
+
+
+def own_fields(policy_type: str) -> set[str]:
+    """Names of the config fields that a type has beyond those of every policy."""
+    from lerobot.configs.policies import PreTrainedConfig
+
+    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return {field.name for field in dataclasses.fields(config_class_of(policy_type))} - common
 
 
 def check_device(name: str) -> None:
@@ -89,18 +104,17 @@ def point_at(folder: Path, target: str, **fields: str) -> None:
         config["vlm_model_name"] = target
     config.update(fields)
     for step in pre["steps"]:
-        name = step.get("config", {}).get("tokenizer_name")
-        if name is not None and not is_hub_name(name):
-            step["config"]["tokenizer_name"] = target
+        for key, place in (("tokenizer_name", target), ("action_tokenizer_name", fields.get("action_tokenizer_name"))):
+            name = step.get("config", {}).get(key)
+            if name is not None and place is not None and not is_hub_name(name):
+                step["config"][key] = place
     (folder / CONFIG).write_text(json.dumps(config, indent=4))
     (folder / PREPROCESSOR).write_text(json.dumps(pre, indent=2))
 
 
 def known_fields(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
     """`overrides` as they are; raises BurnishError for one that is no field of that type's config."""
-    from lerobot.policies.factory import get_policy_class
-
-    known = {field.name for field in dataclasses.fields(get_policy_class(policy_type).config_class)}
+    known = {field.name for field in dataclasses.fields(config_class_of(policy_type))}
     wrong = sorted(set(overrides) - known)
     if wrong:
         raise BurnishError(f"config field '{wrong[0]}' for {policy_type}", f"one of {', '.join(sorted(known))}")
@@ -119,6 +133,7 @@ def _check_features(config: Any, source: str) -> None:
         if feature.shape[0] > most:
             raise BurnishError(f"{name} of {feature.shape[0]} dimensions", f"at most {limit} = {most}",
                                f"a policy trained with a larger {limit}")  # fmt: skip
-    for key, feature in config.image_features.items():
-        if len(feature.shape) != 3:
-            raise BurnishError(f"{source}: '{key}' has the shape {tuple(feature.shape)}", "(channels, height, width)")
+    for key in config.image_features:
+        shape = tuple(config.input_features[key].shape)
+        if len(shape) != 3:
+            raise BurnishError(f"{source}: '{key}' has the shape {shape}", "(channels, height, width)")

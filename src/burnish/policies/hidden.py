@@ -78,3 +78,10 @@ def note_layout(captured: Captured, images: Sequence[tuple[str, int, Tensor]], t
     captured.hidden.clear()
     captured.layout.clear()
     captured.layout.update(layout)
+
+
+def add_actions(captured: Captured, tokens: Tensor) -> None:
+    """Action tokens follow what `note_layout` wrote down; bool [B, L], False on those that are padding."""
+    held = dict(captured.layout)
+    captured.layout.update({name: torch.cat([mask, torch.zeros_like(tokens)], dim=1) for name, mask in held.items()})
+    captured.layout["action"] = torch.cat([torch.zeros_like(held["text"]), tokens], dim=1)

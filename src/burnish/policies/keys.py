@@ -2,9 +2,12 @@
 
 IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
+ACTION_TOKENS, ACTION_TOKEN_MASK = "action.tokens", "action.token_mask"
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 VLM_FOLDER = "vlm"
 """Inside a policy folder: config, tokenizer and processor of its VLM."""
+FAST_FOLDER = "fast"
+"""Inside a policy folder: the files of its FAST tokenizer."""

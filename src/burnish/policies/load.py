@@ -17,6 +17,7 @@ from burnish.policies import folder as folders
 from burnish.policies import pipelines, tensors
 from burnish.policies.base import Policy
 from burnish.policies.keys import ADAPTER, CONFIG, INDEX, PREPROCESSOR, WEIGHTS
+from burnish.policies.lerobot import LeRobotPolicy, known_types
 from burnish.policies.pretrained import is_hub_name
 from burnish.policies.wrapper import PolicyWrapper
 
@@ -30,16 +31,22 @@ POLICIES: Registry[type[PolicyWrapper]] = Registry("policy", room="burnish.polic
 """Wrappers by LeRobot's name of the policy's type; those of outside packages by entry points `burnish.policies`."""
 
 
+FOREIGN = {
+    "dream-vla": "Dream-VLA: a diffusion language model and a vision tower that exist as code of its own alone",
+    "dream-vl": "Dream-VL, the language model of Dream-VLA, which acts only as that",
+    "Emu3": "UD-VLA or another policy on Emu3: it denoises the tokens of future images beside those of actions",
+}
+"""Published policies that cannot be loaded, by the `model_type` of their config.json, and what they would need."""
+
+
 def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: str = "cpu",
          dataset_stats: dict[str, Any] | None = None, features: dict[str, Any] | None = None,
          stats_source: str = "the given statistics") -> PolicyWrapper:  # fmt: skip
     """Load a LeRobot policy folder; see `burnish.policies.load_policy`. Errors call the statistics `stats_source`."""
     folder, device = resolve(path), choose_device(device)
     raw = read_object(folder / CONFIG, folder)
-    name = raw.get("type")
-    if name not in POLICIES:
-        raise BurnishError(f"policy type {name!r} in {folder / CONFIG}", f"one of {', '.join(POLICIES)}")
-    kind, old = POLICIES.get(name), renames.POLICY_FIELDS.get(name, {})
+    name = raw.get("type") or raw.get("model_type")  # the second as transformers calls it
+    kind, old = kind_of(name, f"in {folder / CONFIG}"), renames.POLICY_FIELDS.get(name, {})
     changes = folders.known_fields(renames.rename(overrides or {}, old), name)
     raw = kind.read_config({**renames.rename(raw, old), **changes}, folder)
     config = folders.decode_config(raw, str(folder / CONFIG), features, device)
@@ -51,10 +58,21 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
         log.warning("%s has LeRobot's earlier layout: its statistics are taken from the weights", folder)
         dataset_stats, stats_source = earlier, str(folder / WEIGHTS)
     processors = pipelines.load_processors(config, folder, dataset_stats, kind.tokenizer_folder, source=stats_source,
-                                           renamed=features is not None, own=kind.processor_steps)  # fmt: skip
+                                           renamed=features is not None, own=kind.own_steps(config))  # fmt: skip
     policy = kind.build(config, 0, folder)
     tensors.load_tensors(policy, kind.rename_tensors(policy, state), str(folder / WEIGHTS))
     return kind.open(policy.to(device).eval(), *processors, folder, dataset_stats)
+
+
+def kind_of(name: Any, where: str = "") -> type[PolicyWrapper]:
+    """The wrapper of a type: its own, one of an installed package, or that of all other types that LeRobot knows."""
+    if name in POLICIES:
+        return POLICIES.get(name)
+    if isinstance(name, str) and name in known_types():
+        return LeRobotPolicy
+    about = f" ({FOREIGN[name]})" if name in FOREIGN else ""
+    known = ", ".join(sorted({*POLICIES, *known_types()}))
+    raise BurnishError(f"policy type {name!r}{about} {where}".rstrip(), f"one of {known}")
 
 
 def resolve(path: Path | str) -> Path:

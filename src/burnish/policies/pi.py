@@ -1,4 +1,7 @@
-"""pi0 and pi05: PaliGemma reads images and text; the state enters the expert (pi0) or the text (pi05)."""
+"""pi0 and pi05: PaliGemma reads images and text; the state enters the expert (pi0) or the text (pi05).
+
+What they share with pi0-FAST (`pi0_fast.py`) is `PaliGemmaParts`.
+"""
 
 import json
 from contextlib import nullcontext
@@ -17,14 +20,14 @@ from burnish.policies.keys import CONFIG, TOKEN_MASK, TOKENS
 from burnish.policies.load import POLICIES
 from burnish.policies.pi_sizes import PI_SIZES, small_pi
 from burnish.policies.sizes import check_fits, check_model_numbers
+from burnish.policies.vlm import VLMPolicy
 
 SIZES_FILE = "tiny.json"
 """In the folder of a tiny policy: the sizes that LeRobot cannot store."""
 
 
-@POLICIES.register("pi0", "pi05")
-class Pi(FlowPolicy):
-    """burnish's verbs over lerobot's PI0Policy and PI05Policy.
+class PaliGemmaParts(VLMPolicy):
+    """A LeRobot policy on PaliGemma, of LeRobot's own size or a tiny one.
 
     The language verbs attend in both directions inside image and question, as PaliGemma was trained, and causally
     after that.
@@ -33,16 +36,13 @@ class Pi(FlowPolicy):
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any, sizes: dict | None = None):
         self.sizes = sizes
         super().__init__(policy, preprocessor, postprocessor)
-        # LeRobot's sampler switches to eager attention on its first call; doing so from the start keeps the
-        # language verb bit for bit the same before and after.
-        self.backbone.text_model.config._attn_implementation = "eager"
 
     @classmethod
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
         sizes = None if folder is None else _read_sizes(folder)
         if folder is not None and sizes is None:
             _check_whole(config, folder)
-        with small_pi(sizes) if sizes else nullcontext():
+        with small_pi(sizes, image_size=config.image_resolution[0]) if sizes else nullcontext():
             return folders.build(config, seed)
 
     @classmethod
@@ -71,8 +71,11 @@ class Pi(FlowPolicy):
     def inner(self) -> nn.Module:
         return self.policy.model.paligemma_with_expert
 
+    def embed_image(self, image: Tensor) -> Tensor:
+        return self.inner.embed_image(image)
+
     def token_counters(self) -> list[nn.Module]:
-        return [self.vlm.model.language_model.layers[0].mlp, self.inner.gemma_expert.model.layers[0].mlp]
+        return [self.vlm.model.language_model.layers[0].mlp]
 
     @property
     def backbone(self) -> language.Backbone:
@@ -84,14 +87,39 @@ class Pi(FlowPolicy):
     def prepare_images(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return self.policy._preprocess_images(batch)
 
+    def image_tokens(self, image: Tensor) -> int:
+        patch = self.vlm.config.vision_config.patch_size
+        return (image.shape[-2] // patch) * (image.shape[-1] // patch)
+
+    def write_extras(self, folder: Path, home: Path) -> None:
+        """The tokenizer's files; LeRobot itself only knows a hub name for it."""
+        self.tokenizer.save_pretrained(folder / self.tokenizer_folder)
+        folders.point_at(folder, str(home / self.tokenizer_folder))
+        if self.sizes is not None:
+            (folder / SIZES_FILE).write_text(json.dumps(self.sizes, indent=2))
+
+
+@POLICIES.register("pi0", "pi05")
+class Pi(PaliGemmaParts, FlowPolicy):
+    """burnish's verbs over lerobot's PI0Policy and PI05Policy."""
+
+    def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any, sizes: dict | None = None):
+        super().__init__(policy, preprocessor, postprocessor, sizes)
+        # LeRobot's sampler switches to eager attention on its first call; doing so from the start keeps the
+        # language verb bit for bit the same before and after.
+        self.backbone.text_model.config._attn_implementation = "eager"
+
+    @property
+    def expert(self) -> nn.Module:
+        return self.inner.gemma_expert.model
+
+    def token_counters(self) -> list[nn.Module]:
+        return [*super().token_counters(), self.expert.layers[0].mlp]
+
     def model_inputs(self, prepared: dict[str, Any]) -> list[Any]:
         images, masks = self.prepare_images(prepared)
         inputs = [images, masks, prepared[TOKENS], prepared[TOKEN_MASK]]
         return inputs if self.config.type == "pi05" else [*inputs, self.policy.prepare_state(prepared)]
-
-    def image_tokens(self, image: Tensor) -> int:
-        patch = self.vlm.config.vision_config.patch_size
-        return (image.shape[-2] // patch) * (image.shape[-1] // patch)
 
     def time_shape(self) -> tuple[float, float, float, float]:
         c = self.config
@@ -114,13 +142,6 @@ class Pi(FlowPolicy):
         mask = pad.repeat_interleave(R, 0)
         found = model.denoise_step(*state, mask, DynamicCache(repeated), points.flatten(0, 1), time.flatten())
         return found.view(points.shape)
-
-    def write_extras(self, folder: Path, home: Path) -> None:
-        """The tokenizer's files; LeRobot itself only knows a hub name for it."""
-        self.tokenizer.save_pretrained(folder / self.tokenizer_folder)
-        folders.point_at(folder, str(home / self.tokenizer_folder))
-        if self.sizes is not None:
-            (folder / SIZES_FILE).write_text(json.dumps(self.sizes, indent=2))
 
 
 def _read_sizes(folder: Path) -> dict[str, Any] | None:

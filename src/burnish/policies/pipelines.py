@@ -19,7 +19,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.reading import inside, read_object
-from burnish.policies.keys import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE
+from burnish.policies.keys import ACTION, IMAGES, POSTPROCESSOR, PREPROCESSOR, STATE
 from burnish.policies.pretrained import foreign, load_tokenizer, no_remote_code, require_inside
 from burnish.policies.tensors import first, read_file
 
@@ -66,7 +66,7 @@ STEPS = {
 
 
 def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tokenizer: str, *, renamed: bool = False,
-                    own: Iterable[str] = (), source: str = "") -> tuple[Any, Any]:  # fmt: skip
+                    own: dict[str, dict[str, Any]] | None = None, source: str = "") -> tuple[Any, Any]:  # fmt: skip
     """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does.
 
     Args:
@@ -75,7 +75,7 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
         stats: LeRobot statistics that replace the stored ones; None keeps them.
         tokenizer: name of the folder inside it that has the tokenizer's files.
         renamed: the features are not those that the policy was stored with, so its rename map goes too.
-        own: names of registered steps that the policy's type has beyond LeRobot's.
+        own: registered steps that the policy's type has beyond LeRobot's, with options that replace the stored ones.
         source: names `stats` in errors.
 
     Raises:
@@ -87,16 +87,19 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
     if lacking and stats is None:
         raise BurnishError(f"no {lacking[0]} in {folder}, so no normalisation statistics",
                            "LeRobot's processor files, or a training (it takes its data set's statistics)")  # fmt: skip
+    register_steps(config)
     if lacking:
         return new_processors(config, stats, source or str(folder), folder / tokenizer)
-    before, after = (_entries(folder, name, (*STEPS[name], *own)) for name in (PREPROCESSOR, POSTPROCESSOR))
+    before, after = (_entries(folder, name, (*STEPS[name], *(own or ()))) for name in (PREPROCESSOR, POSTPROCESSOR))
     changes: dict[str, dict[str, Any]] = {
+        **(own or {}),
         "device_processor": {"device": str(config.device)},
         "normalizer_processor": {"features": {**config.input_features, **config.output_features},
                                  "norm_map": config.normalization_mapping},
     }  # fmt: skip
     back = {"unnormalizer_processor": {"features": config.output_features, "norm_map": config.normalization_mapping}}
     if stats is not None:
+        stats = picture_statistics(config, stats, _stored_statistics(before, folder))
         changes["normalizer_processor"]["stats"] = back["unnormalizer_processor"]["stats"] = stats
     if renamed:
         changes["rename_observations_processor"] = {"rename_map": {}}
@@ -105,7 +108,6 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
             changes["tokenizer_processor"] = _tokenizer(folder, tokenizer, entry)
         elif entry["registry_name"] == "rename_observations_processor" and not renamed:
             _check_rename(config, entry["config"], folder)
-    _register(config)
     pre, post = _pipeline(before, changes, folder, PREPROCESSOR), _pipeline(after, back, folder, POSTPROCESSOR)
     _reconnect_relative_absolute_steps(pre, post)
     _check_statistics(config, pre, post, source if source and stats is not None else str(folder))
@@ -126,8 +128,9 @@ def new_processors(config: Any, dataset_stats: dict[str, Any], source: str = "th
     from lerobot.processor import TokenizerProcessorStep
 
     local = tokenizer if tokenizer is not None and tokenizer.is_dir() else None
+    stats = picture_statistics(config, dataset_stats, {})
     with no_remote_code(local), foreign("the processors cannot be made", "a tokenizer and statistics that fit"):
-        pre, post = make_pre_post_processors(config, dataset_stats=dataset_stats)
+        pre, post = make_pre_post_processors(config, dataset_stats=stats)
     for step in pre.steps if local is not None else ():
         if isinstance(step, TokenizerProcessorStep):
             step.tokenizer_name = str(local)
@@ -186,13 +189,39 @@ def _check_rename(config: Any, options: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _register(config: Any) -> None:
-    """Import the file in which LeRobot (or a package) registers the steps of this type of policy."""
-    import lerobot.processor  # noqa: F401 - registers the common steps
+def register_steps(config: Any) -> list[str]:
+    """Import the file in which LeRobot (or a package) registers the steps of this type of policy; their names."""
+    from lerobot.processor import ProcessorStepRegistry  # registers the common steps
 
     module = type(config).__module__.replace("configuration_", "processor_")
     with foreign(f"the processors of {config.type} cannot be imported", "LeRobot with that policy"):
         import_module(module)
+    return [name for name in ProcessorStepRegistry.list() if ProcessorStepRegistry.get(name).__module__ == module]
+
+
+def picture_statistics(config: Any, stats: dict[str, Any], stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`stats` with those by which the policy normalises pictures, where it does.
+
+    A camera keeps the statistics that it was trained with (`stored`); a new one has ImageNet's, as with lerobot-train.
+    """
+    from lerobot.utils.constants import IMAGENET_STATS
+
+    mode = config.normalization_mapping.get("VISUAL")
+    if mode is None or mode.name not in _MODES:
+        return stats
+    usual = {name: torch.tensor(value) for name, value in IMAGENET_STATS.items()} if mode.name == "MEAN_STD" else {}
+    return stats | {key: stored.get(key) or {**stats.get(key, {}), **usual} for key in config.image_features}
+
+
+def _stored_statistics(entries: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Statistics of a stored pipeline by feature and name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry in entries:
+        if entry["registry_name"] == "normalizer_processor" and entry.get("state_file") is not None:
+            for name, value in _state(entry["state_file"], folder, PREPROCESSOR).items():
+                key, _, statistic = name.rpartition(".")
+                found.setdefault(key, {})[statistic] = value
+    return found
 
 
 def _pipeline(entries: list[dict[str, Any]], changes: dict[str, dict[str, Any]], folder: Path, name: str) -> Any:
@@ -234,10 +263,12 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         if chosen is not None and STATE not in chosen:
             raise BurnishError(f"{source} leaves {STATE} out of the normalisation", "normalize_observation_keys: null")
     before, after = stored(pre.steps, NormalizerProcessorStep), stored(post.steps, UnnormalizerProcessorStep)
+    pictures = {k: f for k, f in config.image_features.items() if not k.startswith(f"{IMAGES}empty_camera_")}
     for key, feature, found in (
         (STATE, config.robot_state_feature, before),
         (ACTION, config.action_feature, before),
         (ACTION, config.action_feature, after),
+        *((key, feature, before) for key, feature in pictures.items()),
     ):
         mode = config.normalization_mapping.get(feature.type.value)
         if mode is None or mode.name not in _MODES:
@@ -249,7 +280,7 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
                     f"no statistic '{statistic}' of {key} in {source} (it has {first(found) or 'none'})",
                     f"what normalisation {mode.name} needs", _remedy(statistic, source),
                 )  # fmt: skip
-            if tuple(value.shape) != tuple(feature.shape):
+            if tuple(value.shape) != tuple(feature.shape) and key not in pictures:
                 raise BurnishError(f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
                                    f"{feature.shape[0]}, as the features declare",
                                    "statistics and features of the same data set")  # fmt: skip

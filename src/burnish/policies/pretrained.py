@@ -17,7 +17,7 @@ from torch import nn
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import MOST_BYTES, read_json, read_object, regular_file
-from burnish.policies.keys import CONFIG, VLM_FOLDER
+from burnish.policies.keys import CONFIG, FAST_FOLDER, VLM_FOLDER
 from burnish.policies.sizes import check_fits, check_model_numbers
 
 MOST_FILES = 1000
@@ -130,7 +130,7 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
     if place.is_dir():
         if name == VLM_FOLDER:
             vlm_config(place)
-        else:
+        elif name != FAST_FOLDER:  # of which no library reads anything
             check_files(place)
         return place
     fix = f"copy config, tokenizer and processor of its VLM into {shlex.quote(str(place))}"
@@ -144,33 +144,44 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
 
 @contextmanager
 def no_remote_code(tokenizer: Path | None = None) -> Iterator[None]:
-    """Inside, transformers neither runs a folder's code nor asks about it, also where LeRobot calls it.
+    """Inside, transformers neither runs a folder's code nor asks about it, and nothing is fetched, also where LeRobot
+    asks for it.
 
     Args:
         tokenizer: folder that LeRobot's tokenizer step takes whatever name it is given; None leaves the step alone.
     """
     from unittest.mock import patch
 
+    from huggingface_hub import constants
     from lerobot.processor import tokenizer_processor
     from transformers import dynamic_module_utils
 
-    with patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BurnishError("a model that wants to run code of its own", "a model of the libraries' own")
+
+    code = {"TIME_OUT_REMOTE_CODE": 0, "get_cached_module_file": refuse, "get_class_in_module": refuse}
+    with patch.multiple(dynamic_module_utils, **code), patch.object(constants, "HF_HUB_OFFLINE", True):
         if tokenizer is None:
             yield
             return
         with patch.object(tokenizer_processor, "AutoTokenizer") as auto:
-            auto.from_pretrained = lambda *_, **__: load_tokenizer(tokenizer)
+            auto.from_pretrained = lambda *_, **options: load_tokenizer(tokenizer, **options)
             yield
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; raises BurnishError where it is damaged, or asks for what `check_files` refuses."""
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of a folder; of `options` only `add_bos_token` and `add_eos_token` count.
+
+    Raises:
+        BurnishError: it is damaged, or asks for what `check_files` refuses.
+    """
     from transformers import AutoTokenizer
 
     check_files(folder)
     fix = f"put the tokenizer's files into {folder}"
     with foreign(f"the tokenizer in {folder} cannot be loaded", "a tokenizer that transformers can load", fix):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        chosen = {name: options[name] for name in ("add_bos_token", "add_eos_token") if name in options}
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **chosen)
 
 
 def vlm_config(folder: Path) -> Any:

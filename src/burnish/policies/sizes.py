@@ -1,5 +1,7 @@
 """How large the numbers of a policy folder may be, in two tables: no file may ask for more than a machine has."""
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +12,10 @@ from burnish.core.options import check, check_value, number, option
 MOST_FEATURES = 64
 MOST_EDGE = 8192
 MOST_LAYERS = 128
+
+
+_DEEP = re.compile(r"layers?$|layers?_|depth|blocks$")
+_WIDE = re.compile(r"dim|size|hidden|embed|width|channels|heads|groups|keypoints|horizon|tokens")
 
 
 @dataclass
@@ -87,6 +93,17 @@ def check_policy_numbers(raw: dict[str, Any], where: str) -> None:
     if modes is not None and (not isinstance(modes, dict) or not {"STATE", "ACTION"} <= set(modes)):
         raise BurnishError(f"{where}: normalization_mapping does not say how STATE and ACTION are normalised",
                            "a mode for each, e.g. MEAN_STD")  # fmt: skip
+
+
+def check_other_numbers(fields_: dict[str, Any], where: str) -> None:
+    """Raise BurnishError for a number in the fields of a type that has no table here, bounded by what its name says."""
+    for name, value in fields_.items():
+        most = MOST_LAYERS if _DEEP.search(name) else 65_536 if _WIDE.search(name) else 10**9
+        parts = value if isinstance(value, list) else [value]
+        for part in parts if len(parts) <= MOST_FEATURES else [math.inf]:
+            plain = isinstance(part, int | float) and not isinstance(part, bool)
+            if plain and not (number(part) and abs(part) <= most):
+                raise BurnishError(f"{where}: {name} is {str(value)[:60]}", f"up to {most}")
 
 
 def check_model_numbers(config: Any, where: str) -> None:

@@ -53,8 +53,12 @@ class SmolVLA(FlowPolicy):
     def inner(self) -> nn.Module:
         return self.policy.model.vlm_with_expert
 
+    @property
+    def expert(self) -> nn.Module:
+        return self.inner.lm_expert
+
     def token_counters(self) -> list[nn.Module]:
-        return [self.vlm.model.text_model.layers[0].mlp, self.inner.lm_expert.layers[0].mlp]
+        return [self.vlm.model.text_model.layers[0].mlp, self.expert.layers[0].mlp]
 
     @property
     def backbone(self) -> language.Backbone:

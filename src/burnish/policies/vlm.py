@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, LanguageLoss
 from burnish.policies import hidden, language
-from burnish.policies.base import Captured, Stage
+from burnish.policies.base import Captured, Stage, listed
 from burnish.policies.keys import IMAGES
 from burnish.policies.language import Backbone
 from burnish.policies.wrapper import PolicyWrapper
@@ -77,6 +77,10 @@ class VLMPolicy(PolicyWrapper):
                 return step.input_tokenizer
         raise BurnishError("the preprocessor has no tokenizer_processor, which a policy of this type reads its "
                            "instruction by", "LeRobot's steps")  # fmt: skip
+
+    def blocks(self) -> list[nn.Module]:
+        """Layers of the vision tower, the language model and whatever else has layers."""
+        return [block for block in listed(self) if any(True for _ in block.parameters())]
 
     def stages(self) -> list[Stage]:
         first, *others = super().stages()

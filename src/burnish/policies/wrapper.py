@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from burnish.core import seeding
 from burnish.core.errors import BurnishError
-from burnish.core.types import Batch
+from burnish.core.types import Batch, Window
 from burnish.policies import folder as folders
 from burnish.policies import tensors
 from burnish.policies.base import Policy, Stage
@@ -33,8 +33,10 @@ class PolicyWrapper(Policy):
 
     tokenizer_folder = "tokenizer"
     """Folder inside a policy folder that has the tokenizer's files, for the preprocessor."""
+    starts_from_vlm = True
+    """Whether a new one needs the folder of a VLM."""
     processor_steps: tuple[str, ...] = ()
-    """Registered steps of its processors beyond LeRobot's common ones; a folder may name no others."""
+    """See `own_steps`."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__()
@@ -45,8 +47,10 @@ class PolicyWrapper(Policy):
         self.name = policy.config.type
         self.camera_keys = tuple(k for k in self.config.image_features if not k.startswith(f"{IMAGES}empty_camera_"))
         self.cameras = tuple(key.removeprefix(IMAGES) for key in self.camera_keys)
-        self.chunk_size = self.config.chunk_size
-        self.n_action_steps = self.config.n_action_steps
+        steps = self.config.action_delta_indices
+        self.chunk_size, seen = len(steps), self.config.observation_delta_indices or (0,)
+        self.window = Window(tuple(seen), steps[0], getattr(self.config, "drop_n_last_frames", 0))
+        self.n_action_steps = getattr(self.config, "n_action_steps", 0)  # a type may have another name for it
         self.image_size = self.config.image_features[self.camera_keys[0]].shape[-1]
         self.action_dim = self.config.action_feature.shape[0]
         self.state_dim = self.config.robot_state_feature.shape[0]
@@ -65,6 +69,13 @@ class PolicyWrapper(Policy):
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         """The fields of config.json (with "type") as the config is to be made of them."""
         return raw
+
+    @classmethod
+    def own_steps(cls, config: Any) -> dict[str, dict[str, Any]]:
+        """Registered steps of its processors beyond LeRobot's common ones, with options that replace the stored ones;
+        a folder may name no others.
+        """
+        return {name: {} for name in cls.processor_steps}
 
     @classmethod
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:

@@ -22,12 +22,15 @@ def observations(policy: Policy, count: int, root: Path | str = "", seed: int = 
     if count < 1:
         raise BurnishError(f"{count} observations", "at least 1")
     if root:
-        data = RobotData(Path(root), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False)
+        data = RobotData(Path(root), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,
+                         window=policy.window)  # fmt: skip
         return data.finish(to_device(data.raw(0), policy.device), 0)
     draws = torch.Generator().manual_seed(seed)
-    size = policy.image_size
-    batch: Batch = {f"{IMAGES}{camera}": torch.rand(count, 3, size, size, generator=draws) for camera in policy.cameras}
-    batch[STATE] = torch.randn(count, policy.state_dim, generator=draws)
+    moments = len(policy.window.observations)
+    lead = (count, moments) if moments > 1 else (count,)
+    batch: Batch = {f"{IMAGES}{camera}": torch.rand(*lead, 3, *size, generator=draws)
+                    for camera, size in policy.view_sizes.items()}  # fmt: skip
+    batch[STATE] = torch.randn(*lead, policy.state_dim, generator=draws)
     batch[TASK] = ["lift the red cube"] * count
     return to_device(batch, policy.device)
 

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
+from burnish.policies.base import Policy
 
 _ADAPTER = "default"
-_DEFAULT_TARGETS = (
-    r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj|fc1|fc2"
-    r"|state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out|time_mlp_in|time_mlp_out)"
-)
 
 
 def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> None:
@@ -47,19 +45,19 @@ def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
             raise BurnishError(f"{field}: '{pattern}' matches no parameter", f"names such as '{near[0]}'")
 
 
-def add_adapters(policy: nn.Module, config: PeftConfig, seed: int = 0) -> None:
+def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0) -> None:
     """Put LoRA or DoRA layers into `policy`; everything else is frozen. `method: none` does nothing.
 
-    `target_modules` is searched in full module names; empty means attention, MLP and action projections. peft draws
-    the start of A from torch's global generator, which is seeded by `seed` for this and put back.
+    `target_modules` is searched in full module names; empty means `Policy.adapter_targets`. peft draws the
+    start of A from torch's global generator, which is seeded by `seed` for this and put back.
     """
     if config.method == "none":
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = config.target_modules or _DEFAULT_TARGETS
+    pattern = config.target_modules or policy.adapter_targets
     try:
-        targets = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
+        targets = [n for n, m in policy.named_modules() if _is_called(m) and re.fullmatch(pattern, n)]
     except re.error as error:
         raise BurnishError(f"train.peft.target_modules: '{pattern}' is no regular expression ({error})") from error
     if not targets:
@@ -84,6 +82,11 @@ def add_adapters(policy: nn.Module, config: PeftConfig, seed: int = 0) -> None:
         from burnish.train.dora_layer import use_closed_form
 
         use_closed_form(policy)  # the same numbers, sooner
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it is a linear layer that is called; torch's attention takes the weights of its last one by hand."""
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:

@@ -105,22 +105,23 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
         root, policy.cameras, policy.chunk_size, recipe.train.batch_size, recipe.train.seed,
         episodes=recipe.data.episodes, image_size=recipe.data.image_size, cache_dir=recipe.data.cache_dir,
         cache_gb=recipe.data.cache_gb, seen=policy.input_size, augmented=recipe.data.augment, rank=rank, world=world,
-        progress=progress, meta=meta,
+        progress=progress, meta=meta, window=policy.window,
     )  # fmt: skip
     return policy, data, weights_hash(policy)
 
 
 def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str) -> Policy:
     from burnish.policies import create_policy, load_policy
+    from burnish.policies.load import kind_of
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
         return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
                            stats_source=stats_source)  # fmt: skip
-    if "vlm_model_name" not in overrides:
+    if kind_of(recipe.policy.type).starts_from_vlm and "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
-    return create_policy(overrides.pop("vlm_model_name"), features, meta.stats, overrides, type=recipe.policy.type)
+    return create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides, type=recipe.policy.type)
 
 
 def _cameras(recipe: RecipeConfig, meta: Dataset) -> list[str]:

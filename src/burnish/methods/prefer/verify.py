@@ -84,7 +84,8 @@ def _candidates(
     """(batch, chunks [B, C, T, A]) in groups: the data's chunk, a disturbed one, samples of the policy."""
     if candidates < 2 or count < 1:
         raise BurnishError(f"{count} observations of {candidates} candidates", "at least 1 of 2")
-    data = RobotData(root, policy.cameras, policy.chunk_size, min(count, _BATCH), seed, augmented=False)
+    data = RobotData(root, policy.cameras, policy.chunk_size, min(count, _BATCH), seed, augmented=False,
+                     window=policy.window)  # fmt: skip
     random = generator("verify score", seed)
     scale = torch.from_numpy(data.actions.std(0))
     found = []

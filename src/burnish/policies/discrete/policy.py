@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
-from burnish.policies import language, tensors
+from burnish.policies import hidden, language, tensors
 from burnish.policies.base import Stage, TokenForward
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig  # makes the type known to LeRobot
 from burnish.policies.discrete.create import new_policy
 from burnish.policies.discrete.network import bucketed
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.discrete.tokenizers import FAST_FILES
-from burnish.policies.keys import ACTION, PAD, TOKEN_MASK, VLM_FOLDER
+from burnish.policies.keys import ACTION, FAST_FOLDER, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pretrained import check_size, require_inside, vlm_config
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Prompt, noise_seeds
-
-FAST_FOLDER = "fast"
 
 
 @POLICIES.register("burnish_discrete")
@@ -42,7 +40,8 @@ class Discrete(VLMPolicy):
         self._image_tokens: dict[torch.Size, int] = {}
         self.state_positions, self.length = policy.model.state_positions, self.config.length
         exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
-        self.capabilities = VLMPolicy.capabilities | {"tokens", exact}
+        ordered = {"prefix"} if policy.model.tokens.time_ordered else set()
+        self.capabilities = VLMPolicy.capabilities | {"tokens", exact} | ordered
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -239,9 +238,7 @@ class Discrete(VLMPolicy):
         if self._captures:
             images, masks = self.prepare_images(prepared)
             self._note(images, masks, prepared[TOKEN_MASK])
+            tokens = torch.ones(len(images[0]), action_tokens, dtype=torch.bool, device=self.device)
             for captured in self._captures:
-                empty = torch.zeros(len(images[0]), action_tokens, dtype=torch.bool, device=self.device)
-                captured.layout = {name: torch.cat([held, empty], dim=1) for name, held in captured.layout.items()}
-                captured.layout["action"] = torch.zeros_like(captured.layout["text"])
-                captured.layout["action"][:, captured.layout["text"].shape[1] - action_tokens :] = True
+                hidden.add_actions(captured, tokens)
         return self.policy.model.prompt(prepared)

@@ -136,28 +136,36 @@ class Fast(nn.Module):
         Raises:
             BurnishError: a chunk needs more than L tokens.
         """
-        from scipy.fft import dct
-
-        frequencies = np.rint(dct(actions.double().cpu().numpy(), axis=1, norm="ortho") * self.scale).astype(int)
-        texts = ["".join(map(chr, np.clip(chunk.flatten() - self.least, 0, _LAST))) for chunk in frequencies]
-        rows = [self.pairs.encode(text, add_special_tokens=False).ids for text in texts]
+        rows = self.spell(actions)
         longest = max(map(len, rows))
         if longest > self.length:
             raise BurnishError(f"a chunk of {longest} FAST tokens", f"at most fast_length = {self.length}")
         pad = self.vocabulary - 1
         return torch.tensor([row + [pad] * (self.length - len(row)) for row in rows], device=actions.device)
 
+    def spell(self, actions: Tensor) -> list[list[int]]:
+        """The ids of each chunk of normalised actions [B, T, A], as many as it takes."""
+        from scipy.fft import dct
+
+        frequencies = np.rint(dct(actions.double().cpu().numpy(), axis=1, norm="ortho") * self.scale).astype(int)
+        texts = ["".join(map(chr, np.clip(chunk.flatten() - self.least, 0, _LAST))) for chunk in frequencies]
+        return [self.pairs.encode(text, add_special_tokens=False).ids for text in texts]
+
     def decode(self, ids: Tensor) -> Tensor:
-        """[B, L] ids to normalised actions [B, T, A]; tokens that spell too many numbers are cut, too few filled up
+        """[B, L] ids to normalised actions [B, T, A], see `read`."""
+        return self.read(ids.tolist()).to(ids.device)
+
+    def read(self, rows: list[list[int]]) -> Tensor:
+        """Normalised actions [B, T, A] of B lists of ids; those that spell too many numbers are cut, too few filled up
         with zeros, as FAST's authors do.
         """
         from scipy.fft import idct
 
         size = self.chunk_size * self.action_dim
-        numbers = np.zeros((len(ids), size))
-        for row, tokens in enumerate(ids.tolist()):
+        numbers = np.zeros((len(rows), size))
+        for row, tokens in enumerate(rows):
             text = self.pairs.decode([t for t in tokens if t < self.vocabulary - 1], skip_special_tokens=False)
             spelled = [ord(letter) + self.least for letter in text][:size]
             numbers[row, : len(spelled)] = spelled
         actions = idct(numbers.reshape(-1, self.chunk_size, self.action_dim) / self.scale, axis=1, norm="ortho")
-        return torch.from_numpy(actions).to(ids.device, torch.float32)
+        return torch.from_numpy(actions).float()
