@@ -13,6 +13,7 @@ COMMANDS = {
     "align-gradients": ("workshop.align_figures", "draw coherence and conflict of the gradients over training"),
     "align-tokens": ("workshop.align_figures", "draw what image tokens see before and after alignment"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
+    "policy-table": ("workshop.policy_table", "write the table of policies and their verbs anew"),
     "unmasking": ("workshop.unmasking", "measure orders of unmasking and numbers of passes in closed loop"),
 }
 

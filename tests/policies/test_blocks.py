@@ -19,6 +19,7 @@ def test_every_block_is_called_with_its_hooks(policy, batch):
     assert len(blocks) == len(set(blocks))
     inside = {id(part) for block in blocks for part in block.modules() if part is not block}
     assert not inside & {id(block) for block in blocks}, "one block lies inside another"
+    policy.train()  # ACT's encoder of actions works in training alone
     handles = [block.register_forward_pre_hook(lambda module, _: called.add(module)) for block in blocks]
     policy.loss(batch, policy.draw(3, torch.Generator().manual_seed(0))).total.backward()
     for handle in handles:

@@ -40,6 +40,8 @@ def stock(tiny_pi0_fast, policy):
         theirs = get_policy_class("pi0_fast")(config)
         theirs.load_state_dict(policy.policy.state_dict())
         pre, post = make_pre_post_processors(config, pretrained_path=str(tiny_pi0_fast))
+    step = next(s for s in pre.steps if type(s).__name__ == "ActionTokenizerProcessorStep")
+    step.fast_skip_tokens = config.fast_skip_tokens  # which LeRobot does not store
     files = policy.fast
     pairs = SimpleNamespace(decode=lambda ids: files.pairs.decode(ids.tolist(), skip_special_tokens=False))
     theirs.action_tokenizer = SimpleNamespace(bpe_tokenizer=pairs, min_token=files.least, scale=files.scale)

@@ -263,8 +263,8 @@ class Policy(nn.Module, ABC):
 
         Each is called as a module, with hooks, in every forward that reaches it. This one takes the modules whose
         class LeRobot's policy names for sharding (`_fsdp_wrap_modules`) or a transformers model will not have split
-        (`_no_split_modules`), else the items of its lists of modules. A policy that runs the parts of its layers by hand
-        names those parts.
+        (`_no_split_modules`), else the items of its lists of modules. A policy whose layers are run part by part names
+        the parts.
         """
         named = {name for module in self.modules() for table in ("_fsdp_wrap_modules", "_no_split_modules")
                  for name in getattr(module, table, None) or ()}  # fmt: skip
