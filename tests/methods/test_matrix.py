@@ -87,8 +87,9 @@ def ground(tmp_path_factory):
         shutil.copytree(base, tuned)
         draws = torch.Generator().manual_seed(0)
         weights = load_file(base / "model.safetensors")
-        moved = {n: w + 0.01 * torch.randn(w.shape, generator=draws).to(w) for n, w in weights.items()}
-        save_file(moved, tuned / "model.safetensors", metadata={"format": "pt"})
+        numbers = {n: w for n, w in weights.items() if w.is_floating_point()}
+        moved = {n: w + 0.01 * torch.randn(w.shape, generator=draws).to(w) for n, w in numbers.items()}
+        save_file({**weights, **moved}, tuned / "model.safetensors", metadata={"format": "pt"})
         extract(base, tuned, output=root / f"{kind}-delta")
     return root
 

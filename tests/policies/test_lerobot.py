@@ -292,7 +292,7 @@ def test_hidden_states_of_act_are_what_flows_on(folders):
 
 def test_a_new_policy_of_its_config_alone(tmp_path):
     made = [create_policy("", features(("a",)), default_statistics(7, 7), {"dim_model": 32, "n_heads": 2,
-            "dim_feedforward": 32, "use_vae": False}, type="act", generator_seed=seed) for seed in (0, 0, 1)]  # fmt: skip
+            "dim_feedforward": 32, "use_vae": False}, type="act", generator_seed=s) for s in (0, 0, 1)]  # fmt: skip
     weights = [policy.state_dict()["policy.model.action_head.weight"] for policy in made]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
     made[0].save(tmp_path / "p")
