@@ -120,7 +120,7 @@ def test_closing_stops_whoever_is_busy_and_leaves_nobody():
     began = time.monotonic()
     pool.close()
     assert time.monotonic() - began < 30
-    assert not any(process.is_alive() for process in pool._processes)
+    assert not any(process.is_alive() for process in pool._crew.processes)
     pool.close()
 
 
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     with WorkerPool(powers, 1, count=2) as pool, WorkerPool(sleeps, count=1) as busy:
         list(pool.run([1, 2])), list(busy.run([0.0]))
         busy.send(0, 1.0)
-        print(*(process.pid for process in pool._processes + busy._processes), flush=True)
+        print(*(process.pid for process in pool._crew.processes + busy._crew.processes), flush=True)
         while True:
             pool.receive()
 """

@@ -71,7 +71,7 @@ def check_command(words: list[str]) -> None:
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)
     else:
-        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate", "hf", "pip")
+        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate", "torchrun", "ray", "hf", "pip")
 
 
 def check_burnish(argv: list[str]) -> None:

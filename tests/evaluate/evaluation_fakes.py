@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from cluster_fakes import die_once
 
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Expert, Observation, view_size
@@ -18,7 +19,7 @@ class LineEnv:
     """A point on a line that must be pushed beyond 3 or below -3; the initial state decides which, and the start.
 
     The instruction says the side: "go right" or "go left". State 13 kills its process on the fifth step where
-    BURNISH_TEST_CRASH is set. The task "dull" has no expert.
+    BURNISH_TEST_CRASH is set, state 12 on the third where it finds the file die-once. The task "dull" has no expert.
     """
 
     def __init__(self, task: str, image_size: int):
@@ -69,6 +70,8 @@ class LineEnv:
         self.steps += 1
         if self.initial_state == 13 and self.steps == 5 and os.environ.get("BURNISH_TEST_CRASH"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.initial_state == 12 and self.steps == 3:
+            die_once(Path("die-once"))
         self.x += float(np.clip(action[0], -1, 1))
         return self.x > GOAL if self.right else self.x < -GOAL
 

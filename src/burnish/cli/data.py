@@ -9,7 +9,7 @@ from burnish.core.errors import BurnishError
 
 def demos(
     env: str, episodes: int, root: Path, *, image_size: int = 96, cameras: str = "", seed: int = 0, workers: int = 0,
-    geometry: bool = False,
+    geometry: bool = False, engine: str = "processes", num_gpus: float | None = None,
 ) -> None:  # fmt: skip
     """Record expert demonstrations as a LeRobot data set.
 
@@ -24,6 +24,8 @@ def demos(
         seed: first initial state
         workers: simulator processes; 0 means one for each core
         geometry: also keep depth and object masks of every frame
+        engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
+        num_gpus: GPUs of the Ray cluster for each simulator; default: none
 
     Example:
         burnish data demos tabletop:lift 200 data/lift --cameras front,wrist
@@ -32,7 +34,7 @@ def demos(
 
     views = [camera for camera in cameras.split(",") if camera]
     print(make_demos(env, episodes, root, image_size=image_size, cameras=views, seed=seed, workers=workers,
-                     geometry=geometry))  # fmt: skip
+                     geometry=geometry, engine=engine, num_gpus=num_gpus))  # fmt: skip
 
 
 def questions(

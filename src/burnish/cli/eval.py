@@ -11,7 +11,7 @@ def evaluate(
     policy: str, env: str, *, output: Path, episodes: int = 100, first_state: int = 1_000_000, seed: int = 0,
     workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Annotated[list[str], Arg(several=True)] = (), n_action_steps: int | None = None, device: str = "",
-    instruction_swap: bool = False, video: bool = True,
+    instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -33,6 +33,8 @@ def evaluate(
         device: torch device of the policy; default: a GPU where there is one
         instruction_swap: name another object in the instruction
         video: film no episode
+        engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
+        num_gpus: GPUs of the Ray cluster for each simulator; default: none
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
@@ -40,11 +42,13 @@ def evaluate(
         burnish eval runs/lift/policy tabletop:lift --instruction-swap --output runs/lift/eval/swap
         burnish eval random_object tabletop:lift --output runs/lift/eval/chance
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
+        burnish eval small libero:spatial --engine ray:10.0.0.1:6379 --batch-size 64 --output runs/spatial
     """
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers,
-              "max_steps": max_steps, "output": output, "video": video}  # fmt: skip
+              "max_steps": max_steps, "output": output, "video": video, "engine": engine,
+              "num_gpus": num_gpus}  # fmt: skip
     if policy in ("expert", "random_object"):
         flags = {"--batch-size": batch_size, "--cameras": cameras, "--n-action-steps": n_action_steps,
                  "--device": device, "--instruction-swap": instruction_swap}  # fmt: skip

@@ -4,7 +4,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from burnish.cli.parser import Arg
 from burnish.core.config import RecipeConfig
@@ -13,7 +13,8 @@ from burnish.core.errors import BurnishError
 
 def run(
     recipe: str, *overrides: Annotated[str, Arg(fields=RecipeConfig)], result: Path | None = None, fresh: bool = False,
-    variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "",
+    variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "", engine: str = "processes",
+    workers: Annotated[int, Arg(least=0, most=1024)] = 0, num_gpus: float | None = None,
 ) -> None:  # fmt: skip
     """Run a whole recipe (data, training, evaluation, report), or a study: several variants with several seeds.
 
@@ -25,19 +26,24 @@ def run(
         fresh: of a recipe: delete the run's earlier training and measurements
         variants: of a study: only these, separated by commas (the reference among them)
         seeds: of a study: only these, separated by commas
+        engine: of a study: processes (one run after the other), ray, or ray:HOST:PORT, a cluster that runs
+        workers: of a study on Ray: runs at a time; 0 means as many as there is room for
+        num_gpus: of a study on Ray: GPUs for each run; default: one where the cluster has any
 
     Examples:
         burnish run tabletop/quickstart --train.steps=500
         burnish run align/core --seeds 0,1 --result results/align/core.json
+        burnish run align/core --engine ray:10.0.0.1:6379 --num-gpus 1
     """
     from burnish.core.recipe import find_recipe, is_study, read_yaml
 
     if is_study(read_yaml(find_recipe(recipe))):
         if fresh:
             raise BurnishError("--fresh with a study", "a recipe", "delete the run folders that are to be made again")
-        _run_study(recipe, overrides, result, variants, seeds)
-    elif variants or seeds:
-        raise BurnishError(f"--variants or --seeds with {recipe}, which is no study", "a study file")
+        where = {"engine": engine, "workers": workers, "num_gpus": num_gpus}
+        _run_study(recipe, overrides, result, variants, seeds, where)
+    elif variants or seeds or engine != "processes":
+        raise BurnishError(f"--variants, --seeds or --engine with {recipe}, which is no study", "a study file")
     else:
         _run_recipe(recipe, overrides, result, fresh)
 
@@ -54,14 +60,16 @@ def _run_recipe(path: str, overrides: tuple[str, ...], result: Path | None, fres
     print(f"report: {outcome.report}")
 
 
-def _run_study(path: str, overrides: tuple[str, ...], result: Path | None, variants: str, seeds: str) -> None:
+def _run_study(
+    path: str, overrides: tuple[str, ...], result: Path | None, variants: str, seeds: str, where: dict[str, Any]
+) -> None:
     from burnish.experiments.study import choose, load_study, run_study
 
     study, base = load_study(path, overrides)
     choose(study, variants, seeds)
     only = [word for name, value in (("--variants", variants), ("--seeds", seeds)) if value for word in (name, value)]
     command = shlex.join(["burnish", "run", path, *only, *overrides])
-    print(f"runs: {run_study(study, base, command=command, result=result, run_setup=run_setup)}")
+    print(f"runs: {run_study(study, base, command=command, result=result, run_setup=run_setup, **where)}")
 
 
 def run_setup(line: str) -> int:

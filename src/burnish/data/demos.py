@@ -14,12 +14,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from burnish.core.cluster import choose_engine
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, require_space, write_json
 from burnish.core.outputs import kind_of, mark, require_own
 from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object
-from burnish.core.workers import WorkerPool, count_workers
+from burnish.core.workers import Engine, WorkerPool
 from burnish.data import spool as spools
 from burnish.data.record import record_attempts
 from burnish.data.spool import Spool, StoredRecording, check_same_request
@@ -67,7 +68,8 @@ class DemosSummary:
 
 def make_demos(
     env: str, episodes: int, root: Path | str, *, image_size: int = 96, cameras: Sequence[str] = (), seed: int = 0,
-    workers: int = 0, geometry: bool = False, progress: bool = True,
+    workers: int = 0, geometry: bool = False, engine: str = "processes", num_gpus: float | None = None,
+    progress: bool = True,
 ) -> DemosSummary:  # fmt: skip
     """Record successful expert demonstrations as a LeRobotDataset v3 in `root`.
 
@@ -80,6 +82,8 @@ def make_demos(
         seed: first initial state. Where an environment has fixed initial states for evaluation, counted from there.
         workers: simulator processes; 0 means one for each core.
         geometry: also keep depth and object masks of every frame in `<root>/ground_truth`.
+        engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; the data set is the same.
+        num_gpus: GPUs for each simulator on Ray.
         progress: show a bar on stderr.
 
     Returns:
@@ -91,6 +95,7 @@ def make_demos(
     """
     root = Path(root)
     request = _request(env, episodes, image_size, cameras, seed, geometry)
+    place = choose_engine(engine, num_gpus)
     require_own(root, KIND, lambda folder: True)  # what lies in it is looked at next
     root = root.resolve() if root.is_symlink() else root
     if _holds_something(root):
@@ -98,7 +103,7 @@ def make_demos(
     with closing(Spool(root, request)) as spool:
         if _holds_something(root):  # another process has finished it meanwhile
             return _already_made(root, request)
-        shares = _record_all(spool, request, workers, progress)
+        shares = _record_all(spool, request, workers, place, progress)
         summary = _assemble(spool, root, request, shares)
         spool.remove()
     return summary
@@ -197,7 +202,7 @@ def _share_out(shares: list[_Share], episodes: int) -> None:
         share.wanted = episodes // len(able) + (i < episodes % len(able))
 
 
-def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: bool) -> list[_Share]:
+def _record_all(spool: Spool, request: dict[str, Any], workers: int, place: Engine, progress: bool) -> list[_Share]:
     """Run attempts in simulator processes until every share is full; returns the shares."""
     shares = [_Share(task, spool.attempts(task)) for task in request["tasks"]]
     _share_out(shares, request["episodes"])
@@ -207,23 +212,29 @@ def _record_all(spool: Spool, request: dict[str, Any], workers: int, progress: b
     total = request["episodes"]
     name = f"demonstrations of {request['env']}"
     bar = progress_bar(total=total, initial=total - missing, desc=name, unit="demo", shown=progress)
-    processes = min(count_workers(workers), max(1, (missing + 1) // 2))
-    fix = "run the same command again to continue"
+    names: dict[str, Any] = {"name": "simulator process", "fix": "run the same command again to continue"}
+    with bar, place:
+        processes = min(place.count(workers), max(1, (missing + 1) // 2))
+        with WorkerPool(record_attempts, request, count=processes, engine=place, **names) as pool:
+            _record(pool, spool, request, shares, bar)
+    return shares
+
+
+def _record(pool: WorkerPool, spool: Spool, request: dict[str, Any], shares: list[_Share], bar: Any) -> None:
     held: dict[int, _Share] = {}
-    with bar, WorkerPool(record_attempts, request, count=processes, name="simulator process", fix=fix) as pool:
-        while True:
-            _hand_out(pool, held, shares, spool)
-            if len(pool.idle()) == len(pool):
-                return shares
-            for process, (_, number, _), (solved, reason) in pool.receive():
-                share = held[process]
-                if reason:
-                    share.skipped, share.running = reason, set()
-                    _share_out(shares, request["episodes"])
-                else:
-                    share.add(number, solved)
-                bar.n = sum(share.solved_before_enough() for share in shares)
-                bar.refresh()
+    while True:
+        _hand_out(pool, held, shares, spool)
+        if len(pool.idle()) == len(pool):
+            return
+        for process, (_, number, _), (solved, reason) in pool.receive():
+            share = held[process]
+            if reason:
+                share.skipped, share.running = reason, set()
+                _share_out(shares, request["episodes"])
+            else:
+                share.add(number, solved)
+            bar.n = sum(share.solved_before_enough() for share in shares)
+            bar.refresh()
 
 
 def _hand_out(pool: WorkerPool, held: dict[int, _Share], shares: list[_Share], spool: Spool) -> None:
@@ -251,7 +262,11 @@ def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_S
     chosen = []
     for order, share in enumerate(able):
         paths = spool.attempts(share.task_id)
-        chosen += [(number, order, paths[number]) for number in share.used() if share.results[number]]
+        used = [number for number in share.used() if share.results[number]]
+        if not paths.keys() >= {*used}:
+            raise BurnishError(f"{spool.folder} lacks recordings that workers of other machines made",
+                               "a file system that all nodes share", "--engine processes")  # fmt: skip
+        chosen += [(number, order, paths[number]) for number in used]
     recordings = [StoredRecording(path) for _, _, path in sorted(chosen)]
     require_space(root.parent, sum(recording.path.stat().st_size for recording in recordings), str(root))
     per_task = {share.task_id: (len(share.used()), share.wanted) for share in able}

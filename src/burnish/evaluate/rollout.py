@@ -8,10 +8,11 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.core.cluster import choose_engine
 from burnish.core.config import EvalConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
@@ -20,7 +21,7 @@ from burnish.core.outputs import require_own
 from burnish.core.progress import progress_bar
 from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
-from burnish.core.workers import count_workers
+from burnish.core.workers import Engine
 from burnish.envs.base import EnvSpec, Size, check_size, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
@@ -36,13 +37,15 @@ EPISODES_PER_WORKER = 4
 log = logging.getLogger("burnish")
 
 Trial = tuple[EnvSpec, int]
+Prepare = Callable[[EnvSpec], "BatchedPolicy | None"]
 
 
 def evaluate(
     policy: "Policy | Path | str", env: str, *, episodes: int = 100, output: Path | str, first_state: int = 1_000_000,
     seed: int = 0, workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
-    instruction_swap: bool = False, video: bool = True, progress: bool = True, make: MakeEnv = make_env,
+    instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
+    progress: bool = True, make: MakeEnv = make_env,
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -69,6 +72,8 @@ def evaluate(
         device: torch device that a policy folder is loaded to; "" means a GPU where there is one.
         instruction_swap: name another object, where the environment offers it.
         video: film the first two initial states of every task.
+        engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; outcomes are equal.
+        num_gpus: GPUs for each simulator on Ray.
         progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
 
@@ -80,10 +85,11 @@ def evaluate(
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()))  # fmt: skip
     check_trials(trials, Path(output), image_size)
+    place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
-    job = _Job(trials, size, video, progress, make, swap=instruction_swap)
+    job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
 
     def prepare(spec: EnvSpec) -> BatchedPolicy:
         if policy.action_dim != len(spec.action_names):
@@ -98,7 +104,7 @@ def evaluate(
 def evaluate_expert(
     env: str, *, episodes: int = 100, output: Path | str, which: str = "expert", first_state: int = 1_000_000,
     seed: int = 0, workers: int = 0, max_steps: int = 0, image_size: int = 128, video: bool = False,
-    progress: bool = True, make: MakeEnv = make_env,
+    engine: str = "processes", num_gpus: float | None = None, progress: bool = True, make: MakeEnv = make_env,
 ) -> Evaluation:  # fmt: skip
     """Measure a scripted expert on the same initial states, with the same files as `evaluate`.
 
@@ -115,7 +121,7 @@ def evaluate_expert(
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         max_steps=max_steps)  # fmt: skip
     check_trials(trials, Path(output), image_size)
-    job = _Job(trials, image_size, video, progress, make, actor=which)
+    job = _Job(trials, image_size, video, progress, make, actor=which, engine=choose_engine(engine, num_gpus))
     return job.run(Path(output), which, lambda spec: None)
 
 
@@ -146,35 +152,40 @@ class _Job:
     make: MakeEnv
     swap: bool = False
     actor: str = "policy"
+    engine: Engine = field(default_factory=Engine)
 
     @property
     def batch_size(self) -> int:
-        return self.trials.batch_size or EPISODES_PER_WORKER * count_workers(self.trials.workers)
+        return self.trials.batch_size or EPISODES_PER_WORKER * self.engine.count(self.trials.workers)
 
-    def run(self, output: Path, weights: str, prepare: "Callable[[EnvSpec], BatchedPolicy | None]") -> Evaluation:
+    def run(self, output: Path, weights: str, prepare: Prepare) -> Evaluation:
         """`prepare` returns the batched policy (None for an expert) once a simulator has said what it offers."""
         start = time.perf_counter()
-        workers = min(count_workers(self.trials.workers), self.batch_size)
-        with SimulatorPool(workers, self.make, self.image_size) as pool:
-            specs = pool.describe(expand(self.trials.env), self.actor, self.trials.first_state)
-            able = [spec for spec in specs if spec.task_id not in pool.unable]
-            if not able:
-                raise BurnishError(next(iter(pool.unable.values())), "a task with such an expert")
-            for reason in pool.unable.values():
-                log.warning("left out: %s", reason)
-            policy = prepare(able[0])
-            cameras = tuple(policy.cameras.values()) if policy else ()
-            plan = self.plan(able)
-            settings = self.settings(weights, cameras, policy.n_action_steps if policy else 0)
-            with Journal(output, settings) as journal:
-                before = len(journal.records)
-                history = policy.policy.window.reach if policy else 0
-                self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output, history), len(plan))
-                records = {r.key: r for r in journal.records}
-                found = [records[spec.task_id, state] for spec, state in plan]
-                seconds = time.perf_counter() - start
-                evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable)
-                write_json(output / SUMMARY, evaluation.to_dict())
+        with self.engine:
+            workers = min(self.engine.count(self.trials.workers), self.batch_size)
+            with SimulatorPool(workers, self.make, self.image_size, self.engine) as pool:
+                return self._measure(pool, output, weights, prepare, start)
+
+    def _measure(self, pool: SimulatorPool, output: Path, weights: str, prepare: Prepare, start: float) -> Evaluation:
+        specs = pool.describe(expand(self.trials.env), self.actor, self.trials.first_state)
+        able = [spec for spec in specs if spec.task_id not in pool.unable]
+        if not able:
+            raise BurnishError(next(iter(pool.unable.values())), "a task with such an expert")
+        for reason in pool.unable.values():
+            log.warning("left out: %s", reason)
+        policy = prepare(able[0])
+        cameras = tuple(policy.cameras.values()) if policy else ()
+        plan = self.plan(able)
+        settings = self.settings(weights, cameras, policy.n_action_steps if policy else 0)
+        with Journal(output, settings) as journal:
+            before = len(journal.records)
+            history = policy.policy.window.reach if policy else 0
+            self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output, history), len(plan))
+            records = {r.key: r for r in journal.records}
+            found = [records[spec.task_id, state] for spec, state in plan]
+            seconds = time.perf_counter() - start
+            evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable)
+            write_json(output / SUMMARY, evaluation.to_dict())
         return evaluation
 
     def plan(self, specs: Sequence[EnvSpec]) -> list[Trial]:

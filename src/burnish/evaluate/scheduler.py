@@ -10,7 +10,7 @@ import numpy as np
 from burnish.envs.base import Observation
 from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.records import Journal, Record
-from burnish.evaluate.simulators import Episode, Finished, SimulatorPool, Waiting
+from burnish.evaluate.simulators import Episode, Finished, Lost, SimulatorPool, Waiting
 
 
 class Scheduler[T]:
@@ -40,6 +40,10 @@ class Scheduler[T]:
     def finished(self, run: T, reply: Finished, progress: Any) -> None:
         """Notes the outcome."""
 
+    def again(self, run: T) -> T:
+        """The same run before its start: its simulator process died, and the pool has a new one."""
+        raise NotImplementedError
+
     def received(self, reply: Waiting) -> None:
         self.waiting.append(reply)
 
@@ -55,6 +59,8 @@ class Scheduler[T]:
                     free.append(reply.slot)
                     self.finished(self.running.pop(reply.slot), reply, progress)
                     progress.update()
+                elif isinstance(reply, Lost):
+                    self._repeat(reply.slot)
                 else:
                     self.received(reply)
             while self.policy and self.waiting:
@@ -62,6 +68,11 @@ class Scheduler[T]:
                 if len(self.waiting) < self.policy.width and not everyone_waits:
                     break
                 self._replan(self.policy)
+
+    def _repeat(self, slot: int) -> None:
+        self.waiting = deque(one for one in self.waiting if one.slot != slot)
+        run = self.running[slot] = self.again(self.running[slot])
+        self.pool.start(slot, self.episode(run))
 
     def _replan(self, policy: BatchedPolicy) -> None:
         waiting = [self.waiting.popleft() for _ in range(min(policy.width, len(self.waiting)))]
@@ -92,6 +103,9 @@ class Measurement(Scheduler[Planned]):
 
     def request(self, run: Planned, observation: Observation) -> Request:
         return Request(observation, run.episode.task, run.episode.initial_state, len(run.latency_ms))
+
+    def again(self, run: Planned) -> Planned:
+        return Planned(run.episode)
 
     def planned(self, run: Planned, chunk: np.ndarray, milliseconds: float) -> np.ndarray:
         run.latency_ms.append(round(milliseconds, 3))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.workers import WorkerPool
+from burnish.core.workers import Engine, WorkerPool
 from burnish.data.record import Tape
 from burnish.data.spool import write_recording
 from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject, Size
@@ -71,6 +71,13 @@ class Finished:
     steps: int
     instruction: str
     other_success: bool | None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The episode of `slot` went down with its simulator process; the slot is free for its repetition."""
+
+    slot: int
 
 
 @dataclass
@@ -246,15 +253,18 @@ class SimulatorPool(WorkerPool):
         workers: number of processes.
         make: builds a simulator from a single-task id and an image size; must be importable by name.
         image_size: of the images.
+        engine: where they run; processes of this machine by default.
 
     Attributes:
         unable: tasks in which the actor asked about cannot act, and why; known after `describe`.
     """
 
-    def __init__(self, workers: int, make: MakeEnv, image_size: Size):
+    def __init__(self, workers: int, make: MakeEnv, image_size: Size, engine: Engine | None = None):
         fix = "the same command again, which continues after the finished episodes"
-        super().__init__(run_episodes, make, image_size, count=workers, name="simulator process", fix=fix)
+        names = {"name": "simulator process", "fix": fix}
+        super().__init__(run_episodes, make, image_size, count=workers, engine=engine, **names)
         self._episodes: dict[int, Episode] = {}
+        self._lost: list[Lost] = []
         self.unable: dict[str, str] = {}
 
     def describe(self, tasks: Iterable[str], actor: str = "policy", first_state: int = 0) -> list[EnvSpec]:
@@ -282,9 +292,19 @@ class SimulatorPool(WorkerPool):
         """Let the environment's expert complete the waiting episode of `slot`."""
         self._send("finish", slot)
 
-    def poll(self) -> list[Waiting | Finished]:
+    def poll(self) -> list[Waiting | Finished | Lost]:
         """Wait for at least one reply and return all that are there."""
-        return [reply for _, _, reply in self.receive()]
+        replies = [reply for _, _, reply in self.receive()]
+        for reply in replies:
+            if isinstance(reply, Finished):
+                del self._episodes[reply.slot]
+        lost, self._lost = self._lost, []
+        return [*replies, *lost]
+
+    def lost(self, number: int, tasks: list[tuple[Any, str]]) -> None:
+        """The episodes of a dead process are gone from their start on, those included that waited for actions."""
+        super().lost(number, [(task, label) for task, label in tasks if task[0] == "describe"])
+        self._lost += [Lost(slot) for slot in self._episodes if slot % len(self) == number]
 
     def _send(self, command: str, slot: int, *arguments: Any) -> None:
         self.send(slot % len(self), (command, slot, *arguments), str(self._episodes[slot]))

@@ -6,12 +6,13 @@ may share the work (seed 0 in one, seed 1 in another); a last call with all seed
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from burnish.core.cluster import choose_engine
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, make_folder, write_json
@@ -31,6 +32,7 @@ from burnish.core.recipe import (
     run_folder,
 )
 from burnish.core.renames import STUDY, rename
+from burnish.core.workers import Engine, WorkerPool
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, check_place, write_result
 from burnish.experiments.variants import read_successes, variant_rows
@@ -141,7 +143,7 @@ def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
 
 def run_study(
     study: StudyConfig, base: RecipeConfig, *, command: str = "", result: Path | None = None,
-    run_setup: SetupRunner | None = None,
+    run_setup: SetupRunner | None = None, engine: str = "processes", workers: int = 0, num_gpus: float | None = None,
 ) -> Path:  # fmt: skip
     """Train and measure every variant with every seed; finished runs are not repeated.
 
@@ -150,6 +152,9 @@ def run_study(
         command: the command line that the result names.
         result: the committed outcome, e.g. results/align/core.json; it grows with every finished run.
         run_setup: runs the lines of `setup`; a study that has some needs it.
+        engine: "processes", one run after the other in this one, or "ray", see `core.cluster.choose_engine`.
+        workers: on Ray, runs at a time; 0 means as many as there is room for.
+        num_gpus: on Ray, GPUs for each run; None means one where the cluster has any.
 
     Returns:
         The study's folder.
@@ -158,13 +163,44 @@ def run_study(
         BurnishError: a mistake in any variant (before anything is trained), a setup command that failed, a folder that
             holds something else, a run that another process is at.
     """
-    from burnish.train.run import claim_run
-    from burnish.train.setup import make_objectives
+    import torch
 
-    folder = study_folder(study)
+    folder, place = study_folder(study), choose_engine(engine, num_gpus, trains=True)
     check_place(result)
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
-    # A mistake in the last variant should not wait for hours to show.
+    runs = _all_runs(study, base)
+    share(folder, "study", is_study_folder)
+    clocks = {"data": Stages(folder / "data.json", facts)}
+    with alone(folder):
+        make_data(base, clocks["data"])
+    if base.policy.path and _ask_questions(runs.values()):
+        with alone(folder), clocks["data"].stage("questions to the base"):
+            _ask(base.policy.path, base.eval, folder / "base")
+
+    for seed in study.seeds:
+        clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
+        for line in study.setup:
+            with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
+                _set_up(_fill(line, seed, folder), clock, run_setup)
+    finished: list[_Run] = []
+    minutes = sum(clock.minutes for clock in clocks.values())
+    arguments = asdict(study), recipe_to_dict(base), facts, torch.get_num_threads()
+    parallel = engine != "processes"
+    for key, taken in _on_workers(arguments, runs, place, workers) if parallel else finish_runs(runs, *arguments):
+        finished.append(runs[key])
+        minutes += taken
+        if result:
+            _write(study, finished, facts, minutes, result)
+    return folder
+
+
+Runs = dict[tuple[int, str], _Run]
+
+
+def _all_runs(study: StudyConfig, base: RecipeConfig) -> Runs:
+    """By seed and variant. A mistake in the last one should not wait for hours to show."""
+    from burnish.train.setup import make_objectives
+
     runs = {
         (seed, variant): _Run(variant, seed, variant_recipe(study, base, variant, seed))
         for seed in study.seeds
@@ -173,30 +209,44 @@ def run_study(
     for run in runs.values():
         make_objectives(run.recipe)
         _settings(study, run)
-    share(folder, "study", is_study_folder)
-    clocks = {"data": Stages(folder / "data.json", facts)}
-    with alone(folder):
-        make_data(base, clocks["data"])
-    if base.policy.path and _ask_questions(runs.values()):
-        with alone(folder), clocks["data"].stage("questions to the base"):
-            _ask(base.policy.path, base.eval, folder / "base")
-    finished: list[_Run] = []
-    for seed in study.seeds:
-        clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
-        for line in study.setup:
-            with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
-                _set_up(_fill(line, seed, folder), clock, run_setup)
-        for variant in study.variants:
-            run = runs[seed, variant]
-            with claim_run(run.folder):
-                clock = clocks[f"{variant} {seed}"] = Stages(run.folder / "run.json", facts)
-                with clock.stage(f"{variant}, seed {seed}"):
-                    _train_and_measure(study, run)
-            finished.append(run)
-            if result:
-                minutes = sum(clock.minutes for clock in clocks.values())
-                _write(study, finished, facts, minutes, result)
-    return folder
+    return runs
+
+
+def _on_workers(arguments: tuple, runs: Runs, place: Engine, workers: int) -> Iterator[tuple[tuple[int, str], float]]:
+    """As `finish_runs`, in the same order, on the workers of an engine; a run whose worker dies goes on in another."""
+    names: dict[str, Any] = {"name": "worker", "fix": "the same command again, which continues"}
+    todo, done = list(runs), {}
+    with place:
+        count = min(place.count(workers), len(runs))
+        with WorkerPool(finish_runs, *arguments, count=count, engine=place, **names) as pool:
+            for key, (_, taken) in pool.run(runs, label=lambda key: f"{key[1]}, seed {key[0]}"):
+                log.info("%s, seed %d: done", key[1], key[0])
+                done[key] = taken
+                while todo and todo[0] in done:
+                    yield todo[0], done[todo.pop(0)]
+
+
+def finish_runs(
+    tasks: Iterable[tuple[int, str]], study: dict[str, Any], base: dict[str, Any], facts: dict[str, Any], threads: int
+) -> Generator[tuple[tuple[int, str], float], None, None]:
+    """The worker of a study: trains and measures each (seed, variant); yields them with the minutes that they took."""
+    import torch
+
+    torch.set_num_threads(threads)  # sums depend on it
+    settings, recipe = StudyConfig(**study), recipe_from_dict(base, "the recipe of the study")
+    for seed, variant in tasks:
+        run = _Run(variant, seed, variant_recipe(settings, recipe, variant, seed))
+        yield (seed, variant), _finish(settings, run, facts)
+
+
+def _finish(study: StudyConfig, run: _Run, facts: dict[str, Any]) -> float:
+    from burnish.train.run import claim_run
+
+    with claim_run(run.folder):
+        clock = Stages(run.folder / "run.json", facts)
+        with clock.stage(f"{run.variant}, seed {run.seed}"):
+            _train_and_measure(study, run)
+    return clock.minutes
 
 
 def variant_recipe(study: StudyConfig, base: RecipeConfig, variant: str, seed: int) -> RecipeConfig:

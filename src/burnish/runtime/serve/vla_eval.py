@@ -1,0 +1,235 @@
+"""The model-server protocol of vla-eval (allenai/vla-evaluation-harness, protocol 1): its benchmarks drive a policy.
+
+A message is a map {type, payload, seq, timestamp} in msgpack. A client says hello, episode_start, then an observation
+for each step, which is answered by an action of the same seq, and episode_end; what is wrong with a message comes back
+as an error. Arrays are {"__ndarray__", data, dtype, shape}, pictures {"__image__", format, data, shape}. Of a chunk,
+`n_action_steps` actions are handed out before the policy is asked again.
+"""
+
+import io
+import json
+import logging
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from burnish.core.errors import BurnishError, one_line
+from burnish.core.seeding import generator
+from burnish.core.types import Batch
+from burnish.policies.base import Policy
+from burnish.policies.keys import IMAGES, STATE, TASK
+from burnish.policies.pretrained import foreign
+
+PROTOCOL = 1
+MOST_PARTS, MOST_ENTRIES, MOST_TEXT, MOST_SIDE = 1000, 1024, 10_000, 4096
+"""Maps and lists in a message, entries of each, characters of a text, pixels along a view."""
+_DTYPE = re.compile(r"[<|=]?([iuf][1248]|b1)")
+log = logging.getLogger("burnish")
+
+
+class VlaEval:
+    """A policy as vla-eval's model server.
+
+    Args:
+        policy: put into evaluation mode.
+        cameras: the benchmark's cameras in the policy's order; none: those of the same names, or the only one.
+        n_action_steps: actions executed of each chunk; None means the policy's own number.
+        seed: of the policy's noise, which depends on it, the task, the episode and the replan alone.
+
+    Raises:
+        BurnishError: msgpack is not installed, or arguments that do not fit the policy.
+    """
+
+    def __init__(self, policy: Policy, cameras: Sequence[str] = (), n_action_steps: int | None = None, seed: int = 0):
+        try:
+            import msgpack
+        except ImportError:
+            raise BurnishError("vla-eval without msgpack", "the package", "pip install 'burnish[serve]'") from None
+        self.steps = policy.n_action_steps if n_action_steps is None else n_action_steps
+        if not 1 <= self.steps <= policy.chunk_size:
+            raise BurnishError(f"{self.steps} action steps", f"1 to {policy.chunk_size}, the policy's chunk size")
+        if cameras and len(cameras) != len(policy.cameras):
+            raise BurnishError(f"cameras {', '.join(cameras)} for a policy that sees {', '.join(policy.cameras)}",
+                               "one of the benchmark's for each of them, in that order")  # fmt: skip
+        self.msgpack, self.policy, self.cameras, self.seed = msgpack, policy.eval(), tuple(cameras), seed
+        self._resized: set[str] = set()
+
+    def session(self) -> "VlaEvalSession":
+        return VlaEvalSession(self)
+
+    def greeting(self) -> dict[str, Any]:
+        """What hello is answered with; a benchmark takes `observation_params` as its own where it knows them."""
+        wanted = {"send_state": bool(self.policy.state_dim), "send_wrist_image": len(self.policy.cameras) > 1}
+        return {
+            "harness_version": f"burnish {version('burnish')}", "protocol_version": PROTOCOL, "capabilities": {},
+            "model_server": "burnish", "observation_params": {name: True for name, value in wanted.items() if value},
+        }  # fmt: skip
+
+    def act(self, payload: dict[str, Any], episode: str, replan: int) -> np.ndarray:
+        """Actions [n_action_steps, A] for an observation."""
+        batch = self.batch(payload)
+        draws = self.policy.draw(1, generator(self.seed, episode, replan)).to(self.policy.device)
+        actions = self.policy.act(batch, draws).actions[0, : self.steps].float().cpu().numpy()
+        if not np.isfinite(actions).all():
+            raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
+        return actions
+
+    def batch(self, payload: dict[str, Any]) -> Batch:
+        """The observation as a batch of one; raises BurnishError for what is missing or does not fit."""
+        policy, text = self.policy, payload.get("task_description", "")
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            raise BurnishError("task_description is no text", f"at most {MOST_TEXT} characters")
+        batch: Batch = {TASK: [text]}
+        images = payload.get("images")
+        for name, camera in self._names(images if isinstance(images, dict) else {}).items():
+            batch[f"{IMAGES}{name}"] = self._view(read_array(images[camera], f"the view {camera}"), name, camera)
+        if policy.state_dim:
+            values = read_array(payload.get("states", payload.get("state")), "the state").astype(np.float32).ravel()
+            if len(values) != policy.state_dim or not np.isfinite(values).all():
+                raise BurnishError(f"a state of {len(values)} values", f"{policy.state_dim} finite numbers",
+                                   "the benchmark's parameter send_state: true")  # fmt: skip
+            batch[STATE] = torch.from_numpy(values)[None].to(policy.device)
+        return batch
+
+    def _names(self, images: dict[str, Any]) -> dict[str, str]:
+        own = self.policy.cameras
+        names = self.cameras or (tuple(images) if len(images) == len(own) == 1 else own)
+        missing = [name for name in names if name not in images]
+        if missing:
+            raise BurnishError(f"views {', '.join(map(str, images)) or 'none'} without {', '.join(missing)}",
+                               f"one for each camera of the policy ({', '.join(own)})",
+                               "burnish policy serve with --cameras")  # fmt: skip
+        return dict(zip(own, names, strict=True))
+
+    def _view(self, image: np.ndarray, name: str, camera: str) -> torch.Tensor:
+        shape = image.shape
+        if image.dtype != np.uint8 or shape[2:] != (3,) or not 0 < min(shape) <= max(shape) <= MOST_SIDE:
+            found = f"the view {camera} is {image.dtype} {list(image.shape)}"
+            raise BurnishError(found, f"uint8 [height, width, 3] of at most {MOST_SIDE} pixels")
+        view = torch.from_numpy(image).to(self.policy.device).permute(2, 0, 1)[None].float() / 255
+        size = tuple(self.policy.view_sizes[name])
+        if view.shape[2:] != size:
+            if camera not in self._resized:
+                log.warning("views of %s: %s pixels, resized to %s", camera, list(view.shape[2:]), list(size))
+                self._resized.add(camera)
+            view = torch.nn.functional.interpolate(view, size, mode="bilinear", antialias=True).clamp(0, 1)
+        return view
+
+
+class VlaEvalSession:
+    """One client: the episode that it is in, and what is left of the chunk."""
+
+    def __init__(self, server: VlaEval):
+        self.server = server
+        self.episodes, self.episode, self.replan = 0, "", 0
+        self.left: deque[np.ndarray] = deque()
+
+    def answer(self, frame: bytes | str) -> bytes | None:
+        number = 0
+        try:
+            message = read_message(frame, self.server.msgpack)
+            number = message["seq"]
+            reply = self._answer(message["type"], message["payload"])
+        except BurnishError as error:
+            reply = "error", {"error": str(error)}
+        return None if reply is None else self._pack(*reply, number)
+
+    def _answer(self, kind: str, payload: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        if kind == "hello":
+            theirs = payload.get("protocol_version", PROTOCOL)
+            if theirs != PROTOCOL:
+                raise BurnishError(f"protocol {str(theirs)[:20]}", f"protocol {PROTOCOL} of vla-eval")
+            return "hello", self.server.greeting()
+        if kind == "observation":
+            if not self.left:
+                self.left.extend(self.server.act(payload, self.episode, self.replan))
+                self.replan += 1
+            return "action", {"actions": self.left.popleft()}
+        if kind == "episode_start":
+            self._begin(payload.get("task"))
+        elif kind == "error":
+            log.warning("the client says: %s", str(payload.get("error"))[:200])
+        return None
+
+    def _begin(self, task: Any) -> None:
+        """Noise follows the task and the number of its episode; where that is not told, of those on this connection."""
+        self.episodes, self.replan = self.episodes + 1, 0
+        self.left.clear()
+        named = {k: v for k, v in task.items() if isinstance(v, str | int)} if isinstance(task, dict) else {}
+        named.setdefault("episode_idx", f"-{self.episodes}")
+        self.episode = json.dumps(named, sort_keys=True)
+
+    def _pack(self, kind: str, payload: dict[str, Any], number: int) -> bytes:
+        message = {"type": kind, "payload": payload, "seq": number, "timestamp": time.time()}
+        return self.server.msgpack.packb(message, default=pack_array)
+
+
+def pack_array(array: np.ndarray) -> dict[str, Any]:
+    """An array as the harness has it."""
+    data = np.ascontiguousarray(array)
+    return {"__ndarray__": True, "data": data.tobytes(), "dtype": data.dtype.str, "shape": list(data.shape)}
+
+
+def read_message(frame: bytes | str, msgpack: Any) -> dict[str, Any]:
+    """The message in a frame; raises BurnishError for anything else. Nothing but maps, lists and values is made."""
+    parts = 0
+
+    def counted(part: Any) -> Any:
+        nonlocal parts
+        parts += 1
+        if parts > MOST_PARTS:  # a byte of input can become a list of 56
+            raise ValueError(f"more than {MOST_PARTS} maps and lists")
+        return part
+
+    if isinstance(frame, str):
+        raise BurnishError("a text message", "a binary one, in msgpack")
+    bounds = {"max_str_len": MOST_TEXT, "max_array_len": MOST_ENTRIES, "max_map_len": MOST_ENTRIES, "max_ext_len": 0}
+    try:
+        found = msgpack.unpackb(frame, object_hook=counted, list_hook=counted, **bounds)
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+        raise BurnishError(f"a message that is no msgpack ({one_line(error, 100)})", "a small map") from None
+    if not isinstance(found, dict) or not {"type", "payload", "seq"} <= found.keys():
+        raise BurnishError("a message that lacks type, payload or seq", "a map of them")
+    kinds = ("hello", "observation", "episode_start", "episode_end", "error")
+    if found["type"] not in kinds:
+        raise BurnishError(f"a message of type {str(found['type'])[:40]!r}", f"one of {', '.join(kinds)}")
+    if not isinstance(found["payload"], dict) or type(found["seq"]) is not int:
+        raise BurnishError("a message whose payload is no map or whose seq is no number", "a map, and a whole number")
+    return found
+
+
+def read_array(value: Any, what: str) -> np.ndarray:
+    """A packed array or picture, or a list of numbers; raises BurnishError, which names it `what`, for others."""
+    if isinstance(value, list) and value and all(type(one) in (int, float) for one in value):
+        return np.array(value, np.float64)
+    if not isinstance(value, dict):
+        raise BurnishError(f"{what} is {'missing' if value is None else 'no array'}", "a packed array or picture")
+    data, shape = value.get("data"), value.get("shape")
+    if not isinstance(data, bytes):
+        raise BurnishError(f"{what} has no data", "bytes")
+    if value.get("__image__") and value.get("format") in ("png", "jpeg"):
+        return _picture(data, what)
+    dtype = value.get("dtype")
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise BurnishError(f"{what} has the dtype {str(dtype)[:20]}", "integers, floats or flags, little-endian")
+    kind = np.dtype(dtype)
+    whole = isinstance(shape, list) and len(shape) <= 4 and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    if not whole or math.prod(shape) * kind.itemsize != len(data):
+        raise BurnishError(f"{what} has the shape {str(shape)[:60]} and {len(data)} bytes", "as many as the shape says")
+    return np.frombuffer(data, kind).reshape(shape).copy()
+
+
+def _picture(data: bytes, what: str) -> np.ndarray:
+    from PIL import Image
+
+    with foreign(what, "a PNG or JPEG picture"), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        if max(image.size) > MOST_SIDE:  # before anything is unpacked
+            raise BurnishError(f"{what} has {image.width}x{image.height} pixels", f"at most {MOST_SIDE} along a side")
+        return np.array(image.convert("RGB"))
