@@ -17,7 +17,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Chunk, Draws
-from burnish.policies.base import Policy
+from burnish.policies.base import Policy, Window
 
 msgpack = pytest.importorskip("msgpack")
 client = pytest.importorskip("websockets.sync.client")
@@ -135,6 +135,10 @@ def test_views_and_cameras(session):
     assert view.shape == (1, 3, 8, 8) and view.dtype == torch.float32 and float(view.min()) == 1
     for images, said in (({}, "views none without image"), ({"a": None, "b": None}, "views a, b without image")):
         assert said in unpack(session.answer(observation(images=images)))["payload"]["error"]
+    model.window = Window((-1, 0))
+    with pytest.raises(BurnishError, match="sees earlier observations too"):
+        VlaEval(model)
+    del model.window
     for arguments, said in (((["a", "b"],), "cameras a, b for a policy that sees image"), (((), 5), "5 action steps")):
         with pytest.raises(BurnishError, match=said):
             VlaEval(model, *arguments)

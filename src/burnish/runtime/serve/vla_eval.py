@@ -53,8 +53,10 @@ class VlaEval:
         except ImportError:
             raise BurnishError("vla-eval without msgpack", "the package", "pip install 'burnish[serve]'") from None
         self.steps = policy.n_action_steps if n_action_steps is None else n_action_steps
-        if not 1 <= self.steps <= policy.chunk_size:
-            raise BurnishError(f"{self.steps} action steps", f"1 to {policy.chunk_size}, the policy's chunk size")
+        if not 1 <= self.steps <= policy.act_steps:
+            raise BurnishError(f"{self.steps} action steps", f"1 to {policy.act_steps}, the policy's chunk")
+        if policy.window.reach:
+            raise BurnishError(f"{policy.name} sees earlier observations too", "a policy that acts on the present one")
         if cameras and len(cameras) != len(policy.cameras):
             raise BurnishError(f"cameras {', '.join(cameras)} for a policy that sees {', '.join(policy.cameras)}",
                                "one of the benchmark's for each of them, in that order")  # fmt: skip
