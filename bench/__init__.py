@@ -5,10 +5,13 @@ A bench is a module here with `run(args) -> dict`, holding name, device, version
 
 import argparse
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 
 # name: the bounds that the figures are meant to keep, shown beside them
+ON_GPU = ("align", "decode", "isolate", "train")
+"""Benches that can run on a GPU; the others measure the CPU, whatever else the machine has."""
 BENCHES: dict[str, dict[str, str]] = {
     "align": {
         "step_ratio_cached": "<= 1.10",
@@ -69,10 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="", help="also write the JSON object to this file")
     parser.add_argument("--mergekit", default="", metavar="PYTHON", help="merge: interpreter with mergekit, the peer")
     parser.add_argument("--size", default="tiny", choices=("tiny", "smolvla"), help="memory: of the policy")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
+                        help=f"cuda: {', '.join(ON_GPU)}; bench/gpu.py measures more there")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 
 def main(args: argparse.Namespace) -> int:
+    _choose(args.name, args.device)
     outcome = import_module(f"bench.{args.name}").run(args)
     outcome["targets"] = BENCHES[args.name]
     text = json.dumps(outcome, indent=1)
@@ -86,6 +92,16 @@ def main(args: argparse.Namespace) -> int:
         for figure, value in outcome["figures"].items():
             print(f"{figure:32s} {show(value):>12s}   {BENCHES[args.name].get(figure, '')}")
     return 0
+
+
+def _choose(name: str, device: str) -> None:
+    """Hide a GPU that is not asked for, so that neither is it used nor does its name stand beside a CPU's numbers."""
+    from burnish.core.errors import BurnishError
+
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for one
+    elif name not in ON_GPU:
+        raise BurnishError(f"bench {name} on a GPU", f"one of {', '.join(ON_GPU)}", f"python -m bench {name}")
 
 
 def show(value: object) -> str:

@@ -53,16 +53,15 @@ def _prepare(folder: Path) -> str:
     """Data, a teacher and the name of the policy."""
     import json
 
-    import torch
     from safetensors.torch import save_file
 
     from bench.train import _base, make_frames
+    from burnish.core.seeding import seeded
     from burnish.teachers.scene3d import DEFAULTS, SceneNet
 
     make_frames(folder / "data", episodes=4, frames=60, size=IMAGE)
     (folder / "teacher").mkdir()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         save_file(SceneNet(**DEFAULTS).state_dict(), folder / "teacher" / "model.safetensors")
     (folder / "teacher" / "config.json").write_text(json.dumps({"model": DEFAULTS}))
     policy, name = _base(folder)
@@ -211,10 +210,12 @@ def _peaks(variants: Iterable[str], folder: Path) -> Generator[float, None, None
 
     for variant in variants:
         stepper = _Stepper(folder, variant)
+        if stepper.run.device.type == "cuda":  # what training takes, not what was taken to begin it
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             stepper.step()
         stepper.streams.close()
-        if torch.cuda.is_available():
+        if stepper.run.device.type == "cuda":
             yield torch.cuda.max_memory_allocated() / 1e6
         else:  # getrusage would do, but a started process inherits its parent's highest mark there
             status = Path("/proc/self/status").read_text().splitlines()

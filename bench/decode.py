@@ -20,9 +20,9 @@ CPU_SIZE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 
 SMALL_SIZE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
 """About 4 million: what surrounds a pass weighs as much as the pass."""
-GPU_SIZE = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32, "num_attention_heads": 20,
-            "num_key_value_heads": 4}  # fmt: skip
-"""About 2.5 billion weights."""
+GPU_SIZE = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+            "num_key_value_heads": 8}  # fmt: skip
+"""About 2.8 billion weights, the widths of Llama-3.2-3B; bench/gpu.py takes 7 billion too."""
 BINS = 256
 ONE_PASS = "one_pass"
 FEW = (ONE_PASS, "prompt_cached_equal")
@@ -178,6 +178,7 @@ def random_models(step: int, steps: int, size: dict[str, int], device: str, dtyp
     from lerobot.configs import FeatureType, PolicyFeature
     from transformers import LlamaConfig, LlamaModel
 
+    from burnish.core.seeding import seeded
     from burnish.policies.discrete.configuration_discrete import DiscreteConfig
     from burnish.policies.discrete.network import TokenNet
     from burnish.policies.discrete.token_model import NetTokenModel
@@ -200,8 +201,7 @@ def random_models(step: int, steps: int, size: dict[str, int], device: str, dtyp
         output_features={"action": PolicyFeature(FeatureType.ACTION, (step,))},
         chunk_size=steps, n_action_steps=steps, block_size=step, bins=bins, device=device,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0, device), torch.device(device):
         net = TokenNet(config, Backbone(LlamaConfig(vocab_size=384, tie_word_embeddings=True, **size)))
     net = net.to(device, dtype).eval().requires_grad_(False)
     blocks, whole = NetTokenModel(net), NetTokenModel(net)

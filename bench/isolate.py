@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "edit_speedup_small_base": small["edit_speedup_over_loop"],
         },
         "detail": {
-            "batch_size": BATCH, "image_size": IMAGE, "ratios": ratios,
+            "batch_size": BATCH, "image_size": IMAGE, "ratios": ratios, "edit_speedups_on": "one CPU thread",
             "step_seconds": {n: statistics.median(s) / EVERY for n, s in seconds.items()},
             "peak_megabytes": {n: value / 1e6 for n, value in memory.items()}, "cosines": cosines,
             "backbone_parameters": sum(shape.numel() for shape in shapes.values()), "backbone_tensors": len(shapes),

@@ -12,6 +12,7 @@ COMMANDS = {
     "package-base": ("workshop.package_base", "store a policy in half precision as a base that comes with the package"),
     "align-gradients": ("workshop.align_figures", "draw coherence and conflict of the gradients over training"),
     "align-tokens": ("workshop.align_figures", "draw what image tokens see before and after alignment"),
+    "real": ("workshop.real", "write a policy of real size with random weights, for measuring"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
     "policy-table": ("workshop.policy_table", "write the table of policies and their verbs anew"),
     "unmasking": ("workshop.unmasking", "measure orders of unmasking and numbers of passes in closed loop"),

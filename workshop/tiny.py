@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import seeded
 from burnish.policies import create_policy
 from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, FAST_FOLDER, IMAGES, STATE
@@ -96,23 +97,42 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = 
     )
 
 
-def build_vlm(
+def build_vlm(folder: Path | str, *, seed: int = 0, **files: Any) -> Path:
+    """Write a SmolVLM folder with random float32 weights, tokenizer and processor.
+
+    `AutoModelForImageTextToText.from_pretrained(folder)` loads it. An image becomes
+    (image_size / patch_size / scale_factor)^2 tokens. The other arguments are those of `vlm_files`.
+
+    Args:
+        folder: where to write; made if missing.
+        seed: of the weights; the global generator is left as it was.
+
+    Returns:
+        The folder.
+    """
+    from transformers import SmolVLMForConditionalGeneration
+
+    config = vlm_files(folder, **files)
+    with seeded(seed):
+        model = SmolVLMForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def vlm_files(
     folder: Path | str,
     *,
     texts: Iterable[str] = NANO_TEXTS,
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
     vocab_size: int = 384,
+    rows: int = 0,
     scale_factor: int = 2,
     image_size: int = 32,
     patch_size: int = 8,
     split_digits: bool = True,
-    seed: int = 0,
-) -> Path:
-    """Write a SmolVLM folder with random float32 weights, tokenizer and processor.
-
-    `AutoModelForImageTextToText.from_pretrained(folder)` loads it. An image becomes
-    (image_size / patch_size / scale_factor)^2 tokens.
+) -> Any:
+    """Write config, tokenizer and processor of a SmolVLM into a folder, and no weights.
 
     Args:
         folder: where to write; made if missing.
@@ -121,15 +141,15 @@ def build_vlm(
         text: fields of LlamaConfig that differ from the nano ones. Keep rope_theta at 10000: SmolVLA's joint forward
             has that number built in, and another one would make the language verb and the policy disagree.
         vocab_size: upper limit of the vocabulary.
+        rows: of the word embeddings; 0 means as many as the tokenizer has ids.
         scale_factor: pixel shuffle of the connector, on each side.
         image_size, patch_size: pixels.
         split_digits: see `build_tokenizer`.
-        seed: of the weights; the global generator is left as it was.
 
     Returns:
-        The folder.
+        The config.
     """
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+    from transformers import SmolVLMConfig
 
     tokenizer = build_tokenizer(texts, vocab_size, split_digits)
     config = SmolVLMConfig(
@@ -140,21 +160,18 @@ def build_vlm(
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             **(text or {}),
-            "vocab_size": len(tokenizer),
+            "vocab_size": rows or len(tokenizer),
         },
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         scale_factor=scale_factor,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SmolVLMForConditionalGeneration(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build_processor(tokenizer, config, image_size).save_pretrained(folder)
-    return folder
+    return config
 
 
 def build_processor(tokenizer: Any, config: Any, image_size: int) -> Any:

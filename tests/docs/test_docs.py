@@ -17,6 +17,7 @@ import yaml
 
 import bench
 import burnish
+from bench import gpu
 from burnish.cli.main import COMMANDS, find, main, present_names
 from burnish.cli.parser import CommandParser
 from burnish.core.recipe import find_recipe, is_study, load_recipe
@@ -67,6 +68,8 @@ def check_command(words: list[str]) -> None:
         check_burnish(words[1:])
     elif words[:2] == ["python", "-m"]:
         check_outside(words[2:])
+    elif words[:2] == ["python", "bench/gpu.py"]:
+        gpu.make_parser().parse_args(words[2:])
     elif words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)

@@ -20,7 +20,7 @@ OrZero = Annotated[int, Arg(least=0, most=65_536)]
 
 def profile(
     policy: str, *, data: str = "", set_: Annotated[list[str], Arg(metavar="FIELD=VALUE")] = (), batch_size: Count = 1,
-    repeats: Repeats = 30, warmup: OrZero = 3, device: str = "cpu", threads: Threads = 0, json: bool = False,
+    repeats: Repeats = 30, warmup: OrZero = 3, device: str = "", threads: Threads = 0, json: bool = False,
     output: Path | None = None,
 ) -> None:  # fmt: skip
     """Say where the time of a policy's call goes.
@@ -32,7 +32,7 @@ def profile(
         batch_size: observations in a call
         repeats: calls to time
         warmup: calls before that
-        device: torch device
+        device: torch device; default: a GPU where there is one
         threads: CPU threads; 0 means torch's own number
         json: print JSON instead of a table
         output: folder for profile.json and profile.png
@@ -84,7 +84,7 @@ def profile_table(outcome: dict[str, Any]) -> str:
 
 def decode(
     policy: str, *, decoder: list[str] = (), option: Options = (), data: str = "", count: Count = 4,
-    repeats: Repeats = 3, device: str = "cpu",
+    repeats: Repeats = 3, device: str = "",
     figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None, json: bool = False,
     output: Path | None = None, own: bool = False, into: Annotated[str, Arg(metavar="FILE:LABEL")] = "",
 ) -> None:  # fmt: skip
@@ -97,7 +97,7 @@ def decode(
         data: data set to decode, with action errors; default: random images
         count: observations, decoded one at a time
         repeats: timed decodes of each
-        device: torch device
+        device: torch device; default: a GPU where there is one
         figure: draw the forward passes of a decoder (the first named, or pipelined)
         json: print JSON instead of a table
         output: also write the figures as JSON to this file
@@ -117,11 +117,12 @@ def decode(
             require_file(place, kind)
     if into:
         _rows_of(into)  # before anything is timed
+    model = load_policy(policy, device=device)
     found = compare_decoders(
-        load_policy(policy, device=device), decoders=decoder, options=read_options(option, "--option"), own=own,
+        model, decoders=decoder, options=read_options(option, "--option"), own=own,
         data=data, count=count, repeats=repeats, figure=figure or "",
     )  # fmt: skip
-    outcome = {"policy": policy, "options": option, "data": data, "count": count, "device": device, **found}
+    outcome = {"policy": policy, "options": option, "data": data, "count": count, "device": str(model.device), **found}
     if output:
         write_json(output, outcome)
     if into:
@@ -179,7 +180,7 @@ def _rows_of(target: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
 
 
 def verify_decode(
-    policy: str, *, data: str = "", count: Count = 4, option: Options = (), double: bool = False, device: str = "cpu",
+    policy: str, *, data: str = "", count: Count = 4, option: Options = (), double: bool = False, device: str = "",
     json: bool = False,
 ) -> int:  # fmt: skip
     """Check a token policy against the assumptions of fast decoding: look-ahead, leaks, drift, shift.
@@ -192,7 +193,7 @@ def verify_decode(
         count: observations
         option: an option of the decode plan, e.g. threshold=0.9; repeat at will
         double: compute in float64, where rounding decides nothing
-        device: torch device
+        device: torch device; default: a GPU where there is one
         json: print JSON instead of a table
 
     Examples:
@@ -221,7 +222,7 @@ def verify_score(
     candidates: Annotated[int, Arg(least=2, most=64)] = 4,
     draws: Annotated[list[int], Arg(several=True, least=1, most=4096)] = (1, 4, 16, 64),
     steps: Annotated[int, Arg(least=1, most=4096)] = 24, probes: OrZero = 0,
-    disturbance: Annotated[float, Arg(least=0)] = 0.3, seed: int = 0, device: str = "cpu",
+    disturbance: Annotated[float, Arg(least=0)] = 0.3, seed: int = 0, device: str = "",
     json: bool = False, output: Path | None = None,
 ) -> None:  # fmt: skip
     """Check a flow policy's score against its exact log-probability by the ODE.
@@ -241,7 +242,7 @@ def verify_score(
         probes: random probes of the divergence; 0 means none, it is taken exactly
         disturbance: noise on the disturbed chunk, in standard deviations
         seed: seed of observations, noise and draws
-        device: torch device
+        device: torch device; default: a GPU where there is one
         json: print JSON instead of a table
         output: also write the JSON to this file
 
@@ -269,7 +270,7 @@ def verify_score(
         command += ["--reference", reference] if reference else []
         command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
         command += ["--draws", *map(str, draws)]
-        write_json(output, _as_figures(shlex.join(command), found))
+        write_json(output, _as_figures(shlex.join(command), found, model.device))
     if json:
         print(dumps(found, indent=1))
         return
@@ -311,11 +312,11 @@ def serve(
     print("stopped")
 
 
-def _as_figures(command: str, found: dict[str, Any]) -> dict[str, Any]:
+def _as_figures(command: str, found: dict[str, Any], device: Any) -> dict[str, Any]:
     """In the form of `python -m bench`, so that pages can show it."""
     from burnish.core.provenance import commit, machine
 
-    versions = machine()
+    versions = machine(device)
     return {
         "name": "verify score", "command": command, "device": versions.pop("device"),
         "versions": versions, "commit": commit(), "n": found["observations"],

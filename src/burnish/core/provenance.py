@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,31 @@ def weights_hash(policy: Any) -> str:
     A moved folder keeps its hash. Folder and module do not agree with each other: continue an evaluation with what
     it was started with.
     """
-    digest = hashlib.sha256()
     if isinstance(policy, str | Path):
+        digest = hashlib.sha256()
         for path in sorted(Path(policy).glob("*.safetensors")):
-            with regular_file(path, Path(policy)).open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            found = regular_file(path, Path(policy)).stat()
+            digest.update(path.name.encode() + _file_digest(path, found.st_ino, found.st_size, found.st_mtime_ns))
         config = read_object(Path(policy) / "config.json", Path(policy))
         kept = {k: v for k, v in config.items() if k not in _NOT_HASHED}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         return digest.hexdigest()[:16]
     import torch
+    import xxhash
 
+    digest = xxhash.xxh3_128()  # every training starts with it, and SHA-256 would take half a minute for pi05
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, inode: int, size: int, changed: int) -> bytes:
+    """SHA-256 of a file, read once for as long as the rest stays the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @cache
@@ -61,11 +70,15 @@ def commit() -> str:
         return ""
 
 
-def machine() -> dict[str, str]:
-    """Device and versions, by name, of the machine that measures; every bench and result names them."""
+def machine(device: Any = "") -> dict[str, str]:
+    """Device and versions, by name, of the machine that measures; every bench and result names them.
+
+    A GPU is named only where `device` is one; "" is a GPU where there is one, as everywhere.
+    """
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "no GPU"
     packages = ("burnish", "lerobot", "torch", "transformers", "mujoco")
     return {
         "device": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpu}",

@@ -1,5 +1,7 @@
 """Image augmentation of whole batches: random shift and colour jitter, from a generator, on any device."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,12 @@ SHIFT = 0.04
 JITTER = 0.2
 """Brightness moves by up to half of this (of full scale); contrast and saturation scale by 1 +- this."""
 _GREY = (0.299, 0.587, 0.114)
+
+
+@cache
+def _grey(device: torch.device) -> Tensor:
+    """Weights of red, green and blue [3]; kept, because the host waits for the device wherever it sends it numbers."""
+    return torch.tensor(_GREY, device=device)
 
 
 def to_float(images_BHW3: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ def colour_jitter(images_B3HW: Tensor, generator: torch.Generator, moments: int 
     draws = torch.rand(batch // moments, 3, generator=generator, device=device) * 2 - 1
     draws = draws.repeat_interleave(moments, 0) if moments > 1 else draws
     brightness, contrast, saturation = draws[:, 0] * JITTER / 2, 1 + draws[:, 1] * JITTER, 1 + draws[:, 2] * JITTER
-    grey_3 = torch.tensor(_GREY, device=device)
+    grey_3 = _grey(device)
     keep = saturation[:, None, None] * torch.eye(3, device=device)
     matrix_B33 = contrast[:, None, None] * (keep + (1 - saturation)[:, None, None] * grey_3.expand(3, 3))
     flat = images_B3HW.reshape(batch, 3, height * width)

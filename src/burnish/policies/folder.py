@@ -20,6 +20,7 @@ from torch import nn
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
+from burnish.core.seeding import seeded
 from burnish.policies.keys import CONFIG, PREPROCESSOR
 from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code
 from burnish.policies.sizes import check_policy_numbers
@@ -85,10 +86,9 @@ def build(config: Any, seed: int) -> nn.Module:
 
     files = getattr(config, "vlm_model_name", "")
     what = f"a policy of type {config.type} cannot be built" + (f" with the VLM files at '{files}'" if files else "")
-    with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), no_remote_code():
-        torch.manual_seed(seed)
-        with foreign(what, "a config whose values go together"):
-            return get_policy_class(config.type)(config)
+    fit = foreign(what, "a config whose values go together")
+    with seeded(seed), redirect_stdout(io.StringIO()), no_remote_code(), fit:
+        return get_policy_class(config.type)(config)
 
 
 def point_at(folder: Path, target: str, **fields: str) -> None:

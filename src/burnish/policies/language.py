@@ -55,14 +55,16 @@ def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: lis
     Returns:
         LanguageLoss over [B, n + L]; the first n columns are the image, with the special tokens around it.
     """
-    encoded = encode(backbone, image, questions, answers)
-    embeds, real, labels = _join(backbone, image, encoded)
+    written = vqa.encode(backbone.tokenizer, -1, 0, questions, answers, bos=backbone.bos)
+    embeds, real, labels = _join(backbone, image, _moved(written, image.device))
+    lead = torch.tensor([0, labels.shape[1] - written.labels.shape[1]])
+    at = ((written.labels != vqa.IGNORE).nonzero() + lead).to(image.device, non_blocking=True)
     allowed = _allowed(backbone, real, (labels != vqa.IGNORE).int().argmax(dim=1))
     if backbone.run is not None:
-        return vqa.token_losses(backbone.run(embeds, allowed, _positions(real)), labels, backbone.head)
+        return vqa.token_losses(backbone.run(embeds, allowed, _positions(real)), labels, backbone.head, at)
     hidden = backbone.text_model(inputs_embeds=embeds, attention_mask=_additive(allowed[:, None], embeds.dtype),
                                  position_ids=_positions(real), use_cache=False).last_hidden_state  # fmt: skip
-    return vqa.token_losses(hidden, labels, backbone.head)
+    return vqa.token_losses(hidden, labels, backbone.head, at)
 
 
 @torch.no_grad()
@@ -89,14 +91,20 @@ def greedy_answers(backbone: Backbone, image: Tensor, questions: list[str], max_
 
 
 def encode(backbone: Backbone, image: Tensor, questions: list, answers: list | None) -> vqa.Encoded:
-    encoded = vqa.encode(backbone.tokenizer, -1, 0, questions, answers, bos=backbone.bos)
-    return vqa.Encoded(*(part.to(image.device) for part in encoded))
+    return _moved(vqa.encode(backbone.tokenizer, -1, 0, questions, answers, bos=backbone.bos), image.device)
+
+
+def _moved(encoded: vqa.Encoded, device: torch.device) -> vqa.Encoded:
+    """On `device`; the host does not wait until it is there."""
+    return vqa.Encoded(*(part.to(device, non_blocking=True) for part in encoded))
 
 
 def _join(backbone: Backbone, image: Tensor, encoded: vqa.Encoded) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings [B, S, D], real positions bool [B, S] and labels [B, S] of image and text together."""
     before, after = (
-        backbone.embed_text(torch.tensor([ids] * len(image), dtype=torch.long, device=image.device)).to(image.dtype)
+        backbone.embed_text(torch.tensor([ids] * len(image), dtype=torch.long).to(image.device, non_blocking=True)).to(
+            image.dtype
+        )
         for ids in backbone.around_image
     )
     text = backbone.embed_text(encoded.input_ids).to(image.dtype)

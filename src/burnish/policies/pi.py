@@ -19,6 +19,8 @@ from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import CONFIG, TOKEN_MASK, TOKENS
 from burnish.policies.load import POLICIES
 from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.pipelines import new_processors
+from burnish.policies.pretrained import load_vlm, vlm_config
 from burnish.policies.sizes import check_fits, check_model_numbers
 from burnish.policies.vlm import VLMPolicy
 
@@ -142,6 +144,25 @@ class Pi(PaliGemmaParts, FlowPolicy):
         mask = pad.repeat_interleave(R, 0)
         found = model.denoise_step(*state, mask, DynamicCache(repeated), points.flatten(0, 1), time.flatten())
         return found.view(points.shape)
+
+    @classmethod
+    def create(cls, name: str, source: Path | str, features: dict[str, Any], dataset_stats: dict[str, Any],
+               overrides: dict[str, Any], *, generator_seed: int = 0, device: str = "cpu") -> Self:  # fmt: skip
+        """A new pi0 or pi05 on a PaliGemma folder (weights, tokenizer), the action expert random; see SmolVLA.create.
+
+        Raises:
+            BurnishError: not a PaliGemma of the size that LeRobot builds, or features that do not fit.
+        """
+        folder = Path(source).absolute()
+        kind = vlm_config(folder).model_type
+        if kind != "paligemma":
+            raise BurnishError(f"a VLM of type '{kind}' in {folder}", f"paligemma, which {name} is made of")
+        raw = {"type": name, "push_to_hub": False, **overrides}
+        config = folders.decode_config(raw, str(folder), features, device)
+        policy = cls.build(config, generator_seed)
+        weights = load_vlm(folder).state_dict()
+        tensors.load_tensors(policy.model.paligemma_with_expert.paligemma, weights, str(folder), extra_allowed=True)
+        return cls(policy.to(device), *new_processors(config, dataset_stats, tokenizer=folder))
 
 
 def _read_sizes(folder: Path) -> dict[str, Any] | None:

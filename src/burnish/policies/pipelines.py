@@ -138,6 +138,15 @@ def new_processors(config: Any, dataset_stats: dict[str, Any], source: str = "th
     return pre, post
 
 
+def place(preprocessor: Any, device: torch.device) -> None:
+    """Let the pipeline move batches to `device`; statistics follow the batches by themselves."""
+    from lerobot.processor import DeviceProcessorStep
+
+    for step in preprocessor.steps:
+        if isinstance(step, DeviceProcessorStep):
+            step.device, step.tensor_device, step.non_blocking = device.type, device, device.type == "cuda"
+
+
 def _entries(folder: Path, name: str, known: Iterable[str]) -> list[dict[str, Any]]:
     """The steps of a stored pipeline, each with "registry_name" and "config", checked."""
     path, entries = folder / name, []

@@ -16,6 +16,7 @@ from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
+from burnish.policies.whole_images import see_whole
 
 
 @POLICIES.register("smolvla")
@@ -26,6 +27,10 @@ class SmolVLA(FlowPolicy):
 
     tokenizer_folder = VLM_FOLDER
     state_positions = 1
+
+    def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
+        super().__init__(policy, preprocessor, postprocessor)
+        see_whole(self.vlm.model.vision_model.embeddings)
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:

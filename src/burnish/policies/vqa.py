@@ -72,18 +72,22 @@ def encode(tokenizer: Any, image_token: str | int, num_image_tokens: int,
     return _pad(sequences, labels, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def token_losses(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> LanguageLoss:
+def token_losses(
+    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], at: Tensor | None = None
+) -> LanguageLoss:
     """Next-token losses of the answers; the head runs on answer tokens only, as vocabularies are wide.
 
     Args:
         hidden: [B, S, D] last hidden states (after the final norm).
         labels: [B, S] with IGNORE off the answers.
         head: maps [N, D] to [N, vocabulary] logits.
+        at: long [N, 2], row and column of the answers' tokens, in order; to look for them, a GPU's host would wait.
     """
     mask = labels != IGNORE
-    losses = F.cross_entropy(head(hidden[:, :-1][mask[:, 1:]]).float(), labels[mask], reduction="none")
+    rows, columns = (mask.nonzero() if at is None else at).unbind(1)
+    losses = F.cross_entropy(head(hidden[rows, columns - 1]).float(), labels[rows, columns], reduction="none")
     per_token = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
-    return LanguageLoss(per_token.masked_scatter(mask, losses), mask)
+    return LanguageLoss(per_token.index_put((rows, columns), losses), mask)
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from burnish.core import seeding
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Window
 from burnish.policies import folder as folders
-from burnish.policies import tensors
+from burnish.policies import pipelines, tensors
 from burnish.policies.base import Policy, Stage
 from burnish.policies.keys import ACTION, IMAGES, STATE, TASK
 
@@ -63,6 +63,12 @@ class PolicyWrapper(Policy):
         shapes = (self.config.image_features[key].shape for key in self.camera_keys)
         return {camera: (shape[-2], shape[-1]) for camera, shape in zip(self.cameras, shapes, strict=True)}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to`, `cuda` and the like call; the preprocessor goes along, so that no batch makes a detour."""
+        super()._apply(fn, recurse)
+        pipelines.place(self.preprocessor, self.device)
+        return self
+
     # How a folder of its type is read and made.
 
     @classmethod
@@ -103,7 +109,7 @@ class PolicyWrapper(Policy):
         cls, name: str, source: Path | str, features: dict, dataset_stats: dict, overrides: dict, **options: Any
     ) -> "PolicyWrapper":
         """A new policy of type `name`, see `burnish.policies.create_policy`."""
-        raise BurnishError(f"a new policy of type '{name}'", "smolvla or burnish_discrete",
+        raise BurnishError(f"a new policy of type '{name}'", "smolvla, pi0, pi05 or burnish_discrete",
                            "load a checkpoint of that type instead")  # fmt: skip
 
     def save(self, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,

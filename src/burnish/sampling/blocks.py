@@ -77,7 +77,7 @@ class BlockDecoder(Decoder):
 
     def _prepare(self, prompt: Prompt, state: BlockState) -> Buffers:
         """Buffers for prompts of this shape; where graphs refer to them, prompt and state are copied into place."""
-        key = (prompt.states.shape, prompt.states.dtype)
+        key = (prompt.states.shape, prompt.states.dtype, self.passes.graphed(prompt.states.device))
         buffers = self._buffers.pop(key, None)
         if buffers is None:
             kept = prompt

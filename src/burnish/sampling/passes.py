@@ -1,6 +1,8 @@
 """How a forward pass is run: as it is, through torch.compile, or as a CUDA graph. What it computes is the same."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +14,20 @@ from burnish.sampling.plan import DecodePlan
 from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_tokens
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel, visible
 from burnish.sampling.unmask import likeliest
+
+_LOOKED_INTO: ContextVar[bool] = ContextVar("passes are looked into", default=False)
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Inside, passes run as they are, in the shapes of graphs: nobody can look into a graph, and to wait for the
+    device while one is recorded is an error.
+    """
+    token = _LOOKED_INTO.set(True)
+    try:
+        yield
+    finally:
+        _LOOKED_INTO.reset(token)
 
 
 @dataclass
@@ -40,9 +56,12 @@ class Passes:
 
     def static(self, device: torch.device) -> bool:
         """True where shapes come from a short list."""
-        return self.plan.compile or self.graphed(device)
+        return self.plan.compile or self._can_graph(device)
 
     def graphed(self, device: torch.device) -> bool:
+        return self._can_graph(device) and not _LOOKED_INTO.get()
+
+    def _can_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.plan.graph is not False
 
     def blocks(self, fed: int, device: torch.device) -> int:

@@ -42,6 +42,15 @@ class Window:
         return means
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """{"memory_gb": the most that tensors took since the last call, in 10^9 bytes}; {} where no GPU counts it."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory_gb": peak}
+
+
 class Metrics:
     """The file metrics.jsonl, one object per line with at least "step".
 

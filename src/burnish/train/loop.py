@@ -18,7 +18,7 @@ from burnish.core.recipe import recipe_to_dict, run_folder
 from burnish.core.types import Batch
 from burnish.train import checkpoint, selfcheck
 from burnish.train.divergence import DivergenceGuard
-from burnish.train.logging import Metrics, draw_curves
+from burnish.train.logging import Metrics, draw_curves, peak_memory
 from burnish.train.optim import learning_rate
 from burnish.train.run import Run, TrainResult, claim_run, finished, result, start_files, start_over, tidy
 from burnish.train.setup import is_first_process, own_accelerate_state
@@ -168,7 +168,7 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
 def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -> dict[str, Any]:
     row: dict[str, Any] = {"step": run.step, "minutes": run.minutes()} | run.window.means()
     row |= {"lr": learning_rate(run.step - 1, run.recipe.train), "step_seconds": seconds, "data_wait_share": wait_share}
-    row |= {name: float(value) for name, value in edits.items()}
+    row |= peak_memory(run.device) | {name: float(value) for name, value in edits.items()}
     for objective in run.objectives.values():
         row |= {name: float(value) for name, value in objective.metrics().items()}
     return row

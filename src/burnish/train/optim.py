@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
-from burnish.core.seeding import derive_seed
+from burnish.core.seeding import derive_seed, seeded
 from burnish.policies.base import Policy
 
 _ADAPTER = "default"
@@ -75,8 +75,7 @@ def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0) -> None:
         use_dora=config.method == "dora",
         lora_dropout=0.0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "adapters"))
+    with seeded(derive_seed(seed, "adapters"), next(policy.parameters()).device):
         inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
     if lora.use_dora:
         from burnish.train.dora_layer import use_closed_form

@@ -28,7 +28,7 @@ from burnish.methods.objective import Objective
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
 from burnish.train.optim import Average, adamw, add_adapters, add_parameters, choose_trained
-from burnish.train.setup import make_accelerator, make_objectives, policy_and_data
+from burnish.train.setup import make_accelerator, make_objectives, policy_and_data, precision_note
 from burnish.train.step import OWN, Step
 
 log = logging.getLogger("burnish")
@@ -59,6 +59,7 @@ class Run(seat.Run):
         self.output = run_folder(recipe)
         self.accelerator = make_accelerator(recipe, self.output)
         self.device: torch.device = self.accelerator.device
+        self.say(precision_note(recipe.train.precision, self.device))
         self.step = 0
         self.window, self.drawn = Window(), time.perf_counter()
         self._minutes_before, self._started = 0.0, math.nan
@@ -66,7 +67,7 @@ class Run(seat.Run):
         self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
         # One rank decodes the frames, the others wait for its lock: a barrier of ranks has a time limit.
         self.policy, self.data, self.parent_hash = policy_and_data(
-            recipe, self.accelerator.process_index, self.accelerator.num_processes, progress
+            recipe, self.accelerator.process_index, self.accelerator.num_processes, progress, str(self.device)
         )
         self.objectives = make_objectives(recipe)
         self._prepare_policy()

@@ -26,13 +26,21 @@ def own_accelerate_state() -> Iterator[None]:
     """accelerate keeps its settings in process-wide variables; without this a second run could not choose others."""
     from accelerate.state import AcceleratorState, GradientState
 
-    random_state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
-        torch.random.set_rng_state(random_state)
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):  # a step seeds torch's global generators
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=False)
+            GradientState._reset_state()
+
+
+def precision_note(precision: str, device: torch.device) -> list[str]:
+    """What to say to whoever trains in float32 on a GPU; the default is the same everywhere, so that bits are."""
+    if device.type != "cuda" or precision != "no":
+        return []
+    return ["train.precision is no: float32 on a GPU, without its matrix units; --train.precision=bf16 uses them and "
+            "keeps weights and optimiser in float32"]  # fmt: skip
 
 
 def is_first_process() -> bool:
@@ -82,8 +90,9 @@ def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
         raise BurnishError(f"the trackers {', '.join(recipe.train.trackers)} do not start ({line})") from error
 
 
-def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool) -> tuple[Policy, RobotData, str]:
-    """Load the data set and the policy that fits it; also returns the hash of the policy's weights.
+def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool,
+                    device: str = "cpu") -> tuple[Policy, RobotData, str]:  # fmt: skip
+    """Load the data set and, onto its device, the policy that fits it; also returns the hash of the policy's weights.
 
     Raises:
         BurnishError: statistics are missing, the action dimensions differ, a camera is missing, and all that
@@ -96,7 +105,7 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     require(meta, recipe.data.episodes, _cameras(recipe, meta))
     keys = tuple(k for k in (ACTION, STATE) if k in meta.features)
     check_statistics(meta.stats, keys, root)
-    policy = _load_policy(recipe, meta, f"{root}/meta/stats.json")
+    policy = _load_policy(recipe, meta, f"{root}/meta/stats.json", device)
     width = meta.features["action"]["shape"][0]
     if policy.action_dim != width:
         raise BurnishError(f"{root} has actions of dimension {width}", f"{policy.action_dim} as the policy has",
@@ -110,18 +119,19 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool)
     return policy, data, weights_hash(policy)
 
 
-def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str) -> Policy:
+def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device: str) -> Policy:
     from burnish.policies import create_policy, load_policy
     from burnish.policies.load import kind_of
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
         return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
-                           stats_source=stats_source)  # fmt: skip
+                           stats_source=stats_source, device=device)  # fmt: skip
     if kind_of(recipe.policy.type).starts_from_vlm and "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
-    return create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides, type=recipe.policy.type)
+    return create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides, type=recipe.policy.type,
+                         device=device)  # fmt: skip
 
 
 def _cameras(recipe: RecipeConfig, meta: Dataset) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
+from burnish.core.seeding import seeded
 from burnish.policies import folder as folders
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import load
@@ -57,8 +58,7 @@ def _build(
     load_tensors(policy.model.vlm, vlm.state_dict(), str(vlm_folder), extra_allowed=True)
     if base is not None and config.state_as == "row" and config.max_state_dim == base.config.max_state_dim:
         policy.model.state_proj.load_state_dict(base.policy.model.state_proj.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         policy.model.start()
     policy.fit_tokens(stats)
     _check_images(policy)

@@ -1,0 +1,200 @@
+"""Parts 4 to 7: latency of `act`, decoders against the bytes of the weights, closed loop, server."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench.gpu_meter import Setting, flops, kept, launches, median_of, ratio, roofline, timed
+from burnish.core.errors import BurnishError
+
+TIERS: dict[str, Callable[[Any], Callable[[dict[str, Any]], Any]]] = {
+    "lerobot": lambda policy: (
+        lambda batch: policy.postprocessor(policy.policy.predict_action_chunk(policy.preprocessor(dict(batch))))
+    ),
+    "eager": lambda policy: policy.act,
+}
+"""Ways to run a call by name, each from a policy to a function of a batch; a new executor adds its own here."""
+CHUNKS = (8, 50)
+"""Control steps of a chunk: 56 and 350 tokens at 7 dimensions."""
+
+
+def act(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One call of SmolVLA and of pi05 with two views, every tier, in float32 and bf16; and where its time goes."""
+    for name in ("smolvla", "pi05"):
+        setting.clear()
+        yield from _calls(setting, name, _two_views(setting, name, setting.pick(256, 32)))
+
+
+def _two_views(setting: Setting, name: str, image_size: int) -> Any:
+    from workshop.real import make_real
+
+    return make_real(name, device=setting.device, cameras=("front", "wrist"), image_size=image_size,
+                     tiny=setting.rehearse)  # fmt: skip
+
+
+def _calls(setting: Setting, name: str, policy: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    import torch
+
+    from burnish.runtime.observations import observations
+    from burnish.runtime.profile import profile
+
+    batch = observations(policy, 1)
+    for precision in ("float32", "bf16"):
+        for tier, make in TIERS.items():
+            call = partial(make(policy), batch)
+            with torch.no_grad(), _autocast(setting, precision):
+                found = timed(setting, call, setting.pick(15, 2), setting.pick(3, 1))
+                found["launches"] = launches(setting, call)
+            yield f"{name}_{tier}_{precision}", found
+    with torch.no_grad(), _autocast(setting, "bf16"):
+        anatomy = profile(policy, [batch], repeats=setting.pick(5, 1), warmup=1, progress=False).figures()
+        operations = flops(partial(policy.act, batch))
+    yield f"{name}_anatomy", {"stages": anatomy["stages"], "tflop": operations / 1e12}
+
+
+def _autocast(setting: Setting, precision: str) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.autocast(setting.device.split(":")[0], torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def act_figures(found: dict[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for name, row in found.items():
+        if "median" in row:
+            shown |= {f"{name}_ms": row["median"], f"{name}_p99_ms": row["p99"], f"{name}_launches": row["launches"]}
+    for name in ("smolvla", "pi05"):
+        for tier in TIERS:
+            if tier != "lerobot":
+                times = (median_of(found, f"{name}_{kind}_float32") for kind in ("lerobot", tier))
+                shown[f"{name}_{tier}_over_lerobot"] = ratio(*times)
+    return kept(shown)
+
+
+def decode(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Decoders on random backbones of 3 and 7 billion in bf16; those with a schedule in as many passes as ours.
+
+    Every pass must read all weights of the language model once. What is compared with that is the time of a decode
+    less that of the prompt's pass, for each further pass.
+    """
+    best = roofline(setting)
+    yield "roofline", best
+    for name in ("discrete-3b", "discrete-7b"):
+        setting.clear()
+        policy = _two_views(setting, name, setting.pick(224, 32)).requires_grad_(False)
+        text = policy.policy.model.text_model
+        size = sum(p.numel() * p.element_size() for n, p in text.named_parameters() if "embed_tokens" not in n)
+        floor = size / best["copy_gb_s"] / 1e6
+        yield name, {"language_model_gb": size / 1e9, "floor_ms": floor}
+        for steps in setting.pick(CHUNKS, (2, 4)):
+            for kind, found in _decoders(setting, policy, steps):
+                yield f"{name}_{7 * steps}_{kind}", found | {"floor_ms": floor}
+        del policy, text
+
+
+def _decoders(setting: Setting, policy: Any, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    import torch
+
+    from burnish.runtime.observations import observations
+    from burnish.sampling.token_model import make_decoder
+
+    blocks, whole = models(policy, steps)
+    with torch.no_grad():
+        prompt = blocks.embed(policy.preprocessor(dict(observations(policy, 1))))
+        prefill = timed(setting, partial(blocks.prefill, prompt), setting.pick(5, 1))["median"]
+    kinds = ("together", "pipelined", "sequential")[: 3 if steps == min(CHUNKS) or setting.rehearse else 2]
+    made: dict[str, Any] = {kind: make_decoder(kind, blocks) for kind in kinds}
+    passes = made["together"](prompt).passes
+    made["one_pass"] = make_decoder("one_pass", whole)
+    for kind in ("prompt_cached", "bidirectional"):
+        made[f"{kind}_equal"] = make_decoder(kind, whole, steps=passes)
+    while made:  # each one's buffers and graphs go before the next one's come
+        kind, decoder = next(iter(made.items()))
+        found = timed(setting, partial(decoder, prompt), setting.pick(5, 1), setting.pick(2, 1))
+        yield kind, found | {"prefill_ms": prefill, "passes": decoder(prompt).passes}
+        del made[kind], decoder
+
+
+def models(policy: Any, steps: int) -> tuple[Any, Any]:
+    """The policy's backbone with chunks of `steps`: block-causal over control steps, and bidirectional."""
+    from dataclasses import replace
+
+    import torch
+
+    from burnish.policies.discrete.network import TokenNet
+    from burnish.policies.discrete.token_model import NetTokenModel
+
+    config = replace(policy.config, chunk_size=steps, n_action_steps=steps)
+    net = policy.policy.model
+    kind = next(net.text_model.parameters()).dtype
+    with torch.device(policy.device):
+        net = TokenNet(config, net.vlm).to(kind).eval().requires_grad_(False)
+    blocks, whole = NetTokenModel(net), NetTokenModel(net)
+    whole.block = whole.length
+    return blocks, whole
+
+
+def decode_figures(found: dict[str, Any]) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for name, row in found.items():
+        if "passes" not in row:
+            continue
+        shown[f"{name}_ms"], shown[f"{name}_passes"] = row["median"], row["passes"]
+        if row["passes"] > 1:
+            each = (row["median"] - row["prefill_ms"]) / (row["passes"] - 1)
+            shown[f"{name}_pass_ms"], shown[f"{name}_pass_over_roofline"] = each, each / row["floor_ms"]
+        base, _, kind = (
+            name.rpartition("_") if not name.endswith("_equal") else name.removesuffix("_equal").rpartition("_")
+        )
+        if kind in ("cached", "bidirectional"):
+            base = base.removesuffix("_prompt")
+            shown[f"{name}_over_together"] = ratio(row["median"], median_of(found, f"{base}_together"))
+    return kept(shown)
+
+
+def loop(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Closed loop on the tabletop: a SmolVLA of real size on the GPU, simulators on the CPU's cores."""
+    from burnish.evaluate.rollout import evaluate
+    from workshop.real import make_real
+
+    setting.clear()
+    policy = make_real("smolvla", device=setting.device, image_size=setting.pick(96, 32), state_dim=4, action_dim=4,
+                       tiny=setting.rehearse)  # fmt: skip
+    episodes, limit = setting.pick((32, 100), (2, 10))
+    with TemporaryDirectory() as folder:
+        try:
+            found = evaluate(policy, "tabletop:lift", episodes=episodes, output=Path(folder) / "eval", video=False,
+                             max_steps=limit, workers=setting.pick(0, 1), progress=False)  # fmt: skip
+        except BurnishError as error:  # simulators that cannot render here, say
+            yield "tabletop", {"skipped": str(error)}
+            return
+        steps = sum(record.steps for record in found.records)
+        yield "tabletop", {"n": episodes, "seconds": found.seconds, "control_steps": steps, "max_steps": limit,
+                           "episodes_per_minute": 60 * episodes / found.seconds, **found.latency_ms}  # fmt: skip
+
+
+def loop_figures(found: dict[str, Any]) -> dict[str, Any]:
+    row = found.get("tabletop", {})
+    if "seconds" not in row:
+        return {}
+    return {
+        "episodes_per_minute": row["episodes_per_minute"],
+        "control_steps_per_s": row["control_steps"] / row["seconds"],
+    }
+
+
+def serve(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The policy server with eight clients; `bench/serve.py` has it as soon as there is a server."""
+    if find_spec("bench.serve") is None:
+        yield "server", {"skipped": "there is no policy server yet (bench/serve.py measures it)"}
+        return
+    yield "server", import_module("bench.serve").measure(setting, clients=8)
+
+
+def serve_figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.get("server", {}).items() if isinstance(value, int | float)}
