@@ -12,10 +12,11 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from safetensors.torch import load_file, save_file
 
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import seeded
 from burnish.policies import create_policy, load, load_policy
 from burnish.policies import folder as folders
-from burnish.policies.pi_sizes import small_pi
-from workshop.tiny import default_statistics, make_tiny
+from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from workshop.tiny import NANO_TEXTS, build_tokenizer, default_statistics, make_tiny
 
 
 def draw(policy, size=3):
@@ -229,7 +230,7 @@ def test_new_policy_mistakes(nano_vlm, tmp_path):
     stats = default_statistics(5, 4)
     with pytest.raises(BurnishError, match="no VLM"):
         create_policy(tmp_path, features(), stats)
-    with pytest.raises(BurnishError, match="type 'pi0'"):
+    with pytest.raises(BurnishError, match="type 'smolvlm'.*paligemma, which pi0 is made of"):
         create_policy(nano_vlm, features(), stats, type="pi0")
     with pytest.raises(BurnishError, match="no statistic 'mean' of observation.state"):
         create_policy(nano_vlm, features(), {})
@@ -263,3 +264,42 @@ def test_tiny_sizes_are_put_back():
 def test_unknown_tiny_type(tmp_path):
     with pytest.raises(BurnishError, match="a tiny policy of type 'none'"):
         make_tiny("none", tmp_path)
+
+
+@pytest.fixture
+def nano_paligemma(tmp_path):
+    """Folder of a PaliGemma in the sizes of a tiny pi0, with random weights and a tokenizer."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    sizes, tokenizer = PI_SIZES["gemma_2b"], build_tokenizer([*NANO_TEXTS, "Task: State: Action: 0 1 2 3"], 384)
+    text = {
+        "model_type": "gemma", "hidden_size": sizes["width"], "intermediate_size": sizes["mlp_dim"],
+        "num_hidden_layers": sizes["depth"], "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"], "head_dim": sizes["head_dim"], "vocab_size": len(tokenizer),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    vision = {**PI_SIZES["vision"], "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14,
+              "projection_dim": sizes["width"], "vision_use_head": False}  # fmt: skip
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_id=len(tokenizer) - 1,
+                             projection_dim=sizes["width"])  # fmt: skip
+    with seeded(3):
+        model = PaliGemmaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "paligemma")
+    tokenizer.save_pretrained(tmp_path / "paligemma")
+    return tmp_path / "paligemma", {**PI_SIZES, "vocab_size": len(tokenizer)}
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_new_pi_has_the_weights_of_its_paligemma(name, nano_paligemma, batch):
+    folder, sizes = nano_paligemma
+    stats = default_statistics(7, 7)
+    fields = {"chunk_size": 8, "n_action_steps": 8, "max_state_dim": 8, "max_action_dim": 8, "num_inference_steps": 2,
+              "image_resolution": [28, 28], "tokenizer_max_length": 96}  # fmt: skip
+    with small_pi(sizes):
+        policy = create_policy(folder, features(("top",), 7, 7), stats, fields, type=name)
+    stored = load_file(folder / "model.safetensors")
+    key = next(k for k in stored if k.endswith("layers.1.self_attn.q_proj.weight") and "language_model" in k)
+    own = dict(policy.vlm.named_parameters())
+    found = next(p for n, p in own.items() if n.endswith("language_model.layers.1.self_attn.q_proj.weight"))
+    assert found.equal(stored[key])
+    assert policy.act(batch, draw(policy)).actions.isfinite().all()
