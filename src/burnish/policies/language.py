@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,8 +58,8 @@ def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: lis
     """
     written = vqa.encode(backbone.tokenizer, -1, 0, questions, answers, bos=backbone.bos)
     embeds, real, labels = _join(backbone, image, _moved(written, image.device))
-    lead = torch.tensor([0, labels.shape[1] - written.labels.shape[1]])
-    at = ((written.labels != vqa.IGNORE).nonzero() + lead).to(image.device, non_blocking=True)
+    places = np.argwhere(written.labels.numpy() != vqa.IGNORE) + [0, labels.shape[1] - written.labels.shape[1]]
+    at = torch.from_numpy(places).to(image.device, non_blocking=True)
     allowed = _allowed(backbone, real, (labels != vqa.IGNORE).int().argmax(dim=1))
     if backbone.run is not None:
         return vqa.token_losses(backbone.run(embeds, allowed, _positions(real)), labels, backbone.head, at)
