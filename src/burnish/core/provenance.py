@@ -34,12 +34,12 @@ def weights_hash(policy: Any) -> str:
     import torch
     import xxhash
 
-    digest = xxhash.xxh3_128()  # every training starts with it, and SHA-256 would take half a minute for pi05
+    quick = xxhash.xxh3_128()  # every training starts with it, and SHA-256 takes over ten times as long
     for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        quick.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return digest.hexdigest()[:16]
+        quick.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return quick.hexdigest()[:16]
 
 
 @lru_cache(maxsize=64)
