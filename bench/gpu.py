@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import import_module
@@ -103,8 +103,9 @@ def run_parts(names: list[str], out: Path, rehearse: bool, commit: str = "") -> 
     out.mkdir(parents=True, exist_ok=True)
     wrong = 0
     for name in todo:
-        print(f"{name} (up to {PARTS[name].seconds:.0f} s)", file=sys.stderr, flush=True)
-        outcome = run_part(name, PARTS[name], rehearse)
+        part = replace(PARTS[name], seconds=PARTS[name].seconds * (5 if rehearse else 1))  # CI's machine has others too
+        print(f"{name} (up to {part.seconds:.0f} s)", file=sys.stderr, flush=True)
+        outcome = run_part(name, part, rehearse)
         outcome |= {**machine, "code": code, "rehearsal": rehearse}
         write_json(out / f"{name}.json", outcome)
         wrong += not outcome["complete"]
