@@ -105,9 +105,10 @@ class VlaEval:
         names = self.cameras or (tuple(images) if len(images) == len(own) == 1 else own)
         missing = [name for name in names if name not in images]
         if missing:
-            raise BurnishError(f"views {', '.join(map(str, images)) or 'none'} without {', '.join(missing)}",
+            known = list(images)[: len(own)]
+            raise BurnishError(f"views {', '.join(images) or 'none'} without {', '.join(missing)}",
                                f"one for each camera of the policy ({', '.join(own)})",
-                               "burnish policy serve with --cameras")  # fmt: skip
+                               f"--cameras {' '.join(known)}" if len(known) == len(own) else "")  # fmt: skip
         return dict(zip(own, names, strict=True))
 
     def _view(self, image: np.ndarray, name: str, camera: str) -> torch.Tensor:
