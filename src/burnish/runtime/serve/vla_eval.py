@@ -105,8 +105,8 @@ class VlaEval:
         names = self.cameras or (tuple(images) if len(images) == len(own) == 1 else own)
         missing = [name for name in names if name not in images]
         if missing:
-            known = list(images)[: len(own)]
-            raise BurnishError(f"views {', '.join(images) or 'none'} without {', '.join(missing)}",
+            known = [str(name) for name in images][: len(own)]
+            raise BurnishError(f"views {', '.join(map(str, images)) or 'none'} without {', '.join(missing)}",
                                f"one for each camera of the policy ({', '.join(own)})",
                                f"--cameras {' '.join(known)}" if len(known) == len(own) else "")  # fmt: skip
         return dict(zip(own, names, strict=True))
