@@ -6,7 +6,10 @@ The limit is the system's on the size of a file, which an ordinary user may set,
 import errno
 import os
 import resource
+import sys
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import fake
 import numpy as np
@@ -16,6 +19,8 @@ import yaml
 from burnish.cli.main import main
 from burnish.core.outputs import MARK
 from burnish.core.recipe import recipe_to_dict
+
+sys.path += [str(Path(__file__).parent / name) for name in ("evaluate", "weights")]
 
 
 @contextmanager
@@ -116,3 +121,59 @@ def test_labels_of_pairs(dataset, tmp_path, monkeypatch, capfd):
         assert main(words) == 2
     assert "no room left" in capfd.readouterr().err and sorted(root.iterdir()) == before
     assert main(words) == 0
+
+
+def test_study(recipe_file, tmp_path, monkeypatch, fails):
+    """The second of two runs meets the full disk; the first one stays, and is not trained again."""
+    from burnish.experiments import study
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "evaluate_as", lambda *given, **named: SimpleNamespace(overall="0 of 0"))
+    values = yaml.safe_load(recipe_file.read_text())
+    values["eval"]["env"] = "tabletop:reach"
+    recipe_file.write_text(yaml.safe_dump(values))
+    content = {"name": "two", "recipe": "recipe.yaml", "seeds": [0, 1], "variants": {"plain": {}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    runs, words = tmp_path / "runs/two", ["run", "study.yaml"]
+    for count in (0, 300, 5000):
+        fails(words, count)
+        assert not (runs / "plain-0/policy").exists()
+    assert main([*words, "--seeds", "0"]) == 0
+    before = (runs / "plain-0/policy/model.safetensors").stat()
+    fails(words, 5000)
+    assert not (runs / "plain-1/policy").exists() and not list(runs.rglob("*.new"))
+    assert main(words) == 0 and (runs / "plain-0/policy/model.safetensors").stat() == before
+
+
+@pytest.mark.parametrize("count", [0, 100, 5000, 150_000])
+@pytest.mark.parametrize("command", ["merge", "extract"])
+def test_task_vectors(tmp_path, fails, command, count):
+    import weight_files
+
+    make = weight_files.FolderMaker(tmp_path)
+    base, tuned = make("base", 0), make("tuned", 1, of="base")
+    words = ["weights", command, base, *(["--tuned"] if command == "merge" else []), tuned, "-o", tmp_path / "out"]
+    fails(words, count)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+    assert main([str(word) for word in [*words, "--verify"]]) == 0
+
+
+@pytest.mark.parametrize("count", [0, 200, 1000, 3000])
+def test_pairs_of_rollouts(tmp_path, capsys, count):
+    """In simulator processes, and where the data set is put together."""
+    import pair_fakes
+
+    from burnish.core.errors import BurnishError
+    from burnish.evaluate.pairs import collect
+
+    pair_fakes.register()
+
+    def make(root):
+        return collect(pair_fakes.make_policy(), "walk:far", root, states=3, rollouts=2, workers=1, progress=False,
+                       make=pair_fakes.make_env)  # fmt: skip
+
+    with most_bytes(count), pytest.raises(BurnishError, match="no room left while writing") as caught:
+        make(tmp_path / "made")
+    assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
+    assert make(tmp_path / "made").episodes == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

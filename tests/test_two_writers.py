@@ -72,7 +72,7 @@ def recipe_file(dataset, tmp_path, monkeypatch):
     fake.register(monkeypatch.setattr)
     path = tmp_path / "recipe.yaml"
     values = recipe_to_dict(fake.recipe(dataset, tmp_path / "run"))
-    values["eval"]["instruction_swap"] = False
+    values["eval"] |= {"instruction_swap": False, "env": "tabletop:reach"}
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -24,7 +24,7 @@ def recipe(dataset, tmp_path, monkeypatch):
     """Path of a recipe that trains the fake policy in no time; the present folder is empty besides."""
     fake.register(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-    values = recipe_to_dict(fake.recipe(dataset, "run", "--train.steps=2"))
+    values = recipe_to_dict(fake.recipe(dataset, "run", "--train.steps=2", "--eval.env=tabletop:reach"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return "recipe.yaml"
 

@@ -381,3 +381,30 @@ def test_version_2_names_a_converter_that_runs(copy, monkeypatch):
     runpy.run_module(name, run_name="__main__")
     assert open_dataset(root).version == "v3.0"
     fakes.assert_reads_right(read(root))
+
+
+def test_a_trimmed_video_is_read_as_players_show_it(copy, tmp_path):
+    """An edit list cuts the first frames away, which are still in the file: nobody counts or shows them."""
+    import io
+
+    import av
+
+    root, extra = copy("v3"), 4
+    frames = [np.full((fakes.SIZE, fakes.SIZE, 3), 250, np.uint8)] * extra
+    frames += [fakes.picture(*at) for at in fakes.FRAMES]
+    with (
+        av.open(io.BytesIO(encode_video(np.stack(frames), fakes.FPS))) as source,
+        av.open(str(root / VIDEO), "w", format="mp4", options={"avoid_negative_ts": "disabled"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts = packet.dts = packet.pts - round(extra / fakes.FPS / packet.time_base)
+                target.mux(packet)
+    with av.open(str(root / VIDEO)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        assert len(packets) == len(frames) and sum(packet.is_discard for packet in packets) == extra
+    assert errors(root) == ""
+    fakes.assert_reads_right(read(root))
+    fakes.assert_reads_right(read(root, cache_gb=0.0))  # decoded on demand

@@ -168,3 +168,32 @@ def test_labels_that_contradict_or_name_nothing(root, tmp_path):
     far = write(tmp_path / "b.jsonl", {"episode": 7, "success": True})
     with pytest.raises(BurnishError, match="names episode 7; expected 0 to 2"):
         import_pairs(root, far, progress=False)
+
+
+def test_a_data_set_of_other_names_is_labelled_as_its_message_says(tmp_path, capfd):
+    """The map that the message proposes is taken as it stands, kept beside the pairs, and used when they are read."""
+    import shlex
+
+    import dataset_fakes as fakes
+
+    from burnish.cli.main import main
+
+    root = fakes.write_v3(tmp_path / "set", pictures=True)
+    fakes.openpi(root)
+    labels = write(tmp_path / "labels.jsonl", {"chosen": [0, 1], "rejected": [2, 1]}, {"episode": 1, "success": False})
+    words = ["data", "pairs", "--labels", str(labels), "--root", str(root), "--state-tolerance", "9",
+             "--image-tolerance", "255"]  # fmt: skip
+    assert main(words) == 2
+    (option,) = shlex.split(capfd.readouterr().err.split("try: ")[1])
+    assert option.startswith("--data.columns=") and main([*words, option]) == 0
+    data = PairData(root, (), 2, progress=False)
+    np.testing.assert_allclose(data.batch([0])[1][0, :, 0], [fakes.action(0, 1), fakes.action(2, 1)])
+    for wrong in ("--columns=[1]", "--columns={action: nothing}", "--columns={a", "--columns=3"):
+        (root / INDEX).unlink(missing_ok=True)
+        (root / FACTS).unlink(missing_ok=True)
+        assert main([*words, wrong]) == 2 and "olumns" in capfd.readouterr().err
+    (root / INDEX).write_text('{"chosen": [0, 1], "rejected": [2, 1]}\n')
+    for columns in ([1], "x", {"action": 3}, {"action": "nothing"}):
+        (root / FACTS).write_text(json.dumps({"format": 1, "pairs": 1, "state_tolerance": 9, "columns": columns}))
+        with pytest.raises(BurnishError, match="columns"):
+            PairData(root, (), 2, progress=False)

@@ -410,3 +410,16 @@ def test_decoders_agree_where_they_must(folders, batch):
     ids = make_decoder(policy.config.decoder_name, model)(prompt).ids
     chunk = policy.postprocessor(policy.policy.model.tokens.decode(ids))
     assert chunk.equal(policy.act(observation(batch)).actions)
+
+
+def test_stored_in_half_precision_the_edges_of_bins_stay(folders, tmp_path, batch):
+    """float16 would move 14 % of the tokens of data near an edge."""
+    policy = load_policy(folders["blocks"])
+    policy.save(tmp_path / "half", dtype=torch.float16)
+    again = load_policy(tmp_path / "half")
+    buffers = dict(policy.named_buffers())
+    assert any("edge" in name or "bin" in name for name in buffers), list(buffers)
+    for name, buffer in again.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    moved = [name for name, p in again.named_parameters() if not torch.equal(p, dict(policy.named_parameters())[name])]
+    assert moved

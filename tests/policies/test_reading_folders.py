@@ -208,3 +208,16 @@ def test_what_is_given_is_written_and_never_the_live_weights(policy, tmp_path, m
     doubled[name] = doubled[name] * torch.nan
     with pytest.raises(BurnishError, match="hold NaN or infinity"):
         policy.save(tmp_path / "broken", state_dict=doubled)
+
+
+@pytest.mark.parametrize("kind", ["tiny_smolvla", "tiny_pi0", "tiny_pi05"])
+def test_compile_model_is_kept_for_lerobot_and_not_followed(kind, request, tmp_path, monkeypatch, caplog, batch):
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text()) | {"compile_model": True, "compile_mode": "max-autotune"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    policy = load_policy(folder)
+    assert caplog.text.count("compile_model") == 1
+    torch.testing.assert_close(acted(policy, batch), acted(load_policy(request.getfixturevalue(kind)), batch))
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["compile_model"] is True

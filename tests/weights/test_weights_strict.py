@@ -10,7 +10,7 @@ import pytest
 from weight_files import assert_same, read_file, to_bf16, weights, write_file
 
 from burnish.core.errors import BurnishError
-from burnish.core.outputs import mark
+from burnish.core.outputs import MARK, mark
 from burnish.weights.control import control
 from burnish.weights.delta import Delta
 from burnish.weights.extract import extract
@@ -202,7 +202,7 @@ def test_one_writer_at_a_time(pair, tmp_path):
     part.mkdir()
     mark(part, PART)
     (part / "model.safetensors").write_bytes(b"of the other process")
-    handle = os.open(part, os.O_RDONLY)
+    handle = os.open(part / MARK, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(BurnishError, match="another process"):
         merge(pair[0], tuned=[(pair[1], 1.0)], output=tmp_path / "m")

@@ -1,10 +1,11 @@
 """`burnish data`: demonstrations, questions, preference pairs, and a look at any data set."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
+from burnish.core.reading import parse_yaml
 
 
 def demos(
@@ -87,6 +88,7 @@ def pairs(
     device: str = "", labels: Path | None = None, success: str = "", takeover: str = "", proposal: str = "",
     state_tolerance: Annotated[list[float], Arg(several=True, least=0)] = (0.0,),
     image_tolerance: Annotated[float, Arg(least=0)] = 2.0,
+    columns: Annotated[str, Arg(old=("--data.columns",), metavar="MAP")] = "",
 ) -> None:  # fmt: skip
     """Make preference pairs from rollouts of a policy, or import what is known about recorded episodes.
 
@@ -117,6 +119,7 @@ def pairs(
         proposal: column of the actions that the policy proposed meanwhile; rejected where the human takes over
         state_tolerance: how far the starts of a labelled pair may differ; one number, or one for each dimension
         image_tolerance: how far their pictures may: mean difference of a view, of 255
+        columns: features of the data set under other names, e.g. {action: [action.arm, action.gripper]}
 
     Examples:
         burnish data pairs runs/lift/policy tabletop:lift --states 200 --rollouts 4 --root data/pairs/lift
@@ -130,7 +133,8 @@ def pairs(
         if policy or env:
             raise BurnishError("a policy to roll out, and labels to import", "one of them")
         found = import_pairs(root, labels, success=success, takeover=takeover, proposal=proposal,
-                             state_tolerance=state_tolerance, image_tolerance=image_tolerance)  # fmt: skip
+                             state_tolerance=state_tolerance, image_tolerance=image_tolerance,
+                             columns=_columns(columns))  # fmt: skip
         print(f"{found[0]} pairs and outcomes of {found[1]} episodes in {root}")
         return
     if not policy or not env:
@@ -139,6 +143,13 @@ def pairs(
     print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
                   image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, offsets=offsets,
                   limit=limit, workers=workers, device=device))  # fmt: skip
+
+
+def _columns(text: str) -> dict[str, Any]:
+    found = parse_yaml(text, "--columns") or {}
+    if not isinstance(found, dict):
+        raise BurnishError(f"--columns {text[:100]}", "a map such as {action: actions}")
+    return found
 
 
 def inspect(dataset: Path, *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False) -> int:

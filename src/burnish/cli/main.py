@@ -12,7 +12,7 @@ from pathlib import Path
 from burnish import __version__
 from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import disk_errors
 
 COMMANDS = Group("Post-training for vision-language-action policies.", {
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last net: nobody should have to read a traceback
         said, status = _mistake(error), 2
         if said is None:
-            said, status = f"internal error in {_step(error)}: {type(error).__name__}: {_one_line(error)}", 3
+            said, status = f"internal error in {_step(error)}: {type(error).__name__}: {one_line(error)}", 3
             said += "; please report it" + ("" if debug else ", with what --debug prints")
         if debug:
             traceback.print_exception(error)
@@ -103,10 +103,6 @@ def _step(error: Exception) -> str:
     names = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame in frames]
     ours = [f"{module}.{name}" for module, name in names if module.startswith("burnish.")]
     return ours[-1].removeprefix("burnish.") if ours else "burnish"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def find(words: Sequence[str]) -> tuple[str, Command, list[str]]:

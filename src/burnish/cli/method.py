@@ -48,10 +48,12 @@ def align_select(
     Example:
         burnish method align select align/base --count 3
     """
+    from burnish.core.outputs import require_file
     from burnish.methods.align.analysis import all_selections, compare_layers
     from burnish.report.align_plots import draw_cka
     from burnish.train.setup import own_accelerate_state
 
+    require_file(figure, "figure")
     with own_accelerate_state():
         run, objective = _run(recipe, objective_set_up=False)
         comparison = compare_layers(run, objective, batches)

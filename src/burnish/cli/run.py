@@ -1,5 +1,6 @@
 """`burnish run`: a recipe from data to report, or a study of many runs."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 from burnish.cli.parser import Arg
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+
+_INSIDE = "BURNISH_INSIDE_A_STUDY"
 
 
 def run(
@@ -65,6 +68,8 @@ def _run_study(
 ) -> None:
     from burnish.experiments.study import choose, load_study, run_study
 
+    if os.environ.get(_INSIDE):
+        raise BurnishError(f"{path} is a study in the setup of a study", "a recipe, or another command")
     study, base = load_study(path, overrides)
     choose(study, variants, seeds)
     only = [word for name, value in (("--variants", variants), ("--seeds", seeds)) if value for word in (name, value)]
@@ -73,7 +78,7 @@ def _run_study(
 
 
 def run_setup(line: str) -> int:
-    """Run a setup command of a study, a burnish command or `python -m MODULE ...`, in a process of its own."""
+    """Run a setup command of a study (see `burnish.experiments.study.SETUP`) in a process of its own."""
     words = shlex.split(line)
     words = words[1:] if words[:2] == ["python", "-m"] else ["-m", "burnish.cli.main", *words]
-    return subprocess.run([sys.executable, *words], check=False).returncode
+    return subprocess.run([sys.executable, *words], check=False, env={**os.environ, _INSIDE: "1"}).returncode

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
 from burnish.core.options import home
+from burnish.core.outputs import require_file
 
 log = logging.getLogger("burnish")
 
@@ -154,11 +155,14 @@ def inspect(
     _one_blas_thread()
     from burnish.weights.inspect import draw, inspect, save, table
 
+    output = output and Path(_path(str(output), "--output"))
+    if output:
+        require_file(output, "inspection")
     found = inspect(_path(delta, "delta"), [_path(one, "--other") for one in other])
     if plots:
         found["plots"] = [str(path) for path in draw(found, _path(str(plots), "--plots"))]
     if output:
-        save(found, Path(_path(str(output), "--output")))
+        save(found, output)
     print(dumps(found, indent=1) if json else table(found))
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 
 log = logging.getLogger("burnish")
+_BLOCK = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27")
 
@@ -71,6 +73,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sampled_digest(path: Path, blocks: int = 64) -> str:
+    """16 hex digits of a file's size and of blocks spread over it: tells another file or a cut one in milliseconds."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(blocks):
+            file.seek(max(0, size - _BLOCK) * i // max(1, blocks - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def make_folder(folder: Path) -> None:

@@ -27,8 +27,15 @@ SIGNS = {
     "page": (b"<title>", "· burnish".encode()), "figure": (b"\x89PNG", b"Matplotlib"),
     "anchor": (b"__metadata__", b"base_hash"), "profile": (b'"profiled_total"', b'"stages"'),
     "table of decoders": (b'"decoders"', b'"policy"'), "table of scores": (b"burnish policy verify score",),
+    "inspection": (b'"delta"', b'"norm"', b'"groups"'),
 }  # fmt: skip
 """Kinds of single files, and what an earlier one holds near its beginning."""
+WHOLE = {
+    "a data set": ("meta/info.json",), "questions": ("questions.jsonl", "images.npy"), "a task vector": ("delta.json",),
+    "a policy": ("config.json", "model.safetensors"), "an adapter": ("adapter_config.json",),
+    "a policy in shards": ("config.json", "model.safetensors.index.json"),
+}  # fmt: skip
+"""Folders that are complete as they are, by files that each holds."""
 _LOOK = 2**20
 log = logging.getLogger("burnish")
 _held: dict[str, int] = {}
@@ -124,6 +131,8 @@ def require_own(folder: Path, kind: str, old: Old | None = None) -> None:
     if not usable:
         what = "a link to nothing" if above.is_symlink() and not above.exists() else "a file"
         raise BurnishError(f"{above} is {what}", f"a folder for the {kind}", "another output")
+    if not folder.is_dir() or kind_of(folder) != kind:
+        require_outside(folder)
     if not folder.is_dir():
         return
     with disk_errors(folder):
@@ -148,10 +157,12 @@ def require_file(path: Path, kind: str) -> None:
     """
     path = Path(path)
     try:
-        if not os.path.lexists(path):
-            return
+        missing = not os.path.lexists(path)
     except ValueError as error:  # a null byte
         raise BurnishError(f"{str(path)[:100]!r} can be no file ({error})", "another output") from None
+    require_outside(path)
+    if missing:
+        return
     if path.is_dir():
         raise BurnishError(f"{path} is a folder", "a file", "a name in it")
     with disk_errors(path), open(regular_file(path), "rb") as file:
@@ -159,6 +170,15 @@ def require_file(path: Path, kind: str) -> None:
     if begin and not all(sign in begin for sign in SIGNS[kind]):
         raise BurnishError(f"{path} holds something else, which this would overwrite",
                            f"no file, or an earlier {kind}", "another output")  # fmt: skip
+
+
+def require_outside(path: Path) -> None:
+    """Raise BurnishError where `path` would lie in a folder that is whole (see `WHOLE`), save in a hidden one there."""
+    real = Path(os.path.realpath(path))
+    for folder in real.parents:
+        what = next((what for what, files in WHOLE.items() if all(os.path.isfile(folder / f) for f in files)), "")
+        if what and not real.relative_to(folder).parts[0].startswith("."):
+            raise BurnishError(f"{path} would lie in {what} ({folder})", "a place outside of it", "another output")
 
 
 def kind_of(folder: Path) -> str:

@@ -6,6 +6,7 @@ Every JSON, JSONL and YAML file that a user, LeRobot or a download has made goes
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ MOST_PARTS = 200_000
 """Lists and mappings in one file, those that YAML aliases repeat counted each time."""
 DEEPEST = 64
 _POINTER = b"version https://git-lfs"
+_HALF = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
+"""The escape of half a character: only JSON and YAML can write one, and no file can hold it."""
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
@@ -37,7 +40,8 @@ def inside(root: Path, name: str | Path) -> Path:
     homes = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
     found = Path(os.path.realpath(path))
     if not any(found == home or home in found.parents for home in homes):
-        raise BurnishError(f"{path} is a link to {found}, outside {root}", "a file in the folder itself")
+        raise BurnishError(f"{path} is a link to {found}, outside {root}",
+                           "a file in the folder itself: only the folder as a whole may be a link")  # fmt: skip
     return path
 
 
@@ -111,6 +115,7 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise BurnishError(f"{where} is not JSON ({error})") from None
     bounded(value, where)
+    _refuse_halves(value, text, where)
     return value
 
 
@@ -159,7 +164,17 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         raise BurnishError(f"{where} is no readable YAML: {' '.join(str(error).split())[:300]}") from None
     bounded(value, where)
+    _refuse_halves(value, text, where)
     return value
+
+
+def _refuse_halves(value: Any, text: str, where: str) -> None:
+    todo = [value] if _HALF.search(text) else []
+    while todo:
+        one = todo.pop()
+        todo += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+        if isinstance(one, str) and any("\ud800" <= letter <= "\udfff" for letter in one):
+            raise BurnishError(f"{where} holds half a character ({one[:40]!a})", "text that UTF-8 can hold")
 
 
 def bounded(value: Any, where: str) -> None:

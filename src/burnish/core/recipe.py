@@ -40,8 +40,8 @@ def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
         BurnishError: there is none; names the nearest shipped ones.
     """
     path = Path(home(str(name), "the recipe's path"))
-    if "\0" in str(path) or not path.name:
-        raise BurnishError(f"no recipe at {str(path)!r}", "a file")
+    if "\0" in str(path) or not path.name or max(map(len, path.parts)) > 255 or len(str(path)) > 4000:
+        raise BurnishError(f"no recipe at {str(path)[:100]!r}", "a file")
     if beside is not None and (beside.parent / path).is_file():
         return beside.parent / path
     if path.is_file():

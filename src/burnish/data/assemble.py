@@ -174,7 +174,8 @@ def _write_tables(meta, recordings: Sequence[StoredRecording], places: list[dict
                 writer.close()
             path = meta.root / meta.data_path.format(chunk_index=files.chunk, file_index=files.file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            writer = pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=True)
+            writer = pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=True,
+                                      write_page_checksum=True)  # fmt: skip
         writer.write_table(table)
         for i, episode in enumerate(batch, first):
             start = int(episode["index"][0])

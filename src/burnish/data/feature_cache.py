@@ -1,6 +1,6 @@
 """Teacher features on disk: half precision or PCA with int8, memory-mapped; `feature_fill` computes them.
 
-    <folder>/meta.json            what the features depend on, and shapes; a cache of anything else is refused
+    <folder>/meta.json            what the features depend on, shapes, digests; a cache of anything else is refused
     <folder>/layer-<t>.npy        float16 [N, V, h, w, D]   ("half"), or int8 [N, V, h, w, K] ("pca")
     <folder>/statistics.safetensors   mean.<t> [V, h, w, D], scale.<t> [D]; for "pca" basis.<t> [K, D], step.<t> [K]
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import sampled_digest
 from burnish.core.reading import read_object, regular_file
 from burnish.core.seeding import generator
 from burnish.teachers.base import fingerprint
@@ -62,7 +63,7 @@ class CacheKey:
     format: str = "half"
     components: int = 0
     placed: list[list[int]] = field(default_factory=list)
-    version: int = field(default=3)
+    version: int = field(default=4)
 
     @property
     def name(self) -> str:
@@ -237,11 +238,16 @@ class FeatureCache:
                 for t in expected.layers
             }
             shapes = {t: meta["shapes"][str(t)] for t in expected.layers}
+            names = ["statistics.safetensors", *(f"layer-{t}.npy" for t in expected.layers)]
+            other = [name for name in names if sampled_digest(folder / name) != meta["digests"][name]]
+            kinds = {t: (list(array.shape), array.dtype) for t, array in self.arrays.items()}  # or an archive
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, SafetensorError) as error:
             raise BurnishError(f"the teacher features in {folder} are damaged ({error!r})", *again) from error
+        if other:
+            raise BurnishError(f"{folder / other[0]} is not the file that was written there", *again)
         kind = np.float16 if expected.format == "half" else np.int8
         for t, array in self.arrays.items():
-            if list(array.shape) != shapes[t] or array.dtype != kind or array.shape[1:4] != (
+            if kinds[t] != (shapes[t], kind) or array.shape[1:4] != (
                 len(expected.cameras), *expected.grid
             ):  # fmt: skip
                 raise BurnishError(f"{folder}/layer-{t}.npy has shape {array.shape} of {array.dtype}",

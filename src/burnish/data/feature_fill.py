@@ -25,6 +25,7 @@ from burnish.core.files import (
     new_folder,
     remove_folder,
     require_space,
+    sampled_digest,
     sync,
     write_json,
 )
@@ -172,7 +173,10 @@ def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: s
         os.close(handle)
     for t in key.layers:
         sync(partial / f"layer-{t}.npy")
-    write_json(partial / "meta.json", {"key": asdict(key), "shapes": {str(t): s for t, s in shapes.items()}})
+    names = ["statistics.safetensors", *(f"layer-{t}.npy" for t in key.layers)]
+    digests = {name: sampled_digest(partial / name) for name in names}
+    about = {"key": asdict(key), "shapes": {str(t): s for t, s in shapes.items()}, "digests": digests}
+    write_json(partial / "meta.json", about)
     (partial / "done").unlink()
     os.rename(partial, folder)
     sync(folder.parent)

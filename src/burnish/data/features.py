@@ -10,7 +10,9 @@ from burnish.core.options import number
 IMAGES, STATE, ACTION = "observation.images.", "observation.state", "action"
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 LARGEST = 1 << 26
-"""Values in one frame of a feature."""
+"""Values in one picture."""
+WIDEST = 1 << 16
+"""Numbers in one frame of another feature."""
 _OTHER_NAMES = {ACTION: ("action", "actions"), STATE: ("observation.state", "observation.states", "state", "states")}
 
 
@@ -38,7 +40,8 @@ def read_features(declared: Any, where: str) -> dict[str, dict[str, Any]]:
         if "/" in name or "\0" in name or name.startswith("."):
             raise BurnishError(f"{where}: the name of feature {name!r}", "one without slashes")
         shape = one["shape"] if isinstance(one["shape"], list | tuple) else [one["shape"]]
-        possible = all(type(edge) is int and edge > 0 for edge in shape) and prod(shape) <= LARGEST
+        most = LARGEST if is_picture(one) else WIDEST
+        possible = all(type(edge) is int and edge > 0 for edge in shape) and prod(shape) <= most
         if not possible and (is_picture(one) or is_numeric(one)):
             raise BurnishError(f"{where}: feature '{name}' has shape {one['shape']!r}", "positive whole numbers")
         make = _picture if is_picture(one) else _numbers

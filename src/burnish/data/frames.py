@@ -9,6 +9,7 @@ import glob
 import hashlib
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, disk_errors, make_folder, require_space, sync, write_json
+from burnish.core.files import alone, disk_errors, make_folder, require_space, sampled_digest, sync, write_json
 from burnish.core.progress import progress_bar
-from burnish.core.reading import read_object
+from burnish.core.reading import read_object, regular_file
 from burnish.data.checks import require
 from burnish.data.dataset import Dataset, look, open_dataset
 from burnish.data.streamed import Picture, Shape, StreamedFrames, placed_pictures, placed_video
 
 CACHE_GB = 32.0
 """Largest cache of one data set, unless the recipe says otherwise."""
-_VERSION = 2
+_VERSION = 3
 _SAMPLE = 1 << 16
 log = logging.getLogger("burnish")
 
@@ -107,6 +108,9 @@ def open_frames(
 def _folder(root: Path, cache_dir: str | Path) -> Path:
     """Where the arrays live; a data set that may not be written has them in the user's cache."""
     beside = root / ".frames"
+    if beside.is_symlink() and not cache_dir:
+        raise BurnishError(f"{beside} is a link", "a folder of the data set itself, or the other place by its option",
+                           f"--data.cache_dir={shlex.quote(str(beside.resolve()))}")  # fmt: skip
     if cache_dir or os.access(beside if beside.exists() else root, os.W_OK):
         return Path(cache_dir) if cache_dir else beside
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "frames"
@@ -122,12 +126,14 @@ def _folder(root: Path, cache_dir: str | Path) -> Path:
 def _is_current(path: Path, about: dict, chosen: Sequence[int]) -> bool:
     """Whether a finished array of exactly this data, with all chosen episodes, lies at `path`."""
     try:
-        noted = read_object(path.with_suffix(".json"))
-        lacking = noted.pop("lacking", [])
+        noted = read_object(path.with_suffix(".json"), path.parent)
+        lacking, digest = noted.pop("lacking", []), noted.pop("digest", "")
         noted.pop("root", None)
-        whole = list(np.load(path, mmap_mode="r", allow_pickle=False).shape) == about["shape"]
+        with open(regular_file(path, path.parent), "rb") as file:
+            start = file.read(len(npy_header(about["shape"], np.uint8)))
+        whole = start == npy_header(about["shape"], np.uint8) and sampled_digest(path) == digest
         return noted == about and whole and not set(lacking).intersection(chosen)
-    except (BurnishError, TypeError, ValueError, OSError):  # missing, cut short or overwritten
+    except (BurnishError, TypeError, ValueError, OSError):  # missing, cut short, overwritten or another's
         return False
 
 
@@ -150,6 +156,8 @@ def _build(
 ) -> None:
     """Decode one camera into `path`: a temporary file filled by position, forced to disk, renamed."""
     count, *size = about["shape"]
+    if path.is_dir():
+        raise BurnishError(f"{path} is a folder", "decoded frames, or nothing", f"rm -r {shlex.quote(str(path))}")
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*"):
         stale.unlink(missing_ok=True)
     header = npy_header(about["shape"], np.uint8)
@@ -185,7 +193,8 @@ def _build(
         os.close(handle)
         temporary.unlink(missing_ok=True)
     sync(path.parent)
-    write_json(path.with_suffix(".json"), about | {"lacking": lacking, "root": str(dataset.root.resolve())})
+    more = {"lacking": lacking, "root": str(dataset.root.resolve()), "digest": sampled_digest(path)}
+    write_json(path.with_suffix(".json"), about | more)
 
 
 def _jobs(dataset: Dataset, camera: str, shape: Shape, faults: dict[int, str]) -> list[Callable[[], Iterator[Picture]]]:

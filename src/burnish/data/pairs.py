@@ -5,7 +5,7 @@ A pair folder is an ordinary LeRobotDataset with two files beside it:
     pairs.jsonl          one line a pair: {"chosen": [episode, frame], "rejected": [episode, frame]}; what was proposed
                          at the very observation of the chosen chunk, but not recorded: "rejected": {"action": [...]}
     burnish_pairs.json   where the pairs come from, how far starts may differ, and "outcomes": for each episode
-                         whether it succeeded, null where nobody said
+                         whether it succeeded, null where nobody said; "columns", where features have other names
 
 Images, states and actions stay in the data set, in environment units; a chunk is cut out when it is needed.
 """
@@ -313,6 +313,7 @@ class PairFolder:
         self, root: Path, cameras: Sequence[str], chunk_size: int, *, image_size: int = 0, cache_dir: str = "",
         steps: int = 0, progress: bool = True,
     ):  # fmt: skip
+        from burnish.data.dataset import open_dataset
         from burnish.data.loader import RobotData
 
         if not (root / INDEX).is_file() or not (root / FACTS).is_file():
@@ -323,8 +324,11 @@ class PairFolder:
         if self.facts.get("format") != FORMAT or not all(number(one) and one >= 0 for one in numbers):
             raise BurnishError(f"{root / FACTS} has format {self.facts.get('format')} and state_tolerance {tolerance}",
                                f"format {FORMAT} and numbers of at least 0")  # fmt: skip
+        columns = self.facts.get("columns") or {}
+        if not isinstance(columns, dict):
+            raise BurnishError(f"{root / FACTS} has columns {str(columns)[:60]!r}", "a map of features, or none")
         self.robot = RobotData(root, cameras, chunk_size, 1, 0, image_size=image_size, cache_dir=cache_dir,
-                               augmented=False, progress=progress)  # fmt: skip
+                               augmented=False, progress=progress, meta=open_dataset(root, columns))  # fmt: skip
         self.root, self.chunk_size, self.steps = root, chunk_size, steps or chunk_size
         self.pairs = [label for label in read_labels(root / INDEX) if isinstance(label, Pair)]
         if len(self.pairs) != self.facts.get("pairs"):

@@ -14,6 +14,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import alone
 from burnish.core.options import number
 from burnish.core.progress import progress_bar
+from burnish.data.dataset import open_dataset
 from burnish.data.features import is_numeric
 from burnish.data.pairs import Outcome, Pair, check_pairs, read_labels, require_no_pairs, write_index
 from burnish.data.rows import read_rows
@@ -25,7 +26,8 @@ STEPS = 100
 
 def import_pairs(
     root: Path | str, labels: Path | str | None = None, *, success: str = "", takeover: str = "", proposal: str = "",
-    state_tolerance: float | Sequence[float] = 0.0, image_tolerance: float = 2.0, progress: bool = True,
+    state_tolerance: float | Sequence[float] = 0.0, image_tolerance: float = 2.0, columns: dict[str, Any] | None = None,
+    progress: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """Make the LeRobot data set `root` a pair folder; returns how many pairs and how many outcomes it has.
 
@@ -38,6 +40,7 @@ def import_pairs(
             human takes over, the proposal is rejected and what the human did is chosen.
         state_tolerance: how far the states at the start of two chunks may differ, one number or one a dimension.
         image_tolerance: how far their pictures may: mean absolute difference of a view, of 255.
+        columns: features under other names than LeRobot's, see `burnish.data.features.join_columns`.
         progress: show a bar on stderr.
 
     Raises:
@@ -56,7 +59,8 @@ def import_pairs(
         raise BurnishError("nothing to import", "--labels, --success or --takeover with --proposal")
     found = read_labels(Path(labels)) if labels else []
     require_no_pairs(root)
-    data = RobotData(root, (), STEPS, 1, 0, augmented=False, progress=progress, pictures=False)
+    data = RobotData(root, (), STEPS, 1, 0, augmented=False, progress=progress, pictures=False,
+                     meta=open_dataset(root, columns))  # fmt: skip
     pairs = [label for label in found if isinstance(label, Pair)]
     outcomes = _outcomes(data, [label for label in found if isinstance(label, Outcome)], success)
     if takeover:
@@ -69,6 +73,7 @@ def import_pairs(
     given = {"labels": labels, "success": success, "takeover": takeover}
     source = "+".join(name for name, value in given.items() if value)
     facts = {"source": source, "image_tolerance": image_tolerance, "outcomes": outcomes}
+    facts |= {"columns": columns} if columns else {}
     with alone(root):
         require_no_pairs(root)  # another process may have written some meanwhile
         write_index(root, pairs, facts, tolerance)

@@ -29,7 +29,7 @@ def read_cells(dataset: Dataset, camera: str, file: str, groups: Sequence[int] =
         columns = ["episode_index", "frame_index", column]
         for batch in table.iter_batches(64, columns=columns, row_groups=list(groups) or None):
             yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise BurnishError(f"{path} cannot be read ({str(error).splitlines()[0]})", "a whole parquet file") from None
 
 

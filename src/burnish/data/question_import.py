@@ -19,11 +19,9 @@ from burnish.core.outputs import new_output
 from burnish.core.progress import progress_bar
 from burnish.core.reading import MOST_BYTES, inside, read_lines, regular_file
 from burnish.data.frames import npy_header
-from burnish.data.questions import KIND, holds_questions
+from burnish.data.questions import KIND, MOST_TEXT, holds_questions
 
 CAMERA = "image"
-MOST_TEXT = 2000
-"""Characters in a question, an answer or a kind."""
 MOST_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")

@@ -27,6 +27,8 @@ from burnish.envs.tabletop_scene import COLOURS, SHAPES
 KIND = "questions"
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
 MOST_SIDE = 4096
+MOST_TEXT = 2000
+"""Characters in a question, an answer or a kind."""
 MIN_GAP = 0.09
 """Pairs closer than this share of the image (12 px of 128) are not asked about: the answer would be a guess."""
 
@@ -323,8 +325,8 @@ def _entry(row: dict, images: int, where: str) -> dict:
     """A line of questions.jsonl, checked; a question without a kind is of the kind "other"."""
     row.setdefault("kind", "other")
     for key in ("question", "answer", "kind"):
-        if not isinstance(row.get(key), str):
-            raise BurnishError(f"{where} has {key} {str(row.get(key))[:100]!r}", "a text")
+        if not isinstance(row.get(key), str) or not len(row[key]) <= MOST_TEXT:
+            raise BurnishError(f"{where} has {key} {str(row.get(key))[:100]!r}", f"a text of up to {MOST_TEXT} letters")
     if type(row.get("image")) is not int or not 0 <= row["image"] < images:
         raise BurnishError(f"{where} is about image {str(row.get('image'))[:100]}, beyond the {images} in images.npy",
                            f"a number from 0 to {images - 1}")  # fmt: skip

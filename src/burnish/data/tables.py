@@ -18,6 +18,10 @@ from burnish.core.reading import inside, read_lines, read_object, regular_file
 MOST = 1 << 40
 """Largest number of a row or a file, and of seconds, that is believed."""
 MOST_EPISODES = 10_000_000
+MOST_VALUES = 1 << 28
+"""In the columns read from one file: a few bytes can stand for any number of equal rows."""
+MOST_CELLS = 1 << 24
+"""As MOST_VALUES, of metadata."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,16 @@ class Unreadable(BurnishError):
     """A data file that is missing or damaged."""
 
 
-def read_parquet(root: Path, name: str, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Any:
+def read_parquet(
+    root: Path, name: str, columns: Sequence[str] = (), optional: Sequence[str] = (), most: int = MOST_VALUES
+) -> Any:
     """The table of `root`/`name` with the columns named (none: all), and those of `optional` that it has.
+
+    Pages are held against their checksums where the writer has put some there, as ours does.
 
     Raises:
         Unreadable: the file is missing, damaged, or outside the data set.
-        BurnishError: it lacks a column.
+        BurnishError: it lacks a column, or holds over `most` values in them.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -61,7 +69,8 @@ def read_parquet(root: Path, name: str, columns: Sequence[str] = (), optional: S
     path = inside(root, name)
     try:
         regular_file(path, root)
-        present = pq.read_schema(path).names
+        about = pq.read_metadata(path)
+        present = about.schema.to_arrow_schema().names
     except BurnishError as error:
         if not path.exists():
             fix = misplaced(root, name)
@@ -75,12 +84,29 @@ def read_parquet(root: Path, name: str, columns: Sequence[str] = (), optional: S
     if lacking:
         raise BurnishError(f"{path} lacks the column {', '.join(lacking)}", "every feature of meta/info.json")
     wanted = [*dict.fromkeys(columns), *(column for column in optional if column in present)]
+    count = _count_values(about, tuple(wanted))
+    if count > most:
+        raise BurnishError(f"{path} holds {count} values in what is read of it", f"at most {most}")
     try:
-        return pq.read_table(path, columns=wanted or None, partitioning=None)
+        return pq.read_table(path, columns=wanted or None, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise Unreadable(
             f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file", "copy it again"
         ) from None
+
+
+def _count_values(about: Any, wanted: tuple[str, ...]) -> int:
+    """Values in the columns `wanted` (none: all) of a file, by its metadata."""
+    columns = [i for i in range(about.num_columns) if not wanted or about.schema.column(i).path.startswith(wanted)]
+    return sum(about.row_group(g).column(i).num_values for g in range(about.num_row_groups) for i in columns)
+
+
+def cells(table: Any, name: str, where: Any) -> list[Any]:
+    """The values of a column; BurnishError where one is no value of its type, such as text that is not UTF-8."""
+    try:
+        return table[name].to_pylist()
+    except (ValueError, OverflowError) as error:
+        raise BurnishError(f"{where}: the column {name} holds what is no value ({first_line(error, 100)})") from None
 
 
 def misplaced(root: Path, name: str) -> str:
@@ -141,8 +167,8 @@ def _episodes_v3(root: Path, info: dict[str, Any], videos: dict[str, str], where
     needed += [f"videos/{stored}/{part}" for stored in videos.values() for part in parts]
     optional = ["tasks", *spans, *(f"videos/{stored}/to_timestamp" for stored in videos.values())]
     for name in names:
-        table = read_parquet(root, name, needed, optional)
-        for row in _rows_of(table):
+        table = read_parquet(root, name, needed, optional, MOST_CELLS)
+        for row in _rows_of(table, root / name):
             at = f"{name}: episode {row['episode_index']}"
             clips = {}
             for camera, stored in videos.items():
@@ -160,8 +186,8 @@ def _episodes_v3(root: Path, info: dict[str, Any], videos: dict[str, str], where
             )  # fmt: skip
 
 
-def _rows_of(table: Any) -> Iterable[dict[str, Any]]:
-    columns = {name: table[name].to_pylist() for name in table.column_names}
+def _rows_of(table: Any, where: Path) -> Iterable[dict[str, Any]]:
+    columns = {name: cells(table, name, where) for name in table.column_names}
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
@@ -210,11 +236,11 @@ def read_tasks(root: Path, version: str) -> dict[int, Any]:
         BurnishError: the table is missing or malformed, or a number stands twice.
     """
     if version.startswith("v3"):
-        table = read_parquet(root, "meta/tasks.parquet")
+        table, path = read_parquet(root, "meta/tasks.parquet", most=MOST_CELLS), root / "meta/tasks.parquet"
         text = _text_column(table)
         if text is None or "task_index" not in table.column_names:
-            raise BurnishError(f"{root / 'meta/tasks.parquet'} lacks the columns task_index and task")
-        rows = zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True)
+            raise BurnishError(f"{path} lacks the columns task_index and task")
+        rows = zip(cells(table, "task_index", path), cells(table, text, path), strict=True)
     else:
         path = root / "meta/tasks.jsonl"
         if not path.exists():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.patterns import search
 from burnish.evaluate.records import Record
 from burnish.evaluate.results import read_results
 from burnish.evaluate.stats import Rate, mcnemar, minimum_detectable_difference, paired_bootstrap, sign_flip, wilson
@@ -139,13 +140,11 @@ def _example(keys: list[Key]) -> str:
 
 def _load(paths: Paths, task_regex: str | None) -> list[Run]:
     """The runs of one side; a file that holds several seeds of the same initial states is several runs."""
-    try:
-        wanted = re.compile(task_regex or "")
-    except re.error as error:
-        raise BurnishError(f"task pattern '{task_regex}' ({error})", "a regular expression") from None
     runs: list[Run] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        records = [r for r in read_results(path) if wanted.search(r.task)]
+        found = read_results(path)
+        wanted = {task for task in {r.task for r in found} if search(task_regex or "", task, "--task-regex")}
+        records = [r for r in found if r.task in wanted]
         groups: dict[int, Run] = {}
         several = len({r.key for r in records}) < len(records)
         for r in records:

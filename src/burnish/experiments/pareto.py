@@ -6,6 +6,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.reading import read_object
+from burnish.experiments.results import readable
 from burnish.experiments.study import QUESTIONS
 
 ABILITY, KNOWLEDGE = "main", QUESTIONS
@@ -21,6 +22,11 @@ def write_pareto(result: Path, out: Path = Path("pareto.png")) -> Path:
     Raises:
         BurnishError: no such result, or one without both measurements.
     """
+    with readable(str(result)):
+        return _write_pareto(result, out)
+
+
+def _write_pareto(result: Path, out: Path) -> Path:
     variants = read_variants(result)
     figure = new_figure(10, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)

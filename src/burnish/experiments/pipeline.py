@@ -19,6 +19,7 @@ from burnish.core.options import number
 from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder
+from burnish.envs.base import expand
 from burnish.experiments.results import FROM_RUN, check_place, result_row, write_result
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ def _read_stages(file: Path) -> dict[str, Any]:
     entries = stages if isinstance(stages, list) else [None]
     if not all(isinstance(s, dict) and isinstance(s.get("name"), str) and number(s.get("minutes")) for s in entries):
         raise BurnishError(f"{file}: 'stages' is damaged", 'a list of {"name": ..., "minutes": ...}', fix)
+    if not isinstance(content.get("done", []), list):
+        raise BurnishError(f"{file}: 'done' is damaged", "a list of commands", fix)
     return content
 
 
@@ -117,6 +120,8 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     if not recipe.demos.env and not recipe.data.root:
         raise BurnishError(f"recipe '{recipe.name}' names neither demos.env nor data.root", "one of them")
     make_objectives(recipe)  # a mistake in their options shows before anything is made
+    for env in filter(None, (recipe.demos.env, recipe.eval.env)):
+        expand(env)
     check_place(result)
     with claim_run(run_folder(recipe)) as folder:
         return _run(recipe, folder, command, result, fresh)

@@ -12,14 +12,16 @@ study's runs logged. No number is typed by hand.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import write_json, write_text
 from burnish.core.options import number
-from burnish.core.reading import read_object
+from burnish.core.outputs import require_outside
+from burnish.core.reading import inside, read_object, read_text
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
 FROM_RUN = ("commit", "date", "seeds", "hardware")
@@ -76,6 +78,7 @@ def check_place(path: Path | None) -> None:
     """Raise BurnishError where a result cannot be written to `path`, or would replace something else than a result."""
     if path is None:
         return
+    require_outside(path)
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise BurnishError(f"--result {path}: {above} is {'not yours to write' if above.is_dir() else 'a file'}",
@@ -110,13 +113,24 @@ def check_result(content: Any, where: str) -> None:
             raise BurnishError(found, "rate = successes / n inside interval")
 
 
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Inside, a result that is of another form than ours becomes one BurnishError that begins with `what`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise BurnishError(f"{what} cannot be shown ({type(error).__name__}: {one_line(error, 100)})",
+                           "what `burnish run` or `python -m bench` wrote") from error  # fmt: skip
+
+
 def render_table(names: Iterable[str], results: Path) -> str:
     """The markdown between one pair of markers; says so where a result does not exist yet."""
     names = list(names)
     if RUNS in names:
         at = names.index(RUNS)
         return _runs_table(names[:at], names[at + 1 :], results)
-    found = {name: _load(results / f"{name}.json") for name in names if (results / f"{name}.json").is_file()}
+    files = {name: inside(results, f"{name}.json") for name in names}
+    found = {name: _load(file) for name, file in files.items() if file.is_file()}
     absent = [name for name in names if name not in found]
     benches = {name: found[name] for name in found if "figures" in found[name]}
     recipes = {name: found[name] for name in found if name not in benches}
@@ -130,10 +144,11 @@ def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
     """Means over training seeds of what a study's runs logged last: a row for each variant, a column for each key."""
     parts = []
     for name in names:
-        if not (results / f"{name}.json").is_file():
+        file = inside(results, f"{name}.json")
+        if not file.is_file():
             parts.append(f"*Not measured yet: `results/{name}.json` does not exist.*")
             continue
-        found = _load(results / f"{name}.json")
+        found = _load(file)
         variants: dict[str, list[dict[str, Any]]] = {}
         for run, figures in found["metrics"].get("runs", {}).items():
             variants.setdefault(run.rpartition("-")[0], []).append(figures)
@@ -154,7 +169,9 @@ def fill(text: str, results: Path, where: str) -> str:
 
     def renew(match: re.Match) -> str:
         names = match["names"].split()
-        return f"<!-- results:{' '.join(names)} -->\n{render_table(names, results)}<!-- /results -->"
+        with readable(f"{where}: results {' '.join(names)[:100]}"):
+            table = render_table(names, results)
+        return f"<!-- results:{' '.join(names)} -->\n{table}<!-- /results -->"
 
     return MARKER.sub(renew, text)
 
@@ -171,7 +188,7 @@ def update_pages(root: Path | str = Path(), check: bool = False) -> list[Path]:
     """
     root, changed = Path(root), []
     for page in sorted(file for pattern in PAGES for file in root.glob(pattern)):
-        before = page.read_text(encoding="utf-8")
+        before = read_text(page, root)
         after = fill(before, root / "results", str(page))
         if after == before:
             continue

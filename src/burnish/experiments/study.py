@@ -16,7 +16,7 @@ from burnish.core.cluster import choose_engine
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, make_folder, write_json
-from burnish.core.options import check, option, refuse_unknown
+from burnish.core.options import check, number, option, refuse_unknown
 from burnish.core.outputs import share
 from burnish.core.provenance import weights_hash
 from burnish.core.reading import read_object
@@ -33,6 +33,7 @@ from burnish.core.recipe import (
 )
 from burnish.core.renames import STUDY, rename
 from burnish.core.workers import Engine, WorkerPool
+from burnish.envs.base import expand
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, check_place, write_result
 from burnish.experiments.variants import read_successes, variant_rows
@@ -41,6 +42,9 @@ log = logging.getLogger("burnish")
 
 QUESTIONS = "questions, exact"
 """Name of the questions among the evaluations."""
+MOST_RUNS = 1000
+SETUP = ("workshop", "bench")
+"""What `python -m` may name in `setup`, beside the commands of burnish itself: a study may come from anywhere."""
 
 SetupRunner = Callable[[str], int]
 """Runs one command line of `setup` and returns its exit status."""
@@ -112,6 +116,8 @@ def _check(study: StudyConfig, where: str) -> None:
             raise BurnishError(f"{where}: the setup command {line[:100]!r} cannot be split ({error})") from None
         if not words:
             raise BurnishError(f"{where}: {str(line)[:100]!r} in setup", "a command")
+        if words[0] == "python" and (words[1:2] != ["-m"] or not set(words[2:3]) & set(SETUP)):
+            raise BurnishError(f"{where}: {line[:100]!r} in setup", f"burnish's, or python -m {' or '.join(SETUP)}")
     for what, entries in (("variants", study.variants), ("evals", study.evals)):
         for name, changes in entries.items():
             if not isinstance(name, str):
@@ -201,6 +207,8 @@ def _all_runs(study: StudyConfig, base: RecipeConfig) -> Runs:
     """By seed and variant. A mistake in the last one should not wait for hours to show."""
     from burnish.train.setup import make_objectives
 
+    if len(study.seeds) * len(study.variants) > MOST_RUNS:
+        raise BurnishError(f"{len(study.seeds)} seeds of {len(study.variants)} variants", f"at most {MOST_RUNS} runs")
     runs = {
         (seed, variant): _Run(variant, seed, variant_recipe(study, base, variant, seed))
         for seed in study.seeds
@@ -311,6 +319,7 @@ def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
         values = recipe_to_dict(run.recipe)
         merge(values["eval"], {"instruction_swap": False, **change})
         settings[name] = recipe_from_dict(values, f"evals: {name}").eval
+        expand(settings[name].env or run.recipe.demos.env)
     return settings
 
 
@@ -390,7 +399,8 @@ def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metri
 def _retention(folder: Path) -> dict[str, Any]:
     path = folder / "retention.json"
     found = read_object(path).get("tuned")
-    if not isinstance(found, dict) or not {"loss", "correct"} <= found.keys():
+    right = isinstance(found, dict) and isinstance(found.get("correct"), list) and number(found.get("loss"))
+    if not right or not all(flag in (True, False) for flag in found["correct"]):
         raise BurnishError(f"{path} is damaged", "what `burnish run` wrote", f"rm '{path}'")
     return found
 

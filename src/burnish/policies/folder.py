@@ -11,6 +11,7 @@ The rest of a folder is read in `pretrained` (VLM and tokenizer), `pipelines` (p
 import dataclasses
 import io
 import json
+import logging
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code
 from burnish.policies.sizes import check_policy_numbers
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+log = logging.getLogger("burnish")
 
 
 def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | None, device: str) -> Any:
@@ -81,14 +83,24 @@ def check_device(name: str) -> None:
 
 
 def build(config: Any, seed: int) -> nn.Module:
-    """LeRobot's policy with random weights of `seed`; the global generator is left as it was."""
+    """LeRobot's policy with random weights of `seed`; the global generator is left as it was.
+
+    `compile_model` is kept for LeRobot and not followed: the first call would compile for minutes, on a CPU too.
+    """
     from lerobot.policies.factory import get_policy_class
 
+    compiled = getattr(config, "compile_model", False)
+    if compiled:
+        log.warning("the config says compile_model: burnish runs the model as it is")
+        config.compile_model = False
     files = getattr(config, "vlm_model_name", "")
     what = f"a policy of type {config.type} cannot be built" + (f" with the VLM files at '{files}'" if files else "")
     fit = foreign(what, "a config whose values go together")
     with seeded(seed), redirect_stdout(io.StringIO()), no_remote_code(), fit:
-        return get_policy_class(config.type)(config)
+        policy = get_policy_class(config.type)(config)
+    if compiled:
+        policy.config.compile_model = compiled
+    return policy
 
 
 def point_at(folder: Path, target: str, **fields: str) -> None:

@@ -129,7 +129,9 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
                            "finite weights, e.g. of an earlier checkpoint")  # fmt: skip
 
 
-def write_weights(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_weights(
+    folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None, exact: Iterable[str] = ()
+) -> None:
     """Write model.safetensors beside config.json: finite tensors, each memory once (under the first of its names).
 
     LeRobot's own writer takes the live weights whatever it is given, from its version 0.6.2 on.
@@ -138,9 +140,11 @@ def write_weights(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | N
         folder: the policy's.
         state: tensors by LeRobot's names.
         dtype: floating tensors are stored so; None keeps them.
+        exact: tensors that keep their type: in half precision the edges of bins would move.
     """
     from safetensors.torch import save_file
 
+    kept = set(exact)
     check_finite(state, "the policy to store")
     seen: dict[Any, str] = {}
     stored: dict[str, Tensor] = {}
@@ -149,7 +153,8 @@ def write_weights(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | N
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device)
         if tensor.numel() and seen.setdefault(place, name) != name:
             continue
-        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        narrow = dtype is not None and tensor.is_floating_point() and name not in kept
+        cast = tensor.to(dtype) if narrow else tensor
         stored[name] = cast.detach().cpu().contiguous()
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
 

@@ -120,7 +120,7 @@ class PolicyWrapper(Policy):
             folder: where; made if missing.
             home: where the folder will be in the end, when it is written elsewhere and renamed. Its absolute path is
                 what LeRobot's own commands will look for.
-            dtype: store floating tensors so (e.g. torch.float16); None keeps them.
+            dtype: store floating weights so (e.g. torch.float16), buffers never; None keeps them.
             state_dict: weights to store instead of the policy's own (a moving average), with the names of
                 `policy.policy.state_dict()`.
 
@@ -130,7 +130,8 @@ class PolicyWrapper(Policy):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        tensors.write_weights(folder, self.policy.state_dict() if state_dict is None else state_dict, dtype)
+        state = self.policy.state_dict() if state_dict is None else state_dict
+        tensors.write_weights(folder, state, dtype, exact=(name for name, _ in self.policy.named_buffers()))
         self.preprocessor.save_pretrained(folder)
         self.postprocessor.save_pretrained(folder)
         self.write_extras(folder, Path(home or folder).absolute())

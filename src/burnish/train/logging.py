@@ -10,7 +10,8 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import disk_errors, write_text
-from burnish.core.reading import parse_json, read_text
+from burnish.core.reading import read_text
+from burnish.evaluate.records import rows_of
 
 _PANELS = ("loss", "lr", "grad_norm", "data_wait_share", "retention_loss", "retention_accuracy")
 
@@ -84,19 +85,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         BurnishError: a line that is no object with a step, another one than the last.
     """
-    rows = []
-    lines = [line for line in read_text(path).split("\n") if line.strip()] if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_json(line, f"{path}:{number}")
-        except BurnishError:
-            if number == len(lines):
-                break
-            raise
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise BurnishError(f"{path}:{number} is no row of figures", 'an object with "step"', f"rm '{path}'")
-        rows.append(row)
-    return rows
+    text = read_text(path) if path.is_file() else ""
+    rows = list(rows_of(text, path)) if "\n" in text else []  # else a kill has cut the only line
+    for where, row in rows:
+        if type(row.get("step")) is not int:
+            raise BurnishError(f"{where} is no row of figures", 'an object with "step"', f"rm '{path}'")
+    return [row for _, row in rows]
 
 
 def draw_curves(metrics: Path, target: Path) -> None:

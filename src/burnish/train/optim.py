@@ -1,7 +1,6 @@
 """What is trained and how: patterns, adapters, AdamW, the learning-rate curve, the moving average of weights."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
+from burnish.core.patterns import fullmatch, search
 from burnish.core.seeding import derive_seed, seeded
 from burnish.policies.base import Policy
 
@@ -20,14 +20,14 @@ _ADAPTER = "default"
 
 
 def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> None:
-    """Set `requires_grad` by patterns (`re.search` over parameter names); a pattern without a match is an error."""
+    """Set `requires_grad` by patterns (searched in parameter names); a pattern without a match is an error."""
     parameters = dict(policy.named_parameters())
     _matches("train.train_only", train_only, parameters)
     _matches("train.freeze", freeze, parameters)
     for name, parameter in parameters.items():
-        if train_only and not any(re.search(p, name) for p in train_only):
+        if train_only and not any(search(p, name, "train.train_only") for p in train_only):
             parameter.requires_grad_(False)
-        if any(re.search(p, name) for p in freeze):
+        if any(search(p, name, "train.freeze") for p in freeze):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
         raise BurnishError("nothing is left to train", "at least one parameter", "fewer patterns in train.freeze")
@@ -36,11 +36,7 @@ def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequenc
 def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
     names = list(names)
     for pattern in patterns:
-        try:
-            found = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise BurnishError(f"{field}: '{pattern}' is no regular expression ({error})") from error
-        if not found:
+        if not any(search(pattern, name, field) for name in names):
             near = get_close_matches(pattern, names, 1, 0.1) or names[:1]
             raise BurnishError(f"{field}: '{pattern}' matches no parameter", f"names such as '{near[0]}'")
 
@@ -55,16 +51,11 @@ def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0) -> None:
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = config.target_modules or policy.adapter_targets
-    try:
-        targets = [n for n, m in policy.named_modules() if _is_called(m) and re.fullmatch(pattern, n)]
-    except re.error as error:
-        raise BurnishError(f"train.peft.target_modules: '{pattern}' is no regular expression ({error})") from error
+    pattern, field = config.target_modules or policy.adapter_targets, "train.peft.target_modules"
+    linear = [name for name, module in policy.named_modules() if _is_called(module)]
+    targets = [name for name in linear if fullmatch(pattern, name, field)]
     if not targets:
-        linear = [n for n, m in policy.named_modules() if isinstance(m, nn.Linear)]
-        raise BurnishError(
-            f"train.peft.target_modules: '{pattern}' matches no linear layer", f"names such as {linear[-1]}"
-        )
+        raise BurnishError(f"{field}: '{pattern}' matches no linear layer", f"names such as {linear[-1]}")
     widest = max(max(policy.get_submodule(name).weight.shape) for name in targets)
     if config.rank > widest:
         raise BurnishError(f"train.peft.rank is {config.rank}", f"at most {widest}, the width of the widest layer")

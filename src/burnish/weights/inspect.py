@@ -9,8 +9,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import write_json
-from burnish.core.outputs import claim
-from burnish.core.reading import read_json
+from burnish.core.outputs import claim, require_file
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
 from burnish.weights.rounding import Buffers, dot
@@ -110,12 +109,7 @@ def _said(value: float | None) -> str:
 
 def save(found: dict[str, Any], path: Path) -> None:
     """Write the figures to a JSON file; only an earlier one of the kind is replaced."""
-    if path.is_dir():
-        raise BurnishError(f"{path} is a folder", "a file", f"--output '{path / 'inspect.json'}'")
-    if path.exists():
-        before = read_json(path) if path.suffix == ".json" else None
-        if not isinstance(before, dict) or not {"delta", "norm", "modules", "others"} <= before.keys():
-            raise BurnishError(f"{path} exists and holds something else", "a new file", "another --output")
+    require_file(path, "inspection")
     write_json(path, found)
 
 

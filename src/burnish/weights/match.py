@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.core.errors import BurnishError
+from burnish.core.patterns import search
 from burnish.weights.delta import Delta
 from burnish.weights.difference import Difference
 from burnish.weights.names import Heads, check_patterns, embodiment, match_names, same_robot, selected
@@ -76,7 +77,7 @@ def match(
         same = same_robot(embodiment(base.path), source.meta["embodiment"])
         across = same is False or (same is None and other_base)
         for own, names in _names_in_base(source, base).items():
-            factor = next((f for pattern, f in modules if any(re.search(pattern, n) for n in names)), 1.0)
+            factor = next((f for pattern, f in modules if any(search(pattern, n, "--module") for n in names)), 1.0)
             # Tied tensors go together: one that is wanted takes the others along, one that is excluded keeps them.
             wanted = any(selected(n, include, ()) for n in names) and all(selected(n, (), exclude) for n in names)
             head = source.tensors[own]["group"] == "head" and across

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from burnish.core.errors import BurnishError
+from burnish.core.patterns import search, substitute
 from burnish.core.reading import read_object
 from burnish.weights.tensorfile import FLOATS, TensorInfo
 
@@ -57,11 +58,7 @@ def match_names(
     for name in names:
         renamed = name
         for pattern, replacement in rules:
-            try:
-                renamed = re.sub(pattern, replacement, renamed)
-            except (re.error, IndexError) as error:
-                raise BurnishError(f"--rename '{pattern}={replacement}' is no regular expression and replacement "
-                                   f"({error})", r"for instance '^old\.=new.'") from error  # fmt: skip
+            renamed = substitute(pattern, replacement, renamed, f"--rename '{pattern[:100]}={replacement[:100]}'")
         if renamed not in reference:
             renamed = tails.get(_bare(renamed), renamed)
         found[name] = renamed
@@ -87,19 +84,16 @@ class Choice:
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether the patterns (`re.search`) let `name` take part; an empty `include` lets all."""
-    return (not include or any(re.search(p, name) for p in include)) and not any(re.search(p, name) for p in exclude)
+    """Whether the patterns (see `core.patterns.search`) let `name` take part; an empty `include` lets all."""
+    wanted = not include or any(search(p, name, "--include") for p in include)
+    return wanted and not any(search(p, name, "--exclude") for p in exclude)
 
 
 def check_patterns(patterns: Sequence[str], names: Iterable[str], option: str) -> None:
     """Raise BurnishError for a pattern that is no regular expression or matches nothing."""
     names = list(names) or ["weight"]
     for pattern in patterns:
-        try:
-            hit = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise BurnishError(f"{option} '{pattern}' is no regular expression ({error})") from error
-        if not hit:
+        if not any(search(pattern, name, option) for name in names):
             raise BurnishError(f"{option} '{pattern}' matches no tensor", f"part of a name such as '{names[0]}'")
 
 

@@ -5,13 +5,12 @@ lands in a hidden folder beside the target, which is renamed at the end. An erro
 left is removed by the next one: nothing half-written is ever seen under the target's name.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ import numpy as np
 import xxhash
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import disk_errors, make_folder, put_folder, remove_folder, require_space, write_json
-from burnish.core.outputs import MARK, kind_of, mark, require_own
+from burnish.core.files import disk_errors, put_folder, remove_folder, require_space, write_json
+from burnish.core.outputs import MARK, claim, kind_of, require_own
 from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object, regular_file
 from burnish.weights.tensorfile import BLOCK, Digests, TensorInfo, blocks, make_header, pieces
@@ -98,28 +97,17 @@ def output_folder(plan: Plan, force: bool = False) -> Iterator[Path]:
     """
     _check_target(plan, force)
     target, part = plan.target, part_folder(plan.target)
-    make_folder(part)
-    with _only_writer(part, target):
+    with claim(part, PART), disk_errors(target):
         try:
             _check_target(plan, force)  # whoever held the folder before may have finished
-            if kind_of(part) != plan.kind:  # a writer killed just before it renamed
-                require_own(part, PART)
-        except BurnishError:
-            with suppress(OSError):
-                part.rmdir()  # only where it is empty
-            raise
-        try:
-            with disk_errors(target):
-                mark(part, PART)
-                _empty(part)
+            _empty(part)
             require_space(target.absolute().parent, plan.nbytes, f"{target}")
-            with disk_errors(target):
-                yield part
-                mark(part, plan.kind)
-                put_folder(part, target)
+            yield part
+            put_folder(part, target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+        write_json(target / MARK, {"kind": plan.kind})
     remove_folder(target.with_name(f".{target.name}.old"))
 
 
@@ -139,28 +127,8 @@ def _check_target(plan: Plan, force: bool) -> None:
     for path in (*plan.inputs, Path.cwd()):
         if target.resolve() in (path.resolve(), *path.resolve().parents):
             raise BurnishError(f"-o {plan.target} would replace {path}", "a folder that holds no input", "another -o")
-    require_own(target, plan.kind, plan.is_ours)
-
-
-@contextmanager
-def _only_writer(part: Path, target: Path) -> Iterator[None]:
-    """Hold a lock on the hidden folder, which the system releases when its holder ends, however that happens."""
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        # A folder that is locked and then gone was moved to its place by a writer that has just finished.
-        if not _lock(handle) or not part.is_dir() or os.fstat(handle).st_ino != part.stat().st_ino:
-            raise BurnishError(f"another process is writing {target}", "one at a time", "wait for it, or another -o")
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    kind = PART if kind_of(target) == PART else plan.kind  # a writer killed just after it renamed
+    require_own(target, kind, plan.is_ours)
 
 
 def _empty(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """`isolate`: the objective that keeps the VLM's knowledge while its policy is fine-tuned."""
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, read_options
+from burnish.core.patterns import search
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods import products
 from burnish.methods.gradients import Layout, Vector, of_next_layers, stop_decay, stream_gradients
@@ -282,5 +282,5 @@ def _train_what_surrounds(recipe: "RecipeConfig", policy: Policy) -> None:
     if adapted or recipe.train.train_only:  # the recipe says itself what is trained of the rest
         return
     for name, parameter in policy.named_parameters():
-        if name not in inside and not any(re.search(p, name) for p in recipe.train.freeze):
+        if name not in inside and not any(search(p, name, "train.freeze") for p in recipe.train.freeze):
             parameter.requires_grad_(True)
