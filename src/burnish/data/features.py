@@ -37,8 +37,8 @@ def read_features(declared: Any, where: str) -> dict[str, dict[str, Any]]:
     for name, one in declared.items():
         if not isinstance(one, dict) or not isinstance(one.get("dtype"), str) or "shape" not in one:
             raise BurnishError(f"{where}: feature '{name}' lacks dtype or shape")
-        if "/" in name or "\0" in name or name.startswith("."):
-            raise BurnishError(f"{where}: the name of feature {name!r}", "one without slashes")
+        if "/" in name or not name.isprintable() or name.startswith("."):
+            raise BurnishError(f"{where}: the name of feature {name!r}", "printable, without slashes")
         shape = one["shape"] if isinstance(one["shape"], list | tuple) else [one["shape"]]
         most = LARGEST if is_picture(one) else WIDEST
         possible = all(type(edge) is int and edge > 0 for edge in shape) and prod(shape) <= most

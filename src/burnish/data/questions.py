@@ -26,7 +26,7 @@ from burnish.envs.tabletop_scene import COLOURS, SHAPES
 
 KIND = "questions"
 KINDS = ("where", "colour", "left_of", "count", "exists", "holding", "nearer", "move")
-MOST_SIDE = 4096
+MOST_SIDE, MOST_IMAGES = 4096, 10**7
 MOST_TEXT = 2000
 """Characters in a question, an answer or a kind."""
 MIN_GAP = 0.09
@@ -315,7 +315,8 @@ def _open_images(path: Path) -> np.ndarray:
     except (ValueError, OSError, EOFError, SyntaxError, OverflowError, TypeError) as error:
         raise BurnishError(f"{path} cannot be read ({one_line(error, 200)})", "images as numpy writes them") from None
     shape = getattr(images, "shape", ())  # numpy also opens archives
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape or max(shape[1:]) > MOST_SIDE or images.dtype != np.uint8:
+    right = len(shape) == 4 and shape[3] == 3 and 0 not in shape and images.dtype == np.uint8
+    if not right or max(shape[1:]) > MOST_SIDE or shape[0] > MOST_IMAGES:
         raise BurnishError(f"{path} holds {shape} of {getattr(images, 'dtype', type(images).__name__)}",
                            f"uint8 [images, height, width, 3] of at most {MOST_SIDE} pixels")  # fmt: skip
     return images

@@ -1,7 +1,6 @@
 """Two policies on the same initial states: is one better, by how much, and what could have been seen at all."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, plain
 from burnish.core.patterns import search
 from burnish.evaluate.records import Record
 from burnish.evaluate.results import read_results
@@ -95,7 +94,7 @@ class Comparison:
         ]
         if len(self.per_task) > 1:
             lines += ["", *_table(self.per_task)]
-        return "\n".join(map(_plain, [*lines, *(f"WARNING: {w}" for w in self.warnings)]))
+        return "\n".join(map(plain, [*lines, *(f"WARNING: {w}" for w in self.warnings)]))
 
 
 def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0) -> Comparison:
@@ -214,11 +213,6 @@ def identical(x: Run, y: Run) -> bool:
     return bool(shared) and all(
         x[k].success == y[k].success and (x[k].steps == y[k].steps or -1 in (x[k].steps, y[k].steps)) for k in shared
     )
-
-
-def _plain(line: str) -> str:
-    """A line for the terminal, without what a name in a file could make the terminal do."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line)
 
 
 def _runs(count: int) -> str:

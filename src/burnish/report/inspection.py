@@ -3,6 +3,7 @@
 from html import escape
 from statistics import median_high
 
+from burnish.core.errors import plain
 from burnish.data.inspect import Dimension, Inspection
 from burnish.report.html import document, facts, png_uri, section, table
 
@@ -27,7 +28,7 @@ def as_text(found: Inspection) -> str:
             out += ["", *_dimension_lines(title, dimensions)]
     out += ["", _verdict(found)]
     out += [f"  {problem.kind:<8} {problem.where}: {problem.sentence}" for problem in found.problems]
-    return "\n".join(out)
+    return "\n".join(map(plain, out))
 
 
 def _overview(found: Inspection) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from html import escape
 from itertools import accumulate
 
 MAX_POINTS = 300  # more than a phone can show
+MOST_VALUE = 1e100  # and 1e-100: what lies beyond has no place on an axis
 NARROW = "\u202f"  # a thin space that does not break
 
 
@@ -149,11 +150,11 @@ def _inset(share: float) -> str:
 
 
 def _clean(one: Series, log_y: bool) -> Series:
-    """Finite (and, on a log axis, positive) points only, thinned to what a screen can show."""
+    """Points of ordinary size (and, on a log axis, above 0) only, thinned to what a screen can show."""
     keep = [
         index
         for index, (x, y) in enumerate(zip(one.x, one.y, strict=True))
-        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)
+        if abs(x) <= MOST_VALUE and abs(y) <= MOST_VALUE and (y >= 1 / MOST_VALUE or not log_y)
     ]
     stride = math.ceil(len(keep) / MAX_POINTS) or 1
     keep = sorted({*keep[::stride], *keep[-1:]})
@@ -172,8 +173,8 @@ def _curve(one: Series, frame: _Frame) -> str:
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values from at or below `low` to at or above `high`."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    if high - low < 1 / MOST_VALUE:
+        high = low + (abs(low) if abs(low) > 1 / MOST_VALUE else 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)

@@ -115,8 +115,9 @@ def make_targets(
     if cache == "off":
         return LiveTargets(job, device)
     folder = Path(cache) if cache else Path(data.root) / ".teachers" / key.name
-    if not cache and not folder.exists() and not os.access(data.root, os.W_OK):
-        raise BurnishError(f"{data.root} may not be written, so it cannot keep the teacher's features",
+    barred = folder.parent.is_symlink() or not folder.exists() and not os.access(data.root, os.W_OK)
+    if not cache and barred:
+        raise BurnishError(f"{data.root} may not be written, or its .teachers is a link: it cannot keep features",
                            "a folder that may", "cache: features, in the entry of align")  # fmt: skip
     opened = open_cache(folder, job, progress=progress, device=str(device))
     return CachedTargets(opened, key, device)
