@@ -54,7 +54,9 @@ def recipe(dataset, tmp_path, monkeypatch):
         "data: {cameras: front}", "data: {cameras: [roof]}", "data: {episodes: [99]}", "data: {episodes: [-1]}",
         "data: {episodes: [x]}", "language: {weight: 1}", "eval: {questions: 3}", "eval: {episodes: 0}",
         "recipe: x\nvariants: {}", f"train: {{steps: {'9' * 5000}}}", f"train: {{steps: {'9' * 50}}}",
-        f"{'{a: ' * 200}1{'}' * 200}", f"name: {'x' * 300}",
+        f"{'{a: ' * 200}1{'}' * 200}", f"name: {'x' * 300}", r"train: {freeze: ['((.|\w|[a-z.0-9])+)+!']}",
+        r"train: {train_only: ['((.|\w|[a-z.0-9])+)+!']}", f"train: {{freeze: ['{'x' * 2000}']}}",
+        r"train: {peft: {method: lora, target_modules: '((.|\w|[a-z.0-9])+)+!'}}",
     ],
     ids=lambda text: text[:40],
 )  # fmt: skip

@@ -134,6 +134,11 @@ def test_flags_of_compare(flags, needle, tmp_path, refused):
     refused(["compare", tmp_path / "r.jsonl", tmp_path / "r.jsonl", *flags], needle)
 
 
+def test_a_task_pattern_has_an_end(tmp_path, refused):
+    (tmp_path / "r.jsonl").write_text(line(task="a" * 200))
+    refused(["compare", tmp_path / "r.jsonl", tmp_path / "r.jsonl", "--task-regex", "(a|a|aa)+$b"], "takes too long")
+
+
 def test_a_name_cannot_steer_the_terminal(tmp_path, accepted):
     text = line(task="a\x1b[2J\nb") + line(task="c")
     (tmp_path / "r.jsonl").write_text(text)

@@ -209,6 +209,9 @@ OPTIONS = [
     (["extract", "BASE", "TUNED", "--rename", "a"], "--rename"),
     (["extract", "BASE", "TUNED", "--rename", "(=x"], "--rename"),
     (["extract", "BASE", "TUNED", "--include", "("], "regular expression"),
+    *((["extract", "BASE", "TUNED", option, r"((.|\w|[a-z._0-9])+)+!" + end], "takes too long")
+      for option, end in (("--include", ""), ("--exclude", ""), ("--rename", "=x"))),
+    (["merge", "BASE", "--tuned", "TUNED", "--module", r"((.|\w|[a-z._0-9])+)+!=2"], "takes too long"),
     (["extract", "BASE", "nowhere"], "no weights at nowhere"), (["extract", "BASE", "/dev/zero"], "device"),
     (["extract", "BASE", "TUNED", "--control", "TUNED", "--strict"], "nothing is recorded"),
     (["control", "TUNED", "flip"], "no delta"), (["inspect", "x" * 5000], "no path"),
