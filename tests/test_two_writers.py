@@ -72,7 +72,7 @@ def recipe_file(dataset, tmp_path, monkeypatch):
     fake.register(monkeypatch.setattr)
     path = tmp_path / "recipe.yaml"
     values = recipe_to_dict(fake.recipe(dataset, tmp_path / "run"))
-    values["eval"] |= {"instruction_swap": False, "env": "tabletop:reach"}
+    values["eval"]["instruction_swap"] = False
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -96,7 +96,12 @@ def test_study(recipe_file, dataset, tmp_path, monkeypatch, raced):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "evaluate_as", lambda *given, **named: SimpleNamespace(overall="0 of 0"))
-    content = {"name": "two", "recipe": "recipe.yaml", "seeds": [0, 1], "variants": {"plain": {}}}
+    content = {
+        "name": "two",
+        "recipe": "recipe.yaml",
+        "seeds": [0, 1],
+        "variants": {"plain": {"eval": {"env": "tabletop:reach"}}},
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     assert raced(["run", "study.yaml"], study, "_train_and_measure") == 0
     assert sorted(path.parent.name for path in (tmp_path / "runs/two").glob("*/policy")) == ["plain-0", "plain-1"]

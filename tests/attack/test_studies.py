@@ -59,7 +59,7 @@ CHANGES = {
     "an unknown method": {"variants": {"plain": {"objectives": [{"name": "nothing"}]}}},
     "a method twice": {"variants": {"plain": {"objectives": [{"name": "probe"}, {"name": "probe"}]}}},
     "other options": {"variants": {"plain": {"objectives": [{"name": "isolate", "method": ["aegis"]}]}}},
-    "a number for a folder": {"variants": {"plain": {"data": {"root": 3}}}},
+    "a list for a folder": {"variants": {"plain": {"data": {"root": [3]}}}},
     "a pattern that is none": {"variants": {"plain": {"train": {"freeze": 3}}}},
     "a name of an evaluation with a slash": {"evals": {"a/b": {}}},
     "an evaluation that is hidden": {"evals": {".x": {}}},

@@ -55,23 +55,22 @@ def test_errors_are_one_line(name, root, refused):
 @pytest.mark.parametrize("text", [
     f"{json.dumps(EVIL)}: 1", f"train: {{{json.dumps(EVIL)}: 1}}", f"name: {json.dumps(EVIL)}",
     f"train: {{precision: {json.dumps(EVIL)}}}", f"objectives: [{{name: {json.dumps(EVIL)}}}]",
-    f"objectives: [{{name: probe, {json.dumps(EVIL)}: 1}}]", f"output: {json.dumps(EVIL)}",
+    f"objectives: [{{name: probe, {json.dumps(EVIL)}: 1}}]",
     "objectives: [{name: probe, weight: 2020-01-01}]", "objectives: [{name: probe, weight: !!binary YQ==}]",
     "policy: {overrides: {x: 2020-01-01}}", "policy: {overrides: {x: !!set {a, b}}}",
     "data: {columns: {action: !!set {a}}}",
-    'name: "\\ud800"', 'name: "\\U0000D800"', "train: {trackers: [2020-01-01]}", "train: {lr: 1:30:00}",
+    'name: "\\ud800"', 'name: "\\U0000D800"', "train: {trackers: [2020-01-01]}",
     "objectives: [{name: probe, weight: !!timestamp 2001-12-14t21:59:43.10-05:00}]", "2020-01-01: x",
     "policy: {overrides: !!omap [a: 1]}", "policy: {overrides: {? !!binary YQ== : 1}}",
 ])  # fmt: skip
 def test_values_of_recipes(text, root, tmp_path, refused):
     (tmp_path / "r.yaml").write_text(text)
-    words = [] if "output" in text else [f"--output={tmp_path / 'run'}"]
-    words += [] if "columns" in text else [f"--data.root={root}"]
+    words = [f"--output={tmp_path / 'run'}", *([] if "columns" in text else [f"--data.root={root}"])]
     clean(refused(["train", "--config", tmp_path / "r.yaml", "--policy.path=fake", "--train.steps=1", *words]))
     assert not (tmp_path / "run").exists()
 
 
-def test_tensor_names(tmp_path, accepted):
+def test_tensor_names(tmp_path, refused):
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -79,9 +78,7 @@ def test_tensor_names(tmp_path, accepted):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         save_file({f"model.{EVIL}.weight": np.full((2, 2), value, np.float32)}, tmp_path / name / "model.safetensors")
-    delta = tmp_path / "delta"
-    clean(accepted(["weights", "extract", tmp_path / "base", tmp_path / "tuned", "-o", delta]))
-    clean(accepted(["weights", "inspect", delta]))
+    clean(refused(["weights", "extract", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "delta"], "printed"))
 
 
 @pytest.mark.parametrize("content", ['{"type": "\\ud800"}', '{"\\udc00": 1}', '{"type": "smolvla", "x": ["\\ud83d"]}'])

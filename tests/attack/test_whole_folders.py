@@ -36,6 +36,7 @@ COMMANDS = {
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text('{"image": "a.png", "question": "q", "answer": "a"}\n')
+    (tmp_path / "a.png").write_text("no picture")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"root": "set"}, "output": "out"}))
 
     def make(kind):

@@ -49,3 +49,13 @@ def test_replacements():
     for wrong in (r"\9", r"\g<nobody>", r"\g<"):
         with pytest.raises(BurnishError, match="no regular expression"):
             substitute("(o)ld", wrong, "old", "--rename")
+
+
+def test_names_of_tensors_have_an_end_too():
+    from burnish.weights.names import check_patterns, match_names, selected
+
+    name, endless = "a" * 200, "(a|a|aa)+$b"
+    for call in (lambda: check_patterns([endless], [name], "--include"), lambda: selected(name, (), [endless]),
+                 lambda: match_names([name], ["b"], [(endless, "x")])):  # fmt: skip
+        with pytest.raises(BurnishError, match="takes too long"):
+            call()

@@ -22,7 +22,12 @@ def place(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "evaluate_as", lambda *given, **named: SimpleNamespace(overall="0 of 0"))
     values = recipe_to_dict(fake.recipe(dataset, "run", "--train.steps=3"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    study = {"name": "two", "recipe": "recipe.yaml", "seeds": [0, 1], "variants": {"plain": {}}}
+    study = {
+        "name": "two",
+        "recipe": "recipe.yaml",
+        "seeds": [0, 1],
+        "variants": {"plain": {"eval": {"env": "tabletop:reach"}}},
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     return tmp_path
 

@@ -221,3 +221,11 @@ def test_compile_model_is_kept_for_lerobot_and_not_followed(kind, request, tmp_p
     torch.testing.assert_close(acted(policy, batch), acted(load_policy(request.getfixturevalue(kind)), batch))
     policy.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved/config.json").read_text())["compile_model"] is True
+
+
+@pytest.mark.parametrize("field", ["resize_imgs_with_padding", "optimizer_betas"])
+def test_a_tuple_that_is_null_is_named_in_words(field, copied):
+    config = json.loads((copied / "config.json").read_text()) | {field: None}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BurnishError, match=f"must not be None for conversion to a tuple.*{field}"):
+        load_policy(copied)

@@ -36,6 +36,8 @@ def inside(root: Path, name: str | Path) -> Path:
     root, text = Path(root), str(name)
     if os.path.isabs(text) or ".." in Path(text).parts or "\0" in text or text.startswith("~"):
         raise BurnishError(f"the path {text!r} leads out of {root}", "a path inside the folder")
+    if max(map(len, text.split("/"))) > 255 or len(text) > 2000:
+        raise BurnishError(f"the path {text[:60]!r}... has {len(text)} letters", "a name that a folder can hold")
     path, real = root / text, Path(os.path.realpath(root))
     homes = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
     found = Path(os.path.realpath(path))

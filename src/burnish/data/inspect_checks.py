@@ -42,7 +42,7 @@ def _check_statistics(dataset: Dataset) -> list[Problem]:
         have, values = dataset.figures.get(name, {}), dataset.rows.values[name].astype(np.float64)
         if have and any(quantile_name(q) not in have for q in QUANTILES):
             problems.append(Problem("hint", name, "no quantile statistics; training computes them from the rows"))
-        if not np.isfinite(values).all():
+        if not len(values) or not np.isfinite(values).all():
             continue
         unit = np.maximum(values.std(0), 1e-6)
         for key, function in (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max)):

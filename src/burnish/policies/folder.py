@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
         try:
             config = draccus.decode(config_class, raw)
         except draccus.ParsingError as error:
-            raise BurnishError(f"{source} cannot be read: {one_line(error.__cause__ or error)}", expected) from error
+            # draccus puts a dot after every letter of what it says of a tuple that is null
+            said = re.sub(r"`(?:[^`]\.){9,}[^`]`", lambda text: text[0][1:-1:2], one_line(error.__cause__ or error))
+            raise BurnishError(f"{source} cannot be read: {said}", expected) from error
     if features is not None:
         config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
         config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}

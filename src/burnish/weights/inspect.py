@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError, plain
+from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import write_json
 from burnish.core.outputs import claim, require_file
@@ -100,7 +100,7 @@ def table(found: dict[str, Any], most: int = 20) -> str:
     lines += [f"{m['norm']:10.4g} {_said(m['relative']):>9s}  {name} ({m['group']})" for name, m in ranked[:most]]
     if len(ranked) > most:
         lines.append(f"{'':20s}  ... and {len(ranked) - most} more (--json has all)")
-    return "\n".join(map(plain, lines))
+    return "\n".join(lines)
 
 
 def _said(value: float | None) -> str:
