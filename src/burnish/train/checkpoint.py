@@ -21,7 +21,8 @@ from torch import Tensor
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
-from burnish.core.reading import read_object
+from burnish.core.options import number
+from burnish.core.reading import read_object, regular_file
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.methods.objective import Run
 from burnish.policies.base import Policy
@@ -159,7 +160,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise BurnishError(f"{path} has format {meta.get('format')}", f"{FORMAT}", "the burnish version that wrote it")
     wrong = [key for key, kind in _META.items() if not isinstance(meta.get(key), kind)]
-    if wrong or meta["window"].keys() != {"sums", "counts"}:
+    wrong += [] if wrong else [key for key in ("step", "minutes") if not number(meta[key]) or meta[key] < 0]
+    parts = [] if wrong else list(meta["window"].values())
+    figures = all(isinstance(part, dict) and all(map(number, part.values())) for part in parts)
+    if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
         raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
                            f"rm -r '{folder}'")  # fmt: skip
     return meta
@@ -247,6 +251,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.exists():
+        regular_file(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
