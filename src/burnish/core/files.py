@@ -51,6 +51,8 @@ def disk_errors(target: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in _FULL or any(word in str(error).lower() for word in _FULL_WORDS):
             found = f"no room left while writing {target}"
             raise BurnishError(found, "free disk space", "free some and repeat") from error
+        if isinstance(error, IsADirectoryError):
+            raise BurnishError(f"{target} is a folder", "a file, or nothing") from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise BurnishError(f"may not write {target}", "a folder you own") from error
         raise
@@ -104,7 +106,7 @@ def new_file(target: Path) -> Iterator[Path]:
         with disk_errors(target):
             yield temporary
             sync(temporary)
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     sync(target.parent)

@@ -161,6 +161,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise BurnishError(f"{path} has format {meta.get('format')}", f"{FORMAT}", "the burnish version that wrote it")
     wrong = [key for key, kind in _META.items() if not isinstance(meta.get(key), kind)]
     wrong += [] if wrong else [key for key in ("step", "minutes") if not number(meta[key]) or meta[key] < 0]
+    wrong += [] if wrong or all(isinstance(name, str) for name in meta["optimizer"]) else ["optimizer"]
     parts = [] if wrong else list(meta["window"].values())
     figures = all(isinstance(part, dict) and all(map(number, part.values())) for part in parts)
     if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
