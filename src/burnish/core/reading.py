@@ -18,6 +18,8 @@ MOST_BYTES = 256 * 2**20
 """Largest file of text that is read whole."""
 MOST_PARTS = 200_000
 """Lists and mappings in one file, those that YAML aliases repeat counted each time."""
+MOST_YAML = 200_000
+"""Characters of a YAML text, which is read at some 50,000 a second."""
 DEEPEST = 64
 _POINTER = b"version https://git-lfs"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -151,6 +153,9 @@ def read_lines(path: Path, root: Path | None = None) -> Iterator[tuple[int, dict
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text of plain values; `where` names it in errors. A key may stand once in a mapping."""
     import yaml
+
+    if len(text) > MOST_YAML:
+        raise BurnishError(f"{where} has {len(text)} characters", f"at most {MOST_YAML}")
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -14,6 +14,8 @@ from burnish.data.inspect_views import View
 def check_dataset(dataset: Dataset) -> list[Problem]:
     """Everything that the tables and the folder show."""
     problems = dataset.problems + find_problems(dataset)
+    if not len(dataset.rows):
+        return problems
     for check in (_check_still, _check_statistics, _check_duplicates, _check_strays):
         problems += check(dataset)
     return problems
@@ -42,7 +44,7 @@ def _check_statistics(dataset: Dataset) -> list[Problem]:
         have, values = dataset.figures.get(name, {}), dataset.rows.values[name].astype(np.float64)
         if have and any(quantile_name(q) not in have for q in QUANTILES):
             problems.append(Problem("hint", name, "no quantile statistics; training computes them from the rows"))
-        if not len(values) or not np.isfinite(values).all():
+        if not np.isfinite(values).all():
             continue
         unit = np.maximum(values.std(0), 1e-6)
         for key, function in (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max)):
