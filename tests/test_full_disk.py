@@ -169,11 +169,11 @@ def test_pairs_of_rollouts(tmp_path, capsys, count):
     pair_fakes.register()
 
     def make(root):
-        return collect(pair_fakes.make_policy(), "walk:far", root, states=3, rollouts=2, workers=1, progress=False,
+        return collect(pair_fakes.make_policy(), "walk:far", root, states=4, rollouts=3, workers=1, progress=False,
                        make=pair_fakes.make_env)  # fmt: skip
 
     with most_bytes(count), pytest.raises(BurnishError, match="no room left while writing") as caught:
         make(tmp_path / "made")
     assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
-    assert make(tmp_path / "made").episodes == 6
+    assert make(tmp_path / "made").episodes == 12
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -162,7 +162,7 @@ def test_one_of_another_data_set_or_teacher_is_refused_in_one_line(tmp_path, key
     with pytest.raises(BurnishError, match="no teacher features"):
         FeatureCache(tmp_path / "nothing", key)
     np.save(tmp_path / "c" / "layer-0.npy", np.zeros((3, 1, 2, 2, 12), np.float16))
-    with pytest.raises(BurnishError, match="layer-0.npy has shape"):
+    with pytest.raises(BurnishError, match="layer-0.npy is not the file"):
         FeatureCache(tmp_path / "c", key)
 
 
