@@ -17,6 +17,8 @@ from burnish.core.types import Draws
 from burnish.data.loader import RobotData
 from burnish.policies import create_policy, load_policy
 from burnish.policies.draws import drawn
+from workshop import policy_table
+from workshop.tiny import KINDS as TINY
 from workshop.tiny import default_statistics, make_tiny
 
 diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
@@ -366,3 +368,15 @@ def test_the_tiny_ones(kind, tmp_path):
     policy = load_policy(make_tiny(kind, tmp_path / kind))
     policy.loss(batch_for(policy)).total.backward()
     assert policy.act(batch_for(policy)).actions.isfinite().all()
+
+
+def test_the_page_says_what_each_can_do(request, tmp_path):
+    """Its table is what `python -m workshop policy-table` writes."""
+    written = policy_table.PLACE.search(policy_table.PAGE.read_text())[0].splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in written] == sorted(TINY)
+    for line, kind in zip(written, sorted(TINY), strict=True):
+        if kind == "diffusion" and importlib.util.find_spec("diffusers") is None:
+            continue
+        ready = kind in ("smolvla", "pi0", "pi05", "pi0_fast")
+        folder = request.getfixturevalue(f"tiny_{kind}") if ready else make_tiny(kind, tmp_path / kind)
+        assert policy_table.row(kind, load_policy(folder)).strip() == line
