@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
@@ -72,9 +73,12 @@ def test_several_runs_are_clusters_of_their_initial_state(tmp_path):
     b = [write(tmp_path / f"b{i}", better) for i in range(4)]
     one, four = compare(a[0], b[0]).overall, compare(a, b).overall
     assert four.difference == pytest.approx(one.difference) and four.n == 60
-    # Copies of a run add nothing: interval and p-value stay those of the single one.
-    assert (four.low, four.high) == pytest.approx((one.low, one.high))
-    assert four.p == pytest.approx(one.p)
+    # Copies of a run add nothing: interval and p-value are those of the single one, by Student's test over states.
+    student = ttest_1samp(better.astype(float) - outcomes, 0)
+    assert (four.low, four.high) == pytest.approx(tuple(student.confidence_interval()))
+    assert four.p == pytest.approx(student.pvalue) and four.test.startswith("two-way")
+    three = compare(a[:3], b).overall  # not paired run by run: states are clusters
+    assert (three.low, three.high, three.p) == pytest.approx((one.low, one.high, one.p))
     assert four.rate_a.n == 240 and four.rate_a.high - four.rate_a.low > 0.2
 
 
@@ -99,7 +103,12 @@ def test_command(tmp_path, capsys):
     a, b = write(tmp_path / "a", [0, 1, 0, 0]), write(tmp_path / "b", [1, 1, 1, 0])
     assert main(["compare", str(a), str(b), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["overall"]["only_b"] == 2 and content["test"] == "McNemar"
+    assert content["overall"]["only_b"] == 2 and content["test"] == "exact McNemar test"
+    assert main(["compare", str(a), str(b), "--sequential", "--margin", "0.1", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["sequential"]["n"] == 4 and content["verdict"] == "undecided" and content["margin"] == 0.1
+    assert main(["compare", str(a), str(b), "--sequential", "--b", str(b)]) == 2
+    assert "one run of each" in capsys.readouterr().err
     assert main(["compare", str(a), str(b), "--b", str(b)]) == 0
     assert "WARNING: runs 1 and 2 of B" in capsys.readouterr().out
     assert main(["compare", str(a), str(tmp_path / "missing")]) == 2

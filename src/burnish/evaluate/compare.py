@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,29 @@ from burnish.core.errors import BurnishError, plain
 from burnish.core.patterns import search
 from burnish.evaluate.records import Record
 from burnish.evaluate.results import read_results
-from burnish.evaluate.stats import Rate, mcnemar, minimum_detectable_difference, paired_bootstrap, sign_flip, wilson
+from burnish.evaluate.sequential import Sequential, sequential
+from burnish.evaluate.stats import (
+    Rate,
+    Verdict,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    sign_flip,
+    two_way,
+    verdict,
+    wilson,
+)
 
 Key = tuple[str, int]
 Run = dict[Key, Record]
 MOST_TASKS, MOST_RUNS, MOST_TABLE = 2000, 100, 200_000
 """Of one comparison, so that it ends; the last is of the exact sign-flip test."""
+_MCNEMAR, _SIGN_FLIP = "exact McNemar test", "exact sign-flip test over initial states"
+_TWO_WAY = "two-way random-effects test"
+_INTERVAL = {
+    _MCNEMAR: "paired bootstrap over {n} initial states", _SIGN_FLIP: "paired bootstrap over {n} initial states",
+    _TWO_WAY: "two-way over runs and {n} initial states",
+}  # fmt: skip
 Paths = Path | str | Sequence[Path | str]
 
 
@@ -27,11 +44,13 @@ class PairedResult:
     """A and B on `n` shared initial states; `difference` is B minus A.
 
     With one run on each side every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
-    `p` is McNemar's. With several runs an initial state is a cluster: intervals come from a bootstrap over initial
-    states and `p` from the exact sign-flip test on the per-state differences.
+    `p` is McNemar's. With k runs of the same states on both sides, the first of A beside the first of B, the interval
+    and `p` are those of `stats.two_way`, over runs and states. With another number of runs an initial state is a
+    cluster: intervals come from a bootstrap over initial states and `p` from the exact sign-flip test on the per-state
+    differences.
 
     Args:
-        low, high: 95 % bootstrap interval of the difference.
+        low, high: 95 % interval of the difference.
         only_a, only_b: initial states on which A, or B, did better.
         detectable: smallest difference that n such pairs find with 80 % power; None when there is none.
     """
@@ -46,6 +65,7 @@ class PairedResult:
     only_b: int
     p: float
     detectable: float | None
+    test: str
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "rate_a": self.rate_a.to_dict(), "rate_b": self.rate_b.to_dict()}
@@ -61,31 +81,38 @@ class Comparison:
     per_task: dict[str, PairedResult]
     unpaired: tuple[list[Key], list[Key]]
     warnings: list[str] = field(default_factory=list)
+    margin: float | None = None
+    sequential: Sequential | None = None
 
     @property
-    def clustered(self) -> bool:
-        return max(self.runs) > 1
+    def verdict(self) -> Verdict:
+        """The word for the whole difference."""
+        return verdict(self.overall.low, self.overall.high, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "a": self.names[0], "b": self.names[1], "runs": list(self.runs),
-            "test": "sign flip over initial states" if self.clustered else "McNemar",
-            "overall": self.overall.to_dict(), "per_task": {t: result.to_dict() for t, result in self.per_task.items()},
+            "test": self.overall.test, "verdict": self.verdict, "margin": self.margin,
+            "sequential": self.sequential and vars(self.sequential), "overall": self.overall.to_dict(),
+            "per_task": {t: result.to_dict() for t, result in self.per_task.items()},
             "unpaired": {"a": [list(k) for k in self.unpaired[0]], "b": [list(k) for k in self.unpaired[1]]},
             "warnings": self.warnings,
         }  # fmt: skip
 
     def __str__(self) -> str:
         r, (name_a, name_b) = self.overall, self.names
-        test = "exact sign-flip test over initial states" if self.clustered else "exact McNemar test"
         lines = [
             f"A  {name_a}{_runs(self.runs[0])}: {r.rate_a}",
             f"B  {name_b}{_runs(self.runs[1])}: {r.rate_b}",
             f"B - A  {100 * r.difference:+.1f} points, 95 % interval [{100 * r.low:+.1f}, {100 * r.high:+.1f}] "
-            f"(paired bootstrap over {r.n} initial states)",
-            f"{test}: p = {r.p:.3g}; only A better {r.only_a}, only B better {r.only_b}",
+            f"({_INTERVAL[r.test].format(n=r.n)})",
+            f"{r.test}: p = {r.p:.3g}; only A better {r.only_a}, only B better {r.only_b}",
             _detectable(r),
         ]
+        if self.margin is not None:
+            lines.append(f"verdict with a margin of {100 * self.margin:g} points: {self.verdict}")
+        if self.sequential is not None:
+            lines.append(f"sequential: {self.sequential}")
         lines += [
             f"left out, only in {side}: {len(keys)} ({', '.join(f'{t} {s}'.strip() for t, s in keys[:3])}"
             f"{', ...' if len(keys) > 3 else ''})"
@@ -97,7 +124,10 @@ class Comparison:
         return "\n".join(map(plain, [*lines, *(f"WARNING: {w}" for w in self.warnings)]))
 
 
-def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0) -> Comparison:
+def compare(
+    a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0, margin: float | None = None,
+    look: bool = False,
+) -> Comparison:  # fmt: skip
     """Compare two policies or methods, paired on (task, initial state).
 
     Args:
@@ -105,6 +135,8 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
             seeds).
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
+        margin: difference of success rates up to which the policies count as equivalent, e.g. 0.05.
+        look: also the sequential test, which may be looked at after each trial; trials in A's order, one run a side.
 
     Raises:
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
@@ -126,7 +158,15 @@ def compare(a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0)
     per_task = {task: _result(sides, some, seed) for task, some in tasks.items()}
     unpaired = tuple([k for k in some if k not in shared] for some in keys)
     runs = (len(sides[0]), len(sides[1]))
-    return Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall))
+    found = Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall), margin)
+    return replace(found, sequential=_sequential(sides, paired, margin)) if look else found
+
+
+def _sequential(sides: list[list[Run]], keys: list[Key], margin: float | None) -> Sequential:
+    if max(map(len, sides)) > 1:
+        raise BurnishError(f"--sequential with {max(map(len, sides))} runs of one side", "one run of each")
+    (a,), (b,) = sides
+    return sequential(np.array([float(b[key].success) - float(a[key].success) for key in keys]), margin)
 
 
 def _name(paths: Paths) -> str:
@@ -172,13 +212,18 @@ def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
     n, difference = len(keys), scaled / denominator
     only_a, only_b = int((scaled < 0).sum()), int((scaled > 0).sum())
     single = max(len(side) for side in sides) == 1
-    low, high = paired_bootstrap(difference, np.random.default_rng(seed))
     rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
     # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
     discordance = (float((difference**2).sum()) + 1) / (n + 2)
-    p = mcnemar(only_a, only_b) if single else sign_flip(scaled)
     detectable = minimum_detectable_difference(n, discordance)
-    return PairedResult(n, *rates, float(difference.mean()), low, high, only_a, only_b, p, detectable)
+    counts = only_a, only_b
+    if not single and n > 1 and len(sides[0]) == len(sides[1]) and all(t.min() == len(sides[0]) for t in trials):
+        table = [[float(y[key].success) - float(x[key].success) for key in keys] for x, y in zip(*sides, strict=True)]
+        found = two_way(np.array(table))
+        return PairedResult(n, *rates, found.mean, found.low, found.high, *counts, found.p, found.detectable, _TWO_WAY)
+    low, high = paired_bootstrap(difference, np.random.default_rng(seed))
+    p, test = (mcnemar(*counts), _MCNEMAR) if single else (sign_flip(scaled), _SIGN_FLIP)
+    return PairedResult(n, *rates, float(difference.mean()), low, high, *counts, p, detectable, test)
 
 
 def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) -> Rate:

@@ -1,16 +1,21 @@
 """Statistics of success rates: intervals, paired tests, what n trials can detect. Pure numpy and scipy."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, binomtest, norm, t
 
 from burnish.core.errors import BurnishError
 
 LEVEL = 0.95
 """Of all intervals and tests, unless said."""
 RESAMPLES = 20_000
+POWER = 0.8
+"""At which a smallest detectable difference is found."""
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -126,12 +131,116 @@ def crossed_bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[flo
     return _middle(((rows @ table) * columns).sum(1) / (k * n))
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, a two-sided p-value against zero, and what could have been seen.
+
+    Args:
+        mean, low, high, p: of the mean.
+        error: standard error.
+        freedom: degrees of freedom of the t distribution.
+        detectable: smallest true mean that a study of this size and spread finds with 80 % power.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    error: float
+    freedom: float
+    detectable: float
+
+    @property
+    def interval(self) -> list[float]:
+        return [self.low, self.high]
+
+
+def two_way(values: np.ndarray) -> Estimate:
+    """Mean of a table whose rows (training seeds) and columns (initial states) are both random samples.
+
+    The two-way random-effects analysis of variance: value = mean + seed + state + rest. With mean squares A of seeds,
+    B of states and E of the rest, (A + B - E) / kn estimates the variance of the mean without bias, and Satterthwaite's
+    rule (Biometrics Bulletin 2, 1946) gives the degrees of freedom of its t distribution. The estimate may fall below
+    E, which the variance cannot; it is kept from that. With one row: Student's interval over columns.
+
+    The pigeonhole bootstrap (`crossed_bootstrap`) of three seeds that truly differ is too narrow; this one is not.
+
+    Args:
+        values: [k, n] outcomes, or differences between two methods paired on seed and state.
+
+    Raises:
+        BurnishError: fewer than two columns, or no row.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    k, n = table.shape
+    if k < 1 or n < 2:
+        raise BurnishError(f"a table of {k} seeds and {n} initial states", "at least one seed and two states")
+    mean = float(table.mean())
+    rows, columns = table.mean(1), table.mean(0)
+    of_states = k * float(((columns - mean) ** 2).sum()) / (n - 1)
+    parts, rest = [(of_states, n - 1)], 0.0
+    if k > 1:
+        residuals = table - rows[:, None] - columns + mean
+        rest = float((residuals**2).sum()) / ((k - 1) * (n - 1))
+        parts += [(n * float(((rows - mean) ** 2).sum()) / (k - 1), k - 1), (rest, (k - 1) * (n - 1))]
+    square = max(sum(part for part, _ in parts) - 2 * rest, rest)
+    if square == 0.0:
+        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, math.inf, 0.0)
+    freedom = max(1.0, square**2 / sum(part**2 / of for part, of in parts))
+    error = math.sqrt(square / (k * n))
+    half = float(t.isf((1 - LEVEL) / 2, freedom))
+    p = 2 * float(t.sf(abs(mean) / error, freedom))
+    detectable = (half + float(t.isf(1 - POWER, freedom))) * error
+    return Estimate(mean, mean - half * error, mean + half * error, p, error, freedom, detectable)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of one family, adjusted by Holm's step-down rule (Scandinavian Journal of Statistics 6, 1979)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, highest = [0.0] * len(p), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p) - place) * p[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def verdict(low: float, high: float, margin: float | None = None) -> Verdict:
+    """The word for a difference with the interval [low, high].
+
+    Args:
+        margin: differences up to this size do not matter; None where none was declared, then nothing is equivalent.
+    """
+    if margin is not None and -margin <= low and high <= margin:
+        return "equivalent"
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+
+
+def letters(differ: np.ndarray) -> list[str]:
+    """Compact letters (Piepho, Journal of Computational and Graphical Statistics 13, 2004): arms that share one do not
+    differ.
+
+    Args:
+        differ: [arms, arms] bool, symmetric; whether two arms differ.
+
+    Returns:
+        One string for each arm, such as "ab".
+    """
+    groups = [set(range(len(differ)))]
+    for i, j in zip(*np.nonzero(np.triu(differ)), strict=True):
+        split = [part for group in groups for part in ((group - {i}, group - {j}) if {i, j} <= group else (group,))]
+        groups = [part for at, part in enumerate(split)
+                  if not any(part < other or (part == other and at > k) for k, other in enumerate(split))]  # fmt: skip
+    groups.sort(key=lambda group: sorted(group))
+    return ["".join(chr(ord("a") + place) for place, group in enumerate(groups) if arm in group)
+            for arm in range(len(differ))]  # fmt: skip
+
+
 def _middle(means: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def minimum_detectable_difference(n: int, discordance: float, *, power: float = 0.8) -> float | None:
+def minimum_detectable_difference(n: int, discordance: float, *, power: float = POWER) -> float | None:
     """Smallest true difference of two rates that a paired test on n pairs finds with the given power.
 
     Solves n d^2 = (z_a sqrt(psi) + z_b sqrt(psi - d^2))^2 for d (Connor, Biometrics 43, 1987), where psi is
