@@ -127,7 +127,7 @@ def make_dataset(root, episodes=3, frames=9, size=32, seed=0, cameras=("front",)
             image[..., 2] = np.linspace(0, 255, width)[None, :]
             frame = {f"observation.images.{c}": image for c in cameras}
             state = np.array([episode, k, *rng.normal(size=2)], dtype=np.float32)
-            action = np.array([episode, k, *rng.normal(size=action_dim - 2)], dtype=np.float32)
+            action = np.array([episode, k, *rng.normal(size=max(0, action_dim - 2))], dtype=np.float32)[:action_dim]
             dataset.add_frame({**frame, "observation.state": state, "action": action, "task": f"task {episode % 2}"})
         dataset.save_episode()
     dataset.finalize()

@@ -152,32 +152,48 @@ def _columns(text: str) -> dict[str, Any]:
     return found
 
 
-def inspect(dataset: Path, *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False) -> int:
-    """Say what a practitioner must know about a data set.
+def inspect(
+    dataset: list[Path], *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False
+) -> int:
+    """Say what a practitioner must know about a data set; of several also what stands between them and one training.
 
     Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.
 
     Args:
-        dataset: LeRobotDataset folder, v3.0 or v2.1
-        html: also write a page with thumbnails
+        dataset: LeRobotDataset folders, v3.0 or v2.1
+        html: also write a page with thumbnails; of one data set
         quick: do not read every video to its end
 
-    Example:
+    Examples:
         burnish data inspect data/lift --html inspect.html
+        burnish data inspect data/new data/old      for --data.root=data/new --data.mix='[{root: data/old}]'
     """
     from burnish.core.outputs import require_file
+    from burnish.data.dataset import open_dataset
     from burnish.data.inspect import inspect_dataset
+    from burnish.data.mix import together
     from burnish.report.inspection import as_html, as_text
     from burnish.report.page import write_page
 
+    if html and len(dataset) > 1:
+        raise BurnishError("--html with several data sets", "one data set, or no page")
     if html:
         require_file(html, "page")
-    found = inspect_dataset(dataset, quick=quick)
-    print(as_text(found))
+    all_ok = True
+    for root in dataset:
+        found = inspect_dataset(root, quick=quick)
+        print(as_text(found) + "\n" * (len(dataset) > 1))
+        all_ok &= found.ok
     if html:
         write_page(html, as_html(found))
         print(f"\n{html}")
-    return 0 if found.ok else 1
+    if len(dataset) > 1:
+        between = together([open_dataset(root) for root in dataset])
+        print("together: " + (f"{len(between)} problems" if between else "nothing stands in the way of one training"))
+        for problem in between:
+            print(f"  {problem.kind:<8} {problem.where}: {problem.sentence}")
+            all_ok &= problem.kind != "error"
+    return 0 if all_ok else 1
 
 
 COMMANDS = Group(

@@ -42,16 +42,38 @@ class PolicyConfig:
 
 
 @dataclass
+class MixConfig:
+    """An entry of `data.mix`: a data set that is trained on beside `data.root`."""
+
+    root: str = option("", "LeRobotDataset folder", path=True)
+    weight: float = option(1.0, "samples drawn from it for each one of data.root", above=0, most=1e6)
+    episodes: list[int] = option([], "episodes to use; empty means all")
+    columns: dict[str, Any] = option({}, "its features under the names of data.root; null: it has no such camera")
+
+
+@dataclass
 class DataConfig:
     root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty: data/<name>", path=True)
     episodes: list[int] = option([], "episodes to use; empty means all")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
-    workers: int = option(1, "threads that prepare batches ahead of the step", least=1, most=256)
+    workers: int = option(
+        1,
+        "threads that prepare batches ahead (and as many processes to decode)",
+        least=1,
+        most=256,
+    )
     columns: dict[str, Any] = option({}, "features under other names, e.g. {action: [action.arm, action.gripper]}")
     cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set", path=True)
     cache_gb: float = option(32.0, "room they may take; beyond it frames are decoded when needed", least=0)
     augment: bool = option(True, "random shift and colour jitter of the training images")
     image_size: int = option(0, "longest edge of training images; 0 means what the policy sees", least=0, most=8192)
+    mix: list[dict[str, Any]] = option(
+        [], "further data sets, each {root, weight, episodes, columns}; weight: samples for each one of data.root"
+    )
+    statistics: str = option(
+        "joint", "of several data sets: of all that is drawn, those of data.root, or each its own",
+        choices=("joint", "first", "own"),
+    )  # fmt: skip
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Recipes: one YAML file plus --section.field=value, found from any folder, every mistake named with its remedy."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -7,10 +8,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from burnish.core.config import RecipeConfig
+from burnish.core.config import MixConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
-from burnish.core.options import check, home, number
+from burnish.core.options import check, home, number, read_options
 from burnish.core.reading import parse_yaml, read_text
 from burnish.core.renames import rename_recipe
 
@@ -126,6 +127,30 @@ def demos_root(recipe: RecipeConfig) -> Path:
     return Path(recipe.data.root) if recipe.data.root else Path("data") / recipe.name
 
 
+def mixed_data(recipe: RecipeConfig, source: str = "the recipe") -> list[MixConfig]:
+    """The entries of `data.mix`, which are drawn from beside `data.root`.
+
+    Raises:
+        BurnishError: an entry without root or with an impossible value, or the same episodes a second time.
+    """
+    entries: list[MixConfig] = []
+    taken = [(demos_root(recipe), recipe.data.episodes)]
+    for place, given in enumerate(recipe.data.mix):
+        where = f"{source}: data.mix[{place}]"
+        entry = read_options(MixConfig, given, where)
+        if not entry.root or "\0" in entry.root:
+            raise BurnishError(f"{where} has no root", "{root: FOLDER, weight: 0.25}")
+        if not all(type(episode) is int for episode in entry.episodes):
+            raise BurnishError(f"{where}: episodes is {str(entry.episodes)[:100]}", "a list of whole numbers")
+        for root, episodes in taken:
+            apart = episodes and entry.episodes and not set(episodes) & set(entry.episodes)
+            if os.path.realpath(root) == os.path.realpath(entry.root) and not apart:
+                raise BurnishError(f"{where} names {entry.root} again", "each data set once, or other episodes of it")
+        taken.append((Path(entry.root), entry.episodes))
+        entries.append(entry)
+    return entries
+
+
 def run_folder(recipe: RecipeConfig) -> Path:
     """The run folder: `output`, or runs/<name>."""
     return Path(recipe.output) if recipe.output else Path("runs") / recipe.name
@@ -219,7 +244,9 @@ def _check_keys(cls: type, values: dict[str, Any], prefix: str, source: str) -> 
             found = f"{source}: unknown key '{name[:100]}'"
             raise BurnishError(found, f"'{near[0]}'" if len(near) == 1 else ", ".join(near))
         if get_origin(hints[key]) is list and isinstance(value, str | int | float):
-            raise BurnishError(f"{source}: '{name}' is {str(value)[:100]!r}", "a list", f"--{name}=[{str(value)[:50]}]")
+            fix = "" if get_origin(get_args(hints[key])[0]) is dict else f"--{name}=[{str(value)[:50]}]"
+            expected = "a list" if fix else "a list of mappings, [{...}, ...]"
+            raise BurnishError(f"{source}: '{name}' is {str(value)[:100]!r}", expected, fix)
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 example = f"fields below it, such as {name}.{fields(hints[key])[0].name}"
@@ -267,6 +294,7 @@ def _check_values(recipe: RecipeConfig, source: str) -> None:
     if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
         raise BurnishError(f"{source}: train.betas is {betas}", "two numbers, at least 0 and below 1")
     check_name(recipe.name, f"{source}: name")
+    mixed_data(recipe, source)
     # Of what methods and policies take only they know what is a path; nothing else begins so.
     recipe.objectives, recipe.policy.overrides = map(_at_home, (recipe.objectives, recipe.policy.overrides))
     for entry in recipe.objectives:

@@ -22,12 +22,15 @@ _SHOWN = 5
 log = logging.getLogger("burnish")
 
 
-def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[str] = ()) -> list[int]:
+def require(
+    dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[str] = (), named: str = "data.episodes"
+) -> list[int]:
     """Refuse what training on these episodes and cameras would fail at or misread; instructions are only warned about.
 
     Args:
         episodes: numbers; none means all.
         cameras: full keys.
+        named: the option that the episodes come from, for messages.
 
     Returns:
         The episodes, ascending.
@@ -38,7 +41,7 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
     chosen, root = sorted(set(episodes)) or list(dataset.episodes), dataset.root
     unknown = [episode for episode in chosen if episode not in dataset.episodes]
     if unknown:
-        raise BurnishError(f"data.episodes names episode {unknown[0]}", f"one of the {len(dataset.episodes)} in {root} "
+        raise BurnishError(f"{named} names episode {unknown[0]}", f"one of the {len(dataset.episodes)} in {root} "
                            f"({min(dataset.episodes)} to {max(dataset.episodes)})")  # fmt: skip
     request = (tuple(chosen), tuple(cameras))
     if request in dataset.told:
@@ -53,7 +56,8 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
     if stopping:
         first = min(stopping, key=lambda one: bool(one.episodes))  # what no choice of episodes helps against first
         without = wanted.difference(*(one.episodes for one in stopping))
-        fix = first.fix or (f"--data.episodes={sorted(without)}".replace(" ", "") if first.episodes and without else "")
+        choice = f"--{named}={sorted(without)}".replace(" ", "") if named == "data.episodes" else ""
+        fix = first.fix or (choice if first.episodes and without else "")
         raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix if 0 < len(fix) < 300 else look(root))
     if dataset.version != "v3.0":
         log.info("%s is of version %s and read as it is", root, dataset.version)

@@ -81,6 +81,7 @@ class Dataset:
             [3, 1, 1] of pictures; without what is no number or does not fit.
         problems: what was found on opening.
         wanted: numeric features that `rows` holds.
+        orders: feature to the order in which its stored dimensions are read, see `reorder`.
         told: warnings that were logged, and requests that were checked, see `burnish.data.checks.require`.
     """
 
@@ -94,13 +95,24 @@ class Dataset:
     figures: dict[str, dict[str, np.ndarray]]
     problems: list[Problem] = field(default_factory=list)
     wanted: tuple[str, ...] = ()
+    orders: dict[str, list[int]] = field(default_factory=dict)
     told: set[Any] = field(default_factory=set)
 
     @cached_property
     def rows(self) -> Rows:
         """Every frame; read on first use."""
         files = dict.fromkeys(episode.data_file for episode in self.episodes.values())
-        return read_rows(self.root, tuple(files), self.features, self.wanted)
+        rows = read_rows(self.root, tuple(files), self.features, self.wanted)
+        rows.values.update({name: rows.values[name][:, order] for name, order in self.orders.items()})
+        return rows
+
+    def reorder(self, name: str, names: list[str]) -> None:
+        """Read the dimensions of a feature in the order of `names`, which are its own; before `rows` is read."""
+        feature = self.features[name]
+        order = [feature["names"].index(one) for one in names]
+        self.orders[name], self.features[name] = order, {**feature, "names": list(names)}
+        figures = self.figures.get(name, {})
+        self.figures[name] = {key: one if key == "count" else one[order] for key, one in figures.items()}
 
     @property
     def views(self) -> list[str]:

@@ -16,6 +16,7 @@ from burnish.core.types import Batch, Window
 from burnish.data.augment import augment, to_float
 from burnish.data.checks import colour_cameras, require
 from burnish.data.dataset import Dataset, look, open_dataset
+from burnish.data.decoding import Decoders, decodes
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.frames import CACHE_GB, open_frames
 from burnish.data.questions import open_questions
@@ -41,7 +42,10 @@ class BatchSampler:
     def indices(self, k: int) -> np.ndarray:
         """[batch_size] indices of the samples in batch k on this rank."""
         first = (k * self.world + self.rank) * self.batch_size
-        places = np.arange(first, first + self.batch_size)
+        return self.at(np.arange(first, first + self.batch_size))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Indices of the samples at these positions of the endless order that batches and ranks cut up."""
         epochs = places // self.num_samples
         parts = [self._permutation(int(e))[places[epochs == e] % self.num_samples] for e in np.unique(epochs)]
         return np.concatenate(parts)
@@ -53,14 +57,15 @@ class RobotData:
     Args:
         root: data set folder.
         cameras: names or full keys of the cameras wanted; empty means all that show colours.
-        chunk_size: actions in a chunk; beyond the episode's end the last one is repeated and marked as padding.
+        chunk_size: actions in a chunk; beyond the episode's ends the nearest one is repeated and marked as padding.
         batch_size, seed, rank, world: see `BatchSampler`.
         episodes: episode numbers to use; empty means all.
         image_size, cache_dir, cache_gb, seen: see `open_frames`.
         augmented: shift and jitter the images.
         meta: what `open_dataset(root)` gave, where it has been read already.
-        window: what the policy sees and predicts around a frame, see `Window`.
         pictures: decode the frames; False leaves actions, states and instructions alone.
+        window: what a sample has around its frame, see `Window`.
+        named: the option that `episodes` come from, for messages.
 
     A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
 
@@ -69,17 +74,23 @@ class RobotData:
             `burnish.data.checks.require` refuses.
     """
 
+    several = False
+    """Whether the rows come from more than one data set."""
+    decoders: Decoders | None = None
+    """Processes that decode, see `start_decoders`."""
+
     def __init__(
         self, root: Path, cameras: Sequence[str], chunk_size: int, batch_size: int, seed: int, *,
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
         seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
         meta: Dataset | None = None, pictures: bool = True, window: Window = Window(),
+        named: str = "data.episodes",
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.window = window
         self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
-        chosen = require(self.meta, episodes, self.cameras)
+        chosen = require(self.meta, episodes, self.cameras, named)
         if pictures and not self.cameras:
             raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
         rows = self.meta.rows
@@ -91,7 +102,10 @@ class RobotData:
         self.actions, self.states = values[ACTION], values.get(STATE)
         self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]
         self.tasks = {index: self.meta.instruction(index) for index in self.meta.tasks}
-        self.indices = np.flatnonzero(np.isin(self.episode_index, chosen) & self._far_from_end(window.drop_last))
+        self.ends = rows.ends
+        self.starts = self.ends - np.repeat(rows.counts, rows.counts)
+        last = np.maximum(self.ends - window.drop_last, self.starts + 1)  # of a short episode the first frame is kept
+        self.indices = np.flatnonzero(np.isin(self.episode_index, chosen) & (np.arange(len(rows)) < last))
         if len(self.indices) == 0:
             raise BurnishError(f"{root} has no frames to train on", "at least one episode", "burnish data demos --help")
         self.sampler = BatchSampler(len(self.indices), batch_size, (seed, "robot"), rank, world)
@@ -111,13 +125,8 @@ class RobotData:
                                f"one of {', '.join(known)}", look(self.root))  # fmt: skip
         return key
 
-    def _far_from_end(self, steps: int) -> np.ndarray:
-        """bool [N]: rows that are not among the last `steps` of their episode; of a shorter one its first row."""
-        rows, ends = np.arange(len(self.episode_index)), self.meta.rows.ends
-        return (rows < ends - steps) | (rows == np.searchsorted(self.episode_index, self.episode_index))
-
     def raw(self, k: int) -> Batch:
-        """Batch k as stored: images still uint8 [B, H, W, 3]."""
+        """Batch k as stored: images still uint8 [B, (n,) H, W, 3]."""
         frames = self.indices[self.sampler.indices(k)]
         batch = self.observations(frames)
         batch["action"], batch["action_is_pad"] = map(torch.from_numpy, self.chunks(frames))
@@ -125,27 +134,44 @@ class RobotData:
         batch["episode_index"] = torch.from_numpy(self.episode_index[frames].astype(np.int64))
         return batch
 
+    def start_decoders(self) -> None:
+        """From now on frames that are not kept decoded are decoded in processes, one for each thread that asks."""
+        if any(map(decodes, self.frames.arrays.values())):
+            self.decoders = Decoders(self.frames.arrays)
+
+    def close(self) -> None:
+        """End those processes; frames are then decoded here again."""
+        if self.decoders is not None:
+            self.decoders.close()
+        self.decoders = None
+
+    def describe(self, folder: Path) -> None:
+        """Note in a policy folder what it was trained on, where that is more than one data set."""
+
     def observations(self, frames: np.ndarray) -> Batch:
-        """Images uint8 [B, H, W, 3], states and instructions of these frames [B]; with moments as `window` has them."""
+        """Images uint8 [B, (n,) H, W, 3], states and instructions of these frames [B]."""
         seen = frames
         if len(self.window.observations) > 1:
-            first = np.searchsorted(self.episode_index, self.episode_index[frames])
-            seen = np.maximum(frames[:, None] + np.array(self.window.observations), first[:, None])
-        batch: Batch = {key: torch.from_numpy(self.frames.arrays[key][seen]) for key in self.cameras}
+            seen = frames[:, None] + np.array(self.window.observations)
+            seen = np.clip(seen, self.starts[frames][:, None], self.ends[frames][:, None] - 1)
+        if self.decoders is None:
+            found = {key: self.frames.arrays[key][seen] for key in self.cameras}
+        else:
+            found = self.decoders(seen)
+        batch: Batch = {key: torch.from_numpy(found[key]) for key in self.cameras}
         if self.states is not None:
             batch["observation.state"] = torch.from_numpy(self.states[seen])
         batch["task"] = [self.tasks[int(i)] for i in self.task_index[frames]]
         return batch
 
     def chunks(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Chunks [..., T, A] of `frames` [...], and which steps lie beyond the episode, bool [..., T]."""
-        window = frames[..., None] + self.window.first_action + np.arange(self.chunk_size)
-        first = np.searchsorted(self.episode_index, self.episode_index[frames])[..., None]
-        end = self.meta.rows.ends[frames][..., None]
-        return self.actions[np.clip(window, first, end - 1)], (window < first) | (window >= end)
+        """Chunks [..., T, A] of `frames` [...], and which steps lie outside the episode, bool [..., T]."""
+        steps = frames[..., None] + self.window.first_action + np.arange(self.chunk_size)
+        start, end = self.starts[frames][..., None], self.ends[frames][..., None]
+        return self.actions[np.clip(steps, start, end - 1)], (steps < start) | (steps >= end)
 
     def finish(self, batch: Batch, k: int) -> Batch:
-        """Turn the images of `raw(k)` into (augmented) floats [B, 3, H, W] on the device where they are.
+        """Turn the images of `raw(k)` into (augmented) floats [B, (n,) 3, H, W] on the device where they are.
 
         The shift of a view is kept as "shift.<camera>", [B, 2] rows and columns, for whoever must move with it.
         """

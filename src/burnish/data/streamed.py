@@ -262,3 +262,61 @@ def _rows_in_groups(
     except (pa.ArrowException, OSError) as error:
         faults |= dict.fromkeys(episodes, f"{dataset.root / name} cannot be read ({error})")
     return np.concatenate(at), np.concatenate(what)
+
+
+class JoinedFrames:
+    """Frames [N, H, W, 3] of several data sets, one behind the other; picklable without the pictures.
+
+    Args:
+        parts: arrays as `open_frames` gives them; a number stands for so many frames of a camera that is not there.
+        size: (H, W); frames of another size are resized into it with their form kept, on black.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, parts: Sequence[Any], size: tuple[int, int]):
+        self.parts, self.size = list(parts), size
+        self.firsts = np.cumsum([0, *(part if isinstance(part, int) else len(part) for part in parts)])
+        self.shape = (int(self.firsts[-1]), *size, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, wanted: Any) -> np.ndarray:
+        rows = np.arange(len(self))[wanted]
+        flat = np.reshape(rows, -1)
+        out = np.zeros((len(flat), *self.size, 3), np.uint8)
+        owners = np.searchsorted(self.firsts, flat, side="right") - 1
+        for d in np.unique(owners).tolist():
+            part, mine = self.parts[d], np.flatnonzero(owners == d)
+            if not isinstance(part, int):
+                out[mine] = fitted(part[flat[mine] - self.firsts[d]], self.size)
+        return out.reshape(*np.shape(rows), *self.size, 3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled with all of its pictures.
+        parts = [Path(part.filename) if isinstance(part, np.memmap) else part for part in self.parts]
+        return {**self.__dict__, "parts": parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.parts = [
+            np.load(part, mmap_mode="r", allow_pickle=False) if isinstance(part, Path) else part for part in self.parts
+        ]
+
+
+def fitted(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [B, H, W, 3] resized (bilinear) to fit in the middle of `size`, with black bars where the form differs."""
+    import torch
+
+    height, width = pictures.shape[1:3]
+    if (height, width) == size:
+        return pictures
+    scale = min(size[0] / height, size[1] / width)
+    inner = [min(edge, max(1, round(own * scale))) for own, edge in zip((height, width), size, strict=True)]
+    channels_first = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
+    resized = torch.nn.functional.interpolate(channels_first, inner, mode="bilinear", antialias=True)
+    out = np.zeros((len(pictures), *size, 3), np.uint8)
+    top, left = ((edge - own) // 2 for own, edge in zip(inner, size, strict=True))
+    out[:, top : top + inner[0], left : left + inner[1]] = resized.round_().clamp_(0, 255).permute(0, 2, 3, 1).byte()
+    return out

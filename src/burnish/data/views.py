@@ -46,6 +46,9 @@ def frame_source(
     chosen = {camera: arrays[f"observation.images.{camera}"] for camera in cameras}
     frames = {camera: Path(a.filename) if isinstance(a, np.memmap) else a for camera, a in chosen.items()}
     if geometry:
+        if data.several:
+            raise BurnishError("a teacher that looks at the geometry, and several data sets (data.mix)", "one data set",
+                               "another teacher, e.g. teacher: {name: folder, path: ...}")  # fmt: skip
         _episodes(data.root)
     return FrameSource(frames, Path(data.root), geometry, placements)
 

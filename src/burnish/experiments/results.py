@@ -27,6 +27,8 @@ FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes",
 FROM_RUN = ("commit", "date", "seeds", "hardware")
 """Fields that run.json has under the same names."""
 ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
+RAW = "outcomes"
+"""Field of a row that no table shows: every single outcome, for whoever computes the interval again."""
 MARKER = re.compile(r"^<!-- results:(?P<names>[^>]*?)-->[ \t]*\n(?P<table>.*?)^<!-- /results -->[ \t]*$", re.M | re.S)
 OPENING = re.compile(r"^<!-- results:", re.M)
 RUNS = "runs:"
@@ -207,7 +209,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
     rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
-    extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in ROW_FIELDS))
+    extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in (*ROW_FIELDS, RAW)))
     several = len(found) > 1
     evals = "eval" in extra  # several evaluations of the same variants: named at the left
     extra = [key for key in extra if key != "eval"]

@@ -38,6 +38,8 @@ def variant_rows(variants: Mapping[str, Trials], reference: str, **extra: Any) -
         reference: the one that the others are compared with.
         extra: further columns, the same in every row.
 
+    Every row keeps its raw outcomes: for each seed a text of 0 and 1, trials in the order of their keys.
+
     Raises:
         BurnishError: two seeds of a variant, or a variant and the reference, share no trial.
     """
@@ -50,6 +52,7 @@ def variant_rows(variants: Mapping[str, Trials], reference: str, **extra: Any) -
         row: dict[str, Any] = {
             "label": name, **extra, "n": table.size, "successes": int(table.sum()), "rate": float(table.mean()),
             "interval": [low, high], "by_seed": [float(rate) for rate in table.mean(1)],
+            "outcomes": {str(seed): _string(run) for seed, run in trials.items()},
         }  # fmt: skip
         shared = trials.keys() & variants.get(reference, {}).keys()
         if name != reference and shared:
@@ -58,6 +61,10 @@ def variant_rows(variants: Mapping[str, Trials], reference: str, **extra: Any) -
             row["minus_reference"] = [float(difference.mean()), *_interval(difference, -1.0)]
         rows.append(row)
     return rows
+
+
+def _string(run: Mapping[Any, float]) -> str:
+    return "".join("01"[run[key] > 0.5] for key in sorted(run, key=str))
 
 
 def _only(trials: Trials, seeds: set[int]) -> Trials:

@@ -166,6 +166,8 @@ class PolicyWrapper(Policy):
             raise BurnishError(f"a batch without {', '.join(missing)} (it has {', '.join(batch)})",
                                f"cameras {', '.join(self.cameras)}, {STATE} and {TASK}")  # fmt: skip
         chosen = {key: batch[key] for key in (*self.camera_keys, STATE, TASK)}
+        masks = (f"{key}_padding_mask" for key in self.camera_keys)  # views that some samples lack
+        chosen |= {key: batch[key] for key in masks if key in batch}
         if actions is not None:
             chosen[ACTION] = actions
             _check_width(ACTION, actions, self.action_dim)

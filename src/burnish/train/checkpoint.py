@@ -73,6 +73,7 @@ def save(run: Run, log_state: dict[str, Any]) -> Path:
         with exported(run) as policy:
             _check_finite(run, policy)
             policy.save(folder, home=target)
+            run.data.describe(folder)
         (folder / "burnish").mkdir(exist_ok=True)
         for name, part in tensors.items():
             _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
@@ -100,6 +101,7 @@ def export(run: Run) -> Path:
     with new_folder(target) as folder, exported(run) as policy:
         _check_finite(run, policy)
         policy.save(folder, home=target)
+        run.data.describe(folder)
     if run.recipe.train.peft.method != "none":
         with new_folder(run.output / "adapter") as folder:
             _save_adapter(run, folder)

@@ -215,7 +215,7 @@ def result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
 
 def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
-    from burnish.data.frames import dataset_hash
+    from burnish.data.mix import recipe_hash
 
     path = output / "train.json"
     if not path.is_file() or not (output / "policy").is_dir():
@@ -225,9 +225,9 @@ def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     limit = recipe.train.max_minutes
     if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):
         return None  # it ran out of time, and has more now
-    root = demos_root(recipe)
-    if root.is_dir() and dataset_hash(root) != done["data_hash"]:
-        raise BurnishError(f"{output} was trained on other data than {root} holds now",
+    found = recipe_hash(recipe)
+    if found and found != done["data_hash"]:
+        raise BurnishError(f"{output} was trained on other data than {demos_root(recipe)} holds now",
                            "the same data set", "another --output, or --fresh (train, run) to start over")  # fmt: skip
     return result(output, done["steps"], done["final"])
 

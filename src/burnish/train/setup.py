@@ -11,11 +11,12 @@ import torch
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.recipe import demos_root
-from burnish.data.checks import colour_cameras, require
-from burnish.data.dataset import Dataset, open_dataset
+from burnish.data.checks import colour_cameras
+from burnish.data.dataset import Dataset
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.loader import RobotData
+from burnish.data.mix import check_cameras, open_sources, use_statistics
+from burnish.data.mixed import training_data
 from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
 from burnish.train.selfcheck import check_statistics
@@ -92,7 +93,7 @@ def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
 
 def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool,
                     device: str = "cpu") -> tuple[Policy, RobotData, str]:  # fmt: skip
-    """Load the data set and, onto its device, the policy that fits it; also returns the hash of the policy's weights.
+    """Load the data sets and, onto its device, the policy that fits them; also returns the hash of its weights.
 
     Raises:
         BurnishError: statistics are missing, the action dimensions differ, a camera is missing, and all that
@@ -100,23 +101,21 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool,
     """
     from burnish.core.provenance import weights_hash
 
-    root = demos_root(recipe)
-    meta = open_dataset(root, recipe.data.columns)
-    require(meta, recipe.data.episodes, _cameras(recipe, meta))
+    sources = open_sources(recipe)
+    root, meta = sources[0].root, sources[0].meta
+    cameras = _cameras(recipe, meta)
+    check_cameras(recipe, sources, cameras)
     keys = tuple(k for k in (ACTION, STATE) if k in meta.features)
-    check_statistics(meta.stats, keys, root)
+    for source in sources:
+        source.require(cameras)
+        check_statistics(source.meta.stats, keys, source.root)
+    use_statistics(sources, recipe.data.statistics)
     policy = _load_policy(recipe, meta, f"{root}/meta/stats.json", device)
     width = meta.features["action"]["shape"][0]
     if policy.action_dim != width:
         raise BurnishError(f"{root} has actions of dimension {width}", f"{policy.action_dim} as the policy has",
                            "a policy or data set that fits")  # fmt: skip
-    data = RobotData(
-        root, policy.cameras, policy.chunk_size, recipe.train.batch_size, recipe.train.seed,
-        episodes=recipe.data.episodes, image_size=recipe.data.image_size, cache_dir=recipe.data.cache_dir,
-        cache_gb=recipe.data.cache_gb, seen=policy.input_size, augmented=recipe.data.augment, rank=rank, world=world,
-        progress=progress, meta=meta, window=policy.window,
-    )  # fmt: skip
-    return policy, data, weights_hash(policy)
+    return policy, training_data(recipe, sources, policy, progress, rank, world), weights_hash(policy)
 
 
 def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device: str) -> Policy:

@@ -13,7 +13,7 @@ class Streams:
     def __init__(self, run: Run):
         recipe, accelerator = run.recipe, run.accelerator
         start = run.step * recipe.train.grad_accumulation
-        self.device = run.device
+        self.device, self.data = run.device, run.data
         sources: list[RobotData | LanguageData] = [run.data]
         if recipe.language.weight > 0:
             sources.append(
@@ -22,6 +22,7 @@ class Streams:
             )  # fmt: skip
         self.sources = sources
         self.k = start
+        run.data.start_decoders()
         self.queues = [Prefetch(self._maker(source), start, recipe.data.workers) for source in sources]
 
     def _maker(self, source: RobotData | LanguageData):
@@ -48,3 +49,4 @@ class Streams:
     def close(self) -> None:
         for queue in self.queues:
             queue.close()
+        self.data.close()
