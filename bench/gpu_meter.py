@@ -94,7 +94,8 @@ def launches(setting: Setting, call: Callable[[], Any]) -> int:
 
     if not setting.gpu:
         return 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as found:
         call()
         setting.wait()
     return sum(event.count for event in found.key_averages() if event.key.startswith(("cudaLaunch", "cuLaunch")))

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from burnish import __version__
 from burnish.core.reading import read_object, regular_file
 
 # Places and machines, which do not change what a policy does.
@@ -79,9 +80,10 @@ def machine(device: Any = "") -> dict[str, str]:
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else "no GPU"
-    packages = ("burnish", "lerobot", "torch", "transformers", "mujoco")
+    packages = ("lerobot", "torch", "transformers", "mujoco")
     return {
         "device": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpu}",
         "python": platform.python_version(),
+        "burnish": __version__,
         **{name: version(name) for name in packages},
     }
