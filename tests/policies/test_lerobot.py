@@ -327,7 +327,9 @@ def test_bad_folders(folders, tmp_path, kind, changes, said):
     assert "\n" not in str(error.value)
 
 
-def test_robots_that_a_type_does_not_take():
+def test_robots_that_a_type_does_not_take(folders):
+    with pytest.raises(BurnishError, match="expected data whose state, actions and views have the policy's own sizes"):
+        load_policy(folders("act"), features=features(("top",), state=4), dataset_stats=default_statistics(4, 7))
     with pytest.raises(BurnishError, match="a new vqbet.*only one image"):
         create_policy("", features(("a", "b")), default_statistics(7, 7), {}, type="vqbet")
     with pytest.raises(BurnishError, match="a new tdmpc: a policy of type tdmpc that learns from rewards"):

@@ -60,7 +60,8 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
     processors = pipelines.load_processors(config, folder, dataset_stats, kind.tokenizer_folder, source=stats_source,
                                            renamed=features is not None, own=kind.own_steps(config))  # fmt: skip
     policy = kind.build(config, 0, folder)
-    tensors.load_tensors(policy, kind.rename_tensors(policy, state), str(folder / WEIGHTS))
+    renamed = kind.rename_tensors(policy, state)
+    tensors.load_tensors(policy, renamed, str(folder / WEIGHTS), new_data=features is not None)
     return kind.open(policy.to(device).eval(), *processors, folder, dataset_stats)
 
 
@@ -70,7 +71,7 @@ def kind_of(name: Any, where: str = "") -> type[PolicyWrapper]:
         return POLICIES.get(name)
     if isinstance(name, str) and name in known_types():
         return LeRobotPolicy
-    about = f" ({FOREIGN[name]})" if name in FOREIGN else ""
+    about = f" ({FOREIGN[name]})" if isinstance(name, str) and name in FOREIGN else ""
     known = ", ".join(sorted({*POLICIES, *known_types()}))
     raise BurnishError(f"policy type {name!r}{about} {where}".rstrip(), f"one of {known}")
 

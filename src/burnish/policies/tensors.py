@@ -16,6 +16,13 @@ _OLD = ("normalize_inputs.", "unnormalize_outputs.", "normalize_targets.")
 """Where LeRobot kept statistics among the weights before it had processors."""
 
 
+_SIZES = {
+    False: ("the shapes of config.json", "the config.json that belongs to the weights"),
+    True: ("data whose state, actions and views have the policy's own sizes", ""),
+}
+"""What is said where tensors have other shapes, by whether the sizes are those of new data."""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json names, all inside the folder.
 
@@ -88,8 +95,12 @@ def old_statistics(state: dict[str, Tensor], keys: Iterable[str]) -> dict[str, d
     return found
 
 
-def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra_allowed: bool = False) -> None:
+def load_tensors(
+    module: nn.Module, state: dict[str, Tensor], source: str, extra_allowed: bool = False, new_data: bool = False
+) -> None:
     """Copy `state` into `module`: each of its tensors must be there, in its shape, and (unless allowed) no other.
+
+    `new_data` says that the module was built for the sizes of data that the tensors were not made for.
 
     A tensor that shares its memory with one that is there (tied weights) may be absent. NaN and infinity are refused.
     """
@@ -107,7 +118,7 @@ def load_tensors(module: nn.Module, state: dict[str, Tensor], source: str, extra
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}"
         raise BurnishError(f"{len(wrong)} tensors of {source} have other shapes ({wrong[0]}: {shapes})",
-                           "the shapes of config.json", "the config.json that belongs to the weights")  # fmt: skip
+                           *_SIZES[new_data])  # fmt: skip
     for name, tensor in own.items():
         if name in state and tensor.is_floating_point() != state[name].is_floating_point():
             raise BurnishError(f"tensor {name} of {source} is {state[name].dtype}", f"a kind of {tensor.dtype}")
