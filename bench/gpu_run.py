@@ -91,7 +91,7 @@ def decode(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
         size = sum(p.numel() * p.element_size() for n, p in text.named_parameters() if "embed_tokens" not in n)
         floor = size / best["copy_gb_s"] / 1e6
         yield name, {"language_model_gb": size / 1e9, "floor_ms": floor}
-        for steps in setting.pick(CHUNKS, (2, 4)):
+        for steps in setting.pick(CHUNKS, (4,)):
             for kind, found in _decoders(setting, policy, steps):
                 yield f"{name}_{7 * steps}_{kind}", found | {"floor_ms": floor}
         del policy, text

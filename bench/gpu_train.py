@@ -27,24 +27,24 @@ BATCHES = (8, 32)
 
 def smolvla(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """SmolVLA-450M, all of it trained: LeRobot's loop and ours at batch 8 and 32, every method at 8."""
-    n = setting.pick(10, 1)
+    n, precision = setting.pick(10, 1), setting.pick("bf16", "no")  # a CPU is slow in bf16
     with _ground(setting) as ground:
         yield "roofline", roofline(setting)
         policy = _real("smolvla", setting)
         yield "policy", {"parameters": sum(p.numel() for p in policy.parameters())}
         for size in setting.pick(BATCHES, (2,)):
-            yield f"lerobot_{size}", _lerobot(setting, ground, policy, size, n)
-            yield f"ours_{size}", _ours(setting, ground, policy, n, _words(size))
+            yield f"lerobot_{size}", _lerobot(setting, ground, policy, _words(size, precision), n)
+            yield f"ours_{size}", _ours(setting, ground, policy, n, _words(size, precision))
         size = setting.pick(8, 2)
         for name, entry in METHODS.items():
             if name == "capability":
                 _delta(ground, policy)
             objective = entry.format(**{place.name: place for place in ground.iterdir()})
-            yield name, _ours(setting, ground, policy, n, _words(size, objective))
+            yield name, _ours(setting, ground, policy, n, _words(size, precision, objective))
         del policy
         policy = _real("discrete-smol", setting)
-        yield "ours_discrete", _ours(setting, ground, policy, n, _words(size))
-        yield "distill", _ours(setting, ground, policy, n, _words(size, DISTILL))
+        yield "ours_discrete", _ours(setting, ground, policy, n, _words(size, precision))
+        yield "distill", _ours(setting, ground, policy, n, _words(size, precision, DISTILL))
 
 
 def pi05(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,7 +58,7 @@ def pi05(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
         cases = (("lora_4", 4, lora), ("full_4", 4, full), ("full_8", 8, full))
         for name, size, more in cases[: setting.pick(3, 2)]:
             policy = _real("pi05", setting, {} if memory["checkpointing"] else {"gradient_checkpointing": True})
-            found = _ours(setting, ground, policy, n, [*_words(setting.pick(size, 2)), *more])
+            found = _ours(setting, ground, policy, n, [*_words(setting.pick(size, 2), "bf16"), *more])
             yield name, {"parameters": sum(p.numel() for p in policy.parameters()), "options": more, **found}
             del policy
             setting.clear()
@@ -79,8 +79,8 @@ def _memory_options() -> dict[str, list[str]]:
     }
 
 
-def _words(size: int, objective: str = "") -> list[str]:
-    return [f"--train.batch_size={size}", f"--objectives=[{objective}]"]
+def _words(size: int, precision: str, objective: str = "") -> list[str]:
+    return [f"--train.batch_size={size}", f"--train.precision={precision}", f"--objectives=[{objective}]"]
 
 
 def _real(name: str, setting: Setting, overrides: dict[str, Any] | None = None) -> Any:
@@ -147,7 +147,7 @@ def _run(setting: Setting, ground: Path, policy: Any, words: list[str]) -> Itera
         "--name=bench", f"--output={ground / 'run'}", f"--data.root={ground / 'data'}",
         f"--policy.path={ground / 'policy'}",
         "--train.steps=1000", "--train.log_every=1000", "--train.self_check=false",
-        f"--train.precision={setting.pick('bf16', 'no')}", *words,
+        *words,
     ])  # fmt: skip
     for name in ("run", "policy"):
         (ground / name).mkdir(exist_ok=True)
@@ -181,11 +181,11 @@ def _ours(setting: Setting, ground: Path, policy: Any, n: int, words: list[str])
         return {"failed": str(error).splitlines()[0][:300]}
 
 
-def _lerobot(setting: Setting, ground: Path, policy: Any, size: int, n: int) -> dict[str, Any]:
+def _lerobot(setting: Setting, ground: Path, policy: Any, words: list[str], n: int) -> dict[str, Any]:
     """lerobot-train's step on finished batches: preprocessor, forward under autocast, backward, clip, AdamW."""
     import torch
 
-    with _run(setting, ground, policy, _words(size)) as run:
+    with _run(setting, ground, policy, words) as run:
         data, config = run.data, policy.config
         batches = [_finished(run, data.raw(k), k) for k in range(4)]
         optimizer = config.get_optimizer_preset().build(policy.policy.parameters())
