@@ -74,6 +74,18 @@ def tiny_pi0_fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_openvla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_smolvla`, of type openvla, in its published layout."""
+    return _tiny("openvla", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_openvla_oft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_openvla`, with OFT's L1 head and projector of the state."""
+    return _tiny("openvla_oft", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def edges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of edges.py, the example teacher of docs/methods/align.md, which can then be imported."""
     page = (Path(__file__).parents[1] / "docs/methods/align.md").read_text()

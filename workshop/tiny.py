@@ -259,6 +259,13 @@ def _discrete(name: str, folder: Path, features: dict, stats: dict, overrides: d
         create_policy(vlm, features, stats, fields, type=name, generator_seed=seed).save(folder)
 
 
+def _openvla(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
+    from workshop.tiny_openvla import make_openvla
+
+    own = {key: value for key, value in overrides.items() if key not in ("max_state_dim", "max_action_dim")}
+    make_openvla(name, folder, features, stats, own, seed)
+
+
 def _pi(name: str, folder: Path, features: dict, stats: dict, overrides: dict, seed: int) -> None:
     from lerobot.processor import TokenizerProcessorStep
 
@@ -340,6 +347,6 @@ def _lerobot(name: str, folder: Path, features: dict, stats: dict, overrides: di
 _PI_FIELDS = {"image_resolution": [28, 28], "push_to_hub": False, "tokenizer_max_length": 96}
 KINDS = {
     "smolvla": _smolvla, "pi0": _pi, "pi05": _pi, "pi0_fast": _pi0_fast, "burnish_discrete": _discrete,
-    "act": _lerobot, "diffusion": _lerobot, "vqbet": _lerobot,
+    "act": _lerobot, "diffusion": _lerobot, "vqbet": _lerobot, "openvla": _openvla, "openvla_oft": _openvla,
 }  # fmt: skip
 """How a tiny policy of each type is made."""

@@ -186,6 +186,31 @@ def verify_weights(path: Path, *, threads: int = 0) -> int:
     return 1 if found["unequal"] else 0
 
 
+def convert(
+    folder: Path, output: Path, *, camera: Annotated[list[str], Arg(metavar="NAME")] = (), chunk_size: int = 8,
+    no_crop: bool = False, force: bool = False,
+) -> None:  # fmt: skip
+    """Write an OpenVLA-OFT folder again with its pickled heads (.pt) as safetensors, so that policies load it.
+
+    Args:
+        folder: as it is published: config.json, safetensors, action_head--*.pt, perhaps proprio_projector--*.pt
+        output: folder to write; it appears when it is whole
+        camera: name of a camera, the main one first; repeat at will. Default: agentview and wrist, as in LIBERO
+        chunk_size: actions in a chunk: 8 for LIBERO, 25 for ALOHA
+        no_crop: it was trained without random crops of its images
+        force: replace an earlier output
+
+    Example:
+        burnish weights convert openvla-7b-oft-finetuned-libero-spatial oft
+    """
+    from burnish.weights.convert import convert
+
+    found = convert(_path(str(folder), "folder"), _path(str(output), "output"), chunk_size=chunk_size, force=force,
+                    cameras=camera or ["agentview", "wrist"], center_crop=not no_crop)  # fmt: skip
+    heads = ", ".join(f"{name} ({count} tensors)" for name, count in found["heads"].items())
+    print(f"{output}: {heads}, {found['copied']} files copied")
+
+
 def _one_blas_thread() -> None:
     """One BLAS thread for each thread of ours; numpy reads this when it is first imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -228,5 +253,12 @@ def _factor(text: str, flag: str, form: str) -> tuple[str, float]:
 
 COMMANDS = Group(
     "Extract, merge and inspect what a fine-tune has learnt, as a task vector.",
-    {"extract": extract, "merge": merge, "control": control, "inspect": inspect, "verify": verify_weights},
+    {
+        "extract": extract,
+        "merge": merge,
+        "control": control,
+        "inspect": inspect,
+        "verify": verify_weights,
+        "convert": convert,
+    },
 )

@@ -47,6 +47,9 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
     raw = read_object(folder / CONFIG, folder)
     name = raw.get("type") or raw.get("model_type")  # the second as transformers calls it
     kind, old = kind_of(name, f"in {folder / CONFIG}"), renames.POLICY_FIELDS.get(name, {})
+    if kind.own_folder:
+        return kind.load(folder, raw, overrides=overrides or {}, device=device, dataset_stats=dataset_stats,
+                         features=features, stats_source=stats_source)  # fmt: skip
     changes = folders.known_fields(renames.rename(overrides or {}, old), name)
     raw = kind.read_config({**renames.rename(raw, old), **changes}, folder)
     config = folders.decode_config(raw, str(folder / CONFIG), features, device)

@@ -37,6 +37,8 @@ class PolicyWrapper(Policy):
     """Whether a new one needs the folder of a VLM."""
     processor_steps: tuple[str, ...] = ()
     """See `own_steps`."""
+    own_folder = False
+    """Whether its folders have a layout of their own, not LeRobot's: `load` then reads all of them."""
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__()
@@ -103,6 +105,14 @@ class PolicyWrapper(Policy):
             BurnishError: a policy that could not act; this is the place to find out, not after a training.
         """
         return cls(policy, preprocessor, postprocessor)
+
+    @classmethod
+    def load(
+        cls, folder: Path, raw: dict[str, Any], *, overrides: dict[str, Any], device: str,
+        dataset_stats: dict[str, Any] | None, features: dict[str, Any] | None, stats_source: str,
+    ) -> Self:  # fmt: skip
+        """The policy of a folder with a layout of its own; `raw` is its config.json, the rest as for `load_policy`."""
+        raise NotImplementedError(f"{cls.__name__} has own_folder without load")
 
     @classmethod
     def create(

@@ -1,0 +1,127 @@
+"""A published OpenVLA folder: read whole, and written again so that it and its other readers load it.
+
+    config.json, dataset_statistics.json         model_type openvla, norm_stats, and our settings under "burnish"
+    model.safetensors, or shards with an index   the published names
+    action_head.safetensors, proprio_projector.safetensors   of OFT, see `burnish weights convert`
+    tokenizer, image processor                   kept as they are, byte for byte
+
+Code that a folder brings (`auto_map`) is carried along with the other files, and never imported.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
+from burnish.core.reading import regular_file
+from burnish.policies import tensors
+from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
+from burnish.policies.openvla.configuration import IMAGE_PROCESSOR, STATISTICS, OpenVLAConfig
+from burnish.policies.openvla.network import HEADS, OpenVLANet
+from burnish.policies.openvla.text import SPECIAL, TOKENIZER
+from burnish.policies.sizes import check_fits
+
+KEPT = (TOKENIZER, SPECIAL, IMAGE_PROCESSOR, "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+        "processor_config.json", "generation_config.json")  # fmt: skip
+_MOST_KEPT, _MOST_CODE = 64 * 2**20, 2**20
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$")
+"""Computed from the config; older writers stored it."""
+
+
+def kept_files(folder: Path, raw: dict[str, Any]) -> dict[str, bytes]:
+    """Contents by name of the folder's small files, those of the code that `auto_map` names among them."""
+    names = [name for name in KEPT if (folder / name).exists()]
+    found = {name: regular_file(folder / name, folder, _MOST_KEPT).read_bytes() for name in names}
+    named = raw.get("auto_map")
+    for target in named.values() if isinstance(named, dict) else ():
+        module = target.partition(".")[0] if isinstance(target, str) else ""
+        path = folder / f"{module}.py"
+        if re.fullmatch(r"\w+", module) and path.is_file():
+            found[path.name] = regular_file(path, folder, _MOST_CODE).read_bytes()
+    return found
+
+
+def build(config: OpenVLAConfig, folder: Path | None = None) -> nn.Module:
+    """The network in its type: with the weights of `folder`, or with random ones from torch's generator.
+
+    Raises:
+        BurnishError: a folder whose weights are too few for its config, missing, left over, or not finite.
+    """
+    dtype = getattr(torch, config.settings.dtype)
+    if folder is None:
+        return OpenVLANet(config).to(dtype)
+    check_fits({"text_config": config.text.to_dict()}, tensors.size(folder), 0, str(folder / CONFIG))
+    with torch.device("meta"):
+        network = OpenVLANet(config).to(dtype)
+    network.to_empty(device="cpu")
+    rotary = network.text_model.rotary_emb
+    network.text_model.rotary_emb = type(rotary)(config.text)  # its table is no weight
+    _load(network, folder, config)
+    return network
+
+
+def _load(network: nn.Module, folder: Path, config: OpenVLAConfig) -> None:
+    state = {name: tensor for name, tensor in tensors.read_weights(folder).items() if not _UNUSED.search(name)}
+    heads = [name for name in HEADS if name in dict(network.named_children())]
+    backbone = {name: child for name, child in network.named_children() if name not in HEADS}
+    tensors.load_tensors(
+        nn.ModuleDict(backbone), state, str(folder / (INDEX if not (folder / WEIGHTS).exists() else WEIGHTS))
+    )
+    for name in heads:
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            tensors.load_tensors(network.get_submodule(name), tensors.read_file(path, folder), str(path))
+        else:
+            _start(network.get_submodule(name), config.settings.init_seed)
+
+
+def _start(head: nn.Module, seed: int) -> None:
+    """torch's own start of a head that is new."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in head.modules():
+            if isinstance(part, nn.Linear | nn.LayerNorm):
+                part.reset_parameters()
+
+
+def check_heads(folder: Path, config: OpenVLAConfig, stored: dict[str, Any]) -> None:
+    """Raise BurnishError where a folder's heads are pickled, or not those that its own settings promise."""
+    pickled = sorted(folder.glob("action_head*.pt")) + sorted(folder.glob("proprio_projector*.pt"))
+    if pickled and not (folder / "action_head.safetensors").exists():
+        raise BurnishError(f"{folder} keeps OFT's heads pickled ({pickled[0].name})", "heads in safetensors",
+                           f"burnish weights convert {folder} {folder}-converted")  # fmt: skip
+    promised = [name for name, on in (("action_head", stored.get("head") == "l1"),
+                                      ("proprio_projector", stored.get("proprio") is True)) if on]  # fmt: skip
+    used = {"action_head": config.settings.head == "l1", "proprio_projector": config.settings.proprio}
+    for name in promised:
+        if used[name] and not (folder / f"{name}.safetensors").exists():
+            raise BurnishError(f"no {name}.safetensors in {folder}", "the head that its config.json promises")
+
+
+def write(folder: Path, config: OpenVLAConfig, kept: dict[str, bytes], state: dict[str, Tensor],
+          dtype: torch.dtype | None) -> None:  # fmt: skip
+    """Write the folder; `state` are the network's tensors."""
+    raw = config.stored()
+    if not any(name.endswith(".py") for name in kept):
+        raw.pop("auto_map", None)
+    write_json(folder / CONFIG, raw)
+    write_json(folder / STATISTICS, raw["norm_stats"])
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    own = {name: {} for name in HEADS}
+    for name in state:
+        head, _, rest = name.partition(".")
+        if head in own:
+            own[head][rest] = state[name]
+    tensors.write_weights(folder, {name: t for name, t in state.items() if name.partition(".")[0] not in own}, dtype)
+    for name, part in own.items():
+        if part:
+            cast = {key: tensor.to(dtype or tensor.dtype).detach().cpu().contiguous() for key, tensor in part.items()}
+            tensors.check_finite(cast, "the policy to store")
+            save_file(cast, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    tensors.share_mode(folder)
