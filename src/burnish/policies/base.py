@@ -107,6 +107,7 @@ class Policy(nn.Module, ABC):
         window: which observations it sees, and where its chunks begin.
         adapter_targets: regular expression over the linear layers that adapters go to by default.
         image_size: side of the images it was trained on, in pixels.
+        whole_parts: names of modules that adapters leave out and a run with adapters trains whole.
         input_size: longest edge to which it resizes its images; 0 where it takes them as they are.
         action_dim: A.
         state_dim: dimensions of the state.
@@ -122,6 +123,7 @@ class Policy(nn.Module, ABC):
     input_size: int = 0
     window: Window = Window()
     adapter_targets: str = ADAPTER_TARGETS
+    whole_parts: tuple[str, ...] = ()
     action_dim: int
     state_dim: int
     num_layers: int

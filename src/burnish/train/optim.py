@@ -41,18 +41,20 @@ def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
             raise BurnishError(f"{field}: '{pattern}' matches no parameter", f"names such as '{near[0]}'")
 
 
-def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0) -> None:
+def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0, whole: Sequence[str] = ()) -> None:
     """Put LoRA or DoRA layers into `policy`; everything else is frozen. `method: none` does nothing.
 
     `target_modules` is searched in full module names; empty means `Policy.adapter_targets`. peft draws the
-    start of A from torch's global generator, which is seeded by `seed` for this and put back.
+    start of A from torch's global generator, which is seeded by `seed` for this and put back. Modules named
+    in `whole` get no adapters and are trained themselves: heads that a fine-tune begins with nothing.
     """
     if config.method == "none":
         return
     from peft import LoraConfig, inject_adapter_in_model
 
     pattern, field = config.target_modules or policy.adapter_targets, "train.peft.target_modules"
-    linear = [name for name, module in policy.named_modules() if _is_called(module)]
+    linear = [name for name, module in policy.named_modules() if _is_called(module)
+              and not name.startswith(tuple(f"{part}." for part in whole))]  # fmt: skip
     targets = [name for name in linear if fullmatch(pattern, name, field)]
     if not targets:
         raise BurnishError(f"{field}: '{pattern}' matches no linear layer", f"names such as {linear[-1]}")
@@ -68,6 +70,8 @@ def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0) -> None:
     )
     with seeded(derive_seed(seed, "adapters"), next(policy.parameters()).device):
         inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
+    for part in whole:
+        policy.get_submodule(part).requires_grad_(True)
     if lora.use_dora:
         from burnish.train.dora_layer import use_closed_form
 

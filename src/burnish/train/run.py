@@ -85,7 +85,7 @@ class Run(seat.Run):
         """Master weights in float32, adapters, and which parameters are trained."""
         recipe, policy = self.recipe, self.policy
         policy.float()  # precision below that is autocast's
-        add_adapters(policy, recipe.train.peft, recipe.train.seed)
+        add_adapters(policy, recipe.train.peft, recipe.train.seed, policy.whole_parts)
         choose_trained(policy, recipe.train.freeze, recipe.train.train_only)
         policy.to(self.device).train()
         for objective in self.objectives.values():

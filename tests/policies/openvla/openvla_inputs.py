@@ -10,13 +10,16 @@ OWN = {"cameras": ["main", "wrist"], "chunk_size": 8, "normalization": "bounds_q
 
 
 def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers of about the size of trained ones, by the tensor's name."""
+    """Numbers of about the size of trained ones, by the tensor's name; words are less likely than actions."""
     count = torch.Size(shape).numel()
     at = torch.arange(count, dtype=torch.float64) * 0.7548776662 + zlib.crc32(name.encode()) % 997
     wave = torch.sin(at * (1 + at / 7919)).reshape(shape)
     if len(shape) < 2 or "norm" in name:
         start = 0.0 if name.endswith("bias") else 1.0
         return (start + 0.1 * wave).float()
+    if "lm_head" in name:
+        wave[: VOCABULARY - 256] *= 0.2
+        wave[VOCABULARY:] *= 0.2
     wide = "embed" in name or "latent" in name or "token" in name
     return (wave * (0.5 if wide else (2.0 / torch.Size(shape[1:]).numel()) ** 0.5)).float()
 

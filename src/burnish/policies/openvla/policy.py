@@ -19,7 +19,7 @@ from burnish.policies.keys import ACTION, PAD, STATE, TASK
 from burnish.policies.load import POLICIES
 from burnish.policies.openvla import files, images, text
 from burnish.policies.openvla.configuration import OWN, OpenVLAConfig, read_config
-from burnish.policies.openvla.network import OpenVLANet
+from burnish.policies.openvla.network import HEADS, OpenVLANet
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder
 
@@ -37,12 +37,16 @@ class OpenVLA(VLMPolicy):
     config: OpenVLAConfig
     policy: OpenVLANet
     own_folder = True
+    adapter_targets = (
+        r"policy\.(vision_backbone\.\w+\.blocks|language_model\.model\.layers)\.\d+\..*|policy\.projector\.\w+"
+    )
 
     def __init__(self, network: OpenVLANet, tokenizer: Any, kept: dict[str, bytes]):
         self._tokenizer, self.kept = tokenizer, kept
         space = network.tokens
         super().__init__(network, space.normalise, space.denormalise)
         self.continuous = self.config.settings.head == "l1"
+        self.whole_parts = tuple(f"policy.{name}" for name in HEADS if name in network._modules)
         if not self.continuous:
             self.capabilities = VLMPolicy.capabilities | {"tokens", "likelihood"}
         self._start = tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
@@ -132,6 +136,12 @@ class OpenVLA(VLMPolicy):
         head = network.action_head if self.continuous else network.head
         return [Stage("vision", network, "embed_image"), Stage("prompt", network, first),
                 Stage("pass", network, later), Stage("head", head, "forward")]  # fmt: skip
+
+    def blocks(self) -> list[torch.nn.Module]:
+        """Blocks of both vision towers that are read (all but the last), and the language model's layers."""
+        vision = self.policy.vision_backbone
+        towers = [block for tower in (vision.featurizer, vision.fused_featurizer) for block in tower.blocks[:-1]]
+        return [*towers, *self.policy.text_model.layers]
 
     def token_counters(self) -> list[torch.nn.Module]:
         return [self.policy.text_model.layers[0].mlp]
