@@ -20,11 +20,14 @@ from burnish.sampling.token_model import TokenModel
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
     "score": ("log-probability of its actions", "a flow-matching or token policy"),
-    "likelihood": ("exact log-probability of its actions", "an autoregressive or parallel burnish_discrete"),
+    "likelihood": (
+        "exact log-probability of its actions",
+        "openvla, or an autoregressive or parallel burnish_discrete",
+    ),
     "language": ("language model that answers questions", "a policy on a vision-language model"),
     "capture": ("hidden states of a backbone", "a policy on a vision-language model"),
     "velocity": ("velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
-    "tokens": ("action tokens", "a burnish_discrete policy"),
+    "tokens": ("action tokens", "openvla or a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
     "prefix": ("way to continue actions that are committed", "a flow-matching or burnish_discrete policy"),
 }

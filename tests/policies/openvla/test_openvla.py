@@ -363,6 +363,9 @@ def test_new_data_brings_statistics_cameras_and_an_oft_head(folder, tmp_path, ba
     }
     again = load_policy(tmp_path / "new")
     assert again.act(seen).actions.equal(policy.act(seen).actions) and again.act(seen).actions.shape == (2, 3, 4)
+    with pytest.raises(BurnishError, match="head of another robot"):
+        load_policy(tmp_path / "new", features={**features, "action": PolicyFeature(FeatureType.ACTION, (2,))},
+                    dataset_stats=default_statistics(5, 2))  # fmt: skip
     with pytest.raises(BurnishError, match="state of 3 dimensions"):
         again.act({**seen, "observation.state": torch.zeros(2, 3)})
     (tmp_path / "new/action_head.safetensors").unlink()

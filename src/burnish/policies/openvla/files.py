@@ -75,7 +75,14 @@ def _load(network: nn.Module, folder: Path, config: OpenVLAConfig) -> None:
     for name in heads:
         path = folder / f"{name}.safetensors"
         if path.exists():
-            tensors.load_tensors(network.get_submodule(name), tensors.read_file(path, folder), str(path))
+            state = tensors.read_file(path, folder)
+            odd = next((key for key, own in network.get_submodule(name).state_dict().items()
+                        if key in state and own.shape != state[key].shape), None)  # fmt: skip
+            if odd is not None:
+                raise BurnishError(f"{path} is the head of another robot ({odd} is {tuple(state[odd].shape)})",
+                                   f"one for {config.action_dim} actions and {config.settings.state_dim} states",
+                                   "a plain OpenVLA, whose new head comes from the override head=l1")  # fmt: skip
+            tensors.load_tensors(network.get_submodule(name), state, str(path))
         else:
             _start(network.get_submodule(name), config.settings.init_seed)
 
