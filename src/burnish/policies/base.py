@@ -29,7 +29,7 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
     "velocity": ("velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
     "tokens": ("action tokens", "openvla or a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
-    "prefix": ("way to continue actions that are committed", "a flow-matching or burnish_discrete policy"),
+    "prefix": ("way to continue actions that are committed", "a flow-matching policy, openvla or burnish_discrete"),
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
 
@@ -109,8 +109,8 @@ class Policy(nn.Module, ABC):
         n_action_steps: actions of a chunk to execute before asking again.
         window: which observations it sees, and where its chunks begin.
         adapter_targets: regular expression over the linear layers that adapters go to by default.
-        image_size: side of the images it was trained on, in pixels.
         whole_parts: names of modules that adapters leave out and a run with adapters trains whole.
+        image_size: side of the images it was trained on, in pixels.
         input_size: longest edge to which it resizes its images; 0 where it takes them as they are.
         action_dim: A.
         state_dim: dimensions of the state.

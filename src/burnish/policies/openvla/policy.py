@@ -12,7 +12,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
-from burnish.policies.base import Captured, Stage, TokenForward
+from burnish.policies.base import Captured, Stage, TokenForward, lacks
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.keys import ACTION, PAD, STATE, TASK
@@ -48,7 +48,7 @@ class OpenVLA(VLMPolicy):
         self.continuous = self.config.settings.head == "l1"
         self.whole_parts = tuple(f"policy.{name}" for name in HEADS if name in network._modules)
         if not self.continuous:
-            self.capabilities = VLMPolicy.capabilities | {"tokens", "likelihood"}
+            self.capabilities = VLMPolicy.capabilities | {"tokens", "likelihood", "prefix"}
         self._start = tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
         self._stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
         self._watched: list[list[TokenForward]] = []
@@ -198,10 +198,12 @@ class OpenVLA(VLMPolicy):
             stream: Callable[[int, Tensor], None] | None = None) -> Chunk:  # fmt: skip
         """A chunk [B, T, A] on the CPU, in environment units: greedy tokens with cached keys, or OFT's one pass.
 
-        `prefix` [B, P, A] comes back unchanged; OpenVLA goes on from its tokens, OFT has no way to see it.
+        `prefix` [B, P, A] comes back unchanged, and OpenVLA goes on from its tokens; OFT has no way to see it.
         `stream` is called as in `Discrete.act`; OFT has no parts to tell.
         """
         prefix = None if prefix is None or prefix.shape[1] == 0 else prefix
+        if prefix is not None and self.continuous:
+            raise lacks(self, "prefix", "act")
         prepared = self._prepare(batch, prefix)
 
         def exact(actions: Tensor) -> Tensor:
@@ -263,7 +265,7 @@ class OpenVLA(VLMPolicy):
 
     def _check_tokens(self, wanted: str) -> None:
         if self.continuous:
-            raise BurnishError(f"{wanted}: OpenVLA-OFT has no action tokens", "OpenVLA, with head tokens")
+            raise lacks(self, "tokens", wanted)
 
     def _check_chunk(self, actions: Tensor, ndim: int) -> None:
         if actions.ndim != ndim or actions.shape[-2] != self.chunk_size:
