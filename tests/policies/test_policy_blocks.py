@@ -7,7 +7,7 @@ from burnish.policies import load_policy
 from workshop.tiny import make_tiny
 
 
-@pytest.fixture(params=["smolvla", "pi0", "pi05", "pi0_fast", "burnish_discrete", "act"])
+@pytest.fixture(params=["smolvla", "pi0", "pi05", "pi0_fast", "burnish_discrete", "act", "openvla"])
 def policy(request, tmp_path):
     if request.param in ("burnish_discrete", "act"):
         return load_policy(make_tiny(request.param, tmp_path / "p", cameras=("top", "wrist")))

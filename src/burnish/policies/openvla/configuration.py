@@ -81,6 +81,7 @@ class OpenVLAConfig:
     shapes: dict[str, tuple[int, int]]
 
     training = "autoregressive"
+    observation_delta_indices = None
     block, shift, prompt_sees_actions = 1, True, False
 
     @property
@@ -90,6 +91,10 @@ class OpenVLAConfig:
     @property
     def chunk_size(self) -> int:
         return self.settings.chunk_size
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
 
     @property
     def n_action_steps(self) -> int:
