@@ -36,6 +36,8 @@ class ActionSpace:
     """
 
     time_ordered = True
+    steps = ()
+    """It stands in the place of LeRobot's preprocessor, which has steps."""
 
     def __init__(self, stats: dict[str, Any], bounds: str, bins: int, vocabulary: int, rows: int,
                  libero_gripper: bool, where: str):  # fmt: skip
@@ -57,6 +59,8 @@ class ActionSpace:
         if self.libero_gripper:
             actions = torch.cat([actions[..., :-1], (1 - actions[..., -1:]) / 2], dim=-1)
         return _scaled(actions, self.low, self.high, self.mask).float()
+
+    __call__ = normalise
 
     def denormalise(self, actions: Tensor) -> Tensor:
         """The inverse, on the CPU; a gripper of LIBERO is fully open or closed."""

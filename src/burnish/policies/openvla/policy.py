@@ -44,7 +44,7 @@ class OpenVLA(VLMPolicy):
     def __init__(self, network: OpenVLANet, tokenizer: Any, kept: dict[str, bytes]):
         self._tokenizer, self.kept = tokenizer, kept
         space = network.tokens
-        super().__init__(network, space.normalise, space.denormalise)
+        super().__init__(network, space, space.denormalise)
         self.continuous = self.config.settings.head == "l1"
         self.whole_parts = tuple(f"policy.{name}" for name in HEADS if name in network._modules)
         if not self.continuous:
@@ -132,10 +132,11 @@ class OpenVLA(VLMPolicy):
 
     def model_stages(self) -> list[Stage]:
         network = self.policy
-        first, later = ("actions", "actions") if self.continuous else ("joint", "extend")
-        head = network.action_head if self.continuous else network.head
-        return [Stage("vision", network, "embed_image"), Stage("prompt", network, first),
-                Stage("pass", network, later), Stage("head", head, "forward")]  # fmt: skip
+        vision = Stage("vision", network, "embed_image")
+        if self.continuous:  # one call holds the prompt and the only pass
+            return [vision, Stage("pass", network, "actions"), Stage("head", network.action_head, "forward")]
+        return [vision, Stage("prompt", network, "joint"), Stage("pass", network, "extend"),
+                Stage("head", network.head, "forward")]  # fmt: skip
 
     def blocks(self) -> list[torch.nn.Module]:
         """Blocks of both vision towers that are read (all but the last), and the language model's layers."""
