@@ -134,7 +134,7 @@ class OpenVLA(VLMPolicy):
         network = self.policy
         vision = Stage("vision", network, "embed_image")
         if self.continuous:  # one call holds the prompt and the only pass
-            return [vision, Stage("pass", network, "actions"), Stage("head", network.action_head, "forward")]
+            return [vision, Stage("prompt", network, "actions"), Stage("head", network.action_head, "forward")]
         return [vision, Stage("prompt", network, "joint"), Stage("pass", network, "extend"),
                 Stage("head", network.head, "forward")]  # fmt: skip
 
