@@ -61,6 +61,16 @@ BENCHES: dict[str, dict[str, str]] = {
         "edit_speedup_over_loop": ">= 2",
         "edit_error": "<= 2e-6",
     },
+    "scale": {
+        "fsdp_max_difference": "<= 1e-6",
+        "resume_other_ranks_equal": "true",
+        "ray_outcomes_equal": "true",
+        "cost_error": "<= 0.15",
+        "method_extra_p": "<= 1.1",
+        "mix_resume_equal": "true",
+        "cached_gb_25k_frames": "<= 12",
+        "data_wait_share_streaming": "<= 0.05",
+    },
     "train": {"data_wait_share": "<= 0.05", "loop_overhead": "<= 0.03"},
 }
 
@@ -74,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="tiny", choices=("tiny", "smolvla"), help="memory: of the policy")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
                         help=f"cuda: {', '.join(ON_GPU)}; bench/gpu.py measures more there")  # fmt: skip
+    parser.add_argument("--part", default="", help="scale: one of its parts alone; the others keep their figures")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 

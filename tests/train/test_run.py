@@ -29,7 +29,7 @@ class Curious(Objective):
 
     def setup(self, run):
         self.saw = {
-            "trained": list(run.trained), "average": list(run.average.shadow), "step": run.step,
+            "trained": list(run.trained), "step": run.step,
             "optimised": [p for group in run.optimizer.param_groups for p in group["params"]],
         }  # fmt: skip
         self.project = nn.Linear(3, 2)
@@ -55,7 +55,7 @@ def build(root, output, options="", *more):
 def test_a_run_is_complete_when_a_method_is_set_up_and_takes_in_what_it_made(dataset, tmp_path):
     run = build(dataset, tmp_path / "r", "freeze: words")
     saw, inside = run.objectives["curious"].saw, [n for n, p in run.policy.named_parameters() if p.requires_grad]
-    assert saw["trained"] == saw["average"] == inside and not any(name.startswith("words") for name in inside)
+    assert saw["trained"] == inside and not any(name.startswith("words") for name in inside)
     assert {id(p) for p in saw["optimised"]} == {id(run.trained[name]) for name in inside} and saw["step"] == 0
     own = {f"objectives.curious.project.{name}" for name in ("weight", "bias")}
     assert set(run.trained) == set(inside) | own == set(run.average.shadow)

@@ -91,7 +91,7 @@ def test_a_camera_that_reaches_nothing_is_told_and_then_refused(two_cameras, mon
     assert selfcheck.unseen_cameras(policy, batch) == ["wrist"]
     said = []
     run = SimpleNamespace(policy=policy, step=0, recipe=SimpleNamespace(train=SimpleNamespace(steps=100)),
-                          say=said.extend)  # fmt: skip
+                          say=said.extend, sharded=False, ask=lambda call, *rest: call(*rest))  # fmt: skip
     selfcheck.check_cameras(run, batch)
     assert len(said) == 1 and "camera 'wrist' reaches nothing" in said[0]
     run.step = 5

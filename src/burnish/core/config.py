@@ -98,6 +98,7 @@ class TrainConfig:
     imitation_weight: float = option(1.0, "weight of the imitation loss; with 0 the objectives alone train", least=0)
     batch_size: int = option(32, "samples in a forward pass of one process", least=1, most=2**20)
     grad_accumulation: int = option(1, "forward passes in a step", least=1, most=2**16)
+    shard: bool = option(False, "with several processes: each keeps a part of weights, gradients, moments (FSDP2)")
     lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
     weight_decay: float = option(1e-4, "of AdamW", least=0)
     betas: list[float] = option([0.9, 0.95], "of AdamW")

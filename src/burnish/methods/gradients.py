@@ -36,7 +36,7 @@ class Layout:
     """Which parameters a vector consists of, and in which of L groups each of them is.
 
     Args:
-        shapes: parameter name to shape.
+        shapes: parameter name to shape (where weights are sharded, that of this rank's rows).
         granularity: tensor, layer or global.
         device: of the vectors.
         dots: scalar products, see `products.dots`; a run's own are over all ranks.
@@ -60,7 +60,7 @@ class Layout:
         self.places: dict[str, slice] = {}
         for name, size in self._sizes.items():
             first = len(self._number)
-            self._number += [self.groups.index(found[name])] * -(-size // largest)
+            self._number += [self.groups.index(found[name])] * max(1, -(-size // largest))
             self.places[name] = slice(first, len(self._number))
         self._group = torch.tensor(self._number, device=self.device)
 

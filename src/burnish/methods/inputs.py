@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 
 class Questions:
-    """Question batches beside the robot batches; batch k follows from the run's seed, k and the rank."""
+    """Question batches beside the robot batches; batch k follows from the run's seed and k."""
 
     def __init__(self, run: Run, root: str, batch_size: int, turns: int):
-        rank, world = run.accelerator.process_index, run.accelerator.num_processes
         seed = derive_seed(run.recipe.train.seed, "isolate")
-        self.data = LanguageData(Path(root), batch_size, seed, rank, world, turns)
+        self.data = LanguageData(Path(root), batch_size, seed, turns=turns)
         self.device = run.device
 
     def batch(self, k: int) -> Batch:

@@ -1,6 +1,6 @@
 """The seat of a training method: what a method is (`Objective`), and what it may see of a run (`Run`)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,11 +30,15 @@ class Run(Protocol):
         policy: the policy in training; its verbs may be called inside `Objective.loss`.
         data: the robot's frames; `data.meta` is LeRobot's metadata (fps, features, stats, tasks).
         objectives: all methods of the run by name.
-        trained: trained parameters by name, those of methods as "objectives.<objective>.<parameter>" (from the first
-            step on: while methods are set up, the policy's alone).
-        average: moving average of the trained parameters (`shadow`, by the same names), or None.
+        trained: trained parameters by name, those of methods as "objectives.<objective>.<parameter>" (from
+            `Objective.begin` on: while methods are set up, the policy's alone). Sharded, they are DTensors:
+            `methods.products.local` has this rank's rows.
+        average: moving average of the trained parameters (`shadow`, by the same names), or None; from `begin` on.
         optimizer: torch's AdamW over `trained`.
         step: optimiser steps done.
+        number: of the micro-batch under way, counted since the run began over all steps and ranks: what is drawn or
+            chosen for it follows from the run's seed and this alone, however many ranks there are.
+        sharded: whether every rank holds some rows of each parameter, gradient and moment (FSDP2).
         device: where parameters and batches live.
         generator: for draws about this rank's batch, on `device`; reseeded at every step from seed, rank and step.
         shared_generator: the same on every rank: for draws in `edit_gradients`, or ranks would drift apart.
@@ -52,6 +56,8 @@ class Run(Protocol):
     average: Any
     optimizer: torch.optim.Optimizer
     step: int
+    number: int
+    sharded: bool
     device: torch.device
     generator: torch.Generator
     shared_generator: torch.Generator
@@ -64,8 +70,34 @@ class Run(Protocol):
         """Scalar product of two collections of equal names or order and shapes: a float64 scalar on the device.
 
         Weights and gradients may be shards; this and `norm` and `dots` are over the whole, with one reduction over
-        ranks. Sums that a method forms itself are over this rank's part.
+        ranks. Sums that a method forms itself are over this rank's rows, and go through `total`.
         """
+        ...
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Sums over this rank's rows to those over all rows; the argument itself where nothing is sharded."""
+        ...
+
+    def inner_backward(self) -> AbstractContextManager[Any]:
+        """Open around `torch.autograd.grad` inside `Objective.loss`, or sharded weights would be put away too early."""
+        ...
+
+    def stream_gradients(
+        self, loss: Tensor, names: Sequence[str], take: Callable[[int, Tensor], None], retain_graph: bool = False
+    ) -> None:
+        """Hand `take(index, gradient)` the gradient of `loss` for each of these trained parameters that it reaches.
+
+        No `.grad` is touched. Sharded, gradients are this rank's rows and averaged over ranks; otherwise they are whole
+        and of this rank's loss alone. May be called inside `Objective.loss` and inside `ask`.
+        """
+        ...
+
+    def holding(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        """Inside, sharded parameters hold other values (this rank's rows by name); for `Objective.loss`."""
+        ...
+
+    def ask[T](self, call: Callable[..., T], *args: Any) -> T:
+        """`call(*args)` with whole weights, from outside of `Objective.loss`; sharded, every rank must ask."""
         ...
 
     def norm(self, tensors: Tensors) -> Tensor:
@@ -106,6 +138,12 @@ class Objective(nn.Module):
 
         The policy then holds the weights it starts from, also in a run that resumes from a checkpoint. Parameters that
         are made here are trained from the first step.
+        """
+
+    def begin(self, run: Run) -> None:
+        """Called once after `setup`, when `run.trained` holds the tensors that the steps train, still at their start.
+
+        The place to keep parameters, or copies of them: where weights are sharded, those of `setup` are gone by now.
         """
 
     def watch(self, run: Run) -> AbstractContextManager[Any]:

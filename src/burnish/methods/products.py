@@ -7,7 +7,7 @@ into parts, so that partial sums in float32 stay short and 32-bit indices of the
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PART_CPU = 1 << 18
 """Numbers in one partial sum on a CPU: two such parts stay in its cache."""
@@ -54,3 +54,40 @@ def dot(one: Mapping[str, Tensor] | Sequence[Tensor], other: Mapping[str, Tensor
     first, second = parts(one), parts(other)
     device = first[0].device if first else torch.device("cpu")
     return dots(first, [second], torch.zeros(len(first), dtype=torch.int64, device=device), 1)[0, 0]
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds some rows."""
+    if type(tensor) in (Tensor, nn.Parameter):  # most are, and DTensor takes its time to import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, without gradient and sharing its memory; the whole one where it is not sharded."""
+    found = tensor.detach()
+    return found.to_local() if sharded(found) else found
+
+
+def rows(tensor: Tensor) -> tuple[int, int]:
+    """First and last of the whole tensor's rows that `local` gives; a scalar has one."""
+    count = len(tensor) if tensor.ndim else 1
+    if not sharded(tensor):
+        return 0, count
+    axis = next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
+    step = -(-count // tensor.device_mesh.size(axis))  # as torch.chunk cuts
+    first = min(step * tensor.device_mesh.get_local_rank(axis), count)
+    return first, min(first + step, count)
+
+
+def own_rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what `local` would give, were it sharded as `like` is."""
+    return tensor[slice(*rows(like))] if sharded(like) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the rows of all ranks, without gradient; where it is sharded, every rank must ask."""
+    found = tensor.detach()
+    return found.full_tensor() if sharded(found) else found

@@ -6,7 +6,7 @@ Either way policy and reference never sit in memory twice.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
 from burnish.core.options import number
+from burnish.core.patterns import search
 from burnish.policies.base import Policy
+
+if TYPE_CHECKING:
+    from burnish.core.config import RecipeConfig
 
 _NO_MATTER = (
     "device", "decoder", "n_action_steps", "optimizer", "scheduler", "pretrained_path", "push", "repo", "tags",
@@ -87,6 +91,20 @@ def check_adapters(policy: nn.Module) -> None:
             f"reference: adapter_off, but {len(other)} parameters outside the adapters are trained, such as {other[0]}",
             "adapters alone", "reference: cached",
         )  # fmt: skip
+
+
+def train_around_adapters(recipe: "RecipeConfig", policy: Policy) -> None:
+    """Let the action expert, new to the task, learn in full where adapters of the backbone have frozen everything else.
+
+    A recipe that adapts what lies outside of the backbone, or says what is trained, stays as it is.
+    """
+    inside = {name for name, _ in policy.backbone_parameters()}
+    adapted = [name for name, _ in policy.named_parameters() if ".lora_" in name and name not in inside]
+    if adapted or recipe.train.train_only:
+        return
+    for name, parameter in policy.named_parameters():
+        if name not in inside and not any(search(p, name, "train.freeze") for p in recipe.train.freeze):
+            parameter.requires_grad_(True)
 
 
 def check_precision(policy: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class Start:
             for. None keeps them in memory, in bfloat16 where that loses nothing, as it does for most published weights.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], folder: Path | None = None):
+    def __init__(self, parameters: Mapping[str, Tensor], folder: Path | None = None):
         self._like = {name: (p.shape, p.dtype, p.device) for name, p in parameters.items()}
         self._kept = {} if folder is not None else _copies(parameters)
         if folder is not None:
@@ -64,13 +64,17 @@ class Frozen(nn.Module):
 
     Args:
         policy: in training.
-        trained: its trained backbone parameters by name.
+        trained: its trained backbone parameters by name; sharded, this rank's rows of them.
         folder: see Start.
+        holding: how sharded parameters hold other values, see Run.holding; None where they are whole.
     """
 
-    def __init__(self, policy: "Policy", trained: Mapping[str, nn.Parameter], folder: Path | None):
+    def __init__(
+        self, policy: "Policy", trained: Mapping[str, Tensor], folder: Path | None,
+        holding: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.policy = policy
+        self.policy, self._holding = policy, holding
         self._start = None if all(".lora_" in name for name in trained) else Start(trained, folder)
 
     @torch.no_grad()
@@ -79,6 +83,9 @@ class Frozen(nn.Module):
         with evaluating(self.policy):
             if self._start is None:
                 with without_adapters(self.policy):
+                    return ask(self.policy, *args)
+            if self._holding is not None:
+                with self._holding(self._start.tensors()):
                     return ask(self.policy, *args)
             weights = {f"policy.{name}": tensor for name, tensor in self._start.tensors().items()}
             return functional_call(self, weights, (ask, *args))
@@ -99,7 +106,7 @@ def evaluating(policy: "Policy") -> Iterator[None]:
 
 
 @torch.no_grad()
-def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies, in bfloat16 where that is exact; all of a type in one tensor, or the heap would be left in pieces."""
     kinds = {}
     for name, parameter in parameters.items():

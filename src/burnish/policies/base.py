@@ -5,7 +5,7 @@ declares it, a method asks `policy.supports(name)` or calls `require`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,11 +280,18 @@ class Policy(nn.Module, ABC):
         """Modules whose inputs [B, S, D] together are all token positions of a forward pass, each once."""
         return []
 
+    def stored(self) -> nn.Module:
+        """The module whose state `save` writes."""
+        return self
+
     @abstractmethod
-    def save(self, folder: Path, *, home: Path | None = None) -> None:
+    def save(
+        self, folder: Path, *, home: Path | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:  # fmt: skip
         """Write an ordinary LeRobot policy folder (config.json, model.safetensors, processors).
 
-        `home` is where the folder will lie in the end, when it is written elsewhere and renamed.
+        `home` is where the folder will lie in the end, when it is written elsewhere and renamed. `state_dict` are
+        weights to store in place of its own, with the names of `stored`'s state.
         """
 
 

@@ -1,7 +1,7 @@
 """Weights of a policy folder: one file or shards, finite, and written by ourselves."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import inside, read_object, regular_file
 from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
+from burnish.weights.tensorfile import TensorInfo, make_header
 
+_STORED = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.float64: "F64",
+    torch.int64: "I64", torch.uint64: "U64",
+}  # fmt: skip
+"""Types as safetensors names and ranks them."""
 _OLD = ("normalize_inputs.", "unnormalize_outputs.", "normalize_targets.")
 """Where LeRobot kept statistics among the weights before it had processors."""
 
@@ -140,8 +148,34 @@ def check_finite(state: dict[str, Tensor], source: str) -> None:
                            "finite weights, e.g. of an earlier checkpoint")  # fmt: skip
 
 
+class Streamed(Mapping[str, Tensor]):
+    """Finite tensors that are made as they are asked for, in `order`; none is there twice.
+
+    Args:
+        about: a tensor of the same shape and type for each.
+        make: the tensor of a name, on the CPU.
+    """
+
+    def __init__(self, about: Mapping[str, Tensor], make: Callable[[str], Tensor]):
+        self.about, self._make = about, make
+
+    @property
+    def order(self) -> list[str]:
+        """As safetensors lays them out: the widest types first, then by name."""
+        return sorted(self.about, key=lambda name: (-list(_STORED).index(self.about[name].dtype), name))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.about)
+
+    def __len__(self) -> int:
+        return len(self.about)
+
+
 def write_weights(
-    folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None = None, exact: Iterable[str] = ()
+    folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None, exact: Iterable[str] = ()
 ) -> None:
     """Write model.safetensors beside config.json: finite tensors, each memory once (under the first of its names).
 
@@ -149,14 +183,17 @@ def write_weights(
 
     Args:
         folder: the policy's.
-        state: tensors by LeRobot's names.
+        state: tensors by LeRobot's names; those of a `Streamed` are never in memory together, and the file is the same.
         dtype: floating tensors are stored so; None keeps them.
         exact: tensors that keep their type: in half precision the edges of bins would move.
     """
     from safetensors.torch import save_file
 
+    if isinstance(state, Streamed):
+        _stream(folder / WEIGHTS, state)
+        return
     kept = set(exact)
-    check_finite(state, "the policy to store")
+    check_finite(dict(state), "the policy to store")
     seen: dict[Any, str] = {}
     stored: dict[str, Tensor] = {}
     for name in sorted(state):
@@ -168,6 +205,15 @@ def write_weights(
         cast = tensor.to(dtype) if narrow else tensor
         stored[name] = cast.detach().cpu().contiguous()
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _stream(path: Path, state: Streamed) -> None:
+    infos = {name: TensorInfo(_STORED[t.dtype], tuple(t.shape)) for name, t in state.about.items()}
+    header, _ = make_header({name: infos[name] for name in state.order}, {"format": "pt"})
+    with open(path, "wb") as file:
+        file.write(header)
+        for name in state.order:
+            file.write(state[name].contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def share_mode(folder: Path) -> None:

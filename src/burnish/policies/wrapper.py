@@ -4,6 +4,7 @@ The LeRobot policy sits in `PolicyWrapper.policy`, unchanged, so parameter names
 those of `model.safetensors`. Its processors sit beside it and are used inside the verbs, once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,8 +123,11 @@ class PolicyWrapper(Policy):
         raise BurnishError(f"a new policy of type '{name}'", "smolvla, pi0, pi05 or burnish_discrete",
                            "load a checkpoint of that type instead")  # fmt: skip
 
+    def stored(self) -> nn.Module:
+        return self.policy
+
     def save(self, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
-             state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
+             state_dict: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
         """Write an ordinary LeRobot policy folder; making that atomic is the caller's business.
 
         Args:

@@ -8,10 +8,15 @@
                                    meta.json              step, recipe, hashes, commit, log window, scaler
     checkpoints/last               link to the newest
 
-All randomness of a step follows from the seed, the rank and the step: the step is the RNG state and the data position.
+A run whose weights are sharded keeps the four files' tensors in burnish/state/ instead, a file from every rank in the
+safetensors form of torch.distributed.checkpoint. Either kind is read by any number of ranks, sharded or not.
+
+All randomness of a micro-batch follows from the seed and its number, counted over steps and ranks, and so does its
+data: that number is the RNG state and the data position.
 """
 
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +30,38 @@ from burnish.core.options import number
 from burnish.core.reading import read_object, regular_file
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.methods.objective import Run
+from burnish.methods.products import local, own_rows, whole
 from burnish.policies.base import Policy
-from burnish.train.optim import load_optimizer_tensors, merged, optimizer_tensors
+from burnish.train import sharded_state
+from burnish.train.optim import empty_optimizer_tensors, load_optimizer_tensors, merged, optimizer_tensors
+from burnish.train.setup import process_count
+from burnish.train.sharded import rows_like
 
 FORMAT = 1
+STATE = "state"
 KEEP = 2
 _META = {
     "step": int, "recipe": dict, "parent_hash": str, "data_hash": str, "minutes": int | float, "window": dict,
-    "scaler": dict, "objectives": dict, "optimizer": list,
+    "scaler": dict, "objectives": dict, "optimizer": list, "processes": int,
 }  # fmt: skip
 _MAY_CHANGE = (
     "name", "output", "demos.", "eval.", "data.workers", "data.cache_dir", "data.cache_gb", "data.root",
     "train.log_every", "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers",
-    "train.self_check", "train.keep_checkpoints",
+    "train.self_check", "train.keep_checkpoints", "train.shard",
 )  # fmt: skip
 """Fields (or sections) that may differ on resuming: they do not touch the arithmetic, or have a hash of their own."""
 
 
 @contextmanager
 def exported(run: Run):
-    """Inside, `run.policy` is what is handed out: averaged weights, adapters merged, evaluation mode."""
+    """Inside, `run.policy` is what is handed out: averaged weights, adapters merged, evaluation mode.
+
+    Sharded adapters stay beside their layers, which is the same but for rounding; `_write_policy` merges them.
+    """
     with ExitStack() as stack:
         if run.average is not None:
             stack.enter_context(run.average.swapped())
-        if run.recipe.train.peft.method != "none":
+        if run.recipe.train.peft.method != "none" and not run.sharded:
             stack.enter_context(merged(run.policy))
         training = run.policy.training
         run.policy.eval()
@@ -57,9 +70,10 @@ def exported(run: Run):
 
 
 def save(run: Run, log_state: dict[str, Any]) -> Path:
-    """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two. One rank calls this.
+    """Write checkpoints/<step>/ of `run`, move `last`, drop older ones than the newest two.
 
-    `log_state` is kept in meta.json as it is: minutes of training, and the figures that no row has yet.
+    The first rank calls this; where weights are sharded, every rank does. `log_state` is kept in meta.json as it is:
+    minutes of training, and the figures that no row has yet.
 
     Raises:
         BurnishError: too little room, or weights that are not finite; the checkpoints before stay.
@@ -69,18 +83,46 @@ def save(run: Run, log_state: dict[str, Any]) -> Path:
     size = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values())
     size += sum(p.numel() * p.element_size() for p in run.policy.parameters())
     require_space(run.output, size, f"checkpoint {target}")
-    with new_folder(target) as folder:
-        with exported(run) as policy:
-            _check_finite(run, policy)
-            policy.save(folder, home=target)
-            run.data.describe(folder)
-        (folder / "burnish").mkdir(exist_ok=True)
-        for name, part in tensors.items():
-            _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
-        write_json(folder / "burnish" / "meta.json", _meta(run, log_state))
-    point_to(target.parent / "last", target.name)
-    drop(run.output, KEEP)
+    with _new_folder(run, target) as folder:
+        _write_policy(run, folder, target)
+        if run.sharded:
+            sharded_state.write(folder / "burnish" / STATE, tensors)
+        if run.accelerator.is_main_process:
+            (folder / "burnish").mkdir(exist_ok=True)
+            for name, part in tensors.items() if not run.sharded else ():
+                _save_tensors(part, folder / "burnish" / f"{name}.safetensors")
+            write_json(folder / "burnish" / "meta.json", _meta(run, log_state))
+    if run.accelerator.is_main_process:
+        point_to(target.parent / "last", target.name)
+        drop(run.output, KEEP)
     return target
+
+
+@contextmanager
+def _new_folder(run: Run, target: Path) -> Iterator[Path]:
+    """`new_folder`; where weights are sharded, all ranks fill the one folder and the first renames it at the end."""
+    if not run.sharded:
+        with new_folder(target) as folder:
+            yield folder
+        return
+    main, wait = run.accelerator.is_main_process, run.accelerator.wait_for_everyone
+    with new_folder(target) if main else nullcontext(target.with_name(f".{target.name}.new")) as folder:
+        wait()
+        yield folder
+        wait()
+    wait()
+
+
+def _write_policy(run: Run, folder: Path, home: Path) -> None:
+    """The policy that is handed out as an ordinary folder; where it is sharded, tensor by tensor through one rank."""
+    with exported(run) as policy:
+        _check_finite(run, policy)
+        state = sharded_state.Whole(policy.stored()) if run.sharded else None
+        if state is not None and not run.accelerator.is_main_process:
+            state.follow()
+            return
+        policy.save(folder, home=home, **({} if state is None else {"state_dict": state}))
+        run.data.describe(folder)
 
 
 def drop(output: Path, keep: int) -> None:
@@ -98,12 +140,10 @@ def export(run: Run) -> Path:
         BurnishError: weights that are not finite, or too little room; an earlier policy stays.
     """
     target = run.output / "policy"
-    with new_folder(target) as folder, exported(run) as policy:
-        _check_finite(run, policy)
-        policy.save(folder, home=target)
-        run.data.describe(folder)
+    with _new_folder(run, target) as folder:
+        _write_policy(run, folder, target)
     if run.recipe.train.peft.method != "none":
-        with new_folder(run.output / "adapter") as folder:
+        with _new_folder(run, run.output / "adapter") as folder:
             _save_adapter(run, folder)
     return target
 
@@ -111,7 +151,8 @@ def export(run: Run) -> Path:
 def _check_finite(run: Run, policy: Policy) -> None:
     """The guard looks at loss and gradients; a step of finite gradients may still overflow."""
     tensors = {**run.trained, **dict(policy.named_parameters())}
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.detach()).all()]
+    wrong = torch.stack([(~torch.isfinite(local(tensor))).sum() for tensor in tensors.values()])
+    bad = [name for name, count in zip(tensors, run.total(wrong).tolist(), strict=True) if count]
     if bad:
         found = f"step {run.step}: {len(bad)} of {len(tensors)} tensors are not finite, such as '{bad[0]}'"
         raise BurnishError(found, "finite weights", "--fresh with a lower train.lr; the checkpoints before are whole")
@@ -130,24 +171,22 @@ def load(run: Run, folder: Path) -> dict[str, Any]:
         BurnishError: another recipe, data set or base policy made it, or tensors are missing, extra or misshapen.
     """
     meta = read_meta(folder)
-    check_same_recipe(meta["recipe"], run.recipe, folder)
+    check_same_recipe(meta["recipe"], run.recipe, folder, meta["processes"])
     for key, now, what in (("parent_hash", run.parent_hash, "base policy"), ("data_hash", run.data.hash, "data set")):
         if meta[key] != now:
             raise BurnishError(f"{folder} was made with another {what} (hash {meta[key]})", f"hash {now}",
                                "another --output, or --fresh (train, run) to start over")  # fmt: skip
     state = _training_state(run)
-    saved = {name: _read_tensors(folder / "burnish" / f"{name}.safetensors") for name in state}
-    # AdamW makes its state at the first step, so a fresh run has nothing to compare with; the meta has the names.
-    path = folder / "burnish" / "optimizer.safetensors"
-    _same_names(set(meta["optimizer"]), set(saved["optimizer"]), path)
-    for key, tensor in saved["optimizer"].items():  # a wrong shape would crash the fused optimiser, not raise
-        name, _, field = key.rpartition("/")
-        _same_shape(tensor, () if field == "step" else run.trained[name].shape, key, path)
-    saved["objectives"] = _without_repeats(saved["objectives"], state["objectives"])
-    for name in state:
-        if name != "optimizer":
-            _copy_into(state[name], saved[name], folder / "burnish" / f"{name}.safetensors")
-    load_optimizer_tensors(run.optimizer, run.trained, saved["optimizer"])
+    # AdamW makes its state at the first step, so a fresh run has nothing to fill; the meta has the names.
+    state["optimizer"] = empty_optimizer_tensors(run.trained, meta["optimizer"])
+    if (folder / "burnish" / STATE).is_dir():
+        sharded_state.read(folder / "burnish" / STATE, state, no_dist=not run.sharded)
+    else:
+        for name, part in state.items():
+            path = folder / "burnish" / f"{name}.safetensors"
+            saved = _read_tensors(path)
+            _copy_into(part, _without_repeats(saved, part) if name == "objectives" else saved, path)
+    load_optimizer_tensors(run.optimizer, run.trained, state["optimizer"])
     for name, objective in run.objectives.items():
         extra_state = meta["objectives"].get(name)
         if extra_state is not None:
@@ -169,14 +208,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
         raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
                            f"rm -r '{folder}'")  # fmt: skip
-    return meta
+    counted = meta["step"] * meta["recipe"].get("train", {}).get("grad_accumulation", 1) * meta["processes"]
+    return {"batches": counted, **meta}  # one of an earlier version did not change its number of processes
 
 
-def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path) -> None:
-    """Raise BurnishError naming every field that differs and would change the training."""
+def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path, processes: int = 1) -> None:
+    """Raise BurnishError naming every field that differs and would change the training.
+
+    `processes` is their number there: with another one now, `grad_accumulation` may make up for it.
+    """
     # A field that came into being after that run has its default there.
     old = flatten(recipe_to_dict(recipe_from_dict(before, str(where))))
     new = flatten(recipe_to_dict(recipe))
+    passes = "train.grad_accumulation"
+    if old[passes] * processes == new[passes] * process_count():
+        old[passes] = new[passes]
     changed = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -206,7 +252,8 @@ def _training_state(run: Run) -> dict[str, dict[str, Tensor]]:
         },
     }
     if run.average is not None:
-        state["average"] = run.average.shadow
+        shadow = run.average.shadow
+        state["average"] = {name: rows_like(p, shadow[name]) for name, p in run.trained.items()}
     return state
 
 
@@ -236,7 +283,8 @@ def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
         "versions": {"burnish": __version__, "torch": torch.__version__},
         "processes": run.accelerator.num_processes,
-        "randomness": "every draw follows from train.seed, the rank and the step",
+        "batches": run.number_of(0) - run.accelerator.process_index,
+        "randomness": "every draw follows from train.seed and the number of the micro-batch",
         **log_state,
         "scaler": scaler,
         "objectives": extra,
@@ -294,7 +342,7 @@ def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) ->
     with torch.no_grad():
         for name, tensor in live.items():
             _same_shape(saved[name], tensor.shape, name, path)
-            tensor.copy_(saved[name])
+            local(tensor).copy_(own_rows(saved[name], tensor))
 
 
 def _save_adapter(run: Run, folder: Path) -> None:
@@ -306,7 +354,7 @@ def _save_adapter(run: Run, folder: Path) -> None:
         if run.average is not None:
             stack.enter_context(run.average.swapped())
         tensors = get_peft_model_state_dict(run.policy, adapter_name="default")
-        _save_tensors(
-            {f"base_model.model.{name}": t for name, t in tensors.items()}, folder / "adapter_model.safetensors"
-        )
-    config.save_pretrained(folder)
+        tensors = {f"base_model.model.{name}": whole(t) for name, t in tensors.items()}
+        if run.accelerator.is_main_process:
+            _save_tensors(tensors, folder / "adapter_model.safetensors")
+            config.save_pretrained(folder)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,10 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
 def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool = False) -> dict[str, float]:
     """One optimiser step over `grad_accumulation` micro-batches; returns the figures of the gradient edits."""
     config, accelerator, step = run.recipe.train, run.accelerator, run.step
-    run.seed_step()
     seen: dict[str, Batch] = {}
     figures: dict[str, Tensor] = {}
     for micro in range(config.grad_accumulation):
+        run.seed_step(micro)
         batch, language = streams.next()
         with accelerator.accumulate(run.wrapped):
             total, terms = run.forward(batch, language)
@@ -140,16 +141,17 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
     accelerator.unscale_gradients(run.stepper)
     edits: dict[str, float] = {}
     if run.editors:
-        grads = gradients(run.trained)
+        before = gradients(run.trained)
+        grads = dict(before)
         for objective in run.editors:
             edits |= objective.edit_gradients(run, batch, grads)
-        write_back(run.trained, grads)
+        write_back(run.trained, grads, before)
     if check:
         selfcheck.check_ranks(run, gradients(run.trained), "gradients")
         run.say(selfcheck.report_unreached(run.trained))
         if step == 0 and config.imitation_weight > 0:
             run.say(selfcheck.loss_warning(terms["policy"].item(), bool(run.recipe.policy.path)))
-    norm = clip(run.trained, config.max_grad_norm)
+    norm = clip(run.trained, config.max_grad_norm, run.total if run.sharded else None)
     run.window.add({"grad_norm": norm})
     if accelerator.scaler is None:  # with a scaler an infinite gradient is ordinary: it skips the step itself
         watch.look(step + 1, norm + 0 * total.detach(), figures, seen, run.trained)
@@ -166,11 +168,15 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
 
 
 def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": run.step, "minutes": run.minutes()} | run.window.means()
+    means = run.window.means()
+    if run.accelerator.num_processes > 1:  # of the whole batch
+        own = torch.tensor(list(means.values()), device=run.device)
+        means = dict(zip(means, run.accelerator.reduce(own, "mean").tolist(), strict=True))
+    row: dict[str, Any] = {"step": run.step, "minutes": run.minutes()} | means
     row |= {"lr": learning_rate(run.step - 1, run.recipe.train), "step_seconds": seconds, "data_wait_share": wait_share}
     row |= peak_memory(run.device) | {name: float(value) for name, value in edits.items()}
     for objective in run.objectives.values():
-        row |= {name: float(value) for name, value in objective.metrics().items()}
+        row |= {name: float(value) for name, value in run.ask(objective.metrics).items()}
     return row
 
 
@@ -194,26 +200,26 @@ def _out_of_time(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
-    if run.accelerator.is_main_process:
+    main = run.accelerator.is_main_process
+    if main or run.sharded:
         checkpoint.save(run, run.log_state())
-        if time.perf_counter() - run.drawn > CURVES_EVERY:
-            draw_curves(run.output / "metrics.jsonl", run.output / "curves.png")
-            run.drawn = time.perf_counter()
+    if main and time.perf_counter() - run.drawn > CURVES_EVERY:
+        draw_curves(run.output / "metrics.jsonl", run.output / "curves.png")
+        run.drawn = time.perf_counter()
     run.accelerator.wait_for_everyone()
 
 
 def _measure_retention(run: Run, metrics: Metrics | None) -> None:
     """Question loss and accuracy of the weights that would be exported now, on the held-out questions."""
     questions = run.recipe.eval.questions
-    if questions.root and metrics is not None and not Path(questions.root).is_dir():
+    if questions.root and not Path(questions.root).is_dir():
         run.say([f"no question folder at {questions.root}: retention is not measured (see burnish data questions)"])
-    elif questions.root and metrics is not None:
+    elif questions.root and (metrics is not None or run.sharded):
         from burnish.evaluate.retention import retention
 
+        limit = min(questions.limit or RETENTION_LIMIT, RETENTION_LIMIT)
         with checkpoint.exported(run) as policy:
-            figures = retention(
-                policy, Path(questions.root), limit=min(questions.limit or RETENTION_LIMIT, RETENTION_LIMIT)
-            )
+            figures = run.ask(partial(retention, limit=limit), policy, Path(questions.root))
         row = {"step": run.step, "retention_loss": figures.loss, "retention_accuracy": figures.accuracy}
         _log(run, metrics, row)
     run.accelerator.wait_for_everyone()
@@ -224,11 +230,13 @@ def _finish(run: Run, metrics: Metrics | None) -> TrainResult:
     _measure_retention(run, metrics)
     _save(run)
     done = result(run.output, run.step, {})
-    if run.accelerator.is_main_process and metrics is not None:
+    if metrics is not None or run.sharded:
         checkpoint.export(run)
+    if metrics is not None:
         draw_curves(metrics.path, done.curves)
         final = {name: value for name, value in metrics.last.items() if name != "step"}
-        about = {"steps": run.step, "data_hash": run.data.hash, "final": final, "recipe": recipe_to_dict(run.recipe)}
+        about = {"steps": run.step, "data_hash": run.data.hash, "final": final, "recipe": recipe_to_dict(run.recipe),
+                 "processes": run.accelerator.num_processes}  # fmt: skip
         write_json(run.output / "train.json", about)
         done = result(run.output, run.step, final)
         _drop_checkpoints(run.recipe, done)

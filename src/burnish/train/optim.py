@@ -14,7 +14,9 @@ from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
 from burnish.core.patterns import fullmatch, search
 from burnish.core.seeding import derive_seed, seeded
+from burnish.methods.products import local
 from burnish.policies.base import Policy
+from burnish.train.sharded import exchange
 
 _ADAPTER = "default"
 
@@ -147,37 +149,31 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Average:
-    """Exponential moving average of the trained parameters. Early on the decay is smaller: (1 + step) / (10 + step)."""
+    """Exponential moving average of the trained parameters. Early on the decay is smaller: (1 + step) / (10 + step).
+
+    Where parameters are sharded, `live` and `shadow` are this rank's rows.
+    """
 
     def __init__(self, trained: dict[str, nn.Parameter], decay: float):
         self.decay = decay
-        self.live: dict[str, nn.Parameter] = {}
-        self.shadow: dict[str, Tensor] = {}
-        self.add(trained)
-
-    def add(self, trained: dict[str, nn.Parameter]) -> None:
-        """Average these parameters too, from now on."""
-        self.live |= trained
-        self.shadow |= {name: p.detach().clone() for name, p in trained.items()}
+        self.live = {name: local(p) for name, p in trained.items()}
+        self.shadow = {name: tensor.clone() for name, tensor in self.live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step `step` (1 is the first)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.data for p in self.live.values()], weight)
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), weight)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the policy has the averaged weights."""
-        self._swap()
+        pairs = [(self.live[name], shadow) for name, shadow in self.shadow.items()]
+        exchange(pairs)
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, parameter in self.live.items():
-            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+            exchange(pairs)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -187,6 +183,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Pa
         for name, parameter in trained.items()
         for field, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def empty_optimizer_tensors(trained: dict[str, nn.Parameter], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Room for the state called `keys`, as `optimizer_tensors` names it, sharded as the parameters are."""
+    found = {}
+    for key in keys:
+        name, _, field = key.rpartition("/")
+        if name not in trained:
+            raise BurnishError(f"the checkpoint's optimiser has the state of '{name}', which is not trained",
+                               "exactly the tensors of this run")  # fmt: skip
+        found[key] = torch.zeros(()) if field == "step" else torch.empty_like(trained[name]).detach()
+    return found
 
 
 def load_optimizer_tensors(

@@ -4,8 +4,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.methods import objective as seat
 from burnish.methods import products
+from burnish.methods.gradients import stream_gradients
 from burnish.methods.objective import Objective
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
 from burnish.train.optim import Average, adamw, add_adapters, add_parameters, choose_trained
 from burnish.train.setup import make_accelerator, make_objectives, policy_and_data, precision_note
+from burnish.train.sharded import Shards, switch_parameters
 from burnish.train.step import OWN, Step
 
 log = logging.getLogger("burnish")
@@ -60,26 +62,46 @@ class Run(seat.Run):
         self.accelerator = make_accelerator(recipe, self.output)
         self.device: torch.device = self.accelerator.device
         self.say(precision_note(recipe.train.precision, self.device))
-        self.step = 0
+        self.sharded = recipe.train.shard and self.accelerator.num_processes > 1
+        self.step, self.number = 0, self.accelerator.process_index
+        self._numbered = 0, 0
         self.window, self.drawn = Window(), time.perf_counter()
         self._minutes_before, self._started = 0.0, math.nan
         self.generator = generator(recipe.train.seed, "setup", device=str(self.device))
         self.shared_generator = generator(recipe.train.seed, "setup", device=str(self.device))
-        # One rank decodes the frames, the others wait for its lock: a barrier of ranks has a time limit.
-        self.policy, self.data, self.parent_hash = policy_and_data(
-            recipe, self.accelerator.process_index, self.accelerator.num_processes, progress, str(self.device)
-        )
         self.objectives = make_objectives(recipe)
+        self._refuse_whole_gradients()
+        # One rank decodes the frames, the others wait for its lock: a barrier of ranks has a time limit.
+        self.policy, self.data, self.parent_hash = policy_and_data(recipe, progress, str(self.device))
         self._prepare_policy()
         self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        self.average = Average(self.trained, recipe.train.ema_decay) if recipe.train.ema_decay > 0 else None
         self.optimizer = adamw(self.trained, recipe.train)
         for objective in self.objectives.values():
             objective.setup(self)
-        module = Step(self.policy, self.objectives).to(self.device)
-        self._take_in_objectives(module.trained())
-        self.wrapped, self.stepper = self.accelerator.prepare(module, self.optimizer)
+        self._module = Step(self.policy, self.objectives).to(self.device)
+        self._take_in_objectives(self._module.trained())
+        self._place()
+        self.average = Average(self.trained, recipe.train.ema_decay) if recipe.train.ema_decay > 0 else None
+        for objective in self.objectives.values():
+            objective.begin(self)
         self.editors = [o for o in self.objectives.values() if type(o).edit_gradients is not Objective.edit_gradients]
+
+    def _place(self) -> None:
+        """Put everything where it is trained: whole on this device, or in rows over all ranks."""
+        self._shards: Shards | None = None
+        if not self.sharded:
+            self.wrapped, self.stepper = self.accelerator.prepare(self._module, self.optimizer)
+            return
+        self._shards = Shards(self._module, self.policy.blocks(), self.accelerator)
+        before, self.trained = self.trained, self._module.trained()
+        switch_parameters(self.optimizer, before, self.trained)
+        self.wrapped, self.stepper = self._module, self.accelerator.prepare_optimizer(self.optimizer)
+
+    def _refuse_whole_gradients(self) -> None:
+        whole = [name for name, objective in self.objectives.items() if objective.needs_full_gradients]
+        if self.sharded and whole:
+            raise BurnishError(f"objective '{whole[0]}' needs whole gradients; with train.shard each process has rows",
+                               "an objective for rows", "--train.shard=false")  # fmt: skip
 
     def _prepare_policy(self) -> None:
         """Master weights in float32, adapters, and which parameters are trained."""
@@ -100,12 +122,13 @@ class Run(seat.Run):
                                "what is trained is chosen in Objective.choose_trained")  # fmt: skip
         self.trained |= own
         add_parameters(self.optimizer, own, self.recipe.train)
-        if self.average is not None:
-            self.average.add(own)
 
     def forward(self, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss (scalar with gradient) and the detached terms by name; synchronised between ranks."""
-        return self.wrapped(self, batch, language)
+        if self._shards is None:
+            return self.wrapped(self._module.loss, self, batch, language)
+        with self.accelerator.autocast():  # which accelerate itself puts around what it wraps
+            return self.wrapped(self._module.loss, self, batch, language)
 
     def dot(self, one: seat.Tensors, other: seat.Tensors) -> Tensor:
         return self._over_ranks(products.dot(one, other))
@@ -117,16 +140,49 @@ class Run(seat.Run):
         return self._over_ranks(products.dots(one, others, group, count))
 
     def _over_ranks(self, partial: Tensor) -> Tensor:
-        """Every rank holds whole tensors, so its sums are those of the whole; sums over shards are added up here."""
-        return partial
+        """Where every rank holds whole tensors, its sums are those of the whole; sums over rows are added up."""
+        return partial if self._shards is None else self._shards.total(partial)
 
-    def seed_step(self) -> None:
-        """All randomness of a step follows from seed, rank and step.
+    def total(self, partial: Tensor) -> Tensor:
+        return self._over_ranks(partial)
+
+    def inner_backward(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._shards is None else self._shards.inner_backward()
+
+    def stream_gradients(
+        self, loss: Tensor, names: Sequence[str], take: Callable[[int, Tensor], None], retain_graph: bool = False
+    ) -> None:
+        if self._shards is None:
+            stream_gradients(loss, [self.trained[name] for name in names], take, retain_graph)
+            return
+        found = self._shards.gradients(loss, self.trained, retain_graph)
+        for index, name in enumerate(names):
+            if name in found:
+                take(index, found.pop(name))
+
+    def holding(self, values: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        if self._shards is None:
+            raise BurnishError("weights that are whole are not exchanged", "train.shard")
+        return self._shards.holding(values, self.trained)
+
+    def ask[T](self, call: Callable[..., T], *args: Any) -> T:
+        return call(*args) if self._shards is None else self._shards.ask(call, *args)
+
+    def number_of(self, micro: int) -> int:
+        """`number` of a micro-batch of the step to come, on this rank."""
+        step, count = self._numbered
+        world = self.accelerator.num_processes
+        count += (self.step - step) * self.recipe.train.grad_accumulation * world
+        return count + micro * world + self.accelerator.process_index
+
+    def seed_step(self, micro: int = 0) -> None:
+        """All randomness of a micro-batch follows from the seed and its number, that of a step from seed and step.
 
         Dropout inside the libraries' modules knows only torch's global generators, so those are seeded too
         (not by torch.manual_seed, which takes half a millisecond to visit every kind of device).
         """
-        seed = derive_seed(self.recipe.train.seed, self.accelerator.process_index, "step", self.step)
+        self.number = self.number_of(micro)
+        seed = derive_seed(self.recipe.train.seed, 0, "step", self.number)
         self.generator.manual_seed(seed)
         self.shared_generator.manual_seed(derive_seed(self.recipe.train.seed, "shared", self.step))
         torch.default_generator.manual_seed(seed)
@@ -151,6 +207,11 @@ class Run(seat.Run):
         """Go on from a checkpoint."""
         meta = checkpoint.load(self, folder)
         self.step, self.window = meta["step"], Window(**meta["window"])
+        self._numbered = meta["step"], meta["batches"]
+        before = meta["processes"] * meta["recipe"].get("train", {}).get("grad_accumulation", 1)
+        now = self.accelerator.num_processes * self.recipe.train.grad_accumulation
+        if now != before:
+            self.say([f"a step has {now} batches of {self.recipe.train.batch_size} from here on, and had {before}"])
         self._minutes_before = meta["minutes"]
         if meta["scaler"]:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
@@ -203,9 +264,11 @@ def check_resumable(recipe: RecipeConfig) -> None:
     output = run_folder(recipe)
     newest = checkpoint.latest(output)
     if (output / "train.json").is_file():
-        checkpoint.check_same_recipe(_read_done(output)["recipe"], recipe, output / "train.json")
+        done = _read_done(output)
+        checkpoint.check_same_recipe(done["recipe"], recipe, output / "train.json", done["processes"])
     elif newest is not None:
-        checkpoint.check_same_recipe(checkpoint.read_meta(newest)["recipe"], recipe, newest)
+        meta = checkpoint.read_meta(newest)
+        checkpoint.check_same_recipe(meta["recipe"], recipe, newest, meta["processes"])
 
 
 def result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
@@ -221,7 +284,7 @@ def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     if not path.is_file() or not (output / "policy").is_dir():
         return None
     done = _read_done(output)
-    checkpoint.check_same_recipe(done["recipe"], recipe, path)
+    checkpoint.check_same_recipe(done["recipe"], recipe, path, done["processes"])
     limit = recipe.train.max_minutes
     if done["steps"] < recipe.train.steps and (limit <= 0 or done["final"].get("minutes", 0.0) < limit):
         return None  # it ran out of time, and has more now
@@ -235,8 +298,8 @@ def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
 def _read_done(output: Path) -> dict[str, Any]:
     """train.json of a run folder; BurnishError where it is damaged."""
     path = output / "train.json"
-    done = read_object(path)
-    wanted = {"steps": int, "data_hash": str, "final": dict, "recipe": dict}
+    done = {"processes": 1, **read_object(path)}  # those of earlier versions do not say
+    wanted = {"steps": int, "data_hash": str, "final": dict, "recipe": dict, "processes": int}
     wrong = [key for key, kind in wanted.items() if type(done.get(key)) is not kind]
     if wrong or not number(done["final"].get("minutes", 0.0)):
         raise BurnishError(f"{path} is damaged ('{(wrong or ['minutes'])[0]}' of it)", "what `burnish train` wrote",

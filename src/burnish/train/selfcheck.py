@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
+from burnish.methods.inputs import robot_batches
 from burnish.methods.objective import Run
 from burnish.policies.base import Policy
 from burnish.policies.keys import IMAGES
@@ -104,7 +105,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> Tensor:
 
 def check_ranks(run: Run, tensors: dict[str, Tensor], what: str) -> None:
     """Raise BurnishError on every rank when `tensors` (same names, in any order) differ between ranks."""
-    if run.accelerator.num_processes == 1:
+    if run.accelerator.num_processes == 1 or run.sharded:  # ranks that hold different rows have nothing to compare
         return
     from accelerate.utils import gather_object
 
@@ -133,7 +134,9 @@ def check_cameras(run: Run, batch: Batch) -> None:
     again = min(CAMERAS_AGAIN, run.recipe.train.steps - 1)
     if run.step not in (0, again):
         return
-    unseen = unseen_cameras(run.policy, batch)
+    if run.sharded:  # all ranks must ask the same
+        batch = next(iter(robot_batches(run, 1)))
+    unseen = run.ask(unseen_cameras, run.policy, batch)
     if not unseen:
         return
     found = f"camera '{unseen[0]}' reaches nothing: a black picture in its place leaves the loss as it is"

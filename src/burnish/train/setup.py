@@ -20,6 +20,7 @@ from burnish.data.mixed import training_data
 from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
 from burnish.train.selfcheck import check_statistics
+from burnish.train.sharded import check_launch
 
 
 @contextmanager
@@ -50,26 +51,38 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
+def process_count() -> int:
+    """How many processes a launcher has started; known before accelerate."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    found = next((os.environ[name] for name in names if name in os.environ), "1")
+    return max(1, int(found)) if found.isdecimal() else 1
+
+
 def make_accelerator(recipe: RecipeConfig, output: Path):
     """accelerate's Accelerator for this recipe; several processes where a launcher started them."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     config = recipe.train
     no_device = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     if config.precision == "fp16" and no_device:
         raise BurnishError("train.precision is fp16 but there is no GPU", "no or bf16", "--train.precision=no")
+    if config.precision == "fp16" and config.shard:
+        raise BurnishError("train.shard with train.precision fp16", "no or bf16", "--train.precision=bf16")
     # Which parameters a step reaches depends on the policy, the language stream and the objectives (an unused
     # language head, a method that sits out some steps), so the reducer must look each time.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Sharded gradients are reduced after each micro-batch: kept for later they would be whole.
+    steps = GradientAccumulationPlugin(num_steps=config.grad_accumulation, sync_each_batch=config.shard)
     try:
         accelerator = Accelerator(
-            mixed_precision=config.precision, gradient_accumulation_steps=config.grad_accumulation, cpu=no_device,
+            mixed_precision=config.precision, gradient_accumulation_plugin=steps, cpu=no_device,
             log_with=config.trackers or None, project_dir=str(output) if config.trackers else None,
             kwargs_handlers=[unused],
         )  # fmt: skip
     except ValueError as error:
         raise BurnishError(f"accelerate refuses the settings ({error})", "other train.precision or trackers") from error
+    check_launch(accelerator, config.shard)
     missing = [t for t in config.trackers if t not in {str(tracker) for tracker in accelerator.log_with}]
     if missing:
         raise BurnishError(f"tracker '{missing[0]}' is not installed", f"pip install {missing[0]}")
@@ -91,8 +104,7 @@ def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
         raise BurnishError(f"the trackers {', '.join(recipe.train.trackers)} do not start ({line})") from error
 
 
-def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool,
-                    device: str = "cpu") -> tuple[Policy, RobotData, str]:  # fmt: skip
+def policy_and_data(recipe: RecipeConfig, progress: bool, device: str = "cpu") -> tuple[Policy, RobotData, str]:
     """Load the data sets and, onto its device, the policy that fits them; also returns the hash of its weights.
 
     Raises:
@@ -115,7 +127,7 @@ def policy_and_data(recipe: RecipeConfig, rank: int, world: int, progress: bool,
     if policy.action_dim != width:
         raise BurnishError(f"{root} has actions of dimension {width}", f"{policy.action_dim} as the policy has",
                            "a policy or data set that fits")  # fmt: skip
-    return policy, training_data(recipe, sources, policy, progress, rank, world), weights_hash(policy)
+    return policy, training_data(recipe, sources, policy, progress), weights_hash(policy)
 
 
 def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device: str) -> Policy:

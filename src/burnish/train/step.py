@@ -1,6 +1,8 @@
 """The one forward of a training step: imitation, language and the added terms of every objective."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,21 +10,29 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.objective import Objective, Run
+from burnish.methods.products import local
 from burnish.policies.base import Policy
+from burnish.train.sharded import rows_like
 
 OWN = "objectives."
 """Names of methods' own parameters begin so."""
 
 
 class Step(nn.Module):
-    """Policy and objectives under one roof, so that data-parallel hooks fire once for everything that is trained."""
+    """Policy and objectives under one roof, so that data-parallel hooks fire once for everything that is trained.
+
+    What it forwards is whatever call it is given, `loss` of a step or another, so that all pass those hooks.
+    """
 
     def __init__(self, policy: Policy, objectives: dict[str, Objective]):
         super().__init__()
         self.policy = policy
         self.objectives = nn.ModuleDict(objectives)
 
-    def forward(self, run: Run, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
+
+    def loss(self, run: Run, batch: Batch, language: Batch | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss (scalar with gradient) and the detached terms by name, "policy" first."""
         weight = run.recipe.train.imitation_weight
         if weight > 0:
@@ -66,26 +76,32 @@ class Step(nn.Module):
 
 
 def gradients(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The gradients that exist, by parameter name."""
-    return {name: p.grad for name, p in trained.items() if p.grad is not None}
+    """The gradients that exist, by parameter name; where they are sharded, this rank's rows."""
+    return {name: local(p.grad) for name, p in trained.items() if p.grad is not None}
 
 
-def write_back(trained: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> None:
-    """Take over entries that a method replaced in `grads` instead of editing them."""
+def write_back(trained: dict[str, nn.Parameter], grads: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Take over entries of `grads` that a method replaced, instead of editing those of `before`, or made."""
     for name, grad in grads.items():
-        if trained[name].grad is not grad:
-            if grad.shape != trained[name].shape:
-                raise BurnishError(
-                    f"edited gradient of '{name}' has shape {tuple(grad.shape)}", f"{tuple(trained[name].shape)}"
-                )
-            trained[name].grad = grad.to(trained[name])
+        if grad is before.get(name):
+            continue
+        parameter = trained[name]
+        mine = local(parameter)
+        if grad.shape != mine.shape:
+            raise BurnishError(f"edited gradient of '{name}' has shape {tuple(grad.shape)}", f"{tuple(mine.shape)}")
+        parameter.grad = rows_like(parameter, grad.to(mine))
 
 
 @torch.no_grad()
-def clip(trained: dict[str, nn.Parameter], max_norm: float) -> Tensor:
-    """Total norm of all gradients (scalar tensor, no host wait); scales them down to `max_norm` where that is not 0."""
-    with_grad = [p for p in trained.values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+def clip(trained: dict[str, nn.Parameter], max_norm: float, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Total norm of all gradients (scalar tensor, no host wait); scales them down to `max_norm` where that is not 0.
+
+    `total` makes sums over all ranks of those over their rows, where gradients are sharded.
+    """
+    grads = list(gradients(trained).values())
+    norm = torch.nn.utils.get_total_norm(grads)
+    if total is not None:
+        norm = total(norm.double().square()).sqrt().to(norm)
+    if max_norm > 0:  # as torch.nn.utils.clip_grads_with_norm_, which wants the parameters
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

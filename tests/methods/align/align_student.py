@@ -23,7 +23,7 @@ class TokenPolicy(fake.FakePolicy):
             torch.manual_seed(seed + 1)
             self.embed = nn.Linear(3 * 16, WIDTH)
             self.say = nn.Linear(8, WIDTH)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(3))
+            self.stack = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(3))
         self.open = []
 
     def loss(self, batch, draws=None):
@@ -35,7 +35,7 @@ class TokenPolicy(fake.FakePolicy):
             captured.layout = {"image": torch.ones(tokens.shape[:2], dtype=torch.bool)}
             captured.layout["image"][:, -1] = False
             captured.cameras = {"front": slice(0, SIDE * SIDE)}
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.stack):
             tokens = tokens + block(tokens)
             for captured in self.open:
                 captured.hidden[i] = tokens

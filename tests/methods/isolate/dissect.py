@@ -38,7 +38,8 @@ class Dissected:
             try:
                 run.generator.manual_seed(0)
                 run.shared_generator.manual_seed(0)
-                for _ in range(recipe.train.grad_accumulation):
+                for micro in range(recipe.train.grad_accumulation):
+                    run.number = run.number_of(micro)
                     batch, language = streams.next()
                     with run.accelerator.accumulate(run.wrapped):
                         self.total, self.terms = run.forward(batch, language)

@@ -15,6 +15,7 @@ from burnish.methods.inputs import forward, token_groups
 from burnish.methods.isolate import objective
 from burnish.methods.start import Frozen, Start
 from burnish.policies import load_policy
+from burnish.train import run as training
 from burnish.train.divergence import DivergenceGuard
 from burnish.train.loop import train_step
 from burnish.train.run import Run
@@ -63,7 +64,7 @@ def test_gradients_are_handed_on_and_kept_nowhere():
 def test_old_and_new_direction_are_never_there_together(dataset, questions, tiny_smolvla, tmp_path, monkeypatch):
     """When a new protected gradient is taken, nothing holds the last one any more."""
     seen, last = [], []
-    original = objective.stream_gradients
+    original = training.stream_gradients
 
     def watching(*args, **named):
         gc.collect()
@@ -76,7 +77,7 @@ def test_old_and_new_direction_are_never_there_together(dataset, questions, tiny
         return made
 
     refresh = objective.Isolate._refresh
-    monkeypatch.setattr(objective, "stream_gradients", watching)
+    monkeypatch.setattr(training, "stream_gradients", watching)
     monkeypatch.setattr(objective.Isolate, "_refresh", refreshing)
     inside = "method: aegis, optimiser: preconditioned"
     stepped(recipe(dataset, tiny_smolvla, tmp_path / "r", f"{inside}, questions: {questions}", "--train.log_every=100"))

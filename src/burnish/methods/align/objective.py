@@ -136,7 +136,8 @@ class Align(Objective):
             rows = captured.layout["image"]
             if config.measure_every and run.step % config.measure_every == 0 and run.step != self._measured:
                 self._measured = run.step
-                self._measure(trained, rows, losses, task)
+                with run.inner_backward():
+                    self._measure(trained, rows, losses, task)
             if ratio:  # what was measured saw a factor of 1; the backward pass to come sees lambda
                 self._set_strength(run, min(trained.items()), rows, total, task)
                 factor.copy_(self.strength * schedule)
@@ -200,9 +201,9 @@ class Align(Objective):
         Measured at every step on the very batch: two gradients at one state, without those of any weight.
         """
         layer, state = shallowest
-        squares = torch.stack(
-            [_gradients(value, [state], rows_BS)[0].float().square().sum() for value in (total, task)]
-        )
+        with run.inner_backward():
+            pulls = [_gradients(value, [state], rows_BS)[0] for value in (total, task)]
+        squares = torch.stack([pull.float().square().sum() for pull in pulls])
         if run.accelerator.num_processes > 1:  # of the whole batch, and equal on all ranks
             squares = run.accelerator.reduce(squares, "mean")
         push, task_push = squares.sqrt()

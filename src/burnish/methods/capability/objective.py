@@ -4,7 +4,7 @@ CapVector calls it a capability vector (Song et al. 2026, arXiv 2605.10903).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.types import Batch
-from burnish.methods.capability.parts import Piece, Product, Vector, Whole, rows_of, total_products
-from burnish.methods.capability.regularise import PENALTIES, pinned
+from burnish.methods.capability.parts import Piece, Product, Vector, Whole, all_products, of_one_rank, rows_of
+from burnish.methods.capability.regularise import ELEMENTWISE, PENALTIES, pinned
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.weights.delta import Delta
 from burnish.weights.names import check_patterns, match_names, selected
@@ -54,8 +54,6 @@ class Capability(Objective):
         options: fields of `Options`.
     """
 
-    needs_full_gradients = True  # sums over a matrix, in penalties as in gradients
-
     def __init__(self, **options: Any):
         super().__init__()
         # YAML reads 1e-4 (no dot) as a word, which is no reason to refuse it.
@@ -86,12 +84,18 @@ class Capability(Objective):
         self.square = sum(delta.tensors[own]["norm"] ** 2 for own in names.values())
         if not self.square > 0:
             raise BurnishError(f"{options.delta} is zero on everything that is trained", "a vector that is not")
-        vector = Vector(delta, names.values(), run.device)
-        self.parts: dict[str, Whole | Product] = {
-            name: Product(name.removesuffix(_A), run.policy.get_submodule(name.removesuffix(_A)), vector, own)
-            if self.adapters else Whole(name, trained[name], vector, own)
-            for name, own in names.items()
-        }  # fmt: skip
+        self._covered, self._vector = names, Vector(delta, names.values(), run.device)
+
+    def begin(self, run: Run) -> None:
+        self._total = run.total if run.sharded else of_one_rank
+        self.parts: dict[str, Whole | Product] = {}
+        for name, own in self._covered.items():
+            if self.adapters:
+                name = name.removesuffix(_A)
+                layer = run.policy.get_submodule(name)
+                self.parts[f"{name}{_A}"] = Product(name, layer, self._vector, own, self._total)
+            else:
+                self.parts[name] = Whole(name, run.trained[name], self._vector, own)
 
     def _names(self, delta: Delta, trained: dict[str, nn.Parameter]) -> dict[str, str]:
         """Trained parameter (factor A of an adapter) to the delta's tensor that belongs to it."""
@@ -113,52 +117,54 @@ class Capability(Objective):
         if options.kind == "gradient":
             for name, part in self.parts.items():
                 if name in grads and isinstance(part, Whole):
-                    part.project_out(grads[name])
+                    part.project_out(grads[name], self._total)
             return {}
         if options.weight == 0 and options.gradient_norm_ratio == 0:
             return {}
-        weight = self._weight(run, grads)
+        elementwise = options.kind in ELEMENTWISE
+        sums = [None] * len(self.parts) if elementwise else list(run.total(all_products(self.parts)))
+        weight = self._weight(run, grads, sums)
         look = options.kind == "l1" and not self.adapters and (run.step + 1) % run.recipe.train.log_every == 0
         held: list[Tensor] = []
         values = [torch.zeros((), dtype=torch.float64, device=run.device)]
-        for piece in self._pieces(grads):
+        for piece in self._pieces(grads, sums):
             rows = rows_of(grads[piece.name])[piece.first : piece.last]
             if look and piece.gamma is not None:
                 held.append(pinned(rows, piece.gamma, weight))
             rows.add_(piece.pull.mul_(weight))
             values.append(piece.value)
-        value = torch.stack(values).sum()
+        value = run.total(torch.stack(values).sum())
         self._figures = {"capability_penalty": value, "loss_capability": weight * value}
         if options.gradient_norm_ratio > 0:
             self._figures["capability_weight"] = weight
-        if held:
+        if look:
             count = sum(grads[name].numel() for name in self.parts if name in grads)
-            self._figures["capability_pinned"] = torch.stack(held).sum() / max(1, count)
+            pair = run.total(value.new_tensor([float(sum(held)), count]))
+            self._figures["capability_pinned"] = pair[0] / pair[1].clamp_min(1)
         return {}
 
-    def _pieces(self, grads: dict[str, Tensor]) -> Iterator[Piece]:
-        for part in self.parts.values():
-            for piece in part.pieces(self.options.kind):
+    def _pieces(self, grads: dict[str, Tensor], sums: Sequence[Tensor | None]) -> Iterator[Piece]:
+        for part, own in zip(self.parts.values(), sums, strict=True):
+            for piece in part.pieces(self.options.kind, own):
                 if piece.name in grads:
                     yield piece
 
-    def _weight(self, run: Run, grads: dict[str, Tensor]) -> Tensor:
+    def _weight(self, run: Run, grads: dict[str, Tensor], sums: Sequence[Tensor | None]) -> Tensor:
         """Of the penalty: as given, or such that its gradient has the asked share of the loss's norm."""
         ratio = self.options.gradient_norm_ratio
         if ratio == 0:
             return torch.tensor(self.options.weight, dtype=torch.float64, device=run.device)
-        squares: dict[str, list[Tensor]] = {}
-        for piece in self._pieces(grads):
-            squares.setdefault(piece.name, []).append(piece.pull.square().sum(dtype=torch.float64))
-        if not squares:
-            return torch.zeros((), dtype=torch.float64, device=run.device)
-        norm = torch.stack([square for found in squares.values() for square in found]).sum().sqrt()
-        return torch.where(norm > 0, ratio * run.norm([grads[name] for name in squares]) / norm.clamp_min(1e-300), 0.0)
+        square = torch.zeros((), dtype=torch.float64, device=run.device)
+        for piece in self._pieces(grads, sums):
+            square += piece.pull.square().sum(dtype=torch.float64)
+        norm = run.total(square).sqrt()
+        reached = [grads[name] for part in self.parts.values() for name in part.names if name in grads]
+        return torch.where(norm > 0, ratio * run.norm(reached) / norm.clamp_min(1e-300), 0.0)
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """Distance moved, its cosine to the vector, and how much of the merged vector is left along its direction."""
-        along, _, moved = total_products(self.parts).tolist()
+        along, _, moved = self._total(all_products(self.parts).sum(0)).tolist()
         distance, size = moved**0.5, self.square**0.5
         figures = {"capability_distance": distance, "capability_cosine": along / max(distance * size, 1e-12),
                    "capability_retained": 1 + along / (self.options.alpha * self.square)}  # fmt: skip

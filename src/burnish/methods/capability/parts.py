@@ -2,10 +2,12 @@
 
 Nothing as large as the policy is made on the way: the start is kept once, the vector stays in its file (on a GPU: in
 pinned memory of the host, in its stored type), and the product of an adapter's factors exists in blocks alone.
+
+Where weights are sharded, all of it is over this rank's rows: products and values are to be added up over ranks.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from burnish.methods.capability.regularise import ELEMENTWISE, coefficients, elementwise, products
-from burnish.methods.products import part_size
+from burnish.methods.products import local, own_rows, part_size, rows, whole
 from burnish.weights.delta import Delta
+
+
+def of_one_rank(partial: Tensor) -> Tensor:
+    """The sum over ranks, where every rank holds all rows."""
+    return partial
 
 
 class Vector:
@@ -72,7 +79,7 @@ class Vector:
 
 
 class Piece(NamedTuple):
-    """Part of a penalty's gradient: that of rows first:last of the parameter `name`.
+    """Part of a penalty's gradient: that of rows first:last of the parameter `name`, as this rank counts them.
 
     Attributes:
         value: what the penalty gains there, float64.
@@ -92,128 +99,157 @@ class Whole:
 
     def __init__(self, name: str, parameter: nn.Parameter, vector: Vector, own: str):
         self.name, self.parameter, self.vector, self.own = name, parameter, vector, own
-        self.start = parameter.detach().clone()
+        self.names, self.offset = (name,), rows(parameter)[0]
+        self.start = local(parameter).clone()
 
     def products(self) -> Tensor:
-        """See `regularise.products`, of the whole parameter."""
-        return torch.stack([products(gamma, moved) for *_, gamma, moved in self._blocks()]).sum(0)
+        """See `regularise.products`, of the parameter."""
+        return _added([products(gamma, moved) for *_, gamma, moved in self._blocks()], self.start.device)
 
-    def pieces(self, kind: str) -> Iterator[Piece]:
-        """Value and gradient of a penalty."""
+    def pieces(self, kind: str, sums: Tensor | None = None) -> Iterator[Piece]:
+        """Value and gradient of a penalty; `sums` are `products` over all ranks."""
         if kind in ELEMENTWISE:
             for first, last, gamma, moved in self._blocks():
                 value, pull = elementwise(kind, gamma, moved)
                 yield Piece(self.name, first, last, pull, value, gamma)
             return
-        value, a, b = coefficients(kind, self.products())
+        value, a, b = coefficients(kind, self.products() if sums is None else sums)
         for first, last, gamma, moved in self._blocks():
-            yield Piece(self.name, first, last, gamma.mul(a).add_(moved.mul_(b)), value * (first == 0), gamma)
+            once = value * (first + self.offset == 0)
+            yield Piece(self.name, first, last, gamma.mul(a).add_(moved.mul_(b)), once, gamma)
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        now, start = rows_of(self.parameter.detach()), rows_of(self.start)
+        now, start = rows_of(local(self.parameter)), rows_of(self.start)
         for first, last in row_blocks(now):
-            here, gamma = now[first:last], self.vector.rows(self.own, first, last)
+            here, gamma = now[first:last], self.vector.rows(self.own, first + self.offset, last + self.offset)
             yield first, last, gamma.view_as(here), here - start[first:last]
 
-    def project_out(self, grad: Tensor) -> None:
+    def project_out(self, grad: Tensor, total: Callable[[Tensor], Tensor] = of_one_rank) -> None:
         """Take the part along gamma out of a gradient in place: g - <g, gamma> gamma / |gamma|^2.
 
         A plain SGD step then leaves <gamma, D> as it is. Adam rescales coordinates one by one, so under it this holds
-        only roughly.
+        only roughly. `total` adds up over ranks.
         """
-        rows, square = rows_of(grad), self.vector.square(self.own)
+        mine, square, offset = rows_of(grad), self.vector.square(self.own), self.offset
         if square == 0:
             return
-        blocks = row_blocks(rows)
-        along = [torch.dot(rows[a:b].reshape(-1), self.vector.rows(self.own, a, b).reshape(-1)) for a, b in blocks]
-        share = torch.stack(along).double().sum() / square
-        for first, last in blocks:
-            rows[first:last].sub_(self.vector.rows(self.own, first, last).view_as(rows[first:last]).mul_(share))
+        blocks = [(a, b, self.vector.rows(self.own, a + offset, b + offset)) for a, b in row_blocks(mine)]
+        along = [torch.dot(mine[a:b].reshape(-1), gamma.reshape(-1)).double() for a, b, gamma in blocks]
+        share = total(_added(along, grad.device)) / square
+        for first, last, gamma in blocks:
+            mine[first:last].sub_(gamma.view_as(mine[first:last]).mul_(share))
 
 
 class Product:
-    """A layer with LoRA or DoRA. D is the whole product s B A (with DoRA: the effective weight less the frozen one).
+    """A matrix with an adapter, of which A and B (and DoRA's magnitude) are trained. D is what the adapter adds to it.
 
+    LoRA's is s B A; DoRA's the whole change of the weight, diag(m / |W + s B A|) (W + s B A) - W with norms by row.
     What the paper means by regularising A alone cannot be told from what is published, and a difference of two A
     depends on an arbitrary choice of basis.
+
+    Sharded, rows of B, W and m are this rank's, and A is gathered; `total` adds up over ranks.
     """
 
-    def __init__(self, name: str, layer: nn.Module, vector: Vector, own: str):
-        self.layer, self.vector, self.own = layer, vector, own
+    def __init__(self, name: str, layer: nn.Module, vector: Vector, own: str,
+                 total: Callable[[Tensor], Tensor] = of_one_rank):  # fmt: skip
+        self.vector, self.own, self._total = vector, own, total
         self.scale = float(layer.scaling["default"])
         self.dora = bool(layer.use_dora["default"])
-        self.names = {part: f"{name}.{part}.default.weight" for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        self._frozen = layer.get_base_layer().weight
+        self._down, self._up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        self._magnitude = layer.lora_magnitude_vector["default"].weight if self.dora else None
+        self._first, self._last = rows(self._up)
+        parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+        self.names = tuple(f"{name}.{part}.default.weight" for part in parts)
 
     @property
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r]."""
-        return self.layer.lora_A["default"].weight.detach(), self.layer.lora_B["default"].weight.detach()
+        """A [r, in] and this rank's rows of B [out, r]."""
+        return whole(self._down), local(self._up)
 
     def products(self) -> Tensor:
         """See `regularise.products`. Of LoRA from r x r products; of DoRA block by block."""
         if self.dora:
-            return torch.stack([products(gamma, moved) for _, _, gamma, moved, _ in self._blocks()]).sum(0)
+            return _added([products(gamma, moved) for _, _, gamma, moved, _ in self._blocks()], self._up.device)
         down, up = self._matrices
         along = self.scale * (self._times_down(down) * up).sum(dtype=torch.float64)
         moved = self.scale**2 * ((up.T @ up) * (down @ down.T)).sum(dtype=torch.float64)
-        return torch.stack([along, along.new_tensor(self.vector.square(self.own)), moved.clamp_min(0)])
+        square = along.new_tensor(self.vector.square(self.own)) * (self._first == 0)
+        return torch.stack([along, square, moved.clamp_min(0)])
 
-    def pieces(self, kind: str) -> Iterator[Piece]:
-        """Value and gradients of a penalty."""
+    def pieces(self, kind: str, sums: Tensor | None = None) -> Iterator[Piece]:
+        """Value and gradients of a penalty; `sums` are `products` over all ranks."""
         down, up = self._matrices
-        if not self.dora and kind not in ELEMENTWISE:
-            value, a, b = (one.float() for one in coefficients(kind, self.products()))
+        name_down, name_up, name_magnitude = self.names
+        found = None
+        if kind not in ELEMENTWISE:
+            found = coefficients(kind, self.products() if sums is None else sums)
+        first_rank = self._first == 0
+        if not self.dora and found is not None:
+            value, a, b = (one.float() for one in found)
             to_up = a * self._times_down(down) + b * self.scale * up @ (down @ down.T)
             to_down = a * self._times_up(up) + b * self.scale * (up.T @ up) @ down
-            yield Piece(self.names["lora_B"], 0, len(up), self.scale * to_up, value.double())
-            yield Piece(self.names["lora_A"], 0, len(down), self.scale * to_down, value.double() * 0)
+            yield Piece(name_up, 0, len(up), self.scale * to_up, value.double() * first_rank)
+            yield self._piece_of_down(self.scale * to_down, value.double() * 0)
             return
-        whole = None if kind in ELEMENTWISE else coefficients(kind, self.products())
         to_down, total = torch.zeros_like(down), torch.zeros((), dtype=torch.float64, device=down.device)
         for first, last, gamma, moved, row in self._blocks():
-            if whole is None:
+            if found is None:
                 value, pull = elementwise(kind, gamma, moved)
                 total += value
             else:
-                pull = gamma.mul(whole[1]).add_(moved, alpha=float(whole[2]))
+                pull = gamma.mul(found[1]).add_(moved, alpha=float(found[2]))
             if row is not None:  # as peft does, the norm takes no gradient
                 updated, norm, magnitude = row
-                yield Piece(self.names["lora_magnitude_vector"], first, last, (pull * updated).sum(1) / norm, total * 0)
+                yield Piece(name_magnitude, first, last, (pull * updated).sum(1) / norm, total * 0)
                 pull = pull * (magnitude / norm)[:, None]
-            yield Piece(self.names["lora_B"], first, last, self.scale * (pull @ down.T), total * 0)
+            yield Piece(name_up, first, last, self.scale * (pull @ down.T), total * 0)
             to_down.addmm_(up[first:last].T, pull, alpha=self.scale)
-        yield Piece(self.names["lora_A"], 0, len(down), to_down, total if whole is None else whole[0])
+        yield self._piece_of_down(to_down, total if found is None else found[0] * first_rank)
+
+    def _piece_of_down(self, pull: Tensor, value: Tensor) -> Piece:
+        """Of what this rank's rows of B pull at all of A: what all ranks' do at its own rows."""
+        pull = own_rows(self._total(pull), self._down)
+        return Piece(self.names[0], 0, len(pull), pull, value)
 
     def _blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]]:
         """(first row, last row, gamma, D, DoRA's updated rows with their norms and magnitudes) of every block."""
         down, up = self._matrices
-        frozen = self.layer.get_base_layer().weight.detach()
+        frozen = local(self._frozen)
         for first, last in row_blocks(frozen):
-            gamma, moved, row = self.vector.rows(self.own, first, last), self.scale * (up[first:last] @ down), None
+            gamma, moved, row = self._gamma(first, last), self.scale * (up[first:last] @ down), None
             if self.dora:
                 updated = moved.add_(frozen[first:last])
                 norm = updated.norm(dim=1)
-                magnitude = self.layer.lora_magnitude_vector["default"].weight.detach()[first:last]
+                magnitude = local(self._magnitude)[first:last]
                 row, moved = (updated, norm, magnitude), updated * (magnitude / norm)[:, None] - frozen[first:last]
             yield first, last, gamma, moved, row
+
+    def _gamma(self, first: int, last: int) -> Tensor:
+        return self.vector.rows(self.own, first + self._first, last + self._first)
 
     def _times_down(self, down: Tensor) -> Tensor:
         """gamma A^T [out, r]."""
         factors = self.vector.factors(self.own)
         if factors is not None:
-            return torch.stack([u @ (v @ down.T) for u, v in factors]).sum(0)
-        frozen = self.layer.get_base_layer().weight
-        return torch.cat([self.vector.rows(self.own, a, b) @ down.T for a, b in row_blocks(frozen)])
+            return torch.stack([u[self._first : self._last] @ (v @ down.T) for u, v in factors]).sum(0)
+        blocks = [self._gamma(a, b) @ down.T for a, b in row_blocks(local(self._frozen))]
+        return torch.cat(blocks) if blocks else down.new_zeros(0, len(down))
 
     def _times_up(self, up: Tensor) -> Tensor:
         """B^T gamma [r, in]."""
         factors = self.vector.factors(self.own)
         if factors is not None:
-            return torch.stack([(up.T @ u) @ v for u, v in factors]).sum(0)
-        frozen, total = self.layer.get_base_layer().weight, up.new_zeros(up.shape[1], self.vector.shape(self.own)[1])
-        for first, last in row_blocks(frozen):
-            total.addmm_(up[first:last].T, self.vector.rows(self.own, first, last))
+            return torch.stack([(up.T @ u[self._first : self._last]) @ v for u, v in factors]).sum(0)
+        total = up.new_zeros(up.shape[1], self.vector.shape(self.own)[1])
+        for first, last in row_blocks(local(self._frozen)):
+            total.addmm_(up[first:last].T, self._gamma(first, last))
         return total
+
+
+def _added(sums: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of float64 tensors of a shape; a zero where this rank has no rows."""
+    return torch.stack(sums).sum(0) if sums else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -227,6 +263,6 @@ def row_blocks(tensor: Tensor) -> list[tuple[int, int]]:
     return [(first, min(first + step, len(tensor))) for first in range(0, len(tensor), step)]
 
 
-def total_products(parts: Mapping[str, Whole | Product]) -> Tensor:
-    """See `regularise.products`, over everything that the vector covers."""
-    return torch.stack([part.products() for part in parts.values()]).sum(0)
+def all_products(parts: Mapping[str, Whole | Product]) -> Tensor:
+    """float64 [parts, 3], see `regularise.products`; where weights are sharded, over this rank's rows."""
+    return torch.stack([part.products().expand(3) for part in parts.values()])

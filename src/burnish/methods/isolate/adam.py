@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from burnish.methods.gradients import Layout, Vector
 from burnish.methods.isolate.project import Direction
-from burnish.methods.products import parts
+from burnish.methods.products import local, parts
 
 
 class AdamWatch:
@@ -61,8 +61,8 @@ class AdamWatch:
     def _second_moments(self) -> Vector | None:
         """Adam's, once it has made them; zeros for a parameter that no step has reached."""
         state = self.optimizer.state
-        found = {n: state[p]["exp_avg_sq"] for n, p in self.parameters.items() if "exp_avg_sq" in state.get(p, {})}
-        return self.layout.parts(found) if found else None
+        reached = {n: state[p] for n, p in self.parameters.items() if "exp_avg_sq" in state.get(p, {})}
+        return self.layout.parts({n: local(one["exp_avg_sq"]) for n, one in reached.items()}) if reached else None
 
     @torch.no_grad()
     def _enter(self) -> None:
@@ -76,7 +76,9 @@ class AdamWatch:
         if moments is None:  # the very first step makes the state; from the second on it is exact
             return
         # What Adam will see now: another method may have put gradients of its own in place of the edited ones.
-        seen = self.layout.parts({n: p.grad.contiguous() for n, p in self.parameters.items() if p.grad is not None})
+        seen = self.layout.parts(
+            {n: local(p.grad).contiguous() for n, p in self.parameters.items() if p.grad is not None}
+        )
         norm = self.layout.dot(seen, seen).sum().sqrt()
         shrunk = (norm / edited_norm.clamp_min(1e-30)).clamp(1e-30, 1.0)
         before, added = (1.0, factor * shrunk) if clipped else ((1 / shrunk).float(), factor)
@@ -103,11 +105,11 @@ class AdamWatch:
             parameter = self.parameters[name]
             state = self.optimizer.state.get(parameter)
             if parameter.grad is None or not state:  # not stepped
-                yield from (torch.zeros_like(part) for part in parts([parameter.data]))
+                yield from (torch.zeros_like(part) for part in parts([local(parameter)]))
                 continue
             lr, decay = groups[parameter]["lr"], groups[parameter]["weight_decay"]
             one, two = 1 - self.beta1 ** state["step"], (1 - self.beta2 ** state["step"]).sqrt()
-            each = (parts([tensor]) for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]))
+            each = (parts([local(tensor)]) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
             for weight, first, second in zip(*each, strict=True):
                 step = first / one / (second.sqrt() / two).add_(self.eps)
                 yield step.add_(weight, alpha=decay).mul_(-lr / (1 - lr * decay))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, read_options
-from burnish.core.patterns import search
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods import products
-from burnish.methods.gradients import Layout, Vector, of_next_layers, stop_decay, stream_gradients
+from burnish.methods.gradients import Layout, Vector, of_next_layers, stop_decay
 from burnish.methods.inputs import Questions
 from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.options import Inputs, resolve
@@ -22,7 +21,8 @@ from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
 from burnish.methods.objective import OBJECTIVES, Objective, Run
-from burnish.methods.products import parts
+from burnish.methods.products import local, own_rows, parts
+from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
 from burnish.policies.base import Captured, Policy, require
 
@@ -73,7 +73,7 @@ class Isolate(Objective):
             if recipe.train.peft.method == "none":
                 raise BurnishError("isolate: method 'lora' needs adapters", "train.peft.method lora or dora",
                                    "--train.peft.method=lora")  # fmt: skip
-            _train_what_surrounds(recipe, policy)
+            train_around_adapters(recipe, policy)
 
     def setup(self, run: Run) -> None:
         options, questions = self.options, self.inputs.questions or run.recipe.language.root
@@ -84,7 +84,7 @@ class Isolate(Objective):
                                "trained backbone parameters", "fewer patterns in train.freeze, or no isolate"
                                )  # fmt: skip
         needs_source = options.uses_source or options.rule == "replay"
-        self.source = Source(run, options, self.inputs, questions, self._backbone) if needs_source else None
+        self.source = Source(run, options, self.inputs, questions) if needs_source else None
         self._asked = self._answers(run, questions)
         self._micro, self._last_step = -1, -1
         self._sum: list[Tensor | None] = []
@@ -92,16 +92,23 @@ class Isolate(Objective):
         self._captured: Captured | None = None
         self._direction: Direction | None = None
         self._adam: AdamWatch | None = None
+        for parameter in self._backbone.values() if options.edits or options.rule == "l2sp" else ():
+            parameter.data = parameter.data.contiguous()
+
+    def begin(self, run: Run) -> None:
+        options = self.options
+        self._backbone = {name: run.trained[name] for name in self._backbone}
+        mine = {name: local(p) for name, p in self._backbone.items()}
+        if self.source is not None:
+            self.source.begin(run, mine)
         if options.edits or options.rule == "l2sp":
-            for parameter in self._backbone.values():
-                parameter.data = parameter.data.contiguous()
             granularity = options.granularity if options.edits else "global"
-            shapes = {name: p.shape for name, p in self._backbone.items()}
+            shapes = {name: tensor.shape for name, tensor in mine.items()}
             self.layout = Layout(shapes, granularity, run.device, run.dots)
         if options.edits and options.rule != "replace":
             self._adam = AdamWatch(run.optimizer, self._backbone, self.layout)
         if options.rule == "l2sp":
-            self._start = Start(self._backbone)
+            self._start = Start(mine)
         if options.rule not in ("none", "freeze", "lora"):
             stop_decay(run.optimizer, self._backbone)
 
@@ -118,7 +125,7 @@ class Isolate(Objective):
             self._micro, self._last_step, self._sum, self._measured = -1, run.step, [], {}
         self._micro += 1
         options = self.options
-        k = run.step * run.recipe.train.grad_accumulation + self._micro
+        k = run.number
         captured, self._captured = self._captured, None
         if options.rule == "replay":
             # As in a mixed batch, a question counts as much as a robot frame; times `weight`.
@@ -156,7 +163,7 @@ class Isolate(Objective):
             self._sum[index] = gradient if before is None else before + gradient
 
         with torch.autocast(run.device.type, enabled=False):
-            stream_gradients(loss * scale, list(self._backbone.values()), add, retain_graph=shared)
+            run.stream_gradients(loss * scale, list(self._backbone), add, retain_graph=shared)
 
     @torch.no_grad()
     def edit_gradients(self, run: Run, batch: Batch, grads: dict[str, Tensor]) -> dict[str, float]:
@@ -165,13 +172,13 @@ class Isolate(Objective):
         if not self.options.edits:
             return {}
         if self.options.rule == "replace":  # what questions reach is trained, whether actions reach it or not
-            grads |= {name: torch.zeros_like(p) for name, p in self._backbone.items() if name not in grads}
+            grads |= {name: torch.zeros_like(local(p)) for name, p in self._backbone.items() if name not in grads}
         mine = {name: grads[name].contiguous() for name in self._backbone if name in grads}
         grads |= mine
         if self.options.protect == "random":
             self._direction = None
-            self._sum = [torch.randn(p.shape, generator=run.shared_generator, device=run.device)
-                         for p in self._backbone.values()]  # fmt: skip
+            draws = {"generator": run.shared_generator, "device": run.device}
+            self._sum = [own_rows(torch.randn(p.shape, **draws), p) for p in self._backbone.values()]
         if self._sum and mine:
             self._direction = self._refresh(run, mine)
         if self._direction is None or not mine:
@@ -190,7 +197,7 @@ class Isolate(Objective):
         """
         found = {n: g for n, g in zip(self._backbone, self._sum, strict=True) if g is not None and n in reached}
         self._sum = []
-        if run.accelerator.num_processes > 1 and self.options.protect != "random":
+        if run.accelerator.num_processes > 1 and not run.sharded and self.options.protect != "random":
             for name, gradient in reached.items():  # ranks must agree on the names, so none is left out
                 own = found.get(name, torch.zeros_like(gradient))
                 found[name] = run.accelerator.reduce(own, reduction="mean")
@@ -212,7 +219,7 @@ class Isolate(Objective):
 
     def _figures(self, run: Run, edited: Edited, direction: Direction) -> dict[str, Any]:
         self._adam.measure(direction)
-        premise = {} if self._asked is None else {"isolate_answer_cosine": self._answer_cosine(run, direction)}
+        premise = {} if self._asked is None else {"isolate_answer_cosine": run.ask(self._answer_cosine, run, direction)}
         return {
             "isolate_cosine": edited.cosine.mean(), "isolate_conflict_rate": edited.conflict_rate,
             "isolate_removed_norm_fraction": edited.removed_overall,
@@ -233,15 +240,15 @@ class Isolate(Objective):
 
         What is protected stands for what the backbone knows only as far as this is above zero.
         """
-        names, parameters = zip(*self._backbone.items(), strict=True)
+        names = list(self._backbone)
         vector, square = direction.vector, direction.square
         found = torch.zeros(len(self.layout.groups), 2, dtype=torch.float64, device=run.device)
 
         def add(index: int, gradient: Tensor) -> None:
             found.add_(self.layout.dots_of(names[index], gradient.float().contiguous(), vector))
 
-        stream_gradients(run.policy.language(self._asked.batch(run.step)).mean, parameters, add)
-        along, own = found.unbind(1)
+        run.stream_gradients(run.policy.language(self._asked.batch(run.step)).mean, names, add)
+        along, own = run.total(found).unbind(1)
         scale = (own * square).sqrt()
         return torch.where(scale > 0, along / scale, 0.0).sum() / (scale > 0).sum().clamp_min(1)
 
@@ -249,7 +256,7 @@ class Isolate(Objective):
         """L2-SP: the gradient of weight / 2 times the squared distance from the start."""
 
         def away(names: Iterable[str]) -> Iterator[Tensor]:
-            return chain.from_iterable(self._start.away(name, self._backbone[name]) for name in names)
+            return chain.from_iterable(self._start.away(name, local(self._backbone[name])) for name in names)
 
         mine = {name: grads[name].contiguous() for name in self._backbone if name in grads}
         grads |= mine
@@ -258,7 +265,7 @@ class Isolate(Objective):
         if not _is_logged(run):
             return {}
         square = sum(products.dot([part], [part]) for part in away(self._backbone))
-        return {"isolate_distance": square.sqrt()}
+        return {"isolate_distance": run.total(square).sqrt()}
 
     def metrics(self) -> dict[str, float]:
         figures = {} if self.probe is None else self.probe.measure(self._last_step + 1)
@@ -273,14 +280,3 @@ class Isolate(Objective):
 def _is_logged(run: Run) -> bool:
     step, config = run.step + 1, run.recipe.train
     return step % config.log_every == 0 or step >= config.steps
-
-
-def _train_what_surrounds(recipe: "RecipeConfig", policy: Policy) -> None:
-    """Adapters freeze everything else; the action expert is new to the task and learns in full."""
-    inside = {name for name, _ in policy.backbone_parameters()}
-    adapted = [name for name, _ in policy.named_parameters() if ".lora_" in name and name not in inside]
-    if adapted or recipe.train.train_only:  # the recipe says itself what is trained of the rest
-        return
-    for name, parameter in policy.named_parameters():
-        if name not in inside and not any(search(p, name, "train.freeze") for p in recipe.train.freeze):
-            parameter.requires_grad_(True)

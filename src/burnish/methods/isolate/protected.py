@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
@@ -30,25 +30,28 @@ class Source:
         run: the run; its policy still holds the weights that it starts from.
         options, inputs: see Options and Inputs; without an anchor file one is built here, from the policy as it is.
         questions: question folder, or "".
-        trained: the policy's trained backbone parameters by name.
 
     Attributes:
         gaps: how far the base is from the anchor, on "questions" and "robot" inputs (see Anchor.gap).
     """
 
-    def __init__(self, run: Run, options: Options, inputs: Inputs, questions: str, trained: Mapping[str, nn.Parameter]):
+    def __init__(self, run: Run, options: Options, inputs: Inputs, questions: str):
         self.options = options
         self.layers = list(range(run.policy.num_layers))
         self.size = max(1, round(options.share * run.recipe.train.batch_size))
         self.questions = Questions(run, questions, self.size, options.turns) if options.asks else None
         self.frozen = self.anchor = None
         self.gaps: dict[str, float] = {}
-        if options.distance == "tokens" and options.protect != "answers":
-            # An edit holds a gradient as large as the weights from step to step: the start waits on disk beside it.
-            self.frozen = Frozen(run.policy, trained, run.output if options.edits else None)
         if options.needs_anchor:
             self.anchor = self._anchor(run, questions, inputs.anchor, inputs.anchor_samples).to(run.device)
             self._hold_against(run, questions, inputs.anchor)
+
+    def begin(self, run: Run, trained: Mapping[str, Tensor]) -> None:
+        """Keep the start, where it is compared with, of the trained backbone parameters (this rank's rows by name)."""
+        if self.options.distance == "tokens" and self.options.protect != "answers":
+            # An edit holds a gradient as large as the weights from step to step: the start waits on disk beside it.
+            holding = run.holding if run.sharded else None
+            self.frozen = Frozen(run.policy, trained, run.output if self.options.edits else None, holding)
 
     def loss(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Tensor:
         """The protected loss (scalar with graph) of micro-batch k.

@@ -177,11 +177,10 @@ class Prefer(Objective):
         self._seen += 1
 
     def _random(self, run: Run) -> np.random.Generator:
-        """Which pairs a micro-batch has follows from seed, rank, step and its place in the step alone."""
+        """Which pairs a micro-batch has follows from seed and its number alone."""
         self._micro = self._micro + 1 if run.step == self._step else 0
         self._step = run.step
-        rank = run.accelerator.process_index
-        return np.random.default_rng(derive_seed(run.recipe.train.seed, "pairs", rank, run.step, self._micro))
+        return np.random.default_rng(derive_seed(run.recipe.train.seed, "pairs", 0, run.number, 0))
 
     def _reference(self, run: Run, ids, slots, pairs: Batch, candidates: Tensor, valid: Tensor) -> Tensor | None:
         """[B, 2, K] weighted scores of the reference, without gradient; None where there is none."""
