@@ -60,7 +60,8 @@ class Run(seat.Run):
         self.recipe, self.progress = recipe, progress
         self.output = run_folder(recipe)
         self.accelerator = make_accelerator(recipe, self.output)
-        self.device: torch.device = self.accelerator.device
+        device = self.accelerator.device
+        self.device = device if device.type != "cpu" else torch.device("cpu")  # ranks say cpu:0, LeRobot does not know it
         self.say(precision_note(recipe.train.precision, self.device))
         self.sharded = recipe.train.shard and self.accelerator.num_processes > 1
         self.step, self.number = 0, self.accelerator.process_index
