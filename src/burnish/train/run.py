@@ -61,7 +61,7 @@ class Run(seat.Run):
         self.output = run_folder(recipe)
         self.accelerator = make_accelerator(recipe, self.output)
         device = self.accelerator.device
-        self.device = device if device.type != "cpu" else torch.device("cpu")  # ranks say cpu:0, LeRobot does not know it
+        self.device = device if device.type != "cpu" else torch.device("cpu")  # ranks say cpu:0
         self.say(precision_note(recipe.train.precision, self.device))
         self.sharded = recipe.train.shard and self.accelerator.num_processes > 1
         self.step, self.number = 0, self.accelerator.process_index
