@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from burnish.core.seeding import seeded
 from burnish.policies.openvla.configuration import OWN, read_config
 from burnish.policies.openvla.files import KEPT, build
 from burnish.policies.openvla.policy import OpenVLA
@@ -104,8 +103,7 @@ def make_openvla(
     raw = config_json(vocabulary, TEXT, {"towers": TOWERS, **heads, **own})
     raw["norm_stats"] = norm_stats
     config = read_config(folder, raw, {}, features, stats, "the given statistics")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = build(config)
     kept = {file: (folder / file).read_bytes() for file in KEPT if (folder / file).exists()}
     OpenVLA(network, read_tokenizer(folder), kept).save(folder)

@@ -9,6 +9,7 @@ Code that a folder brings (`auto_map`) is carried along with the other files, an
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.reading import regular_file
+from burnish.core.seeding import seeded
 from burnish.policies import tensors
 from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
 from burnish.policies.openvla.configuration import IMAGE_PROCESSOR, STATISTICS, OpenVLAConfig
@@ -89,8 +91,7 @@ def _load(network: nn.Module, folder: Path, config: OpenVLAConfig) -> None:
 
 def _start(head: nn.Module, seed: int) -> None:
     """torch's own start of a head that is new."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for part in head.modules():
             if isinstance(part, nn.Linear | nn.LayerNorm):
                 part.reset_parameters()
@@ -110,7 +111,7 @@ def check_heads(folder: Path, config: OpenVLAConfig, stored: dict[str, Any]) -> 
             raise BurnishError(f"no {name}.safetensors in {folder}", "the head that its config.json promises")
 
 
-def write(folder: Path, config: OpenVLAConfig, kept: dict[str, bytes], state: dict[str, Tensor],
+def write(folder: Path, config: OpenVLAConfig, kept: dict[str, bytes], state: Mapping[str, Tensor],
           dtype: torch.dtype | None) -> None:  # fmt: skip
     """Write the folder; `state` are the network's tensors."""
     raw = config.stored()
@@ -120,13 +121,12 @@ def write(folder: Path, config: OpenVLAConfig, kept: dict[str, bytes], state: di
     write_json(folder / STATISTICS, raw["norm_stats"])
     for name, content in kept.items():
         (folder / name).write_bytes(content)
-    own = {name: {} for name in HEADS}
-    for name in state:
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in ("", *HEADS)}
+    for name in state:  # once each: it may be a sharded one that is gathered as it is asked for
         head, _, rest = name.partition(".")
-        if head in own:
-            own[head][rest] = state[name]
-    tensors.write_weights(folder, {name: t for name, t in state.items() if name.partition(".")[0] not in own}, dtype)
-    for name, part in own.items():
+        parts[head if head in HEADS else ""][rest if head in HEADS else name] = state[name]
+    tensors.write_weights(folder, parts.pop(""), dtype)
+    for name, part in parts.items():
         if part:
             cast = {key: tensor.to(dtype or tensor.dtype).detach().cpu().contiguous() for key, tensor in part.items()}
             tensors.check_finite(cast, "the policy to store")

@@ -1,6 +1,6 @@
 """burnish's verbs over OpenVLA and OpenVLA-OFT."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class OpenVLA(VLMPolicy):
         return cls(network, tokenizer, files.kept_files(folder, raw)).to(device).eval()
 
     def save(self, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
-             state_dict: dict[str, Tensor] | None = None) -> None:  # fmt: skip
+             state_dict: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
         """Write the published layout, see `openvla.files`; arguments as for `PolicyWrapper.save`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
