@@ -15,6 +15,8 @@ All randomness of a micro-batch follows from the seed and its number, counted ov
 data: that number is the RNG state and the data position.
 """
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -38,6 +40,7 @@ from burnish.train.setup import process_count
 from burnish.train.sharded import rows_like
 
 FORMAT = 1
+log = logging.getLogger("burnish")
 STATE = "state"
 KEEP = 2
 _META = {
@@ -172,6 +175,9 @@ def load(run: Run, folder: Path) -> dict[str, Any]:
     """
     meta = read_meta(folder)
     check_same_recipe(meta["recipe"], run.recipe, folder, meta["processes"])
+    if re.fullmatch("[0-9a-f]{16}", meta["parent_hash"]):  # SHA-256, of earlier versions
+        log.warning("%s: an earlier version hashed its base policy otherwise, so it is not compared", folder)
+        meta["parent_hash"] = run.parent_hash
     for key, now, what in (("parent_hash", run.parent_hash, "base policy"), ("data_hash", run.data.hash, "data set")):
         if meta[key] != now:
             raise BurnishError(f"{folder} was made with another {what} (hash {meta[key]})", f"hash {now}",
