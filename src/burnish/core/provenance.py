@@ -18,8 +18,8 @@ _NOT_HASHED = ("vlm_model_name", "text_tokenizer_name", "action_tokenizer_name",
 
 
 def weights_hash(policy: Any) -> str:
-    """16 hex digits over a policy folder (its tensors, statistics and config); of a module, "xxh3-" and 16 more over its
-    parameters and buffers.
+    """16 hex digits over a policy folder (its tensors, statistics and config); of a module "xxh3-" and 16 more, over
+    its parameters and buffers.
 
     A moved folder keeps its hash. Folder and module do not agree with each other: continue an evaluation with what
     it was started with.
