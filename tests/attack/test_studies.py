@@ -48,8 +48,8 @@ def test_a_study_that_calls_itself_ends(study, refused, monkeypatch):
 
 
 CHANGES = {
-    "a hundred thousand runs": {"seeds": list(range(100_000))},
-    "many variants": {"variants": {f"v{i}": {} for i in range(3000)}},
+    "ten thousand runs": {"seeds": list(range(10_000))},
+    "many variants": {"variants": {f"v{i}": {} for i in range(1001)}},
     "an unknown simulator": {"evals": {"far": {"env": "moon:base"}}},
     "an unknown task": {"evals": {"far": {"env": "tabletop:nothing"}}},
     "a list of simulators": {"evals": {"far": {"env": ["tabletop:lift"]}}},
