@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,12 @@ def train_cases(folder: Path, where: str, stop: int, names: Sequence[str]) -> No
         return plain(run, *rest, **named)
 
     loop.train_step = step
-    for name in names:
-        try:
-            loop.train(recipe(folder, where, name, process_count()), progress=False)
-        except KeyboardInterrupt:
-            continue
+    try:
+        for name in names:
+            with suppress(KeyboardInterrupt):
+                loop.train(recipe(folder, where, name, process_count()), progress=False)
+    finally:
+        loop.train_step = plain
 
 
 def recipe(folder: Path, where: str, name: str, world: int) -> Any:
@@ -195,16 +197,21 @@ def recipe(folder: Path, where: str, name: str, world: int) -> Any:
 
 def difference(one: Path, other: Path) -> dict[str, float]:
     """Largest differences of two runs: weights that they export, and the losses and gradient norms of their rows."""
-    from safetensors.torch import load_file
-
-    a, b = (load_file(run / "policy" / "model.safetensors") for run in (one, other))
-    if a.keys() != b.keys():
-        return {"weights": math.inf}
-    found = {"weights": max(float((a[name].double() - b[name].double()).abs().max()) for name in a if a[name].numel())}
+    found = {"weights": moved(one, other)}
     for x, y in zip(*(read_rows(run / "metrics.jsonl") for run in (one, other)), strict=True):
         for name in (n for n in x.keys() & y.keys() if n == "grad_norm" or n.startswith("loss")):
             found[name] = max(found.get(name, 0.0), abs(x[name] - y[name]) / max(1.0, abs(y[name])))
     return found
+
+
+def moved(one: Path, other: Path) -> float:
+    """Largest difference of a weight between the policies of two runs."""
+    from safetensors.torch import load_file
+
+    a, b = (load_file(run / "policy" / "model.safetensors") for run in (one, other))
+    if a.keys() != b.keys():
+        return math.inf
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a if a[name].numel())
 
 
 def rows(folder: Path) -> list[Any]:
