@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss, Window
+from burnish.policies.parts import FlowParts
 from burnish.sampling.token_model import TokenModel
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
@@ -29,14 +30,15 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
     "velocity": ("velocity field", "a flow-matching policy: smolvla, pi0 or pi05"),
     "tokens": ("action tokens", "openvla or a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
+    "runtime": ("model that the executor can run", "smolvla, pi0 or pi05"),
     "prefix": ("way to continue actions that are committed", "a flow-matching policy, openvla or burnish_discrete"),
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
 
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
 capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
-`watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. prefix:
-`act(prefix=)`.
+`watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
+`flow_parts`, `begin`, `finish`. prefix: `act(prefix=)`.
 """
 
 
@@ -215,6 +217,18 @@ class Policy(nn.Module, ABC):
     def to_model(self, batch: Batch, actions: Tensor) -> Tensor:
         """Actions [B, T, A] in environment units as `velocity` takes them: [B, T, A_model], normalised and padded."""
         raise lacks(self, "velocity", "to_model")
+
+    def flow_parts(self) -> FlowParts:
+        """The model taken apart, for `runtime.executor`."""
+        raise lacks(self, "runtime", "flow_parts")
+
+    def begin(self, batch: Batch, prefix: Tensor | None = None) -> tuple[list[Any], Tensor | None]:
+        """What the model takes of a batch, and committed actions as `velocity` takes them; see FlowPolicy."""
+        raise lacks(self, "runtime", "begin")
+
+    def finish(self, sampled: Tensor, prefix: Tensor | None = None) -> Chunk:
+        """Sampled [B, T, A_model] as `act` returns them."""
+        raise lacks(self, "runtime", "finish")
 
     def token_model(self) -> TokenModel:
         """The policy as decoders see it; batches are those of the verbs."""

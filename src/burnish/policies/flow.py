@@ -13,13 +13,14 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
 from burnish.policies.keys import ACTION, PAD, TASK
+from burnish.policies.parts import FlowParts, flow_parts
 from burnish.policies.vlm import VLMPolicy
 
 
 class FlowPolicy(VLMPolicy):
     """A LeRobot flow-matching policy with its processors."""
 
-    capabilities = VLMPolicy.capabilities | {"velocity", "prefix"}
+    capabilities = VLMPolicy.capabilities | {"velocity", "prefix", "runtime"}
 
     # What a family of policies has to say.
 
@@ -138,17 +139,30 @@ class FlowPolicy(VLMPolicy):
         through all Euler steps (inpainting), so the rest is denoised beside them; they come back unchanged.
         The caller chooses train or eval mode.
         """
+        inputs, committed = self.begin(batch, prefix)
+        noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
+        with _committed(self.policy.model, noise, committed):
+            actions = self.policy.model.sample_actions(*inputs, noise=noise)
+        return self.finish(actions, prefix)
+
+    def begin(self, batch: Batch, prefix: Tensor | None = None) -> tuple[list[Any], Tensor | None]:
+        """What comes before sampling: the inputs of `sample_actions`, and `prefix` [B, P, A] as `velocity` takes
+        actions; None where nothing is committed.
+        """
         if prefix is not None and prefix.shape[1] == 0:
             prefix = None
         prepared, inputs = self._inputs(batch, prefix)
-        noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
-        committed = None if prefix is None else self._pad(self.model_actions(prepared[ACTION]))
-        with _committed(self.policy.model, noise, committed):
-            actions = self.policy.model.sample_actions(*inputs, noise=noise)
-        actions = self.postprocessor(self.policy_actions(actions[:, :, : self.action_dim]))
+        return inputs, None if prefix is None else self._pad(self.model_actions(prepared[ACTION]))
+
+    def finish(self, sampled: Tensor, prefix: Tensor | None = None) -> Chunk:
+        """What comes after it: a chunk on the CPU in environment units, its committed rows as they were given."""
+        actions = self.postprocessor(self.policy_actions(sampled[:, :, : self.action_dim]))
         if prefix is not None:
             actions[:, : prefix.shape[1]] = prefix.to(actions)
         return Chunk(actions)
+
+    def flow_parts(self) -> FlowParts:
+        return flow_parts(self.policy)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Standard normal noise [B, T, max_action_dim] and Beta-distributed times [B], as LeRobot trains with."""

@@ -1,0 +1,282 @@
+"""Sampling from a flow-matching policy without LeRobot's loop: encode once, then only what the noisy actions change.
+
+    runtime = Runtime(policy)              # tier exact: bit for bit LeRobot's `sample_actions`
+    chunk = runtime.act(batch)             # in the place of policy.act
+
+A tier promises something about its difference to LeRobot's sampler on equal noise, device, type and batch width, see
+TIERS; `verify` measures it and `require` refuses a tier that does not keep it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Batch, Chunk, Draws
+from burnish.policies.base import Policy, Stage, require
+from burnish.policies.keys import TASK
+from burnish.policies.parts import FlowParts
+from burnish.runtime.family import Encoded, Family
+from burnish.runtime.graphs import Graphs
+from burnish.runtime.pi import Pi
+from burnish.runtime.smolvla import SmolVLA
+
+Velocity = Callable[[Tensor, float], Tensor]
+Solver = Callable[[Velocity, Tensor], Tensor]
+"""From a velocity (of points [B, T, A_model] and a flow time) and noise to actions."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How a model is run, and how far from LeRobot's own sampler it may come out.
+
+    Args:
+        relative: norm of the difference over that of LeRobot's chunk, float32 weights; 0 means equal bits.
+        half: the same where the policy's weights are bf16.
+        spread: of a tier that computes in bf16: root mean square of the difference in units of the policy's own
+            sampling spread (instead of `relative`); 0 for the others.
+        fused, compiled, bf16: what is done.
+    """
+
+    relative: float = 0.0
+    half: float = 0.0
+    spread: float = 0.0
+    fused: bool = False
+    compiled: bool = False
+    bf16: bool = False
+
+
+TIERS = {
+    "exact": Tier(),
+    "fused": Tier(1e-5, 5e-3, fused=True),
+    "compiled": Tier(1e-5, 5e-3, fused=True, compiled=True),
+    "bf16": Tier(spread=0.05, fused=True, bf16=True),
+}
+"""exact: LeRobot's arithmetic, operation for operation; hoisted, on buffers, dead work dropped. fused: merged
+projections, PyTorch's attention, padding dropped. compiled: `fused`, a step through torch.compile. bf16: `fused` on a
+copy of the policy in bf16.
+"""
+FAMILIES: dict[str, type[Family]] = {"smolvla": SmolVLA, "pi": Pi}
+BUCKET = 16
+"""Prompts are filled up to a multiple of so many tokens where shapes must come from a short list."""
+
+
+class Sampler:
+    """The executor on a model's own inputs, for callers that have no burnish policy (LeRobot's commands).
+
+    Args:
+        parts: of the policy.
+        tier: one of TIERS.
+        solver: see Solver; None means the Euler steps of the policy's config, as LeRobot takes them.
+        graph: on a GPU, replay the shapes that `capture` was shown as one CUDA graph.
+    """
+
+    def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
+        if tier not in TIERS:
+            raise BurnishError(f"tier '{tier}'", f"one of {', '.join(TIERS)}")
+        self.tier, self.lerobot = tier, parts
+        self.parts = parts.in_bf16() if TIERS[tier].bf16 else parts
+        self.device = next(parts.model.parameters()).device
+        if graph and self.device.type != "cuda":
+            raise BurnishError(f"a CUDA graph on {self.device}", "a policy on a GPU")
+        self.family = FAMILIES[parts.family](self.parts, fused=TIERS[tier].fused, static=graph)
+        self.solver = solver or euler(parts.steps)
+        self.velocity = self.family.velocity
+        if TIERS[tier].compiled:
+            self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
+        self._layout: tuple[int, int] = (0, 0)
+        self.graphs = Graphs(self._work) if graph else None
+
+    def encode(self, inputs: Sequence[Any]) -> Encoded:
+        """The observation of `inputs`, as LeRobot's `sample_actions` takes them."""
+        return self.family.encode(inputs)
+
+    def sample(self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None) -> Tensor:
+        """Actions [B, T, A_model] from `noise` of that shape.
+
+        Args:
+            encoded: an observation; it may be sampled from again.
+            noise: standard normal.
+            committed: [B, P, A_model] that the first rows are to arrive at, on straight lines from their noise.
+        """
+
+        def velocity(points: Tensor, time: float) -> Tensor:
+            found = self.velocity(encoded, points, self.family.condition(time, len(points)))
+            if committed is None:
+                return found
+            held = committed.shape[1]
+            return torch.cat([noise[:, :held] - committed, found[:, held:]], dim=1)
+
+        with torch.no_grad():
+            return self.solver(velocity, noise)
+
+    def __call__(self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None) -> Tensor:
+        """Encode and sample; by a CUDA graph where one of these shapes was captured and nothing is committed."""
+        if self.graphs is None or committed is not None:
+            return self.sample(self.encode(inputs), noise, committed)
+        self.family.refresh()
+        return self.graphs(self._flat(inputs, noise))
+
+    def capture(self, inputs: Sequence[Any], noise: Tensor) -> None:
+        """Capture the shapes of these inputs (bucketed: prompts to multiples of 16 tokens); nothing without a graph."""
+        if self.graphs is not None:
+            self.graphs.capture(self._flat(inputs, noise))
+
+    def _flat(self, inputs: Sequence[Any], noise: Tensor) -> list[Tensor]:
+        images, masks, *rest = self._trimmed(inputs)
+        self._layout = (len(images), len(rest))
+        return [*images, *masks, *rest, noise]
+
+    def _work(self, tensors: list[Tensor]) -> Tensor:
+        views, _ = self._layout
+        images, masks, rest, noise = tensors[:views], tensors[views : 2 * views], tensors[2 * views : -1], tensors[-1]
+        return self.sample(self.encode([images, masks, *rest]), noise)
+
+    def _trimmed(self, inputs: Sequence[Any]) -> list[Any]:
+        """Fused tiers: without cameras that no row has and without tokens that are padding in all rows, in buckets.
+        Asking for them is the one time that the host waits before a replay.
+        """
+        images, masks, tokens, token_mask, *state = inputs
+        if self.family.fused:
+            used = token_mask.any(0).nonzero()
+            longest = int(used.max()) + 1 if len(used) else 1
+            width = min(tokens.shape[1], -(-longest // BUCKET) * BUCKET)
+            tokens, token_mask = tokens[:, :width], token_mask[:, :width]
+            if not any(self.parts.image_marks):
+                seen = [bool(mask.any()) for mask in masks]
+                images = [image for image, keep in zip(images, seen, strict=True) if keep]
+                masks = [mask for mask, keep in zip(masks, seen, strict=True) if keep]
+        return [images, masks, tokens, token_mask, *state]
+
+    def compare(self, inputs: Sequence[Any], noise: Tensor) -> dict[str, Any]:
+        """The difference to LeRobot's sampler: bitwise, largest, relative, and whether the tier's promise holds.
+
+        For bf16 also `spread`: the difference in units of the policy's own spread, and `kept`, the share of that spread
+        that is left; the spread is that of eight chunks of each observation.
+        """
+        tier, want, got = TIERS[self.tier], self.lerobot.sample(inputs, noise), self(inputs, noise)
+        apart = (got - want).double()
+        found: dict[str, Any] = {
+            "tier": self.tier, "bitwise": torch.equal(got, want), "largest": float(apart.abs().max()),
+            "relative": float(apart.norm() / want.double().norm()),
+        }  # fmt: skip
+        if not tier.spread:
+            kinds = {p.dtype for p in self.lerobot.text_layers[0].parameters()}
+            most = tier.half if torch.bfloat16 in kinds else tier.relative
+            return {**found, "limit": most, "holds": found["bitwise"] if not most else found["relative"] <= most}
+        draws = torch.Generator(noise.device).manual_seed(0)
+        noises = [torch.randn(noise.shape, generator=draws, device=noise.device) for _ in range(8)]
+        theirs = torch.stack([self.lerobot.sample(inputs, n) for n in noises]).double()
+        ours = torch.stack([self(inputs, n) for n in noises]).double()
+        spread = theirs.std(0).square().mean().sqrt()
+        found["spread"] = float((ours - theirs).square().mean().sqrt() / spread)
+        found["kept"] = float(ours.std(0).square().mean().sqrt() / spread)
+        return {**found, "limit": tier.spread, "holds": found["spread"] <= tier.spread and found["kept"] >= 0.98}
+
+    def require(self, inputs: Sequence[Any], noise: Tensor) -> dict[str, Any]:
+        """As `compare`.
+
+        Raises:
+            BurnishError: the tier does not keep its promise here.
+        """
+        found = self.compare(inputs, noise)
+        if not found["holds"]:
+            figure = found.get("spread", found["relative"])
+            raise BurnishError(f"tier '{self.tier}' differs from LeRobot's sampler by {figure:.2g} on this machine",
+                               f"at most {found['limit']:g}" if found["limit"] else "equal bits",
+                               "LeRobot's own sampler (leave BURNISH_RUNTIME unset), or another tier")  # fmt: skip
+        return found
+
+
+class Runtime:
+    """A policy whose `act` runs through the executor. One thread may use it at a time.
+
+    Args:
+        policy: one that supports "runtime"; its weights are used where they are, and may change.
+        tier: one of TIERS.
+        solver, graph: see Sampler.
+
+    Raises:
+        BurnishError: a policy without that, or an unknown tier.
+    """
+
+    def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
+        require(policy, "runtime", "Runtime")
+        self.policy, self.tier = policy, tier
+        self.sampler = Sampler(policy.flow_parts(), tier, solver, graph)
+        self.device, self.name = policy.device, policy.name
+        self.chunk_size, self.n_action_steps = policy.chunk_size, policy.n_action_steps
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Encoded:
+        """The observations of `batch`; `Encoded.repeat` makes rows for several chunks of each."""
+        return self.sampler.encode(self.policy.begin(batch)[0])
+
+    def sample(self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None) -> Tensor:
+        """See Sampler.sample: neither preprocessing nor normalisation."""
+        return self.sampler.sample(encoded, noise, committed)
+
+    @torch.no_grad()
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
+        """As `policy.act`, with the policy's own generator where no draws are given."""
+        inputs, committed = self.policy.begin(batch, prefix)
+        return self.policy.finish(self.sampler(inputs, self._noise(batch, draws), committed), prefix)
+
+    @torch.no_grad()
+    def warm(self, batch: Batch) -> None:
+        """Compile, make tables and capture graphs for batches of this shape before anybody waits for them."""
+        inputs, noise = self.policy.begin(batch)[0], self._draw(batch)
+        self.sampler(inputs, noise)
+        self.sampler.capture(inputs, noise)
+
+    @torch.no_grad()
+    def verify(self, batch: Batch) -> dict[str, Any]:
+        """See Sampler.compare."""
+        return self.sampler.compare(self.policy.begin(batch)[0], self._draw(batch))
+
+    def require(self, batch: Batch) -> dict[str, Any]:
+        """See Sampler.require."""
+        with torch.no_grad():
+            return self.sampler.require(self.policy.begin(batch)[0], self._draw(batch))
+
+    def _noise(self, batch: Batch, draws: Draws | None) -> Tensor:
+        drawn = draws or self.policy.draw(len(batch[TASK]), self.policy.generator)
+        return drawn.to(self.device).noise
+
+    def _draw(self, batch: Batch) -> Tensor:
+        return self.policy.draw(len(batch[TASK]), torch.Generator().manual_seed(0)).to(self.device).noise
+
+    # What the profiler asks of a policy.
+
+    def stages(self) -> list[Stage]:
+        family, own = self.sampler.family, [s for s in self.policy.stages() if s.name in ("preprocess", "postprocess")]
+        return [*own, Stage("vision", family, "embed_image"), Stage("prompt", family, "prefill"),
+                Stage("pass", self.sampler, "velocity"),
+                Stage("head", self.sampler.parts.action_out, "forward")]  # fmt: skip
+
+    def token_counters(self) -> list[nn.Module]:
+        parts = self.sampler.parts
+        experts = [layer for layer in parts.expert_layers if layer is not None]
+        return [parts.text_layers[0].self_attn.o_proj, experts[0].self_attn.o_proj]
+
+    def supports(self, capability: str) -> bool:
+        return capability == "prefix"
+
+    def eval(self) -> "Runtime":
+        self.policy.eval()
+        return self
+
+
+def euler(steps: int) -> Solver:
+    """Forward Euler from t = 1 to t = 0, in LeRobot's own numbers."""
+
+    def solve(velocity: Velocity, noise: Tensor) -> Tensor:
+        points, step = noise, -1.0 / steps
+        for i in range(steps):
+            points = points + step * velocity(points, 1.0 + i * step)
+        return points
+
+    return solve

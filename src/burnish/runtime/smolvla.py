@@ -1,0 +1,216 @@
+"""SmolVLA by the executor. LeRobot 0.6.1 projects the prefix's keys through the expert at every step, rebuilds masks,
+positions and rotations at every layer, and lets its cache grow and be cut; none of it depends on the noisy actions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from burnish.runtime.family import Encoded, Family, columns, extend, with_room
+
+WAVELENGTH = 10_000
+"""Of rotary positions; LeRobot has it built in, whatever the language model's config says."""
+
+
+class SmolVLA(Family):
+    """Layers by hand, as in LeRobot's SmolVLMWithExpertModel. Buffers are [B, P + T, heads, D] in the exact tier, the
+    very layout (and strides) that LeRobot's attention reads, and [B, KV, P + T, D] in fused ones.
+    """
+
+    def sources(self) -> list[nn.Module]:
+        if not self.fused:
+            return []
+        found = [*self.parts.text_layers, *(layer for layer in self.parts.expert_layers if layer is not None)]
+        return [*found, self.parts.action_in, self.parts.time_in]
+
+    @torch.no_grad()
+    def encode(self, inputs: Sequence[Any]) -> Encoded:
+        self.refresh()
+        parts = self.parts
+        x, pad, order = self._embed(*inputs)
+        if self.drops and (kept := columns(pad)) is not None:
+            x, pad, order = x[:, kept], pad[:, kept], order[:, kept]
+        B, P, T = x.shape[0], x.shape[1], parts.chunk_size
+        steps = torch.cumsum(order, dim=1)
+        mask = (steps[:, None, :] <= steps[:, :, None]) & (pad[:, None, :] & pad[:, :, None])
+        seen = pad[:, None, :].expand(B, T, P)
+        causal = torch.ones(T, T, dtype=torch.bool, device=pad.device).tril().expand(B, T, T)
+        count, ahead = torch.arange(T, device=pad.device)[None], pad.sum(-1)[:, None]
+        masks = self._mask(torch.cat([seen, causal], 2)), self._mask(seen)
+        ropes = rotation(ahead + count, parts.head_dim), rotation(count, parts.head_dim)
+        encoded = Encoded(B, P, masks=masks, rope=ropes)
+        self.prefill(encoded, x, self._mask(mask), rotation(torch.cumsum(pad, dim=1) - 1, parts.head_dim))
+        return encoded
+
+    def condition(self, time: float, width: int) -> Tensor:
+        def make() -> Tensor:
+            a_in, t_in = self.parts.action_in, self.parts.time_in
+            size = t_in.out_features
+            made = self.time_embedding(time, width, size, a_in.weight.device).type(a_in.weight.dtype)[:, None]
+            if not self._folds():
+                return made
+            weight = t_in.weight
+            return F.linear(made, weight[:, size:], t_in.bias + weight[:, :size] @ a_in.bias)
+
+        return self.derived(("time", time, width), make)
+
+    def velocity(self, encoded: Encoded, points: Tensor, condition: Tensor) -> Tensor:
+        parts, (own_mask, cross_mask), (own, cross) = self.parts, encoded.masks, encoded.rope
+        x = parts.time_out(F.silu(self._actions(points, condition)))
+        for i, layer in enumerate(parts.expert_layers):
+            if layer is None:
+                continue
+            keys, values = encoded.keys[i], encoded.values[i]
+            if parts.crosses[i]:
+                y = layer.input_layernorm(x).to(layer.self_attn.q_proj.weight.dtype)
+                q = layer.self_attn.q_proj(y).view(*y.shape[:2], -1, parts.head_dim)
+                seen = self._attend(rotate(q, cross), keys, values, cross_mask)
+            else:
+                q, k, v = self._project(layer, x)
+                where = 2 if self.fused else 1
+                keys = extend(keys, encoded.length, self._keys(rotate(k, own)), where)
+                values = extend(values, encoded.length, self._heads(v), where)
+                seen = self._attend(rotate(q, own), keys, values, own_mask)
+            x = self._rest(layer, x, seen)
+        x = parts.expert_norm(x)[:, -parts.chunk_size :]
+        return parts.action_out(x.to(torch.float32))
+
+    # The prefix.
+
+    def _embed(
+        self, images: list[Tensor], image_masks: list[Tensor], tokens: Tensor, token_mask: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, P, D] of images, text and state, bool [B, P] that are no padding, and the block of each."""
+        parts, B, device = self.parts, len(tokens), tokens.device
+        embedded: list[Tensor] = []
+        pads: list[Tensor] = []
+
+        def marks(ids: tuple[int, ...]) -> None:
+            if ids:
+                embedded.append(parts.embed_text(self.constant(ids, torch.long, device))[None].expand(B, -1, -1))
+                pads.append(torch.ones(B, len(ids), dtype=torch.bool, device=device))
+
+        before, after = parts.image_marks
+        for image, mask in zip(images, image_masks, strict=False):
+            if self.drops and not bool(mask.any()):  # a camera that no row has; its marks are seen all the same
+                marks(before)
+                marks(after)
+                continue
+            marks(before)
+            seen = self.embed_image(image)
+            embedded.append(seen * self.constant((seen.shape[-1] ** 0.5,), seen.dtype, device)[0])
+            pads.append(mask[:, None].expand(B, seen.shape[1]))
+            marks(after)
+        text = parts.embed_text(tokens)
+        state = parts.state_in(state)
+        state = state[:, None] if state.ndim == 2 else state
+        embedded += [text * text.shape[-1] ** 0.5, state]
+        pads += [token_mask, torch.ones(B, state.shape[1], dtype=torch.bool, device=device)]
+        x, pad = torch.cat(embedded, dim=1), torch.cat(pads, dim=1)
+        order = [0] * (x.shape[1] - state.shape[1]) + [1] * state.shape[1]
+        if (missing := parts.prefix_length - x.shape[1]) > 0 and not self.fused:
+            x, pad = F.pad(x, (0, 0, 0, missing)), F.pad(pad, (0, missing))
+            order += [0] * missing
+        return x, pad, self.constant(order, torch.long, device).expand(B, -1)
+
+    def prefill(self, encoded: Encoded, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> None:
+        """Run the language model and keep what the expert reads; behind the last keys nothing is ever read."""
+        parts, last = self.parts, len(self.parts.text_layers) - 1
+        for i, (layer, expert) in enumerate(zip(parts.text_layers, parts.expert_layers, strict=True)):
+            q, k, v = self._project(layer, x)
+            k = rotate(k, rope)
+            keys, values = self._keys(k), self._heads(v)
+            if expert is None:
+                kept: tuple[Tensor | None, Tensor | None] = (None, None)
+            elif parts.crosses[i]:
+                kept = self._through(expert.self_attn, k, v)
+            else:
+                where = 2 if self.fused else 1
+                kept = with_room(keys, parts.chunk_size, where), with_room(values, parts.chunk_size, where)
+            encoded.keys.append(kept[0])
+            encoded.values.append(kept[1])
+            if i < last:
+                x = self._rest(layer, x, self._attend(rotate(q, rope), keys, values, mask))
+
+    def _through(self, attention: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The language model's keys and values as a cross layer of the expert reads them."""
+
+        def pass_on(tensor: Tensor, module: Any) -> Tensor:
+            flat = tensor.to(module.weight.dtype).reshape(*tensor.shape[:2], -1)
+            return module(flat).view(*tensor.shape[:2], -1, self.parts.head_dim)
+
+        keys, values = pass_on(keys, attention.k_proj), pass_on(values, attention.v_proj)
+        return self._keys(keys).contiguous(), self._heads(values).contiguous()
+
+    # Pieces of a layer.
+
+    def _folds(self) -> bool:
+        return self.fused and all(type(m) is nn.Linear for m in (self.parts.action_in, self.parts.time_in))
+
+    def _actions(self, points: Tensor, condition: Tensor) -> Tensor:
+        """Noisy actions and time through the first layer of their MLP."""
+        a_in, t_in = self.parts.action_in, self.parts.time_in
+        if self._folds():
+            weight = self.derived("actions", lambda: t_in.weight[:, : t_in.out_features] @ a_in.weight)
+            return F.linear(points, weight) + condition
+        actions = a_in(points)
+        return t_in(torch.cat([actions, condition.expand_as(actions)], dim=2))
+
+    def _project(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, H, D], keys and values [B, S, KV, D]."""
+        attention, y = layer.self_attn, layer.input_layernorm(x)
+        y = y.to(attention.q_proj.weight.dtype)
+        found = self.linears(id(layer), y, attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (one.reshape(*y.shape[:2], -1, self.parts.head_dim) for one in found)
+        return q, k, v
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        """Keys or values [B, S, KV, D] in the layout of the buffers."""
+        return tensor.transpose(1, 2) if self.fused else tensor.repeat_interleave(self.groups, 2)
+
+    def _keys(self, tensor: Tensor) -> Tensor:
+        """As `_heads`; the exact tier multiplies keys in float32, as LeRobot does."""
+        return self._heads(tensor) if self.fused else self._heads(tensor).to(torch.float32)
+
+    def _mask(self, mask: Tensor) -> Tensor | None:
+        """bool [B, S, L] as `_attend` takes it."""
+        return mask[:, None] if not self.fused else self.fused_mask(mask)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, H * D]. The exact tier multiplies in float32 and averages in the values' type, as LeRobot does."""
+        B, S, H, D = queries.shape
+        if self.fused:
+            return self.attend_fused(queries.transpose(1, 2), keys, values, mask).transpose(1, 2).reshape(B, S, H * D)
+        weights = torch.matmul(queries.to(torch.float32).transpose(1, 2), keys.transpose(1, 2).transpose(2, 3))
+        weights *= D**-0.5
+        weights = torch.where(mask, weights, torch.finfo(weights.dtype).min)
+        shares = F.softmax(weights, dim=-1).to(values.dtype)
+        return torch.matmul(shares, values.permute(0, 2, 1, 3)).permute(0, 2, 1, 3).reshape(B, S, H * D)
+
+    def _rest(self, layer: Any, x: Tensor, seen: Tensor) -> Tensor:
+        """A layer behind its attention. Sums are in place: the stream takes o_proj's type, as in LeRobot, where a + b
+        would go up to float32 when the state's projection is in that.
+        """
+        out = layer.self_attn.o_proj(seen.to(layer.self_attn.o_proj.weight.dtype))
+        out += x
+        y = self.mlp(layer, layer.post_attention_layernorm(out))
+        y += out
+        return y
+
+
+def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sines and cosines [B, S, 1, size / 2] of rotary positions [B, S], operation for operation as LeRobot's."""
+    exponents = (2.0 / size) * torch.arange(size // 2, dtype=torch.float32, device=positions.device)
+    scale = WAVELENGTH**exponents
+    angles = (positions[..., None].to(torch.float32) / scale[None, None, :])[..., None, :]
+    return torch.sin(angles), torch.cos(angles)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, S, H, D] at the positions of `table`, in float32 and back."""
+    (sin, cos), kind = table, x.dtype
+    first, second = x.to(torch.float32).split(x.shape[-1] // 2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(kind)
