@@ -132,7 +132,7 @@ def test_what_cannot_be_sharded_is_refused(made, monkeypatch):
 
 
 def test_other_passes_are_refused_where_the_step_would_be_another(made):
-    one = recipe(made, "cut", "plain", 1)
+    one = recipe(made, "one", "plain", 1)
     one.train.grad_accumulation = 4
-    with pytest.raises(BurnishError, match="grad_accumulation 1 -> 4"):
+    with pytest.raises(BurnishError, match="grad_accumulation 2 -> 4"):
         loop.train(one, progress=False)
