@@ -153,6 +153,7 @@ def messages(name: str) -> Iterator[None]:
     before = log.handlers, log.level, log.propagate
     log.handlers, log.propagate = [_Lines(name)], False
     log.setLevel(logging.INFO)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # else each start complains of the torchao that we ask for
     try:
         yield
     finally:
