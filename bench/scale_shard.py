@@ -63,6 +63,16 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "capability_dora": ("smolvla", "name: capability, kind: ewc, delta: {delta}, gradient_norm_ratio: 0.3", DORA),
     "prefer": ("smolvla", PREFER, []),
     "prefer_adapter_off": ("smolvla", f"{PREFER}, reference: adapter_off", LORA),
+    "together": (
+        "smolvla", "}}, {{".join((
+            f"{ALIGN}, weight: 0.5, measure_every: 2", f"{ISOLATE}self_anchor", "name: capability, delta: {delta}",
+            PREFER,
+        )), [],
+    ),
+    "adapters_together": (
+        "smolvla",
+        f"name: capability, kind: ewc, delta: {{delta}}, weight: 0.1}}}}, {{{{{PREFER}, reference: adapter_off", DORA,
+    ),
     "distill": ("burnish_discrete", "name: distill, teacher: copy", []),
     "distill_adapters_off": ("burnish_discrete", "name: distill, teacher: adapters_off", LORA),
 }  # fmt: skip
@@ -161,7 +171,7 @@ def train_cases(folder: Path, where: str, stop: int, names: Sequence[str]) -> No
     from burnish.train import loop
     from burnish.train.setup import process_count
 
-    plain = loop.train_step
+    plain, loop.draw_curves = loop.train_step, lambda *_: None
 
     def step(run: Any, *rest: Any, **named: Any) -> dict[str, float]:
         if run.step == stop:

@@ -17,8 +17,8 @@ from burnish.train.run import Run
 from burnish.train.setup import make_accelerator, own_accelerate_state
 from burnish.train.sharded import Shards, check_launch
 
-NAMES = ("plain", "align", "isolate_adam", "isolate_self_anchor", "capability_dora", "prefer", "distill_adapters_off")
-"""One of each kind; `python -m bench scale --part shard` has them all."""
+NAMES = ("plain", "together", "adapters_together", "distill_adapters_off")
+"""Every method; `python -m bench scale --part shard` has each by itself and in all its forms."""
 
 
 def rank_main(rank, folder):
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
 def test_two_ranks_equal_one_process(made, name):
     found = difference(made / "sharded" / name, made / "one" / name)
     assert max(found.values()) <= 1e-6, found
-    other = "prefer" if name == "plain" else "plain"
+    other = "together" if name == "plain" else "plain"
     assert moved(made / "one" / name, made / "one" / other) > 1e-6  # and the case is another than plain training
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(made):
     assert rows(made / "from_one") == rows(made / "sharded") == rows(made / "one")
 
 
-@pytest.mark.parametrize("name", ["plain", "capability_dora"])  # with a moving average; with adapters to merge
+@pytest.mark.parametrize("name", ["plain", "adapters_together"])  # with a moving average; with adapters to merge
 def test_one_process_exports_the_same_bytes(made, name, tmp_path):
     for place in ("policy", "adapter"):
         if (made / "sharded" / name / place).is_dir():
