@@ -194,7 +194,8 @@ class Run(seat.Run):
 
     def minutes(self) -> float:
         """Minutes of training so far, earlier calls included; what is made ready before the first step is not."""
-        return self._minutes_before + (time.perf_counter() - self._started) / 60
+        since = 0.0 if math.isnan(self._started) else time.perf_counter() - self._started
+        return self._minutes_before + since / 60
 
     def start_clock(self) -> None:
         """Training begins now."""
