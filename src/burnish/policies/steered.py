@@ -1,0 +1,114 @@
+"""What real-time chunking does to LeRobot's flow-matching models, from outside: no code of theirs is repeated.
+
+LeRobot's sampler calls `denoise_step`, and that calls `embed_suffix`, which treats each row of a chunk by itself. So a
+steered velocity is a wrapper of the first, and rows at a flow time of their own are two calls of the second.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.sampling.steering import Guide, Steering
+
+
+@contextmanager
+def steered(model: nn.Module, guide: Guide) -> Iterator[None]:
+    """Inside, `model.sample_actions` follows the velocities of `guide`."""
+    denoise = model.denoise_step
+
+    def step(*, x_t: Tensor, timestep: Tensor, **seen: Any) -> Tensor:
+        return guide.velocity(lambda points: denoise(x_t=points, timestep=timestep, **seen), x_t, timestep[0])
+
+    with ExitStack() as inside:
+        if guide.mode == "trained":
+            inside.enter_context(conditioned(model, guide.target, guide.committed[..., 0]))
+        inside.enter_context(_replaced(model, "denoise_step", step))
+        yield
+
+
+@contextmanager
+def conditioned(model: nn.Module, clean: Tensor, rows: Tensor) -> Iterator[None]:
+    """Inside, the model sees the actions `clean` [B, T, A_model] at flow time 0 in the chosen `rows`, bool [B, T].
+
+    Training-time action conditioning (Black et al., 2512.05964): the other rows are denoised beside what is done.
+    """
+    embed = model.embed_suffix
+
+    def suffix(*given: Any) -> Any:
+        *state, points, time = given
+        points = torch.where(rows[..., None], clean.to(points), points)
+        noisy, *others = embed(*state, points, time)
+        known, *known_others = embed(*state, points, torch.zeros_like(time))
+        before = noisy.shape[1] - rows.shape[1]  # the state's position
+        chosen = torch.nn.functional.pad(rows, (before, 0))[..., None]
+        found = torch.where(chosen, known, noisy)
+        if len(others) < 3 or others[2] is None:
+            return found, *others
+        *masks, condition = others
+        return found, *masks, torch.where(chosen, known_others[2][:, None], condition[:, None])
+
+    with ExitStack() as inside:
+        inside.enter_context(_replaced(model, "embed_suffix", suffix))
+        for norm in model.modules():
+            if type(norm).__name__ == "PiGemmaRMSNorm" and norm.dense is not None:
+                inside.enter_context(_replaced(norm, "forward", _by_row(norm)))
+        yield
+
+
+def _by_row(norm: Any) -> Any:
+    """The adaptive norm's forward for a condition [B, T, D] of each row, where LeRobot's takes one of each sample."""
+
+    def forward(x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        scale, shift, gate = norm.dense(cond).chunk(3, dim=-1)
+        normed = norm._norm(x) * (1 + scale.float()) + shift.float()
+        return normed.to(x.dtype), gate.to(x.dtype)
+
+    return forward
+
+
+@contextmanager
+def shared(model: nn.Module, copies: int) -> Iterator[None]:
+    """Inside, `model.sample_actions` of B observations and noise [B * copies, T, A_model] samples from each `copies`
+    times, its encoding computed once.
+    """
+    from transformers import DynamicCache
+
+    denoise, kept = model.denoise_step, {}
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(copies, 0)
+        rows = ((k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0), window) for k, v, window in value)
+        return DynamicCache(tuple(rows))
+
+    def step(*, x_t: Tensor, timestep: Tensor, **seen: Any) -> Tensor:
+        if not kept:
+            kept.update({name: repeated(value) for name, value in seen.items()})
+        return denoise(x_t=x_t, timestep=timestep, **kept)
+
+    with _replaced(model, "denoise_step", step):
+        yield
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, call: Any) -> Iterator[None]:
+    """Inside, the method of this object is another one; one that was replaced before comes back afterwards."""
+    before = vars(owner).get(name)
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def decided(steering: Steering, jacobian: str) -> Steering:
+    """`steering` with the policy's own jacobian where it says "auto"."""
+    from dataclasses import replace
+
+    return steering if steering.jacobian != "auto" else replace(steering, jacobian=jacobian)

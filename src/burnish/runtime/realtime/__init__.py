@@ -1,0 +1,1 @@
+"""Acting while the next chunk is being computed."""
