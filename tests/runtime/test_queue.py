@@ -33,13 +33,13 @@ class Filled(ActionQueue):
     def ask(self, predict=None):
         asked = super().ask(predict)
         rows = np.zeros((H, 2), np.float32)
-        rows[: len(asked.rows)] = asked.rows
+        rows[: len(asked.rows)] = asked.rows.reshape(-1, 2)
         return type(asked)(asked.step, rows, asked.delay)
 
 
 def drive(queue, events):
     """Ask, let `wait` moments pass, splice, execute `run` more; yields what was executed, row by row."""
-    name, done, idle = 0, [], 0
+    done, idle = [], 0
 
     def moment():
         nonlocal idle
@@ -49,7 +49,7 @@ def drive(queue, events):
         else:
             done.append(tuple(row))
 
-    for wait, run in events:
+    for name, (wait, run) in enumerate(events):
         asked = queue.ask()
         assert len(asked.rows) == queue.left <= H  # never filled up
         assert asked.delay <= len(asked.rows) and asked.step == queue.executed
@@ -60,7 +60,6 @@ def drive(queue, events):
         new[:n] = np.array(done, np.float32).reshape(-1, 2)[asked.step :][:n][:H]  # conditioned on what was done
         error = queue.splice(new, asked)
         assert error == 0 and queue.commit_error == 0
-        name += 1
         for _ in range(run):
             moment()
     return done, idle

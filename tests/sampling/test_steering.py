@@ -40,8 +40,12 @@ def test_white_data_run_straight_to_what_is_committed(deviation, steps):
     steering = Steering(old, D, schedule="hard", jacobian="vjp", clip=1e12, sigma=deviation)
     _, x = euler(deviation**2 * np.eye(H), steering, noise, steps)
     assert (x[:, :D] - old[:, :D]).abs().max() < 1e-9
-    wrong = Steering(old, D, schedule="hard", jacobian="identity", clip=10, sigma=deviation)
-    assert (euler(deviation**2 * np.eye(H), wrong, noise, steps)[1][:, :D] - old[:, :D]).abs().max() > 1e-3
+
+
+def test_the_identity_in_the_jacobians_place_misses_it():
+    noise, old = draw((3, H, 1)), draw((3, H, 1), 1)
+    _, x = euler(np.eye(H), Steering(old, D, schedule="hard", jacobian="identity", clip=10), noise, 10)
+    assert 1e-3 < (x[:, :D] - old[:, :D]).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 4.0])
@@ -104,11 +108,15 @@ def errors(cov, M, C):
 @pytest.mark.parametrize(
     ("options", "vjp", "expected"),
     [
-        (None, False, {10: (1.27, 0.55), 4: (1.21, 0.56)}),
-        ({"mode": "inpaint"}, False, {10: (0, 0.49), 4: (0, 0.47)}),
-        ({"schedule": "hard", "jacobian": "vjp"}, True, {10: (0.02, 0.30), 4: (0.41, 0.35)}),
-        ({"schedule": "hard", "jacobian": "identity", "clip": 10}, False, {10: (None, 0.19), 4: (None, 0.24)}),
-        ({"schedule": "exp", "jacobian": "identity", "clip": 10, "end": H - 4}, False, {10: (0.02, None)}),
+        (None, False, {10: (1.310, 0.572), 4: (1.203, 0.572)}),
+        ({"mode": "inpaint"}, False, {10: (0, 0.428), 4: (0, 0.442)}),
+        ({"schedule": "hard", "jacobian": "vjp"}, True, {10: (0.023, 0.287), 4: (0.419, 0.356)}),
+        ({"schedule": "hard", "jacobian": "identity", "clip": 10}, False, {10: (0.020, 0.195), 4: (0.107, 0.237)}),
+        (
+            {"schedule": "exp", "jacobian": "identity", "clip": 10, "end": H - 4},
+            False,
+            {10: (0.018, 0.450), 4: (0.121, 0.328)},
+        ),
     ],
 )
 def test_smooth_chunks_of_gaussian_data(options, vjp, expected):
@@ -135,7 +143,7 @@ def test_smooth_chunks_of_gaussian_data(options, vjp, expected):
         )
         found = errors(cov, M, C)
         for value, known in zip(found, (prefix, rest), strict=True):
-            assert known is None or value == pytest.approx(known, abs=0.025), (options, steps, found)
+            assert value == pytest.approx(known, abs=0.001), (options, steps, found)
 
 
 def test_lerobots_processor_is_the_identity_formula():

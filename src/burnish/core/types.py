@@ -31,15 +31,17 @@ class Draws:
         time: [B] flow time in (0, 1]; 1 is noise.
         masks: bool [B, L], action tokens that a token policy does not see in `loss`; None for other policies.
         learned: bool [B, L], those that count in its loss.
+        delay: long [B], steps of a chunk that a flow-matching policy is shown as they are; None for plain training.
     """
 
     noise: Tensor
     time: Tensor
     masks: Tensor | None = None
     learned: Tensor | None = None
+    delay: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Draws":
-        moved = (None if part is None else part.to(device) for part in (self.masks, self.learned))
+        moved = (None if part is None else part.to(device) for part in (self.masks, self.learned, self.delay))
         return Draws(self.noise.to(device), self.time.to(device), *moved)
 
 
@@ -93,6 +95,10 @@ class LanguageLoss:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Actions [B, T, A] in environment units; index 0 is to be executed first."""
+    """Actions [B, T, A] in environment units; index 0 is to be executed first.
+
+    `raw` are those of a flow-matching policy in the model's own space, [B, T, A_model], for a later `Steering`.
+    """
 
     actions: Tensor
+    raw: Tensor | None = None

@@ -31,6 +31,7 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
     "tokens": ("action tokens", "openvla or a burnish_discrete policy"),
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
     "runtime": ("model that the executor can run", "smolvla, pi0 or pi05"),
+    "steering": ("way to go on from an old chunk", "a flow-matching policy: smolvla, pi0 or pi05"),
     "prefix": ("way to continue actions that are committed", "a flow-matching policy, openvla or burnish_discrete"),
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
@@ -38,7 +39,8 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
 capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
 `watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
-`flow_parts`, `begin`, `finish`. prefix: `act(prefix=)`.
+`flow_parts`, `begin`, `finish`. steering: `act(steering=)`, `candidates`, `Chunk.raw`, `rtc_training_max_delay`.
+prefix: `act(prefix=)`.
 """
 
 
@@ -117,6 +119,8 @@ class Policy(nn.Module, ABC):
         action_dim: A.
         state_dim: dimensions of the state.
         num_layers: layers of the backbone.
+        rtc_training_max_delay: of a policy that supports "steering", the greatest delay that `loss` trains it to go on
+            from; 0 for plain training.
     """
 
     name: str = ""
@@ -132,6 +136,7 @@ class Policy(nn.Module, ABC):
     action_dim: int
     state_dim: int
     num_layers: int
+    rtc_training_max_delay: int = 0
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:
@@ -229,6 +234,14 @@ class Policy(nn.Module, ABC):
     def finish(self, sampled: Tensor, prefix: Tensor | None = None) -> Chunk:
         """Sampled [B, T, A_model] as `act` returns them."""
         raise lacks(self, "runtime", "finish")
+
+    def candidates(self, batch: Batch, noise: Tensor) -> Chunk:
+        """Chunks [B, K, T, A] from noise [B, K, ...]: as many calls of `act` as there are, for policies without a
+        cheaper way.
+        """
+        times = torch.ones(noise.shape[0])
+        chunks = [self.act(batch, Draws(noise[:, k], times)).actions for k in range(noise.shape[1])]
+        return Chunk(torch.stack(chunks, 1))
 
     def token_model(self) -> TokenModel:
         """The policy as decoders see it; batches are those of the verbs."""

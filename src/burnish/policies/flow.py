@@ -1,26 +1,37 @@
 """The four verbs over LeRobot's flow-matching policies; what differs between them is in smolvla.py and pi.py."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import read_object
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
+from burnish.policies.steered import conditioned, shared, steered
 from burnish.policies.vlm import VLMPolicy
+from burnish.sampling.steering import Guide, Steering
+
+RTC_FILE = "rtc.json"
+"""In the folder of a policy that was trained with delays, which LeRobot's config has no field for."""
 
 
 class FlowPolicy(VLMPolicy):
     """A LeRobot flow-matching policy with its processors."""
 
-    capabilities = VLMPolicy.capabilities | {"velocity", "prefix", "runtime"}
+    capabilities = VLMPolicy.capabilities | {"velocity", "prefix", "runtime", "steering"}
+    jacobian: Literal["vjp", "identity"] = "vjp"
+    """Of steering that leaves it open; "identity" where no row of a chunk sees a later one."""
 
     # What a family of policies has to say.
 
@@ -76,7 +87,9 @@ class FlowPolicy(VLMPolicy):
         """Flow-matching loss: squared error of the velocity on valid steps and real action dimensions.
 
         `total` is the mean over all valid entries of the batch, `per_sample` [B] the mean over those of one sample.
-        Steps with `action_is_pad` count nothing, for pi0 and pi05 too (LeRobot counts them there).
+        Steps with `action_is_pad` count nothing, for pi0 and pi05 too (LeRobot counts them there); nor do the first
+        `draws.delay` ones, which the network sees as they are, at time 0 (training-time action conditioning, Black et
+        al., 2512.05964), so that it learns to go on from them.
         """
         errors, valid = self._errors(batch, batch[ACTION], draws)
         summed, counted = errors.sum(dim=(1, 2)), valid.sum(dim=1) * self.action_dim
@@ -132,18 +145,61 @@ class FlowPolicy(VLMPolicy):
         return self._pad(self.model_actions(self._prepare(batch, actions)[ACTION]))
 
     @torch.no_grad()
-    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
+            steering: Steering | None = None) -> Chunk:  # fmt: skip
         """Sample a chunk [B, T, A] on the CPU, in environment units.
 
         With `prefix` [B, P, A] the first P rows follow the straight line from their noise to the committed actions
-        through all Euler steps (inpainting), so the rest is denoised beside them; they come back unchanged.
+        through all Euler steps (inpainting), so the rest is denoised beside them; they come back unchanged. The rest
+        hardly heeds them, because it has moved before they are clean: to go on from an old chunk, give `steering`,
+        whose rows are `Chunk.raw` of that chunk from the present step on.
         The caller chooses train or eval mode.
+
+        Raises:
+            BurnishError: both of the two; or a "trained" steering by more delay than the policy was trained for.
         """
+        if prefix is not None and steering is not None:
+            raise BurnishError("act with prefix and steering", "one of the two")
         inputs, committed = self.begin(batch, prefix)
         noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
-        with _committed(self.policy.model, noise, committed):
-            actions = self.policy.model.sample_actions(*inputs, noise=noise)
-        return self.finish(actions, prefix)
+        guide = None if steering is None else self.guide(steering, noise)
+        following = _committed(self.policy.model, noise, committed) if guide is None else steered(
+            self.policy.model, guide)  # fmt: skip
+        with following:
+            sampled = self.policy.model.sample_actions(*inputs, noise=noise)
+        return self.finish(sampled if guide is None else guide.finish(sampled), prefix)
+
+    def guide(self, steering: Steering, noise: Tensor, steps: int = 0) -> Guide:
+        """`steering` for this policy and noise [B, T, A_model]; `steps` are those of its config.
+
+        Raises:
+            BurnishError: rows that are no longer what they say (relative actions), or more delay than was trained.
+        """
+        if self.config.__dict__.get("use_relative_actions"):
+            raise BurnishError("steering of a policy with actions relative to the state, which has moved since",
+                               "absolute actions, or deltas from step to step")  # fmt: skip
+        asked, trained = int(steering.rows[0].max()), self.rtc_training_max_delay
+        if steering.mode == "trained" and asked > trained:
+            raise BurnishError(f"a delay of {asked} steps for a policy that was trained for {trained}",
+                               "at most that", "mode 'guided', which needs no training")  # fmt: skip
+        if steering.jacobian == "auto":
+            steering = replace(steering, jacobian=self.jacobian)
+        return Guide(steering, noise, steps or self.flow_steps, self.action_dim)
+
+    @property
+    def flow_steps(self) -> int:
+        """Euler steps of its config."""
+        settings = self.config.__dict__
+        return int(settings["num_steps"] if "num_steps" in settings else settings["num_inference_steps"])
+
+    @torch.no_grad()
+    def candidates(self, batch: Batch, noise: Tensor) -> Chunk:
+        """Chunks [B, K, T, A] of one observation each from noise [B, K, T, A_model]; it is encoded once."""
+        inputs, _ = self.begin(batch)
+        with shared(self.policy.model, noise.shape[1]):
+            sampled = self.policy.model.sample_actions(*inputs, noise=noise.to(self.device).flatten(0, 1))
+        chunk = self.finish(sampled)
+        return Chunk(chunk.actions.unflatten(0, noise.shape[:2]), sampled.unflatten(0, noise.shape[:2]))
 
     def begin(self, batch: Batch, prefix: Tensor | None = None) -> tuple[list[Any], Tensor | None]:
         """What comes before sampling: the inputs of `sample_actions`, and `prefix` [B, P, A] as `velocity` takes
@@ -159,18 +215,37 @@ class FlowPolicy(VLMPolicy):
         actions = self.postprocessor(self.policy_actions(sampled[:, :, : self.action_dim]))
         if prefix is not None:
             actions[:, : prefix.shape[1]] = prefix.to(actions)
-        return Chunk(actions)
+        return Chunk(actions, sampled)
 
     def flow_parts(self) -> FlowParts:
         return flow_parts(self.policy)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
-        """Standard normal noise [B, T, max_action_dim] and Beta-distributed times [B], as LeRobot trains with."""
+        """Standard normal noise [B, T, max_action_dim] and Beta-distributed times [B], as LeRobot trains with.
+
+        In training mode, where `rtc_training_max_delay` is set, also delays from 0 to it, all equally likely.
+        """
         alpha, beta, scale, offset = self.time_shape()
         shape = (batch_size, self.chunk_size, self.config.max_action_dim)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         uniform = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
-        return Draws(noise, (_beta_quantile(uniform, alpha, beta) * scale + offset).to(noise))
+        delay, most = None, self.rtc_training_max_delay
+        if most and self.training:
+            delay = torch.randint(most + 1, (batch_size,), generator=generator, device=generator.device)
+        return Draws(noise, (_beta_quantile(uniform, alpha, beta) * scale + offset).to(noise), delay=delay)
+
+    def write_extras(self, folder: Path, home: Path) -> None:
+        super().write_extras(folder, home)
+        if self.rtc_training_max_delay:
+            (folder / RTC_FILE).write_text(json.dumps({"rtc_training_max_delay": self.rtc_training_max_delay}))
+
+    def read_extras(self, folder: Path) -> None:
+        if (folder / RTC_FILE).exists():
+            found = read_object(folder / RTC_FILE, folder).get("rtc_training_max_delay")
+            if type(found) is not int or not 0 <= found < self.chunk_size:
+                raise BurnishError(f"{folder / RTC_FILE}: rtc_training_max_delay is {str(found)[:40]!r}",
+                                   f"a whole number from 0 to {self.chunk_size - 1}")  # fmt: skip
+            self.rtc_training_max_delay = found
 
     # Inside.
 
@@ -187,11 +262,16 @@ class FlowPolicy(VLMPolicy):
         prepared, inputs = self._inputs(batch, actions)
         draws = (draws or self.draw(len(actions), self.generator)).to(self.device)
         target = self._pad(self.model_actions(prepared[ACTION]))
-        errors = self.policy.model.forward(*inputs, target, draws.noise, draws.time)[:, :, : self.action_dim]
-        if PAD not in batch:
-            return errors, errors.new_ones(errors.shape[:2], dtype=torch.bool)
-        valid = ~batch[PAD].to(self.device).bool()
-        return errors * valid[:, :, None], valid
+        valid = torch.ones(target.shape[:2], dtype=torch.bool, device=self.device)
+        if PAD in batch:
+            valid = ~batch[PAD].to(self.device).bool()
+        with ExitStack() as inside:
+            if draws.delay is not None:
+                done = torch.arange(self.chunk_size, device=self.device) < draws.delay[:, None]
+                inside.enter_context(conditioned(self.policy.model, target, done))
+                valid = valid & ~done
+            errors = self.policy.model.forward(*inputs, target, draws.noise, draws.time)[:, :, : self.action_dim]
+        return errors if PAD not in batch and draws.delay is None else errors * valid[:, :, None], valid
 
     def _check_chunk(self, actions: Tensor) -> None:
         if actions.ndim < 3 or actions.shape[-2] != self.chunk_size:

@@ -65,7 +65,9 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
     policy = kind.build(config, 0, folder)
     renamed = kind.rename_tensors(policy, state)
     tensors.load_tensors(policy, renamed, str(folder / WEIGHTS), new_data=features is not None)
-    return kind.open(policy.to(device).eval(), *processors, folder, dataset_stats)
+    opened = kind.open(policy.to(device).eval(), *processors, folder, dataset_stats)
+    opened.read_extras(folder)
+    return opened
 
 
 def kind_of(name: Any, where: str = "") -> type[PolicyWrapper]:

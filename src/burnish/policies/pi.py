@@ -95,6 +95,7 @@ class PaliGemmaParts(VLMPolicy):
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """The tokenizer's files; LeRobot itself only knows a hub name for it."""
+        super().write_extras(folder, home)
         self.tokenizer.save_pretrained(folder / self.tokenizer_folder)
         folders.point_at(folder, str(home / self.tokenizer_folder))
         if self.sizes is not None:

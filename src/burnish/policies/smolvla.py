@@ -27,6 +27,7 @@ class SmolVLA(FlowPolicy):
 
     tokenizer_folder = VLM_FOLDER
     state_positions = 1
+    jacobian = "identity"  # rows of a chunk attend causally
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
@@ -142,6 +143,7 @@ class SmolVLA(FlowPolicy):
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (its weights are in model.safetensors)."""
+        super().write_extras(folder, home)
         inner = self.policy.model.vlm_with_expert
         inner.config.save_pretrained(folder / VLM_FOLDER)
         inner.processor.save_pretrained(folder / VLM_FOLDER)

@@ -6,12 +6,13 @@ steered velocity is a wrapper of the first, and rows at a flow time of their own
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from burnish.sampling.steering import Guide, Steering
+from burnish.sampling.steering import Guide
 
 
 @contextmanager
@@ -50,23 +51,20 @@ def conditioned(model: nn.Module, clean: Tensor, rows: Tensor) -> Iterator[None]
         *masks, condition = others
         return found, *masks, torch.where(chosen, known_others[2][:, None], condition[:, None])
 
-    with ExitStack() as inside:
-        inside.enter_context(_replaced(model, "embed_suffix", suffix))
-        for norm in model.modules():
-            if type(norm).__name__ == "PiGemmaRMSNorm" and norm.dense is not None:
-                inside.enter_context(_replaced(norm, "forward", _by_row(norm)))
+    for norm in model.modules():
+        if type(norm).__name__ == "PiGemmaRMSNorm" and norm.dense is not None:
+            norm.forward = MethodType(_by_row, norm)  # stays: a checkpointed layer is run again after the loss
+    with _replaced(model, "embed_suffix", suffix):
         yield
 
 
-def _by_row(norm: Any) -> Any:
-    """The adaptive norm's forward for a condition [B, T, D] of each row, where LeRobot's takes one of each sample."""
-
-    def forward(x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        scale, shift, gate = norm.dense(cond).chunk(3, dim=-1)
-        normed = norm._norm(x) * (1 + scale.float()) + shift.float()
-        return normed.to(x.dtype), gate.to(x.dtype)
-
-    return forward
+def _by_row(norm: Any, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """pi05's adaptive norm, for a condition [B, T, D] of each row too, where LeRobot's takes one of each sample."""
+    if cond is None or cond.ndim == 2:
+        return type(norm).forward(norm, x, cond)
+    scale, shift, gate = norm.dense(cond).chunk(3, dim=-1)
+    normed = norm._norm(x) * (1 + scale.float()) + shift.float()
+    return normed.to(x.dtype), gate.to(x.dtype)
 
 
 @contextmanager
@@ -105,10 +103,3 @@ def _replaced(owner: nn.Module, name: str, call: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-def decided(steering: Steering, jacobian: str) -> Steering:
-    """`steering` with the policy's own jacobian where it says "auto"."""
-    from dataclasses import replace
-
-    return steering if steering.jacobian != "auto" else replace(steering, jacobian=jacobian)

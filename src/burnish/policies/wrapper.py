@@ -154,6 +154,9 @@ class PolicyWrapper(Policy):
     def write_extras(self, folder: Path, home: Path) -> None:
         """Write the files beside config, weights and processors that make the folder self-contained."""
 
+    def read_extras(self, folder: Path) -> None:
+        """Take from those files what the policy remembers of its training."""
+
     # What burnish asks of every policy.
 
     def normalization(self, kind: str) -> str:

@@ -116,7 +116,7 @@ class Guide:
         steering: with a jacobian that is decided.
         noise: [B, T, A_model] where the integration starts.
         steps: of the integration.
-        width: dimensions that are real; those behind it are padding and never pulled.
+        width: dimensions that are real; those behind it are padding, never pulled, and 0 in committed rows as in data.
 
     `field` sees points of the shape of `noise`. With "vjp" the pull is J^T W (Y - x0), J the Jacobian of x0, which
     needs a pass backwards; with "identity" it is W (Y - x0), for networks whose rows see no later row: there J^T cannot
@@ -138,9 +138,9 @@ class Guide:
         self.sigma = sigma.to(noise) if isinstance(sigma, Tensor) else sigma
         delay, end = (rows.to(noise.device) for rows in steering.rows)
         self.weight = weights(delay, end, T, steering.schedule).to(noise.dtype)[..., None].repeat(1, 1, noise.shape[2])
+        self.target = F.pad(steering.previous.to(noise), (0, 0, 0, T - count)).clone()
         if width is not None:
-            self.weight[..., width:] = 0
-        self.target = F.pad(steering.previous.to(noise), (0, 0, 0, T - count))
+            self.weight[..., width:] = self.target[..., width:] = 0
         self.pulls = self.weight > 0
         self.committed = (torch.arange(T, device=noise.device) < delay[:, None])[..., None]
 

@@ -26,6 +26,7 @@ from burnish.methods import objective as seat
 from burnish.methods import products
 from burnish.methods.gradients import stream_gradients
 from burnish.methods.objective import Objective
+from burnish.policies.base import require
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
 from burnish.train.optim import Average, adamw, add_adapters, add_parameters, choose_trained
@@ -107,6 +108,12 @@ class Run(seat.Run):
     def _prepare_policy(self) -> None:
         """Master weights in float32, adapters, and which parameters are trained."""
         recipe, policy = self.recipe, self.policy
+        policy.rtc_training_max_delay = most = recipe.train.rtc_training_max_delay
+        if most:
+            require(policy, "steering", "train.rtc_training_max_delay")
+        if most >= policy.chunk_size:
+            raise BurnishError(f"train.rtc_training_max_delay {most} with chunks of {policy.chunk_size} steps",
+                               "a number below that")  # fmt: skip
         policy.float()  # precision below that is autocast's
         add_adapters(policy, recipe.train.peft, recipe.train.seed, policy.whole_parts)
         choose_trained(policy, recipe.train.freeze, recipe.train.train_only)
