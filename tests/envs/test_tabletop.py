@@ -7,6 +7,7 @@ from burnish.core.errors import BurnishError
 from burnish.envs.base import InstructionSwap, RandomObject, expand, make_env
 from burnish.envs.tabletop import FAMILIES
 from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS
+from burnish.envs.tabletop_variants import SLIDE
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,30 @@ def test_what_a_suffix_shows_depends_on_the_initial_state_alone(looks):
     looks["camera"].reset(3)
     looks["camera+light"].reset(3)
     np.testing.assert_array_equal(looks["camera"].model.cam_pos, looks["camera+light"].model.cam_pos)
+
+
+def test_the_object_in_question_slides_at_one_speed(envs):
+    moving, plain = make_env("tabletop:reach+moving", 96), envs["reach"]
+    still = np.array([0, 0, 0, -1.0])
+    for state in range(4):
+        for env in (moving, plain):
+            env.reset(state)
+        assert moving.ground_truth()["objects"] == plain.ground_truth()["objects"]
+        assert (
+            moving.instruction == plain.instruction
+            and moving.observe().state.tolist() == plain.observe().state.tolist()
+        )
+        places = [moving.object_position(moving.source).copy()]
+        for _ in range(8):
+            moving.step(still)
+            places.append(moving.object_position(moving.source).copy())
+        steps = np.diff(np.array(places), axis=0)[:, :2]
+        np.testing.assert_allclose(np.linalg.norm(steps, axis=1), SLIDE, rtol=0.35)  # it may meet another object
+        assert np.linalg.norm(places[4][:2]) < np.linalg.norm(places[0][:2]) or np.linalg.norm(places[0][:2]) < 0.03
+    moving.close()
+    assert expand("tabletop:+moving") == [f"tabletop:{f}+moving" for f in ("reach", "lift", "put_on", "stack")]
+    with pytest.raises(BurnishError, match="solve the task by itself"):
+        expand("tabletop:push+moving")
 
 
 def test_suffix_ids():

@@ -12,6 +12,8 @@ def evaluate(
     workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Annotated[list[str], Arg(several=True)] = (), n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
+    delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
+    jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0,
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -35,15 +37,22 @@ def evaluate(
         video: film no episode
         engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
         num_gpus: GPUs of the Ray cluster for each simulator; default: none
+        delay: control steps between an observation and the chunk for it; n-action-steps then are those to a replan
+        async_mode: what is done meanwhile: sync (stand still), naive, ensemble, bid, inpaint, guided, trained, tokens
+        jacobian: of guided: vjp or identity; auto: the policy's
+        schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
+        clip: greatest pull; 0 means the number of flow steps
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
         burnish eval small tabletop:lift --output runs/lift/eval/base
         burnish eval runs/lift/policy tabletop:lift --instruction-swap --output runs/lift/eval/swap
+        burnish eval small tabletop:reach --n-action-steps 4 --delay 2 --async guided --output runs/reach/guided2
         burnish eval random_object tabletop:lift --output runs/lift/eval/chance
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
         burnish eval small libero:spatial --engine ray:10.0.0.1:6379 --batch-size 64 --output runs/spatial
     """
+    from burnish.core.config import DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers,
@@ -51,7 +60,7 @@ def evaluate(
               "num_gpus": num_gpus}  # fmt: skip
     if policy in ("expert", "random_object"):
         flags = {"--batch-size": batch_size, "--cameras": cameras, "--n-action-steps": n_action_steps,
-                 "--device": device, "--instruction-swap": instruction_swap}  # fmt: skip
+                 "--device": device, "--instruction-swap": instruction_swap, "--delay": delay}  # fmt: skip
         given = [flag for flag, value in flags.items() if value]
         if given:
             raise BurnishError(f"{given[0]} with {policy}, which is no policy", "a policy folder, or no such flag")
@@ -59,5 +68,6 @@ def evaluate(
         found = evaluate_expert(env, which=policy, **size, **trials)
     else:
         found = evaluate(policy, env, batch_size=batch_size, image_size=image_size, cameras=cameras or None, **trials,
-                         n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap)  # fmt: skip
+                         n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap,
+                         delay=DelayConfig(delay, async_mode, jacobian, schedule, clip))  # fmt: skip
     print(f"{found}\nwritten to {output}")

@@ -117,9 +117,32 @@ class TrainConfig:
     )
     retention_every: int = option(0, "steps between answers to questions; 0 only before and after", least=0)
     max_minutes: float = option(0.0, "stop after so many minutes even if steps are left; 0 means no limit", least=0)
+    rtc_training_max_delay: int = option(
+        0, "flow-matching policies: learn to go on from up to so many steps that are executed meanwhile", least=0
+    )
     self_check: bool = option(True, "look for unequal processes, clipped actions and an implausible loss at the start")
     trackers: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio")
     peft: PeftConfig = field(default_factory=PeftConfig)
+
+
+@dataclass
+class DelayConfig:
+    """A policy that answers late, and what is done about it (see `burnish.evaluate.delay`)."""
+
+    steps: int = option(0, "control steps between an observation and the chunk for it", least=0, most=1000)
+    mode: str = option(
+        "sync", "what is done meanwhile: sync (stand still), or go on with the old chunk, then with a new one that is "
+        "naive, ensemble (their mean), bid (nearest of 8), inpaint, guided, trained or tokens (made to go on from it)",
+        choices=("sync", "naive", "ensemble", "bid", "inpaint", "guided", "trained", "tokens"),
+    )  # fmt: skip
+    jacobian: str = option("auto", "of guided: vjp, identity; auto: the policy's", choices=("auto", "vjp", "identity"))
+    schedule: str = option("exp", "how the pull falls: exp, linear, or hard", choices=("exp", "linear", "hard"))
+    clip: float = option(0.0, "greatest pull; 0 means the policy's number of flow steps", least=0, most=1e6)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is no delay at all."""
+        return self.mode == "sync" and not self.steps
 
 
 @dataclass
@@ -137,6 +160,7 @@ class EvalConfig:
     base: bool = option(True, "also evaluate the policy that training started from, on the same initial states")
     cameras: list[str] = option([], "the environment's cameras in the policy's order; empty means the same names")
     device: str = option("", "torch device of the policy; empty means a GPU where there is one")
+    delay: DelayConfig = field(default_factory=DelayConfig)
 
 
 @dataclass

@@ -41,6 +41,8 @@ class EnvSpec:
         fps: control steps per second.
         max_steps: episode limit in control steps.
         num_initial_states: how many fixed initial states there are; None when every integer is one.
+        relative: for each action dimension whether 0 means no motion; in the others a robot that stands still repeats
+            its last command, and at the start of an episode their lower limit (an open gripper). Empty: unknown.
     """
 
     task_id: str
@@ -52,6 +54,7 @@ class EnvSpec:
     fps: int
     max_steps: int
     num_initial_states: int | None = None
+    relative: tuple[bool, ...] = ()
 
 
 @dataclass

@@ -155,7 +155,7 @@ class Libero:
             task_id=f"libero:{suite}/{index}" + ("" if fast_rendering else EXACT), cameras=tuple(CAMERAS),
             state_names=STATE_NAMES, action_names=ACTION_NAMES, action_low=np.full(7, -1.0, np.float32),
             action_high=np.full(7, 1.0, np.float32), fps=FPS, max_steps=MAX_STEPS.get(base_suite, 400),
-            num_initial_states=len(self._init_states),
+            num_initial_states=len(self._init_states), relative=(True,) * 6 + (False,),
         )  # fmt: skip
         sentence = task.language
         if suite.endswith(("_lan", "_task")):  # the sentence is in the problem file; its name is the old one

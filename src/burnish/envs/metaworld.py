@@ -82,6 +82,7 @@ class MetaWorld:
             task_id=f"metaworld:{name}", cameras=tuple(CAMERAS), state_names=("x", "y", "z", "opening"),
             action_names=("dx", "dy", "dz", "grip"), action_low=np.full(4, -1.0, np.float32),
             action_high=np.full(4, 1.0, np.float32), fps=FPS, max_steps=MAX_STEPS,
+            relative=(True, True, True, False),
         )  # fmt: skip
 
     def _object_bodies(self) -> dict[str, int]:

@@ -4,7 +4,8 @@ Families, from easy to hard: reach, push, lift, put_on, stack. Actions are [dx, 
 units of 4 cm per control step at 10 Hz, and grip > 0 to close. The state is hand position (3) and finger opening.
 
 A suffix changes how the scene looks and nothing else: tabletop:lift+camera, +light, +texture, or several
-(see tabletop_variants). Initial states are those without the suffix.
+(see tabletop_variants). With +moving the object in question slides over the table until it is lifted. Initial states
+are those without the suffix.
 """
 
 from collections.abc import Sequence
@@ -32,12 +33,16 @@ LIFT_HEIGHT = 0.07
 
 
 def tasks(selector: str) -> list[str]:
-    """All five families for an empty selector, otherwise those named, separated by commas; a suffix holds for all."""
+    """All five families (but push where objects move) for an empty selector, otherwise those named, separated by
+    commas; a suffix holds for all.
+    """
     named, looks = variants.split(selector)
-    names = named.split(",") if named else list(FAMILIES)
+    names = named.split(",") if named else [f for f in FAMILIES if f != "push" or variants.MOVING not in looks]
     for name in names:
         if name not in FAMILIES:
             raise BurnishError(f"unknown tabletop family '{name}'", f"one of {', '.join(FAMILIES)}")
+        if name == "push" and variants.MOVING in looks:
+            raise BurnishError("tabletop:push+moving, where an object could solve the task by itself", "another family")
     return ["+".join([name, *looks]) for name in names]
 
 
@@ -58,7 +63,9 @@ class Tabletop:
         self.image_size: Size = image_size
         xml = scene.model_xml()
         self.model = mujoco.MjModel.from_xml_string(variants.add_textures(xml) if "texture" in looks else xml)
-        self._looks = variants.Looks(self.model, looks) if looks else None
+        shown = tuple(look for look in looks if look != variants.MOVING)
+        self._looks = variants.Looks(self.model, shown) if shown else None
+        self._slides = variants.MOVING in looks
         self.data = mujoco.MjData(self.model)
         make_room(self.model, image_size)
         self._renderers: dict[tuple[int, int], Any] = {}
@@ -75,6 +82,7 @@ class Tabletop:
             action_high=np.full(4, 1.0, np.float32),
             fps=10,
             max_steps=MAX_STEPS[family],
+            relative=(True, True, True, False),
         )
 
     def reset(self, initial_state: int) -> None:
@@ -184,9 +192,19 @@ class Tabletop:
         self.data.ctrl[:] = 0.0 if action[3] > 0 else scene.FINGER_RANGE
         for k in range(SUBSTEPS):
             self.data.mocap_pos[0] = start + (goal - start) * (k + 1) / SUBSTEPS
+            if self._slides:
+                self._slide()
             self._mujoco.mj_step(self.model, self.data)
         self._note_reached()
         return self._solved(self.source)
+
+    def _slide(self) -> None:
+        """The object in question goes on through the middle of the table, at one speed, while it lies on it."""
+        place, at = self.object_position(self.source), self._object_qpos[self.source]
+        way = -self._start[self.source][:2]
+        lies = place[2] < self._start[self.source][2] + 0.005
+        if lies and np.abs(place[:2]).max() < scene.TABLE_REACH and (length := np.linalg.norm(way)):
+            self.data.qpos[at : at + 2] += way * (variants.SLIDE / SUBSTEPS / length)
 
     def hand_position(self) -> np.ndarray:
         """[3] point between the fingertips."""

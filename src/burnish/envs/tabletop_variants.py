@@ -9,6 +9,10 @@ import numpy as np
 from burnish.core.errors import BurnishError
 
 VARIANTS = ("camera", "light", "texture")
+MOVING = "moving"
+"""The one suffix that changes more than looks: see Tabletop._slide."""
+SLIDE = 0.006
+"""Metres that the object slides in a control step."""
 CAMERA_SHIFT = 0.03
 """Standing cameras move by up to this many metres along each axis."""
 CAMERA_TURN = 3.0
@@ -28,8 +32,8 @@ def split(selector: str) -> tuple[str, tuple[str, ...]]:
     """("lift", ("camera",)) of "lift+camera"; raises BurnishError on an unknown suffix."""
     named, *looks = selector.split("+")
     for look in looks:
-        if look not in VARIANTS:
-            raise BurnishError(f"unknown tabletop variant '+{look}'", ", ".join(f"+{v}" for v in VARIANTS))
+        if look not in (*VARIANTS, MOVING):
+            raise BurnishError(f"unknown tabletop variant '+{look}'", ", ".join(f"+{v}" for v in (*VARIANTS, MOVING)))
     return named, tuple(sorted(set(looks)))
 
 

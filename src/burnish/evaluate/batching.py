@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
-from burnish.core.types import Batch, Draws
+from burnish.core.types import Batch, Chunk, Draws
 from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
 
@@ -25,6 +26,7 @@ class Request:
     task: str
     initial_state: int
     replan: int
+    rest: Any = None  # of a late policy: evaluate.delay.Plan
 
 
 class BatchedPolicy:
@@ -55,22 +57,30 @@ class BatchedPolicy:
 
     def act(self, requests: Sequence[Request]) -> tuple[np.ndarray, float]:
         """Actions [n, n_action_steps, A] for n <= width requests, and the milliseconds that the call took."""
+        chunk, elapsed = self.timed(requests)
+        return chunk.actions[: len(requests), : self.n_action_steps].float().cpu().numpy(), elapsed
+
+    def sample(self, rows: Sequence[Request], batch: Batch, draws: Draws) -> Chunk:
+        """The policy's chunks for a whole batch of rows."""
+        return self.policy.act(batch, draws)
+
+    def timed(self, requests: Sequence[Request]) -> tuple[Chunk, float]:
+        """Chunks of all rows, those of the requests first, and the milliseconds that the call took."""
         rows = [*requests, *[requests[-1]] * (self.width + 1 - len(requests))]
         batch = self._batch([row.observation for row in rows])
         batch["task"][-1] = RULER
         draws = self._draws(rows)
         if not self._warm:  # the first call allocates and compiles; it would distort the latency
-            self.policy.act(batch, draws)
+            self.sample(rows, batch, draws)
             self._warm = True
         self._synchronise()
         start = time.perf_counter()
-        actions = self.policy.act(batch, draws).actions
+        chunk = self.sample(rows, batch, draws)
         self._synchronise()
         elapsed = 1000 * (time.perf_counter() - start)
-        actions = actions[: len(requests), : self.n_action_steps].float().cpu().numpy()
-        if not np.isfinite(actions).all():
+        if not torch.isfinite(chunk.actions[: len(requests)]).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
-        return actions, elapsed
+        return chunk, elapsed
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -47,6 +47,13 @@ class Evaluation:
         """Percentiles of the policy call over all replans, in milliseconds."""
         return percentiles([ms for r in self.records for ms in r.latency_ms])
 
+    @property
+    def motion(self) -> dict[str, float]:
+        """Of a policy under delay: means over episodes of `evaluate.delay.motion`, of `commit_error` the greatest."""
+        moved = [r.motion for r in self.records if r.motion]
+        values = {name: [one[name] for one in moved if name in one] for name in {n for one in moved for n in one}}
+        return {n: max(v) if n == "commit_error" else sum(v) / len(v) for n, v in sorted(values.items())}
+
     def to_dict(self) -> dict[str, Any]:
         videos = [
             {"task": r.task, "initial_state": r.initial_state, "success": r.success, "video": name}
@@ -60,7 +67,7 @@ class Evaluation:
             "mean_steps": sum(r.steps for r in self.records) / len(self.records), "latency_ms": self.latency_ms,
             "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
             "seconds": self.seconds, "new_episodes": self.new_episodes,
-            "left_out": self.left_out,
+            "left_out": self.left_out, **({"motion": self.motion} if self.motion else {}),
         }  # fmt: skip
 
     def __str__(self) -> str:

@@ -42,6 +42,7 @@ class Record:
         commit: git commit of burnish ("" outside a checkout).
         variant: "plain" or "instruction_swap".
         other_success: under an instruction swap, whether the newly named object's task was solved.
+        motion: of a policy under delay: how smoothly it moved, see `evaluate.delay.motion`.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Record:
     commit: str = ""
     variant: str = "plain"
     other_success: bool | None = None
+    motion: dict[str, float] | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -62,7 +64,10 @@ class Record:
         return self.task, self.initial_state
 
     def to_line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        row = asdict(self)
+        if self.motion is None:
+            del row["motion"]
+        return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 _STATES = ("initial_state", "trial", "seed")
@@ -103,9 +108,12 @@ def parse_row(row: dict[str, Any], where: str) -> Record:
     initial_state, seed = _integer(row, state, where), _integer(row, "seed", where)
     texts = {key: row[key] for key in ("instruction", "weights", "commit") if isinstance(row.get(key), str)}
     other = _flag(row["other_success"], f"{where}: other_success") if "other_success" in row else None
+    moved = row.get("motion")
+    if moved is not None and not (isinstance(moved, dict) and all(map(number, moved.values()))):
+        raise BurnishError(f"{where}: motion is {_short(moved)}", "numbers by name")
     return Record(
         task=str(task), initial_state=initial_state, seed=0 if state == "seed" else seed, success=success, steps=steps,
-        latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, **texts,
+        latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, motion=moved, **texts,
     )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.core.cluster import choose_engine
-from burnish.core.config import EvalConfig
+from burnish.core.config import DelayConfig, EvalConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.options import check
@@ -45,7 +45,7 @@ def evaluate(
     seed: int = 0, workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
-    progress: bool = True, make: MakeEnv = make_env,
+    progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -76,14 +76,17 @@ def evaluate(
         num_gpus: GPUs for each simulator on Ray.
         progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
+        delay: let the policy answer late; None means that simulators wait for it.
 
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
     """
     from burnish.evaluate.batching import BatchedPolicy, match_cameras, view_sizes
+    from burnish.evaluate.delay import DelayedPolicy
 
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
-                        batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()))  # fmt: skip
+                        batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
+                        delay=delay or DelayConfig())  # fmt: skip
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
@@ -96,7 +99,8 @@ def evaluate(
             expected = f"{len(spec.action_names)} for {spec.task_id}"
             raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
         steps = policy.n_action_steps if n_action_steps is None else n_action_steps
-        return BatchedPolicy(policy, match_cameras(policy, spec, cameras), seed, (job.batch_size + 1) // 2, steps)
+        given = policy, match_cameras(policy, spec, cameras), seed, (job.batch_size + 1) // 2, steps
+        return BatchedPolicy(*given) if trials.delay.plain else DelayedPolicy(*given, delay=trials.delay, spec=spec)
 
     return job.run(Path(output), weights, prepare)
 
@@ -201,6 +205,7 @@ class _Job:
             "first_state": trials.first_state, "max_steps": trials.max_steps, "image_size": self.image_size,
             "cameras": list(cameras), "n_action_steps": n_action_steps,
             "batch_size": self.batch_size if self.actor == "policy" else 0,
+            **({} if trials.delay.plain else {"delay": asdict(trials.delay)}),
         }  # fmt: skip
 
     def missing(
@@ -225,9 +230,14 @@ class _Job:
     def fill(
         self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int
     ) -> None:
+        from burnish.evaluate.delay import Ahead, DelayedMeasurement
         from burnish.evaluate.scheduler import Measurement, Planned
 
         stamp = {name: journal.settings[name] for name in ("seed", "weights", "variant")} | {"commit": commit()}
         shown = {"desc": self.trials.env, "unit": "ep", "shown": self.progress}
         with progress_bar(total=total, initial=total - len(todo), **shown) as bar:
-            Measurement(pool, policy, self.batch_size, journal, stamp).run(map(Planned, todo), bar)
+            given = pool, policy, self.batch_size, journal, stamp
+            if self.trials.delay.plain:
+                Measurement(*given).run(map(Planned, todo), bar)
+            else:
+                DelayedMeasurement(*given).run(map(Ahead, todo), bar)

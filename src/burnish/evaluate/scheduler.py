@@ -1,7 +1,7 @@
 """Keeps every slot of a simulator pool busy and the policy's batches full."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +74,15 @@ class Scheduler[T]:
         run = self.running[slot] = self.again(self.running[slot])
         self.pool.start(slot, self.episode(run))
 
+    def ask(self, asked: list[Request]) -> tuple[Sequence[Any], float]:
+        """The policy's answers, and the milliseconds that they took."""
+        return self.policy.act(asked)
+
     def _replan(self, policy: BatchedPolicy) -> None:
         waiting = [self.waiting.popleft() for _ in range(min(policy.width, len(self.waiting)))]
         runs = [self.running[one.slot] for one in waiting]
         asked = [self.request(run, one.observation) for one, run in zip(waiting, runs, strict=True)]
-        actions, milliseconds = policy.act(asked)
+        actions, milliseconds = self.ask(asked)
         for one, run, chunk in zip(waiting, runs, actions, strict=True):
             self.pool.act(one.slot, self.planned(run, chunk, milliseconds))
 
@@ -111,11 +115,15 @@ class Measurement(Scheduler[Planned]):
         run.latency_ms.append(round(milliseconds, 3))
         return chunk
 
+    def extras(self, run: Planned, reply: Finished) -> dict[str, Any]:
+        """Further fields of its record."""
+        return {}
+
     def finished(self, run: Planned, reply: Finished, progress: Any) -> None:
         self.journal.append(Record(
             task=run.episode.task, initial_state=run.episode.initial_state, success=reply.success, steps=reply.steps,
             latency_ms=tuple(run.latency_ms), instruction=reply.instruction, other_success=reply.other_success,
-            **self.stamp,
+            **self.stamp, **self.extras(run, reply),
         ))  # fmt: skip
         records = self.journal.records
         progress.set_postfix_str(f"success {sum(r.success for r in records)}/{len(records)}", refresh=False)
