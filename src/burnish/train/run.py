@@ -111,7 +111,7 @@ class Run(seat.Run):
         policy.rtc_training_max_delay = most = recipe.train.rtc_training_max_delay
         if most:
             require(policy, "steering", "train.rtc_training_max_delay")
-        if most >= policy.chunk_size:
+        if most and most >= policy.chunk_size:
             raise BurnishError(f"train.rtc_training_max_delay {most} with chunks of {policy.chunk_size} steps",
                                "a number below that")  # fmt: skip
         policy.float()  # precision below that is autocast's

@@ -1,0 +1,33 @@
+"""Training with delays through a recipe: what is written, and who refuses it."""
+
+import fake
+import pytest
+
+from burnish.core.errors import BurnishError
+from burnish.policies import load_policy
+from burnish.train.loop import train
+
+
+def test_trained_folder_remembers_its_delay(dataset, tiny_smolvla, tmp_path):
+    recipe = fake.recipe(dataset, tmp_path / "run", f"--policy.path={tiny_smolvla}", "--policy.type=smolvla",
+                         "--train.steps=1", "--train.rtc_training_max_delay=3")  # fmt: skip
+    found = train(recipe, progress=False)
+    assert load_policy(found.policy).rtc_training_max_delay == 3
+    recipe.policy.path, recipe.output = str(found.policy), str(tmp_path / "plain")
+    recipe.train.rtc_training_max_delay = 0
+    assert (
+        load_policy(train(recipe, progress=False).policy).rtc_training_max_delay == 0
+    )  # trained on without: forgotten
+
+
+@pytest.mark.parametrize(("most", "said"), [(8, "8 with chunks of 8 steps"), (-1, "at least 0")])
+def test_refused_delays(dataset, tiny_smolvla, tmp_path, most, said):
+    with pytest.raises(BurnishError, match=said):
+        train(fake.recipe(dataset, tmp_path / "run", f"--policy.path={tiny_smolvla}",
+                          f"--train.rtc_training_max_delay={most}"), progress=False)  # fmt: skip
+
+
+def test_only_policies_that_can_go_on_from_a_chunk(dataset, tmp_path, monkeypatch):
+    fake.register(monkeypatch.setattr)
+    with pytest.raises(BurnishError, match="no way to go on from an old chunk"):
+        train(fake.recipe(dataset, tmp_path / "run", "--train.rtc_training_max_delay=2"), progress=False)
