@@ -44,7 +44,9 @@ BENCHES: dict[str, dict[str, str]] = {
     "memory": {
         f"{name}_over_plain": "<= 1.1"
         for name in ("align", "isolate", "isolate_aegis", "capability", "capability_projection", "prefer", "distill")
-    },
+    }
+    | {"method_extra_p": "<= 1.1", "cost_error": "<= 0.15"},
+    "cost": {"smolvla_full": "<= 12", "pi05_lora": "<= 22", "pi05_full": "<= 72"},
     "prefer": {
         "gradients_equal": "true",
         "speedup_over_textbook_k1": ">= 2.4",

@@ -1,7 +1,7 @@
 """What each method adds to the memory of a training: peak resident set of `burnish train`, each in its own process.
 
 The unit is P, the bytes of the trained parameters in float32. Plain training holds four of them while it steps
-(weights, gradients, AdamW's two moments) and more while it writes a checkpoint.
+(weights, gradients, AdamW's two moments). Beside each peak stands what `burnish method cost` predicts of it.
 """
 
 import argparse
@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Figures:
         <method>_over_plain: peak of the whole command less that of plain training on the same policy, in P.
+        method_extra_p: the largest of these.
+        cost_error: of the predicted peak, relative to the measured one, the worst over plain and all methods.
     """
-    from burnish.core.provenance import machine
+    from burnish.core.provenance import commit, machine
 
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as temporary:
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         made = _alone(_prepare, folder, size)
         found = {}
         for name in VARIANTS:
-            found[name] = _measure(folder, name, size)
+            words = _words(folder, name, size)
+            found[name] = _measure(folder, words) | {"predicted": _alone(predicted, folder, words)}
             _say(name, found[name])
     info, figures = machine(), {}
     for name, (kind, entry) in VARIANTS.items():
@@ -79,15 +82,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             plain = found["plain" if kind == "smolvla" else "plain_discrete"]
             figures[f"{name}_over_plain"] = (found[name]["peak"] - plain["peak"]) / plain["P"]
             found[name]["steps_over_plain"] = (found[name]["steps"] - plain["steps"]) / plain["P"]
+    figures["method_extra_p"] = max(figures.values())
+    figures["cost_error"] = max(abs(one["predicted"]["peak"] / one["peak"] - 1) for one in found.values())
     return {
         "name": "memory", "device": info.pop("device"), "versions": info, "n": 1, "figures": figures,
-        "detail": {"size": args.size, "batch_size": size["batch"], "steps": STEPS, "fixtures": made, "bytes": found},
+        "command": "python -m bench memory" + (" --size smolvla" if args.size == "smolvla" else "") + " --json",
+        "detail": {"commit": commit(), "size": args.size, "batch_size": size["batch"], "steps": STEPS,
+                   "fixtures": made, "bytes": found},
     }  # fmt: skip
 
 
 def _say(name: str, found: dict[str, float]) -> None:
     phases = ", ".join(f"{phase} {found[phase] / found['P']:.2f}" for phase in ("setup", "steps", "end"))
-    print(f"{name}: {found['P'] / 1e6:.0f} MB trained; peak in P: {phases}", file=sys.stderr)
+    error = found["predicted"]["peak"] / found["peak"] - 1
+    print(f"{name}: {found['P'] / 1e6:.0f} MB trained; peak in P: {phases}; predicted {error:+.1%}", file=sys.stderr)
 
 
 def _alone(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -102,15 +110,18 @@ def _alone(call: Callable[..., Any], *arguments: Any) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _measure(folder: Path, name: str, size: dict[str, Any]) -> dict[str, float]:
+def _words(folder: Path, name: str, size: dict[str, Any]) -> list[str]:
     kind, entry = VARIANTS[name]
     places = {place: folder / place for place in ("teacher", "questions", "delta", "pairs")}
-    words = [
+    return [
         "train", f"--policy.path={folder / kind}", f"--data.root={folder / 'data'}", f"--output={folder / 'run'}",
         f"--objectives=[{'{' + entry.format(**places, batch=size['batch']) + '}' if entry else ''}]",
         f"--train.steps={STEPS}", f"--train.batch_size={size['batch']}", "--train.log_every=1", "--data.workers=1",
         "--train.self_check=false", "--quiet",
     ]  # fmt: skip
+
+
+def _measure(folder: Path, words: list[str]) -> dict[str, Any]:
     found = _alone(child, folder, words)
     shutil.rmtree(folder / "run")
     return found | {"peak": max(found[phase] for phase in ("setup", "steps", "end"))}
@@ -135,6 +146,15 @@ def child(folder: Path, words: list[str]) -> dict[str, float]:
     if main(words) != 0:
         raise BurnishError(f"burnish {' '.join(words)} failed")
     return found | {"end": _peak()}
+
+
+def predicted(folder: Path, words: list[str]) -> dict[str, Any]:
+    """What `burnish method cost` says of `burnish` with `words`, in bytes."""
+    from burnish.core.recipe import load_recipe
+    from burnish.train.cost import predict
+
+    found = predict(load_recipe(None, [word for word in words if word.startswith("--") and "=" in word]))
+    return {"peak": found.peak, "parts": found.parts}
 
 
 def _peak() -> float:

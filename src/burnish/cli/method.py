@@ -1,9 +1,10 @@
-"""`burnish method`: what the methods prepare before training."""
+"""`burnish method`: what training takes of memory, and what the methods prepare before it."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from burnish.cli.parser import Arg, Group
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 
 FIGURE = Arg(old=("--picture",), metavar="PNG")
@@ -124,10 +125,58 @@ def anchor(
           f"{made.about.gap:.3g} of its variance")  # fmt: skip
 
 
+def cost(
+    recipe: str, *overrides: Annotated[str, Arg(fields=RecipeConfig)],
+    gpu: Annotated[float, Arg(least=0, metavar="GB")] = 0.0, json: bool = False,
+) -> None:  # fmt: skip
+    """Predict what training takes of memory at most, by part, before anything is loaded.
+
+    Forward and backward pass are gone through on shapes alone. Without data set or policy folder the metadata of
+    neither is known, and the published sizes stand in.
+
+    Args:
+        recipe: a training recipe
+        gpu: memory of a graphics card; also says what to switch on for training to fit into it. Without it, the memory
+            of a process on the CPU
+        json: print one JSON object instead of a table
+
+    Examples:
+        burnish method cost real/pi05_lora --gpu 24
+        burnish method cost tabletop/smolvla_small --train.batch_size=8
+    """
+    from json import dumps
+
+    from burnish.core.recipe import load_recipe
+    from burnish.train.cost import GB, advise, predict
+
+    loaded = load_recipe(recipe, list(overrides))
+    found = predict(loaded, gpu > 0)
+    fits = gpu <= 0 or found.peak <= gpu * GB
+    steps = [] if fits else list(advise(loaded, gpu * GB, True))
+    if json:
+        ways = [{"overrides": said, "gb": one.peak / GB} for said, one in steps]
+        print(dumps({"parts": {name: size / GB for name, size in found.parts.items()}, "gb": found.peak / GB,
+                     "trained": found.trained, "parameters": found.parameters, "assumed": found.assumed,
+                     "ways": ways}))  # fmt: skip
+        return
+    for line in found.assumed:
+        print(line)
+    print(f"trained {found.trained / 1e6:,.1f} of {found.parameters / 1e6:,.1f} million numbers; "
+          f"{found.batch_size} samples in a forward pass")  # fmt: skip
+    for name, size in found.parts.items():
+        print(f"  {name:14s} {size / GB:8.2f} GB")
+    print(f"  {'peak':14s} {found.peak / GB:8.2f} GB" + (f" of {gpu:g}" if gpu > 0 else ""))
+    for said, one in steps:
+        print(f"{one.peak / GB:8.2f} GB with {' '.join(said)}")
+    if steps and steps[-1][1].peak > gpu * GB:
+        print(f"nothing that burnish has makes it fit into {gpu:g} GB")
+
+
 COMMANDS = Group(
-    "What methods prepare before training.",
+    "What training takes of memory, and what methods prepare before it.",
     {
         "align": Group("Teacher features, and which layers to align.", {"cache": align_cache, "select": align_select}),
+        "cost": cost,
         "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
     },
 )

@@ -93,6 +93,23 @@ class PeftConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """What makes training smaller; `burnish method cost RECIPE --gpu GB` says what a recipe needs of it."""
+
+    checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
+    frozen_dtype: str = option(
+        "float32", "of matrices that are not trained; bf16 goes with train.precision bf16", choices=("float32", "bf16")
+    )
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit: AdamW with its state in 8 bits (burnish[low-memory])",
+        choices=("adamw", "adamw8bit"),
+    )  # fmt: skip
+    fit_gb: float = option(
+        0.0, "take batches in as few equal pieces as are predicted to fit into so many GB; 0: whole", least=0
+    )
+
+
+@dataclass
 class TrainConfig:
     steps: int = option(1000, "optimiser steps", least=1, most=10**9)
     imitation_weight: float = option(1.0, "weight of the imitation loss; with 0 the objectives alone train", least=0)
@@ -123,6 +140,7 @@ class TrainConfig:
     self_check: bool = option(True, "look for unequal processes, clipped actions and an implausible loss at the start")
     trackers: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio")
     peft: PeftConfig = field(default_factory=PeftConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 @dataclass

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
+from burnish.core.reading import read_text
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch
 from burnish.data.loader import LanguageData, to_device
@@ -100,3 +102,15 @@ def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Cap
         draws = policy.draw(len(batch["task"]), torch.Generator().manual_seed(0))
         policy.loss(batch, draws)
         return captured, None
+
+
+def read_passages(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that hold more than blanks.
+
+    Raises:
+        BurnishError: no such file, too large, not UTF-8, or nothing in it.
+    """
+    passages = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    if not passages:
+        raise BurnishError(f"{path} holds no text", "one passage per line")
+    return passages

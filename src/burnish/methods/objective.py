@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,23 @@ class Run(Protocol):
         ...
 
 
+class Extra(NamedTuple):
+    """What a method takes of memory beside plain training.
+
+    Attributes:
+        kept: bytes from step to step, or beside the gradients: a reference, an anchor, a protected gradient.
+        samples: whose activations are there together with those of the imitation batch.
+    """
+
+    kept: int = 0
+    samples: int = 0
+
+
+def num_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
 class Objective(nn.Module):
     """A method. Subclass, override what you need, register under a name; a run lists it in `objectives:`.
 
@@ -126,6 +143,8 @@ class Objective(nn.Module):
     """
 
     needs_full_gradients = False
+    reads_moments = False
+    """Whether it reads AdamW's moments, which then are in float32."""
 
     def choose_trained(self, recipe: "RecipeConfig", policy: "Policy") -> None:
         """Called once, before the optimiser is made: the place to switch `requires_grad` of the policy's parameters.
@@ -139,6 +158,10 @@ class Objective(nn.Module):
         The policy then holds the weights it starts from, also in a run that resumes from a checkpoint. Parameters that
         are made here are trained from the first step.
         """
+
+    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+        """For `burnish method cost`, where nothing is loaded: `policy` has shapes alone, `choose_trained` is done."""
+        return Extra()
 
     def begin(self, run: Run) -> None:
         """Called once after `setup`, when `run.trained` holds the tensors that the steps train, still at their start.

@@ -30,6 +30,7 @@ def part_size(device: torch.device) -> int:
     return PART_CPU if device.type == "cpu" else PART
 
 
+@torch.no_grad()
 def dots(one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
     """Scalar products of one vector with several others, each the parts of `parts`, apart for groups of parts.
 
@@ -42,9 +43,14 @@ def dots(one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tenso
     Returns:
         float64 [L, len(others)]; the host never waits for the device.
     """
-    partial = [torch.dot(part, other) for part, *rest in zip(one, *others, strict=True) for other in rest]
     total = torch.zeros(count, len(others), dtype=torch.float64, device=group.device)
-    return total.index_add_(0, group, torch.stack(partial).double().view(-1, len(others))) if partial else total
+    partial: Tensor | None = None
+    for number, (part, *rest) in enumerate(zip(one, *others, strict=True)):
+        if partial is None:  # one room for all: parts that are made on the way would leave a gap around each scalar
+            partial = part.new_empty(len(group), len(others))
+        for at, other in enumerate(rest):
+            torch.dot(part, other, out=partial[number, at])
+    return total if partial is None else total.index_add_(0, group, partial.double())
 
 
 def dot(one: Mapping[str, Tensor] | Sequence[Tensor], other: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

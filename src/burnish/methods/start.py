@@ -50,6 +50,10 @@ class Start:
         for now, start in zip(parts([parameter.detach()]), parts([self._kept[name]]), strict=True):
             yield now - start
 
+    def kept(self, name: str) -> Tensor:
+        """The start of a parameter that is in memory, in a type in which it is exact."""
+        return self._kept[name]
+
     def _read(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         found = torch.empty(shape, dtype=dtype)
         self._file.readinto(_bytes(found).numpy())

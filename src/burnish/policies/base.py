@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss, Window
 from burnish.policies.parts import FlowParts
+from burnish.policies.recompute import recompute
 from burnish.sampling.token_model import TokenModel
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
@@ -272,6 +273,11 @@ class Policy(nn.Module, ABC):
             prompt_sees_actions: whether the prompt attends to action tokens; None means as in the policy.
         """
         raise lacks(self, "tokens", "token_logits")
+
+    def recompute(self) -> None:
+        """From now on a `loss` keeps the inputs of its `blocks` alone, and the backward pass computes them again."""
+        for block in self.blocks():
+            recompute(block)
 
     @property
     def device(self) -> torch.device:

@@ -76,6 +76,10 @@ class PaliGemmaParts(VLMPolicy):
     def embed_image(self, image: Tensor) -> Tensor:
         return self.inner.embed_image(image)
 
+    def recompute(self) -> None:
+        """LeRobot's own way: each image's tower, each pair of layers of language model and expert."""
+        self.policy.model.gradient_checkpointing_enable()
+
     def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.language_model.layers[0].mlp]
 

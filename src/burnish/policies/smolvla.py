@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,17 @@ from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
+from burnish.policies.recompute import recompute
 from burnish.policies.whole_images import see_whole
+
+_SMOLVLM2_TEXT = {
+    "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+    "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280,
+}  # fmt: skip
+_SMOLVLM2_VISION = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 512, "patch_size": 16,
+}  # fmt: skip
 
 
 @POLICIES.register("smolvla")
@@ -47,6 +59,20 @@ class SmolVLA(FlowPolicy):
         _check_use(config, vlm.vision_config.patch_size, str(folder or place))
         return folders.build(config, seed)
 
+    @classmethod
+    def build_published(cls, config: Any) -> nn.Module:
+        """On SmolVLM2-500M-Video-Instruct, whose config and processor lie on the hub."""
+        from lerobot.policies.smolvla import smolvlm_with_expert
+        from transformers import SmolVLMConfig
+
+        vlm = SmolVLMConfig(text_config=_SMOLVLM2_TEXT, vision_config=_SMOLVLM2_VISION, scale_factor=4)
+        processor = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=0, global_image_token_id=0))
+        config.load_vlm_weights = False
+        local = {name: SimpleNamespace(from_pretrained=lambda *_, found=found, **__: found)
+                 for name, found in (("AutoConfig", vlm), ("AutoProcessor", processor))}  # fmt: skip
+        with patch.multiple(smolvlm_with_expert, **local):
+            return folders.build(config, 0)
+
     @property
     def input_size(self) -> int:
         return max(self.config.resize_imgs_with_padding or (0,))
@@ -65,6 +91,17 @@ class SmolVLA(FlowPolicy):
 
     def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.text_model.layers[0].mlp, self.expert.layers[0].mlp]
+
+    def recompute(self) -> None:
+        """LeRobot runs a layer's parts by hand: attention with its norm, the second norm, and the MLP each count."""
+        inner = self.inner
+        for layer in inner.vlm.model.vision_model.encoder.layers:
+            recompute(layer)
+        for layer in (*inner.vlm.model.text_model.layers, *inner.lm_expert.layers):
+            recompute(layer.post_attention_layernorm)
+            recompute(layer.mlp)
+        for name in ("forward_attn_layer", "forward_cross_attn_layer"):
+            recompute(inner, name)
 
     @property
     def backbone(self) -> language.Backbone:

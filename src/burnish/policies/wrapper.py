@@ -92,6 +92,11 @@ class PolicyWrapper(Policy):
         return folders.build(config, seed)
 
     @classmethod
+    def build_published(cls, config: Any) -> nn.Module:
+        """`build` in the sizes of the weights that were published for this type, from no files."""
+        return cls.build(config, 0)
+
+    @classmethod
     def rename_tensors(cls, policy: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stored tensors under the names of `policy`."""
         return state

@@ -229,6 +229,9 @@ def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path,
     passes = "train.grad_accumulation"
     if old[passes] * processes == new[passes] * process_count():
         old[passes] = new[passes]
+    if recipe.train.memory.fit_gb:  # which splits batches, and must not look like a change by itself
+        for one in (old, new):
+            one["train.batch_size"] *= one.pop(passes)
     changed = [
         f"{key} {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -301,7 +304,16 @@ def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}, path)
+    whole: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage()
+        # The writer refuses memory that two share, and reads all else where it lies: no copy as large as the state.
+        shared = storage.nbytes() != value.nbytes or storage.data_ptr() in places
+        whole[name] = value.clone() if shared else value
+        places.add(storage.data_ptr())
+    save_file(whole, path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,8 +18,10 @@ from burnish.core.progress import progress_bar
 from burnish.core.recipe import recipe_to_dict, run_folder
 from burnish.core.types import Batch
 from burnish.train import checkpoint, selfcheck
+from burnish.train.cost import fitted
 from burnish.train.divergence import DivergenceGuard
 from burnish.train.logging import Metrics, draw_curves, peak_memory
+from burnish.train.memory import mixed
 from burnish.train.optim import learning_rate
 from burnish.train.run import Run, TrainResult, claim_run, finished, result, start_files, start_over, tidy
 from burnish.train.setup import is_first_process, own_accelerate_state
@@ -48,6 +50,7 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
         BurnishError: anything wrong with recipe, data, policy, checkpoint or disk, a loss or weights that are not
             finite, or an output folder that is somebody's work or is being written by another process.
     """
+    recipe = fitted(recipe)
     output, first = run_folder(recipe), is_first_process()
     start = Path(recipe.policy.path).resolve()
     if not resume and recipe.policy.path and output.resolve() in start.parents:
@@ -137,7 +140,8 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
         seen |= {f"robot{suffix}": batch} | ({f"language{suffix}": language} if language else {})
         figures |= {f"{name}{suffix}": value for name, value in {**terms, "total": total.detach()}.items()}
     if config.self_check:
-        selfcheck.check_cameras(run, batch)
+        with mixed(config, accelerator):
+            selfcheck.check_cameras(run, batch)
     accelerator.unscale_gradients(run.stepper)
     edits: dict[str, float] = {}
     if run.editors:
@@ -175,8 +179,9 @@ def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -
     row: dict[str, Any] = {"step": run.step, "minutes": run.minutes()} | means
     row |= {"lr": learning_rate(run.step - 1, run.recipe.train), "step_seconds": seconds, "data_wait_share": wait_share}
     row |= peak_memory(run.device) | {name: float(value) for name, value in edits.items()}
-    for objective in run.objectives.values():
-        row |= {name: float(value) for name, value in run.ask(objective.metrics).items()}
+    with mixed(run.recipe.train, run.accelerator):
+        for objective in run.objectives.values():
+            row |= {name: float(value) for name, value in run.ask(objective.metrics).items()}
     return row
 
 
@@ -218,7 +223,7 @@ def _measure_retention(run: Run, metrics: Metrics | None) -> None:
         from burnish.evaluate.retention import retention
 
         limit = min(questions.limit or RETENTION_LIMIT, RETENTION_LIMIT)
-        with checkpoint.exported(run) as policy:
+        with checkpoint.exported(run) as policy, mixed(run.recipe.train, run.accelerator):
             figures = run.ask(partial(retention, limit=limit), policy, Path(questions.root))
         row = {"step": run.step, "retention_loss": figures.loss, "retention_accuracy": figures.accuracy}
         _log(run, metrics, row)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,6 +19,8 @@ from burnish.policies.base import Policy
 from burnish.train.sharded import exchange
 
 _ADAPTER = "default"
+_BLOCK = 256
+"""Numbers that share a scale in 8-bit moments, and the values that 8 bits stand for."""
 
 
 def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> None:
@@ -96,18 +98,20 @@ def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:
 def merged(policy: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into their layers and the policy has its ordinary modules and names.
 
-    Afterwards the weights are the very same bits: they are put back from copies, since subtracting is not exact.
+    Layers kept in half precision are merged in float32. Afterwards the weights are the very same memory as before.
     """
     layers = adapter_layers(policy)
-    originals = {name: layer.get_base_layer().weight.data.clone() for name, layer in layers.items()}
+    originals = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.to(torch.float32, copy=True)
             layer.merge()
             _place(policy, name, layer.get_base_layer())
         yield
     finally:
         for name, layer in layers.items():
-            layer.get_base_layer().weight.data.copy_(originals[name])
+            layer.get_base_layer().weight.data = originals[name]
             layer.merged_adapters.clear()
             _place(policy, name, layer)
 
@@ -117,11 +121,39 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused where the device offers it; weight decay on matrices only, not on biases, norms and scales."""
+def adamw(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, fused where the device offers it; weight decay on matrices only, not on biases, norms and scales.
+
+    With `memory.optimizer: adamw8bit` it is torchao's, which keeps the moments of tensors of 4,096 numbers and more in
+    8 bits with a float32 scale for each 256 of them (Dettmers et al. 2022, arXiv:2110.02861).
+    """
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas)}
+    if config.memory.optimizer == "adamw8bit" and config.shard:
+        raise BurnishError("train.memory.optimizer adamw8bit with train.shard", "one of them: shards are small already",
+                           "--train.memory.optimizer=adamw")  # fmt: skip
+    if config.memory.optimizer == "adamw8bit":
+        return _adamw8bit()(_groups(trained, config), **options)
     fused = all(p.device.type in ("cuda", "cpu") and p.dtype == torch.float32 for p in trained.values())
-    kind = {"fused": True} if fused else {"foreach": True}
-    return torch.optim.AdamW(_groups(trained, config), lr=config.lr, betas=tuple(config.betas), **kind)
+    return torch.optim.AdamW(_groups(trained, config), **options, **({"fused": True} if fused else {"foreach": True}))
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit that takes a learning rate as a plain number, and needs no compiler on a CPU."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise BurnishError("train.memory.optimizer is adamw8bit, and torchao is not installed", "adamw",
+                           "pip install 'burnish[low-memory]'") from None  # fmt: skip
+
+    class Optimizer(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+            on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+            with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
+                return super().step(closure)
+
+    return Optimizer
 
 
 def add_parameters(optimizer: torch.optim.Optimizer, more: dict[str, nn.Parameter], config: TrainConfig) -> None:
@@ -177,11 +209,15 @@ class Average:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state as "<parameter>/<field>" to tensor; parameters without a step yet have none."""
+    """The optimiser's state as "<parameter>/<field>" to tensor; parameters without a step yet have none.
+
+    A moment in 8 bits is stored as what it consists of: "<parameter>/<field>.codes" and so on.
+    """
     return {
-        f"{name}/{field}": value.detach()
+        f"{name}/{field}{part}": tensor.detach()
         for name, parameter in trained.items()
         for field, value in optimizer.state.get(parameter, {}).items()
+        for part, tensor in _inside(value).items()
     }
 
 
@@ -193,7 +229,14 @@ def empty_optimizer_tensors(trained: dict[str, nn.Parameter], keys: Iterable[str
         if name not in trained:
             raise BurnishError(f"the checkpoint's optimiser has the state of '{name}', which is not trained",
                                "exactly the tensors of this run")  # fmt: skip
-        found[key] = torch.zeros(()) if field == "step" else torch.empty_like(trained[name]).detach()
+        like = trained[name]
+        part = field.partition(".")[2]
+        if part == "codes":
+            found[key] = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
+        elif part:
+            found[key] = torch.empty(_BLOCK if part == "qmap" else like.numel() // _BLOCK, device=like.device)
+        else:
+            found[key] = torch.zeros(()) if field == "step" else torch.empty_like(like).detach()
     return found
 
 
@@ -201,10 +244,32 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_tensors`."""
-    fused = optimizer.defaults["fused"]
+    fused, quantised = optimizer.defaults.get("fused"), {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         parameter = trained[name]
+        field, _, part = field.partition(".")
+        if part:
+            quantised.setdefault((name, field), {})[part] = value.to(parameter.device, copy=True)
+            continue
         # AdamW keeps its step count on the CPU unless it is fused.
         device = parameter.device if field != "step" or fused else torch.device("cpu")
         optimizer.state.setdefault(parameter, {})[field] = value.to(device, copy=True)
+    for (name, field), parts in quantised.items():
+        optimizer.state.setdefault(trained[name], {})[field] = _in_8_bits(name, field, parts, trained[name])
+
+
+def _inside(value: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that a moment in 8 bits consists of, by "." and their name; any other tensor by ""."""
+    names = getattr(value, "tensor_attrs", None)
+    return {"": value} if names is None else {f".{name}": getattr(value, name) for name in names}
+
+
+def _in_8_bits(name: str, field: str, parts: dict[str, Tensor], parameter: Tensor) -> Tensor:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    blocks = parts["scale"].numel() if parts.keys() == set(OptimState8bit.tensor_attrs) else 0
+    if not blocks or parameter.numel() % blocks or parts["qmap"].numel() != _BLOCK:
+        raise BurnishError(f"the 8-bit state of '{name}' is damaged", "what `burnish train` wrote",
+                           "another --output, or --fresh (train, run) to start over")  # fmt: skip
+    return OptimState8bit(*(parts[part] for part in OptimState8bit.tensor_attrs), field == "exp_avg", parameter.dtype)

@@ -26,10 +26,10 @@ from burnish.methods import objective as seat
 from burnish.methods import products
 from burnish.methods.gradients import stream_gradients
 from burnish.methods.objective import Objective
-from burnish.policies.base import require
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
-from burnish.train.optim import Average, adamw, add_adapters, add_parameters, choose_trained
+from burnish.train.memory import mixed, prepare
+from burnish.train.optim import Average, adamw, add_parameters
 from burnish.train.setup import make_accelerator, make_objectives, policy_and_data, precision_note
 from burnish.train.sharded import Shards, switch_parameters
 from burnish.train.step import OWN, Step
@@ -75,11 +75,13 @@ class Run(seat.Run):
         self._refuse_whole_gradients()
         # One rank decodes the frames, the others wait for its lock: a barrier of ranks has a time limit.
         self.policy, self.data, self.parent_hash = policy_and_data(recipe, progress, str(self.device))
-        self._prepare_policy()
+        prepare(self.policy, recipe, self.objectives.values())
+        self.policy.to(self.device).train()
         self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.trained, recipe.train)
-        for objective in self.objectives.values():
-            objective.setup(self)
+        with mixed(recipe.train, self.accelerator):
+            for objective in self.objectives.values():
+                objective.setup(self)
         self._module = Step(self.policy, self.objectives).to(self.device)
         self._take_in_objectives(self._module.trained())
         self._place()
@@ -104,22 +106,6 @@ class Run(seat.Run):
         if self.sharded and whole:
             raise BurnishError(f"objective '{whole[0]}' needs whole gradients; with train.shard each process has rows",
                                "an objective for rows", "--train.shard=false")  # fmt: skip
-
-    def _prepare_policy(self) -> None:
-        """Master weights in float32, adapters, and which parameters are trained."""
-        recipe, policy = self.recipe, self.policy
-        policy.rtc_training_max_delay = most = recipe.train.rtc_training_max_delay
-        if most:
-            require(policy, "steering", "train.rtc_training_max_delay")
-        if most and most >= policy.chunk_size:
-            raise BurnishError(f"train.rtc_training_max_delay {most} with chunks of {policy.chunk_size} steps",
-                               "a number below that")  # fmt: skip
-        policy.float()  # precision below that is autocast's
-        add_adapters(policy, recipe.train.peft, recipe.train.seed, policy.whole_parts)
-        choose_trained(policy, recipe.train.freeze, recipe.train.train_only)
-        policy.to(self.device).train()
-        for objective in self.objectives.values():
-            objective.choose_trained(recipe, policy)
 
     def _take_in_objectives(self, trained: dict[str, nn.Parameter]) -> None:
         """Parameters that methods made in `setup` are trained and averaged with the policy's."""

@@ -11,6 +11,8 @@ import torch
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.options import home
+from burnish.core.recipe import demos_root
 from burnish.data.checks import colour_cameras
 from burnish.data.dataset import Dataset
 from burnish.data.features import ACTION, IMAGES, STATE
@@ -143,6 +145,26 @@ def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device:
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
     return create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides, type=recipe.policy.type,
                          device=device)  # fmt: skip
+
+
+def dataset_features(recipe: RecipeConfig) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """LeRobot's features that a policy of this recipe gets, None for those of its folder; and what is assumed of them.
+
+    Nothing but the data set's metadata is read; where there is none yet, the folder's features, or two cameras, stand
+    in.
+    """
+    from lerobot.configs.types import FeatureType, PolicyFeature
+
+    root = demos_root(recipe)
+    if root.is_dir() or recipe.data.mix:
+        return _features(recipe, open_sources(recipe)[0].meta), ()
+    if Path(home(recipe.policy.path)).is_dir():
+        return None, (f"no data set at {root}: cameras, state and actions as the policy's",)
+    views = [name.removeprefix(IMAGES) for name in recipe.data.cameras] or ["first", "second"]
+    edge = recipe.data.image_size or 224
+    features = {IMAGES + name: PolicyFeature(FeatureType.VISUAL, (3, edge, edge)) for name in views}
+    features |= {STATE: PolicyFeature(FeatureType.STATE, (8,)), ACTION: PolicyFeature(FeatureType.ACTION, (7,))}
+    return features, (f"no data set at {root}: {len(views)} cameras, 8 state and 7 action dimensions",)
 
 
 def _cameras(recipe: RecipeConfig, meta: Dataset) -> list[str]:

@@ -88,9 +88,9 @@ def test_no_product_is_longer_than_a_part(dataset, questions, tiny_smolvla, tmp_
     """torch.dot counts in 32 bits, and a group of agem is the whole backbone."""
     longest, original = [0], torch.dot
 
-    def measuring(one, other):
+    def measuring(one, other, **options):
         longest[0] = max(longest[0], one.numel(), other.numel())
-        return original(one, other)
+        return original(one, other, **options)
 
     monkeypatch.setattr(torch, "dot", measuring)
     monkeypatch.setattr(products, "PART_CPU", 500)

@@ -6,7 +6,7 @@ CapVector calls it a capability vector (Song et al. 2026, arXiv 2605.10903).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,15 @@ from burnish.core.options import option, read_options
 from burnish.core.types import Batch
 from burnish.methods.capability.parts import Piece, Product, Vector, Whole, all_products, of_one_rank, rows_of
 from burnish.methods.capability.regularise import ELEMENTWISE, PENALTIES, pinned
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
+from burnish.methods.products import local
+from burnish.methods.start import Start
 from burnish.weights.delta import Delta
 from burnish.weights.names import check_patterns, match_names, selected
+
+if TYPE_CHECKING:
+    from burnish.core.config import RecipeConfig
+    from burnish.policies.base import Policy
 
 KINDS = (*PENALTIES, "gradient")
 _A = ".lora_A.default.weight"
@@ -65,6 +71,14 @@ class Capability(Objective):
             raise BurnishError("objective capability: alpha is 0", "the weight the vector was merged with")
         self._figures: dict[str, Tensor] = {}
 
+    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+        """The start of what is trained and in the vector."""
+        if recipe.train.peft.method != "none":
+            return Extra()
+        self.adapters = False
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        return Extra(num_bytes(trained[name] for name in self._names(Delta(self.options.delta), trained)))
+
     def setup(self, run: Run) -> None:
         options, delta = self.options, Delta(self.options.delta)
         check_patterns(options.include, delta.tensors, "include")
@@ -88,6 +102,7 @@ class Capability(Objective):
 
     def begin(self, run: Run) -> None:
         self._total = run.total if run.sharded else of_one_rank
+        start = Start({} if self.adapters else {name: local(run.trained[name]) for name in self._covered})
         self.parts: dict[str, Whole | Product] = {}
         for name, own in self._covered.items():
             if self.adapters:
@@ -95,7 +110,7 @@ class Capability(Objective):
                 layer = run.policy.get_submodule(name)
                 self.parts[f"{name}{_A}"] = Product(name, layer, self._vector, own, self._total)
             else:
-                self.parts[name] = Whole(name, run.trained[name], self._vector, own)
+                self.parts[name] = Whole(name, run.trained[name], self._vector, own, start.kept(name))
 
     def _names(self, delta: Delta, trained: dict[str, nn.Parameter]) -> dict[str, str]:
         """Trained parameter (factor A of an adapter) to the delta's tensor that belongs to it."""
@@ -125,21 +140,21 @@ class Capability(Objective):
         sums = [None] * len(self.parts) if elementwise else list(run.total(all_products(self.parts)))
         weight = self._weight(run, grads, sums)
         look = options.kind == "l1" and not self.adapters and (run.step + 1) % run.recipe.train.log_every == 0
-        held: list[Tensor] = []
-        values = [torch.zeros((), dtype=torch.float64, device=run.device)]
+        # Sums in place: a scalar kept from every block would sit in the gap that the block before left on the heap.
+        value, held = (torch.zeros((), dtype=torch.float64, device=run.device) for _ in range(2))
         for piece in self._pieces(grads, sums):
             rows = rows_of(grads[piece.name])[piece.first : piece.last]
             if look and piece.gamma is not None:
-                held.append(pinned(rows, piece.gamma, weight))
+                held += pinned(rows, piece.gamma, weight)
             rows.add_(piece.pull.mul_(weight))
-            values.append(piece.value)
-        value = run.total(torch.stack(values).sum())
+            value += piece.value
+        value = run.total(value)
         self._figures = {"capability_penalty": value, "loss_capability": weight * value}
         if options.gradient_norm_ratio > 0:
             self._figures["capability_weight"] = weight
         if look:
             count = sum(grads[name].numel() for name in self.parts if name in grads)
-            pair = run.total(value.new_tensor([float(sum(held)), count]))
+            pair = run.total(torch.stack([held, held.new_tensor(count)]))
             self._figures["capability_pinned"] = pair[0] / pair[1].clamp_min(1)
         return {}
 

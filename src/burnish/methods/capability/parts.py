@@ -95,16 +95,19 @@ class Piece(NamedTuple):
 
 
 class Whole:
-    """A parameter that is trained as it is. D is what it has moved since `setup`."""
+    """A parameter that is trained as it is. D is what it has moved since `start`, which is its value now if None."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, vector: Vector, own: str):
+    def __init__(self, name: str, parameter: nn.Parameter, vector: Vector, own: str, start: Tensor | None = None):
         self.name, self.parameter, self.vector, self.own = name, parameter, vector, own
         self.names, self.offset = (name,), rows(parameter)[0]
-        self.start = local(parameter).clone()
+        self.start = local(parameter).clone() if start is None else start
 
     def products(self) -> Tensor:
         """See `regularise.products`, of the parameter."""
-        return _added([products(gamma, moved) for *_, gamma, moved in self._blocks()], self.start.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.start.device)
+        for *_, gamma, moved in self._blocks():
+            total += products(gamma, moved)
+        return total
 
     def pieces(self, kind: str, sums: Tensor | None = None) -> Iterator[Piece]:
         """Value and gradient of a penalty; `sums` are `products` over all ranks."""

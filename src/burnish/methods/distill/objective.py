@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from burnish.core.options import option, read_options
 from burnish.core.reading import read_object
 from burnish.core.renames import POLICY_FIELDS, rename
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
 from burnish.methods.reference import check_adapters, without_adapters
 from burnish.policies.base import Policy, TokenForward, require
 from burnish.policies.discrete.losses import inverse_share
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
+
+if TYPE_CHECKING:
+    from burnish.core.config import RecipeConfig
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: str = "forward") -> Tensor:
@@ -74,6 +77,10 @@ class Distill(Objective):
         self.options = read_options(DistillOptions, options, "distill")
         self._seen: list[TokenForward] = []
         self._agreement: Tensor | None = None
+
+    def cost(self, recipe: "RecipeConfig", policy: Policy) -> Extra:
+        kept = num_bytes(p for p in policy.parameters() if p.requires_grad) if self.options.teacher == "copy" else 0
+        return Extra(kept, 0 if recipe.train.imitation_weight > 0 else recipe.train.batch_size)
 
     def setup(self, run: Run) -> None:
         policy = run.policy

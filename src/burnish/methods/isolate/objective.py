@@ -20,7 +20,7 @@ from burnish.methods.isolate.options import Inputs, resolve
 from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
 from burnish.methods.products import local, own_rows, parts
 from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
@@ -48,6 +48,7 @@ class Isolate(Objective):
         check(self.inputs, "isolate")  # mistakes show before data is loaded
         self.watched = read_options(ProbeOptions, probe, "isolate: probe") if probe else None
         self.method, self.options = resolve(method, options)
+        self.reads_moments = self.options.edits and self.options.rule != "replace"
         if self.options.control == "wrong_anchor" and anchor:
             raise BurnishError("isolate: an anchor file for a control that builds its own", "questions: FOLDER alone")
 
@@ -74,6 +75,16 @@ class Isolate(Objective):
                 raise BurnishError("isolate: method 'lora' needs adapters", "train.peft.method lora or dora",
                                    "--train.peft.method=lora")  # fmt: skip
             train_around_adapters(recipe, policy)
+
+    def cost(self, recipe: "RecipeConfig", policy: Policy) -> Extra:
+        """The protected gradient, or the start, as large as what is trained of the backbone; and the questions."""
+        options = self.options
+        backbone = num_bytes(p for _, p in policy.backbone_parameters() if p.requires_grad)
+        kept = backbone if options.edits or options.rule == "l2sp" else 0
+        if options.uses_source and options.distance == "tokens" and options.protect != "answers" and not options.edits:
+            kept += backbone
+        asks = options.uses_source and not options.shares_forward or options.rule == "replay"
+        return Extra(kept, max(1, round(options.share * recipe.train.batch_size)) if asks else 0)
 
     def setup(self, run: Run) -> None:
         options, questions = self.options, self.inputs.questions or run.recipe.language.root
@@ -247,7 +258,9 @@ class Isolate(Objective):
         def add(index: int, gradient: Tensor) -> None:
             found.add_(self.layout.dots_of(names[index], gradient.float().contiguous(), vector))
 
-        run.stream_gradients(run.policy.language(self._asked.batch(run.step)).mean, names, add)
+        with run.accelerator.autocast():
+            loss = run.policy.language(self._asked.batch(run.step)).mean
+        run.stream_gradients(loss, names, add)
         along, own = run.total(found).unbind(1)
         scale = (own * square).sqrt()
         return torch.where(scale > 0, along / scale, 0.0).sum() / (scale > 0).sum().clamp_min(1)

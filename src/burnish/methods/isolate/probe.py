@@ -9,9 +9,8 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import option
-from burnish.core.reading import read_text
 from burnish.core.types import Batch
-from burnish.methods.inputs import question_batches, robot_batches
+from burnish.methods.inputs import question_batches, read_passages, robot_batches
 from burnish.methods.isolate import distances
 from burnish.methods.isolate.anchor import forward, token_groups
 from burnish.methods.objective import Run
@@ -119,15 +118,3 @@ def text_loss(policy: "Policy", texts: list[str], batch_size: int = 16) -> float
             total += float((loss.per_token * loss.mask).sum())
             tokens += int(loss.mask.sum())
     return total / max(tokens, 1)
-
-
-def read_passages(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that hold more than blanks.
-
-    Raises:
-        BurnishError: no such file, too large, not UTF-8, or nothing in it.
-    """
-    passages = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    if not passages:
-        raise BurnishError(f"{path} holds no text", "one passage per line")
-    return passages

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.pairs import OutcomeData, PairData, PairFolder
 from burnish.methods import reference
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
 from burnish.methods.prefer import heldout, losses
 from burnish.methods.prefer.draws import margin_error
 from burnish.methods.prefer.options import PreferConfig, make_config
@@ -29,6 +29,10 @@ from burnish.methods.prefer.scoring import (
     weighted,
 )
 from burnish.policies.base import require
+
+if TYPE_CHECKING:
+    from burnish.core.config import RecipeConfig
+    from burnish.policies.base import Policy
 
 log = logging.getLogger("burnish")
 
@@ -54,6 +58,10 @@ class Prefer(Objective):
         self._warned: set[str] = set()
         self._held: heldout.HeldOut | None = None
         self._held_figures: dict[str, float] = {}
+
+    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+        """The pairs of a step; of a pair the observation is encoded once."""
+        return Extra(samples=self.config.batch_size)
 
     def setup(self, run: Run) -> None:
         config = self.config

@@ -1,0 +1,76 @@
+"""A policy that is shapes alone: built from its config, without weights, tokenizer or files, for what counts bytes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish.core import renames
+from burnish.core.options import home
+from burnish.core.reading import read_object
+from burnish.core.types import Batch
+from burnish.policies import folder as folders
+from burnish.policies.keys import ACTION, CONFIG, STATE, TASK, TOKEN_MASK, TOKENS
+from burnish.policies.load import ASSETS, kind_of, resolve
+from burnish.policies.wrapper import PolicyWrapper
+
+WORDS = 48
+"""Tokens of an instruction where the config of a policy names no limit."""
+
+
+def empty_policy(path: str, kind: str, overrides: Mapping[str, Any], features: dict[str, Any] | None) -> PolicyWrapper:
+    """The policy that a recipe trains. Call it where tensors are fake (see burnish.train.ledger).
+
+    Args:
+        path: its folder, of which config.json and the files of its VLM are read. Where there is none, LeRobot's own
+            sizes of `kind` stand in.
+        kind: type of policy.
+        overrides: fields of its config to change.
+        features: LeRobot PolicyFeatures by key; None keeps those of the folder.
+
+    Raises:
+        BurnishError: a type that needs files to be built, or a config that cannot be.
+    """
+    changes, found = dict(overrides), Path(home(path))
+    there = bool(path) and ((found / CONFIG).is_file() or (len(found.parts) == 1 and (ASSETS / found).is_dir()))
+    folder = resolve(path) if there else None
+    raw = {"type": kind} if folder is None else read_object(folder / CONFIG, folder)
+    kind = raw.get("type") or raw.get("model_type")
+    wrapper, old = kind_of(kind), renames.POLICY_FIELDS.get(kind, {})
+    raw = {**renames.rename(raw, old), **folders.known_fields(renames.rename(changes, old), kind)}
+    if folder is not None:
+        raw = wrapper.read_config(raw, folder)
+    config = folders.decode_config(raw, str(folder or kind), features, "cpu")
+    policy = wrapper.build_published(config) if folder is None else wrapper.build(config, 0, folder)
+    return wrapper(policy, Tokens(config), None)
+
+
+class Tokens:
+    """Stands in for a preprocessor: as many text tokens as the policy takes at most, values as they come."""
+
+    def __init__(self, config: Any):
+        from lerobot.processor import TokenizerProcessorStep
+
+        step = TokenizerProcessorStep.__new__(TokenizerProcessorStep)
+        step.input_tokenizer = SimpleNamespace(get_vocab=dict, eos_token_id=0, pad_token_id=0)
+        self.steps = [step]
+        self.length = getattr(config, "tokenizer_max_length", WORDS)
+
+    def __call__(self, batch: Batch) -> Batch:
+        shape = len(batch[STATE]), self.length
+        return {**batch, TOKENS: torch.zeros(shape, dtype=torch.long), TOKEN_MASK: torch.ones(shape, dtype=torch.bool)}
+
+
+def empty_batch(policy: PolicyWrapper, size: int) -> Batch:
+    """A training batch of `size` samples as the policy's loss takes it."""
+    views: dict[str, Tensor] = {
+        key: torch.zeros(size, *policy.config.image_features[key].shape) for key in policy.camera_keys
+    }
+    return {
+        **views, STATE: torch.zeros(size, policy.state_dim), TASK: ["pick it up"] * size,
+        ACTION: torch.zeros(size, policy.chunk_size, policy.action_dim),
+        "action_is_pad": torch.zeros(size, policy.chunk_size, dtype=torch.bool),
+    }  # fmt: skip

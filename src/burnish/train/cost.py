@@ -1,0 +1,217 @@
+"""What a training will take of memory, by part, before anything is loaded."""
+
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from burnish.core.config import RecipeConfig
+from burnish.core.errors import BurnishError
+from burnish.methods.objective import Objective
+from burnish.policies.empty import empty_batch, empty_policy
+from burnish.policies.wrapper import PolicyWrapper
+from burnish.train.ledger import Ledger, ledger
+from burnish.train.memory import prepare, state_bytes
+from burnish.train.setup import dataset_features, make_objectives
+
+GB = 1_000_000_000
+CUDA_CONTEXT = 700_000_000
+"""What the driver and its libraries take of a card before the first tensor, about."""
+CUDA_SLACK = 0.05
+"""Share that PyTorch's allocator holds beyond what tensors need, about."""
+AHEAD = 4
+"""Batches that are prepared ahead of the step, and the one in it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The peak of a training.
+
+    Attributes:
+        parts: bytes by part. "not at once" is below zero: gradients come into being as activations go.
+        trained, parameters: how many numbers are trained, and of how many.
+        batch_size: samples in a forward pass.
+        assumed: what stands in for files that are not there, in words.
+    """
+
+    parts: dict[str, int]
+    trained: int
+    parameters: int
+    batch_size: int
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass
+class Prediction:
+    """A recipe whose training is computed on shapes alone. Made by `predicting`."""
+
+    recipe: RecipeConfig
+    gpu: bool
+    policy: PolicyWrapper
+    objectives: dict[str, Objective]
+    counted: Ledger
+    assumed: tuple[str, ...]
+    _peaks: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def cost(self, batch_size: int) -> Cost:
+        """With so many samples in a forward pass."""
+        recipe, policy = self.recipe, self.policy
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        gradients = sum(p.numel() * p.element_size() for p in trained)
+        held = [*policy.parameters(), *policy.buffers()]
+        weights = sum(t.numel() * t.element_size() for t in held)
+        extra = [objective.cost(recipe, policy) for objective in self.objectives.values()]
+        samples = batch_size if recipe.train.imitation_weight > 0 else 0
+        samples += round(sum(one.samples for one in extra) * batch_size / recipe.train.batch_size)
+        samples += recipe.language.batch_size if recipe.language.weight > 0 else 0
+        graph, most = self._step(max(1, samples))
+        step = 0 if self.gpu or recipe.train.memory.optimizer == "adamw" else 6 * 4 * max(p.numel() for p in trained)
+        parts = {
+            "weights": weights,
+            "optimiser": state_bytes(trained, recipe.train),
+            "average": gradients if recipe.train.ema_decay > 0 else 0,
+            "method": sum(one.kept for one in extra),
+            "gradients": gradients,
+            "activations": graph,
+            "not at once": max(most, gradients + step) - gradients - graph,
+            "batches": AHEAD * _size(empty_batch(policy, batch_size)),
+        }
+        parts |= self._around(sum(parts.values()), sum(4 * p.numel() for p in policy.parameters()))
+        return Cost({name: size for name, size in parts.items() if size}, sum(p.numel() for p in trained),
+                    sum(p.numel() for p in policy.parameters()), batch_size, self.assumed)  # fmt: skip
+
+    def _around(self, step: int, whole: int) -> dict[str, int]:
+        """What is there beside the tensors of a step."""
+        if self.gpu:
+            slack = round(CUDA_SLACK * step)
+            return {"CUDA context": CUDA_CONTEXT, "allocator": slack, "loading": max(0, whole - step - slack)}
+        unit = 1 if sys.platform == "darwin" else 1024
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"process": process, "loading": max(0, 2 * whole - step)}
+
+    def _step(self, samples: int) -> tuple[int, int]:
+        """Bytes that a loss of so many samples leaves to its backward pass; and the most until its gradients are."""
+        if samples not in self._peaks:
+            policy, counted = self.policy, self.counted
+            batch, draws = empty_batch(policy, samples), policy.draw(samples, torch.Generator().manual_seed(0))
+            policy.zero_grad(set_to_none=True)
+            gc.collect()
+            before = counted.peak = counted.now
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.train.precision != "no"):
+                total = policy.loss(batch, draws).total
+            graph = counted.now - before
+            total.backward()
+            self._peaks[samples] = graph, counted.peak - before
+            policy.zero_grad(set_to_none=True)
+        return self._peaks[samples]
+
+
+@contextmanager
+def predicting(recipe: RecipeConfig, gpu: bool = False) -> Iterator[Prediction]:
+    """The training of a recipe on shapes alone; nothing is loaded, and nothing as large as a policy is made.
+
+    Args:
+        recipe: see core.config. Where policy.path is no folder yet, the published sizes of policy.type stand in.
+        gpu: on a GPU, not in the memory of this machine.
+
+    Raises:
+        BurnishError: whatever is wrong with the recipe's options, or with the config of its policy.
+    """
+    recipe = deepcopy(recipe)
+    features, assumed = dataset_features(recipe)
+    objectives = make_objectives(recipe)
+    with ledger() as counted:
+        policy = empty_policy(recipe.policy.path, recipe.policy.type, recipe.policy.overrides, features)
+        prepare(policy, recipe, objectives.values())
+        policy.train()
+        yield Prediction(recipe, gpu, policy, objectives, counted, assumed)
+
+
+def predict(recipe: RecipeConfig, gpu: bool = False) -> Cost:
+    """The peak of a training as the recipe stands; see `predicting`."""
+    with predicting(recipe, gpu) as prediction:
+        return prediction.cost(recipe.train.batch_size)
+
+
+def pieces(recipe: RecipeConfig, limit: float, gpu: bool) -> int | None:
+    """In how many equal pieces a batch is to be taken for a step to fit into `limit` bytes; None: no number will do."""
+    size = recipe.train.batch_size
+    with predicting(recipe, gpu) as prediction:
+        for count in (count for count in range(1, size + 1) if size % count == 0):
+            if prediction.cost(size // count).peak <= limit:
+                return count
+    return None
+
+
+def in_pieces(recipe: RecipeConfig, count: int) -> RecipeConfig:
+    """The recipe with as many frames in a step, `count` times as many forward passes, and smaller ones."""
+    recipe = deepcopy(recipe)
+    recipe.train.batch_size //= count
+    recipe.train.grad_accumulation *= count
+    return recipe
+
+
+def fitted(recipe: RecipeConfig) -> RecipeConfig:
+    """The recipe with its batches in as many pieces as `train.memory.fit_gb` asks for; itself where that is 0.
+
+    The count follows from the recipe alone, so that a run goes on as it began.
+
+    Raises:
+        BurnishError: not even single samples fit.
+    """
+    limit = recipe.train.memory.fit_gb
+    if limit == 0:
+        return recipe
+    count = pieces(recipe, limit * GB, torch.cuda.is_available())
+    if count is None:
+        raise BurnishError(f"train.memory.fit_gb is {limit:g}, and even a step of single samples is predicted to take "
+                           "more", "a step that takes less", "burnish method cost --help")  # fmt: skip
+    return recipe if count == 1 else in_pieces(recipe, count)
+
+
+def advise(recipe: RecipeConfig, limit: float, gpu: bool) -> Iterator[tuple[list[str], Cost]]:
+    """What to switch on, one thing after the other, and the peak then, until a step fits into `limit` bytes or the end.
+
+    Yields:
+        Overrides as `burnish train` takes them, and the cost with all of them.
+    """
+    recipe, said = deepcopy(recipe), []
+    train, found = recipe.train, predict(recipe, gpu)
+    for name, owner, key, value in (
+        ("train.precision", train, "precision", "bf16"),
+        ("train.memory.checkpointing", train.memory, "checkpointing", True),
+        ("train.memory.frozen_dtype", train.memory, "frozen_dtype", "bf16"),
+        ("train.memory.optimizer", train.memory, "optimizer", "adamw8bit"),
+    ):
+        if getattr(owner, key) == value or (key == "frozen_dtype" and found.trained == found.parameters):
+            continue
+        setattr(owner, key, value)
+        said.append(f"--{name}={str(value).lower()}")
+        found = predict(recipe, gpu)
+        yield list(said), found
+        if found.peak <= limit:
+            return
+    count = pieces(recipe, limit, gpu) or train.batch_size
+    if count > 1:
+        recipe = in_pieces(recipe, count)
+        said += [f"--train.batch_size={recipe.train.batch_size}",
+                 f"--train.grad_accumulation={recipe.train.grad_accumulation}"]  # fmt: skip
+        yield list(said), (found := predict(recipe, gpu))
+    if found.peak > limit and train.peft.method == "none":
+        recipe.train.peft.method = "lora"
+        yield [*said, "--train.peft.method=lora"], predict(recipe, gpu)
+
+
+def _size(batch: dict[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in batch.values() if isinstance(t, torch.Tensor))
