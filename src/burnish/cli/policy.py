@@ -4,9 +4,10 @@ import os
 import shlex
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from burnish.cli.parser import Arg, Group
+from burnish.cli.serve import serve
 from burnish.core.errors import BurnishError
 from burnish.core.outputs import require_file
 from burnish.core.reading import parse_yaml
@@ -279,37 +280,6 @@ def verify_score(
         kind = "shared" if row["shared"] else "independent"
         print(f"{row['weight']:8s} {row['draws']:5d} {kind:>11s} {row['rank_correlation']:17.3f} "
               f"{row['sign_agreement']:15.3f}")  # fmt: skip
-
-
-def serve(
-    policy: str, *, protocol: Literal["vla-eval"] = "vla-eval", host: str = "127.0.0.1",
-    port: Annotated[int, Arg(least=0, most=65_535)] = 8000, cameras: Annotated[list[str], Arg(several=True)] = (),
-    n_action_steps: int | None = None, seed: int = 0, device: str = "",
-) -> None:  # fmt: skip
-    """Serve a policy to a benchmark over the network, until Ctrl-C.
-
-    Nobody is asked for a password: leave the host as it is, or let a firewall decide who reaches the port.
-
-    Args:
-        policy: policy folder or the name of a shipped base
-        protocol: vla-eval, the model server of vla-eval's benchmarks
-        host: address to listen on
-        port: 0 takes a free one
-        cameras: the benchmark's cameras in the policy's order; default: same names
-        n_action_steps: actions executed of each chunk; default: the policy's
-        seed: seed of the policy's noise
-        device: torch device; default: a GPU where there is one
-
-    Example:
-        burnish policy serve runs/libero/policy --protocol vla-eval --cameras agentview wrist
-    """
-    from burnish.policies.load import policy_and_hash
-    from burnish.runtime.serve.server import serve
-    from burnish.runtime.serve.vla_eval import VlaEval
-
-    model = VlaEval(policy_and_hash(policy, device)[0], cameras, n_action_steps, seed)
-    serve(model.session, host, port, lambda port, _: print(f"{policy} on ws://{host}:{port}", flush=True))
-    print("stopped")
 
 
 def _as_figures(command: str, found: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from burnish.core.seeding import generator
 from burnish.core.types import Batch, Chunk, Draws
 from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
-
-# A sentence that every tokenizer cuts at its limit. Its row makes all texts of a batch as long as they can get.
-RULER = "go " * 400
+from burnish.policies.keys import RULER
 
 
 @dataclass(frozen=True)

@@ -11,3 +11,5 @@ VLM_FOLDER = "vlm"
 """Inside a policy folder: config, tokenizer and processor of its VLM."""
 FAST_FOLDER = "fast"
 """Inside a policy folder: the files of its FAST tokenizer."""
+RULER = "go " * 400
+"""A sentence that every tokenizer cuts at its limit: its row makes all texts of a batch as long as they can get."""

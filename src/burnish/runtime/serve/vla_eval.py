@@ -9,8 +9,6 @@ as an error. Arrays are {"__ndarray__", data, dtype, shape}, pictures {"__image_
 import io
 import json
 import logging
-import math
-import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,17 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from burnish.core.errors import BurnishError, one_line
+from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
 from burnish.policies.base import Policy
 from burnish.policies.keys import IMAGES, STATE, TASK
 from burnish.policies.pretrained import foreign
+from burnish.runtime.serve.rows import MOST_SIDE, MOST_TEXT, to_view
+from burnish.runtime.serve.wire import msgpack, plain_array, unpack
 
 PROTOCOL = 1
-MOST_PARTS, MOST_ENTRIES, MOST_TEXT, MOST_SIDE = 1000, 1024, 10_000, 4096
-"""Maps and lists in a message, entries of each, characters of a text, pixels along a view."""
-_DTYPE = re.compile(r"[<|=]?([iuf][1248]|b1)")
 log = logging.getLogger("burnish")
 
 
@@ -48,10 +45,7 @@ class VlaEval:
     """
 
     def __init__(self, policy: Policy, cameras: Sequence[str] = (), n_action_steps: int | None = None, seed: int = 0):
-        try:
-            import msgpack
-        except ImportError:
-            raise BurnishError("vla-eval without msgpack", "the package", "pip install 'burnish[serve]'") from None
+        msgpack()  # which may be missing
         self.steps = policy.n_action_steps if n_action_steps is None else n_action_steps
         if not 1 <= self.steps <= policy.act_steps:
             raise BurnishError(f"{self.steps} action steps", f"1 to {policy.act_steps}, the policy's chunk")
@@ -60,7 +54,7 @@ class VlaEval:
         if cameras and len(cameras) != len(policy.cameras):
             raise BurnishError(f"cameras {', '.join(cameras)} for a policy that sees {', '.join(policy.cameras)}",
                                "one of the benchmark's for each of them, in that order")  # fmt: skip
-        self.msgpack, self.policy, self.cameras, self.seed = msgpack, policy.eval(), tuple(cameras), seed
+        self.policy, self.cameras, self.seed = policy.eval(), tuple(cameras), seed
         self._resized: set[str] = set()
 
     def session(self) -> "VlaEvalSession":
@@ -116,14 +110,11 @@ class VlaEval:
         if image.dtype != np.uint8 or shape[2:] != (3,) or not 0 < min(shape) <= max(shape) <= MOST_SIDE:
             found = f"the view {camera} is {image.dtype} {list(image.shape)}"
             raise BurnishError(found, f"uint8 [height, width, 3] of at most {MOST_SIDE} pixels")
-        view = torch.from_numpy(image).to(self.policy.device).permute(2, 0, 1)[None].float() / 255
         size = tuple(self.policy.view_sizes[name])
-        if view.shape[2:] != size:
-            if camera not in self._resized:
-                log.warning("views of %s: %s pixels, resized to %s", camera, list(view.shape[2:]), list(size))
-                self._resized.add(camera)
-            view = torch.nn.functional.interpolate(view, size, mode="bilinear", antialias=True).clamp(0, 1)
-        return view
+        if shape[:2] != size and camera not in self._resized:
+            log.warning("views of %s: %s pixels, resized to %s", camera, list(shape[:2]), list(size))
+            self._resized.add(camera)
+        return to_view(image[None], size, self.policy.device)
 
 
 class VlaEvalSession:
@@ -137,12 +128,12 @@ class VlaEvalSession:
     def answer(self, frame: bytes | str) -> bytes | None:
         number = 0
         try:
-            message = read_message(frame, self.server.msgpack)
+            message = read_message(frame)
             number = message["seq"]
             reply = self._answer(message["type"], message["payload"])
         except BurnishError as error:
             reply = "error", {"error": str(error)}
-        return None if reply is None else self._pack(*reply, number)
+        return None if reply is None else pack_message(*reply, number)
 
     def _answer(self, kind: str, payload: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
         if kind == "hello":
@@ -169,9 +160,15 @@ class VlaEvalSession:
         named.setdefault("episode_idx", f"-{self.episodes}")
         self.episode = json.dumps(named, sort_keys=True)
 
-    def _pack(self, kind: str, payload: dict[str, Any], number: int) -> bytes:
-        message = {"type": kind, "payload": payload, "seq": number, "timestamp": time.time()}
-        return self.server.msgpack.packb(message, default=pack_array)
+
+def refusal(error: BurnishError) -> bytes:
+    """An error that is no answer to a message."""
+    return pack_message("error", {"error": str(error)}, 0)
+
+
+def pack_message(kind: str, payload: dict[str, Any], number: int) -> bytes:
+    message = {"type": kind, "payload": payload, "seq": number, "timestamp": time.time()}
+    return msgpack().packb(message, default=pack_array)
 
 
 def pack_array(array: np.ndarray) -> dict[str, Any]:
@@ -180,24 +177,9 @@ def pack_array(array: np.ndarray) -> dict[str, Any]:
     return {"__ndarray__": True, "data": data.tobytes(), "dtype": data.dtype.str, "shape": list(data.shape)}
 
 
-def read_message(frame: bytes | str, msgpack: Any) -> dict[str, Any]:
+def read_message(frame: bytes | str) -> dict[str, Any]:
     """The message in a frame; raises BurnishError for anything else. Nothing but maps, lists and values is made."""
-    parts = 0
-
-    def counted(part: Any) -> Any:
-        nonlocal parts
-        parts += 1
-        if parts > MOST_PARTS:  # a byte of input can become a list of 56
-            raise ValueError(f"more than {MOST_PARTS} maps and lists")
-        return part
-
-    if isinstance(frame, str):
-        raise BurnishError("a text message", "a binary one, in msgpack")
-    bounds = {"max_str_len": MOST_TEXT, "max_array_len": MOST_ENTRIES, "max_map_len": MOST_ENTRIES, "max_ext_len": 0}
-    try:
-        found = msgpack.unpackb(frame, object_hook=counted, list_hook=counted, **bounds)
-    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-        raise BurnishError(f"a message that is no msgpack ({one_line(error, 100)})", "a small map") from None
+    found = unpack(frame)
     if not isinstance(found, dict) or not {"type", "payload", "seq"} <= found.keys():
         raise BurnishError("a message that lacks type, payload or seq", "a map of them")
     kinds = ("hello", "observation", "episode_start", "episode_end", "error")
@@ -214,19 +196,10 @@ def read_array(value: Any, what: str) -> np.ndarray:
         return np.array(value, np.float64)
     if not isinstance(value, dict):
         raise BurnishError(f"{what} is {'missing' if value is None else 'no array'}", "a packed array or picture")
-    data, shape = value.get("data"), value.get("shape")
-    if not isinstance(data, bytes):
-        raise BurnishError(f"{what} has no data", "bytes")
-    if value.get("__image__") and value.get("format") in ("png", "jpeg"):
+    data = value.get("data")
+    if isinstance(data, bytes) and value.get("__image__") and value.get("format") in ("png", "jpeg"):
         return _picture(data, what)
-    dtype = value.get("dtype")
-    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise BurnishError(f"{what} has the dtype {str(dtype)[:20]}", "integers, floats or flags, little-endian")
-    kind = np.dtype(dtype)
-    whole = isinstance(shape, list) and len(shape) <= 4 and all(type(n) is int and 0 <= n < 2**31 for n in shape)
-    if not whole or math.prod(shape) * kind.itemsize != len(data):
-        raise BurnishError(f"{what} has the shape {str(shape)[:60]} and {len(data)} bytes", "as many as the shape says")
-    return np.frombuffer(data, kind).reshape(shape).copy()
+    return plain_array(data, value.get("dtype"), value.get("shape"), what)
 
 
 def _picture(data: bytes, what: str) -> np.ndarray:

@@ -1,0 +1,78 @@
+"""`burnish policy serve`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from burnish.cli.parser import Arg
+from burnish.core.errors import BurnishError
+
+Several = Annotated[list[str], Arg(several=True)]
+
+
+def serve(
+    policy: str, *, protocol: Literal["openpi", "vla-eval"] = "openpi", host: str = "127.0.0.1", port: int = 8000,
+    token_file: Path | None = None, profile: Literal["lerobot", "libero", "droid", "aloha"] = "lerobot",
+    map: Path | None = None, cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0,
+    exact: bool = False, max_mb: int = 16, rate: int = 200, clients: int = 32, record: Path | None = None,
+    record_mb: int = 1000, n_action_steps: int | None = None, seed: int = 0, device: str = "",
+) -> None:  # fmt: skip
+    """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
+
+    openpi-client, burnish.runtime.client and, with --lerobot-port, LeRobot's RobotClient are answered as they are.
+    Without a token only this machine is.
+
+    Args:
+        policy: policy folder or the name of a shipped base
+        protocol: openpi, or vla-eval for vla-eval's benchmarks
+        host: address to listen on
+        port: 0 takes a free one
+        token_file: file with what clients must send
+        profile: names of keys in observations: LeRobot's, or those of an example of openpi's
+        map: file that names the keys instead, {images: {CAMERA: KEY}, state: KEY, task: KEY}
+        cameras: the client's cameras in the policy's order; default: same names
+        lerobot_port: port for LeRobot's RobotClient; 0 takes a free one, -1 means none
+        width: most requests in a call of the policy
+        wait_ms: a request waits so long for others
+        exact: all calls of one width, so that an answer never depends on others
+        max_mb: largest message in MiB
+        rate: requests a second of a connection
+        clients: connections at once
+        record: folder for what is asked and answered
+        record_mb: most MiB to record
+        n_action_steps: vla-eval: actions executed of each chunk; default: the policy's
+        seed: seed of the policy's noise
+        device: torch device; default: a GPU where there is one
+
+    Examples:
+        burnish policy serve runs/libero/policy --profile libero
+        burnish policy serve runs/so101/policy --lerobot-port 8080 --record calls
+        burnish policy serve runs/libero/policy --host 0.0.0.0 --token-file token
+        burnish policy serve runs/libero/policy --protocol vla-eval --cameras agentview wrist
+    """
+    from burnish.runtime.serve import run
+    from burnish.runtime.serve.server import ServeOptions
+
+    bench = protocol == "vla-eval"
+    if bench and (map or lerobot_port >= 0 or record or exact or profile != "lerobot"):
+        raise BurnishError("--protocol vla-eval with options of openpi's protocol",
+                           "host, port, token, cameras, limits and n_action_steps", "--protocol openpi")  # fmt: skip
+    if not bench and n_action_steps is not None:
+        raise BurnishError("--n-action-steps with openpi's protocol", "a client that executes so many of each chunk",
+                           "--protocol vla-eval")  # fmt: skip
+    options = ServeOptions(
+        host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
+        clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),
+        cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, seed=seed, record=str(record or ""),
+        record_mb=record_mb,
+    )  # fmt: skip
+
+    def ready(server: run.Server, port: int, _: object) -> None:
+        address = f"[{host}]" if ":" in host else host
+        robots = f", LeRobot's client on {host}:{server.lerobot_port}" if server.lerobot_port >= 0 else ""
+        print(f"{policy} on ws://{address}:{port}{robots}", flush=True)
+
+    if bench:
+        run.serve_benchmark(policy, options, n_action_steps, device, ready)
+    else:
+        run.serve_policy(policy, options, device=device, ready=ready)
+    print("stopped")

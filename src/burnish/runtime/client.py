@@ -1,0 +1,214 @@
+"""A thin client of `burnish policy serve`, without torch: calls that outlive a lost connection, and a queue of actions.
+
+actor = Actor(PolicyClient("ws://127.0.0.1:8000"))
+while True:
+    robot.send(actor.act(robot.observe()))
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+
+from burnish.core.errors import BurnishError, one_line
+from burnish.runtime.realtime.queue import ActionQueue, Asked
+from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+"""Seconds between two attempts to connect."""
+log = logging.getLogger("burnish")
+
+
+class PolicyClient:
+    """Calls of a served policy, one at a time; thread-safe.
+
+    Args:
+        address: ws://host:port, or wss:// behind a proxy.
+        token: what the server asks for, "" where it asks for nothing.
+        session: noise is drawn from the server's seed, this name and the number of the call; default: a random one.
+        patience: seconds for which a lost connection is sought again, and a server that does not answer awaited.
+
+    Attributes:
+        metadata: what the server says of its policy.
+        reconnects: how often the connection was lost.
+
+    Raises:
+        BurnishError: no server in time, or a wrong token.
+    """
+
+    def __init__(self, address: str = "ws://127.0.0.1:8000", token: str = "", session: str = "",
+                 patience: float = 60.0):  # fmt: skip
+        self.address, self.token, self.patience = address, token, patience
+        self.session, self.calls, self.reconnects = session or secrets.token_hex(8), 0, 0
+        self._lock = threading.Lock()
+        self._connection = self._connect(time.monotonic() + patience)
+
+    def infer(self, observation: dict[str, Any], **extras: Any) -> dict[str, Any]:
+        """The reply to an observation: "actions" [T, A] and timings.
+
+        A call whose connection is lost is sent again under its number, so that its noise is the same.
+
+        Args:
+            observation: under the keys of the server's profile.
+            **extras: see `burnish.runtime.serve.openpi.Extras`.
+
+        Raises:
+            BurnishError: the server's own words, or it cannot be reached in time.
+        """
+        with self._lock:
+            number = extras.setdefault("call", self.calls)
+            frame = pack_openpi({**observation, "burnish": {"session": self.session, **extras}})
+            reply = self._exchange(frame)
+            if isinstance(reply, str):
+                raise BurnishError(f"{self.address}: {reply}")
+            self.calls = number + 1
+            return unpack_openpi(reply)
+
+    def _exchange(self, frame: bytes) -> bytes | str:
+        from websockets.exceptions import ConnectionClosed
+
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                self._connection.send(frame)
+                return self._connection.recv(timeout=max(0.1, end - time.monotonic()))
+            except TimeoutError:
+                self._connection.close()
+                raise BurnishError(f"{self.address} has not answered for {self.patience:g} s", "an answer") from None
+            except (ConnectionClosed, OSError) as error:
+                if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code in (1008, 1009):
+                    self._connection = self._connect(end)
+                    raise BurnishError(f"{self.address}: {error.rcvd.reason or 'too large'}") from None
+                log.warning("connection to %s lost (%s)", self.address, one_line(error, 80))
+                self.reconnects += 1
+                self._connection = self._connect(end)
+
+    def _connect(self, end: float) -> Any:
+        """A connection whose server has said what it serves."""
+        from websockets.exceptions import InvalidStatus, WebSocketException
+        from websockets.sync.client import connect
+
+        headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                left = max(0.1, end - time.monotonic())
+                connection = connect(self.address, compression=None, max_size=None, additional_headers=headers,
+                                     open_timeout=left, proxy=None)  # fmt: skip
+                self.metadata = unpack_openpi(connection.recv(timeout=left))
+                return connection
+            except (OSError, WebSocketException) as error:  # a timeout is an OSError
+                if isinstance(error, InvalidStatus) and error.response.status_code == 401:
+                    raise BurnishError(f"{self.address}: wrong or missing token", "the server's token") from None
+                if time.monotonic() + pause > end:
+                    found = f"no policy server at {self.address} ({one_line(error, 80)})"
+                    raise BurnishError(found, "a running one", "burnish policy serve POLICY") from None
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> "PolicyClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Actor:
+    """An action for every control step; the next chunk is asked for while the present one is executed.
+
+    Args:
+        client: connected.
+        replan: rows of a chunk that are executed before those of the next; default: the policy's number.
+        idle: what the robot does when no action is there: "hold" repeats the last one (absolute actions), "zero" stands
+            still (relative actions).
+        deadline: seconds after which an answer is thrown away and counted.
+        commit: tell a policy that can continue actions which ones will be executed before its answer comes.
+
+    Attributes:
+        queue: counts executed rows, starved steps, delays and errors of commitment.
+        late: answers thrown away.
+    """
+
+    def __init__(self, client: PolicyClient, replan: int | None = None, idle: Literal["hold", "zero"] = "hold",
+                 deadline: float = 5.0, commit: bool = True):  # fmt: skip
+        about = client.metadata
+        self.horizon = int(about["action_horizon"])
+        self.replan = int(about["n_action_steps"]) if replan is None else replan
+        if not 1 <= self.replan <= self.horizon:
+            raise BurnishError(f"{self.replan} rows before the next chunk", f"1 to {self.horizon}, the policy's chunk")
+        self.client, self.idle, self.deadline = client, idle, deadline
+        self.commit = commit and bool(about["prefix"])
+        self.queue, self.late = ActionQueue(), 0
+        self._steps = [int(step) for step in about["observation_steps"]]
+        self._seen: deque[dict[str, Any]] = deque(maxlen=1 - min(self._steps))
+        self._thread = ThreadPoolExecutor(1, "policy client")
+        self._waiting: tuple[Asked, float, Future[dict[str, Any]]] | None = None
+        self._last: np.ndarray | None = None
+        self._fresh, self._asked_at = True, 0
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray:
+        """The action [A] of this control step; waits only where the robot has never had one.
+
+        Raises:
+            BurnishError: see `PolicyClient.infer`.
+        """
+        self._seen.append(observation)
+        self._collect(wait=False)
+        since = self.queue.executed - self._asked_at
+        enough = min(self.replan, self.horizon - self.queue.predict())  # the old chunk lasts until the new one is there
+        if self._waiting is None and (self._fresh or since >= max(1, enough) or not self.queue.left):
+            self._ask()
+        if self._last is None and not self.queue.left:
+            while not self.queue.left:
+                self._collect(wait=True)
+                if not self.queue.left:
+                    self._ask()
+        row = self.queue.pop()
+        if row is None:
+            return np.zeros_like(self._last) if self.idle == "zero" else self._last.copy()  # type: ignore[union-attr]
+        self._last = row
+        return row.copy()
+
+    def reset(self) -> None:
+        """Begin an episode: nothing of the last one is executed."""
+        if self._waiting:
+            self._waiting[2].exception()  # comes to its end
+        self._waiting, self._last, self._fresh = None, None, True
+        self._seen.clear()
+        self.queue.clear()
+
+    def _ask(self) -> None:
+        asked = self.queue.ask()
+        self._asked_at = asked.step
+        extras: dict[str, Any] = {"deadline_ms": 1000 * self.deadline}
+        delay = min(asked.delay, self.horizon - 1)
+        if self.commit and delay:
+            extras["prefix"] = asked.rows[:delay]
+        if len(self._steps) > 1:
+            seen = list(self._seen)
+            extras["earlier"] = [seen[max(0, len(seen) - 1 + step)] for step in self._steps[:-1]]
+        self._fresh = False
+        self._waiting = asked, time.monotonic(), self._thread.submit(self.client.infer, self._seen[-1], **extras)
+
+    def _collect(self, wait: bool) -> None:
+        if self._waiting is None or not (wait or self._waiting[2].done()):
+            return
+        asked, since, future = self._waiting
+        self._waiting = None
+        reply = future.result()
+        if time.monotonic() - since > self.deadline and self._last is not None:
+            self.late += 1
+            return
+        self.queue.splice(reply["actions"], asked)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.client.close()

@@ -1,0 +1,194 @@
+"""Requests of all clients meet here: one thread owns the policy and answers as many at once as wait.
+
+The noise of a request is drawn from its own seed, so an answer does not depend on who shares its batch; with a fixed
+width not even in its last bit.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from burnish.core.errors import BurnishError
+from burnish.core.types import Draws
+from burnish.policies.base import Policy
+from burnish.policies.keys import RULER, TASK
+from burnish.policies.pretrained import foreign
+from burnish.runtime.serve.metrics import Metrics
+from burnish.runtime.serve.rows import Row, stack
+
+MOST_WAITING = 64
+
+
+class Busy(BurnishError):
+    """Not now: no room, no time, or the server is going down."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gets.
+
+    Args:
+        actions: float32 [T, A] in environment units.
+        infer, queued: seconds that its batch took, and that it waited before.
+        rows: requests in the batch.
+    """
+
+    actions: np.ndarray
+    infer: float = 0.0
+    queued: float = 0.0
+    rows: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    row: Row
+    seed: int
+    prefix: np.ndarray | None
+    deadline: float
+    future: "asyncio.Future[Answer]"
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def committed(self) -> int:
+        return 0 if self.prefix is None else len(self.prefix)
+
+
+class Batcher:
+    """One policy for many clients.
+
+    Args:
+        policy: put into evaluation mode; called in `thread` alone.
+        thread: an executor with one worker.
+        metrics: told of every batch.
+        width: requests in a call.
+        wait: seconds that a request waits for others, and only while more clients are connected than ask.
+        exact: every call has `width` rows (copies fill it) and one more, whose text is as long as can be: a matrix
+            product may differ in its last bit between widths, and texts are padded to the longest.
+    """
+
+    def __init__(self, policy: Policy, thread: Executor, metrics: Metrics, width: int = 8, wait: float = 0.003,
+                 exact: bool = False):  # fmt: skip
+        self.policy, self.thread, self.metrics = policy.eval(), thread, metrics
+        self.width, self.wait, self.exact = width, wait, exact
+        self.clients = 0
+        self._pending: deque[_Request] = deque()
+        self._arrived = asyncio.Event()
+
+    async def submit(self, row: Row, seed: int, prefix: np.ndarray | None = None, deadline: float = 600.0) -> Answer:
+        """The answer to a row whose noise `seed` seeds; when cancelled the request leaves the queue.
+
+        Args:
+            row: what is seen.
+            seed: of its noise.
+            prefix: [P, A] actions that are committed, which the chunk continues.
+            deadline: seconds after which nobody wants an answer any more.
+
+        Raises:
+            BurnishError: the policy cannot act on it; Busy: the queue is full, or the deadline has passed.
+        """
+        if len(self._pending) >= MOST_WAITING:
+            raise Busy(f"the server is busy: {MOST_WAITING} requests wait", "fewer", "the same call later")
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        request = _Request(row, seed, prefix, time.perf_counter() + deadline, future)
+        self._pending.append(request)
+        self._arrived.set()
+        try:
+            return await future
+        finally:
+            with suppress(ValueError):
+                self._pending.remove(request)
+
+    async def run(self) -> None:
+        """Answer for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            await self._gather()
+            batch = self._take()
+            if not batch:
+                continue
+            start = time.perf_counter()
+            found = await loop.run_in_executor(self.thread, self._answers, batch)
+            spent = time.perf_counter() - start
+            self.metrics.batch(len(batch), spent, [start - one.since for one in batch])
+            for one, answer in zip(batch, found, strict=True):
+                if one.future.done():  # the client has left
+                    continue
+                if isinstance(answer, BurnishError):
+                    one.future.set_exception(answer)
+                else:
+                    timed = replace(answer, infer=spent, queued=start - one.since, rows=len(batch))
+                    one.future.set_result(timed)
+
+    async def _gather(self) -> None:
+        """Wait for others who may ask."""
+        end = time.perf_counter() + self.wait
+        while self._pending and len(self._pending) < min(self.width, self.clients):
+            self._arrived.clear()
+            left = end - time.perf_counter()
+            if left <= 0:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left)
+
+    def _take(self) -> list[_Request]:
+        """The next batch: the oldest request, and those behind it with as many committed actions."""
+        now, batch, others = time.perf_counter(), [], []
+        while self._pending and len(batch) < self.width:
+            one = self._pending.popleft()
+            if one.future.done():
+                continue
+            if one.deadline < now:
+                one.future.set_exception(Busy("the deadline has passed", "an answer in time", "fewer clients"))
+            elif batch and one.committed != batch[0].committed:
+                others.append(one)
+            else:
+                batch.append(one)
+        self._pending.extendleft(reversed(others))
+        if self._pending:
+            self._arrived.set()
+        else:
+            self._arrived.clear()
+        return batch
+
+    def _answers(self, batch: list[_Request]) -> Sequence[Answer | BurnishError]:
+        """Whatever is wrong with one row is told to its owner alone."""
+        rows, seeds = [one.row for one in batch], [one.seed for one in batch]
+        prefix = None if batch[0].prefix is None else np.stack([p for one in batch if (p := one.prefix) is not None])
+        try:
+            chunks = self.act(rows, seeds, prefix)
+        except (BurnishError, MemoryError) as error:
+            if len(batch) > 1:
+                return [answer for one in batch for answer in self._answers([one])]
+            return [error if isinstance(error, BurnishError) else BurnishError("not enough memory for this call")]
+        broken = BurnishError("the policy returned actions that are not finite", "numbers", "another checkpoint")
+        return [Answer(chunk) if np.isfinite(chunk).all() else broken for chunk in chunks]
+
+    def act(self, rows: Sequence[Row], seeds: Sequence[int], prefix: np.ndarray | None = None) -> np.ndarray:
+        """Actions [n, T, A] for n rows; in the policy's thread only."""
+        policy, count = self.policy, len(rows)
+        order = list(range(count)) + [count - 1] * (self.width + 1 - count if self.exact else 0)
+        with foreign("the policy cannot act on this", "an observation like those it was trained on"):
+            batch = stack(policy, [rows[i] for i in order])
+            if self.exact:
+                batch[TASK] = [*batch[TASK][:-1], RULER]  # type: ignore[list-item]
+            draws = _draws(policy, [seeds[i] for i in order])
+            more: dict[str, Any] = {}
+            if prefix is not None:
+                more["prefix"] = torch.from_numpy(prefix[order]).to(policy.device)
+            actions = policy.act(batch, draws, **more).actions[:count]
+            return actions.float().cpu().numpy()
+
+
+def _draws(policy: Policy, seeds: Sequence[int]) -> Draws:
+    each = [policy.draw(1, torch.Generator().manual_seed(seed)) for seed in seeds]
+    draws = Draws(torch.cat([d.noise for d in each]), torch.cat([d.time for d in each]))
+    return draws.to(policy.device)

@@ -1,0 +1,190 @@
+"""openpi's protocol, for openpi-client as it is and for `burnish.runtime.client`.
+
+The server speaks first: a map of what it serves. A request is an observation, a reply a map with `actions` [T, A] and
+timings; a text frame is an error, after which the connection is as good as before. An observation may have a key
+`burnish`: a map of what openpi's protocol has no place for (see `Extras`).
+"""
+
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
+from burnish.policies.base import lacks
+from burnish.runtime.serve.batcher import Batcher
+from burnish.runtime.serve.record import Recorder
+from burnish.runtime.serve.rows import Keys, Reader, Row, blank, profile_keys
+from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
+
+KEPT_SECONDS, MOST_SESSIONS = 60.0, 1000
+"""How long the call number of a named session outlives its connection, and how many are remembered."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What may stand in an observation's `burnish`.
+
+    Args:
+        session: a name; noise is drawn from the server's seed, it and the number of the call.
+        reset: begin again at call 0.
+        call: the number of this call, for one that is sent again.
+        seed: of this call's noise, in place of the derived one.
+        prefix: [P, A] actions that are committed and that the chunk continues.
+        earlier: observations before this one, oldest first, for a policy that sees them.
+        deadline_ms: after which nobody wants the answer any more.
+    """
+
+    session: str = ""
+    reset: bool = False
+    call: int | None = None
+    seed: int | None = None
+    prefix: np.ndarray | None = None
+    earlier: list[Any] = field(default_factory=list)
+    deadline_ms: float = 600_000.0
+
+
+class Sessions:
+    """Call numbers by name: of a name that is used they go on across connections, for a minute after the last call."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, tuple[int, float]] = {}
+
+    def number(self, name: str) -> int:
+        """Of the next call."""
+        number, at = self._named.get(name, (0, 0.0))
+        return number if time.monotonic() - at < KEPT_SECONDS else 0
+
+    def store(self, name: str, number: int) -> None:
+        self._named.pop(name, None)  # so that the oldest stands first
+        self._named[name] = number, time.monotonic()
+        if len(self._named) > MOST_SESSIONS:
+            self._named.pop(next(iter(self._named)))
+
+
+class OpenPi:
+    """A policy behind openpi's protocol, and what other protocols of the same server share with it.
+
+    Args:
+        batcher: answers.
+        keys: of the observations.
+        seed: of all noise.
+        about: more for the greeting, such as the hash of the weights.
+        recorder: writes down what is asked and answered.
+        robot_keys: of LeRobot's client, where they are not the policy's own names.
+        names: what such a client may call the policy.
+    """
+
+    def __init__(
+        self, batcher: Batcher, keys: Keys, seed: int = 0, about: dict[str, Any] | None = None,
+        recorder: Recorder | None = None, robot_keys: Keys | None = None, names: tuple[str, ...] = (),
+    ):  # fmt: skip
+        self.batcher, self.keys, self.seed, self.recorder, self.names = batcher, keys, seed, recorder, names
+        self.policy, self.reader, self.sessions = batcher.policy, Reader(batcher.policy, keys), Sessions()
+        self.robot_reader = Reader(self.policy, robot_keys or profile_keys(self.policy, "lerobot"))
+        policy = self.policy
+        self.about = {
+            "server": f"burnish {version('burnish')}", "policy": policy.name, "action_horizon": policy.act_steps,
+            "n_action_steps": policy.n_action_steps, "action_dim": policy.action_dim, "state_dim": policy.state_dim,
+            "cameras": {name: list(size) for name, size in policy.view_sizes.items()},
+            "keys": {"images": keys.images, "state": list(keys.state), "task": keys.task},
+            "observation_steps": list(policy.window.observations), "prefix": policy.supports("prefix"),
+            **(about or {}),
+        }  # fmt: skip
+        self.greeting = pack_openpi(self.about)
+
+    def warm(self) -> None:
+        """Act on black views, so that no client waits for what a first call builds; in the policy's thread.
+
+        Raises:
+            BurnishError: the policy cannot act at all.
+        """
+        row = self.reader.row(blank(self.policy, self.keys))
+        for count in sorted({1, self.batcher.width}):
+            self.batcher.act([row] * count, [0] * count)
+
+    def session(self) -> "OpenPiSession":
+        return OpenPiSession(self)
+
+    def refusal(self, error: BurnishError) -> str:
+        return str(error)
+
+    def tasks(self) -> list[Awaitable[None]]:
+        return [self.batcher.run()]
+
+    def count(self, clients: int) -> None:
+        self.batcher.clients = clients
+
+    async def ask(self, row: Row, extras: Extras, call: int) -> dict[str, Any]:
+        """The reply to call `call` of a session."""
+        prefix = None if extras.prefix is None else self._prefix(extras.prefix)
+        seed = derive_seed(self.seed, extras.session, call) if extras.seed is None else extras.seed
+        answer = await self.batcher.submit(row, seed, prefix, extras.deadline_ms / 1000)
+        if self.recorder:
+            self.recorder.put(row, answer.actions, {"session": extras.session, "call": call, "seed": seed})
+        infer = 1000 * answer.infer
+        timing = {"infer_ms": infer, "queue_ms": 1000 * answer.queued, "rows": answer.rows}
+        return {"actions": answer.actions, "server_timing": timing, "policy_timing": {"infer_ms": infer},
+                "seed": seed, "call": call}  # fmt: skip
+
+    def _prefix(self, given: Any) -> np.ndarray:
+        policy = self.policy
+        if not policy.supports("prefix"):
+            raise lacks(policy, "prefix", "burnish.prefix")
+        fits = isinstance(given, np.ndarray) and given.dtype.kind in "iuf" and given.ndim == 2
+        if not fits or not 0 < len(given) < policy.act_steps or given.shape[1] != policy.action_dim:
+            found = f"a prefix {list(given.shape)}" if isinstance(given, np.ndarray) else "a prefix that is no array"
+            raise BurnishError(found, f"numbers [P, {policy.action_dim}] with P from 1 to {policy.act_steps - 1}")
+        prefix = given.astype(np.float32)
+        if not np.isfinite(prefix).all():
+            raise BurnishError("a prefix that is not finite", "numbers")
+        return prefix
+
+
+class OpenPiSession:
+    """One connection."""
+
+    def __init__(self, service: OpenPi):
+        self.service, self.calls = service, 0
+        self.previous: float | None = None
+
+    async def answer(self, frame: bytes | str) -> bytes:
+        observation = unpack_openpi(frame)
+        if not isinstance(observation, dict):
+            raise BurnishError("a message that is no map", "an observation")
+        extras = read_extras(observation.pop("burnish", None))
+        sessions = self.service.sessions
+        call = sessions.number(extras.session) if extras.session else self.calls
+        call = 0 if extras.reset else call if extras.call is None else extras.call
+        reply = await self.service.ask(self.service.reader.row(observation, extras.earlier), extras, call)
+        self.calls = call + 1
+        if extras.session:
+            sessions.store(extras.session, call + 1)
+        if self.previous is not None:
+            reply["server_timing"]["prev_total_ms"] = 1000 * self.previous
+        return pack_openpi(reply)
+
+    def sent(self, seconds: float) -> None:
+        self.previous = seconds
+
+
+def read_extras(given: Any) -> Extras:
+    """Raises BurnishError unless `given` is missing or a map of what `Extras` has, each of its kind."""
+    if given is None:
+        return Extras()
+    known = [one.name for one in fields(Extras)]
+    if not isinstance(given, dict) or not given.keys() <= set(known):
+        raise BurnishError("a key `burnish` that is no map of what it may hold", f"a map of {', '.join(known)}")
+    extras = Extras(**given)
+    whole = all(value is None or (type(value) is int and 0 <= value < 2**63) for value in (extras.call, extras.seed))
+    named = isinstance(extras.session, str) and len(extras.session) <= 200
+    limit = extras.deadline_ms
+    timed = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 3_600_000
+    if not (whole and named and timed and isinstance(extras.reset, bool)):
+        raise BurnishError("session, call, seed, reset or deadline_ms of another kind",
+                           "a text of at most 200 characters, whole numbers, a flag, and milliseconds")  # fmt: skip
+    return extras

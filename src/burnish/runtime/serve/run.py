@@ -1,0 +1,82 @@
+"""A policy folder to a running server."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from burnish.core.errors import BurnishError
+from burnish.core.reading import regular_file
+from burnish.policies.base import Policy
+from burnish.policies.load import policy_and_hash
+from burnish.runtime.serve.batcher import Batcher
+from burnish.runtime.serve.openpi import OpenPi
+from burnish.runtime.serve.record import Recorder
+from burnish.runtime.serve.rows import profile_keys, read_keys
+from burnish.runtime.serve.server import NEW_TOKEN, InThread, ServeOptions, Server, serve
+from burnish.runtime.serve.vla_eval import VlaEval, refusal
+
+
+def serve_policy(
+    policy: Policy | Path | str, options: ServeOptions | None = None, *, device: str = "",
+    ready: Callable[[Server, int, Callable[[], None]], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve a policy by openpi's protocol, and LeRobot's where a port is given, until SIGINT or SIGTERM.
+
+    Args:
+        policy: a policy, its folder, or the name of a shipped base.
+        options: see `ServeOptions`.
+        device: torch device; default: a GPU where there is one.
+        ready: called once the policy is warm, with the server, its port and a function that ends it from any thread.
+
+    Raises:
+        BurnishError: the policy cannot be loaded or does not act, options that do not fit it, see also `serve`.
+    """
+    options, running = options or ServeOptions(), []
+
+    def make(server: Server) -> OpenPi:
+        running.append(server)
+        model, digest = policy_and_hash(policy, device)
+        keys = read_keys(model, Path(options.map)) if options.map else (
+            profile_keys(model, options.profile, options.cameras))  # fmt: skip
+        robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
+        batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact)
+        recorder = Recorder(Path(options.record), options.record_mb, server.metrics) if options.record else None
+        names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
+        about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact}
+        service = OpenPi(batcher, keys, options.seed, about, recorder, robot_keys, names)
+        service.warm()
+        return service
+
+    serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))
+    service = running[0].service
+    if isinstance(service, OpenPi) and service.recorder:
+        service.recorder.close()
+
+
+def serve_benchmark(
+    policy: Policy | Path | str, options: ServeOptions, n_action_steps: int | None = None, device: str = "",
+    ready: Callable[[Server, int, Callable[[], None]], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve a policy to vla-eval's benchmarks; see `serve_policy` and `VlaEval`."""
+    running: list[Server] = []
+
+    def make(server: Server) -> InThread:
+        running.append(server)
+        model = VlaEval(policy_and_hash(policy, device)[0], options.cameras, n_action_steps, options.seed)
+        return InThread(server, model.session, refusal)
+
+    serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without space around it.
+
+    Raises:
+        BurnishError: no such file, or something that is no token of 16 to 512 printable characters in it.
+    """
+    if not path.exists():
+        raise BurnishError(f"no token at {path}", "a file with one", NEW_TOKEN.replace("> token", f"> {path}"))
+    token = regular_file(path, most=4096).read_text(encoding="utf-8", errors="replace").strip()
+    if not 16 <= len(token) <= 512 or not token.isascii() or not token.isprintable() or " " in token:
+        raise BurnishError(f"{path} holds no token", "16 to 512 letters, digits and signs without a space",
+                           NEW_TOKEN.replace("> token", f"> {path}"))  # fmt: skip
+    return token
