@@ -66,6 +66,8 @@ def check_command(words: list[str]) -> None:
     if words[0] == "burnish":
         assert present_names(words[1:]) == (words[1:], False), "an old name"
         check_burnish(words[1:])
+    elif words[:2] == ["python", "-c"]:
+        ast.parse(words[2])
     elif words[:2] == ["python", "-m"]:
         check_outside(words[2:])
     elif words[:2] == ["python", "bench/gpu.py"]:
@@ -74,7 +76,7 @@ def check_command(words: list[str]) -> None:
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)
     else:
-        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate", "torchrun", "ray", "hf", "pip")
+        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate", "torchrun", "ray", "hf", "pip", "curl")
 
 
 def check_burnish(argv: list[str]) -> None:
@@ -93,11 +95,17 @@ def check_burnish(argv: list[str]) -> None:
 
 
 def check_outside(words: list[str]) -> None:
-    """`python -m bench NAME` or `python -m workshop NAME`."""
+    """`python -m bench NAME`, `python -m workshop NAME`, or a program of LeRobot's."""
     parser = argparse.ArgumentParser()
     if words[0] == "bench":
         bench.add_arguments(parser)
         parser.parse_args(words[1:])
+        return
+    if words[0].startswith("lerobot."):  # which imports packages that may be missing
+        folder = Path(importlib.util.find_spec("lerobot").origin).parents[1]
+        program = folder.joinpath(*words[0].split(".")).with_suffix(".py")
+        source = program.read_text() + program.with_name("configs.py").read_text()
+        assert all(re.search(rf"^    {word[2:].split('=')[0].split('.')[0]}: ", source, re.M) for word in words[1:])
         return
     assert words[0] == "workshop"
     importlib.import_module(WORKSHOP[words[1]][0]).add_arguments(parser)
@@ -167,7 +175,14 @@ def test_python_calls_fit_the_library(page, mark, body):
             inspect.signature(imported[node.func.id]).bind(*node.args, **keywords)
 
 
-@pytest.mark.parametrize(("page", "mark", "body"), [block for block in blocks("python") if "__main__" not in block[2]])
+ELSEWHERE = ("served", "openpi")
+"""Marks of blocks that need a server: tests/runtime/test_serve_docs.py runs them."""
+
+
+@pytest.mark.parametrize(
+    ("page", "mark", "body"),
+    [block for block in blocks("python") if "__main__" not in block[2] and block[1] not in ELSEWHERE],
+)
 def test_short_python_blocks_run(page, mark, body):
     exec(compile(body, page, "exec"), {"__name__": page})
 

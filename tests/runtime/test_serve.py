@@ -392,10 +392,10 @@ def test_an_actor_asks_in_time_and_executes_what_it_promised():
     assert {count for _, count in slow.asked[3:]} == {2}
 
 
-@pytest.mark.parametrize(("idle", "value"), [("hold", 7.01), ("zero", 0.0)])
-def test_an_actor_without_an_answer_in_time(idle, value):
+@pytest.mark.parametrize(("relative", "value"), [((), 7.01), ((True,), 0.0)])
+def test_an_actor_without_an_answer_in_time(relative, value):
     slow = Slow()
-    actor = Actor(slow, idle=idle, deadline=0.05)
+    actor = Actor(slow, relative=relative, deadline=0.05)
     slow.go.release()
     rows = [float(actor.act({"step": step})[0]) for step in range(12)]
     assert rows[8:] == pytest.approx([value] * 4) and actor.queue.starved == 4

@@ -10,8 +10,9 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -127,8 +128,8 @@ class Actor:
     Args:
         client: connected.
         replan: rows of a chunk that are executed before those of the next; default: the policy's number.
-        idle: what the robot does when no action is there: "hold" repeats the last one (absolute actions), "zero" stands
-            still (relative actions).
+        relative: bool [A], actions whose zero is no motion: what a robot does for which there is no action yet. Others
+            are repeated.
         deadline: seconds after which an answer is thrown away and counted.
         commit: tell a policy that can continue actions which ones will be executed before its answer comes.
 
@@ -137,21 +138,21 @@ class Actor:
         late: answers thrown away.
     """
 
-    def __init__(self, client: PolicyClient, replan: int | None = None, idle: Literal["hold", "zero"] = "hold",
+    def __init__(self, client: PolicyClient, replan: int | None = None, relative: Sequence[bool] = (),
                  deadline: float = 5.0, commit: bool = True):  # fmt: skip
         about = client.metadata
         self.horizon = int(about["action_horizon"])
         self.replan = int(about["n_action_steps"]) if replan is None else replan
         if not 1 <= self.replan <= self.horizon:
             raise BurnishError(f"{self.replan} rows before the next chunk", f"1 to {self.horizon}, the policy's chunk")
-        self.client, self.idle, self.deadline = client, idle, deadline
+        self.client, self.deadline = client, deadline
         self.commit = commit and bool(about["prefix"])
-        self.queue, self.late = ActionQueue(), 0
+        self.queue, self.late = ActionQueue(relative), 0
         self._steps = [int(step) for step in about["observation_steps"]]
         self._seen: deque[dict[str, Any]] = deque(maxlen=1 - min(self._steps))
         self._thread = ThreadPoolExecutor(1, "policy client")
         self._waiting: tuple[Asked, float, Future[dict[str, Any]]] | None = None
-        self._last: np.ndarray | None = None
+        self._moved = False
         self._fresh, self._asked_at = True, 0
 
     def act(self, observation: dict[str, Any]) -> np.ndarray:
@@ -166,22 +167,20 @@ class Actor:
         enough = min(self.replan, self.horizon - self.queue.predict())  # the old chunk lasts until the new one is there
         if self._waiting is None and (self._fresh or since >= max(1, enough) or not self.queue.left):
             self._ask()
-        if self._last is None and not self.queue.left:
+        if not self._moved and not self.queue.left:
             while not self.queue.left:
                 self._collect(wait=True)
                 if not self.queue.left:
                     self._ask()
         row = self.queue.pop()
-        if row is None:
-            return np.zeros_like(self._last) if self.idle == "zero" else self._last.copy()  # type: ignore[union-attr]
-        self._last = row
-        return row.copy()
+        self._moved = True
+        return (self.queue.idle() if row is None else row).copy()
 
     def reset(self) -> None:
         """Begin an episode: nothing of the last one is executed."""
         if self._waiting:
             self._waiting[2].exception()  # comes to its end
-        self._waiting, self._last, self._fresh = None, None, True
+        self._waiting, self._moved, self._fresh = None, False, True
         self._seen.clear()
         self.queue.clear()
 
@@ -204,7 +203,7 @@ class Actor:
         asked, since, future = self._waiting
         self._waiting = None
         reply = future.result()
-        if time.monotonic() - since > self.deadline and self._last is not None:
+        if time.monotonic() - since > self.deadline and self._moved:
             self.late += 1
             return
         self.queue.splice(reply["actions"], asked)

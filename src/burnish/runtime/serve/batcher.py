@@ -69,7 +69,7 @@ class Batcher:
         thread: an executor with one worker.
         metrics: told of every batch.
         width: requests in a call.
-        wait: seconds that a request waits for others, and only while more clients are connected than ask.
+        wait: seconds that a request waits for one more, and only while more clients are connected than ask.
         exact: every call has `width` rows (copies fill it) and one more, whose text is as long as can be: a matrix
             product may differ in its last bit between widths, and texts are padded to the longest.
     """
@@ -129,15 +129,14 @@ class Batcher:
                     one.future.set_result(timed)
 
     async def _gather(self) -> None:
-        """Wait for others who may ask."""
-        end = time.perf_counter() + self.wait
+        """Wait for others who may ask: as long as they keep coming, but no request longer than four times `wait`."""
+        end = time.perf_counter() + 4 * self.wait
         while self._pending and len(self._pending) < min(self.width, self.clients):
             self._arrived.clear()
-            left = end - time.perf_counter()
-            if left <= 0:
+            try:
+                await asyncio.wait_for(self._arrived.wait(), min(self.wait, end - time.perf_counter()))
+            except TimeoutError:
                 break
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), left)
 
     def _take(self) -> list[_Request]:
         """The next batch: the oldest request, and those behind it with as many committed actions."""

@@ -157,7 +157,7 @@ class Reader:
         if views[0].shape[:2] != size and name not in self._resized:
             log.warning("views of %s: %s pixels, resized to %s", key, list(views[0].shape[:2]), list(size))
             self._resized.add(name)
-        return np.stack(views)
+        return np.stack(views) if len(views) > 1 else views[0][None]
 
     def _state(self, one: dict[str, Any]) -> np.ndarray:
         if not self.policy.state_dim:
@@ -205,28 +205,31 @@ def channels_last(image: Any, what: str) -> np.ndarray:
     return image.transpose(1, 2, 0) if turned else image
 
 
-def to_view(images: np.ndarray, size: Sequence[int], device: torch.device) -> Tensor:
-    """uint8 [n, H, W, 3] as float [n, 3, *size] in [0, 1], resized where it has another size."""
-    view = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
-    if view.shape[2:] != tuple(size):
-        view = torch.nn.functional.interpolate(view, tuple(size), mode="bilinear", antialias=True).clamp(0, 1)
-    return view
+def to_views(images: Sequence[np.ndarray], size: Sequence[int], device: torch.device) -> Tensor:
+    """uint8 pictures [H, W, 3] as float [n, 3, *size] in [0, 1], resized where they have another size."""
+    views = torch.empty(len(images), 3, *size, device=device)  # filled in place: large blocks are dear to allocate
+    for view, image in zip(views, images, strict=True):
+        picture = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
+        if image.shape[:2] == tuple(size):
+            view.copy_(picture)
+        else:
+            whole = picture[None].to(device).float()
+            view.copy_(torch.nn.functional.interpolate(whole, tuple(size), mode="bilinear", antialias=True)[0])
+    return views.div_(255).clamp_(0, 1)
 
 
 def stack(policy: Policy, rows: Sequence[Row]) -> Batch:
     """A batch of the rows, on the policy's device."""
-    single = len(policy.window.observations) == 1
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.stack([part[0] for part in parts] if single else parts)
-
+    times = len(policy.window.observations)
+    lead = (len(rows), times) if times > 1 else (len(rows),)
     batch: Batch = {TASK: [row.task for row in rows]}
     for name in policy.cameras:
-        batch[f"{IMAGES}{name}"] = joined(
-            [to_view(row.images[name], policy.view_sizes[name], policy.device) for row in rows]
-        )
+        pictures = [image for row in rows for image in row.images[name]]
+        views = to_views(pictures, policy.view_sizes[name], policy.device)
+        batch[f"{IMAGES}{name}"] = views.reshape(*lead, *views.shape[1:])
     if policy.state_dim:
-        batch[STATE] = joined([torch.from_numpy(row.state) for row in rows]).to(policy.device)
+        states = torch.from_numpy(np.stack([row.state for row in rows])).to(policy.device)
+        batch[STATE] = states.reshape(*lead, -1)
     return batch
 
 

@@ -24,7 +24,7 @@ from burnish.core.types import Batch
 from burnish.policies.base import Policy
 from burnish.policies.keys import IMAGES, STATE, TASK
 from burnish.policies.pretrained import foreign
-from burnish.runtime.serve.rows import MOST_SIDE, MOST_TEXT, to_view
+from burnish.runtime.serve.rows import MOST_SIDE, MOST_TEXT, channels_last, to_views
 from burnish.runtime.serve.wire import msgpack, plain_array, unpack
 
 PROTOCOL = 1
@@ -106,15 +106,11 @@ class VlaEval:
         return dict(zip(own, names, strict=True))
 
     def _view(self, image: np.ndarray, name: str, camera: str) -> torch.Tensor:
-        shape = image.shape
-        if image.dtype != np.uint8 or shape[2:] != (3,) or not 0 < min(shape) <= max(shape) <= MOST_SIDE:
-            found = f"the view {camera} is {image.dtype} {list(image.shape)}"
-            raise BurnishError(found, f"uint8 [height, width, 3] of at most {MOST_SIDE} pixels")
-        size = tuple(self.policy.view_sizes[name])
-        if shape[:2] != size and camera not in self._resized:
-            log.warning("views of %s: %s pixels, resized to %s", camera, list(shape[:2]), list(size))
+        image, size = channels_last(image, camera), tuple(self.policy.view_sizes[name])
+        if image.shape[:2] != size and camera not in self._resized:
+            log.warning("views of %s: %s pixels, resized to %s", camera, list(image.shape[:2]), list(size))
             self._resized.add(camera)
-        return to_view(image[None], size, self.policy.device)
+        return to_views([image], size, self.policy.device)
 
 
 class VlaEvalSession:

@@ -1,0 +1,103 @@
+"""Every kind of policy that acts is served, through its verbs: what comes out is what `act` says by itself."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from burnish.policies import load_policy
+from workshop.tiny import make_tiny
+
+pytest.importorskip("msgpack")
+pytest.importorskip("prometheus_client")
+
+from burnish.runtime.serve.batcher import Batcher  # noqa: E402
+from burnish.runtime.serve.metrics import Metrics  # noqa: E402
+from burnish.runtime.serve.openpi import OpenPi  # noqa: E402
+from burnish.runtime.serve.rows import Row, profile_keys  # noqa: E402
+from burnish.runtime.serve.wire import pack_openpi, unpack_openpi  # noqa: E402
+
+TASKS = ("lift the red cube", "open", "put the green ball on the plate and then open the drawer")
+
+
+def observations(policy, count):
+    random = np.random.default_rng(0)
+    views = {
+        f"observation.images.{name}": random.integers(0, 255, (count, 32, 32, 3), np.uint8) for name in policy.cameras
+    }
+    return [{**{key: value[i] for key, value in views.items()}, "task": TASKS[i % 3],
+             "observation.state": random.standard_normal(policy.state_dim)} for i in range(count)]  # fmt: skip
+
+
+def row_of(policy, one):
+    views = {name: one[f"observation.images.{name}"][None] for name in policy.cameras}
+    return Row(views, one["observation.state"].astype(np.float32)[None], one["task"])
+
+
+def by_itself(policy, seen, seed):
+    """The same through `act`, with a batch made by hand."""
+    batch = {"task": [seen["task"]]}
+    times = len(policy.window.observations)
+    for name in policy.cameras:
+        view = torch.from_numpy(seen[f"observation.images.{name}"]).permute(2, 0, 1).float() / 255
+        batch[f"observation.images.{name}"] = view[None] if times == 1 else view[None, None].repeat(1, times, 1, 1, 1)
+    state = torch.from_numpy(seen["observation.state"]).float()[None]
+    batch["observation.state"] = state if times == 1 else state[:, None].repeat(1, times, 1)
+    return policy.act(batch, policy.draw(1, torch.Generator().manual_seed(seed))).actions[0].numpy()
+
+
+@pytest.mark.parametrize("kind", ["smolvla", "pi05", "burnish_discrete", "act", "diffusion", "openvla"])
+def test_every_policy_that_acts_is_served(kind, tmp_path, request):
+    """Alone its answer is that of `act`, bit for bit; in a batch as near as that policy's own batches are."""
+    if kind in ("smolvla", "pi05"):
+        folder = request.getfixturevalue(f"tiny_{kind}")
+    else:
+        folder = make_tiny(kind, tmp_path / kind, cameras=("top",))
+    policy = load_policy(folder)
+    sent = observations(policy, 3)
+
+    async def run(thread, width):
+        batcher = Batcher(policy, thread, Metrics(), width=width, wait=0.5)
+        service = OpenPi(batcher, profile_keys(policy, "lerobot"))
+        service.warm()
+        batcher.clients = 3
+        task = asyncio.ensure_future(batcher.run())
+        frames = [service.session().answer(pack_openpi({**one, "burnish": {"seed": i}})) for i, one in enumerate(sent)]
+        found = [unpack_openpi(frame) for frame in await asyncio.gather(*frames)]
+        task.cancel()
+        return found, unpack_openpi(service.greeting)
+
+    with ThreadPoolExecutor(1) as thread:
+        alone, about = asyncio.run(run(thread, 1))
+        together, _ = asyncio.run(run(thread, 3))
+    assert about["policy"] == kind and about["action_horizon"] == policy.act_steps
+    assert [one["server_timing"]["rows"] for one in (*alone, *together)] == [1, 1, 1, 3, 3, 3]
+    for i, (one, other) in enumerate(zip(alone, together, strict=True)):
+        assert one["actions"].shape == (policy.act_steps, policy.action_dim) and one["actions"].dtype == np.float32
+        assert np.array_equal(one["actions"], by_itself(policy, sent[i], i))
+        if not kind.startswith("openvla"):  # greedy tokens of random weights: a last bit may turn one
+            np.testing.assert_allclose(other["actions"], one["actions"], rtol=1e-3, atol=2e-3)
+
+
+def test_an_exact_answer_never_depends_on_others(tiny_smolvla):
+    """Bit for bit, whoever shares the call and however long their texts are."""
+    policy = load_policy(tiny_smolvla)
+    rows = [row_of(policy, one) for one in observations(policy, 4)]
+    with ThreadPoolExecutor(1) as thread:
+        batcher = Batcher(policy, thread, Metrics(), width=4, exact=True)
+        alone = [batcher.act([row], [i])[0] for i, row in enumerate(rows)]
+        together, turned = batcher.act(rows, range(4)), batcher.act(rows[::-1], range(3, -1, -1))[::-1]
+    assert all(np.array_equal(alone[i], together[i]) and np.array_equal(alone[i], turned[i]) for i in range(4))
+
+
+def test_committed_actions_are_continued(tiny_smolvla):
+    policy = load_policy(tiny_smolvla)
+    row = row_of(policy, observations(policy, 1)[0])
+    with ThreadPoolExecutor(1) as thread:
+        batcher = Batcher(policy, thread, Metrics(), width=2)
+        free = batcher.act([row], [1])
+        again = batcher.act([row], [2], free[:, :3])
+    np.testing.assert_allclose(again[:, :3], free[:, :3], atol=1e-4)
+    assert not np.allclose(again[:, 3:], free[:, 3:], atol=1e-3)
