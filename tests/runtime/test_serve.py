@@ -357,62 +357,6 @@ def test_recorded_calls_come_back(tmp_path):
         serve_policy(Seen(), ServeOptions(port=0, record=str(tmp_path / "other")))
 
 
-class Slow:
-    """A client whose answers come when they are let go: the committed rows, then rows that say their control step."""
-
-    def __init__(self, horizon=8):
-        self.metadata = {"action_horizon": horizon, "n_action_steps": 4, "prefix": True, "observation_steps": [0]}
-        self.go, self.asked = threading.Semaphore(0), []
-
-    def infer(self, observation, prefix=None, **extras):
-        self.asked.append((observation["step"], 0 if prefix is None else len(prefix)))
-        assert self.go.acquire(timeout=20)
-        rows = np.arange(8, dtype=np.float32)[:, None] + observation["step"] + len(self.asked) / 100
-        rows[: self.asked[-1][1]] = prefix if prefix is not None else 0
-        return {"actions": rows}
-
-
-def test_an_actor_asks_in_time_and_executes_what_it_promised():
-    """Answers take two control steps: predicted from the second on, so nothing starves and no promise is broken."""
-    slow = Slow()
-    actor = Actor(slow, replan=4)
-    slow.go.release()
-    rows = []
-    for step in range(32):
-        rows.append(actor.act({"step": step})[0])
-        if actor._waiting and actor.queue.executed - actor._waiting[0].step == 2:
-            slow.go.release()
-            actor._waiting[2].result(20)
-        if step == 8:  # the first delay could not be known
-            assert actor.queue.commit_error == pytest.approx(0.01, abs=1e-6)
-            actor.queue.commit_error = 0.0
-    assert actor.queue.commit_error == 0 and actor.queue.starved == 0 and actor.queue.executed == 32
-    assert [int(row) for row in rows] == list(range(32)) and set(list(actor.queue.delays)[1:]) == {2}
-    assert [step for step, _ in slow.asked[3:]] == list(range(slow.asked[3][0], 32, 4))
-    assert {count for _, count in slow.asked[3:]} == {2}
-
-
-@pytest.mark.parametrize(("relative", "value"), [((), 7.01), ((True,), 0.0)])
-def test_an_actor_without_an_answer_in_time(relative, value):
-    slow = Slow()
-    actor = Actor(slow, relative=relative, deadline=0.05)
-    slow.go.release()
-    rows = [float(actor.act({"step": step})[0]) for step in range(12)]
-    assert rows[8:] == pytest.approx([value] * 4) and actor.queue.starved == 4
-    time.sleep(0.06)
-    slow.go.release()
-    actor._waiting[2].result(20)
-    assert actor.act({"step": 12})[0] == pytest.approx(value) and actor.late == 1
-    slow.go.release()
-    actor._waiting[2].result(20)
-    assert actor.act({"step": 13})[0] == pytest.approx(12.03)  # asked for at step 12, the robot stood still
-    actor.reset()
-    slow.go.release()
-    assert actor.act({"step": 0})[0] == pytest.approx(0.04)
-    with pytest.raises(BurnishError, match="9 rows"):
-        Actor(slow, replan=9)
-
-
 PROGRAM = """
 import sys; sys.path[:0] = {path!r}
 from serve_fakes import Seen

@@ -24,9 +24,8 @@ TASKS = ("lift the red cube", "open", "put the green ball on the plate and then 
 
 def observations(policy, count):
     random = np.random.default_rng(0)
-    views = {
-        f"observation.images.{name}": random.integers(0, 255, (count, 32, 32, 3), np.uint8) for name in policy.cameras
-    }
+    views = {f"observation.images.{name}": random.integers(0, 255, (count, *size, 3), np.uint8)
+             for name, size in policy.view_sizes.items()}  # fmt: skip
     return [{**{key: value[i] for key, value in views.items()}, "task": TASKS[i % 3],
              "observation.state": random.standard_normal(policy.state_dim)} for i in range(count)]  # fmt: skip
 
