@@ -77,7 +77,7 @@ def test_the_page_from_server_to_client(server, capfd):
         assert reply.status == 200 and text
         if address.endswith("stats"):
             assert json.loads(text)["requests"]["ok"] == 1
-    assert f"small on ws://127.0.0.1:{port}" in capfd.readouterr().out
+    assert f"policy on ws://127.0.0.1:{port}" in capfd.readouterr().out
 
 
 @pytest.mark.skipif(not OPENPI, reason="BURNISH_OPENPI_PYTHON names no Python with openpi-client")

@@ -1,7 +1,7 @@
 """`burnish policy serve`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from burnish.cli.parser import Arg
 from burnish.core.errors import BurnishError
@@ -18,8 +18,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
 
-    openpi-client, burnish.runtime.client and, with --lerobot-port, LeRobot's RobotClient are answered as they are.
-    Without a token only this machine is.
+    openpi-client, burnish.runtime.client and LeRobot's RobotClient are answered as they are; without a token only those
+    of this machine.
 
     Args:
         policy: policy folder or the name of a shipped base
@@ -47,32 +47,29 @@ def serve(
         burnish policy serve runs/libero/policy --profile libero
         burnish policy serve runs/so101/policy --lerobot-port 8080 --record calls
         burnish policy serve runs/libero/policy --host 0.0.0.0 --token-file token
-        burnish policy serve runs/libero/policy --protocol vla-eval --cameras agentview wrist
     """
     from burnish.runtime.serve import run
-    from burnish.runtime.serve.server import ServeOptions
 
     bench = protocol == "vla-eval"
     if bench and (map or lerobot_port >= 0 or record or exact or profile != "lerobot"):
-        raise BurnishError("--protocol vla-eval with options of openpi's protocol",
-                           "host, port, token, cameras, limits and n_action_steps", "--protocol openpi")  # fmt: skip
+        raise BurnishError("vla-eval with options of openpi's protocol", "host, port, token_file, cameras and limits",
+                           "--protocol openpi")  # fmt: skip
     if not bench and n_action_steps is not None:
-        raise BurnishError("--n-action-steps with openpi's protocol", "a client that executes so many of each chunk",
-                           "--protocol vla-eval")  # fmt: skip
-    options = ServeOptions(
+        raise BurnishError("--n-action-steps with openpi's protocol", "a client that decides it", "--protocol vla-eval")
+    options = run.ServeOptions(
         host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
         clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),
         cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, seed=seed, record=str(record or ""),
         record_mb=record_mb,
     )  # fmt: skip
-
-    def ready(server: run.Server, port: int, _: object) -> None:
-        address = f"[{host}]" if ":" in host else host
-        robots = f", LeRobot's client on {host}:{server.lerobot_port}" if server.lerobot_port >= 0 else ""
-        print(f"{policy} on ws://{address}:{port}{robots}", flush=True)
-
     if bench:
-        run.serve_benchmark(policy, options, n_action_steps, device, ready)
+        run.serve_benchmark(policy, options, n_action_steps, device, _announce)
     else:
-        run.serve_policy(policy, options, device=device, ready=ready)
+        run.serve_policy(policy, options, device=device, ready=_announce)
     print("stopped")
+
+
+def _announce(server: Any, port: int, _: object) -> None:
+    host = server.options.host
+    robots = f", LeRobot's client on {host}:{server.lerobot_port}" if server.lerobot_port >= 0 else ""
+    print(f"policy on ws://{f'[{host}]' if ':' in host else host}:{port}{robots}", flush=True)
