@@ -84,8 +84,9 @@ FIELDS = set(recipe_fields())
 FLAGS_OF = {
     name: {flag for action in one.parser._actions for flag in action.option_strings} for name, one in PARSERS.items()
 }
-OTHERS = {"--num_processes", "--debug", "--section.field", "--local-dir", "--repo-type", "--inference.type"}
-"""Of accelerate, every command, any field, hf download and LeRobot."""
+OTHERS = {"--num_processes", "--debug", "--section.field", "--local-dir", "--repo-type", "--inference.type",
+          "--fsdp_version", "--use_fsdp", "--head", "--policy_type", "--pretrained_name_or_path"}  # fmt: skip
+"""Of accelerate, every command, any field, hf download, LeRobot and Ray."""
 FLAGS = set().union(*FLAGS_OF.values())
 
 

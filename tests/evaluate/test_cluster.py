@@ -150,7 +150,9 @@ def test_runs_of_a_study_are_tasks(nodes, tmp_path, monkeypatch):
     import torch
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"root": "there"}, "train": {"steps": 7}}))
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"data": {"root": "there"}, "train": {"steps": 7}, "eval": {"env": "tabletop:lift"}})
+    )
     study = {"name": "two", "recipe": "recipe.yaml", "seeds": [0, 1], "variants": {"plain": {}, "other": {}}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     written = []

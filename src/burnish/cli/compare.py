@@ -38,5 +38,5 @@ def compare(
     """
     from burnish.evaluate.compare import compare
 
-    found = compare([first, *a], [second, *b], task_regex=task_regex, seed=seed, margin=margin, look=sequential)
+    found = compare([first, *a], [second, *b], task_regex=task_regex, seed=seed, margin=margin, sequential=sequential)
     print(dumps(found.to_dict(), indent=2) if json else found)

@@ -126,7 +126,7 @@ class Comparison:
 
 def compare(
     a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0, margin: float | None = None,
-    look: bool = False,
+    sequential: bool = False,
 ) -> Comparison:  # fmt: skip
     """Compare two policies or methods, paired on (task, initial state).
 
@@ -136,7 +136,7 @@ def compare(
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
         margin: difference of success rates up to which the policies count as equivalent, e.g. 0.05.
-        look: also the sequential test, which may be looked at after each trial; trials in A's order, one run a side.
+        sequential: also the test, which may be looked at after each trial; trials in A's order, one run a side.
 
     Raises:
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
@@ -159,7 +159,7 @@ def compare(
     unpaired = tuple([k for k in some if k not in shared] for some in keys)
     runs = (len(sides[0]), len(sides[1]))
     found = Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall), margin)
-    return replace(found, sequential=_sequential(sides, paired, margin)) if look else found
+    return replace(found, sequential=_sequential(sides, paired, margin)) if sequential else found
 
 
 def _sequential(sides: list[list[Run]], keys: list[Key], margin: float | None) -> Sequential:

@@ -209,13 +209,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     wrong = [key for key, kind in _META.items() if not isinstance(meta.get(key), kind)]
     wrong += [] if wrong else [key for key in ("step", "minutes") if not number(meta[key]) or meta[key] < 0]
     wrong += [] if wrong or all(isinstance(name, str) for name in meta["optimizer"]) else ["optimizer"]
+    train = {} if wrong else meta["recipe"].get("train", {})
+    passes = train.get("grad_accumulation", 1) if isinstance(train, dict) else None
+    wrong += [] if type(passes) is int and passes > 0 else ["recipe"]
     parts = [] if wrong else list(meta["window"].values())
     figures = all(isinstance(part, dict) and all(map(number, part.values())) for part in parts)
     if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
         raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
                            f"rm -r '{folder}'")  # fmt: skip
-    counted = meta["step"] * meta["recipe"].get("train", {}).get("grad_accumulation", 1) * meta["processes"]
-    return {"batches": counted, **meta}  # one of an earlier version did not change its number of processes
+    return {
+        "batches": meta["step"] * passes * meta["processes"],
+        **meta,
+    }  # one of an earlier version did not change its number of processes
 
 
 def check_same_recipe(before: dict[str, Any], recipe: RecipeConfig, where: Path, processes: int = 1) -> None:
