@@ -150,3 +150,47 @@ def test_command_writes_table_json_and_picture(tiny_discrete, tmp_path, capsys):
     assert main([*command, "--set", "decoder=sequential", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decoder"] == "sequential"
     assert main(["policy", "profile", str(tiny_discrete), "--repeats", "0"]) == 2
+
+
+def test_without_waiting_the_prompt_is_charged_to_what_comes_after(monkeypatch):
+    """A device that works on what the host has launched: the rule without synchronisation books it elsewhere."""
+    now, busy = [0.0], [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0] / 1000))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: now.__setitem__(0, max(now[0], busy[0])))
+
+    class Launching(Sleepy):
+        device = torch.device("cuda")
+
+        def stages(self):
+            return [Stage("prompt", self, "read"), Stage("pass", self, "step")]
+
+        def act(self, batch):
+            self.read()
+            self.step()
+            torch.cuda.synchronize(None)  # the actions are copied to the host
+
+        def launch(self, host, device):
+            now[0] += host
+            busy[0] = max(busy[0], now[0]) + device
+
+        def read(self):
+            self.launch(1, 99)
+
+        def step(self):
+            self.launch(1, 9)
+
+    waited = dissect(Launching(None), {})
+    assert waited.stages["prompt"] == pytest.approx(100) and waited.stages["passes"] == pytest.approx(10)
+    launched = dissect(Launching(None), {}, wait=False)
+    assert launched.stages["prompt"] == pytest.approx(1) and launched.stages["host"] == pytest.approx(107)
+    found = profile(Launching(None), [{}], repeats=2, warmup=1, progress=False).figures()
+    assert found["shares"]["prompt"] > 0.9 > 0.02 > found["launched"]["prompt"]
+
+
+def test_the_executor_is_dissected_too(tiny_smolvla):
+    found = module.profile_policy(tiny_smolvla, tier="exact", repeats=2, warmup=1, progress=False)
+    policy = load_policy(tiny_smolvla)
+    assert found["tier"] == "exact" and len(found["each_pass"]) == policy.config.num_steps
+    assert found["stages_over_total"] == pytest.approx(1, abs=0.01)
+    assert all(found["stages"][name]["median"] > 0 for name in module.STAGES)
+    assert found["rows"] == module.profile_policy(tiny_smolvla, repeats=1, warmup=1, progress=False)["rows"]

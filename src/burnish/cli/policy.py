@@ -21,8 +21,8 @@ OrZero = Annotated[int, Arg(least=0, most=65_536)]
 
 def profile(
     policy: str, *, data: str = "", set_: Annotated[list[str], Arg(metavar="FIELD=VALUE")] = (), batch_size: Count = 1,
-    repeats: Repeats = 30, warmup: OrZero = 3, device: str = "", threads: Threads = 0, json: bool = False,
-    output: Path | None = None,
+    repeats: Repeats = 30, warmup: OrZero = 3, device: str = "", threads: Threads = 0,
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", json: bool = False, output: Path | None = None,
 ) -> None:  # fmt: skip
     """Say where the time of a policy's call goes.
 
@@ -35,11 +35,13 @@ def profile(
         warmup: calls before that
         device: torch device; default: a GPU where there is one
         threads: CPU threads; 0 means torch's own number
+        tier: run it through the executor; default: as LeRobot does
         json: print JSON instead of a table
         output: folder for profile.json and profile.png
 
     Examples:
         burnish policy profile small
+        burnish policy profile small --tier exact
         burnish policy profile runs/decode/policy --set decoder=one_pass --data data/tabletop/lift --output profile
     """
     from burnish.runtime.profile import profile_policy, write_profile
@@ -51,7 +53,7 @@ def profile(
         require_file(output / "profile.png", "figure")
     outcome = profile_policy(
         policy, overrides=read_options(set_, "--set"), data=data, batch_size=batch_size, repeats=repeats,
-        warmup=warmup, device=device, threads=threads,
+        warmup=warmup, device=device, threads=threads, tier=tier,
     )  # fmt: skip
     if output:
         write_profile(outcome, output)
@@ -71,9 +73,13 @@ def profile_table(outcome: dict[str, Any]) -> str:
         lines.append(line(name, figures, figures["median"] / whole))
         if name == "passes":
             lines += [line(f"  pass {i + 2}", each) for i, each in enumerate(outcome["each_pass"])]
+    unsynchronised = []
+    if launched := outcome.get("launched"):
+        parts = ", ".join(f"{name} {share:.1%}" for name, share in launched.items())
+        unsynchronised = [f"where no border waits for the device (for comparison; it misleads): {parts}", ""]
     lines += [
         line("profiled", outcome["profiled_total"]), line("undisturbed", outcome["total"]),
-        line("first action", outcome["first_action"]), "",
+        line("first action", outcome["first_action"]), "", *unsynchronised,
         f"{outcome['passes']:g} forward passes over {outcome['rows']:g} token positions (prompt included); "
         f"{outcome['actions_per_second']:.1f} actions a second ({outcome['actions_executed_of_a_chunk']} executed of "
         f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second",

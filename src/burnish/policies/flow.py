@@ -218,7 +218,7 @@ class FlowPolicy(VLMPolicy):
         return Chunk(actions, sampled)
 
     def flow_parts(self) -> FlowParts:
-        return flow_parts(self.policy)
+        return flow_parts(self.name, self.policy.model)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Standard normal noise [B, T, max_action_dim] and Beta-distributed times [B], as LeRobot trains with.

@@ -4,6 +4,7 @@ Nothing is copied: the parts are the very modules of the policy, so trained weig
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,6 @@ class FlowParts:
         expert_layers: for each of those the expert's beside it, or None.
         crosses: for each of those whether the expert only reads the language model's keys (SmolVLA).
         expert_norm: the expert's last norm.
-        action_in, action_out, time_in, time_out, state_in: LeRobot's projections; None where it has none.
         adaptive: whether time enters through the norms (pi05) and not beside the actions.
         prefix_length: least positions of a prefix, filled up with padding (SmolVLA).
         image_marks: token ids before and after each image (SmolVLA).
@@ -55,17 +55,35 @@ class FlowParts:
     expert_layers: Sequence[nn.Module | None]
     crosses: tuple[bool, ...]
     expert_norm: nn.Module
-    action_in: nn.Module
-    action_out: nn.Module
-    time_in: nn.Module
-    time_out: nn.Module
-    state_in: nn.Module | None
     adaptive: bool
-    model: nn.Module
+    model: Any
     sample: Callable[..., Tensor]
     prefix_length: int = 0
     image_marks: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     rotary: tuple[nn.Module, ...] = ()
+
+    # LeRobot's projections, asked for by name each time: an adapter stands in the place of the layer that it adapts.
+
+    @property
+    def action_in(self) -> Any:
+        return self.model.action_in_proj
+
+    @property
+    def action_out(self) -> Any:
+        return self.model.action_out_proj
+
+    @property
+    def time_in(self) -> Any:
+        return self.model.time_mlp_in if self.adaptive else self.model.action_time_mlp_in
+
+    @property
+    def time_out(self) -> Any:
+        return self.model.time_mlp_out if self.adaptive else self.model.action_time_mlp_out
+
+    @property
+    def state_in(self) -> Any:
+        """pi05 has none: its state is in the text."""
+        return self.model.state_proj
 
     def in_bf16(self) -> "FlowParts":
         """Parts of a copy whose language model, vision tower and expert are in bf16; time, norms and what reads and
@@ -78,19 +96,18 @@ class FlowParts:
             model.paligemma_with_expert.paligemma.model.multi_modal_projector.to(torch.bfloat16)
         else:
             model.vlm_with_expert.to(torch.bfloat16)
-        return _MAKERS[self.kind](self.kind, model)
+        return flow_parts(self.kind, model)
 
 
-def flow_parts(policy: nn.Module) -> FlowParts:
-    """The parts of LeRobot's SmolVLAPolicy, PI0Policy or PI05Policy.
+def flow_parts(kind: str, model: nn.Module) -> FlowParts:
+    """The parts of the model in LeRobot's SmolVLAPolicy, PI0Policy or PI05Policy; `kind` is its type's name.
 
     Raises:
-        BurnishError: a policy of another type.
+        BurnishError: another type.
     """
-    kind = policy.config.type
     if kind not in _MAKERS:
         raise BurnishError(f"a policy of type '{kind}' to be run by the executor", f"one of {', '.join(_MAKERS)}")
-    return _MAKERS[kind](kind, policy.model)
+    return _MAKERS[kind](kind, model)
 
 
 def _smolvla(kind: str, model: Any) -> FlowParts:
@@ -105,9 +122,8 @@ def _smolvla(kind: str, model: Any) -> FlowParts:
         periods=(config.min_period, config.max_period), embed_image=joint.embed_image,
         embed_text=joint.embed_language_tokens, text_layers=text, expert_layers=expert,
         crosses=tuple(cross and not (every > 0 and i % every == 0) for i in range(len(text))),
-        expert_norm=joint.lm_expert.norm, action_in=model.action_in_proj, action_out=model.action_out_proj,
-        time_in=model.action_time_mlp_in, time_out=model.action_time_mlp_out, state_in=model.state_proj,
-        adaptive=False, model=model, sample=_sampler(model), prefix_length=model.prefix_length,
+        expert_norm=joint.lm_expert.norm, adaptive=False, model=model, sample=_sampler(model),
+        prefix_length=model.prefix_length,
         image_marks=marks if model.add_image_special_tokens else ((), ()),
     )  # fmt: skip
 
@@ -122,21 +138,18 @@ def _pi(kind: str, model: Any) -> FlowParts:
         kv_heads=expert.config.num_key_value_heads, head_dim=attention.head_dim,
         periods=(config.min_period, config.max_period), embed_image=joint.embed_image,
         embed_text=joint.embed_language_tokens, text_layers=list(text.layers), expert_layers=list(expert.layers),
-        crosses=(False,) * len(text.layers), expert_norm=expert.norm, action_in=model.action_in_proj,
-        action_out=model.action_out_proj, time_in=model.time_mlp_in if adaptive else model.action_time_mlp_in,
-        time_out=model.time_mlp_out if adaptive else model.action_time_mlp_out,
-        state_in=None if adaptive else model.state_proj, adaptive=adaptive, model=model, sample=_sampler(model),
-        rotary=(text.rotary_emb, expert.rotary_emb),
+        crosses=(False,) * len(text.layers), expert_norm=expert.norm, adaptive=adaptive, model=model,
+        sample=_sampler(model), rotary=(text.rotary_emb, expert.rotary_emb),
     )  # fmt: skip
 
 
 def _sampler(model: Any) -> Callable[..., Tensor]:
-    """The method of the class: one of the instance may have been put in its place by the plug-in or by LeRobot."""
-    kind = type(model)
+    """LeRobot's own method, whatever stands in its place by now: LeRobot's compiled one, the plug-in's."""
+    own = inspect.unwrap(type(model).sample_actions)
 
     def sample(inputs: Sequence[Any], noise: Tensor) -> Tensor:
         with torch.no_grad():
-            return kind.sample_actions(model, *inputs, noise=noise)
+            return own(model, *inputs, noise=noise)
 
     return sample
 

@@ -23,7 +23,9 @@ def see_whole(embeddings: nn.Module) -> None:
                     embedded = super().forward(pixel_values, patch_attention_mask)
                 self.places[key] = seen[0][0].cpu()
                 return embedded
-            places = self.places[key].to(pixel_values.device, non_blocking=True)
+            places = self.places[key]
+            if places.device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
+                places = self.places[key] = places.to(pixel_values.device)
             patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
             return patches + self.position_embedding(places.expand(len(patches), -1))
 

@@ -19,7 +19,7 @@ from burnish.core.types import Batch, Chunk, Draws
 from burnish.policies.base import Policy, Stage, require
 from burnish.policies.keys import TASK
 from burnish.policies.parts import FlowParts
-from burnish.runtime.family import Encoded, Family
+from burnish.runtime.family import Encoded, Family, signature
 from burnish.runtime.graphs import Graphs
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
@@ -77,21 +77,33 @@ class Sampler:
     def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
         if tier not in TIERS:
             raise BurnishError(f"tier '{tier}'", f"one of {', '.join(TIERS)}")
-        self.tier, self.lerobot = tier, parts
-        self.parts = parts.in_bf16() if TIERS[tier].bf16 else parts
-        self.device = next(parts.model.parameters()).device
-        if graph and self.device.type != "cuda":
-            raise BurnishError(f"a CUDA graph on {self.device}", "a policy on a GPU")
-        self.family = FAMILIES[parts.family](self.parts, fused=TIERS[tier].fused, static=graph)
-        self.solver = solver or euler(parts.steps)
-        self.velocity = self.family.velocity
-        if TIERS[tier].compiled:
-            self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
-        self._layout: tuple[int, int] = (0, 0)
+        device = next(parts.model.parameters()).device
+        if graph and device.type != "cuda":
+            raise BurnishError(f"a CUDA graph on {device}", "a policy on a GPU")
+        self.tier, self.lerobot, self.solver = tier, parts, solver or euler(parts.steps)
         self.graphs = Graphs(self._work) if graph else None
+        self._views, self._signature = 0, signature(parts.model)
+        self._build()
+
+    def _build(self) -> None:
+        tier = TIERS[self.tier]
+        self.parts = self.lerobot.in_bf16() if tier.bf16 else self.lerobot
+        self.family = FAMILIES[self.parts.family](self.parts, fused=tier.fused, static=self.graphs is not None)
+        self.velocity = self.family.velocity
+        if tier.compiled:
+            self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
+
+    def refresh(self) -> None:
+        """Follow weights that have changed; graphs read the addresses of the old ones and go."""
+        if TIERS[self.tier].bf16 and (found := signature(self.lerobot.model)) != self._signature:
+            self._signature = found
+            self._build()
+        if self.family.refresh() and self.graphs is not None:
+            self.graphs.clear()
 
     def encode(self, inputs: Sequence[Any]) -> Encoded:
         """The observation of `inputs`, as LeRobot's `sample_actions` takes them."""
+        self.refresh()
         return self.family.encode(inputs)
 
     def sample(self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None) -> Tensor:
@@ -102,6 +114,10 @@ class Sampler:
             noise: standard normal.
             committed: [B, P, A_model] that the first rows are to arrive at, on straight lines from their noise.
         """
+
+        if TIERS[self.tier].compiled:  # what the trace would otherwise put together inside, and guard
+            with torch.no_grad():
+                self.family.velocity(encoded, noise, self.family.condition(1.0, len(noise)))
 
         def velocity(points: Tensor, time: float) -> Tensor:
             found = self.velocity(encoded, points, self.family.condition(time, len(points)))
@@ -117,23 +133,24 @@ class Sampler:
         """Encode and sample; by a CUDA graph where one of these shapes was captured and nothing is committed."""
         if self.graphs is None or committed is not None:
             return self.sample(self.encode(inputs), noise, committed)
-        self.family.refresh()
+        self.refresh()
         return self.graphs(self._flat(inputs, noise))
 
     def capture(self, inputs: Sequence[Any], noise: Tensor) -> None:
         """Capture the shapes of these inputs (bucketed: prompts to multiples of 16 tokens); nothing without a graph."""
         if self.graphs is not None:
+            self.refresh()
             self.graphs.capture(self._flat(inputs, noise))
 
     def _flat(self, inputs: Sequence[Any], noise: Tensor) -> list[Tensor]:
         images, masks, *rest = self._trimmed(inputs)
-        self._layout = (len(images), len(rest))
+        self._views = len(images)
         return [*images, *masks, *rest, noise]
 
     def _work(self, tensors: list[Tensor]) -> Tensor:
-        views, _ = self._layout
-        images, masks, rest, noise = tensors[:views], tensors[views : 2 * views], tensors[2 * views : -1], tensors[-1]
-        return self.sample(self.encode([images, masks, *rest]), noise)
+        n = self._views
+        encoded = self.family.encode([tensors[:n], tensors[n : 2 * n], *tensors[2 * n : -1]])
+        return self.sample(encoded, tensors[-1])
 
     def _trimmed(self, inputs: Sequence[Any]) -> list[Any]:
         """Fused tiers: without cameras that no row has and without tokens that are padding in all rows, in buckets.
@@ -207,8 +224,11 @@ class Runtime:
         require(policy, "runtime", "Runtime")
         self.policy, self.tier = policy, tier
         self.sampler = Sampler(policy.flow_parts(), tier, solver, graph)
-        self.device, self.name = policy.device, policy.name
-        self.chunk_size, self.n_action_steps = policy.chunk_size, policy.n_action_steps
+        self.name, self.chunk_size, self.n_action_steps = policy.name, policy.chunk_size, policy.n_action_steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Encoded:

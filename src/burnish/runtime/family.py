@@ -5,7 +5,7 @@ batch width in `condition`. Keys and values stand in buffers with room for the a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,10 +62,11 @@ class Family(ABC):
     """
 
     def __init__(self, parts: FlowParts, fused: bool = False, static: bool = False):
-        self.parts, self.fused, self.drops = parts, fused, fused and not static
+        self.parts, self.fused, self.static, self.drops = parts, fused, static, fused and not static
         self.groups = parts.heads // parts.kv_heads
         self.embed_image = parts.embed_image
-        self._derived: dict[Any, Any] = {}
+        self._weights: dict[Any, Any] = {}
+        self._times: dict[Any, Any] = {}
         self._constants: dict[Any, Tensor] = {}
         self._signature: Any = None
 
@@ -91,25 +92,33 @@ class Family(ABC):
     def sources(self) -> list[nn.Module]:
         """Modules whose weights the kept tables are made of."""
 
-    def refresh(self, force: bool = False) -> None:
+    def refresh(self, force: bool = False) -> bool:
         """Forget tables of weights that have changed since: trained, loaded, or an adapter put in or merged.
 
-        Weights written through `.data` leave no trace; after that, `force`.
+        Weights written through `.data` leave no trace; after that, `force`. Returns whether anything was forgotten.
         """
-        signature = [
-            (p.data_ptr(), 0 if p.is_inference() else p._version) for m in self.sources() for p in m.parameters()
-        ]
-        if force or signature != self._signature:
-            self._derived.clear()
-            self._signature = signature
+        found = signature(*([self.parts.model] if self.static else self.sources()))
+        changed = force or found != self._signature
+        if changed:
+            self._weights.clear()
+            self._times.clear()
+            self._signature = found
+        return changed
 
-    def derived(self, key: Any, make: Any) -> Any:
-        """A table of the weights, made where it is missing."""
-        key = (key, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
-        if key not in self._derived:
+    def folded(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Weights put together, made where they are missing."""
+        if key not in self._weights:
             with torch.no_grad():
-                self._derived[key] = make()
-        return self._derived[key]
+                self._weights[key] = make()
+        return self._weights[key]
+
+    def timed(self, time: float, width: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `condition` returns, made where it is missing."""
+        key = (time, width, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
+        if key not in self._times:
+            with torch.no_grad():
+                self._times[key] = make()
+        return self._times[key]
 
     def constant(self, values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A small tensor that is copied to the device once: such a copy blocks, and a CUDA graph may hold none."""
@@ -131,7 +140,7 @@ class Family(ABC):
         """Outputs of several linear layers of one input; in the fused tiers by one product of matrices."""
         if not self.fused or any(type(module) is not nn.Linear for module in modules):  # an adapter stands in one
             return [module(inputs) for module in modules]
-        weight, bias = self.derived(("linears", key), lambda: merged(modules))
+        weight, bias = self.folded(key, lambda: merged(modules))
         return F.linear(inputs, weight, bias).split([module.out_features for module in modules], -1)
 
     def mlp(self, layer: Any, inputs: Tensor) -> Tensor:
@@ -156,6 +165,11 @@ class Family(ABC):
     def fused_mask(self, mask: Tensor) -> Tensor | None:
         """bool [B, S, L] as `attend_fused` takes it."""
         return None if self.drops and bool(mask.all()) else mask.repeat(1, self.groups, 1)[:, None]
+
+
+def signature(*modules: nn.Module) -> list[tuple[int, int]]:
+    """Differs where weights are others, or were written in place since."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()]
 
 
 def merged(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:

@@ -29,7 +29,6 @@ class Pi(Family):
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[Any]) -> Encoded:
-        self.refresh()
         parts = self.parts
         images, image_masks, tokens, token_mask, *state = inputs
         x, pad = self._embed(images, image_masks, tokens, token_mask)
@@ -64,7 +63,7 @@ class Pi(Family):
             made = F.silu(parts.time_out(F.silu(parts.time_in(made))))
             return torch.stack([norm.dense(made).unsqueeze(1) for norm in self._norms()])
 
-        return self.derived(("time", time, width), make)
+        return self.timed(time, width, make)
 
     def velocity(self, encoded: Encoded, points: Tensor, condition: Tensor) -> Tensor:
         parts, kind = self.parts, self.parts.expert_layers[0].self_attn.q_proj.weight.dtype

@@ -2,7 +2,9 @@
 
 Every stage is charged with its own time, without that of stages inside it; what belongs to none is "host" (Python,
 the rule that unmasks, copies). So stages add up to the whole call. On a GPU every border between stages waits for the
-device, and CUDA graphs are not used, which makes the sum larger than a call without profiling: both are reported.
+device, and CUDA graphs are not used, which makes the sum larger than a call without profiling: both are reported. A
+third reading there takes the times at the same borders without waiting, as some papers do: it books what the device
+still works on to whatever the host launches next, and stands there for comparison only.
 """
 
 import time
@@ -24,6 +26,7 @@ from burnish.core.provenance import machine
 from burnish.core.types import Batch
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
+from burnish.runtime.executor import Runtime
 from burnish.runtime.observations import observations
 from burnish.runtime.profile_plot import draw
 from burnish.sampling.passes import without_graphs
@@ -49,10 +52,10 @@ class Anatomy:
 
 
 class Clock:
-    """Charges time to the innermost open stage."""
+    """Charges time to the innermost open stage; with `wait` False what the host took to launch it."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, wait: bool = True):
+        self.device, self.wait = device, wait
         self.spent: dict[str, float] = {}
         self.open: list[str] = []
         self.passes = 0
@@ -60,7 +63,7 @@ class Clock:
 
     def now(self) -> float:
         """Milliseconds, when the device is idle."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.wait:
             torch.cuda.synchronize(self.device)
         return 1000 * time.perf_counter()
 
@@ -96,7 +99,7 @@ class Clock:
 
 
 @contextmanager
-def instrumented(policy: Policy, clock: Clock, lengths: list[int]) -> Iterator[None]:
+def instrumented(policy: Policy | Runtime, clock: Clock, lengths: list[int]) -> Iterator[None]:
     """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `lengths`."""
     with ExitStack() as stack:
         for stage in policy.stages():
@@ -116,9 +119,9 @@ def _timed(clock: Clock, name: str, function: Callable) -> Callable:
     return timed
 
 
-def dissect(policy: Policy, batch: Batch) -> Anatomy:
-    """One call of `act`, stage by stage."""
-    clock, lengths = Clock(policy.device), []
+def dissect(policy: Policy | Runtime, batch: Batch, wait: bool = True) -> Anatomy:
+    """One call of `act`, stage by stage; see Clock for `wait`."""
+    clock, lengths = Clock(policy.device, wait), []
     with without_graphs(), instrumented(policy, clock, lengths):
         begin = clock.now()
         with clock.stage("host"):
@@ -134,6 +137,7 @@ class Profile:
     """Figures of many calls; see `figures`."""
 
     calls: list[Anatomy] = field(default_factory=list)
+    launched: list[Anatomy] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     chunk_size: int = 0
@@ -143,11 +147,14 @@ class Profile:
         """What was measured, in milliseconds unless the name says otherwise.
 
         "total" is of undisturbed calls, "profiled_total" of dissected ones, whose stages are given; the first action
-        is there with the whole chunk unless the policy's decoder sends finished control steps on.
+        is there with the whole chunk unless the policy's decoder sends finished control steps on. "launched" is of a
+        GPU: shares of the stages where no border waits for the device, beside "shares", where each does.
         """
         longest = max(len(call.passes) for call in self.calls)
         total = quantiles(self.plain)
+        unsynchronised = {"launched": shares(self.launched), "shares": shares(self.calls)} if self.launched else {}
         return {
+            **unsynchronised,
             "calls": len(self.calls),
             "total": total,
             "first_action": quantiles(self.first or self.plain),
@@ -166,6 +173,12 @@ class Profile:
         }  # fmt: skip
 
 
+def shares(calls: list[Anatomy]) -> dict[str, float]:
+    """Each stage's part of all calls together."""
+    whole = sum(call.total for call in calls)
+    return {name: sum(call.stages[name] for call in calls) / whole for name in STAGES}
+
+
 def quantiles(values: list[float]) -> dict[str, float]:
     """Median, p95 and p99."""
     median, p95, p99 = np.quantile(values, [0.5, 0.95, 0.99])
@@ -174,7 +187,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, data: Path | str = "",
                    batch_size: int = 1, repeats: int = 30, warmup: int = 3, device: str = "", threads: int = 0,
-                   progress: bool = True) -> dict[str, Any]:  # fmt: skip
+                   tier: str = "", progress: bool = True) -> dict[str, Any]:  # fmt: skip
     """Figures of a policy's latency, with all that they depend on, as JSON holds them; see `Profile.figures`.
 
     Args:
@@ -185,6 +198,7 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
         repeats, warmup: see `profile`.
         device: torch device; "" means a GPU where there is one.
         threads: CPU threads, from here on in this process; 0 leaves torch's own number.
+        tier: run it through the executor, see `executor.TIERS`; "" as it is.
         progress: show a bar on stderr.
 
     Raises:
@@ -199,10 +213,11 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
     policy = load_policy(path, overrides=overrides, device=device)
     place = str(policy.device)
     batches = [observations(policy, batch_size, data, seed) for seed in range(8)]
-    measured = profile(policy, batches, repeats=repeats, warmup=warmup, progress=progress)
+    run = Runtime(policy, tier=tier) if tier else policy
+    measured = profile(run, batches, repeats=repeats, warmup=warmup, progress=progress)
     decoder = policy.decoder[0] if policy.supports("tokens") else None
     return {
-        "policy": str(path), "type": policy.name, "batch_size": batch_size, "decoder": decoder,
+        "policy": str(path), "type": policy.name, "batch_size": batch_size, "decoder": decoder, "tier": tier,
         "threads": torch.get_num_threads(), "device": place, "machine": machine(place), **measured.figures(),
     }  # fmt: skip
 
@@ -216,7 +231,7 @@ def write_profile(outcome: dict[str, Any], folder: Path | str) -> None:
 
 
 def profile(
-    policy: Policy, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
+    policy: Policy | Runtime, batches: list[Batch], *, repeats: int = 30, warmup: int = 3, progress: bool = True
 ) -> Profile:
     """Time `repeats` undisturbed calls of `act`, each followed by a dissected one on the same batch.
 
@@ -240,6 +255,8 @@ def profile(
         policy.act(batch)
         result.plain.append(clock.now() - begin)
         result.calls.append(dissect(policy, batch))
+        if clock.device.type == "cuda":
+            result.launched.append(dissect(policy, batch, wait=False))
         if streams:
             result.first.append(_first_action(policy, batch, clock))
     return result

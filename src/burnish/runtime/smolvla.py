@@ -28,7 +28,6 @@ class SmolVLA(Family):
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[Any]) -> Encoded:
-        self.refresh()
         parts = self.parts
         x, pad, order = self._embed(*inputs)
         if self.drops and (kept := columns(pad)) is not None:
@@ -55,7 +54,7 @@ class SmolVLA(Family):
             weight = t_in.weight
             return F.linear(made, weight[:, size:], t_in.bias + weight[:, :size] @ a_in.bias)
 
-        return self.derived(("time", time, width), make)
+        return self.timed(time, width, make)
 
     def velocity(self, encoded: Encoded, points: Tensor, condition: Tensor) -> Tensor:
         parts, (own_mask, cross_mask), (own, cross) = self.parts, encoded.masks, encoded.rope
@@ -154,7 +153,7 @@ class SmolVLA(Family):
         """Noisy actions and time through the first layer of their MLP."""
         a_in, t_in = self.parts.action_in, self.parts.time_in
         if self._folds():
-            weight = self.derived("actions", lambda: t_in.weight[:, : t_in.out_features] @ a_in.weight)
+            weight = self.folded("actions", lambda: t_in.weight[:, : t_in.out_features] @ a_in.weight)
             return F.linear(points, weight) + condition
         actions = a_in(points)
         return t_in(torch.cat([actions, condition.expand_as(actions)], dim=2))

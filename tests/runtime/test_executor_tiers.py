@@ -1,0 +1,188 @@
+"""Tiers that round otherwise: what they promise, compiled steps, and the bookkeeping of CUDA graphs."""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_executor import KINDS, loaded, noise, observed
+
+from burnish.core.errors import BurnishError
+from burnish.policies import load_policy
+from burnish.runtime import executor as module
+from burnish.runtime import graphs as graphs_module
+from burnish.runtime.executor import Runtime
+from burnish.runtime.graphs import Graphs
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+@pytest.fixture(scope="module")
+def policies(tiny_smolvla, tiny_pi0, tiny_pi05):
+    return {kind: loaded(folder) for kind, folder in zip(KINDS, (tiny_smolvla, tiny_pi0, tiny_pi05), strict=True)}
+
+
+@pytest.fixture(params=KINDS)
+def policy(request, policies):
+    return policies[request.param]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fused_rounds_otherwise_and_no_more(policy, rows):
+    found = Runtime(policy, tier="fused").verify(observed(policy, rows))
+    assert found["relative"] <= 1e-6 and found["holds"] and not found["bitwise"]
+
+
+def test_fused_multiplies_less(policy):
+    """One product of matrices for queries, keys and values, and one for gate and up."""
+    counts = {}
+    for tier in ("exact", "fused"):
+        runtime = Runtime(policy, tier=tier)
+        encoded, family = runtime.encode(observed(policy)), runtime.sampler.family
+        condition = family.condition(0.5, 3)
+        family.velocity(encoded, noise(policy).noise, condition)
+        with torch.profiler.profile() as found:
+            family.velocity(encoded, noise(policy).noise, condition)
+        counts[tier] = sum(event.count for event in found.key_averages() if event.key in ("aten::addmm", "aten::mm"))
+    own = sum(not crosses for crosses in runtime.sampler.parts.crosses)
+    assert counts["exact"] - counts["fused"] >= 2 * own + len(runtime.sampler.parts.expert_layers)
+
+
+def test_bf16_stays_within_the_spread_and_follows_the_weights(policy):
+    policy = copy.deepcopy(policy)
+    runtime = Runtime(policy, tier="bf16")
+    found = runtime.verify(observed(policy))
+    assert found["holds"] and found["spread"] <= 0.02 and abs(found["kept"] - 1) <= 0.02
+    with torch.no_grad():
+        policy.policy.model.action_out_proj.bias.add_(1)
+    assert runtime.verify(observed(policy))["holds"]
+    assert runtime.sampler.parts.text_layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert policy.policy.model.action_in_proj.weight.dtype == torch.float32
+
+
+def test_a_tier_that_breaks_its_promise_is_refused(policy, monkeypatch):
+    runtime = Runtime(policy, tier="fused")
+    runtime.require(observed(policy))
+    real = module.Sampler.sample
+    monkeypatch.setattr(module.Sampler, "sample", lambda *args: real(*args) * 1.01)
+    with pytest.raises(BurnishError, match="tier 'fused' differs from LeRobot's sampler by 0.01 on this"):
+        runtime.require(observed(policy))
+
+
+def test_a_compiled_step_is_one_graph_for_all_steps(policies, monkeypatch):
+    """Traced, not lowered: that takes minutes and is the bench's."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    policy, real = policies["pi05"], torch.compile
+    dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    runtime = Runtime(policy, tier="compiled")
+    found = runtime.verify(observed(policy, 1))
+    runtime.act(observed(policy, 1, 5))
+    assert found["holds"] and counter.frame_count == 1
+    dynamo.reset()
+
+
+class Recorded:
+    """A CUDA graph for a machine without one: replay does again what was done between begin and end."""
+
+    def replay(self):
+        self.output.copy_(self.work(self.buffers))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Graphs whose captures are recorded on the CPU."""
+    stream = SimpleNamespace(wait_stream=lambda _other: None)
+    fake = {
+        "Stream": lambda _device: stream, "current_stream": lambda _device: stream, "CUDAGraph": Recorded,
+        "stream": lambda _stream: nullcontext(), "synchronize": lambda _device: None,
+        "memory_reserved": lambda _device: 0,
+    }  # fmt: skip
+    open_graphs = []
+
+    @contextmanager
+    def graph(recorded, **_options):
+        open_graphs.append(recorded)
+        yield
+
+    for name, value in {**fake, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def capture(graphs, inputs):
+        graphs.capture(inputs)
+        held = graphs.held[graphs_module.shapes(inputs)]
+        held.graph.work, held.graph.buffers, held.graph.output = graphs.work, held.inputs, held.output
+
+    return capture
+
+
+def test_graphs_replay_what_they_are_given(recorder):
+    calls = []
+    graphs = Graphs(lambda tensors: calls.append(1) or tensors[0] * 2 + tensors[1])
+    one, other = [torch.ones(3), torch.zeros(3)], [torch.ones(3) * 5, torch.ones(3)]
+    first = graphs(one)
+    assert not graphs.held and len(calls) == 1, "a request captures nothing"
+    recorder(graphs, one)
+    again = graphs(one)
+    assert graphs(other).tolist() == [11.0] * 3 and again.tolist() == first.tolist() == [2.0] * 3
+    assert one[0].tolist() == [1.0] * 3, "the caller's tensors are read, not kept"
+    held = next(iter(graphs.held.values()))
+    held.inputs[0].copy_(torch.zeros(3))
+    assert graphs(one).tolist() == [2.0] * 3
+    graphs.clear()
+    assert not graphs.held
+
+
+def test_graphs_forget_the_one_unused_for_longest(recorder, monkeypatch):
+    reserved = iter(range(0, 1000, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: next(reserved))
+    graphs = Graphs(lambda tensors: tensors[0] + 1, limit=250)
+    for width in (1, 2):
+        recorder(graphs, [torch.zeros(width)])
+    graphs([torch.zeros(1)])
+    recorder(graphs, [torch.zeros(3)])
+    assert [key[0][0] for key in graphs.held] == [(1,), (3,)]
+
+
+@pytest.mark.parametrize("tier", ["exact", "fused"])
+def test_a_graphed_runtime(policy, recorder, tier):
+    """Prompts in buckets, context of other observations, weights that change: everything but the capture itself."""
+    policy = copy.deepcopy(policy)
+    runtime = Runtime(policy, tier=tier)
+    sampler = runtime.sampler
+    sampler.graphs = Graphs(sampler._work)
+    sampler._build()
+    inputs, _ = policy.begin(observed(policy, 3))
+    sampler.refresh()
+    flat = sampler._flat(inputs, noise(policy).noise)
+    recorder(sampler.graphs, flat)
+    for seed in (0, 1, 0):
+        found = runtime.verify(observed(policy, 3, seed))
+        assert found["holds"], found
+    prompt = next(tensor for tensor in flat if tensor.dtype == torch.long)
+    assert tier == "exact" or prompt.shape[1] == inputs[2].shape[1] or prompt.shape[1] % 16 == 0
+    assert len(sampler.graphs.held) == 1
+    with torch.no_grad():
+        policy.policy.model.action_out_proj.bias.add_(1)
+    assert runtime.verify(observed(policy, 3))["holds"] and not sampler.graphs.held
+
+
+def test_a_graph_wants_a_gpu(policies):
+    with pytest.raises(BurnishError, match="a CUDA graph on cpu; expected a policy on a GPU"):
+        Runtime(policies["pi0"], graph=True)
+
+
+@GPU
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tier", ["exact", "fused"])
+def test_graph_on_a_gpu(kind, tier, request):
+    policy = load_policy(request.getfixturevalue(f"tiny_{kind}"), device="cuda").eval()
+    runtime = Runtime(policy, tier=tier, graph=True)
+    runtime.warm(observed(policy, 3))
+    assert len(runtime.sampler.graphs.held) == 1
+    for seed in (0, 1, 0):
+        assert runtime.verify(observed(policy, 3, seed))["holds"]
