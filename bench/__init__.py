@@ -63,6 +63,27 @@ BENCHES: dict[str, dict[str, str]] = {
         "edit_speedup_over_loop": ">= 2",
         "edit_error": "<= 2e-6",
     },
+    "runtime": {
+        **{f"exact_bitwise_{name}": "true" for name in ("smolvla", "pi0", "pi05")},
+        "small_exact_over_lerobot": ">= 1.4",
+        "small_denoise_exact_over_lerobot": ">= 1.8",
+        "small_compiled_denoise_over_lerobot": ">= 3",
+        "pi05_denoise_exact_over_lerobot": ">= 1.6",
+        "real_denoise_bf16_over_lerobot": ">= 1.15",
+        "passes_euler_over_auto": ">= 2",
+        "auto_error": "<= 0.25",
+        "one_pass_error": "<= 0.40",
+        "guided_identity_over_plain": "<= 1.05",
+        "guided_vjp_over_plain": "<= 1.6",
+        "rtc_gaussian_error": "<= 1e-9",
+        "bid8_over_one": "<= 4",
+        "serve_overhead_p50_ms": "<= 1.5",
+        "serve_overhead_p99_ms": "<= 8",
+        "serve_batched_over_blocking": ">= 3.5",
+        "hostile_refused": "1",
+        "openpi_client": "true",
+        "lerobot_client": "true",
+    },
     "scale": {
         "fsdp_max_difference": "<= 1e-6",
         "resume_other_ranks_equal": "true",
@@ -83,10 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole JSON object instead of a table")
     parser.add_argument("--output", default="", help="also write the JSON object to this file")
     parser.add_argument("--mergekit", default="", metavar="PYTHON", help="merge: interpreter with mergekit, the peer")
-    parser.add_argument("--size", default="tiny", choices=("tiny", "smolvla"), help="memory: of the policy")
+    parser.add_argument("--size", default="tiny", choices=("tiny", "smolvla"), help="memory, runtime: of the policy")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
                         help=f"cuda: {', '.join(ON_GPU)}; bench/gpu.py measures more there")  # fmt: skip
-    parser.add_argument("--part", default="", help="scale: one of its parts alone; the others keep their figures")
+    parser.add_argument("--part", default="", help="scale, runtime: one of its parts alone")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 

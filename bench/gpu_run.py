@@ -17,10 +17,29 @@ TIERS: dict[str, Callable[[Any], Callable[[dict[str, Any]], Any]]] = {
         lambda batch: policy.postprocessor(policy.policy.predict_action_chunk(policy.preprocessor(dict(batch))))
     ),
     "eager": lambda policy: policy.act,
+    "exact": lambda policy: _Executed(policy, "exact"),
+    "exact_graph": lambda policy: _Executed(policy, "exact", graph=True),
+    "fused_graph": lambda policy: _Executed(policy, "fused", graph=True),
+    "bf16_graph": lambda policy: _Executed(policy, "bf16", graph=True),
 }
-"""Ways to run a call by name, each from a policy to a function of a batch; a new executor adds its own here."""
+"""Ways to run a call by name, each from a policy to a function of a batch; compiled ones take minutes to make."""
 CHUNKS = (8, 50)
 """Control steps of a chunk: 56 and 350 tokens at 7 dimensions."""
+
+
+class _Executed:
+    """The executor's call; its graph is captured at the first batch. In a rehearsal there is none."""
+
+    def __init__(self, policy: Any, tier: str, graph: bool = False):
+        from burnish.runtime.executor import Runtime
+
+        self.runtime, self.warm = Runtime(policy, tier=tier, graph=graph and policy.device.type == "cuda"), False
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        if not self.warm:
+            self.runtime.warm(batch)
+            self.warm = True
+        return self.runtime.act(batch)
 
 
 def act(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -46,10 +65,17 @@ def _calls(setting: Setting, name: str, policy: Any) -> Iterator[tuple[str, dict
     batch = observations(policy, 1)
     for precision in ("float32", "bf16"):
         for tier, make in TIERS.items():
-            call = partial(make(policy), batch)
+            if (tier, precision) == ("bf16_graph", "bf16"):
+                continue  # it is in bf16 without autocast
+            made = make(policy)
+            call = partial(made, batch)
             with torch.no_grad(), _autocast(setting, precision):
                 found = timed(setting, call, setting.pick(15, 2), setting.pick(3, 1))
                 found["launches"] = launches(setting, call)
+                if isinstance(made, _Executed) and precision == "float32":
+                    found["parity"] = made.runtime.verify(batch)
+            del made, call
+            setting.clear()
             yield f"{name}_{tier}_{precision}", found
     with torch.no_grad(), _autocast(setting, "bf16"):
         anatomy = profile(policy, [batch], repeats=setting.pick(5, 1), warmup=1, progress=False).figures()
@@ -66,11 +92,14 @@ def _autocast(setting: Setting, precision: str) -> AbstractContextManager[Any]:
 def act_figures(found: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name, row in found.items():
+        if "parity" in row:
+            shown[f"{name}_bitwise"] = row["parity"]["bitwise"]
         if "median" in row:
             shown |= {f"{name}_ms": row["median"], f"{name}_p99_ms": row["p99"], f"{name}_launches": row["launches"]}
     for name in ("smolvla", "pi05"):
         for tier in TIERS:
-            if tier != "lerobot":
+            parity = found.get(f"{name}_{tier}_float32", {}).get("parity", {"holds": True})
+            if tier != "lerobot" and parity["holds"]:  # else the ratio would be of something else
                 times = (median_of(found, f"{name}_{kind}_float32") for kind in ("lerobot", tier))
                 shown[f"{name}_{tier}_over_lerobot"] = ratio(*times)
     return kept(shown)

@@ -6,6 +6,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.runtime.executor import Runtime
+from burnish.sampling.steering import Steering
 
 KINDS = ("smolvla", "pi0", "pi05")
 TASKS = ["pick up the red cube", "open", "put the green ball on the plate and then open the drawer"]
@@ -78,6 +79,21 @@ def test_committed_actions(policy):
     prefix = torch.randn(3, 3, 7, generator=torch.Generator().manual_seed(5))
     for given in (prefix, prefix[:, :0]):
         assert torch.equal(runtime.act(batch, draws, given).actions, policy.act(batch, draws, given).actions)
+
+
+@pytest.mark.parametrize("jacobian", ["identity", "vjp"])
+def test_steered_chunks(policy, jacobian):
+    """Real-time chunking's pull on every step, and inpainting, as the policy itself does them."""
+    runtime, batch, draws = Runtime(policy), observed(policy), noise(policy)
+    old = policy.act(batch, draws).raw[:, 2:]
+    for mode in ("guided", "inpaint", "guided"):
+        steering = Steering(old, delay=2, mode=mode, jacobian=jacobian)
+        ours, theirs = (runner.act(batch, draws, steering=steering) for runner in (runtime, policy))
+        torch.testing.assert_close(ours.raw, theirs.raw, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours.raw[:, :2, :7], old[:, :2, :7])
+    assert torch.equal(*pair(policy, runtime, batch, draws))
+    several = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(runtime.candidates(batch, several).raw, policy.candidates(batch, several).raw)
 
 
 def test_unknown_tiers_and_policies_are_refused(policies):

@@ -4,7 +4,7 @@ import os
 import shlex
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from burnish.cli.parser import Arg, Group
 from burnish.cli.serve import serve

@@ -23,6 +23,7 @@ from burnish.runtime.family import Encoded, Family, signature
 from burnish.runtime.graphs import Graphs
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
+from burnish.sampling.steering import Guide, Steering
 
 Velocity = Callable[[Tensor, float], Tensor]
 Solver = Callable[[Velocity, Tensor], Tensor]
@@ -88,7 +89,8 @@ class Sampler:
     def _build(self) -> None:
         tier = TIERS[self.tier]
         self.parts = self.lerobot.in_bf16() if tier.bf16 else self.lerobot
-        self.family = FAMILIES[self.parts.family](self.parts, fused=tier.fused, static=self.graphs is not None)
+        static = tier.compiled or self.graphs is not None  # a prompt of another length would be traced anew
+        self.family = FAMILIES[self.parts.family](self.parts, fused=tier.fused, static=static)
         self.velocity = self.family.velocity
         if tier.compiled:
             self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
@@ -104,15 +106,18 @@ class Sampler:
     def encode(self, inputs: Sequence[Any]) -> Encoded:
         """The observation of `inputs`, as LeRobot's `sample_actions` takes them."""
         self.refresh()
-        return self.family.encode(inputs)
+        return self.family.encode(self._trimmed(inputs) if self.family.static else inputs)
 
-    def sample(self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None) -> Tensor:
+    def sample(
+        self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
+    ) -> Tensor:
         """Actions [B, T, A_model] from `noise` of that shape.
 
         Args:
             encoded: an observation; it may be sampled from again.
             noise: standard normal.
             committed: [B, P, A_model] that the first rows are to arrive at, on straight lines from their noise.
+            guide: real-time chunking, of a mode that changes velocities alone (not "trained").
         """
 
         if TIERS[self.tier].compiled:  # what the trace would otherwise put together inside, and guard
@@ -120,19 +125,25 @@ class Sampler:
                 self.family.velocity(encoded, noise, self.family.condition(1.0, len(noise)))
 
         def velocity(points: Tensor, time: float) -> Tensor:
-            found = self.velocity(encoded, points, self.family.condition(time, len(points)))
+            condition = self.family.condition(time, len(points))
+            if guide is not None:
+                return guide.velocity(lambda at: self.velocity(encoded, at, condition), points, time)
+            found = self.velocity(encoded, points, condition)
             if committed is None:
                 return found
             held = committed.shape[1]
             return torch.cat([noise[:, :held] - committed, found[:, held:]], dim=1)
 
         with torch.no_grad():
-            return self.solver(velocity, noise)
+            sampled = self.solver(velocity, noise)
+        return sampled if guide is None else guide.finish(sampled)
 
-    def __call__(self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None) -> Tensor:
-        """Encode and sample; by a CUDA graph where one of these shapes was captured and nothing is committed."""
-        if self.graphs is None or committed is not None:
-            return self.sample(self.encode(inputs), noise, committed)
+    def __call__(
+        self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
+    ) -> Tensor:
+        """Encode and sample; by a CUDA graph where one of these shapes was captured and nothing is to go on from."""
+        if self.graphs is None or committed is not None or guide is not None:
+            return self.sample(self.encode(inputs), noise, committed, guide)
         self.refresh()
         return self.graphs(self._flat(inputs, noise))
 
@@ -240,10 +251,28 @@ class Runtime:
         return self.sampler.sample(encoded, noise, committed)
 
     @torch.no_grad()
-    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None) -> Chunk:
-        """As `policy.act`, with the policy's own generator where no draws are given."""
+    def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
+            steering: Steering | None = None) -> Chunk:  # fmt: skip
+        """As `policy.act`, with the policy's own generator where no draws are given.
+
+        A "trained" steering shows the model rows at two flow times at once, and is left to the policy itself.
+        """
+        if prefix is not None and steering is not None:
+            raise BurnishError("act with prefix and steering", "one of the two")
+        if steering is not None and steering.mode == "trained":
+            return self.policy.act(batch, draws, steering=steering)
         inputs, committed = self.policy.begin(batch, prefix)
-        return self.policy.finish(self.sampler(inputs, self._noise(batch, draws), committed), prefix)
+        noise = self._noise(batch, draws)
+        guide = None if steering is None else self.policy.guide(steering, noise)
+        return self.policy.finish(self.sampler(inputs, noise, committed, guide), prefix)
+
+    @torch.no_grad()
+    def candidates(self, batch: Batch, noise: Tensor) -> Chunk:
+        """Chunks [B, K, T, A] of one observation each from noise [B, K, T, A_model]; it is encoded once."""
+        encoded = self.encode(batch).repeat(noise.shape[1])
+        sampled = self.sample(encoded, noise.to(self.device).flatten(0, 1))
+        chunk = self.policy.finish(sampled)
+        return Chunk(chunk.actions.unflatten(0, noise.shape[:2]), sampled.unflatten(0, noise.shape[:2]))
 
     @torch.no_grad()
     def warm(self, batch: Batch) -> None:

@@ -1,0 +1,138 @@
+"""The executor's tiers against LeRobot's own sampler on equal noise: equal bits, and CPU time in turns, one thread."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The shipped base, tiny pi0 and pi05 with chunks of 50, and with `--size smolvla` SmolVLA's own size.
+
+    Figures:
+        exact_bitwise_<type>: the exact tier gave LeRobot's bits for one and for three observations.
+        small_exact_over_lerobot: the shipped base, encoding and sampling.
+        small_denoise_exact_over_lerobot, small_denoise_fused_over_lerobot, small_compiled_denoise_over_lerobot: all its
+            denoising steps alone; not compiled in `--quick`.
+        pi0_denoise_exact_over_lerobot, pi05_denoise_exact_over_lerobot: the same, tiny.
+        real_exact_over_lerobot, real_denoise_bf16_over_lerobot: SmolVLA with random weights of 450 million, language
+            model and expert in bf16 as LeRobot loads it, two images of 512 pixels; exact tier.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    rounds = 3 if args.quick else 30
+    figures: dict[str, Any] = {}
+    detail: dict[str, Any] = {"rounds": rounds}
+    for kind, policy in _policies():
+        tiers = ("exact", "fused") if args.quick or kind != "smolvla" else ("exact", "fused", "compiled")
+        found, detail[kind] = compare(policy, tiers, rounds)
+        figures[f"exact_bitwise_{kind}"] = detail[kind]["bitwise"]
+        name = "small" if kind == "smolvla" else kind
+        figures |= {f"{name}_{key}": value for key, value in found.items()}
+    if args.size == "smolvla":
+        found, detail["real"] = compare(_real(), ("exact",), 2 if args.quick else 7)
+        figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise" in key else f"real_{key}": value
+                    for key, value in found.items()}  # fmt: skip
+    return figures, detail
+
+
+def compare(policy: Any, tiers: tuple[str, ...], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Ratios of LeRobot's time over each tier's, of tiers that keep their promise; and what stands behind them."""
+    import torch
+
+    from burnish.runtime.executor import Runtime
+    from burnish.runtime.observations import observations
+
+    batches = {rows: observations(policy, rows, "", rows) for rows in (1, 3)}
+    inputs, _ = policy.begin(batches[1])
+    noise = policy.draw(1, torch.Generator().manual_seed(0)).noise
+    runtimes = {tier: Runtime(policy, tier=tier) for tier in tiers}
+    parity, first = {}, {}
+    for tier, runtime in runtimes.items():
+        begin = time.perf_counter()
+        parity[tier] = [runtime.verify(batch) for batch in batches.values()]
+        first[tier] = time.perf_counter() - begin  # compilation is in here
+    kept = [tier for tier in tiers if all(found["holds"] for found in parity[tier])]
+    lerobot = policy.policy.model.sample_actions
+    whole: Calls = {"lerobot": lambda: lerobot(*inputs, noise=noise)}
+    loops: Calls = {"lerobot": _lerobots_loop(policy, inputs, noise)}
+    for tier in kept:
+        sampler = runtimes[tier].sampler
+        encoded = sampler.encode(inputs)
+        whole[tier] = lambda sampler=sampler: sampler(inputs, noise)
+        loops[tier] = lambda sampler=sampler, encoded=encoded: sampler.sample(encoded, noise)
+    with torch.no_grad():
+        ends, steps = in_turns(whole, rounds), in_turns(loops, rounds)
+    ratios = {}
+    for tier in kept:
+        ratios[f"{tier}_over_lerobot"] = ends["lerobot"] / ends[tier]
+        name = "compiled_denoise" if tier == "compiled" else f"denoise_{tier}"
+        ratios[f"{name}_over_lerobot"] = steps["lerobot"] / steps[tier]
+    equal = all(found["bitwise"] for found in parity["exact"])
+    return ratios, {"bitwise": equal, "parity": parity, "end_to_end_ms": ends, "denoise_ms": steps,
+                    "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
+
+
+def in_turns(calls: Calls, rounds: int) -> dict[str, float]:
+    """Median milliseconds of process time of each call, one after the other in every round; three rounds warm up."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 3):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            if i >= 3:
+                spent[name].append(1000 * (time.process_time() - begin))
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def _lerobots_loop(policy: Any, inputs: list[Any], noise: Any) -> Callable[[], Any]:
+    """LeRobot's Euler loop over an encoding that is already there."""
+    from lerobot.policies.common.flow_matching import euler_integrate
+
+    model, seen = policy.policy.model, {}
+    real = model.denoise_step
+
+    def note(*, x_t: Any, timestep: Any, **given: Any) -> Any:
+        seen.update(given)
+        return real(x_t=x_t, timestep=timestep, **given)
+
+    with patch.object(model, "denoise_step", note):
+        model.sample_actions(*inputs, noise=noise)
+    steps = policy.flow_steps
+    return lambda: euler_integrate(lambda x, t: real(x_t=x, timestep=t, **seen), noise, steps)
+
+
+def _policies() -> Any:
+    """(type, policy): the shipped base and tiny ones of the other types, their adaptive norms not at zero."""
+    import torch
+
+    from burnish.policies import load_policy
+    from workshop.tiny import make_tiny
+
+    yield "smolvla", load_policy("small").eval()
+    for kind in ("pi0", "pi05"):
+        with TemporaryDirectory() as place:
+            folder = make_tiny(kind, place + "/p", overrides={"chunk_size": 50, "n_action_steps": 50})
+            policy = load_policy(folder).eval()
+        draws = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in policy.named_parameters():
+                if "norm.dense.weight" in name:
+                    weight.normal_(std=0.2, generator=draws)
+        yield kind, policy
+
+
+def _real() -> Any:
+    import torch
+
+    from workshop.real import make_real
+
+    policy = make_real("smolvla", device="cpu", cameras=("front", "wrist"), image_size=256).eval()
+    policy.inner.to(torch.bfloat16)
+    return policy
