@@ -97,6 +97,13 @@ def test_teacher():
     assert torch.equal(run_teacher(teacher, views, [0])[0], torch.ones(1, 1, 2, 2, 3))
 
 
+def test_sampler():
+    from burnish.sampling.solvers import make_solver
+
+    found = make_solver("sample_ahead:2")(lambda x, t: torch.full_like(x, t), torch.ones(1, 1, 1))
+    assert found.item() == 1 - (0.875 + 0.375) / 2
+
+
 def test_decoder(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "sampling"))
     from toy import ToyModel
@@ -154,5 +161,5 @@ def test_unknown_names_list_what_there_is():
     from burnish.core.errors import BurnishError
     from burnish.methods.objective import OBJECTIVES
 
-    with pytest.raises(BurnishError, match="align, capability, distill, isolate, prefer, .*sample_decay"):
+    with pytest.raises(BurnishError, match="align, capability, distill, few_steps, isolate, prefer, .*sample_decay"):
         OBJECTIVES.get("nonsense")

@@ -40,14 +40,19 @@ METHODS = {
     ),
     "capability": "delta: {delta}, weight: 0.1",
     "distill": "teacher: copy",
+    "few_steps": "steps: 2, teacher_steps: 4",
     "isolate": "method: aegis, questions: {questions}, anchor_samples: 6, every: 3",
     "prefer": "pairs: {pairs}, batch_size: 2, pool: 1, score: {{draws: 2}}",
 }
 """The inside of each entry; `{...}` are folders made below."""
-BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "isolate": "prefer", "prefer": "capability"}
+BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "few_steps": "align", "isolate": "prefer",
+          "prefer": "capability"}  # fmt: skip
 LACKS = {
     "no masked tokens": [("distill", kind) for kind in POLICIES if kind != "burnish_discrete"],
     "no language model": [("isolate", "act")],
+    "no model that the executor can run": [
+        ("few_steps", kind) for kind in POLICIES if kind not in ("smolvla", "pi0", "pi05")
+    ],
     "no hidden states": [(method, kind) for method in ("isolate", "align") for kind in ("vqbet", "diffusion")],
     "no log-probability": [("prefer", kind) for kind in ("act", "vqbet", "diffusion")],
 }
@@ -173,7 +178,8 @@ def test_a_method_says_which_policy_it_cannot_serve(ground, tmp_path, method, ki
 
 @pytest.mark.parametrize(
     ("method", "lack"),
-    [("align", "hidden states"), ("distill", "masked tokens"), ("isolate", "hidden states"),
+    [("align", "hidden states"), ("distill", "masked tokens"),
+     ("few_steps", "model that the executor can run"), ("isolate", "hidden states"),
      ("prefer", "log-probability")],
 )  # fmt: skip
 def test_a_policy_that_does_nothing_but_act_is_told_apart(ground, dataset, tmp_path, monkeypatch, method, lack):

@@ -14,6 +14,7 @@ def evaluate(
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
     jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0,
+    sampler: str = "",
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -42,6 +43,7 @@ def evaluate(
         jacobian: of guided: vjp or identity; auto: the policy's
         schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
         clip: greatest pull; 0 means the number of flow steps
+        sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify samplers`, or auto
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
@@ -60,7 +62,8 @@ def evaluate(
               "num_gpus": num_gpus}  # fmt: skip
     if policy in ("expert", "random_object"):
         flags = {"--batch-size": batch_size, "--cameras": cameras, "--n-action-steps": n_action_steps,
-                 "--device": device, "--instruction-swap": instruction_swap, "--delay": delay}  # fmt: skip
+                 "--device": device, "--instruction-swap": instruction_swap, "--delay": delay,
+                 "--sampler": sampler}  # fmt: skip
         given = [flag for flag, value in flags.items() if value]
         if given:
             raise BurnishError(f"{given[0]} with {policy}, which is no policy", "a policy folder, or no such flag")
@@ -69,5 +72,5 @@ def evaluate(
     else:
         found = evaluate(policy, env, batch_size=batch_size, image_size=image_size, cameras=cameras or None, **trials,
                          n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap,
-                         delay=DelayConfig(delay, async_mode, jacobian, schedule, clip))  # fmt: skip
+                         delay=DelayConfig(delay, async_mode, jacobian, schedule, clip), sampler=sampler)  # fmt: skip
     print(f"{found}\nwritten to {output}")

@@ -178,6 +178,7 @@ class EvalConfig:
     base: bool = option(True, "also evaluate the policy that training started from, on the same initial states")
     cameras: list[str] = option([], "the environment's cameras in the policy's order; empty means the same names")
     device: str = option("", "torch device of the policy; empty means a GPU where there is one")
+    sampler: str = option("", "of a flow-matching policy, e.g. ab2:4, or auto; empty means its config's Euler steps")
     delay: DelayConfig = field(default_factory=DelayConfig)
 
 

@@ -27,6 +27,7 @@ SIGNS = {
     "page": (b"<title>", "· burnish".encode()), "figure": (b"\x89PNG", b"Matplotlib"),
     "anchor": (b"__metadata__", b"base_hash"), "profile": (b'"profiled_total"', b'"stages"'),
     "table of decoders": (b'"decoders"', b'"policy"'), "table of scores": (b"burnish policy verify score",),
+    "choice of a sampler": (b'"sampler"', b'"observations_hash"'),
     "inspection": (b'"delta"', b'"norm"', b'"groups"'),
 }  # fmt: skip
 """Kinds of single files, and what an earlier one holds near its beginning."""

@@ -1,4 +1,4 @@
-"""One registry for everything that plugs in: policies, environments, teachers, decoders, merge operators, objectives.
+"""One registry for what plugs in: policies, environments, teachers, decoders, samplers, merge operators, objectives.
 
 An entry is one file of the registry's room that registers itself with the decorator. Nothing is imported before it is
 asked for: `get("lift")` first looks for a file of that name, then reads the whole room, then asks the entry points of

@@ -26,7 +26,9 @@ from burnish.envs.base import EnvSpec, Size, check_size, expand, make_env
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
+from burnish.policies.base import require
 from burnish.policies.load import policy_and_hash
+from burnish.runtime.choose import find_sampler
 
 if TYPE_CHECKING:
     from burnish.evaluate.batching import BatchedPolicy
@@ -45,7 +47,7 @@ def evaluate(
     seed: int = 0, workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
-    progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None,
+    progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None, sampler: str = "",
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -77,6 +79,7 @@ def evaluate(
         progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
         delay: let the policy answer late; None means that simulators wait for it.
+        sampler: of a flow-matching policy, see `runtime.choose.find_sampler`; "" means the policy's own.
 
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
@@ -86,10 +89,12 @@ def evaluate(
 
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
-                        delay=delay or DelayConfig())  # fmt: skip
+                        delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy))  # fmt: skip
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
+    if trials.sampler:
+        require(policy, "runtime", f"sampler {trials.sampler}")
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
@@ -102,7 +107,12 @@ def evaluate(
         given = policy, match_cameras(policy, spec, cameras), seed, (job.batch_size + 1) // 2, steps
         return BatchedPolicy(*given) if trials.delay.plain else DelayedPolicy(*given, delay=trials.delay, spec=spec)
 
-    return job.run(Path(output), weights, prepare)
+    own = policy.sampler
+    policy.sampler = trials.sampler or own
+    try:
+        return job.run(Path(output), weights, prepare)
+    finally:
+        policy.sampler = own
 
 
 def evaluate_expert(
@@ -206,6 +216,7 @@ class _Job:
             "cameras": list(cameras), "n_action_steps": n_action_steps,
             "batch_size": self.batch_size if self.actor == "policy" else 0,
             **({} if trials.delay.plain else {"delay": asdict(trials.delay)}),
+            **({"sampler": trials.sampler} if trials.sampler else {}),
         }  # fmt: skip
 
     def missing(

@@ -196,7 +196,8 @@ def evaluate_as(settings: EvalConfig, policy: str | Path, env: str, output: Path
 
     return evaluate(
         policy, env, output=output, batch_size=settings.batch_size, cameras=settings.cameras or None,
-        device=settings.device, delay=settings.delay, **_trials(settings), **changes,
+        device=settings.device, delay=settings.delay, sampler=settings.sampler,
+        **_trials(settings), **changes,
     )  # fmt: skip
 
 

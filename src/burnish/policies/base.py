@@ -40,7 +40,7 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
 capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
 `watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
-`flow_parts`, `begin`, `finish`. steering: `act(steering=)`, `candidates`, `Chunk.raw`, `rtc_training_max_delay`.
+`flow_parts`, `begin`, `finish`, `set_steps`, `sampler`. steering: `act(steering=)`, `candidates`, `Chunk.raw`, `rtc_training_max_delay`.
 prefix: `act(prefix=)`.
 """
 
@@ -117,6 +117,7 @@ class Policy(nn.Module, ABC):
         whole_parts: names of modules that adapters leave out and a run with adapters trains whole.
         image_size: side of the images it was trained on, in pixels.
         input_size: longest edge to which it resizes its images; 0 where it takes them as they are.
+        sampler: of a flow-matching policy, a name of sampling.solvers that `act` uses; "" for its config's own.
         action_dim: A.
         state_dim: dimensions of the state.
         num_layers: layers of the backbone.
@@ -134,6 +135,7 @@ class Policy(nn.Module, ABC):
     window: Window = Window()
     adapter_targets: str = ADAPTER_TARGETS
     whole_parts: tuple[str, ...] = ()
+    sampler: str = ""
     action_dim: int
     state_dim: int
     num_layers: int
@@ -227,6 +229,10 @@ class Policy(nn.Module, ABC):
     def flow_parts(self) -> FlowParts:
         """The model taken apart, for `runtime.executor`."""
         raise lacks(self, "runtime", "flow_parts")
+
+    def set_steps(self, count: int) -> None:
+        """Set the steps that its config's own sampler takes."""
+        raise lacks(self, "runtime", "set_steps")
 
     def begin(self, batch: Batch, prefix: Tensor | None = None) -> tuple[list[Any], Tensor | None]:
         """What the model takes of a batch, and committed actions as `velocity` takes them; see FlowPolicy."""

@@ -16,10 +16,12 @@ from burnish.core.errors import BurnishError
 from burnish.core.reading import read_object
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
+from burnish.policies.denoise import sample_with
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
 from burnish.policies.steered import conditioned, shared, steered
 from burnish.policies.vlm import VLMPolicy
+from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
 RTC_FILE = "rtc.json"
@@ -153,20 +155,30 @@ class FlowPolicy(VLMPolicy):
         through all Euler steps (inpainting), so the rest is denoised beside them; they come back unchanged. The rest
         hardly heeds them, because it has moved before they are clean: to go on from an old chunk, give `steering`,
         whose rows are `Chunk.raw` of that chunk from the present step on.
+        Integrated by the Euler steps of the config, as LeRobot does, or by `sampler` where that is set.
         The caller chooses train or eval mode.
 
         Raises:
-            BurnishError: both of the two; or a "trained" steering by more delay than the policy was trained for.
+            BurnishError: an unknown sampler, or steering with one that has several passes a step; both of the two; or a "trained" steering by more delay than the policy was trained for.
         """
         if prefix is not None and steering is not None:
             raise BurnishError("act with prefix and steering", "one of the two")
+        solver = make_solver(self.sampler) if self.sampler else None
         inputs, committed = self.begin(batch, prefix)
         noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
-        guide = None if steering is None else self.guide(steering, noise)
-        following = _committed(self.policy.model, noise, committed) if guide is None else steered(
-            self.policy.model, guide)  # fmt: skip
-        with following:
-            sampled = self.policy.model.sample_actions(*inputs, noise=noise)
+        guide = None if steering is None else self.guide(steering, noise, len(solver.steps) if solver else 0)
+        model = self.policy.model
+        with ExitStack() as inside:
+            if guide is None:
+                inside.enter_context(_committed(model, noise, committed))
+            elif solver is None:
+                inside.enter_context(steered(model, guide))
+            elif guide.mode == "trained":
+                inside.enter_context(conditioned(model, guide.target, guide.committed[..., 0]))
+            if solver is None:
+                sampled = model.sample_actions(*inputs, noise=noise)
+            else:
+                sampled = sample_with(model, solver, inputs, noise, guide)
         return self.finish(sampled if guide is None else guide.finish(sampled), prefix)
 
     def guide(self, steering: Steering, noise: Tensor, steps: int = 0) -> Guide:
@@ -192,12 +204,20 @@ class FlowPolicy(VLMPolicy):
         settings = self.config.__dict__
         return int(settings["num_steps"] if "num_steps" in settings else settings["num_inference_steps"])
 
+    def set_steps(self, count: int) -> None:
+        """Set these steps, for `act` and, after `save`, for LeRobot."""
+        setattr(self.config, "num_steps" if "num_steps" in vars(self.config) else "num_inference_steps", count)
+
     @torch.no_grad()
     def candidates(self, batch: Batch, noise: Tensor) -> Chunk:
         """Chunks [B, K, T, A] of one observation each from noise [B, K, T, A_model]; it is encoded once."""
         inputs, _ = self.begin(batch)
-        with shared(self.policy.model, noise.shape[1]):
-            sampled = self.policy.model.sample_actions(*inputs, noise=noise.to(self.device).flatten(0, 1))
+        model, flat = self.policy.model, noise.to(self.device).flatten(0, 1)
+        with shared(model, noise.shape[1]):
+            if self.sampler:
+                sampled = sample_with(model, make_solver(self.sampler), inputs, flat)
+            else:
+                sampled = model.sample_actions(*inputs, noise=flat)
         chunk = self.finish(sampled)
         return Chunk(chunk.actions.unflatten(0, noise.shape[:2]), sampled.unflatten(0, noise.shape[:2]))
 

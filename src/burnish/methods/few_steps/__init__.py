@@ -1,0 +1,1 @@
+"""Few-step sampling by distillation of the sampler itself."""
