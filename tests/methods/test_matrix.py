@@ -45,7 +45,7 @@ METHODS = {
     "prefer": "pairs: {pairs}, batch_size: 2, pool: 1, score: {{draws: 2}}",
 }
 """The inside of each entry; `{...}` are folders made below."""
-BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "few_steps": "align", "isolate": "prefer",
+BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "few_steps": "prefer", "isolate": "prefer",
           "prefer": "capability"}  # fmt: skip
 LACKS = {
     "no masked tokens": [("distill", kind) for kind in POLICIES if kind != "burnish_discrete"],

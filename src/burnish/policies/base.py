@@ -40,8 +40,8 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
 score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
 capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
 `watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
-`flow_parts`, `begin`, `finish`, `set_steps`, `sampler`. steering: `act(steering=)`, `candidates`, `Chunk.raw`, `rtc_training_max_delay`.
-prefix: `act(prefix=)`.
+`flow_parts`, `begin`, `finish`, `set_steps`, `sampler`. steering: `act(steering=)`, `candidates`, `Chunk.raw`,
+`rtc_training_max_delay`. prefix: `act(prefix=)`.
 """
 
 

@@ -159,7 +159,8 @@ class FlowPolicy(VLMPolicy):
         The caller chooses train or eval mode.
 
         Raises:
-            BurnishError: an unknown sampler, or steering with one that has several passes a step; both of the two; or a "trained" steering by more delay than the policy was trained for.
+            BurnishError: an unknown sampler; both of the two; steering by a sampler of several passes a step, or a
+                "trained" one by more delay than the policy was trained for.
         """
         if prefix is not None and steering is not None:
             raise BurnishError("act with prefix and steering", "one of the two")
