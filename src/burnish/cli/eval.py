@@ -13,8 +13,7 @@ def evaluate(
     cameras: Annotated[list[str], Arg(several=True)] = (), n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
-    jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0,
-    sampler: str = "",
+    jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0, sampler: str = "",
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
