@@ -108,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
                         help=f"cuda: {', '.join(ON_GPU)}; bench/gpu.py measures more there")  # fmt: skip
     parser.add_argument("--part", default="", help="scale, runtime: one of its parts alone")
+    parser.add_argument("--long", action="store_true", help="runtime: also what has to be trained, for minutes")
     parser.add_argument("--quick", action="store_true", help="fewer repeats: a check that it runs, not a measurement")
 
 

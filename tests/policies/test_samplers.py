@@ -29,8 +29,9 @@ def test_euler_of_the_configs_steps_is_the_default_bit_for_bit(folder, batch):
 def test_executor_and_policy_agree_on_every_sampler(tiny_smolvla, batch, sampler):
     policy = load_policy(tiny_smolvla)
     theirs = chunk(policy, batch, sampler)
-    ours = Runtime(policy, solver=make_solver(sampler)).act(batch, policy.draw(3, torch.Generator().manual_seed(5)))
-    assert torch.allclose(ours.actions, theirs, atol=1e-6)
+    draws = policy.draw(3, torch.Generator().manual_seed(5))
+    ours = Runtime(policy, solver=make_solver(sampler)).act(batch, draws).actions
+    assert torch.allclose(ours, theirs, atol=1e-6) and torch.equal(Runtime(policy).act(batch, draws).actions, ours)
 
 
 def test_committed_rows_are_followed_by_other_samplers(policy, batch):

@@ -23,6 +23,7 @@ from burnish.runtime.family import Encoded, Family, signature
 from burnish.runtime.graphs import Graphs
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
+from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -225,7 +226,8 @@ class Runtime:
     Args:
         policy: one that supports "runtime"; its weights are used where they are, and may change.
         tier: one of TIERS.
-        solver, graph: see Sampler.
+        solver: as for Sampler; None means what `policy.sampler` names, where that is set.
+        graph: see Sampler.
 
     Raises:
         BurnishError: a policy without that, or an unknown tier.
@@ -234,6 +236,8 @@ class Runtime:
     def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
         require(policy, "runtime", "Runtime")
         self.policy, self.tier = policy, tier
+        if solver is None and policy.sampler:
+            solver = make_solver(policy.sampler)
         self.sampler = Sampler(policy.flow_parts(), tier, solver, graph)
         self.name, self.chunk_size, self.n_action_steps = policy.name, policy.chunk_size, policy.n_action_steps
 
