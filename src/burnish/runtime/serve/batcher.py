@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +46,7 @@ class Answer:
     rows: int = 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Request:
     row: Row
     seed: int
@@ -103,7 +102,7 @@ class Batcher:
         try:
             return await future
         finally:
-            with suppress(ValueError):
+            if request in self._pending:  # `remove` would print a request that is not there, pictures and all
                 self._pending.remove(request)
 
     async def run(self) -> None:
