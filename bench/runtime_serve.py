@@ -82,7 +82,6 @@ def load(clients: int, calls: int, ms: float, per_row: float, *options: Any) -> 
 
     def ask(port: int) -> None:
         with PolicyClient(f"ws://127.0.0.1:{port}") as one:
-            mine = []
             for i in range(calls + 2):
                 if i == 2:  # the first two are warm-up
                     gate.wait()
@@ -91,17 +90,17 @@ def load(clients: int, calls: int, ms: float, per_row: float, *options: Any) -> 
                     one.infer(sent)
                 except Exception as error:  # noqa: BLE001 - counted, whatever it is
                     errors.append(repr(error))
-                mine.append(time.perf_counter() - start)
-            took.extend(mine[2:])
+                if i >= 2:
+                    took.append(time.perf_counter() - start)
 
     with server("--ms", ms, "--per-row", per_row, *options) as (process, ports):
         threads = [threading.Thread(target=ask, args=(ports[0],)) for _ in range(clients)]
         [thread.start() for thread in threads]
         gate.wait()
         start, before = time.perf_counter(), memory(process.pid)
-        while any(thread.is_alive() for thread in threads) and time.perf_counter() - start < 2 + 0.05 * calls:
-            time.sleep(0.05)
-        settled = memory(process.pid)  # buffers of all clients are there
+        while len(took) < 0.2 * clients * calls:
+            time.sleep(0.02)
+        settled = memory(process.pid)  # after a fifth, when the buffers of all clients are there
         [thread.join() for thread in threads]
         wall, after = time.perf_counter() - start, memory(process.pid)
     quantiles = np.quantile(took, [0.5, 0.95, 0.99]) * 1000

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
+from burnish.sampling.steering import Steering
 from workshop.tiny import make_tiny
 
 pytest.importorskip("msgpack")
@@ -16,7 +18,7 @@ pytest.importorskip("prometheus_client")
 from burnish.runtime.serve.batcher import Batcher  # noqa: E402
 from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.openpi import OpenPi  # noqa: E402
-from burnish.runtime.serve.rows import Row, profile_keys  # noqa: E402
+from burnish.runtime.serve.rows import Row, profile_keys, stack  # noqa: E402
 from burnish.runtime.serve.wire import pack_openpi, unpack_openpi  # noqa: E402
 
 TASKS = ("lift the red cube", "open", "put the green ball on the plate and then open the drawer")
@@ -33,6 +35,10 @@ def observations(policy, count):
 def row_of(policy, one):
     views = {name: one[f"observation.images.{name}"][None] for name in policy.cameras}
     return Row(views, one["observation.state"].astype(np.float32)[None], one["task"])
+
+
+def actions(answers):
+    return np.stack([one.actions for one in answers])
 
 
 def by_itself(policy, seen, seed):
@@ -86,8 +92,9 @@ def test_an_exact_answer_never_depends_on_others(tiny_smolvla):
     rows = [row_of(policy, one) for one in observations(policy, 4)]
     with ThreadPoolExecutor(1) as thread:
         batcher = Batcher(policy, thread, Metrics(), width=4, exact=True)
-        alone = [batcher.act([row], [i])[0] for i, row in enumerate(rows)]
-        together, turned = batcher.act(rows, range(4)), batcher.act(rows[::-1], range(3, -1, -1))[::-1]
+        alone = [actions(batcher.act([row], [i]))[0] for i, row in enumerate(rows)]
+        together = actions(batcher.act(rows, range(4)))
+        turned = actions(batcher.act(rows[::-1], range(3, -1, -1)))[::-1]
     assert all(np.array_equal(alone[i], together[i]) and np.array_equal(alone[i], turned[i]) for i in range(4))
 
 
@@ -96,7 +103,51 @@ def test_committed_actions_are_continued(tiny_smolvla):
     row = row_of(policy, observations(policy, 1)[0])
     with ThreadPoolExecutor(1) as thread:
         batcher = Batcher(policy, thread, Metrics(), width=2)
-        free = batcher.act([row], [1])
-        again = batcher.act([row], [2], free[:, :3])
+        free = actions(batcher.act([row], [1]))
+        again = actions(batcher.act([row], [2], free[:, :3]))
     np.testing.assert_allclose(again[:, :3], free[:, :3], atol=1e-4)
     assert not np.allclose(again[:, 3:], free[:, 3:], atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["guided", "inpaint"])
+def test_a_session_goes_on_from_its_last_chunk(tiny_smolvla, mode):
+    """What the server makes of chunk, executed and delay is the policy's own steering, beside another client."""
+    policy = load_policy(tiny_smolvla)
+    sent = observations(policy, 2)
+
+    async def run(thread):
+        batcher = Batcher(policy, thread, Metrics(), width=2, wait=0.5, mode=mode)
+        service = OpenPi(batcher, profile_keys(policy, "lerobot"), mode=mode)
+        batcher.clients = 2
+        task = asyncio.ensure_future(batcher.run())
+        sessions = [service.session() for _ in range(2)]
+
+        async def ask(*places):
+            return [unpack_openpi(one)["actions"] for one in await asyncio.gather(*(
+                session.answer(pack_openpi({**one, "burnish": {"seed": 3 + i, **place}}))
+                for i, (session, one, place) in enumerate(zip(sessions, sent, places, strict=True))))]  # fmt: skip
+
+        first = await ask({}, {})
+        raws = [session.last[1] for session in sessions]
+        second = await ask({"chunk": 0, "executed": 3, "delay": 2}, {"chunk": 0, "executed": 5, "delay": 1})
+        other = await ask({"chunk": 7, "executed": 3, "delay": 2}, {"chunk": 1, "executed": 8, "delay": 2})
+        task.cancel()
+        return first, raws, second, other
+
+    with ThreadPoolExecutor(1) as thread:
+        first, raws, second, other = asyncio.run(run(thread))
+    for i, (executed, delay) in enumerate(((3, 2), (5, 1))):
+        batcher = Batcher(policy, None, Metrics(), width=1, mode=mode)
+        by_hand = batcher.policy.act(
+            stack(policy, [row_of(policy, sent[i])]), policy.draw(1, torch.Generator().manual_seed(3 + i)),
+            steering=Steering(raws[i][None, executed:], delay, mode=mode),
+        ).actions[0]  # fmt: skip
+        np.testing.assert_allclose(second[i], by_hand.numpy(), atol=2e-4)
+        assert np.abs(second[i] - first[i]).max() > 1e-3
+        np.testing.assert_allclose(other[i], first[i], atol=2e-4)  # an unknown chunk, or one without rows left: afresh
+
+
+def test_a_mode_needs_a_policy_that_can(tmp_path):
+    policy = load_policy(make_tiny("act", tmp_path / "act"))
+    with pytest.raises(BurnishError, match="--async guided"):
+        OpenPi(Batcher(policy, None, Metrics()), profile_keys(policy, "lerobot"), mode="guided")

@@ -13,13 +13,13 @@ def serve(
     policy: str, *, protocol: Literal["openpi", "vla-eval"] = "openpi", host: str = "127.0.0.1", port: int = 8000,
     token_file: Path | None = None, profile: Literal["lerobot", "libero", "droid", "aloha"] = "lerobot",
     map: Path | None = None, cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0,
-    exact: bool = False, max_mb: int = 16, rate: int = 200, clients: int = 32, record: Path | None = None,
-    record_mb: int = 1000, n_action_steps: int | None = None, seed: int = 0, device: str = "",
+    exact: bool = False, async_mode: Annotated[str, Arg(short="--async")] = "none", max_mb: int = 16, rate: int = 200,
+    clients: int = 32, record: Path | None = None, record_mb: int = 1000, n_action_steps: int | None = None,
+    seed: int = 0, device: str = "",
 ) -> None:  # fmt: skip
     """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
 
-    openpi-client, burnish.runtime.client and LeRobot's RobotClient are answered as they are; without a token only those
-    of this machine.
+    openpi-client, burnish.runtime.client and LeRobot's RobotClient are answered as they are; others only with a token.
 
     Args:
         policy: policy folder or the name of a shipped base
@@ -34,6 +34,7 @@ def serve(
         width: most requests in a call of the policy
         wait_ms: a request waits so long for others
         exact: all calls of one width, so that an answer never depends on others
+        async_mode: how a chunk goes on from a session's last one: none, guided, inpaint, trained
         max_mb: largest message in MiB
         rate: requests a second of a connection
         clients: connections at once
@@ -51,7 +52,7 @@ def serve(
     from burnish.runtime.serve import run
 
     bench = protocol == "vla-eval"
-    if bench and (map or lerobot_port >= 0 or record or exact or profile != "lerobot"):
+    if bench and (map or lerobot_port >= 0 or record or exact or async_mode != "none" or profile != "lerobot"):
         raise BurnishError("vla-eval with options of openpi's protocol", "host, port, token_file, cameras and limits",
                            "--protocol openpi")  # fmt: skip
     if not bench and n_action_steps is not None:
@@ -59,8 +60,8 @@ def serve(
     options = run.ServeOptions(
         host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
         clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),
-        cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, seed=seed, record=str(record or ""),
-        record_mb=record_mb,
+        cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, async_mode=async_mode, seed=seed,
+        record=str(record or ""), record_mb=record_mb,
     )  # fmt: skip
     if bench:
         run.serve_benchmark(policy, options, n_action_steps, device, _announce)

@@ -131,7 +131,8 @@ class Actor:
         relative: bool [A], actions whose zero is no motion: what a robot does for which there is no action yet. Others
             are repeated.
         deadline: seconds after which an answer is thrown away and counted.
-        commit: tell a policy that can continue actions which ones will be executed before its answer comes.
+        commit: tell the server what will be executed before its answer comes: the place in the last chunk where it goes
+            on from that (`--async`), else the actions, of a policy that can continue them.
 
     Attributes:
         queue: counts executed rows, starved steps, delays and errors of commitment.
@@ -146,7 +147,8 @@ class Actor:
         if not 1 <= self.replan <= self.horizon:
             raise BurnishError(f"{self.replan} rows before the next chunk", f"1 to {self.horizon}, the policy's chunk")
         self.client, self.deadline = client, deadline
-        self.commit = commit and bool(about["prefix"])
+        self.commit, self._goes_on = commit and bool(about["prefix"]), commit and about.get("async", "none") != "none"
+        self._chunk = (-1, 0)
         self.queue, self.late = ActionQueue(relative), 0
         self._steps = [int(step) for step in about["observation_steps"]]
         self._seen: deque[dict[str, Any]] = deque(maxlen=1 - min(self._steps))
@@ -189,7 +191,10 @@ class Actor:
         self._asked_at = asked.step
         extras: dict[str, Any] = {"deadline_ms": 1000 * self.deadline}
         delay = min(asked.delay, self.horizon - 1)
-        if self.commit and delay:
+        if self._goes_on and len(asked.rows):
+            number, base = self._chunk
+            extras |= {"chunk": number, "executed": asked.step - base, "delay": delay}
+        elif self.commit and delay:
             extras["prefix"] = asked.rows[:delay]
         if len(self._steps) > 1:
             seen = list(self._seen)
@@ -206,7 +211,8 @@ class Actor:
         if time.monotonic() - since > self.deadline and self._moved:
             self.late += 1
             return
-        self.queue.splice(reply["actions"], asked)
+        if self.queue.splice(reply["actions"], asked) is not None:
+            self._chunk = reply.get("call", -1), asked.step
 
     def close(self) -> None:
         self._thread.shutdown()

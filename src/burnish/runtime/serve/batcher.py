@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
@@ -22,6 +23,7 @@ from burnish.policies.keys import RULER, TASK
 from burnish.policies.pretrained import foreign
 from burnish.runtime.serve.metrics import Metrics
 from burnish.runtime.serve.rows import Row, stack
+from burnish.sampling.steering import Steering
 
 MOST_WAITING = 64
 
@@ -36,14 +38,24 @@ class Answer:
 
     Args:
         actions: float32 [T, A] in environment units.
+        raw: the same in the model's own space, [T, A_model], of a policy that can go on from it.
         infer, queued: seconds that its batch took, and that it waited before.
         rows: requests in the batch.
     """
 
     actions: np.ndarray
+    raw: Tensor | None = None
     infer: float = 0.0
     queued: float = 0.0
     rows: int = 1
+
+
+@dataclass(frozen=True)
+class Old:
+    """What is left of a session's last chunk: `rest` [n, A_model], of which the first `delay` rows are committed."""
+
+    rest: Tensor
+    delay: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,13 +63,15 @@ class _Request:
     row: Row
     seed: int
     prefix: np.ndarray | None
+    old: Old | None
     deadline: float
     future: "asyncio.Future[Answer]"
     since: float = field(default_factory=time.perf_counter)
 
     @property
-    def committed(self) -> int:
-        return 0 if self.prefix is None else len(self.prefix)
+    def kind(self) -> tuple[int, bool]:
+        """Requests of one kind can share a call."""
+        return 0 if self.prefix is None else len(self.prefix), self.old is not None
 
 
 class Batcher:
@@ -69,25 +83,28 @@ class Batcher:
         metrics: told of every batch.
         width: requests in a call.
         wait: seconds that a request waits for one more, and only while more clients are connected than ask.
+        mode: how a chunk goes on from an old one, see `Steering`.
         exact: every call has `width` rows (copies fill it) and one more, whose text is as long as can be: a matrix
             product may differ in its last bit between widths, and texts are padded to the longest.
     """
 
     def __init__(self, policy: Policy, thread: Executor, metrics: Metrics, width: int = 8, wait: float = 0.003,
-                 exact: bool = False):  # fmt: skip
+                 exact: bool = False, mode: Literal["guided", "inpaint", "trained"] = "guided"):  # fmt: skip
         self.policy, self.thread, self.metrics = policy.eval(), thread, metrics
-        self.width, self.wait, self.exact = width, wait, exact
+        self.width, self.wait, self.exact, self.mode = width, wait, exact, mode
         self.clients = 0
         self._pending: deque[_Request] = deque()
         self._arrived = asyncio.Event()
 
-    async def submit(self, row: Row, seed: int, prefix: np.ndarray | None = None, deadline: float = 600.0) -> Answer:
+    async def submit(self, row: Row, seed: int, prefix: np.ndarray | None = None, old: Old | None = None,
+                     deadline: float = 600.0) -> Answer:  # fmt: skip
         """The answer to a row whose noise `seed` seeds; when cancelled the request leaves the queue.
 
         Args:
             row: what is seen.
             seed: of its noise.
             prefix: [P, A] actions that are committed, which the chunk continues.
+            old: the chunk that this one goes on from.
             deadline: seconds after which nobody wants an answer any more.
 
         Raises:
@@ -96,7 +113,7 @@ class Batcher:
         if len(self._pending) >= MOST_WAITING:
             raise Busy(f"the server is busy: {MOST_WAITING} requests wait", "fewer", "the same call later")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        request = _Request(row, seed, prefix, time.perf_counter() + deadline, future)
+        request = _Request(row, seed, prefix, old, time.perf_counter() + deadline, future)
         self._pending.append(request)
         self._arrived.set()
         try:
@@ -138,7 +155,7 @@ class Batcher:
                 break
 
     def _take(self) -> list[_Request]:
-        """The next batch: the oldest request, and those behind it with as many committed actions."""
+        """The next batch: the oldest request, and those of its kind behind it."""
         now, batch, others = time.perf_counter(), [], []
         while self._pending and len(batch) < self.width:
             one = self._pending.popleft()
@@ -146,7 +163,7 @@ class Batcher:
                 continue
             if one.deadline < now:
                 one.future.set_exception(Busy("the deadline has passed", "an answer in time", "fewer clients"))
-            elif batch and one.committed != batch[0].committed:
+            elif batch and one.kind != batch[0].kind:
                 others.append(one)
             else:
                 batch.append(one)
@@ -162,16 +179,17 @@ class Batcher:
         rows, seeds = [one.row for one in batch], [one.seed for one in batch]
         prefix = None if batch[0].prefix is None else np.stack([p for one in batch if (p := one.prefix) is not None])
         try:
-            chunks = self.act(rows, seeds, prefix)
+            found = self.act(rows, seeds, prefix, [one.old for one in batch if one.old])
         except (BurnishError, MemoryError) as error:
             if len(batch) > 1:
                 return [answer for one in batch for answer in self._answers([one])]
             return [error if isinstance(error, BurnishError) else BurnishError("not enough memory for this call")]
         broken = BurnishError("the policy returned actions that are not finite", "numbers", "another checkpoint")
-        return [Answer(chunk) if np.isfinite(chunk).all() else broken for chunk in chunks]
+        return [one if np.isfinite(one.actions).all() else broken for one in found]
 
-    def act(self, rows: Sequence[Row], seeds: Sequence[int], prefix: np.ndarray | None = None) -> np.ndarray:
-        """Actions [n, T, A] for n rows; in the policy's thread only."""
+    def act(self, rows: Sequence[Row], seeds: Sequence[int], prefix: np.ndarray | None = None,
+            old: Sequence[Old] = ()) -> list[Answer]:  # fmt: skip
+        """Answers to rows, none or all of which go on from an `old` chunk; in the policy's thread only."""
         policy, count = self.policy, len(rows)
         order = list(range(count)) + [count - 1] * (self.width + 1 - count if self.exact else 0)
         with foreign("the policy cannot act on this", "an observation like those it was trained on"):
@@ -182,8 +200,17 @@ class Batcher:
             more: dict[str, Any] = {}
             if prefix is not None:
                 more["prefix"] = torch.from_numpy(prefix[order]).to(policy.device)
-            actions = policy.act(batch, draws, **more).actions[:count]
-            return actions.float().cpu().numpy()
+            if old:
+                more["steering"] = self._steering([old[i] for i in order])
+            chunk = policy.act(batch, draws, **more)
+            actions, raw = chunk.actions.float().cpu().numpy(), chunk.raw
+            return [Answer(actions[i], None if raw is None else raw[i].cpu()) for i in range(count)]
+
+    def _steering(self, old: Sequence[Old]) -> Steering:
+        longest = max(len(one.rest) for one in old)
+        rest = torch.stack([torch.nn.functional.pad(one.rest, (0, 0, 0, longest - len(one.rest))) for one in old])
+        ends = torch.tensor([len(one.rest) for one in old])  # the rows beyond pull at nothing
+        return Steering(rest.to(self.policy.device), torch.tensor([one.delay for one in old]), ends, mode=self.mode)
 
 
 def _draws(policy: Policy, seeds: Sequence[int]) -> Draws:

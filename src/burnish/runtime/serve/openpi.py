@@ -12,11 +12,12 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
-from burnish.policies.base import lacks
-from burnish.runtime.serve.batcher import Batcher
+from burnish.policies.base import lacks, require
+from burnish.runtime.serve.batcher import Batcher, Old
 from burnish.runtime.serve.record import Recorder
 from burnish.runtime.serve.rows import Keys, Reader, Row, blank, profile_keys
 from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
@@ -35,6 +36,8 @@ class Extras:
         call: the number of this call, for one that is sent again.
         seed: of this call's noise, in place of the derived one.
         prefix: [P, A] actions that are committed and that the chunk continues.
+        chunk, executed, delay: the call whose chunk is being executed, rows of it that are done, and rows that will be
+            done when the answer comes; a server with a mode of real-time chunking goes on from that chunk.
         earlier: observations before this one, oldest first, for a policy that sees them.
         deadline_ms: after which nobody wants the answer any more.
     """
@@ -44,6 +47,9 @@ class Extras:
     call: int | None = None
     seed: int | None = None
     prefix: np.ndarray | None = None
+    chunk: int | None = None
+    executed: int = 0
+    delay: int = 0
     earlier: list[Any] = field(default_factory=list)
     deadline_ms: float = 600_000.0
 
@@ -74,6 +80,7 @@ class OpenPi:
         keys: of the observations.
         seed: of all noise.
         about: more for the greeting, such as the hash of the weights.
+        mode: of going on from a session's last chunk; "none" answers every call afresh.
         recorder: writes down what is asked and answered.
         robot_keys: of LeRobot's client, where they are not the policy's own names.
         names: what such a client may call the policy.
@@ -81,19 +88,22 @@ class OpenPi:
 
     def __init__(
         self, batcher: Batcher, keys: Keys, seed: int = 0, about: dict[str, Any] | None = None,
-        recorder: Recorder | None = None, robot_keys: Keys | None = None, names: tuple[str, ...] = (),
+        mode: str = "none", recorder: Recorder | None = None, robot_keys: Keys | None = None,
+        names: tuple[str, ...] = (),
     ):  # fmt: skip
         self.batcher, self.keys, self.seed, self.recorder, self.names = batcher, keys, seed, recorder, names
         self.policy, self.reader, self.sessions = batcher.policy, Reader(batcher.policy, keys), Sessions()
         self.robot_reader = Reader(self.policy, robot_keys or profile_keys(self.policy, "lerobot"))
-        policy = self.policy
+        policy, self.mode = self.policy, mode
+        if mode != "none":
+            require(policy, "steering", f"--async {mode}")
         self.about = {
             "server": f"burnish {version('burnish')}", "policy": policy.name, "action_horizon": policy.act_steps,
             "n_action_steps": policy.n_action_steps, "action_dim": policy.action_dim, "state_dim": policy.state_dim,
             "cameras": {name: list(size) for name, size in policy.view_sizes.items()},
             "keys": {"images": keys.images, "state": list(keys.state), "task": keys.task},
             "observation_steps": list(policy.window.observations), "prefix": policy.supports("prefix"),
-            **(about or {}),
+            "async": mode, **(about or {}),
         }  # fmt: skip
         self.greeting = pack_openpi(self.about)
 
@@ -119,17 +129,25 @@ class OpenPi:
     def count(self, clients: int) -> None:
         self.batcher.clients = clients
 
-    async def ask(self, row: Row, extras: Extras, call: int) -> dict[str, Any]:
-        """The reply to call `call` of a session."""
+    async def ask(
+        self, row: Row, extras: Extras, call: int, last: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The reply to call `call` of a session whose chunk was `last`, and the new chunk in the model's space."""
         prefix = None if extras.prefix is None else self._prefix(extras.prefix)
         seed = derive_seed(self.seed, extras.session, call) if extras.seed is None else extras.seed
-        answer = await self.batcher.submit(row, seed, prefix, extras.deadline_ms / 1000)
+        answer = await self.batcher.submit(row, seed, prefix, self._old(extras, last), extras.deadline_ms / 1000)
         if self.recorder:
             self.recorder.put(row, answer.actions, {"session": extras.session, "call": call, "seed": seed})
         infer = 1000 * answer.infer
         timing = {"infer_ms": infer, "queue_ms": 1000 * answer.queued, "rows": answer.rows}
-        return {"actions": answer.actions, "server_timing": timing, "policy_timing": {"infer_ms": infer},
-                "seed": seed, "call": call}  # fmt: skip
+        reply = {"actions": answer.actions, "server_timing": timing, "policy_timing": {"infer_ms": infer},
+                 "seed": seed, "call": call}  # fmt: skip
+        return reply, answer.raw
+
+    def _old(self, extras: Extras, last: Tensor | None) -> Old | None:
+        rest = None if last is None or self.mode == "none" or extras.prefix is not None else last[extras.executed :]
+        delay = min(extras.delay, 0 if rest is None else len(rest))
+        return None if rest is None or not len(rest) or (self.mode != "guided" and not delay) else Old(rest, delay)
 
     def _prefix(self, given: Any) -> np.ndarray:
         policy = self.policy
@@ -151,6 +169,7 @@ class OpenPiSession:
     def __init__(self, service: OpenPi):
         self.service, self.calls = service, 0
         self.previous: float | None = None
+        self.last: tuple[int, Tensor | None] = -1, None
 
     async def answer(self, frame: bytes | str) -> bytes:
         observation = unpack_openpi(frame)
@@ -160,8 +179,9 @@ class OpenPiSession:
         sessions = self.service.sessions
         call = sessions.number(extras.session) if extras.session else self.calls
         call = 0 if extras.reset else call if extras.call is None else extras.call
-        reply = await self.service.ask(self.service.reader.row(observation, extras.earlier), extras, call)
-        self.calls = call + 1
+        row, (number, raw) = self.service.reader.row(observation, extras.earlier), self.last
+        reply, new = await self.service.ask(row, extras, call, raw if extras.chunk == number else None)
+        self.calls, self.last = call + 1, (call, new)
         if extras.session:
             sessions.store(extras.session, call + 1)
         if self.previous is not None:
@@ -180,11 +200,12 @@ def read_extras(given: Any) -> Extras:
     if not isinstance(given, dict) or not given.keys() <= set(known):
         raise BurnishError("a key `burnish` that is no map of what it may hold", f"a map of {', '.join(known)}")
     extras = Extras(**given)
-    whole = all(value is None or (type(value) is int and 0 <= value < 2**63) for value in (extras.call, extras.seed))
+    numbers = (extras.call, extras.seed, extras.chunk, extras.executed, extras.delay)
+    whole = all(value is None or (type(value) is int and 0 <= value < 2**63) for value in numbers)
     named = isinstance(extras.session, str) and len(extras.session) <= 200
     limit = extras.deadline_ms
     timed = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 3_600_000
     if not (whole and named and timed and isinstance(extras.reset, bool)):
-        raise BurnishError("session, call, seed, reset or deadline_ms of another kind",
+        raise BurnishError("session, call, seed, chunk, executed, delay, reset or deadline_ms of another kind",
                            "a text of at most 200 characters, whole numbers, a flag, and milliseconds")  # fmt: skip
     return extras

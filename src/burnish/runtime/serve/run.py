@@ -38,11 +38,13 @@ def serve_policy(
         keys = read_keys(model, Path(options.map)) if options.map else (
             profile_keys(model, options.profile, options.cameras))  # fmt: skip
         robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
-        batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact)
+        mode = options.async_mode
+        batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
+                          "guided" if mode == "none" else mode)  # type: ignore[arg-type]  # fmt: skip
         recorder = Recorder(Path(options.record), options.record_mb, server.metrics) if options.record else None
         names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
         about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact}
-        service = OpenPi(batcher, keys, options.seed, about, recorder, robot_keys, names)
+        service = OpenPi(batcher, keys, options.seed, about, mode, recorder, robot_keys, names)
         service.warm()
         return service
 

@@ -27,6 +27,7 @@ from burnish.runtime.serve.batcher import Busy
 from burnish.runtime.serve.metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MODES = ("none", "guided", "inpaint", "trained")
 GRACE = 10.0
 """Seconds that running calls have when the server is asked to end."""
 NEW_TOKEN = "python -c 'import secrets; print(secrets.token_urlsafe(32))' > token"
@@ -51,6 +52,7 @@ class ServeOptions:
     width: int = option(8, "most requests in a call", least=1, most=64)
     wait_ms: float = option(3.0, "a request waits so long for others", least=0, most=1000)
     exact: bool = option(False, "calls of one width: an answer never depends on others, not even in its last bit")
+    async_mode: str = option("none", "how a chunk goes on from a session's last one", choices=MODES)
     seed: int = option(0, "seed of the noise", least=0)
     record: str = option("", "folder for what is asked and answered", path=True)
     record_mb: int = option(1000, "most MiB to record", least=1, most=1_000_000)
