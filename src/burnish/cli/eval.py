@@ -10,7 +10,8 @@ from burnish.core.errors import BurnishError
 def evaluate(
     policy: str, env: str, *, output: Path, episodes: int = 100, first_state: int = 1_000_000, seed: int = 0,
     workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
-    cameras: Annotated[list[str], Arg(several=True)] = (), n_action_steps: int | None = None, device: str = "",
+    cameras: Annotated[list[str], Arg(several=True)] = (),
+    n_action_steps: Annotated[int | None, Arg(short="--replan")] = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
     jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0, sampler: str = "",
@@ -37,7 +38,7 @@ def evaluate(
         video: film no episode
         engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
         num_gpus: GPUs of the Ray cluster for each simulator; default: none
-        delay: control steps between an observation and the chunk for it; n-action-steps then are those to a replan
+        delay: control steps between an observation and the chunk for it
         async_mode: what is done meanwhile: sync (stand still), naive, ensemble, bid, inpaint, guided, trained, tokens
         jacobian: of guided: vjp or identity; auto: the policy's
         schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
@@ -46,9 +47,8 @@ def evaluate(
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
-        burnish eval small tabletop:lift --output runs/lift/eval/base
         burnish eval runs/lift/policy tabletop:lift --instruction-swap --output runs/lift/eval/swap
-        burnish eval small tabletop:reach --n-action-steps 4 --delay 2 --async guided --output runs/reach/guided2
+        burnish eval small tabletop:reach --delay 2 --replan 4 --async guided --output runs/reach/guided2
         burnish eval random_object tabletop:lift --output runs/lift/eval/chance
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
         burnish eval small libero:spatial --engine ray:10.0.0.1:6379 --batch-size 64 --output runs/spatial
@@ -56,20 +56,16 @@ def evaluate(
     from burnish.core.config import DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
-    trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers,
-              "max_steps": max_steps, "output": output, "video": video, "engine": engine,
-              "num_gpus": num_gpus}  # fmt: skip
+    trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers, "output": output,
+              "max_steps": max_steps, "video": video, "engine": engine, "num_gpus": num_gpus}  # fmt: skip
+    trials |= {} if image_size is None else {"image_size": image_size}
+    own = {"batch_size": batch_size, "cameras": cameras or None, "n_action_steps": n_action_steps, "device": device,
+           "instruction_swap": instruction_swap, "sampler": sampler}  # fmt: skip
     if policy in ("expert", "random_object"):
-        flags = {"--batch-size": batch_size, "--cameras": cameras, "--n-action-steps": n_action_steps,
-                 "--device": device, "--instruction-swap": instruction_swap, "--delay": delay,
-                 "--sampler": sampler}  # fmt: skip
-        given = [flag for flag, value in flags.items() if value]
-        if given:
-            raise BurnishError(f"{given[0]} with {policy}, which is no policy", "a policy folder, or no such flag")
-        size = {} if image_size is None else {"image_size": image_size}
-        found = evaluate_expert(env, which=policy, **size, **trials)
+        for flag in (name.replace("_", "-") for name, value in {**own, "delay": delay}.items() if value):
+            raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")
+        found = evaluate_expert(env, which=policy, **trials)
     else:
-        found = evaluate(policy, env, batch_size=batch_size, image_size=image_size, cameras=cameras or None, **trials,
-                         n_action_steps=n_action_steps, device=device, instruction_swap=instruction_swap,
-                         delay=DelayConfig(delay, async_mode, jacobian, schedule, clip), sampler=sampler)  # fmt: skip
+        late = DelayConfig(delay, async_mode, jacobian, schedule, clip)
+        found = evaluate(policy, env, delay=late, **own, **trials)
     print(f"{found}\nwritten to {output}")
