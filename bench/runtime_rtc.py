@@ -15,45 +15,55 @@ TARGETS = {
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole calls of `act` for one observation, in turns, medians of process time.
+    """Whole calls of `act`, in turns, medians of process time.
 
     Figures:
-        guided_identity_over_plain, guided_vjp_over_plain: a call with steering (delay 2) over one without.
+        guided_identity_over_plain, guided_vjp_over_plain: eight observations, a call with steering (delay 2) over one
+            without; for one observation see the detail, where a pass backwards costs as much as it launches.
         rtc_gaussian_error: white Gaussian data, greatest distance of guided rows from the rows that they go on from.
         bid8_over_one: eight chunks of one encoding over one chunk.
     """
     import torch
 
     from burnish.policies import load_policy
-    from burnish.policies.base import Policy
+
+    torch.set_num_threads(1)
+    policy = load_policy("small").eval()
+    rounds = 5 if args.quick else 40
+    detail: dict[str, Any] = {"policy": "small", "calls": rounds}
+    for width in (1, 8):
+        detail[f"process_ms_{width}"] = medians(policy, width, rounds)
+    one, eight = detail["process_ms_1"], detail["process_ms_8"]
+    detail |= {f"{how}_over_plain_1": one[how] / one["plain"] for how in ("guided_identity", "guided_vjp")}
+    figures = {f"{how}_over_plain": eight[how] / eight["plain"] for how in ("guided_identity", "guided_vjp")}
+    return {**figures, "rtc_gaussian_error": gaussian_error(), "bid8_over_one": one["bid8"] / one["plain"]}, detail
+
+
+def medians(policy: Any, width: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of process time of each kind of call for `width` observations; three rounds before warm up."""
+    import torch
+
     from burnish.runtime.observations import observations
     from burnish.sampling.steering import Steering
 
-    torch.set_num_threads(1)
-    policy: Policy = load_policy("small").eval()
-    batch = observations(policy, 1, "", 0)
-    draws = policy.draw(1, torch.Generator().manual_seed(0))
-    raw = policy.act(batch, draws).raw[:, policy.n_action_steps // 2 :]
-    eight = torch.stack([policy.draw(1, torch.Generator().manual_seed(k)).noise for k in range(8)], 1)
+    batch = observations(policy, width, "", 0)
+    draws = [policy.draw(width, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    raw = policy.act(batch, draws[0]).raw[:, policy.n_action_steps // 2 :]
+    noise = torch.stack([one.noise for one in draws], 1)
     calls: dict[str, Callable[[], Any]] = {
-        "plain": lambda: policy.act(batch, draws),
-        "guided_identity": lambda: policy.act(batch, draws, steering=Steering(raw, 2, jacobian="identity")),
-        "guided_vjp": lambda: policy.act(batch, draws, steering=Steering(raw, 2, jacobian="vjp")),
-        "bid8": lambda: policy.candidates(batch, eight),
+        "plain": lambda: policy.act(batch, draws[0]),
+        "guided_identity": lambda: policy.act(batch, draws[0], steering=Steering(raw, 2, jacobian="identity")),
+        "guided_vjp": lambda: policy.act(batch, draws[0], steering=Steering(raw, 2, jacobian="vjp")),
+        "bid8": lambda: policy.candidates(batch, noise),
     }
-    rounds = 5 if args.quick else 60
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(rounds + 3):
         for name, call in calls.items():
             start = time.process_time()
             call()
-            if k >= 3:  # the first rounds warm up
+            if k >= 3:
                 spent[name].append(1000 * (time.process_time() - start))
-    middle = {name: statistics.median(values) for name, values in spent.items()}
-    ratios = {name: middle[name] / middle["plain"] for name in calls if name != "plain"}
-    figures = {"guided_identity_over_plain": ratios["guided_identity"], "guided_vjp_over_plain": ratios["guided_vjp"],
-               "rtc_gaussian_error": gaussian_error(), "bid8_over_one": ratios["bid8"]}  # fmt: skip
-    return figures, {"policy": "small", "calls": rounds, "process_ms": middle}
+    return {name: statistics.median(values) for name, values in spent.items()}
 
 
 def gaussian_error() -> float:

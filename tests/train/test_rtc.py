@@ -13,6 +13,11 @@ def test_trained_folder_remembers_its_delay(dataset, tiny_smolvla, tmp_path):
                          "--train.steps=1", "--train.rtc_training_max_delay=3")  # fmt: skip
     found = train(recipe, progress=False)
     assert load_policy(found.policy).rtc_training_max_delay == 3
+    name = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+    assert (found.policy / name).exists() and (found.policy / name).read_bytes() != (tiny_smolvla / name).read_bytes()
+    recipe.output, recipe.data.statistics = str(tmp_path / "as_it_came"), "policy"
+    kept = train(recipe, progress=False).policy
+    assert (kept / name).read_bytes() == (tiny_smolvla / name).read_bytes()
     recipe.policy.path, recipe.output = str(found.policy), str(tmp_path / "plain")
     recipe.train.rtc_training_max_delay = 0
     assert (

@@ -71,8 +71,8 @@ class DataConfig:
         [], "further data sets, each {root, weight, episodes, columns}; weight: samples for each one of data.root"
     )
     statistics: str = option(
-        "joint", "of several data sets: of all that is drawn, those of data.root, or each its own",
-        choices=("joint", "first", "own"),
+        "joint", "of several data sets: of all that is drawn, those of data.root, or each its own; policy: those that "
+        "the policy came with", choices=("joint", "first", "own", "policy"),
     )  # fmt: skip
 
 

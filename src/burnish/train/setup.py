@@ -138,7 +138,8 @@ def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device:
 
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
-        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=meta.stats, features=features,
+        stats = None if recipe.data.statistics == "policy" else meta.stats
+        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=stats, features=features,
                            stats_source=stats_source, device=device)  # fmt: skip
     if kind_of(recipe.policy.type).starts_from_vlm and "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
