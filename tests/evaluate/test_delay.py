@@ -12,7 +12,7 @@ from burnish.evaluate.batching import Request
 from burnish.evaluate.delay import COMMITTING, Ahead, DelayedMeasurement, DelayedPolicy, Plan, motion
 from burnish.evaluate.rollout import evaluate
 from burnish.evaluate.simulators import Episode
-from burnish.policies import load_policy
+from burnish.policies import create_policy, load_policy
 
 register()
 H, S = 8, 3
@@ -153,6 +153,36 @@ def test_modes_on_a_flow_policy(tiny_smolvla, mode):
     calm = make(mode, 0).plans(requests(policy, [old, None]))[0]
     if mode in ("guided", "inpaint", "tokens"):  # nothing to bridge: the plain policy
         np.testing.assert_array_equal(calm[0].actions, plain[0].actions)
+
+
+def test_any_policy_that_acts_can_be_late():
+    """An ACT knows nothing of old chunks; what needs that is refused."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+
+    from workshop.tiny import default_statistics
+
+    shapes = {"observation.images.top": (FeatureType.VISUAL, (3, 32, 32)), "action": (FeatureType.ACTION, (7,)),
+              "observation.state": (FeatureType.STATE, (7,))}  # fmt: skip
+    overrides = {"chunk_size": 8, "n_action_steps": 8, "dim_model": 32, "n_heads": 2, "dim_feedforward": 48,
+                 "n_encoder_layers": 1, "latent_dim": 4, "n_vae_encoder_layers": 1}  # fmt: skip
+    stats = default_statistics(7, 7)
+    stats["observation.images.top"] = {k: torch.full((3, 1, 1), 0.3) for k in ("mean", "std", "min", "max")}
+    policy = create_policy("", {k: PolicyFeature(*v) for k, v in shapes.items()}, stats, overrides, type="act")
+    spec = EnvSpec("t", ("top",), (), (), np.full(7, -1.0), np.ones(7), 10, 99, relative=(True,) * 7)
+
+    def plans(rests, mode):
+        late = DelayedPolicy(policy, {"top": "top"}, 5, 2, 4, delay=DelayConfig(2, mode), spec=spec)
+        return late.plans(requests(policy, rests))[0]
+
+    with pytest.raises(BurnishError, match="no way to go on from an old chunk"):
+        plans([None], "guided")
+    plain = plans([None, None], "naive")
+    old = Plan(plain[1].actions[4:] + 1)
+    for mode in ("naive", "ensemble", "bid"):
+        first, second = plans([old, None], mode)
+        np.testing.assert_array_equal(second.actions, plain[1].actions)
+        expected = (plain[0].actions[:4] + old.actions) / 2 if mode == "ensemble" else plain[0].actions[:4]
+        np.testing.assert_allclose(first.actions[:4], expected, rtol=1e-5)  # it draws nothing: eight equal candidates
 
 
 def test_closed_loop_under_delay(tmp_path, tiny_smolvla, monkeypatch):
