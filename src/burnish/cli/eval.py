@@ -51,7 +51,6 @@ def evaluate(
         burnish eval small tabletop:reach --delay 2 --replan 4 --async guided --output runs/reach/guided2
         burnish eval random_object tabletop:lift --output runs/lift/eval/chance
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
-        burnish eval small libero:spatial --engine ray:10.0.0.1:6379 --batch-size 64 --output runs/spatial
     """
     from burnish.core.config import DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
@@ -66,6 +65,5 @@ def evaluate(
             raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")
         found = evaluate_expert(env, which=policy, **trials)
     else:
-        late = DelayConfig(delay, async_mode, jacobian, schedule, clip)
-        found = evaluate(policy, env, delay=late, **own, **trials)
+        found = evaluate(policy, env, delay=DelayConfig(delay, async_mode, jacobian, schedule, clip), **own, **trials)
     print(f"{found}\nwritten to {output}")
