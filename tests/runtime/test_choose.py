@@ -105,6 +105,16 @@ def test_a_policy_that_hardly_samples_is_judged_by_the_floor_alone():
     assert found["decided"] and found["sampler"] == "euler:1" and found["rows"][0]["error"] > 100
 
 
+def test_a_dimension_that_never_moves_decides_nothing():
+    reference = drawn([])[REFERENCE].clone()
+    reference[..., 0] = 0.5
+    moved = reference + 1e-7
+    found = judge({"euler:1": moved, REFERENCE: reference})
+    assert found["sampler"] == "euler:1"
+    still = judge({"euler:1": torch.zeros(40, 4, 5, 3), REFERENCE: torch.zeros(40, 4, 5, 3)})
+    assert still["rows"][0]["error"] == 0 and still["rows"][0]["worst"] == 0
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("samplers") / "data"

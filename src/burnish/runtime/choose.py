@@ -81,10 +81,11 @@ def judge(drawn: dict[str, Tensor], rule: Rule = Rule()) -> dict[str, Any]:
     variance = reference.var(1, unbiased=True).mean((0, 1))
     flat = reference.flatten(0, 2)
     low, high = flat.amin(0), flat.amax(0)
-    width, spread = high - low, variance.mean().sqrt()
+    width, spread = high - low, variance.mean().sqrt().clamp_min(1e-6)
     binary = two_valued(flat)
     decided = bool(spread < rule.decided * width.square().mean().sqrt())
     allowed = rule.floor * width if decided else torch.maximum(rule.dimension * variance.sqrt(), rule.floor * width)
+    allowed = allowed.clamp_min(1e-3)  # of a dimension that never moves, where rounding is all there is
     rows = []
     for name, actions in drawn.items():
         if name == REFERENCE:
@@ -113,16 +114,11 @@ def two_valued(values: Tensor) -> Tensor:
 
     Ends are the 0.5 % and 99.5 % quantiles, near is within 15 % of their distance. A normal distribution has 7 % there.
     """
-    low, high = (values.double().quantile(q, 0) for q in (0.005, 0.995)) if len(values) < 2**20 else _ends(values)
+    some = values[:: 1 + len(values) // 2**19].double()  # torch's quantile takes no more
+    low, high = some.quantile(0.005, 0), some.quantile(0.995, 0)
     near = 0.15 * (high - low)
     at_low, at_high = (values <= low + near).double().mean(0), (values >= high - near).double().mean(0)
     return (high > low) & (at_low + at_high >= 0.98) & (at_low >= 0.01) & (at_high >= 0.01)
-
-
-def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Where there are more values than torch's `quantile` takes: of every so-manieth."""
-    some = values[:: len(values) // 2**19].double()
-    return some.quantile(0.005, 0), some.quantile(0.995, 0)
 
 
 @torch.no_grad()
