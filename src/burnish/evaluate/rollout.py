@@ -7,7 +7,8 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,7 @@ def evaluate(
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
     """
-    from burnish.evaluate.batching import BatchedPolicy, match_cameras, view_sizes
-    from burnish.evaluate.delay import DelayedPolicy
+    from burnish.evaluate.batching import view_sizes
 
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
@@ -93,26 +93,38 @@ def evaluate(
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
-    if trials.sampler:
-        require(policy, "runtime", f"sampler {trials.sampler}")
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
+    with _sampling(policy, trials.sampler):
+        return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
 
-    def prepare(spec: EnvSpec) -> BatchedPolicy:
-        if policy.action_dim != len(spec.action_names):
-            expected = f"{len(spec.action_names)} for {spec.task_id}"
-            raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
-        steps = policy.n_action_steps if n_action_steps is None else n_action_steps
-        given = policy, match_cameras(policy, spec, cameras), seed, (job.batch_size + 1) // 2, steps
-        return BatchedPolicy(*given) if trials.delay.plain else DelayedPolicy(*given, delay=trials.delay, spec=spec)
 
+@contextmanager
+def _sampling(policy: "Policy", sampler: str) -> Iterator[None]:
+    """Inside, a policy of the caller's uses this sampler; "" leaves it its own."""
+    if sampler:
+        require(policy, "runtime", f"sampler {sampler}")
     own = policy.sampler
-    policy.sampler = trials.sampler or own
+    policy.sampler = sampler or own
     try:
-        return job.run(Path(output), weights, prepare)
+        yield
     finally:
         policy.sampler = own
+
+
+def _batched(
+    job: "_Job", policy: "Policy", spec: EnvSpec, cameras: Sequence[str] | None, n_action_steps: int | None
+) -> "BatchedPolicy":
+    from burnish.evaluate.batching import BatchedPolicy, match_cameras
+    from burnish.evaluate.delay import DelayedPolicy
+
+    if policy.action_dim != len(spec.action_names):
+        expected = f"{len(spec.action_names)} for {spec.task_id}"
+        raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
+    steps, delay = policy.n_action_steps if n_action_steps is None else n_action_steps, job.trials.delay
+    given = policy, match_cameras(policy, spec, cameras), job.trials.seed, (job.batch_size + 1) // 2, steps
+    return BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
 
 
 def evaluate_expert(
