@@ -6,13 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-TARGETS = {
-    "guided_identity_over_plain": "<= 1.05",
-    "guided_vjp_over_plain": "<= 1.6",
-    "rtc_gaussian_error": "<= 1e-9",
-    "bid8_over_one": "<= 4",
-}
-
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole calls of `act`, in turns, medians of process time.
