@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from burnish.core.config import EvalConfig
 from burnish.core.errors import BurnishError
-from burnish.envs.base import Observation
+from burnish.envs.base import Observation, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request
+from burnish.evaluate.rollout import _Job
+from burnish.runtime.executor import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,20 @@ def test_rows_are_independent_of_neighbours_places_and_texts(policy):
     assert not np.array_equal(batched.act([request(0, replan=1)])[0], alone), "noise follows the replan"
     other_seed = BatchedPolicy(policy, {"top": "cam"}, seed=2, width=4, n_action_steps=8)
     assert not np.array_equal(other_seed.act([request(0)])[0], alone)
+
+
+def test_the_executor_plays_the_same_episodes(policy):
+    """Rows that fill the batch up and the ruler's text are in it, and another tier is another evaluation."""
+    plain, executed = (BatchedPolicy(policy, {"top": "cam"}, seed=1, width=4, n_action_steps=8) for _ in range(2))
+    executed.runner = Runtime(policy, tier="exact")
+    for rows in ([request(0)], [request(i, "go" * i) for i in range(1, 5)]):
+        assert np.array_equal(executed.act(rows)[0], plain.act(rows)[0])
+
+
+@pytest.mark.parametrize(("tier", "named"), [("", False), ("exact", False), ("fused", True)])
+def test_a_tier_that_rounds_otherwise_is_named_in_the_settings(tier, named):
+    job = _Job(EvalConfig(env="tabletop:lift", tier=tier), 32, False, False, make_env, swap=False)
+    assert (job.settings("hash", ("front",), 8).get("tier") == "fused") is named
 
 
 def test_refuses_nan_and_too_many_steps(policy):

@@ -96,6 +96,21 @@ def test_steered_chunks(policy, jacobian):
     torch.testing.assert_close(runtime.candidates(batch, several).raw, policy.candidates(batch, several).raw)
 
 
+def test_named_samplers(policy):
+    """AB2 instead of Euler, steered too: as the policy samples by it."""
+    batch, draws = observed(policy), noise(policy)
+    old = policy.act(batch, draws).raw[:, 2:]
+    policy.sampler = "ab2:4"
+    try:
+        runtime = Runtime(policy)
+        for options in ({}, {"steering": Steering(old, delay=2, jacobian="identity")}):
+            ours, theirs = (runner.act(batch, draws, **options).raw for runner in (runtime, policy))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert runtime.verify(batch)["bitwise"], "what the tier does is measured on LeRobot's own steps"
+    finally:
+        policy.sampler = ""
+
+
 def test_unknown_tiers_and_policies_are_refused(policies):
     with pytest.raises(BurnishError, match="tier 'quick'"):
         Runtime(policies["pi0"], tier="quick")

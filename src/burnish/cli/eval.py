@@ -1,7 +1,7 @@
 """`burnish eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from burnish.cli.parser import Arg
 from burnish.core.errors import BurnishError
@@ -15,6 +15,7 @@ def evaluate(
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
     jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0, sampler: str = "",
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "",
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -44,12 +45,11 @@ def evaluate(
         schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
         clip: greatest pull; 0 means the number of flow steps
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify samplers`, or auto
+        tier: run the policy by the executor; default: as LeRobot does
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
-        burnish eval runs/lift/policy tabletop:lift --instruction-swap --output runs/lift/eval/swap
         burnish eval small tabletop:reach --delay 2 --replan 4 --async guided --output runs/reach/guided2
-        burnish eval random_object tabletop:lift --output runs/lift/eval/chance
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
     """
     from burnish.core.config import DelayConfig
@@ -59,7 +59,7 @@ def evaluate(
               "max_steps": max_steps, "video": video, "engine": engine, "num_gpus": num_gpus}  # fmt: skip
     trials |= {} if image_size is None else {"image_size": image_size}
     own = {"batch_size": batch_size, "cameras": cameras or None, "n_action_steps": n_action_steps, "device": device,
-           "instruction_swap": instruction_swap, "sampler": sampler}  # fmt: skip
+           "instruction_swap": instruction_swap, "sampler": sampler, "tier": tier}  # fmt: skip
     if policy in ("expert", "random_object"):
         for flag in (name.replace("_", "-") for name, value in {**own, "delay": delay}.items() if value):
             raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")

@@ -9,6 +9,9 @@ from typing import Any
 
 from burnish.core.options import option
 
+EXECUTOR_TIERS = ("exact", "fused", "compiled", "bf16")
+"""Ways to run a flow-matching policy, see `runtime.executor.TIERS`."""
+
 
 @dataclass
 class DemosConfig:
@@ -179,6 +182,7 @@ class EvalConfig:
     cameras: list[str] = option([], "the environment's cameras in the policy's order; empty means the same names")
     device: str = option("", "torch device of the policy; empty means a GPU where there is one")
     sampler: str = option("", "of a flow-matching policy, e.g. ab2:4, or auto; empty means its config's Euler steps")
+    tier: str = option("", "run the policy by the executor; empty: as LeRobot does", choices=("", *EXECUTOR_TIERS))
     delay: DelayConfig = field(default_factory=DelayConfig)
 
 

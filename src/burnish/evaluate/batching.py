@@ -14,6 +14,7 @@ from burnish.core.types import Batch, Chunk, Draws
 from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
 from burnish.policies.keys import RULER
+from burnish.runtime.executor import Runtime
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,16 @@ class BatchedPolicy:
         seed: seed of the policy's noise.
         width: requests in a call; it has one more row.
         n_action_steps: how many actions of each chunk are executed.
+
+    Attributes:
+        runner: who is called, the policy itself or the executor of it.
     """
 
     def __init__(self, policy: Policy, cameras: dict[str, str], seed: int, width: int, n_action_steps: int):
         if not 1 <= n_action_steps <= policy.act_steps:
             raise BurnishError(f"{n_action_steps} action steps", f"1 to {policy.act_steps}, the policy's chunk")
         self.policy = policy.eval()
+        self.runner: Policy | Runtime = policy
         self.cameras = cameras
         self.seed, self.width, self.n_action_steps = seed, width, n_action_steps
         parameter = next(policy.parameters(), None)
@@ -60,7 +65,7 @@ class BatchedPolicy:
 
     def sample(self, rows: Sequence[Request], batch: Batch, draws: Draws) -> Chunk:
         """The policy's chunks for a whole batch of rows."""
-        return self.policy.act(batch, draws)
+        return self.runner.act(batch, draws)
 
     def timed(self, requests: Sequence[Request]) -> tuple[Chunk, float]:
         """Chunks of all rows, those of the requests first, and the milliseconds that the call took."""

@@ -88,21 +88,21 @@ class DelayedPolicy(BatchedPolicy):
         d, mode, rests = self.delay.steps, self.delay.mode, [row.rest for row in rows]
         known = next((rest for rest in rests if rest is not None), None)
         if known is None or mode in ("sync", "naive", "ensemble") or (d == 0 and mode in COMMITTING):
-            return self.policy.act(batch, draws)
+            return self.runner.act(batch, draws)
         has = torch.tensor([rest is not None for rest in rests])
         filled = [known if rest is None else rest for rest in rests]
         if mode == "bid":
             return self._nearest(rows, batch, draws, has, np.stack([rest.actions for rest in filled]))
         if mode == "tokens":
-            plain = None if has.all() else self.policy.act(batch, draws).actions
+            plain = None if has.all() else self.runner.act(batch, draws).actions
             done = torch.from_numpy(np.stack([rest.actions[:d] for rest in filled])).to(self.device)
-            going = self.policy.act(batch, draws, prefix=done).actions
+            going = self.runner.act(batch, draws, prefix=done).actions
             return Chunk(going if plain is None else torch.where(has[:, None, None], going, plain))
         raw = torch.stack([rest.raw for rest in filled]).to(self.device)
         options = {"jacobian": self.delay.jacobian, "schedule": self.delay.schedule, "clip": self.delay.clip or None}
         steering = Steering(raw, has * d, has * raw.shape[1], mode=mode, **options)
         more: dict[str, Any] = {"steering": steering}
-        return self.policy.act(batch, draws, **more)
+        return self.runner.act(batch, draws, **more)
 
     def _nearest(self, rows: Sequence[Request], batch: Batch, draws: Draws, has: Tensor, old: np.ndarray) -> Chunk:
         """Of several chunks the one whose overlap with the old chunk is nearest, weighted as in `weights` (the backward
@@ -112,7 +112,7 @@ class DelayedPolicy(BatchedPolicy):
         for j in range(1, CANDIDATES):
             each = [self.policy.draw(1, generator(self.seed, r.task, r.initial_state, r.replan, j)) for r in rows]
             noises.append(torch.cat([one.noise for one in each]))
-        found = self.policy.candidates(batch, torch.stack(noises, 1).to(self.device)).actions.cpu()
+        found = self.runner.candidates(batch, torch.stack(noises, 1).to(self.device)).actions.cpu()
         n = old.shape[1]
         pull = weights(torch.tensor([self.delay.steps]), torch.tensor([n]), n, self.delay.schedule)[0]
         apart = ((found[:, :, :n] - torch.from_numpy(old)[:, None]).norm(dim=-1) * pull).sum(-1)

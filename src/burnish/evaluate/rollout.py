@@ -49,6 +49,7 @@ def evaluate(
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None, sampler: str = "",
+    tier: str = "",
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -81,6 +82,7 @@ def evaluate(
         make: builds a simulator from a single-task id and an image size; importable by name.
         delay: let the policy answer late; None means that simulators wait for it.
         sampler: of a flow-matching policy, see `runtime.choose.find_sampler`; "" means the policy's own.
+        tier: run the policy by the executor, see `runtime.executor.TIERS`; "" means as LeRobot does.
 
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
@@ -89,7 +91,7 @@ def evaluate(
 
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
-                        delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy))  # fmt: skip
+                        delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy), tier=tier)  # fmt: skip
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
@@ -118,13 +120,17 @@ def _batched(
 ) -> "BatchedPolicy":
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
     from burnish.evaluate.delay import DelayedPolicy
+    from burnish.runtime.executor import Runtime
 
     if policy.action_dim != len(spec.action_names):
         expected = f"{len(spec.action_names)} for {spec.task_id}"
         raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
     steps, delay = policy.n_action_steps if n_action_steps is None else n_action_steps, job.trials.delay
     given = policy, match_cameras(policy, spec, cameras), job.trials.seed, (job.batch_size + 1) // 2, steps
-    return BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
+    asked = BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
+    if tier := job.trials.tier:
+        asked.runner = Runtime(policy, tier=tier)
+    return asked
 
 
 def evaluate_expert(
@@ -229,6 +235,7 @@ class _Job:
             "batch_size": self.batch_size if self.actor == "policy" else 0,
             **({} if trials.delay.plain else {"delay": asdict(trials.delay)}),
             **({"sampler": trials.sampler} if trials.sampler else {}),
+            **({"tier": trials.tier} if trials.tier not in ("", "exact") else {}),  # exact ones say the same
         }  # fmt: skip
 
     def missing(

@@ -27,8 +27,10 @@ from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
 Velocity = Callable[[Tensor, float], Tensor]
-Solver = Callable[[Velocity, Tensor], Tensor]
-"""From a velocity (of points [B, T, A_model] and a flow time) and noise to actions."""
+Solver = Callable[..., Tensor]
+"""From a velocity (of points [B, T, A_model] and a flow time) and noise to actions; steered, it also takes what
+corrects its directions, see sampling.solvers.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Sampler:
         device = next(parts.model.parameters()).device
         if graph and device.type != "cuda":
             raise BurnishError(f"a CUDA graph on {device}", "a policy on a GPU")
-        self.tier, self.lerobot, self.solver = tier, parts, solver or euler(parts.steps)
+        self.tier, self.lerobot, self.solver = tier, parts, solver
         self.graphs = Graphs(self._work) if graph else None
         self._views, self._signature = 0, signature(parts.model)
         self._build()
@@ -121,14 +123,19 @@ class Sampler:
             guide: real-time chunking, of a mode that changes velocities alone (not "trained").
         """
 
+        solver, push = self.solver or euler(self.parts.steps), [torch.zeros(())]
         if TIERS[self.tier].compiled:  # what the trace would otherwise put together inside, and guard
             with torch.no_grad():
                 self.family.velocity(encoded, noise, self.family.condition(1.0, len(noise)))
 
         def velocity(points: Tensor, time: float) -> Tensor:
             condition = self.family.condition(time, len(points))
-            if guide is not None:
+            if guide is not None and self.solver is None:
                 return guide.velocity(lambda at: self.velocity(encoded, at, condition), points, time)
+            if guide is not None:  # a solver extrapolates velocities, never the pull
+                found, pull = guide.split(lambda at: self.velocity(encoded, at, condition), points, time)
+                push[0] = found.new_zeros(()) if pull is None else pull
+                return found
             found = self.velocity(encoded, points, condition)
             if committed is None:
                 return found
@@ -136,7 +143,8 @@ class Sampler:
             return torch.cat([noise[:, :held] - committed, found[:, held:]], dim=1)
 
         with torch.no_grad():
-            sampled = self.solver(velocity, noise)
+            corrected = (lambda points, direction, time: direction - push[0],) if guide and self.solver else ()
+            sampled = solver(velocity, noise, *corrected)
         return sampled if guide is None else guide.finish(sampled)
 
     def __call__(
@@ -186,6 +194,8 @@ class Sampler:
         For bf16 also `spread`: the difference in units of the policy's own spread, and `kept`, the share of that spread
         that is left; the spread is that of eight chunks of each observation.
         """
+        if self.solver is not None:  # LeRobot's has no other than Euler
+            return Sampler(self.lerobot, self.tier).compare(inputs, noise)
         tier, want, got = TIERS[self.tier], self.lerobot.sample(inputs, noise), self(inputs, noise)
         apart = (got - want).double()
         found: dict[str, Any] = {
@@ -238,6 +248,7 @@ class Runtime:
         self.policy, self.tier = policy, tier
         if solver is None and policy.sampler:
             solver = make_solver(policy.sampler)
+        self.steps = len(make_solver(policy.sampler).steps) if policy.sampler else 0
         self.sampler = Sampler(policy.flow_parts(), tier, solver, graph)
         self.name, self.chunk_size, self.n_action_steps = policy.name, policy.chunk_size, policy.n_action_steps
 
@@ -267,7 +278,7 @@ class Runtime:
             return self.policy.act(batch, draws, steering=steering)
         inputs, committed = self.policy.begin(batch, prefix)
         noise = self._noise(batch, draws)
-        guide = None if steering is None else self.policy.guide(steering, noise)
+        guide = None if steering is None else self.policy.guide(steering, noise, self.steps)
         return self.policy.finish(self.sampler(inputs, noise, committed, guide), prefix)
 
     @torch.no_grad()

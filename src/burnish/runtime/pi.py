@@ -41,17 +41,18 @@ class Pi(Family):
         mask = torch.cat([pad[:, None, :].expand(B, S, P), among], 2)
         count = torch.arange(1, S + 1, device=pad.device)[None].expand(B, S)
         kind = parts.expert_layers[0].self_attn.q_proj.weight.dtype
-        rope = parts.rotary[1](torch.empty(0, dtype=kind, device=pad.device), pad.sum(-1)[:, None] + count - 1)
+        empty = torch.empty(0, dtype=kind, device=pad.device)
+        rope = rotation(parts.rotary[1](empty, pad.sum(-1)[:, None] + count - 1))
         encoded = Encoded(B, P, masks=(self._mask(mask), None), rope=(rope,), state=first[0] if first else None)
         if parts.text_layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
             x = x.to(torch.bfloat16)
-        there = parts.rotary[0](x, torch.cumsum(pad, dim=1) - 1)
+        there = rotation(parts.rotary[0](x, torch.cumsum(pad, dim=1) - 1))
         self.prefill(encoded, x, self._mask(pad[:, None, :] & pad[:, :, None]), there)
         return encoded
 
     def condition(self, time: float, width: int) -> Tensor:
-        """pi0: the embedding of time [B, 1, W]. pi05: scale, shift and gate of every norm [2 L + 1, B, 1, 3 W], made
-        for this very width: one row is multiplied by another routine than several, and last bits differ.
+        """pi0: the embedding of time [B, 1, W]. pi05: 1 + scale, shift and gate of every norm [3 (2 L + 1), B, 1, W],
+        made for this very width: one row is multiplied by another routine than several, and last bits differ.
         """
 
         def make() -> Tensor:
@@ -61,7 +62,8 @@ class Pi(Family):
             if not parts.adaptive:
                 return made[:, None]
             made = F.silu(parts.time_out(F.silu(parts.time_in(made))))
-            return torch.stack([norm.dense(made).unsqueeze(1) for norm in self._norms()])
+            modulations = (norm.dense(made).unsqueeze(1).float().chunk(3, dim=-1) for norm in self._norms())
+            return torch.stack([part for scale, shift, gate in modulations for part in (1 + scale, shift, gate)])
 
         return self.timed(time, width, make)
 
@@ -73,14 +75,15 @@ class Pi(Family):
             actions = parts.time_out(F.silu(parts.time_in(both)))
             actions = torch.cat([encoded.state, actions], dim=1)
         x = actions.to(torch.bfloat16) if kind == torch.bfloat16 else actions
+        rows = condition.unbind(0) if parts.adaptive else ()
         for i, layer in enumerate(parts.expert_layers):
-            now = (condition[2 * i], condition[2 * i + 1]) if parts.adaptive else (None, None)
-            y, gate = normed(layer.input_layernorm, x, now[0])
+            y, gate = normed(layer.input_layernorm, x, rows[6 * i : 6 * i + 3])
             q, k, v = self._project(layer, y, encoded.rope[0])
             keys = extend(encoded.keys[i], encoded.length, self._heads(k), 2)
             values = extend(encoded.values[i], encoded.length, self._heads(v), 2)
-            x = self._rest(layer, x, self._attend(layer, q, keys, values, encoded.masks[0]), gate, now[1])
-        x, _ = normed(parts.expert_norm, x, condition[-1] if parts.adaptive else None)
+            x = self._rest(layer, x, self._attend(layer, q, keys, values, encoded.masks[0]), gate,
+                           rows[6 * i + 3 : 6 * i + 6])  # fmt: skip
+        x, _ = normed(parts.expert_norm, x, rows[-3:])
         return parts.action_out(x[:, -parts.chunk_size :].to(torch.float32))
 
     # The prefix.
@@ -104,13 +107,13 @@ class Pi(Family):
     def prefill(self, encoded: Encoded, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> None:
         parts, room = self.parts, self.parts.chunk_size + (encoded.state is not None)
         for layer in parts.text_layers:
-            y, _ = normed(layer.input_layernorm, x, None)
+            y, _ = normed(layer.input_layernorm, x)
             q, k, v = self._project(layer, y, rope)
             keys, values = self._heads(k), self._heads(v)
             encoded.keys.append(with_room(keys, room, 2))
             encoded.values.append(with_room(values, room, 2))
             if layer is not parts.text_layers[-1]:
-                x = self._rest(layer, x, self._attend(layer, q, keys, values, mask), None, None)
+                x = self._rest(layer, x, self._attend(layer, q, keys, values, mask), None)
 
     # Pieces of a layer.
 
@@ -121,13 +124,10 @@ class Pi(Family):
 
     def _project(self, layer: Any, y: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, H, S, D], rotated keys and values [B, KV, S, D]."""
-        from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
-
         attention, shape = layer.self_attn, (*y.shape[:2], -1, self.parts.head_dim)
         found = self.linears(id(layer), y, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (one.view(shape).transpose(1, 2) for one in found)
-        q, k = apply_rotary_pos_emb(q, k, *rope)
-        return q, k, v
+        return rotate(q, rope), rotate(k, rope), v
 
     def _heads(self, tensor: Tensor) -> Tensor:
         """Keys or values [B, KV, S, D] in the layout of the buffers."""
@@ -147,7 +147,7 @@ class Pi(Family):
             seen = torch.matmul(shares, values)
         return seen.transpose(1, 2).reshape(len(queries), queries.shape[2], -1)
 
-    def _rest(self, layer: Any, x: Tensor, seen: Tensor, gate: Tensor | None, now: Tensor | None) -> Tensor:
+    def _rest(self, layer: Any, x: Tensor, seen: Tensor, gate: Tensor | None, now: Sequence[Tensor] = ()) -> Tensor:
         """A layer behind its attention; `now` is the modulation of its second norm."""
         out = layer.self_attn.o_proj(seen)
         x = x + (out if gate is None else out * gate)
@@ -156,11 +156,25 @@ class Pi(Family):
         return x + (y if gate is None else y * gate)
 
 
-def normed(norm: Any, x: Tensor, now: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """LeRobot's PiGemmaRMSNorm: x [B, S, W] and its gate; with its modulation `now` [B, 1, 3 W] given, else plain."""
-    if now is None:
+def normed(norm: Any, x: Tensor, now: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
+    """LeRobot's PiGemmaRMSNorm: x [B, S, W] and its gate; plain without the three rows [B, 1, W] of its modulation."""
+    if not now:
         return norm(x)
+    scale, shift, gate = now
     variance = torch.mean(torch.square(x.float()), dim=-1, keepdim=True)
-    scale, shift, gate = now.chunk(3, dim=-1)
     y = x * torch.rsqrt(variance + norm.eps)
-    return (y * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
+    return (y * scale + shift).to(x.dtype), gate.to(x.dtype)
+
+
+def rotation(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Gemma's cosines and sines [B, S, D], for all heads; sines of the first half with the sign that `rotate` wants."""
+    cos, sin = (part.unsqueeze(1) for part in table)
+    half = sin.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, H, S, D] at the positions of `table`: the same products and sums as transformers'."""
+    cos, sin = table
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([x[..., half:], x[..., :half]], dim=-1) * sin
