@@ -67,3 +67,25 @@ def test_an_actor_without_an_answer_in_time(relative, value):
     assert actor.act({"step": 0})[0] == pytest.approx(0.04)
     with pytest.raises(BurnishError, match="9 rows"):
         Actor(slow, replan=9)
+
+
+def test_an_actor_tells_a_server_that_goes_on_where_it_is():
+    """The call whose chunk it executes, the rows of it that are done, and those that will be: not the actions."""
+    slow = Slow()
+    slow.metadata["async"], told, infer = "guided", [], slow.infer
+
+    def noted(observation, prefix=None, **extras):
+        told.append((prefix, extras.get("chunk"), extras.get("executed"), extras.get("delay")))
+        return infer(observation) | {"call": 10 + len(told)}
+
+    slow.infer = noted
+    actor = Actor(slow, replan=4)
+    for _ in range(20):
+        slow.go.release()
+    for step in range(17):
+        actor.act({"step": step})
+        if actor._waiting and actor.queue.executed - actor._waiting[0].step == 2:
+            actor._waiting[2].result(20)
+    assert told[0] == (None, None, None, None)
+    assert all(prefix is None and executed == 4 for prefix, _, executed, _ in told[1:])
+    assert [chunk for _, chunk, _, _ in told[1:]] == list(range(11, 11 + len(told) - 1))
