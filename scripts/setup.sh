@@ -44,7 +44,7 @@ install_packages() {
     say "Installing packages (about 7 GB, most of it PyTorch)"
     # --compile-bytecode: without it the first import of LeRobot costs 20 s of CPU, and every one does
     # where PYTHONDONTWRITEBYTECODE is set.
-    "$uv" pip install --python .venv/bin/python --compile-bytecode -c constraints.txt -e "${1:-.[dev,libero,openvla,diffusion,low-memory,scale,serve]}"
+    "$uv" pip install --python .venv/bin/python --compile-bytecode -c constraints.txt -e "${1:-.[dev,libero,openvla,diffusion,low-memory,scale,serve,serve-lerobot]}"
 }
 
 renders() {
