@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "plain": ("smolvla", ""),
     "align": ("smolvla", "name: align, teacher: {{name: scene3d, path: {teacher}}}"),
     "isolate": ("smolvla", "name: isolate, questions: {questions}"),
-    "isolate_aegis": ("smolvla", "name: isolate, method: aegis, questions: {questions}"),
+    "isolate_aegis": ("smolvla", "name: isolate, method: aegis, anchor_samples: 64, questions: {questions}"),
     "capability": ("smolvla", "name: capability, delta: {delta}"),
     "capability_projection": (
         "smolvla",
