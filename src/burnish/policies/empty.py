@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from burnish.core import renames
 from burnish.core.options import home
 from burnish.core.reading import read_object
 from burnish.core.types import Batch
-from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, CONFIG, STATE, TASK, TOKEN_MASK, TOKENS
 from burnish.policies.load import ASSETS, kind_of, resolve
 from burnish.policies.wrapper import PolicyWrapper
@@ -39,13 +37,8 @@ def empty_policy(path: str, kind: str, overrides: Mapping[str, Any], features: d
     folder = resolve(path) if there else None
     raw = {"type": kind} if folder is None else read_object(folder / CONFIG, folder)
     kind = raw.get("type") or raw.get("model_type")
-    wrapper, old = kind_of(kind), renames.POLICY_FIELDS.get(kind, {})
-    raw = {**renames.rename(raw, old), **folders.known_fields(renames.rename(changes, old), kind)}
-    if folder is not None:
-        raw = wrapper.read_config(raw, folder)
-    config = folders.decode_config(raw, str(folder or kind), features, "cpu")
-    policy = wrapper.build_published(config) if folder is None else wrapper.build(config, 0, folder)
-    return wrapper(policy, Tokens(config), None)
+    old = renames.POLICY_FIELDS.get(kind, {})
+    return kind_of(kind).empty(folder, renames.rename(raw, old), renames.rename(changes, old), features, Tokens)
 
 
 class Tokens:
@@ -55,13 +48,32 @@ class Tokens:
         from lerobot.processor import TokenizerProcessorStep
 
         step = TokenizerProcessorStep.__new__(TokenizerProcessorStep)
-        step.input_tokenizer = SimpleNamespace(get_vocab=dict, eos_token_id=0, pad_token_id=0)
-        self.steps = [step]
         self.length = getattr(config, "tokenizer_max_length", WORDS)
+        step.input_tokenizer = self.tokenizer = _Tokenizer(self.length)
+        self.steps = [step]
 
     def __call__(self, batch: Batch) -> Batch:
         shape = len(batch[STATE]), self.length
         return {**batch, TOKENS: torch.zeros(shape, dtype=torch.long), TOKEN_MASK: torch.ones(shape, dtype=torch.bool)}
+
+
+class _Tokenizer:
+    """Stands in for a tokenizer: every text has as many tokens, all of them the first."""
+
+    bos_token = eos_token = ""
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * self.length for _ in texts]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def convert_tokens_to_ids(self, _token: str) -> int:
+        return 0
 
 
 def empty_batch(policy: PolicyWrapper, size: int) -> Batch:

@@ -4,7 +4,7 @@ The LeRobot policy sits in `PolicyWrapper.policy`, unchanged, so parameter names
 those of `model.safetensors`. Its processors sit beside it and are used inside the verbs, once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,6 +90,24 @@ class PolicyWrapper(Policy):
     def build(cls, config: Any, seed: int, folder: Path | None = None) -> nn.Module:
         """LeRobot's policy with random weights of `seed`; `folder` is the one that it is loaded from, if any."""
         return folders.build(config, seed)
+
+    @classmethod
+    def empty(cls, folder: Path | None, raw: dict[str, Any], changes: dict[str, Any], features: dict[str, Any] | None,
+              tokens: Callable[[Any], Any]) -> Self:  # fmt: skip
+        """The wrapper of a policy that is shapes alone, see `burnish.policies.empty`.
+
+        Args:
+            folder: whose config `raw` is; None for one of the published sizes.
+            raw: config.json with "type".
+            changes: fields that replace its own.
+            features: LeRobot features that replace those of `raw`.
+            tokens: makes of a config what stands in for preprocessor and tokenizer.
+        """
+        raw = {**raw, **folders.known_fields(changes, raw["type"])}
+        raw = raw if folder is None else cls.read_config(raw, folder)
+        config = folders.decode_config(raw, str(folder or raw["type"]), features, "cpu")
+        policy = cls.build_published(config) if folder is None else cls.build(config, 0, folder)
+        return cls(policy, tokens(config), None)
 
     @classmethod
     def build_published(cls, config: Any) -> nn.Module:

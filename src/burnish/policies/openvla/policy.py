@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
@@ -22,6 +23,13 @@ from burnish.policies.openvla.configuration import OWN, OpenVLAConfig, read_conf
 from burnish.policies.openvla.network import HEADS, OpenVLANet
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder
+
+SEVEN_B = {
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "image_resize_strategy": "resize-naive",
+    "text_config": {"model_type": "llama", "vocab_size": 32064},
+    "norm_stats": {"any": {name: {"q01": [-1.0] * 7, "q99": [1.0] * 7} for name in ("action", "proprio")}},
+}  # fmt: skip
+"""What config.json of openvla/openvla-7b says, with statistics of no data."""
 
 
 @POLICIES.register("openvla")
@@ -71,6 +79,15 @@ class OpenVLA(VLMPolicy):
         tokenizer = text.read_tokenizer(folder)
         network = files.build(config, folder)
         return cls(network, tokenizer, files.kept_files(folder, raw)).to(device).eval()
+
+    @classmethod
+    def empty(cls, folder: Path | None, raw: dict[str, Any], changes: dict[str, Any], features: dict[str, Any] | None,
+              tokens: Callable[[Any], Any]) -> Self:  # fmt: skip
+        """See PolicyWrapper.empty; without a folder it is openvla-7b."""
+        raw, where = (SEVEN_B, Path("openvla-7b")) if folder is None else (raw, folder)
+        with _disable_current_modes():  # it looks at the values of statistics
+            config = read_config(where, raw, changes, features, None, "")
+        return cls(OpenVLANet(config).to(getattr(torch, config.settings.dtype)), tokens(config).tokenizer, {})
 
     def save(self, folder: Path, *, home: Path | None = None, dtype: torch.dtype | None = None,
              state_dict: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
