@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     <policy>_plain: the same of training everything in float32 with nothing switched on, at the recipe's batch size.
     <policy>_<card>: what has to be switched on then to fit into a card.
     """
-    from burnish.core.provenance import machine
+    from burnish.core.provenance import commit, machine
 
     info, figures, detail = machine(), {}, {}
     for path in sorted(RECIPES.glob("*.yaml")):
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for card in CARDS:
             figures[f"{name}_{card}"] = _fit(plain, figures[f"{name}_plain"], card)
     return {"name": "cost", "device": info.pop("device"), "versions": info, "n": 1, "figures": figures,
-            "detail": detail}  # fmt: skip
+            "command": f"python -m bench cost{' --quick' * args.quick} --json",
+            "detail": {"commit": commit(), **detail}}  # fmt: skip
 
 
 def _fit(plain: Any, peak: float, card: int) -> str:
