@@ -156,7 +156,7 @@ def test_training_loads_the_policy_onto_its_device(dataset, tmp_path, monkeypatc
     monkeypatch.setattr("burnish.policies.load_policy", load)
     recipe = load_recipe(None, ["--policy.path=small", f"--data.root={dataset}", f"--output={tmp_path}"])
     with pytest.raises(BurnishError, match="enough"):
-        setup.policy_and_data(recipe, 0, 1, False, "cuda:0")
+        setup.policy_and_data(recipe, False, "cuda:0")
     assert asked == {"device": "cuda:0"}
 
 
