@@ -50,7 +50,7 @@ PARTS: dict[str, Part] = {
     "parity": Part(50, "bench.gpu_parity:run", "bench.gpu_parity:figures"),
     "smolvla": Part(120, "bench.gpu_train:smolvla", "bench.gpu_train:smolvla_figures"),
     "pi05": Part(75, "bench.gpu_train:pi05", "bench.gpu_train:pi05_figures"),
-    "act": Part(85, "bench.gpu_run:act", "bench.gpu_run:act_figures"),
+    "act": Part(60, "bench.gpu_run:act", "bench.gpu_run:act_figures"),
     "decode": Part(75, "bench.gpu_run:decode", "bench.gpu_run:decode_figures"),
     "loop": Part(45, "bench.gpu_run:loop", "bench.gpu_run:loop_figures"),
     "serve": Part(30, "bench.gpu_run:serve", "bench.gpu_run:serve_figures"),

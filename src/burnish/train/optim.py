@@ -98,14 +98,14 @@ def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:
 def merged(policy: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into their layers and the policy has its ordinary modules and names.
 
-    Layers kept in half precision are merged in float32. Afterwards the weights are the very same memory as before.
+    Layers kept in half precision are merged in float32 (float64 ones in float64). Afterwards the weights are the very same memory as before.
     """
     layers = adapter_layers(policy)
     originals = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight
-            weight.data = weight.data.to(torch.float32, copy=True)
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             layer.merge()
             _place(policy, name, layer.get_base_layer())
         yield

@@ -34,7 +34,7 @@ def plain_array(data: Any, dtype: Any, shape: Any, what: str, order: str = "C") 
     if not isinstance(data, bytes):
         raise BurnishError(f"{what} has no data", "bytes")
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise BurnishError(f"{what} has the dtype {str(dtype)[:20]}", "integers, floats or flags, little-endian")
+        raise BurnishError(f"{what} has the dtype {str(dtype)[:20]!r}", "integers, floats or flags, little-endian")
     kind = np.dtype(dtype)
     listed = isinstance(shape, list | tuple) and len(shape) <= MOST_AXES
     if not listed or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
