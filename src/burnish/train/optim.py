@@ -98,7 +98,7 @@ def adapter_layers(policy: nn.Module) -> dict[str, nn.Module]:
 def merged(policy: nn.Module) -> Iterator[None]:
     """Inside, adapters are folded into their layers and the policy has its ordinary modules and names.
 
-    Layers kept in half precision are merged in float32 (float64 ones in float64). Afterwards the weights are the very same memory as before.
+    Layers kept in half precision are merged in float32. Afterwards the weights are the very same memory as before.
     """
     layers = adapter_layers(policy)
     originals = {name: layer.get_base_layer().weight.data for name, layer in layers.items()}
