@@ -20,6 +20,7 @@ from burnish.core.recipe import load_recipe
 from burnish.core.types import Draws
 from burnish.policies import load_policy
 from burnish.policies.empty import Tokens, empty_batch
+from burnish.policies.recompute import recomputing
 from burnish.train import checkpoint, cost, optim
 from burnish.train.loop import train
 from burnish.train.memory import halve_frozen, prepare, state_bytes
@@ -57,6 +58,9 @@ def test_recomputed_activations_give_the_same_gradients(policies, kind):
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-8, msg=name)
     assert gradients(copied)[0] != expected[0]
+    with recomputing(plain):
+        pass
+    assert gradients(plain)[0] == expected[0] and not any("forward" in vars(module) for module in plain.modules())
 
 
 class Held:

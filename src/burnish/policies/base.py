@@ -280,10 +280,13 @@ class Policy(nn.Module, ABC):
         """
         raise lacks(self, "tokens", "token_logits")
 
-    def recompute(self) -> None:
-        """From now on a `loss` keeps the inputs of its `blocks` alone, and the backward pass computes them again."""
-        for block in self.blocks():
-            recompute(block)
+    def recompute(self) -> list[Callable[[], None]]:
+        """From now on a `loss` keeps the inputs of its `blocks` alone, and the backward pass computes them again.
+
+        Returns:
+            Calls that take it back.
+        """
+        return [recompute(block) for block in self.blocks()]
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ What they share with pi0-FAST (`pi0_fast.py`) is `PaliGemmaParts`.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -76,9 +77,12 @@ class PaliGemmaParts(VLMPolicy):
     def embed_image(self, image: Tensor) -> Tensor:
         return self.inner.embed_image(image)
 
-    def recompute(self) -> None:
+    def recompute(self) -> list[Callable[[], None]]:
         """LeRobot's own way: each image's tower, each pair of layers of language model and expert."""
-        self.policy.model.gradient_checkpointing_enable()
+        model = self.policy.model
+        undo = [] if model.gradient_checkpointing_enabled else [model.gradient_checkpointing_disable]
+        model.gradient_checkpointing_enable()
+        return undo
 
     def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.language_model.layers[0].mlp]

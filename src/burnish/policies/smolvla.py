@@ -1,5 +1,6 @@
 """SmolVLA: the language model reads images, text and state; the expert reads its keys and values."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,16 +93,13 @@ class SmolVLA(FlowPolicy):
     def token_counters(self) -> list[nn.Module]:
         return [self.vlm.model.text_model.layers[0].mlp, self.expert.layers[0].mlp]
 
-    def recompute(self) -> None:
+    def recompute(self) -> list[Callable[[], None]]:
         """LeRobot runs a layer's parts by hand: attention with its norm, the second norm, and the MLP each count."""
         inner = self.inner
-        for layer in inner.vlm.model.vision_model.encoder.layers:
-            recompute(layer)
-        for layer in (*inner.vlm.model.text_model.layers, *inner.lm_expert.layers):
-            recompute(layer.post_attention_layernorm)
-            recompute(layer.mlp)
-        for name in ("forward_attn_layer", "forward_cross_attn_layer"):
-            recompute(inner, name)
+        by_hand = [*inner.vlm.model.text_model.layers, *inner.lm_expert.layers]
+        parts = [part for layer in by_hand for part in (layer.post_attention_layernorm, layer.mlp)]
+        undo = [recompute(part) for part in (*inner.vlm.model.vision_model.encoder.layers, *parts)]
+        return undo + [recompute(inner, name) for name in ("forward_attn_layer", "forward_cross_attn_layer")]
 
     @property
     def backbone(self) -> language.Backbone:

@@ -25,6 +25,7 @@ from burnish.methods.products import local, own_rows, parts
 from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
 from burnish.policies.base import Captured, Policy, require
+from burnish.policies.recompute import recomputing
 
 if TYPE_CHECKING:
     from burnish.core.config import RecipeConfig
@@ -258,7 +259,7 @@ class Isolate(Objective):
         def add(index: int, gradient: Tensor) -> None:
             found.add_(self.layout.dots_of(names[index], gradient.float().contiguous(), vector))
 
-        with run.accelerator.autocast():
+        with run.accelerator.autocast(), recomputing(run.policy):  # all gradients are there beside it
             loss = run.policy.language(self._asked.batch(run.step)).mean
         run.stream_gradients(loss, names, add)
         along, own = run.total(found).unbind(1)
