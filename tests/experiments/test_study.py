@@ -106,6 +106,7 @@ def test_setup_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypa
     monkeypatch.setattr(study, "name", "tiny/setup")
     monkeypatch.setattr(study, "setup", ["data demos tabletop:reach 1 {out}/made-{seed} --image-size 32"])
     monkeypatch.setattr(study, "seeds", [3])
+    monkeypatch.setattr(study, "evals", {})
     run_study(study, base, run_setup=run_setup)
     made = root / "runs/tiny/setup/made-3/meta/info.json"
     stamp = made.stat().st_mtime_ns

@@ -130,7 +130,7 @@ HOSTILE = {
     "nested": (b"\x91" * 2000 + b"\xc0", "no msgpack"),
     "wide": (pack_openpi([[[0] * 1000] * 1000] * 2), "more than 1000 maps"),
     "no map": (pack_openpi([1, 2]), "no map"),
-    "object dtype": (pack_openpi(observation(x=HUGE | {b"dtype": "|O", b"shape": [1]})), "the dtype |O"),
+    "object dtype": (pack_openpi(observation(x=HUGE | {b"dtype": "|O", b"shape": [1]})), "the dtype '|O'"),
     "structured dtype": (pack_openpi(observation(x=HUGE | {b"dtype": "<f8,<f8"})), "the dtype"),
     "size": (pack_openpi(observation(x=HUGE)), "has the shape"),
     "axes": (pack_openpi(observation(x=HUGE | {b"shape": [1] * 60})), "has the shape"),

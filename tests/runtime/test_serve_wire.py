@@ -200,7 +200,7 @@ def test_an_array_is_a_copy_and_says_what_is_wrong():
     found = plain_array(data, "<i2", [2, 2], "x")
     found += 1
     assert np.frombuffer(data, "<i2")[0] == 0
-    for arguments, said in (((3, "<i2", [2]), "no data"), ((data, 3, [2]), "the dtype 3"),
+    for arguments, said in (((3, "<i2", [2]), "no data"), ((data, 3, [2]), "the dtype '3'"),
                             ((data, "<i2", 4), "shape 4"), ((data, "<i2", [True, 4]), "shape"),
                             ((data, "<i2", [2**31]), "shape")):  # fmt: skip
         with pytest.raises(BurnishError, match=f"x has .*{said}"):
