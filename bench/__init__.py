@@ -6,6 +6,7 @@ A bench is a module here with `run(args) -> dict`, holding name, device, version
 import argparse
 import json
 import os
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     _choose(args.name, args.device)
     outcome = import_module(f"bench.{args.name}").run(args)
-    outcome["targets"] = BENCHES[args.name]
+    from burnish.core.provenance import commit
+
+    outcome |= {"targets": BENCHES[args.name], "commit": commit(), "date": datetime.now(UTC).isoformat("T", "seconds")}
     text = json.dumps(outcome, indent=1)
     if args.output:
         from burnish.core.files import write_text

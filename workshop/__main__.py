@@ -15,6 +15,8 @@ COMMANDS = {
     "real": ("workshop.real", "write a policy of real size with random weights, for measuring"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
     "policy-table": ("workshop.policy_table", "write the table of policies and their verbs anew"),
+    "coverage": ("workshop.coverage", "simulate how often intervals of studies hold the truth"),
+    "sequential": ("workshop.sequential", "simulate what looking after every trial costs, beside a fixed test"),
     "unmasking": ("workshop.unmasking", "measure orders of unmasking and numbers of passes in closed loop"),
 }
 

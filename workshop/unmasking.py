@@ -18,7 +18,7 @@ from burnish.core.recipe import load_recipe
 from burnish.data.demos import make_demos
 from burnish.evaluate.rollout import evaluate
 from burnish.experiments.results import write_result
-from burnish.experiments.variants import variant_rows
+from burnish.experiments.variants import MARGIN, measure_rows
 from burnish.policies import load_policy
 from burnish.train.loop import train
 
@@ -120,6 +120,8 @@ def _write(args: argparse.Namespace, metrics: dict[str, Any], began: float) -> N
     write_result(
         args.output, recipe="recipes/decode/train_bidirectional.yaml", command=" ".join(words), commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"), hardware=machine()["device"],
-        seeds={"train": ", ".join(map(str, seeds)), "demos": 0}, rows=variant_rows(known, REFERENCE),
-        minutes=minutes, metrics={**metrics, "minutes": minutes},
+        seeds={"train": ", ".join(map(str, seeds)), "demos": 0}, rows=measure_rows(known), minutes=minutes,
+        metrics={**metrics, "minutes": minutes},
+        declared={"endpoint": "success", "lower": [], "margin": MARGIN, "reference": REFERENCE, "gates": [],
+                  "stopping": len(args.seeds.split(","))},
     )  # fmt: skip

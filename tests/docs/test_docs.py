@@ -132,8 +132,10 @@ def test_recipes_hold(path):
     if is_study(yaml.safe_load(text)):
         study, base = load_study(path)
         recipes = [variant_recipe(study, base, variant, study.seeds[0]) for variant in study.variants]
-        for line in study.setup:
-            words = shlex.split(line.replace("{seed}", "0").replace("{out}", "runs"))
+        for line in [*study.setup, *study.measures.values()]:
+            for hole, value in (("{seed}", "0"), ("{out}", "runs"), ("{run}", "runs/a"), ("{file}", "a.json")):
+                line = line.replace(hole, value)
+            words = shlex.split(line)
             check_command(words if words[0] == "python" else ["burnish", *words])
     else:
         recipes = [load_recipe(path)]

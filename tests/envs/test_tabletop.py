@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.envs.base import InstructionSwap, RandomObject, expand, make_env
+from burnish.envs.base import FailureKind, InstructionSwap, RandomObject, expand, make_env
 from burnish.envs.tabletop import FAMILIES
 from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS
 from burnish.envs.tabletop_variants import SLIDE
@@ -92,6 +92,34 @@ def test_first_object_reached_decides(envs):
 
     assert play(env, TabletopExpert(env, other, 0)) is None
     assert play(env, env.expert(0), 25) is None
+
+
+def test_state_tells_why_an_episode_failed(envs):
+    """Each failure acted out: standing still, the expert for another object, opening the hand, stopping early."""
+    from burnish.envs.tabletop_expert import TabletopExpert
+
+    env, still, let_go = envs["lift"], np.array([0, 0, 0, -1.0]), np.array([0, 0, 0.3, -1.0])
+    assert isinstance(env, FailureKind)
+    env.reset(5)
+    for _ in range(10):
+        env.step(still)
+    assert env.failure() == "did nothing"
+    env.reset(5)
+    other = next(i for i in env.candidates if i != env.source)
+    assert play(env, TabletopExpert(env, other, 0)) is None and env.failure() == "wrong object"
+    env.reset(5)
+    expert = env.expert(0)
+    while env.object_position(env.source)[2] < env._start[env.source][2] + 0.045:
+        env.step(expert.act())
+    assert env.failure() == "out of time"
+    for _ in range(8):
+        env.step(let_go)
+    assert env.failure() == "dropped"
+    reach = envs["reach"]
+    reach.reset(0)
+    assert reach.failure() == "did nothing"
+    assert play(reach, TabletopExpert(reach, next(i for i in range(NUM_OBJECTS) if i != reach.source), 0)) is None
+    assert reach.failure() == "wrong object"
 
 
 def test_instruction_swap(envs):

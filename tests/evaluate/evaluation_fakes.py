@@ -61,6 +61,9 @@ class LineEnv:
     def other_success(self) -> bool:
         return self.x < -GOAL if self.right else self.x > GOAL
 
+    def failure(self) -> str:
+        return "out of time" if self.steps == self.spec.max_steps else "dropped"
+
     def observe(self, cameras: Sequence[str] = ()) -> Observation:
         level = int(np.clip(20 * self.x + 128, 0, 255))
         images = {c: np.full((*view_size(self.image_size, c), 3), level, np.uint8) for c in cameras}

@@ -46,6 +46,9 @@ def test_episodes_are_those_of_a_plain_loop_for_any_workers_and_batch(tmp_path):
     expected = [by_hand(t, 1_000_000 + i) for t in ("line:a", "line:b") for i in range(9)]
     assert [(r.success, r.steps) for r in first.records] == expected
     assert 0 < first.overall.successes < 18
+    assert first.failures == {"out of time": 18 - first.overall.successes}
+    assert f"failed: out of time {18 - first.overall.successes}" in str(first)
+    assert json.loads((tmp_path / "1/summary.json").read_text())["failures"] == first.failures
     assert set(policy.widths) == {4}  # half of the episodes in flight, and the ruler
     second = evaluate(policy, "line", episodes=9, output=tmp_path / "2", workers=1, batch_size=2, **QUIET)
     assert bare(second.records) == bare(first.records)

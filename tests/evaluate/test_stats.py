@@ -11,7 +11,6 @@ from scipy.stats import binomtest, norm
 
 from burnish.core.errors import BurnishError
 from burnish.evaluate.stats import (
-    crossed_bootstrap,
     mcnemar,
     minimum_detectable_difference,
     paired_bootstrap,
@@ -115,33 +114,3 @@ def test_percentiles():
     figures = percentiles(list(range(1, 102)))
     assert (figures["p50"], figures["p95"], figures["p99"], figures["n"]) == (51, 96, 100, 101)
     assert percentiles([]) == {}
-
-
-def width(values, **options):
-    low, high = crossed_bootstrap(np.array(values, dtype=float), np.random.default_rng(0), **options)
-    return high - low
-
-
-def test_crossed_bootstrap_of_one_row_is_the_bootstrap_over_columns():
-    row = np.random.default_rng(1).integers(0, 2, 200)
-    ours = crossed_bootstrap(row[None], np.random.default_rng(2))
-    assert ours == pytest.approx(paired_bootstrap(row, np.random.default_rng(3)), abs=0.01)
-
-
-def test_crossed_bootstrap_sees_the_spread_of_rows():
-    """Rows that differ and columns that do not: the variance of the mean is s^2 / k with the unbiased s^2."""
-    effects = np.random.default_rng(0).normal(size=30)
-    expected = 2 * 1.96 * effects.std(ddof=1) / math.sqrt(30)
-    assert width(np.repeat(effects[:, None], 40, axis=1)) == pytest.approx(expected, rel=0.1)
-
-
-def test_crossed_bootstrap_sees_the_spread_of_columns_once():
-    """The same column effects in every row do not average out over rows."""
-    effects = np.random.default_rng(0).normal(size=50)
-    one, many = width(effects[None]), width(np.repeat(effects[None], 20, axis=0))
-    assert many == pytest.approx(one, rel=0.05)
-
-
-def test_crossed_bootstrap_refuses_an_empty_table():
-    with pytest.raises(BurnishError, match="0 initial states"):
-        crossed_bootstrap(np.zeros((3, 0)), np.random.default_rng(0))

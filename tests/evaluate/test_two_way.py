@@ -60,9 +60,23 @@ def test_seeds_that_differ_widen_it_and_order_does_not_matter():
     assert (shuffled.low, shuffled.high) == pytest.approx((two_way(quiet).low, two_way(quiet).high))
 
 
+def test_one_number_for_each_seed_is_students_interval_over_seeds():
+    column = np.random.default_rng(1).normal(0.1, 1, 5)
+    assert (two_way(column[:, None]).low, two_way(column[:, None]).p) == (
+        two_way(column[None]).low,
+        two_way(column[None]).p,
+    )
+
+
+def test_the_spread_of_states_counts_once():
+    """The same effects of states in every seed do not average out over seeds."""
+    effects = np.random.default_rng(0).normal(size=(1, 50))
+    assert two_way(np.repeat(effects, 20, axis=0)).error == pytest.approx(two_way(effects).error)
+
+
 def test_equal_outcomes_and_empty_tables():
     assert two_way(np.zeros((3, 5))).interval == [0, 0]
-    for shape in [(0, 5), (3, 1), (3, 0)]:
+    for shape in [(0, 5), (1, 1), (3, 0)]:
         with pytest.raises(BurnishError):
             two_way(np.zeros(shape))
 

@@ -7,7 +7,8 @@ import pytest
 
 from burnish import BurnishError
 from burnish.cli.main import main
-from burnish.experiments.results import fill, result_row, update_pages, write_result
+from burnish.experiments.pages import update_pages
+from burnish.experiments.results import fill, result_row, write_result
 
 CHECKOUT = Path(__file__).parents[2]
 

@@ -1,6 +1,7 @@
 """A study in miniature: two variants, two seeds, two evaluations, one table."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,8 +9,10 @@ import yaml
 import burnish.experiments.study
 from burnish.cli.run import run_setup
 from burnish.core.errors import BurnishError
+from burnish.experiments.recompute import differing, renew
 from burnish.experiments.results import check_result, render_table
-from burnish.experiments.study import QUESTIONS, choose, load_study, run_study
+from burnish.experiments.study import choose, load_study, run_study
+from burnish.experiments.variants import QUESTIONS
 from workshop.tiny import make_tiny
 
 
@@ -23,11 +26,22 @@ def write(root, **changes):
     study = {
         "name": "tiny/core", "recipe": "recipe.yaml", "seeds": [0, 1], "reference": "plain",
         "variants": {"plain": {}, "faster": {"train": {"lr": 1.0e-3}}},
-        "evals": {"swap": {"instruction_swap": True}},
+        "evals": {"swap": {"instruction_swap": True}}, "stopping": 2, "margin": 0.1,
+        "measures": {"mixed": "policy profile {run}/policy --json {file}"}, "lower": ["answer_loss", "mixed"],
+        "gates": [{"name": "plain mixes", "measure": "mixed", "check": "plain >= 0.4"},
+                  {"name": "it was trained", "measure": "loss", "check": "faster - plain <= 9"}],
     } | changes  # fmt: skip
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (root / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return root / "study.yaml"
+
+
+def write_measure(line):
+    """Stands for a command that measures a policy: flags for `mixed`."""
+    run, file = Path(line.split()[2]).parent, Path(line.split()[-1])
+    assert (run / "policy/config.json").is_file()
+    file.write_text(json.dumps({"values": [True, "plain" in run.name, False]}))
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +51,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         study, base = load_study(write(root))
-        run_study(study, base, command="burnish run study.yaml", result=root / "core.json")
+        run_study(study, base, command="burnish run study.yaml", result=root / "core.json", run_setup=write_measure)
     return root, study, base
 
 
@@ -45,15 +59,31 @@ def test_table_has_a_row_for_each_variant_and_evaluation(ran):
     result = json.loads((ran[0] / "core.json").read_text())
     check_result(result, "core.json")
     rows = {(row["label"], row["eval"]): row for row in result["rows"]}
-    assert set(rows) == {(name, e) for name in ("plain", "faster") for e in ("main", "swap", QUESTIONS)} | {
-        ("base", QUESTIONS)
-    }
+    measured = ("main", "swap", QUESTIONS, "answer_loss", "mixed", "loss")
+    assert set(rows) == {(name, e) for name in ("plain", "faster") for e in measured} | {
+        ("base", QUESTIONS), ("base", "answer_loss"),
+    }  # fmt: skip
     assert rows["plain", "main"]["n"] == 4 and rows["plain", QUESTIONS]["n"] == 12
     assert rows["base", QUESTIONS]["n"] == 6 and len(rows["plain", QUESTIONS]["minus_base"]) == 3
     assert result["metrics"]["base"]["answer_loss"] > 0
     assert "minus_reference" not in rows["plain", "main"] and len(rows["faster", "main"]["minus_reference"]) == 3
     assert result["metrics"]["runs"]["faster-1"]["answer_loss"] > 0
     assert "+0.0 [-65.8, +65.8]" in render_table(["core"], ran[0])
+
+
+def test_gates_stand_in_the_result_and_its_figures_follow_from_outcomes(ran):
+    result = json.loads((ran[0] / "core.json").read_text())
+    rows = {(row["label"], row["eval"]): row for row in result["rows"]}
+    loss, run = rows["plain", "answer_loss"], json.loads((ran[0] / "runs/tiny/core/plain-0/retention.json").read_text())
+    assert (
+        loss["by_seed"][0] == pytest.approx(run["tuned"]["loss"], rel=1e-3) and len(loss["outcomes"]["0"].split()) == 6
+    )
+    assert rows["plain", "mixed"]["rate"] == 2 / 3 and rows["faster", "mixed"]["outcomes"] == {"0": "100", "1": "100"}
+    assert [gate["passed"] for gate in result["gates"]] == [True, True] and result["gates"][0]["value"] == 2 / 3
+    assert result["declared"]["stopping"] == 2 and result["declared"]["margin"] == 0.1
+    assert rows["faster", "mixed"]["verdict"] == "undecided" and rows["faster", "main"]["p"] == 1
+    assert all(run["commit"] is not None and run["date"] for run in result["metrics"]["runs"].values())
+    assert not differing(result, renew(result))
 
 
 def test_variants_share_data_and_differ_in_what_they_say(ran):
@@ -104,6 +134,7 @@ def test_setup_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypa
     monkeypatch.chdir(root)
     monkeypatch.setattr(study, "variants", {"plain": {}})
     monkeypatch.setattr(study, "name", "tiny/setup")
+    monkeypatch.setattr(study, "measures", {})
     monkeypatch.setattr(study, "setup", ["data demos tabletop:reach 1 {out}/made-{seed} --image-size 32"])
     monkeypatch.setattr(study, "seeds", [3])
     monkeypatch.setattr(study, "evals", {})
@@ -133,10 +164,12 @@ def test_variants_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatc
         plain(study, run)
 
     monkeypatch.setattr("burnish.experiments.study._train_and_measure", measure)
-    run_study(study, base, result=root / "own.json")
+    run_study(study, base, result=root / "own.json", run_setup=write_measure)
     assert measured == [str(root / "base")] * 2
     rows = json.loads((root / "own.json").read_text())["rows"]
-    assert [(row["label"], row["eval"]) for row in rows] == [("plain", "main"), ("plain", "swap")]
+    assert [(row["label"], row["eval"]) for row in rows] == [
+        ("plain", "main"), ("plain", "swap"), ("plain", "mixed"), ("plain", "loss")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -146,6 +179,11 @@ def test_variants_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatc
         ({"variants": {}}, "'variants' is empty"),
         ({"evals": {"main": {}}}, "called 'main'"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
+        ({"stopping": 3}, "stopping says 3 seeds, seeds lists 2"),
+        ({"gates": [{"check": "nobody >= 1"}]}, "gate 1 names 'nobody'"),
+        ({"measures": {"swap": "policy profile {run} {file}"}}, "a measure is called 'swap'"),
+        ({"measures": {"mixed": "policy profile {run}"}}, "a command with {run} and {file}"),
+        ({"margin": 0.0}, "margin is 0.0"),
     ],
 )
 def test_wrong_studies_are_refused(tmp_path, changes, message):
@@ -156,7 +194,7 @@ def test_wrong_studies_are_refused(tmp_path, changes, message):
 @pytest.mark.parametrize("variants", [{"a": {"train": {"stepz": 1}}}, {"a": {"train": {"steps": 0}}}])
 def test_wrong_variant_is_found_before_anything_is_trained(tmp_path, monkeypatch, variants):
     monkeypatch.chdir(tmp_path)
-    study, base = load_study(write(tmp_path, variants=variants, reference="a"))
+    study, base = load_study(write(tmp_path, variants=variants, reference="a", gates=[]))
     monkeypatch.setattr("burnish.experiments.study.make_data", lambda *_: None)
     with pytest.raises(BurnishError, match="step"):
         run_study(study, base)

@@ -1,10 +1,42 @@
-"""Rows of a study's result: what counts as success, differences paired on seed and trial."""
+"""Rows of a study's result: what counts as success, pairing, gates, verdicts, and all of it again from raw outcomes."""
 
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
+from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.evaluate.records import Record
-from burnish.experiments.variants import read_successes, variant_rows
+from burnish.evaluate.stats import wilson
+from burnish.experiments.measures import read_measure, read_successes
+from burnish.experiments.recompute import differing, recompute_results, renew
+from burnish.experiments.results import outcome_row, render_table, write_result
+from burnish.experiments.variants import START, difference, judge, measure_rows, read_gates
+
+SAID = {
+    "endpoint": "success",
+    "lower": ["answer_loss"],
+    "margin": 0.05,
+    "reference": "a",
+    "stopping": 2,
+    "gates": [],
+}
+CHECKOUT = Path(__file__).parents[2]
+FACTS = {"recipe": "r", "command": "c", "commit": "0" * 40, "date": "d", "seeds": {}, "hardware": "h", "minutes": 1.0}
+
+
+def table(rng, rate, seeds=(0, 1), n=40):
+    return {seed: {i: float(rng.random() < rate) for i in range(n)} for seed in seeds}
+
+
+def judged(variants, shares=True, **changes):
+    rows = measure_rows(variants, shares=shares, **({} if shares else {"eval": "answer_loss"}))
+    gates = judge(rows, SAID | changes)
+    return {row["label"]: row for row in rows}, gates
 
 
 def test_success_is_at_what_the_policy_was_told(tmp_path):
@@ -14,26 +46,182 @@ def test_success_is_at_what_the_policy_was_told(tmp_path):
         Record("lift", 2, 7, False, 9, variant="instruction_swap", other_success=True),
     ]
     (tmp_path / "episodes.jsonl").write_text("".join(record.to_line() + "\n" for record in records))
-    assert read_successes({7: tmp_path}) == {7: {("lift", 0): 1.0, ("lift", 1): 0.0, ("lift", 2): 1.0}}
+    assert read_successes(tmp_path) == {("lift", 0): 1.0, ("lift", 1): 0.0, ("lift", 2): 1.0}
 
 
 def test_differences_pair_seed_and_trial():
     variants = {"a": {0: {1: 1.0, 2: 0.0}, 1: {1: 1.0, 2: 1.0}}, "b": {1: {2: 0.0, 1: 1.0, 3: 1.0}}}
-    a, b = variant_rows(variants, "a", eval="main")
+    rows, _ = judged(variants)
+    a, b = rows["a"], rows["b"]
     assert (a["n"], a["rate"], a["by_seed"]) == (4, 0.75, [0.5, 1.0]) and "minus_reference" not in a
     # Seed 1 alone is shared, and of it the trials 1 and 2.
-    assert b["minus_reference"][0] == pytest.approx(-0.5) and b["n"] == 3 and b["eval"] == "main"
+    assert b["minus_reference"][0] == pytest.approx(-0.5) and b["n"] == 2 and b["outcomes"] == {"1": "10"}
     low, high = b["minus_reference"][1:]
-    assert -1 <= low <= -0.5 <= high <= 0
+    assert -1 <= low <= -0.5 <= high <= 1
     with pytest.raises(BurnishError, match="share no trial"):
-        variant_rows({"a": {0: {1: 1.0}, 1: {2: 1.0}}}, "a")
+        measure_rows({"a": {0: {1: 1.0}, 1: {2: 1.0}}})
 
 
 def test_equal_outcomes_still_have_an_interval():
-    """No resample of 0 of 20 holds a success, yet 16 % could have gone unseen (Wilson)."""
+    """No trial of 20 succeeded, yet 16 % could have gone unseen (Wilson)."""
     never, always = ({seed: dict.fromkeys(range(20), value) for seed in (0, 1)} for value in (0.0, 1.0))
-    a, b, c = variant_rows({"a": never, "b": always, "c": never}, "a")
+    rows, _ = judged({"a": never, "b": always, "c": never})
+    a, b, c = rows.values()
     assert a["interval"] == [0.0, pytest.approx(0.1611, abs=1e-4)]
     assert b["interval"] == [pytest.approx(0.8389, abs=1e-4), 1.0]
     assert c["minus_reference"] == [0.0, pytest.approx(-0.1611, abs=1e-4), pytest.approx(0.1611, abs=1e-4)]
     assert b["minus_reference"][0] == b["minus_reference"][2] == 1.0
+    assert [b["verdict"], c["verdict"]] == ["better", "undecided"] and [r["letters"] for r in (a, b, c)] == [
+        "a",
+        "b",
+        "a",
+    ]
+
+
+def test_a_logged_number_is_compared_over_seeds_by_students_test():
+    a, b = np.random.default_rng(0).normal(size=(2, 5)).round(3)
+    logged = {name: {seed: {0: x} for seed, x in enumerate(some)} for name, some in (("a", a), ("b", b))}
+    rows, _ = judged(logged, shares=False, endpoint="answer_loss", margin=None, stopping=5)
+    scipy = ttest_1samp(b - a, 0)
+    assert rows["b"]["minus_reference"][1:] == pytest.approx([*scipy.confidence_interval()])
+    assert rows["b"]["p"] == pytest.approx(scipy.pvalue) and rows["b"]["mean"] == pytest.approx(b.mean())
+
+
+def test_a_small_loss_is_better_and_the_start_has_one_run():
+    rng = np.random.default_rng(1)
+    hard = {i: float(rng.exponential()) for i in range(30)}
+
+    def run(shift, seed):
+        return {i: x + shift + 0.001 * i * seed for i, x in hard.items()}
+
+    tuned = {name: {seed: run(shift, seed) for seed in (0, 1)} for name, shift in (("a", 0.5), ("b", 0.1))}
+    rows, _ = judged({"base": {START: hard}, **tuned}, shares=False, endpoint="answer_loss", margin=0.2)
+    assert rows["b"]["verdict"] == "better" and rows["b"]["minus_reference"][0] == pytest.approx(-0.4, abs=1e-3)
+    assert rows["a"]["minus_base"][0] == pytest.approx(0.50725, abs=1e-3) and "verdict" not in rows["base"]
+    assert rows["base"]["interval"][0] < rows["base"]["mean"] and rows["base"]["by_seed"] == [rows["base"]["mean"]]
+
+
+@pytest.mark.parametrize(
+    "check, passed", [("a >= 0.4", True), ("a >= 0.9", False), ("b - a >= 0.3", True), ("c <= 1", False)]
+)
+def test_a_failed_gate_makes_every_verdict_void(check, passed):
+    rng = np.random.default_rng(2)
+    gates = [{"name": "can be seen", "measure": "success", "check": check}]
+    rows, found = judged({"a": table(rng, 0.5), "b": table(rng, 0.95)}, gates=gates)
+    assert [gate["passed"] for gate in found] == [passed]
+    assert rows["b"]["verdict"] == ("better" if passed else "void")
+
+
+def test_fewer_seeds_than_declared_are_void():
+    rng = np.random.default_rng(3)
+    rows, (gate,) = judged({"a": table(rng, 0.2), "b": table(rng, 0.9)}, stopping=5)
+    assert rows["b"]["verdict"] == "void" and (gate["value"], gate["passed"]) == (2, False)
+
+
+def test_holm_counts_the_endpoint_apart_and_a_verdict_needs_it():
+    rng, first = np.random.default_rng(4), {i: float(i < 20) for i in range(40)}
+    both = {"a": first, "b": first | dict.fromkeys(range(20, 25), 1.0)}
+    variants = {name: {seed: trials for seed in (0, 1)} for name, trials in both.items()}
+    variants |= {f"v{i}": table(rng, 0.5) for i in range(8)}
+    rows = measure_rows(variants, eval="main")
+    rows += measure_rows({"a": table(rng, 0.1), "b": table(rng, 0.9)}, eval="camera")
+    judge(rows, SAID)
+    main_rows = {row["label"]: row for row in rows if row["eval"] == "main"}
+    assert main_rows["b"]["adjusted"] == pytest.approx(9 * main_rows["b"]["p"])
+    assert main_rows["b"]["p"] < 0.05 < main_rows["b"]["adjusted"] and main_rows["b"]["verdict"] == "undecided"
+    camera = rows[-1]
+    assert camera["adjusted"] == camera["p"] and camera["verdict"] == "better" and "letters" not in camera
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"check": "a > 1"}, "such as 'sft >= 0.4'"),
+        ({"check": "x >= 1"}, "names 'x'"),
+        ({"chek": "a >= 1"}, "unknown"),
+        (3, "gate 1"),
+    ],
+)
+def test_gates_that_cannot_be_read(entry, message):
+    with pytest.raises(BurnishError, match=message):
+        read_gates([entry], ["a", "b"], "study.yaml")
+
+
+def test_measures_hold_numbers_or_flags(tmp_path):
+    file = tmp_path / "m.json"
+    kinds = [(0.5, [0.5], False), ([True, False], [1.0, 0.0], True), ([1, 2.5], [1.0, 2.5], False)]
+    for values, numbers, shares in kinds:
+        file.write_text(json.dumps({"values": values}))
+        assert read_measure(file) == (dict(enumerate(numbers)), shares)
+    for values in ([], ["x"], [None], [1, True], {"a": 1}):
+        file.write_text(json.dumps({"values": values}))
+        with pytest.raises(BurnishError, match="holds no measure"):
+            read_measure(file)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    rng = np.random.default_rng(5)
+    rows = measure_rows({name: table(rng, 0.6) for name in "abc"}, eval="main")
+    loss = {name: {seed: {i: float(rng.random()) for i in range(9)} for seed in (0, 1)} for name in "abc"}
+    rows += measure_rows(loss, shares=False, eval="answer_loss")
+    gates = [{"name": "headroom", "measure": "success", "check": "a <= 0.9"}]
+    write_result(tmp_path / "results/s.json", rows=rows, declared=SAID | {"gates": gates}, **FACTS)
+    counts = {"accuracy": wilson(2, 3).to_dict(), "outcomes": "110"}
+    write_result(
+        tmp_path / "results/r.json", rows=[outcome_row("x", {"0": [True, False]})], metrics={"q": counts}, **FACTS
+    )
+    (tmp_path / "README.md").write_text("<!-- results:s -->\n<!-- /results -->\n")
+    return tmp_path
+
+
+def test_every_figure_follows_from_the_outcomes(checkout):
+    content = json.loads((checkout / "results/s.json").read_text())
+    assert not differing(content, renew(content))
+    changes = [
+        (("rows", 1, "minus_reference"), [0, -1, 1]), (("rows", 5, "mean"), 0.4), (("rows", 0, "by_seed"), [0, 1]),
+        (("gates", 0, "value"), 0.1), (("rows", 2, "verdict"), "better"), (("rows", 1, "adjusted"), 0.01),
+    ]  # fmt: skip
+    for path, value in changes:
+        wrong = deepcopy(content)
+        wrong[path[0]][path[1]][path[2]] = value
+        assert path[2] in differing(wrong, renew(wrong))
+        assert not differing(content, renew(wrong))
+
+
+def test_command_recomputes_renews_and_tells_what_cannot_be(checkout, capsys):
+    old = json.loads((checkout / "results/s.json").read_text())
+    old["rows"] = [{k: v for k, v in row.items() if k != "outcomes"} for row in old["rows"]]
+    (checkout / "results/old.json").write_text(json.dumps(old))
+    command = ["report", "results", "--root", str(checkout), "--recompute"]
+    assert (
+        main(command) == 0
+        and "2 the same" in (told := capsys.readouterr().out)
+        and "again, without raw outcomes: old" in told
+    )
+    wrong = json.loads((checkout / "results/r.json").read_text())
+    wrong["rows"][0] |= {"successes": 2, "rate": 1.0, "interval": [0.9, 1.0]}
+    (checkout / "results/r.json").write_text(json.dumps(wrong))
+    assert main([*command, "--check"]) == 2 and "its outcomes say" in capsys.readouterr().out
+    assert main(command) == 0 and "renewed r" in capsys.readouterr().out
+    assert main([*command, "--check"]) == 0
+
+
+def test_table_says_gates_margin_and_what_could_be_seen(checkout):
+    page = render_table(["s"], checkout / "results")
+    assert page.startswith("Endpoint success, compared with a, 2 seeds, margin 5 points: settled before the first run.")
+    assert "- Gate passed: headroom (`a <= 0.9` in success:" in page
+    assert "| minus reference | p (Holm) | detectable | verdict | letters |" in page
+    assert "Withdrawn" not in page
+
+
+def test_a_pair_of_rows_is_compared_whatever_the_reference(checkout):
+    rows = json.loads((checkout / "results/s.json").read_text())["rows"]
+    one, other = difference(rows[1], rows[2]), difference(rows[2], rows[1])
+    assert one.mean == -other.mean and one.low == pytest.approx(-other.high)
+    assert difference(rows[1], rows[2] | {"outcomes": {"9": "1" * 40}}) is None
+
+
+def test_committed_results_follow_from_their_outcomes():
+    found = recompute_results(CHECKOUT / "results")
+    assert found.changed == {} and {"tabletop/replay", "decode/unmasking"} <= {*found.same}

@@ -67,6 +67,7 @@ def test_page_shows_everything_and_needs_nothing(run):
         "demonstrations 4.2 min",
         "p = 0.0063",
         "put the red cube on the plate",
+        "wrong object 3 3",
     ):
         assert word in text
     tuned = json.loads((run / "eval/tuned/summary.json").read_text())

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from burnish.cli.parser import Arg, Group
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, plain
 
 
 def page(
@@ -53,23 +53,47 @@ def pareto(result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("par
     print(write_pareto(result, output))
 
 
-def results(*, root: Path = Path(), check: bool = False) -> None:
+def intervals(
+    result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("intervals.png"), measure: str = ""
+) -> None:
+    """Plot a study's variants: means with intervals, the seeds as dots.
+
+    Args:
+        result: result of a study
+        output: PNG or SVG to write
+        measure: another than the study's endpoint, for instance answer_loss
+
+    Example:
+        burnish report intervals results/tabletop/replay.json -o docs/img/replay.svg
+    """
+    from burnish.core.outputs import require_file
+    from burnish.experiments.intervals import write_intervals
+
+    require_file(output, "vector figure" if output.suffix.lower() == ".svg" else "figure")
+    print(write_intervals(result, output, measure))
+
+
+def results(*, root: Path = Path(), check: bool = False, recompute: bool = False) -> None:
     """Write the tables of README and docs from results/.
 
     Fills what stands between '<!-- results:NAME -->' and '<!-- /results -->' in README.md and docs/ of a checkout
-    from results/NAME.json.
+    from results/NAME.json, and between '<!-- claims:all -->' and '<!-- /claims -->' from docs/claims.yaml.
 
     Args:
         root: the checkout; default: this folder
         check: change nothing; fail when a table is out of date
+        recompute: first compute every figure of results/ again from the raw outcomes
 
-    Example:
+    Examples:
         burnish report results --check
+        burnish report results --recompute --check
     """
-    from burnish.experiments.results import update_pages
+    from burnish.experiments.pages import update_pages
 
     if not (root / "README.md").is_file():
         raise BurnishError(f"no README.md in {root.resolve()}", "the root of a checkout", "--root DIR")
+    if recompute:
+        _recompute(root / "results", check)
     changed = update_pages(root, check=check)
     if check and changed:
         names = ", ".join(str(page) for page in changed)
@@ -78,7 +102,21 @@ def results(*, root: Path = Path(), check: bool = False) -> None:
         print(f"updated {page}")
 
 
+def _recompute(folder: Path, check: bool) -> None:
+    from burnish.experiments.recompute import recompute_results
+
+    found = recompute_results(folder, write=not check)
+    print(f"computed again from raw outcomes: {len(found.same)} the same")
+    for name, different in found.changed.items():
+        print(plain(f"{'' if check else 'renewed '}{name}: {different}"))
+    print(plain(f"withdrawn or to be run again, without raw outcomes: {', '.join(found.withdrawn) or 'none'}"))
+    print(f"times and sizes, whose rounds stand in their files: {len(found.benches)}")
+    if check and found.changed:
+        raise BurnishError(f"{len(found.changed)} results say something else than their outcomes",
+                           fix="burnish report results --recompute")  # fmt: skip
+
+
 COMMANDS = Group(
     "Write the page of a run, a study as a figure, the tables of README and docs.",
-    {"page": page, "pareto": pareto, "results": results},
+    {"page": page, "intervals": intervals, "pareto": pareto, "results": results},
 )

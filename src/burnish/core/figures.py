@@ -17,6 +17,7 @@ def new_figure(width: float, height: float, *, constrained: bool = True) -> "Fig
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int = 120) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, or as SVG where the name ends so, whole or not at all."""
+    svg = path.suffix.lower() == ".svg"
     with new_file(path) as file:
-        figure.savefig(file, format="png", dpi=dpi)
+        figure.savefig(file, format="svg" if svg else "png", dpi=dpi)

@@ -25,6 +25,7 @@ DEEPEST = 8
 Old = Callable[[Path], bool]
 SIGNS = {
     "page": (b"<title>", "· burnish".encode()), "figure": (b"\x89PNG", b"Matplotlib"),
+    "vector figure": (b"<svg", b"Matplotlib"),
     "anchor": (b"__metadata__", b"base_hash"), "profile": (b'"profiled_total"', b'"stages"'),
     "table of decoders": (b'"decoders"', b'"policy"'), "table of scores": (b"burnish policy verify score",),
     "choice of a sampler": (b'"sampler"', b'"observations_hash"'),

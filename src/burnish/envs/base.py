@@ -147,6 +147,19 @@ class RandomObject(Protocol):
     def random_object_expert(self, seed: int) -> Expert: ...
 
 
+FAILURES = ("did nothing", "wrong object", "dropped", "out of time")
+
+
+@runtime_checkable
+class FailureKind(Protocol):
+    """Offered by an environment whose state tells why an episode is not solved."""
+
+    def failure(self) -> str:
+        """One of `FAILURES`: no object moved; another than the one in question was taken; that one was raised and has
+        come down again; anything else that did not get there in time."""
+        ...
+
+
 @dataclass(frozen=True)
 class EnvFamily:
     """How the tasks of a family are listed and built.

@@ -30,6 +30,8 @@ REACH_RADIUS = 0.028
 REACH_HEIGHT = 0.10
 PUSH_DISTANCE = 0.06
 LIFT_HEIGHT = 0.07
+MOVED, RAISED = 0.01, 0.03
+"""Metres from its first place from which an object counts as moved, and height from which as taken."""
 
 
 def tasks(selector: str) -> list[str]:
@@ -139,6 +141,7 @@ class Tabletop:
         for _ in range(SUBSTEPS):
             mujoco.mj_step(self.model, data)
         self._start = np.array([self.object_position(i) for i in range(scene.NUM_OBJECTS)])
+        self._highest = self._start[:, 2].copy()
         self._first_reached: int | None = None
 
     @property
@@ -196,7 +199,23 @@ class Tabletop:
                 self._slide()
             self._mujoco.mj_step(self.model, self.data)
         self._note_reached()
+        self._highest = np.maximum(self._highest, self.data.xpos[self._object_bodies, 2])
         return self._solved(self.source)
+
+    def failure(self) -> str:
+        """Why the running episode is not solved, see `envs.base.FailureKind`."""
+        now = self.data.xpos[self._object_bodies]
+        away, raised = now - self._start, self._highest - self._start[:, 2] > RAISED
+        moved = np.linalg.norm(away, axis=1) > MOVED
+        moved[self.source] &= not self._slides
+        others = [i for i in self.candidates if i != self.source]
+        if raised[self.source]:
+            return "dropped" if away[self.source, 2] < RAISED / 2 else "out of time"
+        pushed = self.family == "push" and not moved[self.source] and moved[others].any()
+        if self._first_reached in others if self.family == "reach" else raised[others].any() or pushed:
+            return "wrong object"
+        nothing = self._first_reached is None if self.family == "reach" else not moved.any()
+        return "did nothing" if nothing else "out of time"
 
     def _slide(self) -> None:
         """The object in question goes on through the middle of the table, at one speed, while it lies on it."""

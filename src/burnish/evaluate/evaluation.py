@@ -1,5 +1,6 @@
 """What an evaluation found: rates with n and interval, latency, videos."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ class Evaluation:
         return wilson(sum(flags), len(flags)) if flags else None
 
     @property
+    def failures(self) -> dict[str, int]:
+        """How many episodes failed in which way, the most frequent first; empty where the environment cannot tell."""
+        return dict(Counter(r.failure for r in self.records if r.failure).most_common())
+
+    @property
     def latency_ms(self) -> dict[str, float]:
         """Percentiles of the policy call over all replans, in milliseconds."""
         return percentiles([ms for r in self.records for ms in r.latency_ms])
@@ -67,7 +73,8 @@ class Evaluation:
             "mean_steps": sum(r.steps for r in self.records) / len(self.records), "latency_ms": self.latency_ms,
             "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
             "seconds": self.seconds, "new_episodes": self.new_episodes,
-            "left_out": self.left_out, **({"motion": self.motion} if self.motion else {}),
+            "left_out": self.left_out, **({"failures": self.failures} if self.failures else {}),
+            **({"motion": self.motion} if self.motion else {}),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -77,6 +84,8 @@ class Evaluation:
             lines.append(f"{'overall':<{width}}  {self.overall}")
         if self.left_out:
             lines.append(f"left out, without such an expert: {', '.join(self.left_out)}")
+        if self.failures:
+            lines.append("failed: " + ", ".join(f"{kind} {count}" for kind, count in self.failures.items()))
         if self.other:
             lines.append(f"solved the newly named object's task instead: {self.other}")
         if self.latency_ms:

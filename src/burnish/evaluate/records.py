@@ -16,6 +16,7 @@ from burnish.core.files import disk_errors, write_json
 from burnish.core.options import number
 from burnish.core.outputs import claim
 from burnish.core.reading import MOST_BYTES, parse_json, read_object, regular_file
+from burnish.envs.base import FAILURES
 
 EPISODES = "episodes.jsonl"
 SETTINGS = "settings.json"
@@ -43,6 +44,7 @@ class Record:
         variant: "plain" or "instruction_swap".
         other_success: under an instruction swap, whether the newly named object's task was solved.
         motion: of a policy under delay: how smoothly it moved, see `evaluate.delay.motion`.
+        failure: why it was not solved, one of `envs.base.FAILURES`; "" where it was, or where nobody knows.
     """
 
     task: str
@@ -57,6 +59,7 @@ class Record:
     variant: str = "plain"
     other_success: bool | None = None
     motion: dict[str, float] | None = None
+    failure: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -64,9 +67,7 @@ class Record:
         return self.task, self.initial_state
 
     def to_line(self) -> str:
-        row = asdict(self)
-        if self.motion is None:
-            del row["motion"]
+        row = {k: v for k, v in asdict(self).items() if v or k not in ("motion", "failure")}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -107,6 +108,7 @@ def parse_row(row: dict[str, Any], where: str) -> Record:
         raise BurnishError(f"{where}: steps is {_short(row['steps'])}", "a whole number from 0 on")
     initial_state, seed = _integer(row, state, where), _integer(row, "seed", where)
     texts = {key: row[key] for key in ("instruction", "weights", "commit") if isinstance(row.get(key), str)}
+    texts |= {"failure": row["failure"]} if row.get("failure") in FAILURES else {}
     other = _flag(row["other_success"], f"{where}: other_success") if "other_success" in row else None
     moved = row.get("motion")
     if moved is not None and not (isinstance(moved, dict) and all(map(number, moved.values()))):

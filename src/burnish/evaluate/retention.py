@@ -1,7 +1,7 @@
 """What the backbone of a policy still knows: losses and greedy answers on held-out scene questions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,15 @@ class Retention:
         interval: share of exact answers with n and Wilson interval.
         by_kind: the same for each kind of question.
         correct: one flag for each question, in the order of the set.
+        losses: one number for each question, whose mean is `loss`: the loss summed over its answer, in units of the
+            mean number of tokens of an answer.
     """
 
     loss: float
     interval: Rate
     by_kind: dict[str, Rate]
     correct: list[bool]
+    losses: list[float] = field(default_factory=list)
 
     @property
     def accuracy(self) -> float:
@@ -43,7 +46,10 @@ class Retention:
 
     def to_dict(self) -> dict[str, Any]:
         by_kind = {kind: rate.to_dict() for kind, rate in self.by_kind.items()}
-        return {"loss": self.loss, "accuracy": self.interval.to_dict(), "by_kind": by_kind, "correct": self.correct}
+        return {
+            "loss": self.loss, "accuracy": self.interval.to_dict(), "by_kind": by_kind, "correct": self.correct,
+            "losses": self.losses,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         return f"answer loss {self.loss:.3f}, exact answers {self.interval}"
@@ -70,13 +76,13 @@ def retention(
     chosen = _subset(questions.entries, limit)
     was_training = policy.training
     policy.eval()
-    total, tokens, correct = 0.0, 0, []
+    sums, tokens, correct = [], 0, []
     try:
         with torch.no_grad(), progress_bar(total=len(chosen), desc="questions", shown=progress) as bar:
             for entries in batched(chosen, batch_size):
                 batch = _batch(entries, questions.images, questions.camera, policy)
                 loss = policy.language(batch)
-                total += float((loss.per_token * loss.mask).sum())
+                sums += (loss.per_token * loss.mask).double().sum(1).tolist()
                 tokens += int(loss.mask.sum())
                 answers = policy.answer(batch, max_new_tokens=16)
                 correct += [_same(a, entry["answer"]) for a, entry in zip(answers, entries, strict=True)]
@@ -86,7 +92,8 @@ def retention(
     kinds = sorted({entry["kind"] for entry in chosen})
     flags = {kind: [c for c, entry in zip(correct, chosen, strict=True) if entry["kind"] == kind] for kind in kinds}
     by_kind = {kind: wilson(sum(some), len(some)) for kind, some in flags.items()}
-    return Retention(total / max(tokens, 1), wilson(sum(correct), len(correct)), by_kind, correct)
+    losses = [one * len(sums) / max(tokens, 1) for one in sums]
+    return Retention(sum(sums) / max(tokens, 1), wilson(sum(correct), len(correct)), by_kind, correct, losses)
 
 
 def compare_retention(base: Retention, tuned: Retention) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Measurement(Scheduler[Planned]):
         self.journal.append(Record(
             task=run.episode.task, initial_state=run.episode.initial_state, success=reply.success, steps=reply.steps,
             latency_ms=tuple(run.latency_ms), instruction=reply.instruction, other_success=reply.other_success,
-            **self.stamp, **self.extras(run, reply),
+            failure=reply.failure, **self.stamp, **self.extras(run, reply),
         ))  # fmt: skip
         records = self.journal.records
         progress.set_postfix_str(f"success {sum(r.success for r in records)}/{len(records)}", refresh=False)

@@ -16,7 +16,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.workers import Engine, WorkerPool
 from burnish.data.record import Tape
 from burnish.data.spool import write_recording
-from burnish.envs.base import Env, EnvSpec, Expert, InstructionSwap, Observation, RandomObject, Size
+from burnish.envs.base import Env, EnvSpec, Expert, FailureKind, InstructionSwap, Observation, RandomObject, Size
 
 MakeEnv = Callable[[str, Any], Env]
 FILM_HEIGHT = 256
@@ -71,6 +71,7 @@ class Finished:
     steps: int
     instruction: str
     other_success: bool | None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class _Running:
             path = self.episode.record
             outcome = ".solved" if self.success else ".failed"
             write_recording(path.with_suffix(outcome + path.suffix), self.tape.recording(self.success, True))
-        return Finished(slot, self.success, self.steps, self.instruction, self.other_success)
+        told = not self.success and not self.episode.swap and isinstance(self.env, FailureKind)
+        failure = cast(FailureKind, self.env).failure() if told else ""
+        return Finished(slot, self.success, self.steps, self.instruction, self.other_success, failure)
 
 
 def _expert(env: Env, actor: str, seed: int) -> Expert:

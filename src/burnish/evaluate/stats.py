@@ -101,34 +101,9 @@ def paired_bootstrap(
     n = int(counts.sum())
     if n == 0:
         raise BurnishError("no pairs to resample", "at least one")
-    return _middle(rng.multinomial(n, counts / n, size=resamples) @ values / n)
-
-
-def crossed_bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % interval of the mean of a table whose rows (training seeds) and columns (initial states) are both samples.
-
-    Rows and columns are resampled independently (the pigeonhole bootstrap, Owen, Annals of Applied Statistics 1,
-    2007), so the interval speaks of other seeds and other states. k rows resampled understate their own variance by
-    (k - 1) / k; the row means are therefore moved apart by sqrt(k / (k - 1)) first. Three seeds remain three seeds:
-    where their variance dominates, the interval is still too narrow. With one row it is the bootstrap over columns.
-
-    Args:
-        values: [k, n] successes, or differences between two methods paired on seed and state.
-        rng: source of the resampling.
-
-    Raises:
-        BurnishError: an empty table.
-    """
-    table = np.asarray(values, dtype=np.float64)
-    k, n = table.shape
-    if k * n == 0:
-        raise BurnishError(f"a table of {k} seeds and {n} initial states", "at least one of each")
-    if k > 1:
-        apart = table.mean(1, keepdims=True) - table.mean()
-        table = table + apart * (math.sqrt(k / (k - 1)) - 1)
-    rows = rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES)
-    columns = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return _middle(((rows @ table) * columns).sum(1) / (k * n))
+    means = rng.multinomial(n, counts / n, size=resamples) @ values / n
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -161,17 +136,17 @@ def two_way(values: np.ndarray) -> Estimate:
     The two-way random-effects analysis of variance: value = mean + seed + state + rest. With mean squares A of seeds,
     B of states and E of the rest, (A + B - E) / kn estimates the variance of the mean without bias, and Satterthwaite's
     rule (Biometrics Bulletin 2, 1946) gives the degrees of freedom of its t distribution. The estimate may fall below
-    E, which the variance cannot; it is kept from that. With one row: Student's interval over columns.
-
-    The pigeonhole bootstrap (`crossed_bootstrap`) of three seeds that truly differ is too narrow; this one is not.
+    E, which the variance cannot; it is kept from that. With one row, or one column: Student's interval over the others.
 
     Args:
         values: [k, n] outcomes, or differences between two methods paired on seed and state.
 
     Raises:
-        BurnishError: fewer than two columns, or no row.
+        BurnishError: fewer than two numbers.
     """
     table = np.asarray(values, dtype=np.float64)
+    if table.shape[1] == 1:
+        table = table.T
     k, n = table.shape
     if k < 1 or n < 2:
         raise BurnishError(f"a table of {k} seeds and {n} initial states", "at least one seed and two states")
@@ -233,11 +208,6 @@ def letters(differ: np.ndarray) -> list[str]:
     groups.sort(key=lambda group: sorted(group))
     return ["".join(chr(ord("a") + place) for place, group in enumerate(groups) if arm in group)
             for arm in range(len(differ))]  # fmt: skip
-
-
-def _middle(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def minimum_detectable_difference(n: int, discordance: float, *, power: float = POWER) -> float | None:

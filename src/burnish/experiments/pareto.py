@@ -7,9 +7,9 @@ from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
 from burnish.core.reading import read_object
 from burnish.experiments.results import readable
-from burnish.experiments.study import QUESTIONS
+from burnish.experiments.variants import ANSWER_LOSS, MAIN, QUESTIONS
 
-ABILITY, KNOWLEDGE = "main", QUESTIONS
+KINDS = {MAIN: "success", QUESTIONS: "accuracy", ANSWER_LOSS: "loss"}
 COLOURS = ("#0f766e", "#c2580c", "#7c5cbf", "#b4262a", "#2563a8", "#6b7280", "#a16207", "#be185d", "#15803d", "#0e7490")
 
 
@@ -51,14 +51,15 @@ def read_variants(result: Path) -> dict[str, dict[str, Any]]:
     content = read_object(result)
     variants: dict[str, dict[str, Any]] = {}
     for row in content.get("rows", []):
-        kind = {ABILITY: "success", KNOWLEDGE: "accuracy"}.get(row.get("eval", ABILITY))
+        kind = KINDS.get(row.get("eval", MAIN))
         if kind:
-            variants.setdefault(row["label"], {})[kind] = row
+            rate = row["mean" if kind == "loss" else "rate"]
+            variants.setdefault(row["label"], {})[kind] = {**row, "rate": rate}
     for name, run in content.get("metrics", {}).get("runs", {}).items():
         variant = name.rpartition("-")[0]
-        if variant in variants and "answer_loss" in run:
-            losses = variants[variant].setdefault("loss", {"by_seed": [], "interval": None})
-            losses["by_seed"].append(run["answer_loss"])
+        if variant in variants and ANSWER_LOSS in run and "outcomes" not in variants[variant].get("loss", {}):
+            losses = variants[variant].setdefault("loss", {"by_seed": [], "interval": None})  # of an earlier version
+            losses["by_seed"].append(run[ANSWER_LOSS])
     wanted = {"success", "accuracy", "loss"}
     variants = {name: found for name, found in variants.items() if wanted <= found.keys()}
     if not variants:
@@ -72,7 +73,7 @@ def read_variants(result: Path) -> dict[str, dict[str, Any]]:
 def read_base(result: Path) -> tuple[float | None, float | None]:
     """Exact answers and answer loss of the base, where the study asked it."""
     content = read_object(result)
-    rows = [row for row in content["rows"] if (row["label"], row.get("eval")) == ("base", KNOWLEDGE)]
+    rows = [row for row in content["rows"] if (row["label"], row.get("eval")) == ("base", QUESTIONS)]
     return (rows[0]["rate"] if rows else None), content["metrics"].get("base", {}).get("answer_loss")
 
 

@@ -20,7 +20,7 @@ from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder
 from burnish.envs.base import expand
-from burnish.experiments.results import FROM_RUN, check_place, result_row, write_result
+from burnish.experiments.results import FROM_RUN, check_place, flags, outcome_row, write_result
 
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
@@ -50,13 +50,16 @@ class Outcome:
 class Stages:
     """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time.
 
+    Commit and date are those of the first call: a later one, which finds everything done, made nothing.
+
     Raises:
         BurnishError: the file is damaged.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any]):
         self.file = file
-        self.content = (_read_stages(file) if file.exists() else {"stages": []}) | facts
+        before = _read_stages(file) if file.exists() else {"stages": []}
+        self.content = before | facts | {name: before[name] for name in ("commit", "date") if before.get(name)}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -134,7 +137,9 @@ def _run(recipe: RecipeConfig, folder: Path, command: str, result: Path | None, 
     if not fresh:
         check_resumable(recipe)
     seeds = {"demos": recipe.demos.seed, "train": recipe.train.seed, "eval": recipe.eval.seed}
-    stages = Stages(folder / "run.json", run_facts(recipe.name, command, seeds))
+    facts = run_facts(recipe.name, command, seeds)
+    stages = Stages(folder / "run.json", facts)
+    stages.content |= facts if fresh else {}
     note_recipe(recipe, folder / "recipe.yaml")
     outcome = Outcome(folder)
     make_data(recipe, stages)
@@ -260,12 +265,16 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
 
 def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: Path) -> None:
     rows, metrics = [], {}
+    seed = str(recipe.train.seed)
     for variant, found in outcome.evaluations.items():
-        rows.append(result_row(RESULT_LABELS[variant], found.overall.successes, found.overall.n))
+        episodes = sorted(found.records, key=lambda r: str(r.key))
+        rows.append(outcome_row(RESULT_LABELS[variant], {seed: [r.success for r in episodes]}))
         if found.other:
-            rows.append(result_row("… solved the object it was told", found.other.successes, found.other.n))
+            told = [bool(r.other_success) for r in episodes if r.other_success is not None]
+            rows.append(outcome_row("… solved the object it was told", {seed: told}))
     for name, found in outcome.retention.items():
-        metrics[f"questions_{name}"] = {k: v for k, v in found.to_dict().items() if k != "correct"}
+        kept = {k: v for k, v in found.to_dict().items() if k not in ("correct", "losses")}
+        metrics[f"questions_{name}"] = kept | {"outcomes": flags(found.correct)}
     facts = stages.content
     write_result(
         path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, minutes=stages.minutes,

@@ -18,22 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from burnish.core.errors import BurnishError, one_line
-from burnish.core.files import write_json, write_text
+from burnish.core.files import write_json
 from burnish.core.options import number
 from burnish.core.outputs import require_outside
-from burnish.core.reading import inside, read_object, read_text
+from burnish.core.reading import inside, read_object
 
 FIELDS = ("recipe", "command", "commit", "date", "seeds", "hardware", "minutes", "rows", "metrics")
 FROM_RUN = ("commit", "date", "seeds", "hardware")
 """Fields that run.json has under the same names."""
 ROW_FIELDS = ("label", "n", "successes", "rate", "interval")
+NUMBER_FIELDS = ("label", "n", "mean", "interval")
+"""Of a row whose outcomes are numbers and not shares."""
 RAW = "outcomes"
 """Field of a row that no table shows: every single outcome, for whoever computes the interval again."""
+HIDDEN = {*ROW_FIELDS, "mean", RAW, "p", "eval"}
+WITHDRAWN = (
+    "*Withdrawn, to be run again: this study kept no outcome of single trials, so none of its figures can be "
+    "computed again.*"
+)
 MARKER = re.compile(r"^<!-- results:(?P<names>[^>]*?)-->[ \t]*\n(?P<table>.*?)^<!-- /results -->[ \t]*$", re.M | re.S)
 OPENING = re.compile(r"^<!-- results:", re.M)
 RUNS = "runs:"
 """Between the names of studies and what to show of their runs."""
-PAGES = ("README.md", "docs/**/*.md")
 
 
 def result_row(label: str, successes: int, n: int, **extra: Any) -> dict[str, Any]:
@@ -45,9 +51,22 @@ def result_row(label: str, successes: int, n: int, **extra: Any) -> dict[str, An
     return row | extra
 
 
+def flags(outcomes: Iterable[bool]) -> str:
+    """Successes and failures as a text of 1 and 0."""
+    return "".join("01"[bool(one)] for one in outcomes)
+
+
+def outcome_row(label: str, outcomes: dict[str, list[bool]]) -> dict[str, Any]:
+    """`result_row` of single outcomes by seed, which the row keeps."""
+    texts = {seed: flags(some) for seed, some in outcomes.items()}
+    every = "".join(texts.values())
+    return result_row(label, every.count("1"), len(every), outcomes=texts)
+
+
 def write_result(
     path: Path | str, *, recipe: str, command: str, rows: list[dict[str, Any]], commit: str, date: str,
     seeds: dict[str, int], hardware: str, minutes: float, metrics: dict[str, Any] | None = None,
+    declared: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write the outcome of a recipe; the old file stays until the new one is complete.
 
@@ -62,15 +81,21 @@ def write_result(
         hardware: in words, e.g. "2 CPU cores".
         minutes: wall time of the whole recipe.
         metrics: anything else that was measured (question accuracy, latency).
+        declared: of a study, what was settled before its first run, see `experiments.variants.judge`; comparisons and
+            verdicts are put into `rows` here.
 
     Raises:
         BurnishError: a row lacks a field, or contradicts itself.
     """
+    from burnish.experiments.variants import judge
+
     path = Path(path)
     content = {
         "recipe": recipe, "command": command, "commit": commit, "date": date, "seeds": seeds, "hardware": hardware,
         "minutes": round(float(minutes), 1), "rows": rows, "metrics": metrics or {},
     }  # fmt: skip
+    if declared is not None:
+        content |= {"declared": declared, "gates": judge(rows, declared)}
     check_result(content, str(path))
     write_json(path, content)
     return path
@@ -101,16 +126,19 @@ def check_result(content: Any, where: str) -> None:
     if missing:
         raise BurnishError(f"{where} lacks {', '.join(missing)}", "a result written by `burnish run`")
     for row in content["rows"] if isinstance(content["rows"], list) else [None]:
-        missing = [name for name in ROW_FIELDS if name not in row] if isinstance(row, dict) else ["everything"]
+        fields = NUMBER_FIELDS if isinstance(row, dict) and "mean" in row else ROW_FIELDS
+        missing = [name for name in fields if name not in row] if isinstance(row, dict) else ["everything"]
         if missing:
             label = row.get("label", "?") if isinstance(row, dict) else row
             raise BurnishError(f"{where}: row '{label}' lacks {', '.join(missing)}")
-        ends = row["interval"] if isinstance(row["interval"], list | tuple) and len(row["interval"]) == 2 else [None]
-        if not all(map(number, [*ends, row["n"], row["successes"], row["rate"]])):
+        value = row[fields[-2]]
+        ends = [value, value] if row["interval"] is None and "mean" in row else row["interval"]
+        ends = ends if isinstance(ends, list | tuple) and len(ends) == 2 else [None]
+        if not all(map(number, [*ends, *(row[name] for name in fields[1:-1])])):
             raise BurnishError(f"{where}: row '{row['label']}' holds something else than numbers")
         low, high = ends
-        n, successes = row["n"], row["successes"]
-        if n < 1 or abs(row["rate"] - successes / n) > 1e-9 or not low <= row["rate"] <= high:
+        wrong = fields is ROW_FIELDS and row["n"] >= 1 and abs(value - row["successes"] / row["n"]) > 1e-9
+        if row["n"] < 1 or wrong or not low <= value <= high:
             found = f"{where}: row '{row['label']}' contradicts itself"
             raise BurnishError(found, "rate = successes / n inside interval")
 
@@ -154,12 +182,12 @@ def _runs_table(names: list[str], keys: list[str], results: Path) -> str:
         variants: dict[str, list[dict[str, Any]]] = {}
         for run, figures in found["metrics"].get("runs", {}).items():
             variants.setdefault(run.rpartition("-")[0], []).append(figures)
-        lines = [_line(["", "seeds", *(key.replace("_", " ") for key in keys)])]
-        lines.append(_line(["---", *["---:"] * (len(keys) + 1)]))
+        lines = [line(["", "seeds", *(key.replace("_", " ") for key in keys)])]
+        lines.append(line(["---", *["---:"] * (len(keys) + 1)]))
         for variant, runs in variants.items():
             values = [[run[key] for run in runs if run.get(key) is not None] for key in keys]
-            means = [_cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
-            lines.append(_line([variant, len(runs), *means]))
+            means = [cell(k, sum(v) / len(v) if v else None) for k, v in zip(keys, values, strict=True)]
+            lines.append(line([variant, len(runs), *means]))
         parts.append("\n".join(lines) + "\n\n" + _provenance(found))
     return "\n\n".join(parts) + "\n"
 
@@ -178,28 +206,6 @@ def fill(text: str, results: Path, where: str) -> str:
     return MARKER.sub(renew, text)
 
 
-def update_pages(root: Path | str = Path(), check: bool = False) -> list[Path]:
-    """Write the tables of README.md and docs/ under `root` from its results/.
-
-    Args:
-        root: a checkout; the present folder when not given.
-        check: change nothing.
-
-    Returns:
-        The pages that changed (or, with `check`, would change).
-    """
-    root, changed = Path(root), []
-    for page in sorted(file for pattern in PAGES for file in root.glob(pattern)):
-        before = read_text(page, root)
-        after = fill(before, root / "results", str(page))
-        if after == before:
-            continue
-        changed.append(page)
-        if not check:
-            write_text(page, after)
-    return changed
-
-
 def _load(path: Path) -> dict[str, Any]:
     content = read_object(path)
     if "figures" not in content:
@@ -207,21 +213,73 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
+def withdrawn(result: dict[str, Any]) -> bool:
+    """Whether a study keeps no single outcome, so that nobody can compute its intervals again; counts are enough for
+    those of a single run."""
+    return "figures" not in result and any("by_seed" in row and RAW not in row for row in result["rows"])
+
+
 def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
     rows = [(name, row) for name, result in found.items() for row in [*result["rows"], *_metric_rows(result)]]
-    extra = list(dict.fromkeys(key for _, row in rows for key in row if key not in (*ROW_FIELDS, RAW)))
-    several = len(found) > 1
-    evals = "eval" in extra  # several evaluations of the same variants: named at the left
-    extra = [key for key in extra if key != "eval"]
+    shown = dict.fromkeys(key for _, row in rows for key in row if key not in HIDDEN)
+    extra = sorted(shown, key=lambda key: LAST.index(key) if key in LAST else -1)
+    several, evals = len(found) > 1, any("eval" in row for _, row in rows)  # evaluations: named at the left
     names = [*(["recipe"] if several else []), "", *(["eval"] if evals else [])]
-    numbers = ["n", "success", "95 % interval", *(key.replace("_", " ") for key in extra)]
-    lines = [_line([*names, *numbers]), _line(["---"] * len(names) + ["---:"] * len(numbers))]
+    mean = "mean" if any("mean" in row for _, row in rows) else "success"
+    numbers = ["n", mean, "95 % interval", *(TITLES.get(key, key.replace("_", " ")) for key in extra)]
+    lines = [line([*names, *numbers]), line(["---"] * len(names) + ["---:"] * len(numbers))]
     for name, row in rows:
-        low, high = row["interval"]
         cells = [*([name] if several else []), row["label"], *([row.get("eval", "")] if evals else []), row["n"]]
-        cells += [f"{100 * row['rate']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
-        lines.append(_line([*cells, *(_cell(key, row.get(key)) for key in extra)]))
-    return "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
+        if "mean" in row:
+            ends = row["interval"]
+            cells += [cell("", row["mean"]), "" if ends is None else f"{cell('', ends[0])} to {cell('', ends[1])}"]
+        else:
+            low, high = row["interval"]
+            cells += [f"{100 * row['rate']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        lines.append(line([*cells, *(_row_cell(key, row) for key in extra)]))
+    heads = [f"{WITHDRAWN}\n\n" if any(map(withdrawn, found.values())) else ""]
+    heads += [_declared(result) for result in found.values() if "declared" in result]
+    return "".join(heads) + "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
+
+
+SIGNED = ("minus_reference", "minus_base")
+LAST = (*SIGNED, "adjusted", "detectable", "verdict", "letters")
+"""Columns at the right, in this order."""
+TITLES = {"adjusted": "p (Holm)"}
+
+
+def _row_cell(key: str, row: dict[str, Any]) -> str:
+    """A cell beside the interval; where outcomes are numbers, differences are not in points."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == "adjusted":
+        return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+    if key == "detectable":
+        return cell("", value) if "mean" in row else f"{100 * value:.1f}"
+    if "mean" in row and key == "by_seed":
+        return ", ".join(cell("", one) for one in value)
+    if "mean" in row and key in SIGNED:
+        return "{:+.3g} [{:+.3g}, {:+.3g}]".format(*value)
+    return cell(key, value)
+
+
+def _declared(result: dict[str, Any]) -> str:
+    """What was settled before the first run, and the gates: they stand above what they let through."""
+    said, gates = result["declared"], result["gates"]
+    share = any("rate" in row for row in result["rows"])
+    margin = said["margin"]
+    words = [f"Endpoint {said['endpoint']}, compared with {said['reference']}, {said['stopping']} seeds"]
+    if margin is not None:
+        words.append(f"margin {100 * margin:g} points" if share else f"margin {margin:g}")
+    lines = [f"{', '.join(words)}: settled before the first run."]
+    for gate in gates:
+        value = "not measured" if gate["value"] is None else f"{gate['value']:.3g}"
+        lines.append(f"- Gate {'passed' if gate['passed'] else '**failed**'}: {gate['name']} "
+                     f"(`{gate['check']}` in {gate['measure']}: {value})")  # fmt: skip
+    if not all(gate["passed"] for gate in gates):
+        lines.append("- So this setting cannot show the effect, and every verdict is void.")
+    return lines[0] + "\n\n" + "".join(f"{line}\n" for line in lines[1:]) + ("\n" if lines[1:] else "")
 
 
 def _metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -236,33 +294,37 @@ def _metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _bench_table(name: str, bench: dict[str, Any]) -> str:
     targets = bench.get("targets") or (bench.get("detail") or {}).get("targets") or {}
-    lines = [_line(["figure", "value", "target"]), _line(["---", "---:", "---"])]
+    lines = [line(["figure", "value", "target"]), line(["---", "---:", "---"])]
     for figure, value in bench["figures"].items():
-        lines.append(_line([f"`{figure}`", _cell(figure, value), str(targets.get(figure, ""))]))
+        lines.append(line([f"`{figure}`", cell(figure, value), str(targets.get(figure, ""))]))
     made = f"`{bench.get('command') or 'python -m bench ' + name.removeprefix('bench_') + ' --json'}`"
     facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if "n" in bench else ""]
+    facts += [f"commit {str(bench['commit'])[:10]}" if bench.get("commit") else "", _words(bench.get("date"))]
     return "\n".join(lines) + "\n\n" + " · ".join(fact for fact in facts if fact)
 
 
 def _provenance(result: dict[str, Any]) -> str:
+    runs = [run for run in result["metrics"].get("runs", {}).values() if isinstance(run, dict)]
+    made = sorted({str(run["commit"])[:10] for run in runs if run.get("commit")}) or [str(result["commit"])[:10]]
     facts = [
-        f"`{result['command']}`", f"commit {str(result['commit'])[:10]}", _words(result["hardware"]),
+        f"`{result['command']}`", f"commit {', '.join(made)}", _words(result["hardware"]),
         f"{result['minutes']:g} minutes", str(result["date"]), f"seeds {_words(result['seeds'])}",
     ]  # fmt: skip
     return " · ".join(facts)
 
 
-def _line(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def line(cells: Iterable[Any]) -> str:
+    """A line of a markdown table."""
+    return "| " + " | ".join(str(one).replace("|", "\\|").replace("\n", " ") for one in cells) + " |"
 
 
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
     """A number to three digits; accuracies, rates and shares as percent."""
     if value is None:
         return ""
     if key == "by_seed":
         return ", ".join(f"{100 * rate:.1f}" for rate in value)
-    if key.startswith("minus_"):
+    if key in SIGNED:
         return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * number for number in value))
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -16,7 +16,7 @@ from burnish.core.cluster import choose_engine
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone, make_folder, write_json
-from burnish.core.options import check, number, option, refuse_unknown
+from burnish.core.options import check, option, refuse_unknown
 from burnish.core.outputs import share
 from burnish.core.provenance import weights_hash
 from burnish.core.reading import read_object
@@ -34,14 +34,13 @@ from burnish.core.recipe import (
 from burnish.core.renames import STUDY, rename
 from burnish.core.workers import Engine, WorkerPool
 from burnish.envs.base import expand
+from burnish.experiments.measures import measure_file, read_answers, run_figures, study_rows
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, check_place, write_result
-from burnish.experiments.variants import read_successes, variant_rows
+from burnish.experiments.variants import ALIASES, ANSWER_LOSS, MAIN, MARGIN, read_gates
 
 log = logging.getLogger("burnish")
 
-QUESTIONS = "questions, exact"
-"""Name of the questions among the evaluations."""
 MOST_RUNS = 1000
 SETUP = ("workshop", "bench")
 """What `python -m` may name in `setup`, beside the commands of burnish itself: a study may come from anywhere."""
@@ -52,7 +51,11 @@ SetupRunner = Callable[[str], int]
 
 @dataclass
 class StudyConfig:
-    """A study file. `{seed}` and `{out}` in `setup` and `variants` stand for the seed and the study's folder."""
+    """A study file. `{seed}` and `{out}` in `setup` and `variants` stand for the seed and the study's folder.
+
+    A measure is `success` (of `eval`), the name of one of `evals` or of `measures`, `answers` (share of exact answers
+    to `eval.questions`), `answer_loss` (nats per token), or a number that training logs.
+    """
 
     name: str = option("", "result name; runs go to runs/<name>/<variant>-<seed>")
     recipe: str = option("", "what all variants share: a recipe file, beside the study file or shipped", path=True)
@@ -63,6 +66,17 @@ class StudyConfig:
     evals: dict[str, dict[str, Any]] = option(
         {}, 'further evaluations: name to changes of `eval`; "main" is `eval` itself'
     )
+    measures: dict[str, str] = option({}, "name to a command that measures the policy in {run} and writes {file}")
+    endpoint: str = option("success", "the measure that decides; the others only inform")
+    lower: list[str] = option([ANSWER_LOSS], "measures that are good where they are small")
+    margin: float | None = option(None, "differences of the endpoint up to this do not matter", above=0.0)
+    stopping: int = option(0, "number of seeds, fixed before the first run; 0: as many as `seeds` lists", least=0)
+    gates: list[dict[str, str]] = option([], "what must hold before a verdict counts: name, measure, check")
+
+    def declared(self) -> dict[str, Any]:
+        """What was said before the first run, as it stands in the result."""
+        names = ("endpoint", "lower", "margin", "reference", "stopping", "gates")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -100,6 +114,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyCo
         raise BurnishError(f"{path}: reference '{study.reference}' is no variant", expected)
     if "main" in study.evals:
         raise BurnishError(f"{path}: an evaluation is called 'main'", "another name; 'main' is the recipe's own")
+    _check_declared(study, str(path))
     return study, load_recipe(find_recipe(study.recipe, beside=path), overrides)
 
 
@@ -109,22 +124,51 @@ def _check(study: StudyConfig, where: str) -> None:
     whole = all(type(seed) is int and abs(seed) < 2**62 for seed in study.seeds)
     if not whole or len({*study.seeds}) < len(study.seeds):
         raise BurnishError(f"{where}: seeds is {str(study.seeds)[:100]}", "whole numbers, each once")
-    for line in study.setup:
-        try:
-            words = shlex.split(line) if isinstance(line, str) else []
-        except ValueError as error:
-            raise BurnishError(f"{where}: the setup command {line[:100]!r} cannot be split ({error})") from None
-        if not words:
-            raise BurnishError(f"{where}: {str(line)[:100]!r} in setup", "a command")
-        if words[0] == "python" and (words[1:2] != ["-m"] or not set(words[2:3]) & set(SETUP)):
-            raise BurnishError(f"{where}: {line[:100]!r} in setup", f"burnish's, or python -m {' or '.join(SETUP)}")
-    for what, entries in (("variants", study.variants), ("evals", study.evals)):
+    for what, lines in (("setup", study.setup), ("measures", study.measures.values())):
+        for line in lines:
+            _check_command(line, f"{where}: {str(line)[:100]!r} in {what}")
+    for what, entries in (("variants", study.variants), ("evals", study.evals), ("measures", study.measures)):
         for name, changes in entries.items():
             if not isinstance(name, str):
                 raise BurnishError(f"{where}: the name {name!r} in {what} is no text", f"'{name}' in quotes")
             check_name(name, f"{where}: a name in {what}", parts=1)
+            if what == "measures":
+                continue
             if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
                 raise BurnishError(f"{where}: '{name}' of {what} is {str(changes)[:100]}", "fields and their values")
+
+
+def _check_command(line: Any, what: str) -> None:
+    try:
+        words = shlex.split(line) if isinstance(line, str) else []
+    except ValueError as error:
+        raise BurnishError(f"{what} cannot be split ({error})") from None
+    if not words:
+        raise BurnishError(what, "a command")
+    if words[0] == "python" and (words[1:2] != ["-m"] or not set(words[2:3]) & set(SETUP)):
+        raise BurnishError(what, f"burnish's, or python -m {' or '.join(SETUP)}")
+
+
+def _check_declared(study: StudyConfig, where: str) -> None:
+    """Endpoint, margin, gates and number of seeds: they are settled before the first run."""
+    taken = {MAIN, *ALIASES, *ALIASES.values(), ANSWER_LOSS, *study.evals}
+    for name in study.measures:
+        if name in taken:
+            raise BurnishError(f"{where}: a measure is called '{name}'", "a name that no other measure has")
+    for name, line in study.measures.items():
+        if "{run}" not in line or "{file}" not in line:
+            raise BurnishError(f"{where}: measure '{name}' is {line[:100]!r}", "a command with {run} and {file}")
+    if not all(isinstance(name, str) for name in study.lower):
+        raise BurnishError(f"{where}: lower is {str(study.lower)[:100]}", "names of measures")
+    study.stopping = study.stopping or len(study.seeds)
+    if study.stopping != len(study.seeds):
+        found = f"{where}: stopping says {study.stopping} seeds, seeds lists {len(study.seeds)}"
+        raise BurnishError(found, "as many; seeds added after looking need `burnish compare --sequential`")
+    gates = read_gates(study.gates, list(study.variants), where)
+    study.gates = [{**vars(gate), "measure": gate.measure or study.endpoint} for gate in gates]
+    share = study.endpoint not in (ANSWER_LOSS, *study.measures) and study.endpoint in taken
+    if study.margin is None and share:
+        study.margin = MARGIN
 
 
 def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
@@ -194,7 +238,7 @@ def run_study(
     parallel = engine != "processes"
     for key, taken in _on_workers(arguments, runs, place, workers) if parallel else finish_runs(runs, *arguments):
         finished.append(runs[key])
-        minutes += taken
+        minutes += taken + _measure(study, runs[key], facts, run_setup)
         if result:
             _write(study, finished, facts, minutes, result)
     return folder
@@ -313,6 +357,18 @@ def _set_up(line: str, stages: Any, run_setup: SetupRunner | None) -> None:
     stages.write()
 
 
+def _measure(study: StudyConfig, run: _Run, facts: dict[str, Any], run_setup: SetupRunner | None) -> float:
+    """The measuring commands of a finished run, each once; minutes that they took now."""
+    clock = Stages(run.folder / "run.json", facts)
+    before = clock.minutes
+    for name, line in study.measures.items():
+        file = measure_file(run.folder, name)
+        make_folder(file.parent)
+        line = line.replace("{run}", shlex.quote(str(run.folder))).replace("{file}", shlex.quote(str(file)))
+        _set_up(_fill(line, run.seed, study_folder(study)), clock, run_setup)
+    return clock.minutes - before
+
+
 def _settings(study: StudyConfig, run: _Run) -> dict[str, EvalConfig]:
     settings = {}
     for name, change in {"main": {}, **study.evals}.items():
@@ -347,8 +403,10 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     if not questions.root:
         return
     asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(resolve(policy))}
-    if path.is_file() and read_object(path).get("asked") == asked:
-        return
+    if path.is_file():
+        before = read_object(path)
+        if before.get("asked") == asked and "losses" in before.get("tuned", {}):
+            return
     asker = load_policy(policy, device=settings.device)
     found = retention(asker, questions.root, limit=questions.limit, progress=True)
     make_folder(folder)
@@ -361,58 +419,15 @@ def _ask_questions(runs: Iterable[_Run]) -> bool:
 
 
 def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
-    def of(variant: str) -> dict[int, _Run]:
-        return {run.seed: run for run in runs if run.variant == variant}
-
-    rows = []
-    several = bool(study.evals or _ask_questions(runs))
-    for name in ["main", *study.evals]:
-        folders = {v: {seed: run.folder / "eval" / name for seed, run in of(v).items()} for v in study.variants}
-        found = {variant: read_successes(evaluations) for variant, evaluations in folders.items()}
-        rows += variant_rows(found, study.reference, **({"eval": name} if several else {}))
-    metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": _figures(run) for run in runs}}
-    if _ask_questions(runs):
-        seeds = {variant: of(variant).items() for variant in study.variants}
-        answers = {variant: {seed: _answers(run.folder) for seed, run in found} for variant, found in seeds.items()}
-        rows += _question_rows(answers, study, metrics)
+    folders = {v: {run.seed: run.folder for run in runs if run.variant == v} for v in study.variants}
+    asked, start = _ask_questions(runs), study_folder(study) / "base"
+    start = start if (start / "retention.json").is_file() else None
+    names = [study.endpoint, *(gate["measure"] for gate in study.gates)]
+    rows = study_rows(folders, names, study.evals, study.measures, start, asked)
+    metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": run_figures(run.folder) for run in runs}}
+    if asked and start:
+        metrics["base"] = {ANSWER_LOSS: read_answers(start)["loss"]}
     write_result(
         path, recipe=f"recipes/{study.name}.yaml", command=" ".join(facts["commands"]), rows=rows, minutes=minutes,
-        metrics=metrics, **{name: facts[name] for name in FROM_RUN},
+        metrics=metrics, declared=study.declared(), **{name: facts[name] for name in FROM_RUN},
     )  # fmt: skip
-
-
-def _question_rows(answers: dict[str, dict[int, Any]], study: StudyConfig, metrics: dict[str, Any]) -> list[Any]:
-    """Rows of the held-out questions; also against the base, where the variants start from one."""
-    rows = variant_rows(answers, study.reference, eval=QUESTIONS)
-    folder = study_folder(study) / "base"
-    if not (folder / "retention.json").is_file():
-        return rows
-    before = _answers(folder)
-    metrics["base"] = {"answer_loss": _retention(folder)["loss"]}
-    for row in rows:
-        seeds = answers[row["label"]]
-        pair = variant_rows({"base": dict.fromkeys(seeds, before), row["label"]: seeds}, "base")
-        row["minus_base"] = pair[1]["minus_reference"]
-    return variant_rows({"base": {0: before}}, "", eval=QUESTIONS) + rows
-
-
-def _retention(folder: Path) -> dict[str, Any]:
-    path = folder / "retention.json"
-    found = read_object(path).get("tuned")
-    right = isinstance(found, dict) and isinstance(found.get("correct"), list) and number(found.get("loss"))
-    if not right or not all(flag in (True, False) for flag in found["correct"]):
-        raise BurnishError(f"{path} is damaged", "what `burnish run` wrote", f"rm '{path}'")
-    return found
-
-
-def _answers(folder: Path) -> dict[int, float]:
-    return {number: float(flag) for number, flag in enumerate(_retention(folder)["correct"])}
-
-
-def _figures(run: _Run) -> dict[str, Any]:
-    """What a run logged last, and how well it still answers."""
-    content = read_object(run.folder / "train.json")
-    figures = {"steps": content["steps"], **content["final"]}
-    if (run.folder / "retention.json").is_file():
-        figures["answer_loss"] = _retention(run.folder)["loss"]
-    return figures

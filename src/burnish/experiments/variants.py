@@ -1,91 +1,226 @@
-"""Variants of a recipe, trained with several seeds and measured on the same trials: one table, one row for each."""
+"""What the variants of a study measured, as rows of its result: comparisons, gates and verdicts from raw outcomes.
 
+A measure is one number for each variant, training seed and unit (an initial state, a question; a logged number has a
+single unit). The rows keep these numbers, and everything else in them follows from those: `judge` computes it, for a
+new result as for one that is checked (`experiments.recompute`).
+"""
+
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.records import Record
-from burnish.evaluate.results import read_results
-from burnish.evaluate.stats import crossed_bootstrap, wilson
+from burnish.core.options import option, read_options
+from burnish.evaluate.stats import LEVEL, Estimate, holm, letters, two_way, verdict, wilson
 
-Trials = dict[int, dict[Any, float]]
-"""Training seed to trial to outcome; a trial is an initial state or a question."""
-
-
-def read_successes(evaluations: Mapping[int, Path]) -> Trials:
-    """Success of every episode of one variant at what it was told; `evaluations` maps a training seed to its folder.
-
-    Under an instruction swap that is the task with the newly named object.
-    """
-
-    def told(record: Record) -> float:
-        return float(record.success if record.other_success is None else record.other_success)
-
-    return {seed: {r.key: told(r) for r in read_results(folder)} for seed, folder in evaluations.items()}
+Trials = Mapping[int | str, Mapping[Any, float]]
+"""Training seed to unit to outcome."""
+MAIN, QUESTIONS, ANSWER_LOSS = "main", "questions, exact", "answer_loss"
+ALIASES = {"success": MAIN, "answers": QUESTIONS}
+"""Names of measures in a study file to those in the rows of its result."""
+START = "start"
+"""In place of a training seed: measured before training."""
+MARGIN = 0.05
+"""Of shares, unless a study says otherwise."""
+COMPUTED = ("minus_reference", "minus_base", "p", "adjusted", "detectable", "verdict", "letters")
+_CHECK = re.compile(r"(?P<arm>\S+)(?: - (?P<other>\S+))? (?P<sign>>=|<=) (?P<bound>-?\d+(?:\.\d+)?)")
 
 
-def variant_rows(variants: Mapping[str, Trials], reference: str, **extra: Any) -> list[dict[str, Any]]:
-    """Rows of a result: rate and interval of each variant; its difference from the reference, paired on seed and trial.
+@dataclass
+class Gate:
+    """What must hold before a verdict of a study counts, such as `aux_sft - sft >= 0.15`."""
 
-    Intervals hold over seeds and trials (`stats.crossed_bootstrap`); with one seed they hold over trials alone. Where
-    all outcomes are equal they are Wilson's for the number of trials.
+    name: str = option("", "what it says, in words")
+    measure: str = option("", "a measure of the study; empty means its endpoint")
+    check: str = option("", "VARIANT >= NUMBER, VARIANT <= NUMBER, or the same of VARIANT - VARIANT")
 
-    Args:
-        variants: name to trials; those without any seed are left out.
-        reference: the one that the others are compared with.
-        extra: further columns, the same in every row.
 
-    Every row keeps its raw outcomes: for each seed a text of 0 and 1, trials in the order of their keys.
+def read_gates(entries: Sequence[Any], variants: Sequence[str], where: str) -> list[Gate]:
+    """The gates of a study file.
 
     Raises:
-        BurnishError: two seeds of a variant, or a variant and the reference, share no trial.
+        BurnishError: an unknown key, a check that cannot be read, a variant that the study lacks.
     """
+    gates = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise BurnishError(f"{where}: gate {i + 1} is {str(entry)[:100]}", "name, measure and check")
+        gate = read_options(Gate, entry, f"{where}: gate {i + 1}")
+        found = _CHECK.fullmatch(gate.check)
+        if found is None:
+            raise BurnishError(f"{where}: gate {i + 1} checks '{gate.check[:100]}'", "such as 'sft >= 0.4'")
+        unknown = [arm for arm in found.group("arm", "other") if arm not in (None, "base", *variants)]
+        if unknown:
+            raise BurnishError(f"{where}: gate {i + 1} names '{unknown[0]}'", f"one of {', '.join(variants)}")
+        gates.append(gate)
+    return gates
+
+
+def measure_rows(variants: Mapping[str, Trials], *, shares: bool = True, **extra: Any) -> list[dict[str, Any]]:
+    """A row for each variant with its raw outcomes, on the units that all of their runs have in common.
+
+    Args:
+        variants: name to outcomes; those without any seed are left out.
+        shares: outcomes are 0 or 1 and kept as a text of those; otherwise numbers, kept to four digits.
+        extra: further columns, the same in every row.
+
+    Raises:
+        BurnishError: two runs share no unit.
+    """
+    runs = [run for trials in variants.values() for run in trials.values()]
+    shared = [key for key in sorted(runs[0], key=str) if all(key in run for run in runs)] if runs else []
+    if runs and not shared:
+        raise BurnishError(f"the runs of {', '.join(variants)} share no trial", "the same initial states in every run")
+
+    def text(run: Mapping[Any, float]) -> str:
+        return "".join("01"[run[key] > 0.5] for key in shared) if shares else " ".join(f"{run[k]:.4g}" for k in shared)
+
     rows = []
     for name, trials in variants.items():
-        if not trials:
-            continue
-        table = _table([trials], name)[0]
-        low, high = _interval(table)
-        row: dict[str, Any] = {
-            "label": name, **extra, "n": table.size, "successes": int(table.sum()), "rate": float(table.mean()),
-            "interval": [low, high], "by_seed": [float(rate) for rate in table.mean(1)],
-            "outcomes": {str(seed): _string(run) for seed, run in trials.items()},
-        }  # fmt: skip
-        shared = trials.keys() & variants.get(reference, {}).keys()
-        if name != reference and shared:
-            ours, theirs = _table([_only(trials, shared), _only(variants[reference], shared)], name)
-            difference = ours - theirs
-            row["minus_reference"] = [float(difference.mean()), *_interval(difference, -1.0)]
-        rows.append(row)
+        if trials:
+            row = {"label": name, **extra, "outcomes": {str(seed): text(run) for seed, run in trials.items()}}
+            rows.append(row | summary(row["outcomes"], shares))
     return rows
 
 
-def _string(run: Mapping[Any, float]) -> str:
-    return "".join("01"[run[key] > 0.5] for key in sorted(run, key=str))
+def outcomes(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """[n] numbers by seed: the raw outcomes of a row."""
+    shares = "rate" in row or "successes" in row
+    return {seed: _numbers(text, shares) for seed, text in row["outcomes"].items()}
 
 
-def _only(trials: Trials, seeds: set[int]) -> Trials:
-    return {seed: trials[seed] for seed in sorted(seeds)}
+def _numbers(text: str, shares: bool) -> np.ndarray:
+    return np.array([*map(float, text if shares else text.split())])
 
 
-def _table(variants: Sequence[Trials], name: str) -> list[np.ndarray]:
-    """[seeds, trials] of each variant, on the trials that all of their runs have in common."""
-    runs = [run for trials in variants for run in trials.values()]
-    shared = [key for key in runs[0] if all(key in run for run in runs)]
-    if not shared:
-        raise BurnishError(f"the runs of variant '{name}' share no trial", "the same initial states in every run")
-    return [np.array([[run[key] for key in shared] for run in trials.values()]) for trials in variants]
+def summary(texts: Mapping[str, str], shares: bool) -> dict[str, Any]:
+    """What a row says of its own raw outcomes: n, mean with its interval over seeds and units, mean of each seed."""
+    table = np.array([_numbers(text, shares) for text in texts.values()])
+    mean, found = float(table.mean()), estimate(table, shares)
+    interval = None if found is None else [min(max(found.low, 0.0), mean), max(min(found.high, 1.0), mean)]
+    if not shares and found is not None:
+        interval = found.interval
+    head = {"successes": int(table.sum()), "rate": mean} if shares else {"mean": mean}
+    return {"n": table.size, **head, "interval": interval, "by_seed": [float(one) for one in table.mean(1)]}
 
 
-def _interval(table: np.ndarray, least: float = 0.0) -> tuple[float, float]:
-    """95 % interval of the mean of [seeds, trials] of outcomes from `least` to 1. Where all are equal resampling knows
-    no spread; then Wilson's bound for that many trials says how much may have gone unseen."""
-    mean = float(table.mean())
-    if np.ptp(table) > 0:
-        low, high = crossed_bootstrap(table, np.random.default_rng(0))
-        return min(low, mean), max(high, mean)
-    unseen = wilson(0, table.shape[1]).high
-    return max(least, mean - unseen), min(1.0, mean + unseen)
+def estimate(table: np.ndarray, shares: bool) -> Estimate | None:
+    """`two_way`; None of a single number. Where all outcomes are equal the spread of shares is not 0: Wilson's bound
+    for so many units says how much may have gone unseen."""
+    if table.size < 2:
+        return None
+    found = two_way(table)
+    if np.ptp(table) > 0 or not shares:
+        return found
+    unseen, n = wilson(0, table.shape[1]).high, table.shape[1]
+    p = min(1.0, 2 * 0.5**n) if found.mean else 1.0
+    return Estimate(found.mean, found.mean - unseen, found.mean + unseen, p, 0.0, found.freedom, unseen)
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Estimate | None:
+    """Of two rows of a measure, the first minus the second, paired on seed and unit; None where they share no seed.
+
+    What was measured before training is paired with every seed.
+    """
+    ours_by, theirs_by = outcomes(ours), outcomes(theirs)
+    if START in theirs_by:
+        theirs_by = dict.fromkeys(ours_by, theirs_by[START])
+    seeds = [seed for seed in ours_by if seed in theirs_by]
+    if not seeds:
+        return None
+    shares = "rate" in ours
+    found = estimate(np.array([ours_by[seed] - theirs_by[seed] for seed in seeds]), shares)
+    if found is None or not shares:
+        return found
+    return Estimate(**{**vars(found), "low": max(found.low, -1.0), "high": min(found.high, 1.0)})
+
+
+def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Put differences, Holm's p-values, verdicts and letters into `rows`; returns the gates with their values.
+
+    A verdict needs the adjusted p-value (of the endpoint's comparisons one family, of all others another) and the
+    declared margin; where a gate fails, or seeds are missing, every verdict is "void".
+
+    Args:
+        rows: of `measure_rows`, with `eval` where there are several measures.
+        declared: endpoint, lower, margin, reference, stopping and gates, as in a study file.
+    """
+    endpoint = ALIASES.get(declared["endpoint"], declared["endpoint"])
+    measures: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        for name in COMPUTED:
+            row.pop(name, None)
+        measures.setdefault(row.get("eval", MAIN), []).append(row)
+    gates = [_gate(measures, declared, gate) for gate in declared["gates"]] + _seeds(measures, declared, endpoint)
+    void = not all(gate["passed"] for gate in gates)
+    families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for name, some in measures.items():
+        _compare(some, declared["reference"])
+        families[name == endpoint] += [row for row in some if "p" in row]
+    for primary, family in families.items():
+        for row, adjusted in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["adjusted"] = adjusted
+            row["verdict"] = "void" if void else _word(row, declared, primary)
+    _letters(measures.get(endpoint, []))
+    return gates
+
+
+def _compare(rows: list[dict[str, Any]], reference: str) -> None:
+    known = {START if START in row["outcomes"] else row["label"]: row for row in rows}
+    for name, row in known.items():
+        if name not in (START, reference) and reference in known and (found := difference(row, known[reference])):
+            row["minus_reference"] = [found.mean, *found.interval]
+            row |= {"p": found.p, "detectable": found.detectable}
+        if name != START and START in known and (found := difference(row, known[START])):
+            row["minus_base"] = [found.mean, *found.interval]
+
+
+def _word(row: Mapping[str, Any], declared: Mapping[str, Any], primary: bool) -> str:
+    _, low, high = row["minus_reference"]
+    lower = row.get("eval", MAIN) in {ALIASES.get(name, name) for name in declared["lower"]}
+    low, high = (-high, -low) if lower else (low, high)
+    margin = declared["margin"] if primary else None
+    word = verdict(low, high, MARGIN if margin is None and "rate" in row else margin)
+    return word if word == "equivalent" or row["adjusted"] <= 1 - LEVEL else "undecided"
+
+
+def _letters(rows: list[dict[str, Any]]) -> None:
+    """Compact letters over all pairs of at least three variants of the endpoint."""
+    arms = [row for row in rows if START not in row["outcomes"]]
+    pairs = [(i, j, found.p) for (i, one), (j, other) in combinations(enumerate(arms), 2)
+             if (found := difference(one, other))]  # fmt: skip
+    if len(arms) < 3 or not pairs:
+        return
+    differ = np.zeros((len(arms), len(arms)), bool)
+    for (i, j, _), p in zip(pairs, holm([p for *_, p in pairs]), strict=True):
+        differ[i, j] = differ[j, i] = p <= 1 - LEVEL
+    for row, found in zip(arms, letters(differ), strict=True):
+        row["letters"] = found
+
+
+def _gate(
+    measures: Mapping[str, Sequence[Mapping[str, Any]]], declared: Mapping[str, Any], gate: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A gate with its value (a mean over seeds and units) and whether it passed; what is not measured yet fails."""
+    name = gate.get("measure") or declared["endpoint"]
+    check = _CHECK.fullmatch(gate["check"])
+    rows = {row["label"]: row for row in measures.get(ALIASES.get(name, name), [])}
+    arm, other, sign, bound = check.group("arm", "other", "sign", "bound") if check else ("", None, ">=", "0")
+    value = None
+    if arm in rows and (other is None or other in rows):
+        value = float(np.mean(rows[arm]["by_seed"])) - (float(np.mean(rows[other]["by_seed"])) if other else 0.0)
+    passed = value is not None and (value >= float(bound) if sign == ">=" else value <= float(bound))
+    return {"name": gate.get("name") or gate["check"], "measure": name, "check": gate["check"], "value": value,
+            "passed": passed}  # fmt: skip
+
+
+def _seeds(measures: Mapping[str, Any], declared: Mapping[str, Any], endpoint: str) -> list[dict[str, Any]]:
+    """The stopping rule as a gate: every variant of the endpoint has the declared number of seeds."""
+    arms = [row for row in measures.get(endpoint, []) if START not in row["outcomes"]]
+    value, wanted = min((len(row["outcomes"]) for row in arms), default=0), declared["stopping"]
+    gate = {"name": "the declared seeds", "measure": endpoint, "check": f"seeds = {wanted}", "value": value}
+    return [] if value == wanted else [gate | {"passed": False}]

@@ -37,8 +37,8 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
 def render(run: RunFolder) -> str:
     """The page as text."""
     parts = (
-        _header, sections.headline, sections.success, sections.recordings, sections.tasks, sections.swap,
-        sections.retention, sections.training, sections.latency, sections.reproduce,
+        _header, sections.headline, sections.success, sections.recordings, sections.tasks, sections.failures,
+        sections.swap, sections.retention, sections.training, sections.latency, sections.reproduce,
     )  # fmt: skip
     return document(f"{run.name} · burnish", "".join(part(run) for part in parts))
 

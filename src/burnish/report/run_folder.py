@@ -46,6 +46,7 @@ class Evaluation:
         latency_ms: percentile name to milliseconds for one call of the policy.
         other: for the instruction swap, success on the object that the sentence named instead.
         films: what was filmed.
+        failures: how many episodes failed in which way.
     """
 
     variant: str
@@ -54,6 +55,7 @@ class Evaluation:
     latency_ms: dict[str, float]
     other: Rate | None
     films: list[Film]
+    failures: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -163,6 +165,7 @@ def _evaluations(path: Path) -> dict[str, Evaluation]:
 def _evaluation(file: Path, root: Path) -> Evaluation:
     summary = read_object(file, root)
     where, latency = str(file), _part(summary, "latency_ms", dict, str(file))
+    failures = _part(summary, "failures", dict, where)
     return Evaluation(
         variant=file.parent.name,
         overall=read_rate(summary.get("overall"), f"{file}: overall"),
@@ -172,6 +175,7 @@ def _evaluation(file: Path, root: Path) -> Evaluation:
         latency_ms={name: _number(latency, name, f"{file}: latency_ms") for name in latency},
         other=read_rate(summary["other"], f"{file}: other") if summary.get("other") else None,
         films=_films(_parts(summary, "videos", where), file.parent, root),
+        failures={kind: _number(failures, kind, f"{file}: failures") for kind in failures},
     )
 
 

@@ -76,6 +76,16 @@ def _checks(run: RunFolder) -> str:
     return f'<ul class="checks">{lines}</ul>' if lines else ""
 
 
+def failures(run: RunFolder) -> str:
+    """In which way episodes failed, a row for each kind and a column for each evaluation that knows."""
+    known = [one for one in run.evaluations.values() if one.failures]
+    kinds = dict.fromkeys(kind for one in known for kind in one.failures)
+    rows = [[escape(kind), *(f"{one.failures.get(kind, 0):.0f}" for one in known)] for kind in kinds]
+    lead = "From the simulator's state at the end of each episode that was not solved."
+    head = ["", *(f"{one.label} ({one.overall.n} episodes)" for one in known)]
+    return section("Failures", table(head, rows, numbers=range(1, len(head))), lead=lead) if rows else ""
+
+
 def tasks(run: RunFolder) -> str:
     """Success per task, with the base beside it; left out where there is one task only."""
     tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")

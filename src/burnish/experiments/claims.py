@@ -1,0 +1,234 @@
+"""The claims of papers beside what was measured here: one table file in, generated blocks out.
+
+`docs/claims.yaml` lists the claims; a page asks for all of them, or for what they come to, with a pair of lines:
+
+    <!-- claims:all -->
+    <!-- /claims -->
+
+`claims:summary` counts verdicts and gives the headline of each method, `claims:METHOD` the headlines of one.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from burnish.core.errors import BurnishError
+from burnish.core.options import number, option, read_options
+from burnish.core.reading import inside, read_object
+from burnish.core.recipe import read_yaml
+from burnish.evaluate.stats import LEVEL, Estimate, holm, verdict
+from burnish.experiments.results import cell, check_result, line, readable, withdrawn
+from burnish.experiments.variants import ALIASES, MAIN, MARGIN, START, difference, estimate
+
+TABLE = "docs/claims.yaml"
+MARKER = re.compile(r"^<!-- claims:(?P<what>[\w-]+) -->[ \t]*\n(?:.*?)^<!-- /claims -->[ \t]*$", re.M | re.S)
+WORDS = ("holds", "does not hold", "undecided", "void", "not tested")
+EXPECTED = ("better", "worse", "equivalent", "not worse")
+_BOUND = re.compile(r"(?P<sign>>=|<=) (?P<bound>-?\d+(?:\.\d+)?)")
+
+
+@dataclass
+class Claim:
+    """A row of the table."""
+
+    paper: str = option("", "name of the paper")
+    method: str = option("", "ours, that it is about")
+    claim: str = option("", "in words")
+    number: str = option("", "the paper's")
+    setting: str = option("", "ours")
+    result: str = option("", "file under results/ that answers it, without .json")
+    arm: str = option("", "variant of the study")
+    against: str = option("", "variant that it is compared with; `start`: before training; empty: its mean alone")
+    measure: str = option("", "of the study; empty means its endpoint")
+    logged: str = option("", "instead of a measure: a number that the arm's runs logged")
+    figure: str = option("", "instead of an arm: a figure of a bench")
+    expect: str = option("better", f"{', '.join(EXPECTED)}, or a bound such as '>= 0.15'")
+    needs: str = option("", "what a test would need where there is none")
+    command: str = option("", "that measures it; empty means the study's or bench's")
+    headline: bool = option(False, "whether it is the sentence of its method")
+
+
+@dataclass
+class Answer:
+    """What was found for a claim: its verdict, the number in words, the gates in words."""
+
+    claim: Claim
+    verdict: str
+    ours: str = ""
+    gate: str = ""
+    command: str = ""
+    found: Estimate | None = None
+    share: bool = False
+    margin: float | None = None
+    lower: bool = False
+    name: str = ""
+
+
+def read_claims(path: Path) -> list[Claim]:
+    """The claims of a table file.
+
+    Raises:
+        BurnishError: an unknown key, a value of the wrong kind, an expectation that cannot be read.
+    """
+    entries = read_yaml(path).get("claims")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise BurnishError(f"{path} has no list of claims", "claims: [{paper: ..., claim: ..., ...}]")
+    claims = [read_options(Claim, entry, f"{path}: claim {i + 1}") for i, entry in enumerate(entries)]
+    for i, claim in enumerate(claims):
+        if claim.expect not in EXPECTED and not _BOUND.fullmatch(claim.expect):
+            expected = f"{', '.join(EXPECTED)}, or '>= 0.15'"
+            raise BurnishError(f"{path}: claim {i + 1} expects '{claim.expect}'", expected)
+        if (claim.figure or claim.arm) and not claim.against and claim.expect in EXPECTED:
+            raise BurnishError(f"{path}: claim {i + 1} is compared with nothing", "against, or a bound as expect")
+        if not (claim.claim and claim.result and (claim.arm or claim.figure or claim.needs)):
+            raise BurnishError(f"{path}: claim {i + 1} lacks claim, result, or one of arm, figure and needs")
+    return claims
+
+
+def answer_claims(claims: Sequence[Claim], results: Path) -> list[Answer]:
+    """Verdicts of all claims; p-values of those that one study answers are one family (Holm).
+
+    Raises:
+        BurnishError: a result that is none.
+    """
+    answers = []
+    for claim in claims:
+        file = inside(results, f"{claim.result}.json")
+        with readable(str(file)):
+            answers.append(_answer(claim, read_object(file) if file.is_file() else None))
+    for result in dict.fromkeys(claim.result for claim in claims):
+        some = [one for one in answers if one.claim.result == result and one.claim.expect in EXPECTED]
+        family = [(one, one.found) for one in some if one.found]
+        for (one, found), adjusted in zip(family, holm([found.p for _, found in family]), strict=True):
+            one.verdict = _judged(one, found, adjusted)
+    return answers
+
+
+def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
+    default = f"burnish run recipes/{claim.result}.yaml --result results/{claim.result}.json"
+    command = claim.command or (content or {}).get("command") or default
+    if content is None or not (claim.arm or claim.figure) or withdrawn(content):
+        return Answer(claim, "not tested", command=command)
+    if claim.figure:
+        value = content["figures"].get(claim.figure)
+        command = claim.command or content.get("command") or f"python -m bench {content['name']} --json"
+        if value is None:
+            return Answer(claim, "not tested", command=command)
+        told = cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
+        return Answer(claim, _bounded(claim.expect, value, value), told, command=command)
+    check_result(content, claim.result)
+    every = content.get("gates", [])
+    gates = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in every)
+    measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, content)
+    if measured is None:
+        return Answer(claim, "not tested", gate=gates, command=command)
+    found, n, share = measured
+    ours = f"{_interval(found, share, bool(claim.against))} (n = {n})"
+    said = content.get("declared", {})
+    name = claim.measure or said.get("endpoint", "success")
+    primary = name == said.get("endpoint")
+    margin = said.get("margin") if primary else MARGIN if share else None
+    one = Answer(
+        claim,
+        "undecided",
+        ours,
+        gates,
+        command,
+        found,
+        share,
+        margin,
+        name in said.get("lower", []),
+        claim.logged or name,
+    )
+    if not all(gate["passed"] for gate in every):
+        one.verdict, one.found = "void", None
+    elif claim.expect not in EXPECTED:
+        one.verdict = _bounded(claim.expect, *found.interval)
+    return one
+
+
+def _of_rows(claim: Claim, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
+    name = claim.measure or content.get("declared", {}).get("endpoint", "success")
+    rows = [row for row in content["rows"] if row.get("eval", MAIN) == ALIASES.get(name, name)]
+    by_label = {START if START in row["outcomes"] else row["label"]: row for row in rows}
+    if claim.arm not in by_label or (claim.against and claim.against not in by_label):
+        return None
+    row = by_label[claim.arm]
+    share, seeds = "rate" in row, len(row["outcomes"])
+    if claim.against:
+        found = difference(row, by_label[claim.against])
+    else:
+        ends = row["interval"] or [row["by_seed"][0]] * 2
+        found = Estimate(row["rate" if share else "mean"], *ends, 1.0, 0.0, 0.0, 0.0)
+    return None if found is None else (found, f"{seeds} seeds x {row['n'] // seeds}", share)
+
+
+def _of_logged(claim: Claim, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
+    runs = content["metrics"].get("runs", {})
+    values = [run.get(claim.logged) for name, run in runs.items() if name.rpartition("-")[0] == claim.arm]
+    values = [value for value in values if number(value)]
+    found = estimate(np.array([values]), False) if values else None
+    return None if found is None else (found, f"{len(values)} seeds", False)
+
+
+def _interval(found: Estimate, share: bool, signed: bool) -> str:
+    scale, form = (100.0, "+.1f" if signed else ".1f") if share else (1.0, "+.3g" if signed else ".3g")
+    mean, low, high = (format(scale * value, form) for value in (found.mean, found.low, found.high))
+    return f"{mean}{(' points' if signed else ' %') if share else ''} [{low}, {high}]"
+
+
+def _bounded(expect: str, low: float, high: float) -> str:
+    """Whether a whole interval keeps a bound, breaks it, or neither."""
+    sign, _, bound = expect.partition(" ")
+    low, high, limit = (low, high, float(bound)) if sign == ">=" else (-high, -low, -float(bound))
+    return "holds" if low >= limit else "does not hold" if high < limit else "undecided"
+
+
+def _judged(one: Answer, found: Estimate, adjusted: float) -> str:
+    low, high = (-found.high, -found.low) if one.lower else (found.low, found.high)
+    word, expect = verdict(low, high, one.margin), one.claim.expect
+    if expect == "not worse" and (low >= -(one.margin or 0.0) or word == "better"):
+        return "holds"
+    if word == "undecided" or (word != "equivalent" and adjusted > 1 - LEVEL):
+        return "undecided"
+    return "holds" if word == expect else "does not hold"
+
+
+def sentence(one: Answer) -> str:
+    """A headline in one sentence: gate, effect, verdict."""
+    claim = one.claim
+    if one.verdict == "not tested":
+        return f"{claim.claim}: not tested here{f'; it would need {claim.needs}' if claim.needs else ''}."
+    where = f"Where {claim.setting or claim.result}{f' ({one.gate})' if one.gate else ''}"
+    against = f" over {claim.against}" if claim.against else ""
+    end = {"void": "the setting cannot show the effect", "undecided": "this does not decide"}
+    return (f"{where}, {claim.arm or 'this'} changes {one.name or claim.figure}{against} by {one.ours}: "
+            f"{end.get(one.verdict, f'the claim {one.verdict} here')} ({claim.claim}).")  # fmt: skip
+
+
+def render_claims(what: str, answers: Sequence[Answer]) -> str:
+    """The markdown between one pair of markers."""
+    if what == "all":
+        head = ["paper", "claim", "paper's number", "here", "setting", "gates", "verdict", "command"]
+        rows = [[one.claim.paper, one.claim.claim, one.claim.number, one.ours or f"needs {one.claim.needs}",
+                 one.claim.setting, one.gate, f"**{one.verdict}**", f"`{one.command}`"] for one in answers]  # fmt: skip
+        return "\n".join(map(line, [head, ["---"] * len(head), *rows])) + "\n"
+    chosen = [one for one in answers if one.claim.headline and what in ("summary", one.claim.method)]
+    lines = [f"- {f'{one.claim.method}: ' if what == 'summary' else ''}{sentence(one)}" for one in chosen]
+    if what == "summary":
+        counts = Counter(one.verdict for one in answers)
+        told = ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
+        lines.insert(0, f"Of {len(answers)} claims of the papers: {told}.\n")
+    return "\n".join(lines) + "\n"
+
+
+def fill_claims(text: str, answers: Sequence[Answer]) -> str:
+    """`text` with every marked block written again."""
+    return MARKER.sub(
+        lambda match: f"<!-- claims:{match['what']} -->\n{render_claims(match['what'], answers)}<!-- /claims -->", text
+    )

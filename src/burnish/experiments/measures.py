@@ -1,0 +1,125 @@
+"""What the runs of a study measured: evaluations, answers, files of measuring commands, logged numbers."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from burnish.core.errors import BurnishError
+from burnish.core.options import number
+from burnish.core.reading import read_object
+from burnish.evaluate.records import Record
+from burnish.evaluate.results import read_results
+from burnish.experiments.variants import ALIASES, ANSWER_LOSS, MAIN, QUESTIONS, START, measure_rows
+
+Folders = Mapping[str, Mapping[int, Path]]
+"""Variant to training seed to the folder of the run."""
+
+
+def measure_file(run: Path, name: str) -> Path:
+    """Where the measuring command `name` of a study writes."""
+    return run / "measures" / f"{name}.json"
+
+
+def read_successes(evaluation: Path) -> dict[Any, float]:
+    """Success of every episode at what the policy was told, by task and initial state.
+
+    Under an instruction swap that is the task with the newly named object.
+    """
+
+    def told(record: Record) -> float:
+        return float(record.success if record.other_success is None else record.other_success)
+
+    return {r.key: told(r) for r in read_results(evaluation)}
+
+
+def read_measure(path: Path) -> tuple[dict[int, float], bool]:
+    """The numbers that a measuring command wrote, by unit, and whether they are shares (true and false).
+
+    The file holds {"values": one number, or a list of numbers, or of true and false}.
+
+    Raises:
+        BurnishError: another content.
+    """
+    values = read_object(path).get("values")
+    values = values if isinstance(values, list) else [values]
+    shares = bool(values) and all(isinstance(one, bool) for one in values)
+    if not shares and not (values and all(map(number, values))):
+        raise BurnishError(f"{path} holds no measure", '{"values": [...]} with numbers, or with true and false')
+    return dict(enumerate(map(float, values))), shares
+
+
+def read_answers(run: Path) -> dict[str, Any]:
+    """`retention.json` of a run: `correct` flags, `losses` of each question and their mean `loss`."""
+    path = run / "retention.json"
+    found = read_object(path).get("tuned")
+    right = isinstance(found, dict) and isinstance(found.get("correct"), list) and number(found.get("loss"))
+    losses = found.get("losses") if right else None
+    right = isinstance(losses, list) and len(losses) == len(found["correct"]) and all(map(number, losses))
+    if not right or not all(flag in (True, False) for flag in found["correct"]):
+        raise BurnishError(f"{path} is damaged, or of an earlier version", "what `burnish run` wrote", f"rm '{path}'")
+    return found
+
+
+def study_rows(runs: Folders, names: Iterable[str], evals: Iterable[str], measures: Iterable[str], start: Path | None,
+               asked: bool) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of everything that a study measured.
+
+    Args:
+        runs: the finished ones.
+        names: measures that the study's endpoint and gates name; a logged number is shown only if it is among them.
+        evals, measures: names of further evaluations, and of measuring commands.
+        start: folder of what the base answered; None where it was not asked.
+        asked: whether the variants answered the held-out questions.
+
+    Raises:
+        BurnishError: damaged files, a name that nothing measured.
+    """
+    evals, measures = [MAIN, *evals], list(measures)
+    found: dict[str, tuple[dict[str, Any], bool]] = {}
+    for name in evals:
+        found[name] = _each(runs, lambda run, name=name: read_successes(run / "eval" / name)), True
+    if asked:
+        found[QUESTIONS] = _answers(runs, "correct", start), True
+        found[ANSWER_LOSS] = _answers(runs, "losses", start), False
+    for name in measures:
+        read = _each(runs, lambda run, name=name: read_measure(measure_file(run, name)))
+        kinds = [shares for seeds in read.values() for _, shares in seeds.values()]
+        values = {variant: {seed: one for seed, (one, _) in seeds.items()} for variant, seeds in read.items()}
+        found[name] = values, all(kinds)
+    for name in dict.fromkeys(ALIASES.get(name, name) for name in names):
+        if name not in found:
+            found[name] = _each(runs, lambda run, name=name: {0: _logged(run, name)}), False
+    several = len(found) > 1
+    return [
+        row
+        for name, (values, shares) in found.items()
+        for row in measure_rows(values, shares=shares, **({"eval": name} if several else {}))
+    ]
+
+
+def _each(runs: Folders, read: Any) -> dict[str, dict[int, Any]]:
+    return {variant: {seed: read(run) for seed, run in seeds.items()} for variant, seeds in runs.items()}
+
+
+def _answers(runs: Folders, what: str, start: Path | None) -> dict[str, Any]:
+    before = {"base": {START: dict(enumerate(map(float, read_answers(start)[what])))}} if start else {}
+    return before | _each(runs, lambda run: dict(enumerate(map(float, read_answers(run)[what]))))
+
+
+def _logged(run: Path, name: str) -> float:
+    final = read_object(run / "train.json").get("final", {})
+    value = final.get(name)
+    if not number(value):
+        logged = ", ".join(key for key, one in final.items() if number(one))
+        raise BurnishError(f"{run} measured no '{name}'", f"an evaluation, a measure, or a logged number ({logged})")
+    return float(value)
+
+
+def run_figures(run: Path) -> dict[str, Any]:
+    """What a run logged last, how well it still answers, and with which commit and when it was made."""
+    content = read_object(run / "train.json")
+    made = read_object(run / "run.json")
+    figures = {"steps": content["steps"], **content["final"], **{name: made.get(name) for name in ("commit", "date")}}
+    if (run / "retention.json").is_file():
+        figures[ANSWER_LOSS] = read_answers(run)["loss"]
+    return figures
