@@ -43,13 +43,14 @@ METHODS = {
     "few_steps": "steps: 2, teacher_steps: 4",
     "isolate": "method: aegis, questions: {questions}, anchor_samples: 6, every: 3",
     "prefer": "pairs: {pairs}, batch_size: 2, pool: 1, score: {{draws: 2}}",
+    "retrieve": "hidden: 8, width: 4, window: 2, far: 5",
 }
 """The inside of each entry; `{...}` are folders made below."""
 BESIDE = {"align": "isolate", "capability": "align", "distill": "isolate", "few_steps": "prefer", "isolate": "prefer",
-          "prefer": "capability"}  # fmt: skip
+          "prefer": "capability", "retrieve": "align"}  # fmt: skip
 LACKS = {
     "no masked tokens": [("distill", kind) for kind in POLICIES if kind != "burnish_discrete"],
-    "no language model": [("isolate", "act")],
+    "no language model": [("isolate", "act"), *[("retrieve", kind) for kind in ("act", "vqbet", "diffusion")]],
     "no model that the executor can run": [
         ("few_steps", kind) for kind in POLICIES if kind not in ("smolvla", "pi0", "pi05")
     ],
@@ -180,7 +181,7 @@ def test_a_method_says_which_policy_it_cannot_serve(ground, tmp_path, method, ki
     ("method", "lack"),
     [("align", "hidden states"), ("distill", "masked tokens"),
      ("few_steps", "model that the executor can run"), ("isolate", "hidden states"),
-     ("prefer", "log-probability")],
+     ("prefer", "log-probability"), ("retrieve", "language model")],
 )  # fmt: skip
 def test_a_policy_that_does_nothing_but_act_is_told_apart(ground, dataset, tmp_path, monkeypatch, method, lack):
     fake.register(monkeypatch.setattr)

@@ -37,8 +37,8 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
 
-score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`.
-capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
+score: `score`, `scores`. likelihood: `score` is exact, so that draws change nothing. language: `language`, `answer`,
+`view_tokens`. capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
 `watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
 `flow_parts`, `begin`, `finish`, `set_steps`, `sampler`. steering: `act(steering=)`, `candidates`, `Chunk.raw`,
 `rtc_training_max_delay`. prefix: `act(prefix=)`.
@@ -201,6 +201,10 @@ class Policy(nn.Module, ABC):
     def answer(self, batch: Batch, max_new_tokens: int = 8) -> list[str]:
         """Greedy answers to `batch["question"]`."""
         raise lacks(self, "language", "answer")
+
+    def view_tokens(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] as its vision tower hands them to the language model: [B, n, D]."""
+        raise lacks(self, "language", "view_tokens")
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:

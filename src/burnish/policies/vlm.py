@@ -100,6 +100,10 @@ class VLMPolicy(PolicyWrapper):
         image = self._question_image(batch, self.backbone)
         return language.greedy_answers(self.backbone, image, batch["question"], max_new_tokens)
 
+    def view_tokens(self, images: Tensor) -> Tensor:
+        """See Policy.view_tokens; any camera will do, as in `language`."""
+        return self.embed_image(self.prepare_images({self.camera_keys[0]: images.to(self.device)})[0][0])
+
     @contextmanager
     def capture(self, layers: Sequence[int]) -> Iterator[Captured]:
         """Hidden states of the backbone's `layers` (see hidden.catch); contexts may be nested."""
