@@ -85,6 +85,14 @@ BENCHES: dict[str, dict[str, str]] = {
         "openpi_client": "true",
         "lerobot_client": "true",
     },
+    "retrieve": {
+        "head_minutes": "<= 5",
+        "index_100k_seconds": "<= 60",
+        "query_ms": "<= 5",
+        "speedup_over_sort": ">= 1.5",
+        "memory_over_vectors": "<= 2",
+        "recall_equals_brute_force": "true",
+    },
     "scale": {
         "fsdp_max_difference": "<= 1e-6",
         "resume_other_ranks_equal": "true",

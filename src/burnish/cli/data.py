@@ -153,8 +153,9 @@ def _columns(text: str) -> dict[str, Any]:
 
 
 def inspect(
-    dataset: list[Path], *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False
-) -> int:
+    dataset: list[Path], *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False,
+    curate: Annotated[str, Arg(metavar="ENCODER")] = "",
+) -> int:  # fmt: skip
     """Say what a practitioner must know about a data set; of several also what stands between them and one training.
 
     Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.
@@ -163,9 +164,12 @@ def inspect(
         dataset: LeRobotDataset folders, v3.0 or v2.1
         html: also write a page with thumbnails; of one data set
         quick: do not read every video to its end
+        curate: also look for near-duplicate episodes, outliers and idle stretches, and how few episodes cover the data
+            set, by vectors of an encoder (pixels, tower:small, ...; see burnish data index) or those of an index folder
 
     Examples:
         burnish data inspect data/lift --html inspect.html
+        burnish data inspect data/lift --curate pixels --html inspect.html
         burnish data inspect data/new data/old      for --data.root=data/new --data.mix='[{root: data/old}]'
     """
     from burnish.core.outputs import require_file
@@ -179,13 +183,18 @@ def inspect(
         raise BurnishError("--html with several data sets", "one data set, or no page")
     if html:
         require_file(html, "page")
-    all_ok = True
+    all_ok, sections = True, ""
     for root in dataset:
         found = inspect_dataset(root, quick=quick)
         print(as_text(found) + "\n" * (len(dataset) > 1))
         all_ok &= found.ok
+        if curate:
+            from burnish.report.curation import curate_dataset
+
+            lines, sections = curate_dataset(root, curate)
+            print("\n".join(["", *lines]))
     if html:
-        write_page(html, as_html(found))
+        write_page(html, as_html(found, sections))
         print(f"\n{html}")
     if len(dataset) > 1:
         between = together([open_dataset(root) for root in dataset])
@@ -196,7 +205,123 @@ def inspect(
     return 0 if all_ok else 1
 
 
+def index(
+    root: Path, *, output: Annotated[Path, Arg(short="-o")], encoder: str = "tower:small", head: Path | None = None,
+    cameras: str = "", every: Annotated[int, Arg(least=1, most=10**6)] = 1,
+) -> None:  # fmt: skip
+    """Encode a data set once, so that it can be searched.
+
+    An encoder is pixels, folder:PATH (a transformers vision folder: DINOv2, SigLIP, CLIP), tower:POLICY (the vision
+    tower of a policy or shipped base) or backbone:POLICY (the states of its language model); folder and backbone take
+    a layer, backbone:small@3. Its features stay beside the data set.
+
+    Args:
+        root: LeRobotDataset folder
+        output: folder of the index
+        encoder: see above
+        head: retrieval head for that encoder, see burnish method retrieve train; default: the features themselves
+        cameras: views, separated by commas; default: all
+        every: of each episode every so many frames
+
+    Example:
+        burnish data index data/lift --encoder tower:small -o runs/lift_index
+    """
+    from burnish.methods.retrieve.ask import make_index
+
+    named = [camera for camera in cameras.split(",") if camera]
+    count, views, width = make_index(root, encoder, output, head=head, every=every, cameras=named).values.shape
+    print(f"{output}: {count} frames, {views} views, vectors of {width}")
+
+
+def search(
+    index: Path, *, episode: int = -1, frame: Annotated[int, Arg(least=0)] = 0, camera: str = "",
+    text: str = "", top: Annotated[int, Arg(least=1, most=1000)] = 10, json: bool = False,
+) -> None:  # fmt: skip
+    """Find the frames of an index that lie nearest to one of its own or to an instruction.
+
+    Of a frame of its own the frames of the same episode are left out.
+
+    Args:
+        index: folder that burnish data index wrote
+        episode: of the frame that is asked with
+        frame: its number in the episode
+        camera: its view; default: the first one
+        text: instruction to ask with instead; needs a head that was trained with sentences
+        top: neighbours
+        json: print one JSON object for each neighbour
+
+    Examples:
+        burnish data search runs/lift_index --episode 3 --frame 10
+        burnish data search runs/lift_index --text "lift the red cube"
+    """
+    from json import dumps
+
+    from burnish.data.search import Index
+    from burnish.methods.retrieve.ask import ask_frame, ask_sentence
+
+    if (episode >= 0) == bool(text):
+        raise BurnishError("two questions, or none", "one of --episode and --text")
+    opened = Index.open(index)
+    table, names = opened.vectors, opened.vectors.about["cameras"]
+    if camera and camera not in names:
+        raise BurnishError(f"the index has no camera {camera!r}", f"one of {', '.join(names)}")
+    if text:
+        scores, places = ask_sentence(opened, text, min(top, len(opened.keys)))
+    else:
+        scores, places = ask_frame(opened, episode, frame, names.index(camera) if camera else 0, top)
+    for score, place in zip(scores[0].tolist(), places[0].tolist(), strict=True):
+        _, number, at, task, _ = table.frames[place // opened.views].tolist()
+        found = {"cosine": round(score, 4), "episode": number, "frame": at, "camera": names[place % opened.views],
+                 "instruction": table.instruction(task)}  # fmt: skip
+        line = f"{score:7.4f}  episode {number:<6} frame {at:<6} {found['camera']:<12} {found['instruction']}"
+        print(dumps(found) if json else line)
+
+
+def select(
+    index: Path, count: int, *, like: Path | None = None, output: Annotated[Path, Arg(short="-o")] = Path("picked.json")
+) -> None:
+    """Choose episodes of an index: those nearest to another data set, or those that cover the data set best.
+
+    The file holds a list that `data.episodes` of a recipe takes.
+
+    Args:
+        index: folder that burnish data index wrote
+        count: episodes to choose
+        like: index of the few episodes that others are to be found for, of the same encoder and head
+        output: where the list goes
+
+    Examples:
+        burnish data select runs/mixed_index 50 --like runs/target_index -o picked.json
+        burnish train --policy.path=small --data.root=data/mixed --data.episodes="$(cat picked.json)"
+    """
+    from json import dumps
+
+    from burnish.core.files import write_text
+    from burnish.core.outputs import require_outside
+    from burnish.core.reading import read_json
+    from burnish.data.search import Index, centres, nearest_episodes
+    from burnish.data.vectors import load_vectors
+
+    require_outside(output)
+    if output.exists() and not all(type(one) is int for one in read_json(output)):
+        raise BurnishError(f"{output} holds something else, which this would overwrite", "an earlier list")
+    opened = Index.open(index)
+    most = len(set(opened.vectors.frames["episode"].tolist()))
+    if not 1 <= count <= most:
+        raise BurnishError(f"{count} episodes of {most}", f"1 to {most}")
+    if like is None:
+        chosen, radii = centres(opened.vectors, count)
+        print(f"{len(chosen)} episodes; no other is farther than {radii[-1]:.4f} from one of them")
+    else:
+        found = nearest_episodes(opened, load_vectors(like), count)
+        chosen = [episode for episode, _ in found]
+        print(f"{len(chosen)} episodes, mean cosine {found[0][1]:.3f} to {found[-1][1]:.3f}")
+    write_text(output, dumps(sorted(chosen)) + "\n")
+    print(f'{output}; --data.root={opened.vectors.about["root"]} --data.episodes="$(cat {output})"')
+
+
 COMMANDS = Group(
-    "Make data sets, questions and preference pairs; inspect data sets.",
-    {"demos": demos, "questions": questions, "pairs": pairs, "inspect": inspect},
-)
+    "Make data sets, questions and preference pairs; inspect and search data sets.",
+    {"demos": demos, "questions": questions, "pairs": pairs, "inspect": inspect, "index": index, "search": search,
+     "select": select},
+)  # fmt: skip

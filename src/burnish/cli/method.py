@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from burnish.cli.parser import Arg, Group
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.methods.retrieve.options import RetrieveConfig
 
 FIGURE = Arg(old=("--picture",), metavar="PNG")
 
@@ -172,11 +173,90 @@ def cost(
         print(f"nothing that burnish has makes it fit into {gpu:g} GB")
 
 
+def retrieve_train(
+    root: Path, *overrides: Annotated[str, Arg(fields=RetrieveConfig)], output: Annotated[Path, Arg(short="-o")],
+    encoder: str = "tower:small", preset: Literal["default", "paper", "raw"] = "default", cameras: str = "",
+    every: Annotated[int, Arg(least=1, most=10**6)] = 1, episodes: Annotated[list[int], Arg(several=True)] = (),
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Train a retrieval head on the features of a frozen encoder, which are computed once and stay beside the data.
+
+    Args:
+        root: LeRobotDataset folder
+        output: folder of the head
+        encoder: pixels, folder:PATH, tower:POLICY or backbone:POLICY, see burnish data index
+        preset: default, paper (CrossVLA), or raw, which only standardises
+        cameras: views, separated by commas; default: all
+        every: of each episode every so many frames
+        episodes: those to train on; default: all
+        seed: of weights and batches
+
+    Example:
+        burnish method retrieve train data/lift --encoder tower:small -o runs/lift_head
+    """
+    from burnish.core.outputs import require_own
+    from burnish.core.recipe import split_overrides
+    from burnish.data.vectors import encode_dataset, make_encoder
+    from burnish.methods.retrieve.head import KIND
+    from burnish.methods.retrieve.options import make_config
+    from burnish.methods.retrieve.train import train_and_save
+
+    require_own(output, KIND)
+    config = make_config(preset, dict(split_overrides(overrides)))
+    features = encode_dataset(root, make_encoder(encoder), every=every,
+                              cameras=[camera for camera in cameras.split(",") if camera])  # fmt: skip
+    found = train_and_save(features, config, output, episodes=episodes, seed=seed)
+    figures = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if isinstance(value, float))
+    print(f"{output}: {found['frames']} frames, {figures}")
+
+
+def retrieve_measure(
+    root: Path, *, result: Path, encoder: Annotated[list[str], Arg(several=True)] = ("pixels", "tower:small"),
+    shifted: Annotated[list[str], Arg(several=True, metavar="NAME=FOLDER")] = (),
+    seeds: Annotated[int, Arg(least=2, most=20)] = 3, moments: Annotated[int, Arg(least=2, most=1000)] = 6,
+    figure: Annotated[Path | None, Arg(metavar="PNG")] = None,
+) -> None:  # fmt: skip
+    """Measure retrieval honestly: other episodes' frames, by encoders and heads, against pixels, chance and shuffled
+    labels, with the published protocol beside it.
+
+    Args:
+        root: LeRobotDataset folder
+        result: result file to write, results/<name>.json
+        encoder: encoders, see burnish data index
+        shifted: data sets of the same tasks that look different
+        seeds: parts of the episodes, each held out once; also the seeds of the heads
+        moments: frames of each episode that ask and are found
+        figure: also draw a query and its neighbours under each encoder
+
+    Example:
+        burnish method retrieve measure data/lift --encoder pixels tower:small --result results/retrieve/lift.json
+    """
+    import shlex
+
+    from burnish.core.outputs import require_file
+    from burnish.experiments.retrieval import measure
+
+    if figure:
+        require_file(figure, "figure")
+    wrong = [one for one in shifted if not all(one.partition("=")[::2])]
+    if wrong:
+        raise BurnishError(f"--shifted {wrong[0]}", "NAME=FOLDER")
+    words = ["burnish", "method", "retrieve", "measure", str(root), "--encoder", *encoder]
+    words += [*(["--shifted", *shifted] if shifted else []), "--seeds", str(seeds), "--moments", str(moments)]
+    command = shlex.join([*words, "--result", str(result)])
+    print(measure(root, encoder, result, shifted={k: Path(v) for k, _, v in (one.partition("=") for one in shifted)},
+                  seeds=seeds, moments=moments, command=command, figure=figure))  # fmt: skip
+
+
 COMMANDS = Group(
     "What training takes of memory, and what methods prepare before it.",
     {
         "align": Group("Teacher features, and which layers to align.", {"cache": align_cache, "select": align_select}),
         "cost": cost,
         "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
+        "retrieve": Group(
+            "Heads under which like frames lie near, and how near.",
+            {"train": retrieve_train, "measure": retrieve_measure},
+        ),
     },
 )

@@ -80,7 +80,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     if is_study(values):
         raise BurnishError(f"{path} is a study, not a recipe", "a recipe", f"burnish run {path}")
     _check_keys(RecipeConfig, values, "", source)
-    for dotted, value in _split(overrides):
+    for dotted, value in split_overrides(overrides):
         nested: Any = value
         for part in reversed(dotted.split(".")):
             nested = {part: nested}
@@ -192,7 +192,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _split(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """(name, value) of "--name=value" (or of "--name", "value" as two items); values are YAML."""
     pairs, items = [], list(overrides)
     while items:
         item = items.pop(0)

@@ -69,8 +69,8 @@ def _verdict(found: Inspection) -> str:
     return f"{errors} error{'s' * (errors != 1)}, {rest} other remark{'s' * (rest != 1)}"
 
 
-def as_html(found: Inspection) -> str:
-    """The same with thumbnails, as one self-contained page."""
+def as_html(found: Inspection, more: str = "") -> str:
+    """The same with thumbnails, as one self-contained page; `more` are further sections."""
     name = found.root.resolve().name
     marks = {"error": "fail", "warning": "warn", "hint": "ok"}
     rows = [
@@ -94,7 +94,7 @@ def as_html(found: Inspection) -> str:
     parts.append(section("Instructions", table(["text", "episodes", "frames"], counts, numbers=(1, 2))))
     for title, dimensions in (("Actions", found.actions), ("States", found.states)):
         parts.append(_dimension_section(title, dimensions))
-    return document(f"{name} · burnish data inspect", "".join(parts))
+    return document(f"{name} · burnish data inspect", "".join([*parts, more]))
 
 
 def _dimension_section(title: str, dimensions: list[Dimension]) -> str:

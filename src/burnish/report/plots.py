@@ -107,8 +107,11 @@ def interval_plot(rows: Sequence[IntervalRow]) -> str:
     return "".join(out) + "</svg>"
 
 
-def line_plot(series: Sequence[Series], log_y: bool = False, as_percent: bool = False, from_zero: bool = False) -> str:
-    """Curves over training steps; values that are not finite are left out. Empty text when nothing is left."""
+def line_plot(
+    series: Sequence[Series], log_y: bool = False, as_percent: bool = False, from_zero: bool = False, axis: str = "step"
+) -> str:
+    """Curves over training steps, or what `axis` says; values that are not finite are left out. Empty text when nothing
+    is left."""
     kept = [one for one in (_clean(one, log_y) for one in series) if one.x]
     if not kept:
         return ""
@@ -126,7 +129,7 @@ def line_plot(series: Sequence[Series], log_y: bool = False, as_percent: bool = 
         x = frame.x(tick)
         if 0 <= x <= 930:  # the right end is for the name of the axis
             ticks.append(f'<span class="x" style="left:{x / 10:.2f}%">{short_number(tick)}</span>')
-    ticks.append('<span class="x name">step</span>')
+    ticks.append(f'<span class="x name">{escape(axis)}</span>')
     return (
         f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f"{''.join(grid)}{''.join(_curve(one, frame) for one in kept)}</svg>{''.join(ticks)}</div>"
