@@ -303,7 +303,8 @@ def select(
     from burnish.data.vectors import load_vectors
 
     require_outside(output)
-    if output.exists() and not all(type(one) is int for one in read_json(output)):
+    before = read_json(output) if output.exists() else []
+    if not isinstance(before, list) or not all(type(one) is int for one in before):
         raise BurnishError(f"{output} holds something else, which this would overwrite", "an earlier list")
     opened = Index.open(index)
     most = len(set(opened.vectors.frames["episode"].tolist()))
