@@ -1,6 +1,7 @@
 """What looking after every trial costs: the sequential test beside the fixed one, on simulated paired trials."""
 
 import argparse
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,18 +56,27 @@ def draw(rng: np.random.Generator, runs: int, trials: int, a: float, b: float) -
     return (rng.random((runs, trials)) < b).astype(float) - (rng.random((runs, trials)) < a)
 
 
+@cache
+def most_losses(discordant: int) -> int:
+    """The most pairs on the losing side with which McNemar's test of so many discordant pairs finds a difference."""
+    return max((k for k in range(discordant // 2 + 1) if mcnemar(k, discordant - k) < 0.05), default=-1)
+
+
+def differs(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
+    """Whether McNemar's test finds a difference, for each pair of counts."""
+    most = np.array([most_losses(n) for n in range(int((better + worse).max()) + 1)])
+    return np.minimum(better, worse) <= most[better + worse]
+
+
 def looked(row: np.ndarray) -> bool:
     """Whether McNemar's test, looked at after every trial, ever says that two policies differ."""
-    better, worse = np.cumsum(row > 0), np.cumsum(row < 0)
-    pairs = sorted({(int(x), int(y)) for x, y in zip(better, worse, strict=True)})
-    return any(mcnemar(x, y) < 0.05 for x, y in pairs if x + y >= 6)
+    return bool(differs(np.cumsum(row > 0), np.cumsum(row < 0)).any())
 
 
 def fixed_size(rng: np.random.Generator, a: float, b: float) -> int:
-    """The fewest paired trials (in steps of four) at which McNemar's test, looked at once, finds the difference."""
-    for trials in range(8, 1000, 4):
-        rows = draw(rng, 400, trials, a, b)
-        found = [mcnemar(int((row < 0).sum()), int((row > 0).sum())) < 0.05 for row in rows]
-        if np.mean(found) >= POWER:
+    """The fewest paired trials (in steps of two) at which McNemar's test, looked at once, finds the difference."""
+    for trials in range(8, 1000, 2):
+        rows = draw(rng, 2000, trials, a, b)
+        if np.mean(differs((rows > 0).sum(1), (rows < 0).sum(1))) >= POWER:
             return trials
     return 1000

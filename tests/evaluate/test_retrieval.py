@@ -8,6 +8,7 @@ import pytest
 from burnish.core.errors import BurnishError
 from burnish.evaluate.retrieval import (
     by_chance,
+    figures,
     find,
     first_right,
     over_episodes,
@@ -68,6 +69,7 @@ def test_a_row_keeps_every_rank_and_its_interval_is_over_episodes():
     made = row("a", "b", {0: found, 2: found})
     assert made["outcomes"] == {"0": "7: 1; 9: 3", "2": "7: 1; 9: 3"} and made["n"] == 4
     assert (made["rate"], made["recall@5_rate"], made["median_rank"]) == (0.5, 1.0, 2.0)
+    assert figures(made["outcomes"]).items() <= made.items()
     assert made["chance_rate"] == pytest.approx(1 / 3) and text(found) == "7: 1; 9: 3"
     with pytest.raises(BurnishError, match="nothing|anything right"):
         find(np.eye(2), np.eye(2), np.zeros((2, 2), bool), np.zeros((2, 2), bool), np.arange(2))

@@ -104,7 +104,7 @@ def test_pages_are_written_and_a_headline_is_a_sentence(results):
     assert update_pages(root) == [root / "README.md"] and update_pages(root, check=True) == []
     page = (root / "README.md").read_text()
     assert "| P | it helps | 98 % | +" in page and "| **holds** | `c` |" in page and "needs a robot" in page
-    assert "Of 2 claims of the papers: 1 holds, 1 not tested." in page
+    assert "Of 2 claims of the papers: 1 hold, 1 are not tested." in page
     assert page.count("Where a tiny study, good changes success over plain by +") == 2
     assert "the claim holds here (it helps)." in page
 

@@ -6,6 +6,7 @@ import pytest
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
+from burnish.experiments.intervals import write_intervals
 from burnish.experiments.pareto import front, read_variants
 
 
@@ -37,3 +38,18 @@ def test_figure_from_a_result(tmp_path, capsys):
     result.write_text("{}")
     with pytest.raises(BurnishError, match="no variant"):
         read_variants(result)
+
+
+def test_intervals_of_a_study_as_png_and_svg(tmp_path):
+    loss = {"label": "tuned", "eval": "loss", "n": 2, "mean": 0.3, "interval": None, "by_seed": [0.2, 0.4]}
+    rows = [row("plain", 0.5, eval="main"), row("tuned", 0.8, eval="main", verdict="better", letters="b"), loss]
+    facts = {"recipe": "r", "command": "c", "commit": "0", "date": "", "seeds": {}, "hardware": "", "minutes": 1.0}
+    result = tmp_path / "core.json"
+    result.write_text(json.dumps({"rows": rows, "metrics": {}, **facts}))
+    assert main(["report", "intervals", str(result), "-o", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    command = ["report", "intervals", str(result), "-o", str(tmp_path / "p.svg"), "--measure"]
+    assert main([*command, "loss"]) == 0 == main([*command, "success"])  # an earlier drawing is replaced
+    assert "better" in (tmp_path / "p.svg").read_text() or "<svg" in (tmp_path / "p.svg").read_text()
+    with pytest.raises(BurnishError, match="no measure 'nothing'; expected one of main, loss"):
+        write_intervals(result, tmp_path / "q.png", "nothing")

@@ -4,7 +4,7 @@ Queries and keys are frames' vectors; what is right and what may not be found at
 Episodes are the unit of every interval: their frames are not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,17 +75,24 @@ def row(label: str, split: str, seeds: dict[int, Found], **extra: Any) -> dict[s
 
     Every query's rank is kept as `outcomes`: for each seed the ranks in order, a semicolon between episodes.
     """
-    ranks = np.concatenate([one.ranks for one in seeds.values()])
-    hits, n = int((ranks == 1).sum()), len(ranks)
-    low, high = over_episodes([(one.ranks == 1) for one in seeds.values()], [one.episodes for one in seeds.values()])
     chance = np.concatenate([one.chance for one in seeds.values()]).mean(0)
+    outcomes = {str(seed): text(one) for seed, one in seeds.items()}
+    return {"label": label, "eval": split, **figures(outcomes), "chance_rate": float(chance[0]), **extra,
+            "outcomes": outcomes}  # fmt: skip
+
+
+def figures(outcomes: Mapping[str, str]) -> dict[str, Any]:
+    """What follows from the ranks that a row keeps."""
+    parts = {seed: [part.split(": ") for part in ranks.split("; ")] for seed, ranks in outcomes.items()}
+    ranks = [np.array([int(r) for _, some in one for r in some.split()]) for one in parts.values()]
+    episodes = [np.repeat([int(n) for n, _ in one], [len(some.split()) for _, some in one]) for one in parts.values()]
+    every = np.concatenate(ranks)
+    hits, n = int((every == 1).sum()), len(every)
+    low, high = over_episodes([some == 1 for some in ranks], episodes)
     return {
-        "label": label, "eval": split, "n": n, "successes": hits, "rate": hits / n,
-        "interval": [min(low, hits / n), max(high, hits / n)],
-        "recall@5_rate": float((ranks <= 5).mean()), "recall@10_rate": float((ranks <= 10).mean()),
-        "median_rank": float(np.median(ranks)), "chance_rate": float(chance[0]),
-        "by_seed": [float((one.ranks == 1).mean()) for one in seeds.values()], **extra,
-        "outcomes": {str(seed): text(one) for seed, one in seeds.items()},
+        "n": n, "successes": hits, "rate": hits / n, "interval": [min(low, hits / n), max(high, hits / n)],
+        "recall@5_rate": float((every <= 5).mean()), "recall@10_rate": float((every <= 10).mean()),
+        "median_rank": float(np.median(every)), "by_seed": [float((some == 1).mean()) for some in ranks],
     }  # fmt: skip
 
 

@@ -27,7 +27,11 @@ from burnish.experiments.variants import ALIASES, MAIN, MARGIN, START, differenc
 
 TABLE = "docs/claims.yaml"
 MARKER = re.compile(r"^<!-- claims:(?P<what>[\w-]+) -->[ \t]*\n(?:.*?)^<!-- /claims -->[ \t]*$", re.M | re.S)
-WORDS = ("holds", "does not hold", "undecided", "void", "not tested")
+MANY = {
+    "holds": "hold", "does not hold": "do not hold", "undecided": "are undecided", "void": "are void (a gate failed)",
+    "not tested": "are not tested",
+}  # fmt: skip
+"""Verdicts, as they are counted."""
 EXPECTED = ("better", "worse", "equivalent", "not worse")
 _BOUND = re.compile(r"(?P<sign>>=|<=) (?P<bound>-?\d+(?:\.\d+)?)")
 
@@ -222,7 +226,7 @@ def render_claims(what: str, answers: Sequence[Answer]) -> str:
     lines = [f"- {f'{one.claim.method}: ' if what == 'summary' else ''}{sentence(one)}" for one in chosen]
     if what == "summary":
         counts = Counter(one.verdict for one in answers)
-        told = ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
+        told = ", ".join(f"{counts[word]} {many}" for word, many in MANY.items() if counts[word])
         lines.insert(0, f"Of {len(answers)} claims of the papers: {told}.\n")
     return "\n".join(lines) + "\n"
 

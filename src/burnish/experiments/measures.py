@@ -7,7 +7,8 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 from burnish.core.reading import read_object
-from burnish.evaluate.records import Record
+from burnish.envs.base import FAILURES
+from burnish.evaluate.records import SUMMARY, Record
 from burnish.evaluate.results import read_results
 from burnish.experiments.variants import ALIASES, ANSWER_LOSS, MAIN, QUESTIONS, START, measure_rows
 
@@ -116,10 +117,14 @@ def _logged(run: Path, name: str) -> float:
 
 
 def run_figures(run: Path) -> dict[str, Any]:
-    """What a run logged last, how well it still answers, and with which commit and when it was made."""
+    """What a run logged last, how its episodes failed, how well it still answers, and when and with which commit it
+    was made."""
     content = read_object(run / "train.json")
     made = read_object(run / "run.json")
     figures = {"steps": content["steps"], **content["final"], **{name: made.get(name) for name in ("commit", "date")}}
+    summary = read_object(run / "eval" / MAIN / SUMMARY)
+    known, episodes = summary.get("failures", {}), summary["overall"]["n"]
+    figures |= {f"{kind.replace(' ', '_')}_share": known.get(kind, 0) / episodes for kind in FAILURES if known}
     if (run / "retention.json").is_file():
         figures[ANSWER_LOSS] = read_answers(run)["loss"]
     return figures
