@@ -75,6 +75,17 @@ def test_same_arguments_give_the_same_questions(folder, tmp_path):
     np.testing.assert_array_equal(np.load(again / "images.npy"), np.load(folder / "images.npy"))
 
 
+def test_only_the_kinds_that_are_asked_for(folder, tmp_path):
+    arguments = "tabletop:lift,put_on", 24, tmp_path / "q"
+    options = {"image_size": 48, "seed": 9, "workers": 1, "progress": False}
+    some = open_questions(make_questions(*arguments, kinds=["move", "left_of"], **options)).entries
+    assert some == [e for e in open_questions(folder).entries if e["kind"] in ("move", "left_of")]
+    with pytest.raises(BurnishError, match="holds other questions"):
+        make_questions(*arguments, **options)
+    with pytest.raises(BurnishError, match="questions of kind 'leftof'"):
+        make_questions(*arguments, kinds=["leftof"], **options)
+
+
 def test_another_request_for_a_full_folder_is_refused(folder):
     with pytest.raises(BurnishError, match="holds other questions"):
         make_questions("tabletop:lift,put_on", 25, folder, image_size=48, seed=9, progress=False)

@@ -41,7 +41,7 @@ def demos(
 def questions(
     env: str = "", scenes: int = 0, root: Path | None = None, *,
     from_: Annotated[Path | None, Arg(metavar="JSONL")] = None, images: Path | None = None, image_size: int = 96,
-    camera: str = "", per_scene: int = 0, seed: int = 0, workers: int = 0,
+    camera: str = "", per_scene: int = 0, kinds: str = "", seed: int = 0, workers: int = 0,
 ) -> None:  # fmt: skip
     """Make scene questions with answers from the simulator's state, or import pairs that are there.
 
@@ -56,6 +56,7 @@ def questions(
         image_size: height and width in pixels
         camera: default: the environment's first one
         per_scene: questions kept for each image; 0 keeps all
+        kinds: ask only these, separated by commas, e.g. left_of,exists; default: all
         seed: first initial state
         workers: processes; 0 means one for each core
 
@@ -70,12 +71,12 @@ def questions(
         raise BurnishError("questions without a folder or without a source", "--root, and an environment or --from",
                            "burnish data questions --help")  # fmt: skip
     if from_:
-        if env or scenes or camera or per_scene or seed:
-            raise BurnishError("--from beside an environment, scenes, a camera or a seed", "one of both")
+        if env or scenes or camera or per_scene or kinds or seed:
+            raise BurnishError("--from beside an environment, scenes, a camera, kinds or a seed", "one of both")
         made = import_questions(from_, root, images=images, image_size=image_size)
     else:
         made = make_questions(env, scenes, root, image_size=image_size, camera=camera, per_scene=per_scene,
-                              seed=seed, workers=workers)  # fmt: skip
+                              kinds=[one for one in kinds.split(",") if one], seed=seed, workers=workers)  # fmt: skip
     found = open_questions(made)
     print(f"{len(found.entries)} questions about {len(found.images)} images in {made}")
 

@@ -33,6 +33,7 @@ class QuestionsConfig:
     env: str = option("", "environment id; empty means the one of `demos`")
     scenes: int = option(200, "number of images", least=1, most=10**7)
     per_scene: int = option(5, "questions kept for each image; 0 means all", least=0, most=1000)
+    kinds: list[str] = option([], "kinds of questions that are asked; empty means all")
     limit: int = option(1000, "questions measured; 0 means all", least=0, most=10**9)
     seed: int = option(5_000_000, "first initial state", least=0, most=2**31)
 

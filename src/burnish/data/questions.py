@@ -6,7 +6,7 @@ exists, holding, nearer, move (which object an instruction moves).
 
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -123,7 +123,7 @@ def _pair_questions(facts: SceneFacts, rng: np.random.Generator) -> Iterator[tup
 
 def draw_scenes(
     blocks: Iterable[tuple[int, int]], env_id: str, image_size: int, camera: str, seed: int, per_scene: int,
-    images: Path, first_byte: int,
+    kinds: Sequence[str], images: Path, first_byte: int,
 ) -> Generator[list[list[tuple[str, str, str]]], None, None]:  # fmt: skip
     """The worker of `make_questions`: draws scenes first to last - 1 of a block straight into the file `images`.
 
@@ -143,7 +143,7 @@ def draw_scenes(
                 env.step(expert.act())
             picture = np.asarray(env.observe([camera]).images[camera], np.uint8).reshape(image_size, image_size, 3)
             _write_at(images, first_byte + scene * picture.nbytes, picture)
-            questions = ask(scene_facts(env, camera), rng, absent)
+            questions = [one for one in ask(scene_facts(env, camera), rng, absent) if not kinds or one[0] in kinds]
             if per_scene:
                 questions = [questions[i] for i in rng.permutation(len(questions))[:per_scene]]
             asked.append(questions)
@@ -163,7 +163,7 @@ def _write_at(path: Path, start: int, array: np.ndarray) -> None:
 
 def make_questions(
     env: str, scenes: int, root: Path | str, *, image_size: int = 96, camera: str = "", per_scene: int = 0,
-    seed: int = 0, workers: int = 0, progress: bool = True,
+    kinds: Sequence[str] = (), seed: int = 0, workers: int = 0, progress: bool = True,
 ) -> Path:  # fmt: skip
     """Make images of scenes with their questions and answers under `root`, and return it.
 
@@ -175,6 +175,7 @@ def make_questions(
         image_size: height and width of the images in pixels.
         camera: the view; empty means the environment's first one.
         per_scene: how many questions to keep for each image; 0 keeps all.
+        kinds: ask only these, see `KINDS`; none named: all.
         seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
         workers: simulator processes; 0 means one for each core.
         progress: show a bar on stderr.
@@ -184,6 +185,8 @@ def make_questions(
             or the disk is full; then nothing is left.
     """
     _check_numbers(scenes, image_size, per_scene, seed)
+    if unknown := set(kinds) - {*KINDS}:
+        raise BurnishError(f"questions of kind '{sorted(unknown)[0]}'", f"some of {', '.join(KINDS)}")
     root = Path(root)
     require_own(root, KIND, _is_made)
     root = root.resolve() if root.is_symlink() else root
@@ -194,7 +197,7 @@ def make_questions(
     if camera not in views:
         raise BurnishError(f"unknown camera '{camera}' of {env}", f"one of {', '.join(views)}")
     sizes = {"scenes": scenes, "image_size": image_size, "camera": camera, "per_scene": per_scene}
-    meta = {"env": env, **sizes, "seed": seed, "format": 1}
+    meta = {"env": env, **sizes, **({"kinds": sorted(kinds)} if kinds else {}), "seed": seed, "format": 1}
     if holds_questions(root, meta):
         return root
     with new_output(root, KIND, _is_unfinished) as partial:
@@ -238,7 +241,7 @@ def _fill(folder: Path, meta: dict, seed: int, workers: int, progress: bool) -> 
     header = npy_header((scenes, size, size, 3), np.uint8)
     require_space(folder, len(header) + scenes * size * size * 3, f"{scenes} images in {folder}")
     images.write_bytes(header)
-    arguments = meta["env"], size, meta["camera"], seed, meta["per_scene"], images, len(header)
+    arguments = meta["env"], size, meta["camera"], seed, meta["per_scene"], meta.get("kinds", ()), images, len(header)
     asked = _ask_about_all(scenes, arguments, workers, progress)
     entries = (
         {"image": image, "question": question, "answer": answer, "kind": kind}

@@ -182,7 +182,7 @@ def make_data(recipe: RecipeConfig, stages: Stages) -> None:
         with stages.stage("held-out questions"):
             make_questions(
                 questions.env or demos.env, questions.scenes, questions.root, image_size=demos.image_size,
-                per_scene=questions.per_scene, seed=questions.seed,
+                per_scene=questions.per_scene, kinds=questions.kinds, seed=questions.seed,
             )  # fmt: skip
 
 
