@@ -33,7 +33,7 @@ class RetrieveConfig:
     weight: float = option(0.1, "of all this beside the imitation loss of a run", least=0, most=1e6)
     batch: int = option(128, "frames in a step of training alone", least=2, most=65536)
     frames: int = option(4, "of them from each episode", least=1, most=1024)
-    epochs: float = option(40.0, "passes over the frames in training alone", above=0, most=10_000)
+    epochs: float = option(30.0, "passes over the frames in training alone", above=0, most=10_000)
     lr: float = option(1e-3, "peak learning rate of AdamW, with cosine to 0", above=0, most=1)
     weight_decay: float = option(1e-4, "of AdamW", least=0, most=10)
 
