@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -212,6 +213,6 @@ def draw(root: Path, shown: Mapping[str, tuple[int, np.ndarray]], path: Path) ->
         for axis, row in zip(line, (query, *rows), strict=False):
             axis.imshow(np.asarray(pictures[[row]])[0])
             text = data.instruction(int(data.rows.keys["task_index"][row]))
-            axis.set_title(text, fontsize=6, parse_math=False)
+            axis.set_title(fill(text, 26), fontsize=6, parse_math=False)
         line[0].text(0, -0.04, label, fontsize=7, transform=line[0].transAxes, va="top", parse_math=False)
     save_figure(figure, path)
