@@ -17,6 +17,7 @@ COMMANDS = {
     "policy-table": ("workshop.policy_table", "write the table of policies and their verbs anew"),
     "coverage": ("workshop.coverage", "simulate how often intervals of studies hold the truth"),
     "sequential": ("workshop.sequential", "simulate what looking after every trial costs, beside a fixed test"),
+    "retrieval": ("workshop.retrieval", "measure retrieval on other episodes, beside pixels, chance and controls"),
     "unmasking": ("workshop.unmasking", "measure orders of unmasking and numbers of passes in closed loop"),
 }
 

@@ -210,53 +210,12 @@ def retrieve_train(
     print(f"{output}: {found['frames']} frames, {figures}")
 
 
-def retrieve_measure(
-    root: Path, *, result: Path, encoder: Annotated[list[str], Arg(several=True)] = ("pixels", "tower:small"),
-    shifted: Annotated[list[str], Arg(several=True, metavar="NAME=FOLDER")] = (),
-    seeds: Annotated[int, Arg(least=2, most=20)] = 3, moments: Annotated[int, Arg(least=2, most=1000)] = 6,
-    figure: Annotated[Path | None, Arg(metavar="PNG")] = None,
-) -> None:  # fmt: skip
-    """Measure retrieval honestly: other episodes' frames, by encoders and heads, against pixels, chance and shuffled
-    labels, with the published protocol beside it.
-
-    Args:
-        root: LeRobotDataset folder
-        result: result file to write, results/<name>.json
-        encoder: encoders, see burnish data index
-        shifted: data sets of the same tasks that look different
-        seeds: parts of the episodes, each held out once; also the seeds of the heads
-        moments: frames of each episode that ask and are found
-        figure: also draw a query and its neighbours under each encoder
-
-    Example:
-        burnish method retrieve measure data/lift --encoder pixels tower:small --result results/retrieve/lift.json
-    """
-    import shlex
-
-    from burnish.core.outputs import require_file
-    from burnish.experiments.retrieval import measure
-
-    if figure:
-        require_file(figure, "figure")
-    wrong = [one for one in shifted if not all(one.partition("=")[::2])]
-    if wrong:
-        raise BurnishError(f"--shifted {wrong[0]}", "NAME=FOLDER")
-    words = ["burnish", "method", "retrieve", "measure", str(root), "--encoder", *encoder]
-    words += [*(["--shifted", *shifted] if shifted else []), "--seeds", str(seeds), "--moments", str(moments)]
-    command = shlex.join([*words, "--result", str(result)])
-    print(measure(root, encoder, result, shifted={k: Path(v) for k, _, v in (one.partition("=") for one in shifted)},
-                  seeds=seeds, moments=moments, command=command, figure=figure))  # fmt: skip
-
-
 COMMANDS = Group(
     "What training takes of memory, and what methods prepare before it.",
     {
         "align": Group("Teacher features, and which layers to align.", {"cache": align_cache, "select": align_select}),
         "cost": cost,
         "isolate": Group("Statistics of a frozen policy, for gradient isolation.", {"anchor": anchor}),
-        "retrieve": Group(
-            "Heads under which like frames lie near, and how near.",
-            {"train": retrieve_train, "measure": retrieve_measure},
-        ),
+        "retrieve": Group("Heads under which like frames lie near.", {"train": retrieve_train}),
     },
 )

@@ -9,10 +9,10 @@ from feature_fakes import make_vision
 
 import bench
 from bench import retrieve
-from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.experiments.results import render_table
-from burnish.experiments.retrieval import PUBLISHED, SAME, SENTENCE, SHUFFLED, folds
+from workshop.__main__ import main
+from workshop.retrieval import PUBLISHED, SAME, SENTENCE, SHUFFLED, folds
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def seen(tmp_path_factory):
 def test_measure_writes_a_whole_result_with_every_rank(seen, tmp_path, capsys):
     vision = make_vision(tmp_path / "vision")
     result, figure = tmp_path / "results/small.json", tmp_path / "neighbours.png"
-    words = ["method", "retrieve", "measure", seen, "--encoder", "pixels", f"folder:{vision}", "--seeds", 2,
+    words = ["retrieval", seen, "--encoder", "pixels", f"folder:{vision}", "--seeds", 2,
              "--moments", 3, "--shifted", f"itself={seen}", "--result", result, "--figure", figure]  # fmt: skip
     assert main(list(map(str, words))) == 0, capsys.readouterr().err
     found = json.loads(result.read_text())

@@ -1,8 +1,10 @@
-"""Retrieval measured: every encoder and head on the splits of docs/methods/retrieve.md, into one result file.
+"""How well retrieval works: every encoder and head on the splits of docs/methods/retrieve.md, into one result file.
 
 Each seed holds out another part of the episodes, so that every episode is asked once, by heads that have not seen it.
 """
 
+import argparse
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.outputs import require_file
 from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_lines
 from burnish.core.seeding import derive_seed
@@ -35,6 +38,35 @@ class Part(NamedTuple):
 
     features: Vectors
     tasks: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = ("example:\n  python -m workshop retrieval data/lift --encoder pixels tower:small "
+                     "--result results/retrieve/lift.json")  # fmt: skip
+    parser.add_argument("root", type=Path, help="LeRobotDataset folder")
+    parser.add_argument("--encoder", nargs="+", default=["pixels", "tower:small"], help="see burnish data index")
+    parser.add_argument("--shifted", nargs="*", default=[], metavar="NAME=FOLDER",
+                        help="data sets of the same tasks that look different")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="parts of the episodes, each held out once")
+    parser.add_argument("--moments", type=int, default=6, help="frames of each episode that ask and are found")
+    parser.add_argument("--result", type=Path, required=True, help="result file")
+    parser.add_argument("--figure", type=Path, help="PNG of a query and its neighbours under each encoder")
+
+
+def main(args: argparse.Namespace) -> int:
+    wrong = [one for one in args.shifted if not all(one.partition("=")[::2])]
+    if wrong or not 2 <= args.seeds <= 20 or args.moments < 2:
+        raise BurnishError(f"--shifted {wrong}, --seeds {args.seeds}, --moments {args.moments}",
+                           "NAME=FOLDER, 2 to 20 seeds, 2 moments or more")  # fmt: skip
+    if args.figure:
+        require_file(args.figure, "figure")
+    words = ["python", "-m", "workshop", "retrieval", str(args.root), "--encoder", *args.encoder]
+    words += [*(["--shifted", *args.shifted] if args.shifted else []), "--seeds", str(args.seeds)]
+    words += ["--moments", str(args.moments), "--result", str(args.result)]
+    shifted = {name: Path(folder) for name, _, folder in (one.partition("=") for one in args.shifted)}
+    print(measure(args.root, args.encoder, args.result, shifted=shifted, seeds=args.seeds, moments=args.moments,
+                  command=shlex.join(words), figure=args.figure))  # fmt: skip
+    return 0
 
 
 def measure(
