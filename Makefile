@@ -22,7 +22,7 @@ quickstart: $(READY)
 # Tiny models run fastest on one thread; training in the quickstart uses every core. A file's tests stay together.
 test: export OMP_NUM_THREADS = 1
 test: $(READY) lint
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 
