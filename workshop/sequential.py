@@ -42,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
         figures[f"{name}_power_rate"] = float(np.mean([one.verdict == "better" for one in found]))
         figures[f"{name}_mean_trials"] = float(np.mean(stops))
         figures[f"{name}_median_trials"] = float(np.median(stops))
-        figures[f"{name}_fixed_trials"] = fixed_size(rng, a, b)
+        for power in (POWER, 0.98):
+            figures[f"{name}_fixed_trials_for_{100 * power:.0f}"] = fixed_size(rng, a, b, power)
     targets = {name: "<= 5 %" for name in figures if name.startswith("equal") and "every" not in name}
     write_json(Path(args.output), stamped(f"python -m workshop sequential --runs {args.runs} --trials {args.trials}",
                                              n=args.runs, figures=figures, targets=targets))  # fmt: skip
@@ -73,10 +74,10 @@ def looked(row: np.ndarray) -> bool:
     return bool(differs(np.cumsum(row > 0), np.cumsum(row < 0)).any())
 
 
-def fixed_size(rng: np.random.Generator, a: float, b: float) -> int:
-    """The fewest paired trials (in steps of two) at which McNemar's test, looked at once, finds the difference."""
+def fixed_size(rng: np.random.Generator, a: float, b: float, power: float) -> int:
+    """The fewest paired trials (in steps of two) at which McNemar's test, looked at once, has this power."""
     for trials in range(8, 1000, 2):
         rows = draw(rng, 2000, trials, a, b)
-        if np.mean(differs((rows > 0).sum(1), (rows < 0).sum(1))) >= POWER:
+        if np.mean(differs((rows > 0).sum(1), (rows < 0).sum(1))) >= power:
             return trials
     return 1000

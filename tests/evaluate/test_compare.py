@@ -78,7 +78,7 @@ def test_several_runs_are_clusters_of_their_initial_state(tmp_path):
     assert (four.low, four.high) == pytest.approx(tuple(student.confidence_interval()))
     assert four.p == pytest.approx(student.pvalue) and four.test.startswith("two-way")
     three = compare(a[:3], b).overall  # not paired run by run: states are clusters
-    assert (three.low, three.high, three.p) == pytest.approx((one.low, one.high, one.p))
+    assert (three.low, three.high, three.p) == pytest.approx((four.low, four.high, four.p))
     assert four.rate_a.n == 240 and four.rate_a.high - four.rate_a.low > 0.2
 
 

@@ -1,11 +1,10 @@
 """Statistics against scipy's own, brute force and published values."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
@@ -15,7 +14,6 @@ from burnish.evaluate.stats import (
     minimum_detectable_difference,
     paired_bootstrap,
     percentiles,
-    sign_flip,
     wilson,
 )
 
@@ -50,23 +48,6 @@ def test_mcnemar_equals_the_doubled_tail(b, c):
     expected = 1.0 if b == c else _binomial_two_sided(b, c)
     assert mcnemar(b, c) == pytest.approx(expected, rel=1e-9)
     assert mcnemar(b, c) == pytest.approx(mcnemar(c, b))
-
-
-@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 20))
-def test_sign_flip_of_single_trials_is_mcnemar(b, c, ties):
-    differences = np.array([1] * b + [-1] * c + [0] * ties, dtype=int)
-    assert sign_flip(differences) == pytest.approx(mcnemar(b, c), rel=1e-9)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
-def test_sign_flip_equals_enumeration(differences):
-    sums = [
-        sum(s * abs(d) for s, d in zip(signs, differences, strict=True))
-        for signs in itertools.product([1, -1], repeat=len(differences))
-    ]
-    expected = np.mean([abs(s) >= abs(sum(differences)) for s in sums])
-    assert sign_flip(np.array(differences)) == pytest.approx(expected)
 
 
 def test_bootstrap_matches_normal_theory_and_is_seeded():

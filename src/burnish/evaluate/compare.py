@@ -1,6 +1,5 @@
 """Two policies on the same initial states: is one better, by how much, and what could have been seen at all."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
@@ -20,7 +19,6 @@ from burnish.evaluate.stats import (
     mcnemar,
     minimum_detectable_difference,
     paired_bootstrap,
-    sign_flip,
     two_way,
     verdict,
     wilson,
@@ -28,13 +26,12 @@ from burnish.evaluate.stats import (
 
 Key = tuple[str, int]
 Run = dict[Key, Record]
-MOST_TASKS, MOST_RUNS, MOST_TABLE = 2000, 100, 200_000
-"""Of one comparison, so that it ends; the last is of the exact sign-flip test."""
-_MCNEMAR, _SIGN_FLIP = "exact McNemar test", "exact sign-flip test over initial states"
-_TWO_WAY = "two-way random-effects test"
+MOST_TASKS, MOST_RUNS = 2000, 100
+"""Of one comparison, so that it ends."""
+_MCNEMAR, _TWO_WAY, _STATES = "exact McNemar test", "two-way random-effects test", "t test over initial states"
 _INTERVAL = {
-    _MCNEMAR: "paired bootstrap over {n} initial states", _SIGN_FLIP: "paired bootstrap over {n} initial states",
-    _TWO_WAY: "two-way over runs and {n} initial states",
+    _MCNEMAR: "paired bootstrap over {n} initial states", _TWO_WAY: "two-way over runs and {n} initial states",
+    _STATES: "over the means of {n} initial states",
 }  # fmt: skip
 Paths = Path | str | Sequence[Path | str]
 
@@ -45,9 +42,8 @@ class PairedResult:
 
     With one run on each side every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
     `p` is McNemar's. With k runs of the same states on both sides, the first of A beside the first of B, the interval
-    and `p` are those of `stats.two_way`, over runs and states. With another number of runs an initial state is a
-    cluster: intervals come from a bootstrap over initial states and `p` from the exact sign-flip test on the per-state
-    differences.
+    and `p` are those of `stats.two_way`, over runs and states. With another number of runs they are Student's, over
+    the means of initial states.
 
     Args:
         low, high: 95 % interval of the difference.
@@ -204,26 +200,23 @@ def _check_bounds(tasks: int, *runs: int) -> None:
 def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
     successes = [np.array([sum(run[k].success for run in side if k in run) for k in keys]) for side in sides]
     trials = [np.array([sum(k in run for run in side) for k in keys]) for side in sides]
-    # Whole numbers, so that the exact test stays exact: the difference of shares times their common denominator.
-    denominator = math.lcm(*np.concatenate(trials).tolist())
-    if denominator > 1 and denominator * len(keys) > MOST_TABLE:
-        raise BurnishError("runs that share few of their initial states", "the same states in all runs of a side")
-    scaled = successes[1] * (denominator // trials[1]) - successes[0] * (denominator // trials[0])
-    n, difference = len(keys), scaled / denominator
-    only_a, only_b = int((scaled < 0).sum()), int((scaled > 0).sum())
-    single = max(len(side) for side in sides) == 1
+    # Whole numbers, so that equal shares are equal.
+    better = np.sign(successes[1] * trials[0] - successes[0] * trials[1])
+    n, difference = len(keys), successes[1] / trials[1] - successes[0] / trials[0]
+    counts = int((better < 0).sum()), int((better > 0).sum())
+    single, test = max(len(side) for side in sides) == 1, _STATES
     rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
-    # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
-    discordance = (float((difference**2).sum()) + 1) / (n + 2)
-    detectable = minimum_detectable_difference(n, discordance)
-    counts = only_a, only_b
-    if not single and n > 1 and len(sides[0]) == len(sides[1]) and all(t.min() == len(sides[0]) for t in trials):
-        table = [[float(y[key].success) - float(x[key].success) for key in keys] for x, y in zip(*sides, strict=True)]
+    if not single and n > 1:
+        table = [difference]
+        if len(sides[0]) == len(sides[1]) and all(t.min() == len(sides[0]) for t in trials):
+            table, test = [np.array([float(y[k].success) - float(x[k].success) for k in keys])
+                           for x, y in zip(*sides, strict=True)], _TWO_WAY  # fmt: skip
         found = two_way(np.array(table))
-        return PairedResult(n, *rates, found.mean, found.low, found.high, *counts, found.p, found.detectable, _TWO_WAY)
+        return PairedResult(n, *rates, found.mean, found.low, found.high, *counts, found.p, found.detectable, test)
+    # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
+    detectable = minimum_detectable_difference(n, (float((difference**2).sum()) + 1) / (n + 2))
     low, high = paired_bootstrap(difference, np.random.default_rng(seed))
-    p, test = (mcnemar(*counts), _MCNEMAR) if single else (sign_flip(scaled), _SIGN_FLIP)
-    return PairedResult(n, *rates, float(difference.mean()), low, high, *counts, p, detectable, test)
+    return PairedResult(n, *rates, float(difference.mean()), low, high, *counts, mcnemar(*counts), detectable, _MCNEMAR)
 
 
 def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) -> Rate:

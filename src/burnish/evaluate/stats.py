@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binom, binomtest, norm, t
+from scipy.stats import binomtest, norm, t
 
 from burnish.core.errors import BurnishError
 
@@ -59,28 +59,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact McNemar p-value from the two discordant counts (1 when there is none)."""
     discordant = only_first + only_second
     return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """Exact two-sided sign-flip test that paired integer differences are symmetric about zero.
-
-    Under the null every difference is as likely to have either sign. The distribution of their sum is built
-    by convolution, so the p-value is exact. For differences in {-1, 0, 1} it equals McNemar's.
-
-    Args:
-        differences: [n] integers, e.g. successes of A minus successes of B on one initial state.
-    """
-    sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.int64)), return_counts=True)
-    mass: np.ndarray = np.ones(1)  # mass[i] = P(sum = i - offset)
-    offset = 0
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        if size == 0:
-            continue
-        step = np.zeros(2 * size * count + 1)
-        step[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        mass, offset = np.convolve(mass, step), offset + size * count
-    distance = np.abs(np.arange(mass.size) - offset)
-    return float(min(1.0, mass[distance >= abs(int(np.sum(differences)))].sum()))
 
 
 def paired_bootstrap(
