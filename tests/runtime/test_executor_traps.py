@@ -14,7 +14,8 @@ from burnish.policies import load_policy
 from burnish.runtime import family as family_module
 from burnish.runtime import pi as pi_module
 from burnish.runtime import smolvla as smolvla_module
-from burnish.runtime.executor import Runtime, euler
+from burnish.runtime.executor import Runtime
+from burnish.sampling.solvers import make_solver
 from workshop.tiny import make_tiny
 
 KINDS = ("smolvla", "pi0", "pi05")
@@ -118,7 +119,9 @@ def test_trap_times_are_lerobots_numbers(policy):
     """1 + i * (-1 / N) and not 1 - i / N; and N steps, where `while time >= -dt / 2` sums up what floats lose."""
     for steps in (1, 3, 7, 10, 50):
         times = []
-        euler(steps)(lambda points, time, times=times: times.append(time) or points * 0, torch.zeros(1))
+        make_solver(f"euler:{steps}")(
+            lambda points, time, times=times: times.append(time) or points * 0, torch.zeros(1)
+        )
         assert times == [1.0 + i * (-1.0 / steps) for i in range(steps)]
 
 

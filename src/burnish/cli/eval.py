@@ -13,9 +13,11 @@ def evaluate(
     cameras: Annotated[list[str], Arg(several=True)] = (),
     n_action_steps: Annotated[int | None, Arg(short="--replan")] = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
-    delay: Annotated[int, Arg(least=0, most=1000)] = 0, async_mode: Annotated[str, Arg(short="--async")] = "sync",
-    jacobian: str = "auto", schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0, sampler: str = "",
-    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "",
+    delay: str = "0", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
+    schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0,
+    carry: Annotated[int, Arg(least=0, most=1000)] = 0, sampler: str = "",
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "none",
+    max_age: Annotated[int, Arg(least=1, most=1000)] = 4, measured: Path | None = None,
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -39,20 +41,24 @@ def evaluate(
         video: film no episode
         engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
         num_gpus: GPUs of the Ray cluster for each simulator; default: none
-        delay: control steps between an observation and the chunk for it
+        delay: control steps between an observation and the chunk for it, or p95:FILE of a latency that was measured
         async_mode: what is done meanwhile: sync (stand still), naive, ensemble, bid, inpaint, guided, trained, tokens
         jacobian: of guided: vjp or identity; auto: the policy's
         schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
         clip: greatest pull; 0 means the number of flow steps
+        carry: of tokens: replans for which those behind the executed steps are kept
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify samplers`, or auto
         tier: run the policy by the executor; default: as LeRobot does
+        cache: exact (find again what was computed from the same pictures), or images (act on pictures of earlier calls)
+        max_age: of images: calls for which pictures are used again
+        measured: of images: file of `burnish policy verify runtime`
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
         burnish eval small tabletop:reach --delay 2 --replan 4 --async guided --output runs/reach/guided2
         burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
     """
-    from burnish.core.config import DelayConfig
+    from burnish.core.config import CacheConfig, DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers, "output": output,
@@ -61,9 +67,13 @@ def evaluate(
     own = {"batch_size": batch_size, "cameras": cameras or None, "n_action_steps": n_action_steps, "device": device,
            "instruction_swap": instruction_swap, "sampler": sampler, "tier": tier}  # fmt: skip
     if policy in ("expert", "random_object"):
-        for flag in (name.replace("_", "-") for name, value in {**own, "delay": delay}.items() if value):
+        given = {**own, "delay": delay != "0", "cache": cache != "none"}
+        for flag in (name.replace("_", "-") for name, value in given.items() if value):
             raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")
         found = evaluate_expert(env, which=policy, **trials)
     else:
-        found = evaluate(policy, env, delay=DelayConfig(delay, async_mode, jacobian, schedule, clip), **own, **trials)
+        steps, quantile = (int(delay), "") if delay.isdecimal() and len(delay) < 5 else (0, delay)
+        late = DelayConfig(steps, async_mode, jacobian, schedule, clip, carry, quantile)
+        kept = CacheConfig(cache, max_age, measured=str(measured or ""))
+        found = evaluate(policy, env, delay=late, cache=kept, **own, **trials)
     print(f"{found}\nwritten to {output}")

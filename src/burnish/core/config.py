@@ -160,11 +160,32 @@ class DelayConfig:
     jacobian: str = option("auto", "of guided: vjp, identity; auto: the policy's", choices=("auto", "vjp", "identity"))
     schedule: str = option("exp", "how the pull falls: exp, linear, or hard", choices=("exp", "linear", "hard"))
     clip: float = option(0.0, "greatest pull; 0 means the policy's number of flow steps", least=0, most=1e6)
+    carry: int = option(0, "of tokens: replans for which those behind the executed steps are kept", least=0, most=1000)
+    measured: str = option("", "instead of steps: p50, p95 or p99 of a latency that was measured, as p95:FILE")
 
     @property
     def plain(self) -> bool:
         """Whether it is no delay at all."""
-        return self.mode == "sync" and not self.steps
+        return self.mode == "sync" and not self.steps and not self.measured
+
+
+@dataclass
+class CacheConfig:
+    """What a policy need not compute again (see `burnish.runtime.caches`)."""
+
+    mode: str = option(
+        "none", "exact: find again what was computed from the same pictures and text, which changes nothing; images: "
+        "act on pictures of earlier calls, with the present state; prefix: on their state too (for comparison alone)",
+        choices=("none", "exact", "images", "prefix"),
+    )  # fmt: skip
+    max_age: int = option(4, "of images: calls for which pictures are used again", least=1, most=1000)
+    similarity: float = option(
+        0.0, "only where the cosine with them, 8x8 pixels each, is at least this", least=0, most=1
+    )
+    guard: bool = option(True, "compare every fourth such call with the true one, and stop where they differ")
+    measured: str = option(
+        "", "of the guard: file of `burnish policy verify runtime`, for the policy's spread", path=True
+    )
 
 
 @dataclass
@@ -185,6 +206,7 @@ class EvalConfig:
     sampler: str = option("", "of a flow-matching policy, e.g. ab2:4, or auto; empty means its config's Euler steps")
     tier: str = option("", "run the policy by the executor; empty: as LeRobot does", choices=("", *EXECUTOR_TIERS))
     delay: DelayConfig = field(default_factory=DelayConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass

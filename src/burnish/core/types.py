@@ -98,7 +98,9 @@ class Chunk:
     """Actions [B, T, A] in environment units; index 0 is to be executed first.
 
     `raw` are those of a flow-matching policy in the model's own space, [B, T, A_model], for a later `Steering`.
+    `tokens` are those of a token policy, long [B, L], MASK where none was needed, for a later `carry`.
     """
 
     actions: Tensor
     raw: Tensor | None = None
+    tokens: Tensor | None = None

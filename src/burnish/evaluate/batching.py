@@ -14,6 +14,7 @@ from burnish.core.types import Batch, Chunk, Draws
 from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
 from burnish.policies.keys import RULER
+from burnish.runtime.caches import Reuse
 from burnish.runtime.executor import Runtime
 
 
@@ -45,6 +46,7 @@ class BatchedPolicy:
 
     Attributes:
         runner: who is called, the policy itself or the executor of it.
+        reuse: old pictures that it acts on; None where it always sees the present.
     """
 
     def __init__(self, policy: Policy, cameras: dict[str, str], seed: int, width: int, n_action_steps: int):
@@ -52,6 +54,7 @@ class BatchedPolicy:
             raise BurnishError(f"{n_action_steps} action steps", f"1 to {policy.act_steps}, the policy's chunk")
         self.policy = policy.eval()
         self.runner: Policy | Runtime = policy
+        self.reuse: Reuse | None = None
         self.cameras = cameras
         self.seed, self.width, self.n_action_steps = seed, width, n_action_steps
         parameter = next(policy.parameters(), None)
@@ -73,6 +76,9 @@ class BatchedPolicy:
         batch = self._batch([row.observation for row in rows])
         batch["task"][-1] = RULER
         draws = self._draws(rows)
+        there = batch
+        if self.reuse is not None:
+            batch = self.reuse.look([(request.task, request.initial_state) for request in requests], batch)
         if not self._warm:  # the first call allocates and compiles; it would distort the latency
             self.sample(rows, batch, draws)
             self._warm = True
@@ -81,6 +87,8 @@ class BatchedPolicy:
         chunk = self.sample(rows, batch, draws)
         self._synchronise()
         elapsed = 1000 * (time.perf_counter() - start)
+        if self.reuse is not None:  # while a robot would execute the chunk
+            self.reuse.compare(chunk, lambda: self.sample(rows, there, draws))
         if not torch.isfinite(chunk.actions[: len(requests)]).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
         return chunk, elapsed

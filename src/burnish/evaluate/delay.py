@@ -6,7 +6,9 @@ replan is due. Before the first chunk it stands still. Noise is that of (initial
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from burnish.core.config import DelayConfig
 from burnish.core.errors import BurnishError
+from burnish.core.options import number
+from burnish.core.reading import read_object
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, Chunk, Draws
 from burnish.envs.base import EnvSpec, Observation
@@ -33,14 +37,20 @@ COMMITTING = (*STEERED, "tokens")
 
 @dataclass(frozen=True)
 class Plan:
-    """A chunk [H, A] in environment units, row 0 first, and as the model has it [H, A_model] (flow matching)."""
+    """A chunk [H, A] in environment units, row 0 first, and as the model has it: [H, A_model] (flow matching), or as
+    tokens, long [H, A], with the replans since each was decided.
+    """
 
     actions: np.ndarray
     raw: Tensor | None = None
+    tokens: Tensor | None = None
+    ages: Tensor | None = None
 
     def after(self, steps: int) -> "Plan":
         """What is left when so many rows are executed; never filled up."""
-        return Plan(self.actions[steps:], None if self.raw is None else self.raw[steps:])
+        return Plan(
+            self.actions[steps:], *(None if x is None else x[steps:] for x in (self.raw, self.tokens, self.ages))
+        )
 
 
 class DelayedPolicy(BatchedPolicy):
@@ -72,6 +82,10 @@ class DelayedPolicy(BatchedPolicy):
             require(policy, "steering", f"mode {delay.mode}")
         if delay.mode == "tokens":
             require(policy, "prefix", "mode tokens")
+        if delay.carry:
+            require(policy, "carry", "carry")
+        self.carries = delay.mode == "tokens" and policy.supports("carry")
+        self.mask = int(policy.token_model().mask_id or 0) if self.carries else 0
 
     def plans(self, requests: Sequence[Request]) -> tuple[list[Plan], float]:
         """A plan for each request, and the milliseconds of the call."""
@@ -79,6 +93,10 @@ class DelayedPolicy(BatchedPolicy):
         raw = [None] * len(requests) if chunk.raw is None else list(chunk.raw.cpu())
         actions = chunk.actions[: len(requests)].float().cpu().numpy()
         plans = [Plan(a, r) for a, r in zip(actions, raw, strict=False)]
+        if self.carries and chunk.tokens is not None:
+            ages = [self._carried(request.rest)[1] for request in requests]
+            plans = [replace(plan, tokens=found.view(age.shape), ages=age)
+                     for plan, found, age in zip(plans, chunk.tokens.cpu(), ages, strict=False)]  # fmt: skip
         if self.delay.mode == "ensemble":
             plans = [_mean(plan, request.rest) for plan, request in zip(plans, requests, strict=True)]
         return plans, elapsed
@@ -87,22 +105,52 @@ class DelayedPolicy(BatchedPolicy):
         """The policy's chunks for a whole batch of rows."""
         d, mode, rests = self.delay.steps, self.delay.mode, [row.rest for row in rows]
         known = next((rest for rest in rests if rest is not None), None)
-        if known is None or mode in ("sync", "naive", "ensemble") or (d == 0 and mode in COMMITTING):
+        if self.carries and known is None:
+            return self.runner.act(batch, draws, **self._until())
+        if (
+            known is None
+            or mode in ("sync", "naive", "ensemble")
+            or (d == 0 and mode in COMMITTING and not self.carries)
+        ):
             return self.runner.act(batch, draws)
         has = torch.tensor([rest is not None for rest in rests])
         filled = [known if rest is None else rest for rest in rests]
         if mode == "bid":
             return self._nearest(rows, batch, draws, has, np.stack([rest.actions for rest in filled]))
         if mode == "tokens":
-            plain = None if has.all() else self.runner.act(batch, draws).actions
-            done = torch.from_numpy(np.stack([rest.actions[:d] for rest in filled])).to(self.device)
-            going = self.runner.act(batch, draws, prefix=done).actions
-            return Chunk(going if plain is None else torch.where(has[:, None, None], going, plain))
+            return self._tokens(batch, draws, has, filled)
         raw = torch.stack([rest.raw for rest in filled]).to(self.device)
         options = {"jacobian": self.delay.jacobian, "schedule": self.delay.schedule, "clip": self.delay.clip or None}
         steering = Steering(raw, has * d, has * raw.shape[1], mode=mode, **options)
         more: dict[str, Any] = {"steering": steering}
         return self.runner.act(batch, draws, **more)
+
+    def _tokens(self, batch: Batch, draws: Draws, has: Tensor, rests: list[Plan]) -> Chunk:
+        """Decoded behind the committed rows, as far as anybody executes; and with what the old chunk had left."""
+        plain = None if has.all() else self.runner.act(batch, draws, **self._until())
+        done = torch.from_numpy(np.stack([rest.actions[: self.delay.steps] for rest in rests])).to(self.device)
+        more: dict[str, Any] = {"prefix": done, **self._until()}
+        if self.delay.carry:
+            more["carry"] = torch.stack([self._carried(rest)[0].flatten() for rest in rests])
+        going = self.runner.act(batch, draws, **more)
+        if plain is None:
+            return going
+        tokens = None if going.tokens is None else torch.where(has[:, None], going.tokens.cpu(), plain.tokens.cpu())
+        return Chunk(torch.where(has[:, None, None], going.actions, plain.actions), tokens=tokens)
+
+    def _until(self) -> dict[str, Any]:
+        """Rows that are executed before the next chunk is there are all that have to be final."""
+        return {"until": min(self.policy.act_steps, self.n_action_steps + self.delay.steps)} if self.carries else {}
+
+    def _carried(self, rest: Plan | None) -> tuple[Tensor, Tensor]:
+        """Tokens [H, A] to go on with, MASK where none is young enough, and their ages in the chunk to come."""
+        ids = torch.full((self.policy.act_steps, self.policy.action_dim), self.mask)
+        ages = torch.zeros_like(ids)
+        if rest is not None and rest.tokens is not None and rest.ages is not None and self.delay.carry:
+            n = len(rest.tokens)
+            ids[:n] = torch.where(rest.ages < self.delay.carry, rest.tokens, self.mask)
+            ages[:n] = (rest.ages + 1) * (ids[:n] != self.mask)
+        return ids, ages
 
     def _nearest(self, rows: Sequence[Request], batch: Batch, draws: Draws, has: Tensor, old: np.ndarray) -> Chunk:
         """Of several chunks the one whose overlap with the old chunk is nearest, weighted as in `weights` (the backward
@@ -198,3 +246,27 @@ def motion(actions: np.ndarray, chunk: np.ndarray) -> dict[str, float]:
     same = chunk[1:] == chunk[:-1]
     parts = {"border": apart[both & ~same], "inner": apart[both & same], "jerk": np.abs(np.diff(actions, 2, axis=0))}
     return {name: float(part.mean()) for name, part in parts.items() if part.size} | {"idle": float((chunk < 0).sum())}
+
+
+def measured_steps(measured: str, fps: float) -> int:
+    """Control steps, at `fps` a second, of a quantile of a latency that was measured, rounded up.
+
+    Args:
+        measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile --output`, a server's /stats, or the
+            summary.json of an evaluation.
+        fps: control steps a second.
+
+    Raises:
+        BurnishError: no such file, or none of these.
+    """
+    name, colon, path = measured.partition(":")
+    if not colon or name not in ("p50", "p95", "p99"):
+        raise BurnishError(f"a delay of '{measured[:100]}'", "steps, or p50, p95, p99 of a file", "p95:profile.json")
+    found, median = read_object(Path(path)), name if name != "p50" else "median"
+    places = [found.get(f"{name}_ms"), *(part.get(key) for place in ("total", "latency_ms") for key in {name, median}
+                                         if isinstance(part := found.get(place), dict))]  # fmt: skip
+    ms = next((value for value in places if number(value)), None)
+    if ms is None or not 0 <= ms <= 1e7:
+        raise BurnishError(f"{path} has no latency", "profile.json, a server's /stats or an evaluation's summary.json",
+                           "burnish policy profile POLICY --output FOLDER")  # fmt: skip
+    return ceil(ms * fps / 1000 - 1e-9)

@@ -26,6 +26,8 @@ class Evaluation:
     new_episodes: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks without such an expert, and why."""
+    reused: dict[str, int] = field(default_factory=dict)
+    """Calls of a policy that acts on old pictures, see `runtime.caches.Reuse`; of this run."""
 
     @property
     def overall(self) -> Rate:
@@ -74,7 +76,7 @@ class Evaluation:
             "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
             "seconds": self.seconds, "new_episodes": self.new_episodes,
             "left_out": self.left_out, **({"failures": self.failures} if self.failures else {}),
-            **({"motion": self.motion} if self.motion else {}),
+            **({"motion": self.motion} if self.motion else {}), **({"reused": self.reused} if self.reused else {}),
         }  # fmt: skip
 
     def __str__(self) -> str:

@@ -8,13 +8,13 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.core.cluster import choose_engine
-from burnish.core.config import DelayConfig, EvalConfig
+from burnish.core.config import CacheConfig, DelayConfig, EvalConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.options import check
@@ -29,7 +29,9 @@ from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
 from burnish.policies.base import require
 from burnish.policies.load import policy_and_hash
+from burnish.runtime.caches import Reuse, keeping
 from burnish.runtime.choose import find_sampler
+from burnish.sampling.kept import Kept
 
 if TYPE_CHECKING:
     from burnish.evaluate.batching import BatchedPolicy
@@ -49,7 +51,7 @@ def evaluate(
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None, sampler: str = "",
-    tier: str = "",
+    tier: str = "", cache: CacheConfig | None = None,
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -83,6 +85,7 @@ def evaluate(
         delay: let the policy answer late; None means that simulators wait for it.
         sampler: of a flow-matching policy, see `runtime.choose.find_sampler`; "" means the policy's own.
         tier: run the policy by the executor, see `runtime.executor.TIERS`; "" means as LeRobot does.
+        cache: what the policy need not compute again; None means that it computes all.
 
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
@@ -91,14 +94,18 @@ def evaluate(
 
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
-                        delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy), tier=tier)  # fmt: skip
+                        delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy), tier=tier,
+                        cache=cache or CacheConfig())  # fmt: skip
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
-    with _sampling(policy, trials.sampler):
+    kept = Kept() if trials.cache.mode == "exact" else None
+    job.kept = kept if policy.supports("runtime") else None
+    keeps = nullcontext() if kept is None or job.kept else keeping(policy, kept)
+    with _sampling(policy, trials.sampler), keeps:
         return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
 
 
@@ -119,17 +126,21 @@ def _batched(
     job: "_Job", policy: "Policy", spec: EnvSpec, cameras: Sequence[str] | None, n_action_steps: int | None
 ) -> "BatchedPolicy":
     from burnish.evaluate.batching import BatchedPolicy, match_cameras
-    from burnish.evaluate.delay import DelayedPolicy
+    from burnish.evaluate.delay import DelayedPolicy, measured_steps
     from burnish.runtime.executor import Runtime
 
     if policy.action_dim != len(spec.action_names):
         expected = f"{len(spec.action_names)} for {spec.task_id}"
         raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
     steps, delay = policy.n_action_steps if n_action_steps is None else n_action_steps, job.trials.delay
+    if delay.measured:
+        delay = job.trials.delay = replace(delay, steps=measured_steps(delay.measured, spec.fps), measured="")
     given = policy, match_cameras(policy, spec, cameras), job.trials.seed, (job.batch_size + 1) // 2, steps
     asked = BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
-    if tier := job.trials.tier:
-        asked.runner = Runtime(policy, tier=tier)
+    if job.trials.tier or job.kept:
+        asked.runner = Runtime(policy, tier=job.trials.tier or "exact", kept=job.kept)
+    if job.trials.cache.mode in ("images", "prefix"):
+        asked.reuse = Reuse(job.trials.cache, policy)
     return asked
 
 
@@ -173,7 +184,7 @@ def initial_states(spec: EnvSpec, first: int, count: int) -> range:
     return range(min(count, spec.num_initial_states))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """What `evaluate` and `evaluate_expert` share; see there."""
 
@@ -185,6 +196,7 @@ class _Job:
     swap: bool = False
     actor: str = "policy"
     engine: Engine = field(default_factory=Engine)
+    kept: Kept | None = None
 
     @property
     def batch_size(self) -> int:
@@ -216,7 +228,8 @@ class _Job:
             records = {r.key: r for r in journal.records}
             found = [records[spec.task_id, state] for spec, state in plan]
             seconds = time.perf_counter() - start
-            evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable)
+            reused = dict(policy.reuse.counts) if policy and policy.reuse else {}
+            evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable, reused)
             write_json(output / SUMMARY, evaluation.to_dict())
         return evaluation
 
@@ -234,6 +247,7 @@ class _Job:
             "cameras": list(cameras), "n_action_steps": n_action_steps,
             "batch_size": self.batch_size if self.actor == "policy" else 0,
             **({} if trials.delay.plain else {"delay": asdict(trials.delay)}),
+            **({"cache": asdict(trials.cache)} if trials.cache.mode in ("images", "prefix") else {}),
             **({"sampler": trials.sampler} if trials.sampler else {}),
             **({"tier": trials.tier} if trials.tier not in ("", "exact") else {}),  # exact ones say the same
         }  # fmt: skip

@@ -33,6 +33,7 @@ CAPABILITIES: dict[str, tuple[str, str]] = {
     "masked_diffusion": ("masked tokens", "a burnish_discrete policy trained by diffusion"),
     "runtime": ("model that the executor can run", "smolvla, pi0 or pi05"),
     "steering": ("way to go on from an old chunk", "a flow-matching policy: smolvla, pi0 or pi05"),
+    "carry": ("way to go on with tokens of its last chunk", "a burnish_discrete policy of binned tokens with MASK"),
     "prefix": ("way to continue actions that are committed", "a flow-matching policy, openvla or burnish_discrete"),
 }
 """What a policy may be able to do: its name, what a policy without it lacks, and which policies have it.
@@ -41,7 +42,7 @@ score: `score`, `scores`. likelihood: `score` is exact, so that draws change not
 `view_tokens`. capture: `capture`. velocity: `velocity`, `to_model`. tokens: `token_model`, `token_actions`, `decoder`,
 `watch_tokens`, `token_logits`, `act(stream=)`. masked_diffusion: trained on partly hidden tokens. runtime:
 `flow_parts`, `begin`, `finish`, `set_steps`, `sampler`. steering: `act(steering=)`, `candidates`, `Chunk.raw`,
-`rtc_training_max_delay`. prefix: `act(prefix=)`.
+`rtc_training_max_delay`. prefix: `act(prefix=)`. carry: `act(until=, carry=)`, `Chunk.tokens`.
 """
 
 

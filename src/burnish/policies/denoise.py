@@ -22,26 +22,18 @@ def sample_with(
         solver: see sampling.solvers.
         inputs: what `sample_actions` takes.
         noise: standard normal.
-        guide: steers; its pull stays out of what the solver extrapolates.
+        guide: steers.
     """
     denoise, own = model.denoise_step, vars(model).get("denoise_step")
     seen: dict[str, Any] = {}
-    push: Tensor | None = None
 
     def note(*, x_t: Tensor, timestep: Tensor, **encoded: Any) -> Tensor:
         seen.update(encoded)
         return torch.zeros_like(x_t)
 
     def velocity(points: Tensor, time: float) -> Tensor:
-        nonlocal push
         at = torch.full((len(points),), time, dtype=torch.float32, device=points.device)
-        if guide is None:
-            return denoise(x_t=points, timestep=at, **seen)
-        found, push = guide.split(lambda x: denoise(x_t=x, timestep=at, **seen), points, time)
-        return found
-
-    def correct(points: Tensor, direction: Tensor, time: float) -> Tensor:
-        return direction if push is None else direction - push
+        return denoise(x_t=points, timestep=at, **seen)
 
     model.denoise_step = note
     try:
@@ -51,4 +43,4 @@ def sample_with(
             del model.denoise_step
         else:
             model.denoise_step = own
-    return solver(velocity, noise, None if guide is None else correct)
+    return solver(velocity, noise) if guide is None else guide.integrate(solver, velocity, noise)

@@ -19,10 +19,12 @@ from burnish.core.types import Batch, Chunk, Draws
 from burnish.policies.base import Policy, Stage, require
 from burnish.policies.keys import TASK
 from burnish.policies.parts import FlowParts
-from burnish.runtime.family import Encoded, Family, signature
+from burnish.runtime.caches import encode
+from burnish.runtime.family import Encoded, Family
 from burnish.runtime.graphs import Graphs
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
+from burnish.sampling.kept import Kept, signature
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
@@ -76,15 +78,19 @@ class Sampler:
         tier: one of TIERS.
         solver: see Solver; None means the Euler steps of the policy's config, as LeRobot takes them.
         graph: on a GPU, replay the shapes that `capture` was shown as one CUDA graph.
+        kept: what was computed from the same pictures and text is found again there; not inside a graph.
     """
 
-    def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
+    def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = False,
+                 kept: Kept | None = None):  # fmt: skip
         if tier not in TIERS:
             raise BurnishError(f"tier '{tier}'", f"one of {', '.join(TIERS)}")
         device = next(parts.model.parameters()).device
         if graph and device.type != "cuda":
             raise BurnishError(f"a CUDA graph on {device}", "a policy on a GPU")
-        self.tier, self.lerobot, self.solver = tier, parts, solver
+        if graph and kept:
+            raise BurnishError("a CUDA graph and caches: the host would have to look into it", "one of the two")
+        self.tier, self.lerobot, self.solver, self.kept = tier, parts, solver, kept
         self.graphs = Graphs(self._work) if graph else None
         self._views, self._signature = 0, signature(parts.model)
         self._build()
@@ -95,6 +101,8 @@ class Sampler:
         static = tier.compiled or self.graphs is not None  # a prompt of another length would be traced anew
         self.family = FAMILIES[self.parts.family](self.parts, fused=tier.fused, static=static)
         self.velocity = self.family.velocity
+        if self.kept is not None:
+            self.family.keeps, self.family.embed_image = True, self.kept.views(self.parts.embed_image)
         if tier.compiled:
             self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
 
@@ -109,7 +117,11 @@ class Sampler:
     def encode(self, inputs: Sequence[Any]) -> Encoded:
         """The observation of `inputs`, as LeRobot's `sample_actions` takes them."""
         self.refresh()
-        return self.family.encode(self._trimmed(inputs) if self.family.static else inputs)
+        inputs = self._trimmed(inputs) if self.family.static else inputs
+        if self.kept is None:
+            return self.family.encode(inputs)
+        self.kept.begin(self.lerobot.model)
+        return encode(self.kept, self.family, inputs, exact=not TIERS[self.tier].fused)
 
     def sample(
         self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
@@ -123,29 +135,22 @@ class Sampler:
             guide: real-time chunking, of a mode that changes velocities alone (not "trained").
         """
 
-        solver, push = self.solver or euler(self.parts.steps), [torch.zeros(())]
+        solver = self.solver or make_solver(f"euler:{self.parts.steps}")
         if TIERS[self.tier].compiled:  # what the trace would otherwise put together inside, and guard
             with torch.no_grad():
                 self.family.velocity(encoded, noise, self.family.condition(1.0, len(noise)))
 
         def velocity(points: Tensor, time: float) -> Tensor:
-            condition = self.family.condition(time, len(points))
-            if guide is not None and self.solver is None:
-                return guide.velocity(lambda at: self.velocity(encoded, at, condition), points, time)
-            if guide is not None:  # a solver extrapolates velocities, never the pull
-                found, pull = guide.split(lambda at: self.velocity(encoded, at, condition), points, time)
-                push[0] = found.new_zeros(()) if pull is None else pull
-                return found
-            found = self.velocity(encoded, points, condition)
-            if committed is None:
-                return found
-            held = committed.shape[1]
-            return torch.cat([noise[:, :held] - committed, found[:, held:]], dim=1)
+            return self.velocity(encoded, points, self.family.condition(time, len(points)))
+
+        def straight(points: Tensor, time: float) -> Tensor:
+            held = 0 if committed is None else committed.shape[1]
+            return torch.cat([noise[:, :held] - committed, velocity(points, time)[:, held:]], dim=1)
 
         with torch.no_grad():
-            corrected = (lambda points, direction, time: direction - push[0],) if guide and self.solver else ()
-            sampled = solver(velocity, noise, *corrected)
-        return sampled if guide is None else guide.finish(sampled)
+            if guide is not None:
+                return guide.finish(guide.integrate(solver, velocity, noise))
+            return solver(velocity if committed is None else straight, noise)
 
     def __call__(
         self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
@@ -195,7 +200,7 @@ class Sampler:
         that is left; the spread is that of eight chunks of each observation.
         """
         if self.solver is not None:  # LeRobot's has no other than Euler
-            return Sampler(self.lerobot, self.tier).compare(inputs, noise)
+            return Sampler(self.lerobot, self.tier, kept=self.kept).compare(inputs, noise)
         tier, want, got = TIERS[self.tier], self.lerobot.sample(inputs, noise), self(inputs, noise)
         apart = (got - want).double()
         found: dict[str, Any] = {
@@ -237,19 +242,20 @@ class Runtime:
         policy: one that supports "runtime"; its weights are used where they are, and may change.
         tier: one of TIERS.
         solver: as for Sampler; None means what `policy.sampler` names, where that is set.
-        graph: see Sampler.
+        graph, kept: see Sampler.
 
     Raises:
         BurnishError: a policy without that, or an unknown tier.
     """
 
-    def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = False):
+    def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = False,
+                 kept: Kept | None = None):  # fmt: skip
         require(policy, "runtime", "Runtime")
         self.policy, self.tier = policy, tier
         if solver is None and policy.sampler:
             solver = make_solver(policy.sampler)
         self.steps = len(make_solver(policy.sampler).steps) if policy.sampler else 0
-        self.sampler = Sampler(policy.flow_parts(), tier, solver, graph)
+        self.sampler = Sampler(policy.flow_parts(), tier, solver, graph, kept)
         self.name, self.chunk_size, self.n_action_steps = policy.name, policy.chunk_size, policy.n_action_steps
 
     @property
@@ -332,15 +338,3 @@ class Runtime:
     def eval(self) -> "Runtime":
         self.policy.eval()
         return self
-
-
-def euler(steps: int) -> Solver:
-    """Forward Euler from t = 1 to t = 0, in LeRobot's own numbers."""
-
-    def solve(velocity: Velocity, noise: Tensor) -> Tensor:
-        points, step = noise, -1.0 / steps
-        for i in range(steps):
-            points = points + step * velocity(points, 1.0 + i * step)
-        return points
-
-    return solve

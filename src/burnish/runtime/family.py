@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.policies.parts import FlowParts
+from burnish.sampling.kept import signature
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Encoded:
     masks: tuple[Tensor | None, Tensor | None] = (None, None)
     rope: tuple[tuple[Tensor, Tensor], ...] = ()
     state: Tensor | None = None
+    prompt: Any = None
+    """What `Family.restate` goes on from."""
 
     def repeat(self, copies: int) -> "Encoded":
         """`copies` rows for each observation, one after the other: several chunks of one encoding in one call."""
@@ -61,10 +64,18 @@ class Family(ABC):
             it; padding is then the caller's to drop.
     """
 
+    exact_axis = 2
+    """Of positions in keys and values, in the exact tier; in fused ones it is 2."""
+
     def __init__(self, parts: FlowParts, fused: bool = False, static: bool = False):
         self.parts, self.fused, self.static, self.drops = parts, fused, static, fused and not static
+        self.axis = 2 if fused else self.exact_axis
         self.groups = parts.heads // parts.kv_heads
         self.embed_image = parts.embed_image
+        self.keeps = False
+        """Whether an encoding is to be kept, with what `restate` needs."""
+        self.restates: dict[Any, bool] = {}
+        """Shapes of prefixes for which `restate` was seen to give the bits of `encode`, or not."""
         self._weights: dict[Any, Any] = {}
         self._times: dict[Any, Any] = {}
         self._constants: dict[Any, Tensor] = {}
@@ -85,6 +96,16 @@ class Family(ABC):
     @abstractmethod
     def velocity(self, encoded: Encoded, points: Tensor, condition: Tensor) -> Tensor:
         """Velocities [B, T, A_model] at `points`, of one shape."""
+
+    @abstractmethod
+    def restate(self, old: Encoded, state: Tensor) -> Encoded:
+        """`old` for another state, which pictures and text do not see; `old` stays as it is."""
+
+    def same(self, one: Encoded, other: Encoded) -> bool:
+        """Whether keys and values of the prefix are equal bit for bit."""
+        end, axis = one.length, self.axis
+        pairs = zip([*one.keys, *one.values], [*other.keys, *other.values], strict=True)
+        return all(a is None or a.narrow(axis, 0, end).equal(b.narrow(axis, 0, end)) for a, b in pairs)
 
     # Tables of the weights.
 
@@ -165,11 +186,6 @@ class Family(ABC):
     def fused_mask(self, mask: Tensor) -> Tensor | None:
         """bool [B, S, L] as `attend_fused` takes it."""
         return None if self.drops and bool(mask.all()) else mask.repeat(1, self.groups, 1)[:, None]
-
-
-def signature(*modules: nn.Module) -> list[tuple[int, int]]:
-    """Differs where weights are others, or were written in place since."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for module in modules for p in module.parameters()]
 
 
 def merged(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@ head for all query heads, and computes pi05's modulation of every norm anew, tho
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class Pi(Family):
         there = rotation(parts.rotary[0](x, torch.cumsum(pad, dim=1) - 1))
         self.prefill(encoded, x, self._mask(pad[:, None, :] & pad[:, :, None]), there)
         return encoded
+
+    def restate(self, old: Encoded, state: Tensor) -> Encoded:
+        """pi0's state stands among the actions."""
+        return replace(old, state=self._state(state))
 
     def condition(self, time: float, width: int) -> Tensor:
         """pi0: the embedding of time [B, 1, W]. pi05: 1 + scale, shift and gate of every norm [3 (2 L + 1), B, 1, W],

@@ -3,6 +3,7 @@ positions and rotations at every layer, and lets its cache grow and be cut; none
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,14 +12,37 @@ from torch import Tensor, nn
 
 from burnish.runtime.family import Encoded, Family, columns, extend, with_room
 
+TAIL = 15
+"""A single row is multiplied by another routine than several, with other last bits: text makes them more."""
 WAVELENGTH = 10_000
 """Of rotary positions; LeRobot has it built in, whatever the language model's config says."""
+
+
+@dataclass
+class Prompt:
+    """A prefix as its state's rows see it, for another state.
+
+    Args:
+        start: where the rows that are run again begin: the state's and up to TAIL tokens before it.
+        tail: embeddings of those tokens [B, n, D].
+        mask, rope: of these rows.
+        keys, values: of the language model, for each layer the whole prefix.
+    """
+
+    start: int
+    tail: Tensor
+    mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
 
 class SmolVLA(Family):
     """Layers by hand, as in LeRobot's SmolVLMWithExpertModel. Buffers are [B, P + T, heads, D] in the exact tier, the
     very layout (and strides) that LeRobot's attention reads, and [B, KV, P + T, D] in fused ones.
     """
+
+    exact_axis = 1
 
     def sources(self) -> list[nn.Module]:
         if not self.fused:
@@ -41,7 +65,22 @@ class SmolVLA(Family):
         masks = self._mask(torch.cat([seen, causal], 2)), self._mask(seen)
         ropes = rotation(ahead + count, parts.head_dim), rotation(count, parts.head_dim)
         encoded = Encoded(B, P, masks=masks, rope=ropes)
-        self.prefill(encoded, x, self._mask(mask), rotation(torch.cumsum(pad, dim=1) - 1, parts.head_dim))
+        rope = rotation(torch.cumsum(pad, dim=1) - 1, parts.head_dim)
+        if self.keeps:
+            end = P - self._filled
+            start = max(0, end - self._states - TAIL)
+            rows, tail = slice(start, end), x[:, start : end - self._states]
+            encoded.prompt = Prompt(start, tail, self._mask(mask[:, rows]), (rope[0][:, rows], rope[1][:, rows]))
+        self.prefill(encoded, x, self._mask(mask), rope)
+        return encoded
+
+    @torch.no_grad()
+    def restate(self, old: Encoded, state: Tensor) -> Encoded:
+        """The state stands behind pictures and text, which do not see it: its rows alone run."""
+        prompt, before = old.prompt, (old.prompt.keys, old.prompt.values)
+        encoded = replace(old, keys=[], values=[], prompt=replace(prompt, keys=[], values=[]))
+        x = torch.cat([prompt.tail, self._states_of(state)], dim=1)
+        self.prefill(encoded, x, prompt.mask, prompt.rope, (old, *before))
         return encoded
 
     def condition(self, time: float, width: int) -> Tensor:
@@ -69,9 +108,8 @@ class SmolVLA(Family):
                 seen = self._attend(rotate(q, cross), keys, values, cross_mask)
             else:
                 q, k, v = self._project(layer, x)
-                where = 2 if self.fused else 1
-                keys = extend(keys, encoded.length, self._keys(rotate(k, own)), where)
-                values = extend(values, encoded.length, self._heads(v), where)
+                keys = extend(keys, encoded.length, self._keys(rotate(k, own)), self.axis)
+                values = extend(values, encoded.length, self._heads(v), self.axis)
                 seen = self._attend(rotate(q, own), keys, values, own_mask)
             x = self._rest(layer, x, seen)
         x = parts.expert_norm(x)[:, -parts.chunk_size :]
@@ -104,31 +142,54 @@ class SmolVLA(Family):
             pads.append(mask[:, None].expand(B, seen.shape[1]))
             marks(after)
         text = parts.embed_text(tokens)
-        state = parts.state_in(state)
-        state = state[:, None] if state.ndim == 2 else state
+        state = self._states_of(state)
         embedded += [text * text.shape[-1] ** 0.5, state]
         pads += [token_mask, torch.ones(B, state.shape[1], dtype=torch.bool, device=device)]
         x, pad = torch.cat(embedded, dim=1), torch.cat(pads, dim=1)
         order = [0] * (x.shape[1] - state.shape[1]) + [1] * state.shape[1]
-        if (missing := parts.prefix_length - x.shape[1]) > 0 and not self.fused:
+        missing = 0 if self.fused else max(0, parts.prefix_length - x.shape[1])
+        self._states, self._filled = state.shape[1], missing
+        if missing:
             x, pad = F.pad(x, (0, 0, 0, missing)), F.pad(pad, (0, missing))
             order += [0] * missing
         return x, pad, self.constant(order, torch.long, device).expand(B, -1)
 
-    def prefill(self, encoded: Encoded, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> None:
-        """Run the language model and keep what the expert reads; behind the last keys nothing is ever read."""
-        parts, last = self.parts, len(self.parts.text_layers) - 1
+    def _states_of(self, state: Tensor) -> Tensor:
+        """[B, n, D]."""
+        state = self.parts.state_in(state)
+        return state[:, None] if state.ndim == 2 else state
+
+    def prefill(self, encoded: Encoded, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor],
+                before: Any = None) -> None:  # fmt: skip
+        """Run the language model and keep what the expert reads; behind the last keys nothing is ever read.
+
+        With `before`, an encoding and its language model's keys and values, x are its rows from `prompt.start` on, and
+        what stands there in copies of those is written anew.
+        """
+        parts, last, where = self.parts, len(self.parts.text_layers) - 1, self.axis
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            old = old.clone()
+            old.narrow(where, encoded.prompt.start, new.shape[where]).copy_(new)
+            return old
+
         for i, (layer, expert) in enumerate(zip(parts.text_layers, parts.expert_layers, strict=True)):
             q, k, v = self._project(layer, x)
             k = rotate(k, rope)
             keys, values = self._keys(k), self._heads(v)
-            if expert is None:
-                kept: tuple[Tensor | None, Tensor | None] = (None, None)
-            elif parts.crosses[i]:
-                kept = self._through(expert.self_attn, k, v)
-            else:
-                where = 2 if self.fused else 1
+            kept: tuple[Tensor | None, Tensor | None] = (None, None)
+            if expert is not None:
+                kept = self._through(expert.self_attn, k, v) if parts.crosses[i] else (keys, values)
+            if before:
+                old, old_keys, old_values = before
+                keys, values = put(old_keys[i], keys), put(old_values[i], values)
+                if expert is not None:
+                    kept = put(old.keys[i], kept[0]), put(old.values[i], kept[1])
+            elif expert is not None and not parts.crosses[i]:
                 kept = with_room(keys, parts.chunk_size, where), with_room(values, parts.chunk_size, where)
+            if self.keeps:
+                encoded.prompt.keys.append(keys)
+                encoded.prompt.values.append(values)
             encoded.keys.append(kept[0])
             encoded.values.append(kept[1])
             if i < last:

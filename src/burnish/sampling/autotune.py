@@ -52,6 +52,8 @@ class AutoDecoder(Decoder):
         BurnishError: the plan does not fit the model.
     """
 
+    carries = True
+
     def __init__(self, model: TokenModel, plan: DecodePlan, preset: str, repeats: int = 3, budget: float = 0.05):
         if not number(budget) or not 0 <= budget <= 1 or type(repeats) is not int or repeats < 1:
             raise BurnishError(f"decoder auto: budget {budget!r}, repeats {repeats!r}",

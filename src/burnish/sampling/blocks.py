@@ -29,6 +29,8 @@ class BlockDecoder(Decoder):
         BurnishError: the plan cannot work, with the reason.
     """
 
+    carries = True
+
     def __init__(self, model: TokenModel, plan: DecodePlan):
         self.model, self.plan = model, plan.fit(model)
         self.passes, self.draws = Passes(model, self.plan), self.plan.order == "random"
@@ -41,11 +43,12 @@ class BlockDecoder(Decoder):
             self._layout, self._buffers = Layout.of(model, device), {}
         layout = self._layout
         precision = torch.promote_types(prompt.states.dtype, torch.float32)  # of confidences
-        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, precision, prompt.seeds))
+        buffers = self._prepare(prompt, begin(layout, plan, prefix, goal, precision, prompt))
         state = buffers.state
         streamed = prefix.shape[1] // model.step_length
         passes = syncs = positions = 0
-        if prefix.shape[1] < goal:
+        known = prompt.carry is not None and not bool((prompt.carry[:, :goal] == layout.mask_id).any())
+        if prefix.shape[1] < goal and not known:
             opened = min(prefix.shape[1] // plan.block + plan.append, -(-goal // plan.block))
             outcome = self.passes.first(buffers, layout, opened)
             positions += prompt.states.shape[1] + opened * plan.block

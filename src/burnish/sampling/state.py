@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
-from burnish.sampling.token_model import sees
+from burnish.sampling.token_model import Prompt, sees
 from burnish.sampling.unmask import choose
 
 
@@ -96,22 +96,21 @@ def ranks(layout: Layout, plan: DecodePlan, num: int, seeds: Tensor | None) -> T
 
 
 def begin(
-    layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision: torch.dtype, seeds: Tensor | None = None
+    layout: Layout, plan: DecodePlan, prefix: Tensor, goal: int, precision: torch.dtype, prompt: Prompt
 ) -> BlockState:
-    """The state before the first pass: the blocks that `prefix` long [B, n] touches are open, and `append` more.
-
-    `seeds` are those of the prompt, for a random order.
-    """
+    """The state before the first pass: the blocks that `prefix` long [B, n] touches are open, and `append` more."""
     num, tokens = prefix.shape
     device, blocks = prefix.device, layout.length // plan.block
     whole = tokens // plan.block
     opened = min(whole + plan.append, -(-goal // plan.block))
     ids = torch.full((num, layout.length + 1), layout.mask_id, device=device)
+    if prompt.carry is not None:
+        ids[:, :-1] = prompt.carry
     ids[:, :tokens] = prefix
     ids[:, -1] = 0
     zeros = torch.zeros(num, blocks, dtype=torch.long, device=device)
     state = BlockState(
-        ids=ids, unmasked=torch.zeros_like(ids), rank=ranks(layout, plan, num, seeds),
+        ids=ids, unmasked=torch.zeros_like(ids), rank=ranks(layout, plan, num, prompt.seeds),
         opened=torch.full((num,), opened, device=device),
         cached=torch.zeros(num, dtype=torch.long, device=device), active=zeros.bool(), turns=zeros.clone(),
         carry_ids=torch.zeros(num, dtype=torch.long, device=device),

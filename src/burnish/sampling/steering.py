@@ -170,6 +170,19 @@ class Guide:
             velocity = velocity.detach()
         return velocity, strength(time, self.clip, self.sigma).to(push) * push
 
+    def integrate(
+        self, solver: Callable[..., Tensor], velocity: Callable[[Tensor, float], Tensor], noise: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Where `solver` (a sampling.solvers.Solver) goes from `noise`: it extrapolates velocities, never the pull."""
+        push: Tensor | None = None
+
+        def plain(points: Tensor, time: float) -> Tensor:
+            nonlocal push
+            found, push = self.split(lambda at: velocity(at, time), points, time)
+            return found
+
+        return solver(plain, noise, lambda _points, direction, _time: direction if push is None else direction - push)
+
     def _error(self, clean: Tensor) -> Tensor:
         return torch.where(self.pulls, self.weight * (self.target - clean), 0.0)
 

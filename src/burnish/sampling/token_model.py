@@ -8,7 +8,7 @@ how a block is decoded, and no decoder knows a model.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.registry import Registry
 from burnish.core.types import Batch
+from burnish.sampling.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Prompt:
         states: float [B, P, D].
         valid: bool [B, P], False on padding.
         seeds: long [B], of what a decoder draws for each sample; None where it draws nothing, or always the same.
+        carry: long [B, L], what is known of the chunk already, see `Decoder`; None where nothing is.
     """
 
     states: Tensor
     valid: Tensor
     seeds: Tensor | None = None
+    carry: Tensor | None = None
 
 
 @dataclass
@@ -107,6 +110,10 @@ class TokenModel(ABC):
     prompt_sees_actions: bool
     time_ordered: bool
     executed: int = 0
+
+    def keep(self, kept: Kept | None) -> None:
+        """From now on look for keys of a prompt's pictures and text in `kept`; None ends that."""
+        raise BurnishError("a token model that keeps no keys between calls", "a policy of burnish's", "no cache")
 
     @abstractmethod
     def embed(self, batch: Batch) -> Prompt:
@@ -188,14 +195,16 @@ class Decoder(ABC):
 
     Attributes:
         draws: whether tokens or their order are drawn, by `Prompt.seeds`.
+        carries: whether it can begin with tokens anywhere in the chunk.
     """
 
     model: TokenModel
     draws: bool = False
+    carries: bool = False
 
     @torch.no_grad()
     def __call__(self, prompt: Prompt, *, prefix: Tensor | None = None, until: int | None = None,
-                 stream: Stream | None = None) -> Decoded:  # fmt: skip
+                 stream: Stream | None = None, carry: Tensor | None = None) -> Decoded:  # fmt: skip
         """Decode one chunk, without gradient.
 
         Args:
@@ -203,13 +212,20 @@ class Decoder(ABC):
             prefix: long [B, n], known tokens that the chunk starts with (whole control steps).
             until: stop as soon as so many control steps are final; None decodes the whole chunk.
             stream: called with finished steps as they come.
+            carry: long [B, L], tokens that an earlier call has found, `mask_id` where nothing is known; they stay as
+                they are, and of the first ones `prefix` decides.
 
         Raises:
             BurnishError: FAST tokens with a prefix or an early exit; a prefix or exit that does not fit the chunk;
-                logits that are no numbers.
+                logits that are no numbers; a decoder that carries nothing.
         """
         prefix, goal = _check_call(self.model, len(prompt.states), prompt.states.device, prefix, until)
-        return self.decode(prompt, prefix, goal, stream)
+        if carry is None:
+            return self.decode(prompt, prefix, goal, stream)
+        _check_carry(self, carry, len(prompt.states))
+        carry = carry.to(prefix.device).clone()
+        carry[:, : prefix.shape[1]] = prefix
+        return self.decode(replace(prompt, carry=carry), prefix, goal, stream)
 
     @abstractmethod
     def decode(self, prompt: Prompt, prefix: Tensor, goal: int, stream: Stream | None) -> Decoded:
@@ -245,6 +261,17 @@ def _check_call(
     if prefix.numel() and (int(prefix.min()) < 0 or int(prefix.max()) >= model.vocabulary):
         raise BurnishError("a prefix with ids that are no actions", f"ids of 0 to {model.vocabulary - 1}")
     return prefix.to(device), goal
+
+
+def _check_carry(decoder: Decoder, carry: Tensor, num: int) -> None:
+    model = decoder.model
+    if not decoder.carries or model.mask_id is None or not model.time_ordered:
+        raise BurnishError("tokens to carry on with for a decoder that goes from left to right, or without order",
+                           "binned actions of masked diffusion", "decoder pipelined")  # fmt: skip
+    if carry.shape != (num, model.length):
+        raise BurnishError(f"carried tokens of shape {list(carry.shape)}", f"[{num}, {model.length}]")
+    if carry.numel() and not 0 <= int(carry.min()) <= int(carry.max()) <= model.mask_id:
+        raise BurnishError("carried tokens that are no actions", f"ids of 0 to {model.mask_id}, the last being MASK")
 
 
 DECODERS: Registry[Callable[..., Decoder]] = Registry("decoder", room="burnish.sampling")

@@ -221,15 +221,17 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
 
     @torch.no_grad()
     def decode(
-        self, prompt: Prompt, prefix: Tensor | None = None, stream: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Normalised actions [B, T, A].
+        self, prompt: Prompt, prefix: Tensor | None = None, stream: Callable[[int, Tensor], None] | None = None,
+        until: int | None = None, carry: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Normalised actions [B, T, A] and their tokens [B, L].
 
         Args:
             prompt: embedded observations.
             prefix: [B, n, A], committed normalised actions.
             stream: called with the number of finished control steps and the normalised actions [B, T, A] as they come;
                 FAST tokens have no order, so all steps come at once.
+            until, carry: see `Decoder`.
 
         Raises:
             BurnishError: a prefix with FAST tokens.
@@ -246,10 +248,11 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
 
         ordered = self.model.tokens.time_ordered
         tell = None if stream is None or not ordered else lambda steps, found: stream(steps, actions(found))
-        found = actions(self.decoder()(prompt, prefix=ids, stream=tell).ids)
+        tokens = self.decoder()(prompt, prefix=ids, until=until, stream=tell, carry=carry).ids
+        found = actions(tokens)
         if stream is not None and not ordered:
             stream(found.shape[1], found)
-        return found
+        return found, tokens
 
     def decoder(self) -> Decoder:
         """The decoder that the config names; made once, as it keeps its buffers."""
@@ -266,7 +269,7 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         prompt = self.model.prompt(bucketed(batch))
         if self.decoder().draws:  # by torch's global generator, as LeRobot's policies have it
             prompt = replace(prompt, seeds=torch.randint(2**62, (len(prompt.states),)))
-        return self.decode(prompt, self.committed(prev_chunk_left_over, inference_delay))
+        return self.decode(prompt, self.committed(prev_chunk_left_over, inference_delay))[0]
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:

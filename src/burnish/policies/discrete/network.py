@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.policies.discrete.tokenizers import Bins, Fast
 from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS
+from burnish.sampling.kept import Kept
 from burnish.sampling.token_model import Prompt
 
 BUCKET = 16
@@ -34,7 +35,10 @@ class TokenNet(nn.Module):
     Attributes:
         tokens: the action tokenizer.
         state_positions: token positions of the state at the end of the prompt.
+        kept: where decoders look for keys of pictures and text, see `TokenModel.keep`.
     """
+
+    kept: Kept | None = None
 
     def __init__(self, config: Any, vlm: nn.Module):
         super().__init__()
@@ -150,9 +154,9 @@ class TokenNet(nn.Module):
 
     def joint(
         self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
-        see_actions: bool = False,
+        see_actions: bool = False, start: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [B, P + R, D] of prompt and action tokens in one forward pass.
+        """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
 
         Args:
             prompt: of `prompt`.
@@ -160,12 +164,13 @@ class TokenNet(nn.Module):
             visible: bool [B, R, P + R], what each action token sees.
             slots: `Slots` that keep keys and values.
             see_actions: the prompt sees all action tokens.
+            start: positions at the front that `slots` hold already.
         """
         states = torch.cat([prompt.states, self.embed_actions(ids, positions).to(prompt.states.dtype)], dim=1)
         above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
         mask = torch.cat([torch.cat([self.prompt_mask(prompt.valid), above], dim=2), visible], dim=1)
         at = torch.cat([_prompt_positions(prompt.valid), _action_positions(prompt.valid, positions)], dim=1)
-        return self._run(states, mask, at, slots)
+        return self._run(states[:, start:], mask[:, start:], at[:, start:], slots)
 
     def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
         """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""

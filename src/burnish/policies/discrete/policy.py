@@ -40,8 +40,9 @@ class Discrete(VLMPolicy):
         self._image_tokens: dict[torch.Size, int] = {}
         self.state_positions, self.length = policy.model.state_positions, self.config.length
         exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
-        ordered = {"prefix"} if policy.model.tokens.time_ordered else set()
-        self.capabilities = VLMPolicy.capabilities | {"tokens", exact} | ordered
+        ordered = {"prefix"} | ({"carry"} if exact == "masked_diffusion" else set())
+        self.capabilities = VLMPolicy.capabilities | {"tokens", exact}
+        self.capabilities |= ordered if policy.model.tokens.time_ordered else set()
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -164,12 +165,15 @@ class Discrete(VLMPolicy):
 
     @torch.no_grad()
     def act(self, batch: Batch, draws: Draws | None = None, prefix: Tensor | None = None,
-            stream: Callable[[int, Tensor], None] | None = None) -> Chunk:  # fmt: skip
+            stream: Callable[[int, Tensor], None] | None = None, until: int | None = None,
+            carry: Tensor | None = None) -> Chunk:  # fmt: skip
         """Decode a chunk [B, T, A] on the CPU, in environment units, with the decoder of the config.
 
         Decoders are greedy, so `draws` change nothing, unless the decoder draws its tokens (`dd_vla`) or their order:
         then their noise decides, for each sample by itself. `prefix` [B, P, A] comes back unchanged. `stream` is called
         with the number n of control steps that are final and their actions [B, n, A], as often as n grows.
+        `until` stops when so many steps are final, those of the prefix included; what is behind them is no action yet.
+        `carry` [B, L] are tokens to go on with: `Chunk.tokens` of the last chunk behind executed steps, then MASK.
         """
         if prefix is not None and prefix.shape[1] == 0:
             prefix = None
@@ -191,7 +195,8 @@ class Discrete(VLMPolicy):
         def tell(steps: int, actions: Tensor) -> None:
             stream(steps, exact(actions)[:, :steps])
 
-        return Chunk(exact(self.policy.decode(prompt, committed, None if stream is None else tell)))
+        actions, tokens = self.policy.decode(prompt, committed, None if stream is None else tell, until, carry)
+        return Chunk(exact(actions), tokens=tokens)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Noise [B, T, A], times [B], and the hidden tokens of the config's noise schedule, bool [B, L]."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from burnish.policies.discrete.network import TokenNet
+from burnish.sampling.kept import Kept
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel
 
 
@@ -48,6 +49,7 @@ class NetTokenModel(TokenModel):
     def __init__(self, net: TokenNet, embed: Callable[[Any], Prompt] | None = None):
         config = net.config
         self.net, self._embed = net, embed or net.prompt
+        self._learn: tuple[bytes, int] | None = None
         self.length, self.vocabulary = config.length, net.tokens.vocabulary
         self.time_ordered = net.tokens.time_ordered
         self.executed = config.n_action_steps * config.action_dim if self.time_ordered else 0
@@ -81,9 +83,35 @@ class NetTokenModel(TokenModel):
     ) -> Tensor:  # fmt: skip
         P, R = prompt.states.shape[1], ids.shape[1]
         positions = torch.arange(R, device=ids.device).expand_as(ids)
-        hidden = self.net.joint(prompt, ids, positions, visible, Slots(cache, None, P + R), see_actions)
-        cache.prompt_logits.copy_(self.net.head(hidden[:, P - 1]))
-        return self.net.head(_chosen(hidden[:, P:], read))
+        start = self._known(prompt, cache, see_actions)
+        slots = torch.arange(start, P + R, device=ids.device).expand(len(ids), -1) if start else None
+        hidden = self.net.joint(prompt, ids, positions, visible, Slots(cache, slots, P + R), see_actions, start)
+        if self._learn is not None:
+            key, end = self._learn
+            self.net.kept.store("prompt", key, [rows[:, :, :end].clone() for rows in (*cache.keys, *cache.values)])
+        cache.prompt_logits.copy_(self.net.head(hidden[:, P - 1 - start]))
+        return self.net.head(_chosen(hidden[:, P - start :], read))
+
+    def keep(self, kept: Kept | None) -> None:
+        self.net.kept = kept
+
+    def _known(self, prompt: Prompt, cache: TokenCache, see_actions: bool) -> int:
+        """Positions at the front of the prompt whose keys are known, now in the cache; at least its last one runs."""
+        self._learn = None
+        capturing = prompt.states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.net.kept is None or see_actions or capturing or torch.is_grad_enabled():
+            return 0
+        end = prompt.states.shape[1] - max(1, self.net.state_positions)
+        front = prompt.states[:, :end].contiguous()
+        self.net.kept.begin(self.net)
+        key = self.net.kept.key(front, prompt.valid)
+        found = self.net.kept.find("prompt", key)
+        if found is None:
+            self._learn = key, end
+            return 0
+        for rows, known in zip((*cache.keys, *cache.values), found, strict=True):
+            rows[:, :, :end] = known
+        return end
 
     def extend(
         self, ids: Tensor, positions: Tensor, visible: Tensor, cache: TokenCache, *, read: Tensor | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies.openvla.configuration import OpenVLAConfig, towers
+from burnish.sampling.kept import Kept
 from burnish.sampling.token_model import Prompt, visible
 
 HEADS = ("action_head", "proprio_projector")
@@ -130,9 +131,12 @@ class OpenVLANet(nn.Module):
 
     Attributes:
         tokens: the action space.
+        state_positions, kept: as of `policies.discrete.network.TokenNet`.
     """
 
     mask_id = None
+    state_positions = 0
+    kept: Kept | None = None
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__()
@@ -180,8 +184,8 @@ class OpenVLANet(nn.Module):
     # OpenVLA: tokens, one after another.
 
     def joint(self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
-              see_actions: bool = False) -> Tensor:  # fmt: skip
-        """Hidden states [B, P + R, D] of prompt and action tokens in one forward pass.
+              see_actions: bool = False, start: int = 0) -> Tensor:  # fmt: skip
+        """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
 
         Args:
             prompt: of `prompt`.
@@ -189,13 +193,15 @@ class OpenVLANet(nn.Module):
             visible: bool [B, R, P + R], what each action token sees.
             slots: a cache that is written, or None.
             see_actions: the prompt sees all action tokens.
+            start: positions at the front that `slots` hold already.
         """
         states = torch.cat([prompt.states, self.text_model.embed_tokens(ids).to(prompt.states.dtype)], dim=1)
         causal = torch.ones(prompt.valid.shape[1], prompt.valid.shape[1], dtype=torch.bool, device=ids.device).tril()
         above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
         rows = torch.cat([causal & prompt.valid[:, None], above], dim=2)
         at = torch.cat([_places(prompt.valid), prompt.valid.sum(1, keepdim=True) + positions], dim=1)
-        return self._run(states, torch.cat([rows, visible], dim=1), at, slots)
+        mask = torch.cat([rows, visible], dim=1)
+        return self._run(states[:, start:], mask[:, start:], at[:, start:], slots)
 
     def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
         """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
