@@ -133,7 +133,7 @@ def test_a_choice_is_made_kept_and_found_again(data, policy_folder, tmp_path, mo
     folder = tmp_path / "run" / "policy"
     shutil.copytree(policy_folder, folder)
     kept = folder.parent / "runtime.json"
-    words = ["policy", "verify", "samplers", str(folder), str(data), "--count", "32", "--noises", "2"]
+    words = ["policy", "verify", "runtime", str(folder), str(data), "--count", "32", "--noises", "2"]
     words += ["--sampler", "euler:20", "--sampler", "euler:1", "--output", str(kept)]
     before = weights_hash(folder)
     assert main(words) == 0 and "chosen" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_choice_is_made_kept_and_found_again(data, policy_folder, tmp_path, mo
     load.save(tmp_path / "changed" / "policy")
     with pytest.raises(BurnishError, match="other weights"):
         find_sampler(str(kept), tmp_path / "changed" / "policy")
-    with pytest.raises(BurnishError, match="there is no .*runtime.json.*verify samplers"):
+    with pytest.raises(BurnishError, match="there is no .*runtime.json.*verify runtime"):
         find_sampler("auto", other)
     with pytest.raises(BurnishError, match="in memory"):
         find_sampler("auto", load)

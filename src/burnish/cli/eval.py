@@ -47,7 +47,7 @@ def evaluate(
         schedule: how the pull of the old chunk falls behind the delay: exp, linear or hard
         clip: greatest pull; 0 means the number of flow steps
         carry: of tokens: replans for which those behind the executed steps are kept
-        sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify samplers`, or auto
+        sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify runtime`, or auto
         tier: run the policy by the executor; default: as LeRobot does
         cache: exact (find again what was computed from the same pictures), or images (act on pictures of earlier calls)
         max_age: of images: calls for which pictures are used again

@@ -22,7 +22,8 @@ OrZero = Annotated[int, Arg(least=0, most=65_536)]
 def profile(
     policy: str, *, data: str = "", set_: Annotated[list[str], Arg(metavar="FIELD=VALUE")] = (), batch_size: Count = 1,
     repeats: Repeats = 30, warmup: OrZero = 3, device: str = "", threads: Threads = 0,
-    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", json: bool = False, output: Path | None = None,
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", fps: Annotated[float, Arg(least=0)] = 0.0,
+    json: bool = False, output: Path | None = None,
 ) -> None:  # fmt: skip
     """Say where the time of a policy's call goes.
 
@@ -36,6 +37,7 @@ def profile(
         device: torch device; default: a GPU where there is one
         threads: CPU threads; 0 means torch's own number
         tier: run it through the executor; default: as LeRobot does
+        fps: control steps a second, in which the delay is told; default: those of --data
         json: print JSON instead of a table
         output: folder for profile.json and profile.png
 
@@ -53,7 +55,7 @@ def profile(
         require_file(output / "profile.png", "figure")
     outcome = profile_policy(
         policy, overrides=read_options(set_, "--set"), data=data, batch_size=batch_size, repeats=repeats,
-        warmup=warmup, device=device, threads=threads, tier=tier,
+        warmup=warmup, device=device, threads=threads, tier=tier, fps=fps,
     )  # fmt: skip
     if output:
         write_profile(outcome, output)
@@ -83,6 +85,9 @@ def profile_table(outcome: dict[str, Any]) -> str:
         f"{outcome['passes']:g} forward passes over {outcome['rows']:g} token positions (prompt included); "
         f"{outcome['actions_per_second']:.1f} actions a second ({outcome['actions_executed_of_a_chunk']} executed of "
         f"{outcome['chunk_size']}), {outcome['replans_per_second']:.1f} replans a second",
+        f"{outcome['launches']} {'kernels' if launched else 'operators'} launched"
+        + (f"; late by {outcome['control_steps']} control steps (p95)" if outcome["control_steps"] else "")
+        + (f"; the device works for {outcome['device_ms']:.1f} ms of a call" if launched else ""),
         f"{outcome['calls']} calls of {outcome['batch_size']}, {outcome['type']}, {outcome['machine']['device']}, "
         f"{outcome['threads']} threads; stages make up {outcome['stages_over_total']:.1%} of the calls",
     ]  # fmt: skip
@@ -288,15 +293,16 @@ def verify_score(
               f"{row['sign_agreement']:15.3f}")  # fmt: skip
 
 
-def verify_samplers(
+def verify_runtime(
     policy: str, data: Path, *, count: Annotated[int, Arg(least=32, most=1024)] = 48,
     noises: Annotated[int, Arg(least=2, most=64)] = 4, sampler: list[str] = (), seed: int = 0, device: str = "",
     json: bool = False, output: Path | None = None,
-) -> None:  # fmt: skip
-    """Compare samplers of a flow policy with 100 Euler steps, and choose the one with the fewest passes that will do.
+) -> int:  # fmt: skip
+    """Check what a flow policy's runtime promises, and choose the sampler with the fewest passes that will do.
 
-    Errors are in units of the policy's own spread over noises. The rule: an error of at most 0.25, 90 to 110 % of the
-    spread kept, no dimension far off.
+    Samplers are compared with 100 Euler steps; errors are in units of the policy's own spread over noises. The rule: an
+    error of at most 0.25, 90 to 110 % of the spread kept, no dimension far off. Tiers of the executor and its caches are
+    held against LeRobot's sampler; the exit status is 1 where one does not keep its promise.
 
     Args:
         policy: folder of a flow policy
@@ -307,27 +313,47 @@ def verify_samplers(
         seed: seed of observations and noise
         device: torch device; default: a GPU where there is one
         json: print JSON instead of a table
-        output: keep the choice in this file; as runtime.json beside the policy folder it is what --sampler auto takes
+        output: keep all of it in this file; as runtime.json beside the policy folder it is what --sampler auto takes
 
     Examples:
-        burnish policy verify samplers runs/lift/policy data/tabletop/quickstart --output runs/lift/runtime.json
-        burnish policy verify samplers small data/tabletop/quickstart --sampler euler:5 --sampler ab2:4
+        burnish policy verify runtime runs/lift/policy data/tabletop/quickstart --output runs/lift/runtime.json
+        burnish policy verify runtime small data/tabletop/quickstart --sampler euler:5 --sampler ab2:4
     """
     from burnish.policies import load_policy
     from burnish.policies.load import resolve
-    from burnish.runtime.choose import compare_samplers, save_choice
+    from burnish.runtime.choose import save_choice
+    from burnish.runtime.verify import verify_runtime
 
     if output:
         require_file(output, "choice of a sampler")
-    found = compare_samplers(
+    found = verify_runtime(
         load_policy(policy, device=device), data, count=count, noises=noises, seed=seed, samplers=sampler
     )
-    print(dumps(found, indent=1) if json else sampler_table(found))
+    print(dumps(found, indent=1) if json else f"{promises(found)}\n\n{sampler_table(found)}")
     if output:
-        words = ["burnish", "policy", "verify", "samplers", policy, str(data), "--count", str(count)]
+        words = ["burnish", "policy", "verify", "runtime", policy, str(data), "--count", str(count)]
         words += ["--noises", str(noises), "--seed", str(seed), "--output", str(output)]
         words += [word for name in sampler for word in ("--sampler", name)]
         save_choice(found, resolve(policy), output, shlex.join(words))
+    return int(not all(tier["holds"] for tier in found["tiers"].values()) or not all(found["caches"].values()))
+
+
+def promises(found: dict[str, Any]) -> str:
+    """Tiers, caches and old pictures as lines of text."""
+
+    def said(tier: dict[str, Any]) -> str:
+        return (
+            "equal bits" if tier["bitwise"] else f"{tier.get('spread', tier['relative']):.1e}, limit {tier['limit']:g}"
+        )
+
+    broken = ", ".join(name for name, equal in found["caches"].items() if not equal)
+    return "\n".join([
+        *(f"tier {name:8s} {said(tier):28s} {'ok' if tier['holds'] else 'PROMISE BROKEN'}"
+          for name, tier in found["tiers"].items()),
+        f"caches        {f'OTHER BITS: {broken}' if broken else 'equal bits'}",
+        *(f"pictures {row['age']} steps old: error / s {row['images']:.2f}, with a state as old {row['prefix']:.2f}"
+          for row in found["old_pictures"]),
+    ])  # fmt: skip
 
 
 def sampler_table(found: dict[str, Any]) -> str:
@@ -382,7 +408,7 @@ def read_options(given: list[str], flag: str) -> dict[str, Any]:
 
 VERIFY = Group(
     "Check on a policy of yours that an estimate or a shortcut says what it should.",
-    {"decode": verify_decode, "score": verify_score, "samplers": verify_samplers},
+    {"decode": verify_decode, "score": verify_score, "runtime": verify_runtime},
 )
 COMMANDS = Group(
     "Profile a policy, decode with it, verify shortcuts on it, serve it.",

@@ -7,6 +7,7 @@ third reading there takes the times at the same borders without waiting, as some
 still works on to whatever the host launches next, and stands there for comparison only.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
 from burnish.core.provenance import machine
 from burnish.core.types import Batch
+from burnish.data.dataset import open_dataset
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
 from burnish.runtime.executor import Runtime
@@ -187,7 +189,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, data: Path | str = "",
                    batch_size: int = 1, repeats: int = 30, warmup: int = 3, device: str = "", threads: int = 0,
-                   tier: str = "", progress: bool = True) -> dict[str, Any]:  # fmt: skip
+                   tier: str = "", fps: float = 0.0, progress: bool = True) -> dict[str, Any]:  # fmt: skip
     """Figures of a policy's latency, with all that they depend on, as JSON holds them; see `Profile.figures`.
 
     Args:
@@ -199,6 +201,7 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
         device: torch device; "" means a GPU where there is one.
         threads: CPU threads, from here on in this process; 0 leaves torch's own number.
         tier: run it through the executor, see `executor.TIERS`; "" as it is.
+        fps: control steps a second, for "control_steps", what p95 of a call comes to; 0 means those of `data`.
         progress: show a bar on stderr.
 
     Raises:
@@ -216,10 +219,29 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
     run = Runtime(policy, tier=tier) if tier else policy
     measured = profile(run, batches, repeats=repeats, warmup=warmup, progress=progress)
     decoder = policy.decoder[0] if policy.supports("tokens") else None
+    figures = measured.figures()
+    fps = fps or (open_dataset(data).fps if data else 0.0)
     return {
         "policy": str(path), "type": policy.name, "batch_size": batch_size, "decoder": decoder, "tier": tier,
-        "threads": torch.get_num_threads(), "device": place, "machine": machine(place), **measured.figures(),
+        "threads": torch.get_num_threads(), "device": place, "machine": machine(place), **figures, **launches(run, batches[0]),
+        "fps": fps, "control_steps": math.ceil(figures["total"]["p95"] * fps / 1000),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def launches(policy: Policy | Runtime, batch: Batch) -> dict[str, Any]:
+    """ "launches": kernels that a call launches on a GPU, one by one, and "device_ms", how long they run: a call that
+    takes much longer waits for its launches. On a CPU operators, nested ones too.
+    """
+    kinds, on_gpu = torch.profiler.ProfilerActivity, policy.device.type == "cuda"
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]) as found:
+        policy.act(batch)
+        if on_gpu:
+            torch.cuda.synchronize(policy.device)
+    events = found.key_averages()
+    names = ("cudaLaunch", "cuLaunch") if on_gpu else ("aten::",)
+    device = {"device_ms": sum(event.self_device_time_total for event in events) / 1000} if on_gpu else {}
+    return {"launches": sum(event.count for event in events if event.key.startswith(names)), **device}
 
 
 def write_profile(outcome: dict[str, Any], folder: Path | str) -> None:

@@ -7,7 +7,7 @@ width not even in its last bit.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from burnish.core.types import Draws
 from burnish.policies.base import Policy
 from burnish.policies.keys import RULER, TASK
 from burnish.policies.pretrained import foreign
+from burnish.runtime.caches import Reuse
+from burnish.runtime.executor import Runtime
 from burnish.runtime.serve.metrics import Metrics
 from burnish.runtime.serve.rows import Row, stack
 from burnish.sampling.steering import Steering
@@ -64,6 +66,7 @@ class _Request:
     seed: int
     prefix: np.ndarray | None
     old: Old | None
+    key: Hashable
     deadline: float
     future: "asyncio.Future[Answer]"
     since: float = field(default_factory=time.perf_counter)
@@ -86,18 +89,23 @@ class Batcher:
         mode: how a chunk goes on from an old one, see `Steering`.
         exact: every call has `width` rows (copies fill it) and one more, whose text is as long as can be: a matrix
             product may differ in its last bit between widths, and texts are padded to the longest.
+        runner: who is called, the executor of the policy; None means the policy itself.
+        reuse: lets it act on old pictures.
     """
 
     def __init__(self, policy: Policy, thread: Executor, metrics: Metrics, width: int = 8, wait: float = 0.003,
-                 exact: bool = False, mode: Literal["guided", "inpaint", "trained"] = "guided"):  # fmt: skip
+                 exact: bool = False, mode: Literal["guided", "inpaint", "trained"] = "guided",
+                 runner: Policy | Runtime | None = None, reuse: Reuse | None = None):  # fmt: skip
         self.policy, self.thread, self.metrics = policy.eval(), thread, metrics
         self.width, self.wait, self.exact, self.mode = width, wait, exact, mode
-        self.clients = 0
+        self.runner: Policy | Runtime = runner or policy
+        self.reuse, self.clients = reuse, 0
+        self._after: Callable[[], None] | None = None
         self._pending: deque[_Request] = deque()
         self._arrived = asyncio.Event()
 
     async def submit(self, row: Row, seed: int, prefix: np.ndarray | None = None, old: Old | None = None,
-                     deadline: float = 600.0) -> Answer:  # fmt: skip
+                     deadline: float = 600.0, key: Hashable = None) -> Answer:  # fmt: skip
         """The answer to a row whose noise `seed` seeds; when cancelled the request leaves the queue.
 
         Args:
@@ -106,6 +114,7 @@ class Batcher:
             prefix: [P, A] actions that are committed, which the chunk continues.
             old: the chunk that this one goes on from.
             deadline: seconds after which nobody wants an answer any more.
+            key: of the session, for `reuse`.
 
         Raises:
             BurnishError: the policy cannot act on it; Busy: the queue is full, or the deadline has passed.
@@ -113,7 +122,7 @@ class Batcher:
         if len(self._pending) >= MOST_WAITING:
             raise Busy(f"the server is busy: {MOST_WAITING} requests wait", "fewer", "the same call later")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        request = _Request(row, seed, prefix, old, time.perf_counter() + deadline, future)
+        request = _Request(row, seed, prefix, old, key, time.perf_counter() + deadline, future)
         self._pending.append(request)
         self._arrived.set()
         try:
@@ -143,6 +152,10 @@ class Batcher:
                 else:
                     timed = replace(answer, infer=spent, queued=start - one.since, rows=len(batch))
                     one.future.set_result(timed)
+            if self._after is not None:  # while the chunks are executed
+                await asyncio.sleep(0)
+                await loop.run_in_executor(self.thread, self._after)
+                self._after = None
 
     async def _gather(self) -> None:
         """Wait for others who may ask: as long as they keep coming, but no request longer than four times `wait`."""
@@ -179,7 +192,7 @@ class Batcher:
         rows, seeds = [one.row for one in batch], [one.seed for one in batch]
         prefix = None if batch[0].prefix is None else np.stack([p for one in batch if (p := one.prefix) is not None])
         try:
-            found = self.act(rows, seeds, prefix, [one.old for one in batch if one.old])
+            found = self.act(rows, seeds, prefix, [one.old for one in batch if one.old], [one.key for one in batch])
         except (BurnishError, MemoryError) as error:
             if len(batch) > 1:
                 return [answer for one in batch for answer in self._answers([one])]
@@ -188,7 +201,7 @@ class Batcher:
         return [one if np.isfinite(one.actions).all() else broken for one in found]
 
     def act(self, rows: Sequence[Row], seeds: Sequence[int], prefix: np.ndarray | None = None,
-            old: Sequence[Old] = ()) -> list[Answer]:  # fmt: skip
+            old: Sequence[Old] = (), keys: Sequence[Hashable] = ()) -> list[Answer]:  # fmt: skip
         """Answers to rows, none or all of which go on from an `old` chunk; in the policy's thread only."""
         policy, count = self.policy, len(rows)
         order = list(range(count)) + [count - 1] * (self.width + 1 - count if self.exact else 0)
@@ -202,7 +215,13 @@ class Batcher:
                 more["prefix"] = torch.from_numpy(prefix[order]).to(policy.device)
             if old:
                 more["steering"] = self._steering([old[i] for i in order])
-            chunk = policy.act(batch, draws, **more)
+            there = batch
+            if self.reuse is not None and keys:
+                batch = self.reuse.look(keys, batch)
+            chunk = self.runner.act(batch, draws, **more)
+            if self.reuse is not None and keys:
+                reuse = self.reuse
+                self._after = lambda: reuse.compare(chunk, lambda: self.runner.act(there, draws, **more))
             actions, raw = chunk.actions.float().cpu().numpy(), chunk.raw
             return [Answer(actions[i], None if raw is None else raw[i].cpu()) for i in range(count)]
 

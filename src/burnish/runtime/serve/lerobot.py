@@ -156,7 +156,7 @@ class AsyncInference:
         except BurnishError:
             robot.seen.pop(step, None)  # or what is wrong with it would spoil the next ones
             raise
-        reply, _ = await service.ask(row, Extras(), robot.calls)
+        reply, _ = await service.ask(row, Extras(), robot.calls, key=id(robot))
         robot.calls += 1
         count = max(1, min(robot.wanted["actions_per_chunk"], service.policy.act_steps))
         return timed_actions(reply["actions"][:count].tolist(), step, timed["timestamp"], PERIOD)

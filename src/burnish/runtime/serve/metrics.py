@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter as Counts
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,11 @@ class Metrics:
         quantiles = Gauge("burnish_request_quantile_seconds", "of the last five minutes", ["quantile"], **options)
         for name in ("0.5", "0.95", "0.99"):
             quantiles.labels(name).set_function(lambda q=float(name): self.quantile(q))
+        self.delay = Histogram("burnish_delay_steps", "steps that are executed before an answer, as clients expect",
+                               buckets=(0, 1, 2, 4, 8, 16, 32), **options)  # fmt: skip
+        self._cached = Gauge("burnish_cache", "what caches did", ["what"], **options)
+        self.caches: list[Counts[str]] = []
+        self._delays: deque[int] = deque(maxlen=1000)
         self._recent: deque[tuple[float, float]] = deque(maxlen=MOST_KEPT)
         self._counts = dict.fromkeys(OUTCOMES, 0)
         self._batches = self._rows = 0
@@ -52,6 +58,11 @@ class Metrics:
         if outcome == "ok":
             self.total.observe(seconds)
             self._recent.append((time.monotonic(), seconds))
+
+    def late(self, steps: int) -> None:
+        """Count a request of a robot that will have executed so many steps when the answer comes."""
+        self.delay.observe(steps)
+        self._delays.append(steps)
 
     def batch(self, rows: int, seconds: float, queued: Sequence[float]) -> None:
         """Count a call of the policy and how long its requests had waited."""
@@ -71,11 +82,18 @@ class Metrics:
         """In the text format of Prometheus."""
         from prometheus_client import generate_latest
 
+        for what, count in self._caches().items():
+            self._cached.labels(what).set(count)
         return generate_latest(self.registry).decode()
+
+    def _caches(self) -> dict[str, int]:
+        return {what.replace(" ", "_"): count for counts in self.caches for what, count in counts.copy().items()}
 
     def stats(self, clients: int) -> str:
         """The same in short, as JSON."""
         found: dict[str, Any] = {"requests": self._counts, "clients": clients, "batches": self._batches}
         found["rows_per_batch"] = self._rows / max(1, self._batches)
+        found["cache"] = self._caches()
+        found["delay_p95"] = sorted(self._delays)[int(0.95 * (len(self._delays) - 1))] if self._delays else None
         found |= {f"p{q:g}_ms": 1000 * self.quantile(q / 100) for q in (50, 95, 99)}
         return json.dumps(found) + "\n"

@@ -130,12 +130,20 @@ class OpenPi:
         self.batcher.clients = clients
 
     async def ask(
-        self, row: Row, extras: Extras, call: int, last: Tensor | None = None
+        self, row: Row, extras: Extras, call: int, last: Tensor | None = None, key: int = 0
     ) -> tuple[dict[str, Any], Tensor | None]:
-        """The reply to call `call` of a session whose chunk was `last`, and the new chunk in the model's space."""
+        """The reply to call `call` of a session whose chunk was `last`, and the new chunk in the model's space.
+
+        `key` tells connections without a session's name apart.
+        """
+        if self.batcher.reuse and call == 0:
+            self.batcher.reuse.forget(extras.session or key)
         prefix = None if extras.prefix is None else self._prefix(extras.prefix)
         seed = derive_seed(self.seed, extras.session, call) if extras.seed is None else extras.seed
-        answer = await self.batcher.submit(row, seed, prefix, self._old(extras, last), extras.deadline_ms / 1000)
+        old, deadline = self._old(extras, last), extras.deadline_ms / 1000
+        if extras.delay or extras.prefix is not None:
+            self.batcher.metrics.late(extras.delay if prefix is None else len(prefix))
+        answer = await self.batcher.submit(row, seed, prefix, old, deadline, extras.session or key)
         if self.recorder:
             self.recorder.put(row, answer.actions, {"session": extras.session, "call": call, "seed": seed})
         infer = 1000 * answer.infer
@@ -180,7 +188,7 @@ class OpenPiSession:
         call = sessions.number(extras.session) if extras.session else self.calls
         call = 0 if extras.reset else call if extras.call is None else extras.call
         row, (number, raw) = self.service.reader.row(observation, extras.earlier), self.last
-        reply, new = await self.service.ask(row, extras, call, raw if extras.chunk == number else None)
+        reply, new = await self.service.ask(row, extras, call, raw if extras.chunk == number else None, id(self))
         self.calls, self.last = call + 1, (call, new)
         if extras.session:
             sessions.store(extras.session, call + 1)

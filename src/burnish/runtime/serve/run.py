@@ -1,18 +1,26 @@
 """A policy folder to a running server."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from burnish.core.errors import BurnishError
 from burnish.core.reading import regular_file
+from burnish.data.dataset import open_dataset
 from burnish.policies.base import Policy
+from burnish.policies.keys import ACTION
 from burnish.policies.load import policy_and_hash
+from burnish.runtime.caches import Reuse, keeping
+from burnish.runtime.choose import find_sampler, own_sampler
+from burnish.runtime.executor import Runtime
 from burnish.runtime.serve.batcher import Batcher
 from burnish.runtime.serve.openpi import OpenPi
 from burnish.runtime.serve.record import Recorder
 from burnish.runtime.serve.rows import profile_keys, read_keys
 from burnish.runtime.serve.server import NEW_TOKEN, InThread, ServeOptions, Server, serve
 from burnish.runtime.serve.vla_eval import VlaEval, refusal
+from burnish.sampling.kept import Kept
 
 
 def serve_policy(
@@ -39,19 +47,49 @@ def serve_policy(
             profile_keys(model, options.profile, options.cameras))  # fmt: skip
         robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
         mode = options.async_mode
+        model.sampler = find_sampler(options.sampler, policy) or model.sampler
+        who, reuse = runner(model, options, stack, server)
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
-                          "guided" if mode == "none" else mode)  # type: ignore[arg-type]  # fmt: skip
+                          "guided" if mode == "none" else mode, who, reuse)  # type: ignore[arg-type]  # fmt: skip
         recorder = Recorder(Path(options.record), options.record_mb, server.metrics) if options.record else None
         names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
-        about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact}
+        sampler = model.sampler or (own_sampler(model) if model.supports("runtime") else "")
+        about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact,
+                 "sampler": sampler, "tier": options.tier, "cache": options.cache.mode,
+                 **robot(options.data)}  # fmt: skip
         service = OpenPi(batcher, keys, options.seed, about, mode, recorder, robot_keys, names)
         service.warm()
         return service
 
-    serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))
+    with ExitStack() as stack:
+        serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))
     service = running[0].service
     if isinstance(service, OpenPi) and service.recorder:
         service.recorder.close()
+
+
+def runner(
+    model: Policy, options: ServeOptions, stack: ExitStack, server: Server
+) -> tuple[Policy | Runtime, Reuse | None]:
+    """Who is called, the policy or the executor of it; and what lets it act on old pictures."""
+    cache, kept = options.cache, None if options.cache.mode == "none" else Kept()
+    reuse = Reuse(cache, model) if cache.mode in ("images", "prefix") else None
+    server.metrics.caches = [one.counts for one in (kept, reuse) if one is not None]
+    if options.tier or (kept and model.supports("runtime")):
+        return Runtime(model, tier=options.tier or "exact", kept=kept), reuse
+    if kept:
+        stack.enter_context(keeping(model, kept))
+    return model, reuse
+
+
+def robot(data: str) -> dict[str, Any]:
+    """What clients want to know of the robot, as its data set has it: "fps" and "action_names"; None where unknown."""
+    if not data:
+        return {"fps": None, "action_names": None}
+    found = open_dataset(Path(data))
+    names = found.features[ACTION].get("names")
+    names = [name for group in names.values() for name in group] if isinstance(names, dict) else names
+    return {"fps": found.fps, "action_names": names}
 
 
 def serve_benchmark(

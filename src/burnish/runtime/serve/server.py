@@ -17,10 +17,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from burnish.core.config import EXECUTOR_TIERS, CacheConfig
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.options import check, option
 from burnish.runtime.serve.batcher import Busy
@@ -53,6 +54,12 @@ class ServeOptions:
     wait_ms: float = option(3.0, "a request waits so long for others", least=0, most=1000)
     exact: bool = option(False, "calls of one width: an answer never depends on others, not even in its last bit")
     async_mode: str = option("none", "how a chunk goes on from a session's last one", choices=MODES)
+    tier: str = option("", "run the policy by the executor; empty: as LeRobot does", choices=("", *EXECUTOR_TIERS))
+    sampler: str = option(
+        "", "of a flow-matching policy: name:passes, a file, or auto; empty: its config's Euler steps"
+    )
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    data: str = option("", "data set whose frame rate and names of actions clients are told", path=True)
     seed: int = option(0, "seed of the noise", least=0)
     record: str = option("", "folder for what is asked and answered", path=True)
     record_mb: int = option(1000, "most MiB to record", least=1, most=1_000_000)
