@@ -65,7 +65,8 @@ BENCHES: dict[str, dict[str, str]] = {
         "edit_error": "<= 2e-6",
     },
     "runtime": {
-        **{f"exact_bitwise_{name}": "true" for name in ("smolvla", "pi0", "pi05")},
+        **{f"exact_bitwise_{name}": "true" for name in ("smolvla", "pi0", "pi05", "discrete")},
+        "caches_bitwise": "true",
         "small_exact_over_lerobot": ">= 1.4",
         "small_denoise_exact_over_lerobot": ">= 1.8",
         "small_compiled_denoise_over_lerobot": ">= 3",

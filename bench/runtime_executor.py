@@ -15,10 +15,12 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The shipped base, tiny pi0 and pi05 with chunks of 50, and with `--size smolvla` SmolVLA's own size.
 
     Figures:
-        exact_bitwise_<type>: the exact tier gave LeRobot's bits for one and for three observations.
+        exact_bitwise_<type>: the exact tier gave LeRobot's bits for one and for three observations; of discrete: keys
+            that are kept, in a call and from call to call, gave the tokens and the passes of computing all anew.
         small_exact_over_lerobot: the shipped base, encoding and sampling.
         small_denoise_exact_over_lerobot, small_denoise_fused_over_lerobot, small_compiled_denoise_over_lerobot: all its
             denoising steps alone; not compiled in `--quick`.
+        small_denoise_share_lerobot, ...: denoising steps' part of LeRobot's whole call.
         pi0_denoise_exact_over_lerobot, pi05_denoise_exact_over_lerobot: the same, tiny.
         real_exact_over_lerobot, real_denoise_bf16_over_lerobot: SmolVLA with random weights of 450 million, language
             model and expert in bf16 as LeRobot loads it, two images of 512 pixels; exact tier.
@@ -35,9 +37,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         figures[f"exact_bitwise_{kind}"] = detail[kind]["bitwise"]
         name = "small" if kind == "smolvla" else kind
         figures |= {f"{name}_{key}": value for key, value in found.items()}
+    figures["exact_bitwise_discrete"] = tokens_equal()
     if args.size == "smolvla":
         found, detail["real"] = compare(_real(), ("exact",), 2 if args.quick else 7)
-        figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise" in key else f"real_{key}": value
+        figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise_exact" in key else f"real_{key}": value
                     for key, value in found.items()}  # fmt: skip
     return figures, detail
 
@@ -74,9 +77,32 @@ def compare(policy: Any, tiers: tuple[str, ...], rounds: int) -> tuple[dict[str,
         ratios[f"{tier}_over_lerobot"] = ends["lerobot"] / ends[tier]
         name = "compiled_denoise" if tier == "compiled" else f"denoise_{tier}"
         ratios[f"{name}_over_lerobot"] = steps["lerobot"] / steps[tier]
+    ratios["denoise_share_lerobot"] = steps["lerobot"] / ends["lerobot"]
     equal = all(found["bitwise"] for found in parity["exact"])
     return ratios, {"bitwise": equal, "parity": parity, "end_to_end_ms": ends, "denoise_ms": steps,
                     "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
+
+
+def tokens_equal() -> bool:
+    """Whether a tiny burnish_discrete decodes alike with kept keys (of blocks, of its prompt) and without."""
+    from burnish.policies import load_policy
+    from burnish.runtime.caches import keeping
+    from burnish.runtime.observations import observations
+    from burnish.sampling.kept import Kept
+    from burnish.sampling.token_model import make_decoder
+    from workshop.tiny import make_tiny
+
+    with TemporaryDirectory() as place:
+        policy = load_policy(make_tiny("burnish_discrete", place + "/p", overrides={"block_size": 7})).eval()
+    model, equal = policy.token_model(), True
+    for rows in (1, 3):
+        batch = observations(policy, rows)
+        prompt = model.embed(batch)
+        found = [make_decoder("pipelined", model, cache=cache)(prompt) for cache in (True, False)]
+        with keeping(policy, Kept()):
+            found += [make_decoder("pipelined", model)(model.embed(batch)) for _ in range(2)]
+        equal &= all(one.ids.equal(found[0].ids) and one.passes == found[0].passes for one in found)
+    return equal
 
 
 def in_turns(calls: Calls, rounds: int) -> dict[str, float]:

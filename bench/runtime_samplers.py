@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.runtime_caches import batch_of
+
 OBSERVATIONS, NOISES = 48, 4
 FIRST, FIRST_OF_TRAINING = 6_000_000, 7_000_000
 FAMILIES = ("reach", "push")
@@ -63,10 +65,7 @@ def _observe(policy: Any, count: int, first: int) -> dict[str, Any]:
         for _ in range((7 * i) % 16):
             env.step(np.clip(expert.act(), -1, 1))
         seen.append(env.observe(policy.cameras))
-    images = {f"observation.images.{camera}": torch.from_numpy(np.stack([o.images[camera] for o in seen]))
-              .permute(0, 3, 1, 2).float() / 255 for camera in policy.cameras}  # fmt: skip
-    states = torch.from_numpy(np.stack([o.state for o in seen]))
-    return {**images, "observation.state": states, "task": [o.instruction for o in seen]}
+    return batch_of(policy, seen)
 
 
 def _table(policy: Any, batch: dict[str, Any], samplers: tuple[str, ...]) -> dict[str, Any]:

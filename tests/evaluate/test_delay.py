@@ -1,5 +1,7 @@
 """Evaluation under delay: which rows a robot executes, counted by hand on the fakes' line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,15 @@ from burnish.core.config import DelayConfig
 from burnish.core.errors import BurnishError
 from burnish.envs.base import EnvSpec, Observation
 from burnish.evaluate.batching import Request
-from burnish.evaluate.delay import COMMITTING, Ahead, DelayedMeasurement, DelayedPolicy, Plan, motion
+from burnish.evaluate.delay import (
+    COMMITTING,
+    Ahead,
+    DelayedMeasurement,
+    DelayedPolicy,
+    Plan,
+    measured_steps,
+    motion,
+)
 from burnish.evaluate.rollout import evaluate
 from burnish.evaluate.simulators import Episode
 from burnish.policies import create_policy, load_policy
@@ -155,6 +165,56 @@ def test_modes_on_a_flow_policy(tiny_smolvla, mode):
         np.testing.assert_array_equal(calm[0].actions, plain[0].actions)
 
 
+def test_tokens_stop_early_and_are_carried_for_as_long_as_is_said(tmp_path):
+    """What is executed or committed next is final; tokens behind it go on, unless they are too old."""
+    overrides = {"block_size": 7, "decoder": "together", "decoder_options": {"threshold": 0.02}, "chunk_size": 8}
+    from workshop.tiny import make_tiny
+
+    policy = load_policy(make_tiny("burnish_discrete", tmp_path / "p", overrides={**overrides, "n_action_steps": 3}))
+    spec = EnvSpec("t", ("top", "wrist"), (), (), np.full(7, -1.0), np.ones(7), 10, 99, relative=(True,) * 7)
+
+    def make(carry):
+        delay = DelayConfig(2, "tokens", carry=carry)
+        return DelayedPolicy(policy, {"top": "top", "wrist": "wrist"}, 5, 2, 3, delay=delay, spec=spec)
+
+    late, calls = make(1), []
+    act = policy.act
+    policy.act = lambda *given, **more: calls.append(more) or act(*given, **more)
+    (first,), _ = late.plans(requests(policy, [None], 0))
+    mask = policy.token_model().mask_id
+    assert calls[-1] == {"until": 5} and (first.tokens[:5] != mask).all() and not first.ages.any()
+    rest = first.after(3)
+    rest.tokens[4] = mask  # open, and decided by nobody
+    (second,), _ = late.plans(requests(policy, [rest], 1))
+    carried = rest.tokens != mask
+    assert calls[-1]["until"] == 5 and calls[-1]["carry"][0].view(8, 7)[:5].equal(rest.tokens)
+    assert second.tokens[:5][carried].equal(rest.tokens[carried]) and (second.ages[:5] == carried).all()
+    np.testing.assert_array_equal(second.actions[:2], rest.actions[:2])
+    third = second.after(3)
+    ids, ages = late._carried(third)
+    assert (ids[:2] == mask).all() and not ages[:2].any(), "a replan too old"
+    make(0).plans(requests(policy, [rest], 1))
+    assert "carry" not in calls[-1] and calls[-1]["until"] == 5
+
+
+@pytest.mark.parametrize(
+    ("found", "quantile", "steps"),
+    [({"total": {"median": 90.0, "p95": 210.0, "p99": 301}}, "p95", 3), ({"p50_ms": 100.0, "p95_ms": 1.0}, "p50", 1),
+     ({"total": {"median": 90.0}}, "p50", 1), ({"latency_ms": {"p99": 400.0}}, "p99", 4)],
+)  # fmt: skip
+def test_a_delay_comes_from_a_latency_that_was_measured(tmp_path, found, quantile, steps):
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert measured_steps(f"{quantile}:{tmp_path / 'found.json'}", 10) == steps
+
+
+@pytest.mark.parametrize("text", ["p95", "p90:found.json", "2.5", "p95:found.json", "p95:none.json", "-1"])
+def test_other_delays_are_refused(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "found.json").write_text('{"total": {"p95": "x"}, "p95_ms": -1}')
+    with pytest.raises(BurnishError):
+        measured_steps(text, 10)
+
+
 def test_any_policy_that_acts_can_be_late():
     """An ACT knows nothing of old chunks; what needs that is refused."""
     from lerobot.configs.types import FeatureType, PolicyFeature
@@ -187,8 +247,6 @@ def test_any_policy_that_acts_can_be_late():
 
 def test_closed_loop_under_delay(tmp_path, tiny_smolvla, monkeypatch):
     """On the tabletop's own simulator: outcomes and what was executed are recorded, and a second call continues."""
-    import json
-
     from workshop.tiny import make_tiny
 
     folder = make_tiny("smolvla", tmp_path / "p", cameras=("front",), state_dim=4, action_dim=4)

@@ -10,6 +10,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.provenance import weights_hash
 from burnish.policies import load_policy
+from burnish.runtime.caches import measured_spread
 from burnish.runtime.choose import REFERENCE, compare_samplers, find_sampler, judge, save_choice, two_valued
 from burnish.sampling.solvers import make_solver
 from workshop.tiny import make_tiny
@@ -136,8 +137,15 @@ def test_a_choice_is_made_kept_and_found_again(data, policy_folder, tmp_path, mo
     words = ["policy", "verify", "runtime", str(folder), str(data), "--count", "32", "--noises", "2"]
     words += ["--sampler", "euler:20", "--sampler", "euler:1", "--output", str(kept)]
     before = weights_hash(folder)
-    assert main(words) == 0 and "chosen" in capsys.readouterr().out
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "chosen" in shown and "tier exact    equal bits" in shown and "pictures 8 steps old" in shown
     found = json.loads(kept.read_text())
+    assert found["tiers"]["exact"]["bitwise"] and found["tiers"].keys() == {"exact", "fused", "bf16"}
+    assert found["caches"] == dict.fromkeys(("same", "state", "picture", "again"), True)
+    assert [row["age"] for row in found["old_pictures"]] == [1, 2, 4, 8]
+    assert all(row["images"] > 0 and row["prefix"] > 0 for row in found["old_pictures"])
+    assert measured_spread(str(kept)) == (found["spread"], found["binary"])
     assert found["sampler"] in ("euler:1", "euler:20") and found["weights"] == before == weights_hash(folder)
     assert find_sampler("auto", folder) == find_sampler(str(kept), folder) == found["sampler"]
     again = compare_samplers(load_policy(folder), data, count=32, noises=2, samplers=("euler:20", "euler:1"))

@@ -1,12 +1,15 @@
 """Every kind of policy that acts is served, through its verbs: what comes out is what `act` says by itself."""
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 
+import fake
 import numpy as np
 import pytest
 import torch
 
+from burnish.core.config import CacheConfig
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.sampling.steering import Steering
@@ -15,6 +18,9 @@ from workshop.tiny import make_tiny
 pytest.importorskip("msgpack")
 pytest.importorskip("prometheus_client")
 
+from serve_fakes import served  # noqa: E402
+
+from burnish.runtime.client import PolicyClient  # noqa: E402
 from burnish.runtime.serve.batcher import Batcher  # noqa: E402
 from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.openpi import OpenPi  # noqa: E402
@@ -145,6 +151,31 @@ def test_a_session_goes_on_from_its_last_chunk(tiny_smolvla, mode):
         np.testing.assert_allclose(second[i], by_hand.numpy(), atol=2e-4)
         assert np.abs(second[i] - first[i]).max() > 1e-3
         np.testing.assert_allclose(other[i], first[i], atol=2e-4)  # an unknown chunk, or one without rows left: afresh
+
+
+def test_a_faster_server_says_how_it_was_started_and_counts(tiny_smolvla, tmp_path):
+    """By the executor and another sampler; an unchanged picture is found again, an old one is used and compared."""
+    fake.make_dataset(tmp_path / "data", cameras=("top", "wrist"), action_dim=7, episodes=2)
+    (tmp_path / "runtime.json").write_text('{"spread": 1000.0, "binary": []}')
+    policy = load_policy(tiny_smolvla)
+    (sent,) = observations(policy, 1)
+    cache = CacheConfig("images", 9, measured=str(tmp_path / "runtime.json"))
+    options = {"tier": "exact", "sampler": "ab2:3", "data": str(tmp_path / "data"), "cache": cache, "width": 1}
+    with served(policy, **options) as one, PolicyClient(one.address) as robot:
+        about, found = robot.metadata, []
+        for call in range(5):
+            moved = {key: 255 - value if key.startswith("observation.images") and call else value
+                     for key, value in sent.items()}  # fmt: skip
+            found.append(robot.infer(moved, seed=7, delay=call)["actions"])
+        stats = json.loads(one.server.metrics.stats(0))
+        text = one.server.metrics.text()
+    assert (about["tier"], about["sampler"], about["cache"], about["fps"]) == ("exact", "ab2:3", "images", 10)
+    assert len(about["action_names"]) == 7
+    policy.sampler = "ab2:3"
+    assert np.array_equal(found[0], by_itself(policy, sent, 7)) and all(np.array_equal(found[0], f) for f in found)
+    assert stats["cache"]["encoding_hits"] >= 4 and stats["cache"]["reused"] == 4
+    assert stats["cache"]["compared"] == 1 and stats["delay_p95"] == 3
+    assert 'burnish_cache{what="reused"} 4.0' in text and "burnish_delay_steps_count 4.0" in text
 
 
 def test_a_mode_needs_a_policy_that_can(tmp_path):

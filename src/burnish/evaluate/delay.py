@@ -252,7 +252,7 @@ def measured_steps(measured: str, fps: float) -> int:
     """Control steps, at `fps` a second, of a quantile of a latency that was measured, rounded up.
 
     Args:
-        measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile --output`, a server's /stats, or the
+        measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile`, a server's /stats, or the
             summary.json of an evaluation.
         fps: control steps a second.
 
@@ -268,5 +268,5 @@ def measured_steps(measured: str, fps: float) -> int:
     ms = next((value for value in places if number(value)), None)
     if ms is None or not 0 <= ms <= 1e7:
         raise BurnishError(f"{path} has no latency", "profile.json, a server's /stats or an evaluation's summary.json",
-                           "burnish policy profile POLICY --output FOLDER")  # fmt: skip
+                           "burnish policy profile POLICY --output profile.json")  # fmt: skip
     return ceil(ms * fps / 1000 - 1e-9)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
 from burnish.core.provenance import machine
 from burnish.core.types import Batch
@@ -30,7 +29,6 @@ from burnish.policies import load_policy
 from burnish.policies.base import Policy
 from burnish.runtime.executor import Runtime
 from burnish.runtime.observations import observations
-from burnish.runtime.profile_plot import draw
 from burnish.sampling.passes import without_graphs
 
 STAGES = ("preprocess", "vision", "prompt", "passes", "head", "postprocess", "host")
@@ -223,8 +221,8 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
     fps = fps or (open_dataset(data).fps if data else 0.0)
     return {
         "policy": str(path), "type": policy.name, "batch_size": batch_size, "decoder": decoder, "tier": tier,
-        "threads": torch.get_num_threads(), "device": place, "machine": machine(place), **figures, **launches(run, batches[0]),
-        "fps": fps, "control_steps": math.ceil(figures["total"]["p95"] * fps / 1000),
+        "threads": torch.get_num_threads(), "device": place, "machine": machine(place), **figures,
+        **launches(run, batches[0]), "fps": fps, "control_steps": math.ceil(figures["total"]["p95"] * fps / 1000),
     }  # fmt: skip
 
 
@@ -242,14 +240,6 @@ def launches(policy: Policy | Runtime, batch: Batch) -> dict[str, Any]:
     names = ("cudaLaunch", "cuLaunch") if on_gpu else ("aten::",)
     device = {"device_ms": sum(event.self_device_time_total for event in events) / 1000} if on_gpu else {}
     return {"launches": sum(event.count for event in events if event.key.startswith(names)), **device}
-
-
-def write_profile(outcome: dict[str, Any], folder: Path | str) -> None:
-    """Write profile.json and profile.png of the outcome of `profile_policy` into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "profile.json", outcome)
-    draw(outcome, folder / "profile.png")
 
 
 def profile(

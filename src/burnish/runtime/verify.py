@@ -52,8 +52,8 @@ def cached_bits(policy: Policy, batch: Batch) -> dict[str, bool]:
 
 @torch.no_grad()
 def old_pictures(policy: Policy, data: Path | str, spread: float, count: int, seed: int) -> list[dict[str, float]]:
-    """Errors, in units of the policy's spread, of chunks that are made of pictures some control steps old with the state
-    of now ("images"), and of pictures and state that old ("prefix"), on equal noise; means over observations.
+    """Errors, in units of the policy's spread, of chunks made of pictures some control steps old and the state of now
+    ("images"), and of pictures and a state that old ("prefix"), on equal noise; means over observations.
     """
     window = Window((*(-age for age in reversed(AGES)), 0))
     frames = RobotData(Path(data), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,

@@ -16,15 +16,13 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
 from burnish.policies.base import Policy
-from burnish.policies.keys import IMAGES, STATE, TASK
 from burnish.policies.pretrained import foreign
-from burnish.runtime.serve.rows import MOST_SIDE, MOST_TEXT, channels_last, to_views
+from burnish.runtime.serve.rows import MOST_SIDE, Keys, Reader, stack
 from burnish.runtime.serve.wire import msgpack, plain_array, unpack
 
 PROTOCOL = 1
@@ -55,7 +53,7 @@ class VlaEval:
             raise BurnishError(f"cameras {', '.join(cameras)} for a policy that sees {', '.join(policy.cameras)}",
                                "one of the benchmark's for each of them, in that order")  # fmt: skip
         self.policy, self.cameras, self.seed = policy.eval(), tuple(cameras), seed
-        self._resized: set[str] = set()
+        self._readers: dict[tuple[str, ...], Reader] = {}
 
     def session(self) -> "VlaEvalSession":
         return VlaEvalSession(self)
@@ -79,20 +77,18 @@ class VlaEval:
 
     def batch(self, payload: dict[str, Any]) -> Batch:
         """The observation as a batch of one; raises BurnishError for what is missing or does not fit."""
-        policy, text = self.policy, payload.get("task_description", "")
-        if not isinstance(text, str) or len(text) > MOST_TEXT:
-            raise BurnishError("task_description is no text", f"at most {MOST_TEXT} characters")
-        batch: Batch = {TASK: [text]}
         images = payload.get("images")
-        for name, camera in self._names(images if isinstance(images, dict) else {}).items():
-            batch[f"{IMAGES}{name}"] = self._view(read_array(images[camera], f"the view {camera}"), name, camera)
-        if policy.state_dim:
-            values = read_array(payload.get("states", payload.get("state")), "the state").astype(np.float32).ravel()
-            if len(values) != policy.state_dim or not np.isfinite(values).all():
-                raise BurnishError(f"a state of {len(values)} values", f"{policy.state_dim} finite numbers",
-                                   "the benchmark's parameter send_state: true")  # fmt: skip
-            batch[STATE] = torch.from_numpy(values)[None].to(policy.device)
-        return batch
+        views = images if isinstance(images, dict) else {}
+        names = self._names(views)
+        seen = {camera: read_array(views[camera], f"the view {camera}") for camera in names.values()}
+        seen["payload/task_description"] = payload.get("task_description", "")
+        if self.policy.state_dim:
+            state = read_array(payload.get("states", payload.get("state")), "the state")
+            seen["payload/states"] = state.astype(np.float32)
+        known = tuple(names.values())
+        if known not in self._readers:
+            self._readers = {known: Reader(self.policy, Keys(names, ("payload/states",), "payload/task_description"))}
+        return stack(self.policy, [self._readers[known].row(seen)])
 
     def _names(self, images: dict[str, Any]) -> dict[str, str]:
         own = self.policy.cameras
@@ -104,13 +100,6 @@ class VlaEval:
                                f"one for each camera of the policy ({', '.join(own)})",
                                f"--cameras {' '.join(known)}" if len(known) == len(own) else "")  # fmt: skip
         return dict(zip(own, names, strict=True))
-
-    def _view(self, image: np.ndarray, name: str, camera: str) -> torch.Tensor:
-        image, size = channels_last(image, camera), tuple(self.policy.view_sizes[name])
-        if image.shape[:2] != size and camera not in self._resized:
-            log.warning("views of %s: %s pixels, resized to %s", camera, list(image.shape[:2]), list(size))
-            self._resized.add(camera)
-        return to_views([image], size, self.policy.device)
 
 
 class VlaEvalSession:
