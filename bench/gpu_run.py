@@ -1,13 +1,15 @@
 """Parts 4 to 7: latency of `act`, decoders against the bytes of the weights, closed loop, server."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from bench.gpu_meter import Setting, flops, kept, launches, median_of, ratio, roofline, timed
 from burnish.core.errors import BurnishError
@@ -46,7 +48,10 @@ def act(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """One call of SmolVLA and of pi05 with two views, every tier, in float32 and bf16; and where its time goes."""
     for name in ("smolvla", "pi05"):
         setting.clear()
-        yield from _calls(setting, name, _two_views(setting, name, setting.pick(256, 32)))
+        policy = _two_views(setting, name, setting.pick(256, 32))
+        yield from _calls(setting, name, policy)
+        if name == "smolvla":
+            yield from _runtime(setting, policy)
 
 
 def _two_views(setting: Setting, name: str, image_size: int) -> Any:
@@ -83,6 +88,34 @@ def _calls(setting: Setting, name: str, policy: Any) -> Iterator[tuple[str, dict
     yield f"{name}_anatomy", {"stages": anatomy["stages"], "tflop": operations / 1e12}
 
 
+def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """AB2 in four passes against Euler in ten, what guidance costs without a graph, and several observations a call."""
+    import torch
+
+    from burnish.runtime.executor import Runtime
+    from burnish.runtime.observations import observations
+    from burnish.sampling.steering import Steering
+
+    def found(call: Callable[[], Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            return timed(setting, call, setting.pick(10, 1), setting.pick(2, 1))
+
+    batch = observations(policy, 1)
+    for sampler in ("euler:10", "ab2:4"):
+        policy.sampler = sampler
+        yield f"smolvla_{sampler.replace(':', '_')}", found(partial(_Executed(policy, "fused", graph=True), batch))
+    policy.sampler, plain = "", Runtime(policy, tier="fused")
+    rest = plain.act(batch).raw[:, 2:]
+    yield "smolvla_unguided", found(partial(plain.act, batch))
+    for jacobian in ("identity", "vjp"):
+        steering = Steering(rest, delay=2, jacobian=jacobian)
+        yield f"smolvla_guided_{jacobian}", found(partial(plain.act, batch, steering=steering))
+    for width in setting.pick((1, 2, 4, 8), (2,)):
+        several = observations(policy, width)
+        row = found(partial(_Executed(policy, "fused", graph=True), several))
+        yield f"smolvla_rows_{width}", row | {"per_second": 1000 * width / row["median"]}
+
+
 def _autocast(setting: Setting, precision: str) -> AbstractContextManager[Any]:
     import torch
 
@@ -95,7 +128,8 @@ def act_figures(found: dict[str, Any]) -> dict[str, Any]:
         if "parity" in row:
             shown[f"{name}_bitwise"] = row["parity"]["bitwise"]
         if "median" in row:
-            shown |= {f"{name}_ms": row["median"], f"{name}_p99_ms": row["p99"], f"{name}_launches": row["launches"]}
+            shown |= {f"{name}_ms": row["median"], f"{name}_p99_ms": row["p99"]}
+            shown |= {f"{name}_{key}": row[key] for key in ("launches", "per_second") if key in row}
     for name in ("smolvla", "pi05"):
         for tier in TIERS:
             parity = found.get(f"{name}_{tier}_float32", {}).get("parity", {"holds": True})
@@ -218,11 +252,45 @@ def loop_figures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The policy server with eight clients; `bench/serve.py` has it as soon as there is a server."""
-    if find_spec("bench.serve") is None:
-        yield "server", {"skipped": "there is no policy server yet (bench/serve.py measures it)"}
+    """The policy server around a SmolVLA of real size in the fused tier, eight clients that ask as fast as they can."""
+    import threading
+
+    if find_spec("websockets") is None or find_spec("msgpack") is None or find_spec("prometheus_client") is None:
+        yield "server", {"skipped": "the extra `serve` is not installed"}
         return
-    yield "server", import_module("bench.serve").measure(setting, clients=8)
+    from burnish.runtime.client import PolicyClient
+    from burnish.runtime.serve.rows import blank, profile_keys
+    from burnish.runtime.serve.run import serve_policy
+    from burnish.runtime.serve.server import ServeOptions
+
+    setting.clear()
+    policy = _two_views(setting, "smolvla", setting.pick(256, 32)).eval()
+    ready, known = threading.Event(), []
+    options = ServeOptions(port=0, rate=100_000, tier="fused")
+    server = threading.Thread(target=serve_policy, args=(policy, options), kwargs={
+        "ready": lambda *found: (known.extend(found), ready.set())})  # fmt: skip
+    server.start()
+    ready.wait(120)
+    seen, took = blank(policy, profile_keys(policy, "lerobot")), []
+
+    def ask() -> None:
+        with PolicyClient(f"ws://127.0.0.1:{known[1]}") as one:
+            for i in range(setting.pick(60, 2)):
+                begin = time.perf_counter()
+                one.infer(seen)
+                took.extend([1000 * (time.perf_counter() - begin)] if i else [])
+
+    clients, begin = [threading.Thread(target=ask) for _ in range(setting.pick(8, 2))], time.perf_counter()
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    wall = time.perf_counter() - begin
+    known[2]()
+    server.join(30)
+    median, p99 = np.quantile(took, [0.5, 0.99])
+    yield "server", {"n": len(took), "clients": len(clients), "p50_ms": float(median), "p99_ms": float(p99),
+                     "per_second": len(took) / wall}  # fmt: skip
 
 
 def serve_figures(found: dict[str, Any]) -> dict[str, Any]:

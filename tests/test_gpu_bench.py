@@ -33,7 +33,7 @@ def test_a_rehearsal_passes_through_every_part(rehearsed):
         assert row["complete"] and row["rehearsal"] and not row["stopped"], name
         assert row["device"].endswith("no GPU") and row["versions"]["torch"] and len(row["code"]) == 16
         assert {m: one["failed"] for m, one in row["detail"].items() if "failed" in one} == {}
-        assert "skipped" in row["detail"]["server"] if name == "serve" else row["figures"]
+        assert row["figures"] or "skipped" in row["detail"].get("server", {}), name
     assert max(found["parity"]["figures"].values()) < 1e-2  # the CPU against itself; bf16 rounds
     assert {f"step_ratio_{m}" for m in (*gpu_train.METHODS, "distill")} <= set(found["smolvla"]["figures"])
     assert {"lora_4_step_ms", "full_4_step_ms"} <= set(found["pi05"]["figures"])
