@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from burnish.policies.base import Stage
 from burnish.policies.denoise import sample_with
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
-from burnish.policies.steered import conditioned, shared, steered
+from burnish.policies.steered import conditioned, shared
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
@@ -169,18 +169,17 @@ class FlowPolicy(VLMPolicy):
         noise = (draws or self.draw(len(batch[TASK]), self.generator)).to(self.device).noise
         guide = None if steering is None else self.guide(steering, noise, len(solver.steps) if solver else 0)
         model = self.policy.model
-        with ExitStack() as inside:
-            if guide is None:
-                inside.enter_context(_committed(model, noise, committed))
-            elif solver is None:
-                inside.enter_context(steered(model, guide))
-            elif guide.mode == "trained":
-                inside.enter_context(conditioned(model, guide.target, guide.committed[..., 0]))
+        if guide is not None:
+            trained = conditioned(model, guide.target, guide.committed[..., 0])
+            with trained if guide.mode == "trained" else nullcontext():
+                solver = solver or make_solver(f"euler:{self.flow_steps}")
+                return self.finish(guide.finish(sample_with(model, solver, inputs, noise, guide)))
+        with _committed(model, noise, committed):
             if solver is None:
                 sampled = model.sample_actions(*inputs, noise=noise)
             else:
-                sampled = sample_with(model, solver, inputs, noise, guide)
-        return self.finish(sampled if guide is None else guide.finish(sampled), prefix)
+                sampled = sample_with(model, solver, inputs, noise)
+        return self.finish(sampled, prefix)
 
     def guide(self, steering: Steering, noise: Tensor, steps: int = 0) -> Guide:
         """`steering` for this policy and noise [B, T, A_model]; `steps` are those of its config.

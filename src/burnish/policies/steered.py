@@ -1,33 +1,16 @@
 """What real-time chunking does to LeRobot's flow-matching models, from outside: no code of theirs is repeated.
 
-LeRobot's sampler calls `denoise_step`, and that calls `embed_suffix`, which treats each row of a chunk by itself. So a
-steered velocity is a wrapper of the first, and rows at a flow time of their own are two calls of the second.
+LeRobot's `denoise_step` calls `embed_suffix`, which treats each row of a chunk by itself: rows at a flow time of their
+own are two calls of it.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from burnish.sampling.steering import Guide
-
-
-@contextmanager
-def steered(model: nn.Module, guide: Guide) -> Iterator[None]:
-    """Inside, `model.sample_actions` follows the velocities of `guide`."""
-    denoise = model.denoise_step
-
-    def step(*, x_t: Tensor, timestep: Tensor, **seen: Any) -> Tensor:
-        return guide.velocity(lambda points: denoise(x_t=points, timestep=timestep, **seen), x_t, timestep[0])
-
-    with ExitStack() as inside:
-        if guide.mode == "trained":
-            inside.enter_context(conditioned(model, guide.target, guide.committed[..., 0]))
-        inside.enter_context(_replaced(model, "denoise_step", step))
-        yield
 
 
 @contextmanager
