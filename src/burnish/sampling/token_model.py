@@ -113,7 +113,7 @@ class TokenModel(ABC):
 
     def keep(self, kept: Kept | None) -> None:
         """From now on look for keys of a prompt's pictures and text in `kept`; None ends that."""
-        raise BurnishError("a token model that keeps no keys between calls", "a policy of burnish's", "no cache")
+        raise BurnishError("a token model that keeps no keys between calls", "a policy of burnish's", "--cache none")
 
     @abstractmethod
     def embed(self, batch: Batch) -> Prompt:
