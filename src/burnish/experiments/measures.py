@@ -127,4 +127,5 @@ def run_figures(run: Path) -> dict[str, Any]:
     figures |= {f"{kind.replace(' ', '_')}_share": known.get(kind, 0) / episodes for kind in FAILURES if known}
     if (run / "retention.json").is_file():
         figures[ANSWER_LOSS] = read_answers(run)["loss"]
-    return figures
+    kinds = ("motion", "reused", "latency_ms")
+    return figures | {f"{kind}_{name}": value for kind in kinds for name, value in summary.get(kind, {}).items()}
