@@ -1,7 +1,7 @@
 """`burnish eval`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from burnish.cli.parser import Arg
 from burnish.core.errors import BurnishError
@@ -14,10 +14,8 @@ def evaluate(
     n_action_steps: Annotated[int | None, Arg(short="--replan")] = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: str = "0", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
-    schedule: str = "exp", clip: Annotated[float, Arg(least=0)] = 0.0,
-    carry: Annotated[int, Arg(least=0, most=1000)] = 0, sampler: str = "",
+    schedule: str = "exp", clip: float = 0.0, carry: int = 0, sampler: str = "",
     tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "none",
-    max_age: Annotated[int, Arg(least=1, most=1000)] = 4, measured: Path | None = None,
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop.
 
@@ -49,31 +47,28 @@ def evaluate(
         carry: of tokens: replans for which those behind the executed steps are kept
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify runtime`, or auto
         tier: run the policy by the executor; default: as LeRobot does
-        cache: exact (find again what was computed from the same pictures), or images (act on pictures of earlier calls)
-        max_age: of images: calls for which pictures are used again
-        measured: of images: file of `burnish policy verify runtime`
+        cache: exact (find again what equal pictures gave), or a file of `burnish policy verify runtime` (use old ones)
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
         burnish eval small tabletop:reach --delay 2 --replan 4 --async guided --output runs/reach/guided2
-        burnish eval CHECKPOINT libero:spatial/3 --cameras agentview wrist --output runs/spatial3
     """
     from burnish.core.config import CacheConfig, DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     trials = {"episodes": episodes, "first_state": first_state, "seed": seed, "workers": workers, "output": output,
               "max_steps": max_steps, "video": video, "engine": engine, "num_gpus": num_gpus}  # fmt: skip
-    trials |= {} if image_size is None else {"image_size": image_size}
     own = {"batch_size": batch_size, "cameras": cameras or None, "n_action_steps": n_action_steps, "device": device,
            "instruction_swap": instruction_swap, "sampler": sampler, "tier": tier}  # fmt: skip
     if policy in ("expert", "random_object"):
-        given = {**own, "delay": delay != "0", "cache": cache != "none"}
-        for flag in (name.replace("_", "-") for name, value in given.items() if value):
-            raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")
-        found = evaluate_expert(env, which=policy, **trials)
+        _refuse({**own, "delay": delay != "0", "cache": cache != "none"}, policy)
+        found = evaluate_expert(env, which=policy, image_size=128 if image_size is None else image_size, **trials)
     else:
-        steps, quantile = (int(delay), "") if delay.isdecimal() and len(delay) < 5 else (0, delay)
-        late = DelayConfig(steps, async_mode, jacobian, schedule, clip, carry, quantile)
-        kept = CacheConfig(cache, max_age, measured=str(measured or ""))
-        found = evaluate(policy, env, delay=late, cache=kept, **own, **trials)
+        late = DelayConfig.of(delay, async_mode, jacobian, schedule, clip, carry)
+        found = evaluate(policy, env, image_size=image_size, delay=late, cache=CacheConfig.of(cache), **own, **trials)
     print(f"{found}\nwritten to {output}")
+
+
+def _refuse(given: dict[str, Any], policy: str) -> None:
+    for flag in (name.replace("_", "-") for name, value in given.items() if value):
+        raise BurnishError(f"--{flag} with {policy}, which is no policy", "a policy folder, or no such flag")

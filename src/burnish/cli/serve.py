@@ -16,8 +16,7 @@ def serve(
     map: Path | None = None, cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0,
     exact: bool = False, async_mode: Annotated[str, Arg(short="--async")] = "none", max_mb: int = 16, rate: int = 200,
     clients: int = 32, record: Path | None = None, record_mb: int = 1000, n_action_steps: int | None = None,
-    tier: str = "", sampler: str = "", cache: str = "none", max_age: int = 4, measured: Path | None = None,
-    data: Path | None = None, seed: int = 0, device: str = "",
+    tier: str = "", sampler: str = "", cache: str = "none", data: Path | None = None, seed: int = 0, device: str = "",
 ) -> None:  # fmt: skip
     """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
 
@@ -45,39 +44,40 @@ def serve(
         n_action_steps: vla-eval: actions executed of each chunk; default: the policy's
         tier: run the policy by the executor: exact, fused, compiled, bf16; default: as LeRobot does
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify runtime`, or auto
-        cache: exact (find again what was computed from the same pictures), or images (act on pictures of earlier calls)
-        max_age: of cache images: calls for which pictures are used again
-        measured: of cache images: file of `burnish policy verify runtime`
+        cache: exact (find again what equal pictures gave), or a file of `burnish policy verify runtime` (use old ones)
         data: data set whose frame rate and names of actions clients are told
         seed: seed of the policy's noise
         device: torch device; default: a GPU where there is one
 
     Examples:
-        burnish policy serve runs/libero/policy --profile libero
         burnish policy serve runs/so101/policy --lerobot-port 8080 --record calls
         burnish policy serve runs/libero/policy --host 0.0.0.0 --token-file token
     """
     from burnish.runtime.serve import run
 
     bench = protocol == "vla-eval"
-    own = map or lerobot_port >= 0 or record or exact or async_mode != "none" or profile != "lerobot"
-    if bench and (own or tier or sampler or cache != "none" or data):
-        raise BurnishError("vla-eval with options of openpi's protocol", "host, port, token_file, cameras and limits",
-                           "--protocol openpi")  # fmt: skip
-    if not bench and n_action_steps is not None:
-        raise BurnishError("--n-action-steps with openpi's protocol", "a client that decides it", "--protocol vla-eval")
+    own = (map, lerobot_port >= 0, record, exact, async_mode != "none", profile != "lerobot", tier, sampler, data)
+    _check(bench, any(own) or cache != "none", n_action_steps)
     options = run.ServeOptions(
         host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
         clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),
         cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, async_mode=async_mode, seed=seed,
         record=str(record or ""), record_mb=record_mb, tier=tier, sampler=sampler, data=str(data or ""),
-        cache=CacheConfig(cache, max_age, measured=str(measured or "")),
+        cache=CacheConfig.of(cache),
     )  # fmt: skip
     if bench:
         run.serve_benchmark(policy, options, n_action_steps, device, _announce)
     else:
         run.serve_policy(policy, options, device=device, ready=_announce)
     print("stopped")
+
+
+def _check(bench: bool, own: bool, n_action_steps: int | None) -> None:
+    if bench and own:
+        raise BurnishError("vla-eval with options of openpi's protocol", "host, port, token_file, cameras and limits",
+                           "--protocol openpi")  # fmt: skip
+    if not bench and n_action_steps is not None:
+        raise BurnishError("--n-action-steps with openpi's protocol", "a client that decides it", "--protocol vla-eval")
 
 
 def _announce(server: Any, port: int, _: object) -> None:

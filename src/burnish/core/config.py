@@ -163,6 +163,12 @@ class DelayConfig:
     carry: int = option(0, "of tokens: replans for which those behind the executed steps are kept", least=0, most=1000)
     measured: str = option("", "instead of steps: p50, p95 or p99 of a latency that was measured, as p95:FILE")
 
+    @classmethod
+    def of(cls, delay: str, *others: Any) -> "DelayConfig":
+        """As a command line has it: steps, or `measured`; and the other fields in their order."""
+        steps = int(delay) if delay.isdecimal() and len(delay) < 5 else 0
+        return cls(steps, *others, measured="" if delay.isdecimal() else delay)
+
     @property
     def plain(self) -> bool:
         """Whether it is no delay at all."""

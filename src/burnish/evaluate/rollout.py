@@ -8,7 +8,7 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +102,15 @@ def evaluate(
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
-    kept = Kept() if trials.cache.mode == "exact" else None
-    job.kept = kept if policy.supports("runtime") else None
-    keeps = nullcontext() if kept is None or job.kept else keeping(policy, kept)
-    with _sampling(policy, trials.sampler), keeps:
+    with _sampling(policy, trials.sampler), _keeping(policy, job):
         return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
+
+
+def _keeping(policy: "Policy", job: "_Job") -> AbstractContextManager[None]:
+    """Inside, what was computed from the same pictures is found again, where that is asked for."""
+    kept = Kept() if job.trials.cache.mode == "exact" else None
+    job.kept = kept if policy.supports("runtime") else None
+    return nullcontext() if kept is None or job.kept else keeping(policy, kept)
 
 
 @contextmanager
