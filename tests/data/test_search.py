@@ -161,6 +161,15 @@ def test_index_search_and_select_from_the_command_line(pictured, tmp_path, capsy
     assert len(picked) == 2 and "--data.episodes" in said
     run(capsys, "data", "index", root, "--encoder", "pixels", "-o", tmp_path / "same")
     run(capsys, "data", "select", index, 1, "--like", tmp_path / "same", "-o", tmp_path / "picked.json")
+    head, small = tmp_path / "head", ["--epochs=1", "--hidden=8", "--width=4", "--batch=8"]
+    run(capsys, "method", "retrieve", "train", root, "-o", head, "--encoder", "pixels", *small)
+    run(capsys, "data", "index", root, "--encoder", "pixels", "--head", head, "-o", tmp_path / "headed")
+    assert "front" in run(capsys, "data", "search", tmp_path / "headed", "--text", "lift the red cube", "--top", 2)
+    assert main(["data", "select", str(index), "1", "--like", str(tmp_path / "headed")]) == 2
+    assert "a query of head" in capsys.readouterr().err
+    run(capsys, "method", "retrieve", "train", root, "-o", head, "--encoder", "pixels", *small, "--seed", 1)
+    assert main(["data", "search", str(tmp_path / "headed"), "--text", "lift"]) == 2
+    assert "another than the index was built with" in capsys.readouterr().err
     assert main(["data", "search", str(index), "--text", "lift"]) == 2
     assert "knows no sentences" in capsys.readouterr().err
     page = tmp_path / "page.html"

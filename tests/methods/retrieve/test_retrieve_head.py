@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeing import Seeing
 
 from burnish.core.errors import BurnishError
 from burnish.data.vectors import FRAME, Vectors
@@ -114,14 +115,6 @@ def test_one_episode_or_no_loss_is_refused():
     nothing = dict.fromkeys(("time_weight", "sentence_weight", "progress_weight"), 0.0)
     with pytest.raises(BurnishError, match="no loss is left"):
         train_head(features(views=1), make_config("default", nothing), progress=False)
-
-
-class Seeing(fake.FakePolicy):
-    """The fake policy with a tower of four tokens."""
-
-    def view_tokens(self, images):
-        cells = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
-        return self.backbone(torch.cat([cells, cells[:, :8] * 0], 1))[:, None].expand(-1, 4, -1)
 
 
 def test_it_trains_the_tower_alone_and_says_where_no_loss_is_left(dataset, tmp_path, monkeypatch):

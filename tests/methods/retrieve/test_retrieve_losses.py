@@ -1,16 +1,13 @@
-"""The losses in closed form, against a plain loop, and over two ranks."""
+"""The losses in closed form, and against a plain loop."""
 
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import two_ranks
 
 from burnish.methods.retrieve.losses import (
     Moments,
-    all_ranks,
     info_nce,
     progress_loss,
     related,
@@ -115,42 +112,3 @@ def test_one_episode_alone_has_a_finite_gradient():
     loss = view_loss(x, moments([0] * 4, range(4)), 5.0)
     loss.backward()
     assert loss == 0 and torch.isfinite(x.grad).all()
-
-
-def whole_loss(head, rows, gather, rank):
-    """All terms of a head on rows of one batch."""
-    x = draw(8, 2, 6).float()[rows]
-    y = draw(8, 2, 6, seed=1).float()[rows]
-    when = moments([0, 0, 1, 1, 0, 0, 2, 2], [0, 4, 0, 30, 9, 40, 3, 5])
-    some = Moments(*(part[rows] for part in when))
-    which, left = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])[rows], torch.arange(8)[rows]
-    terms = head.losses(head(x), head(y), some, some, left, which, ["one thing", "another"], gather, rank)
-    return sum(terms.values())
-
-
-def make_head():
-    from burnish.methods.retrieve.head import Head
-    from burnish.methods.retrieve.options import make_config
-
-    return Head(6, make_config("default", {"hidden": 5, "width": 4}), torch.Generator().manual_seed(0))
-
-
-def rank_main(rank, output):
-    torch.distributed.init_process_group("gloo")
-    head = make_head()
-    loss = whole_loss(head, torch.arange(4) + 4 * rank, all_ranks, rank)
-    loss.backward()
-    found = {"loss": float(loss), "grads": {n: p.grad.flatten().tolist() for n, p in head.named_parameters()}}
-    (output / f"{rank}.json").write_text(json.dumps(found))
-
-
-def test_two_ranks_average_to_the_loss_and_the_gradient_of_one(tmp_path):
-    two_ranks(rank_main, tmp_path)
-    halves = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    head = make_head()
-    loss = whole_loss(head, torch.arange(8), lambda rows: rows, 0)
-    loss.backward()
-    assert sum(half["loss"] for half in halves) / 2 == pytest.approx(float(loss), rel=1e-5)
-    for name, parameter in head.named_parameters():
-        mean = torch.tensor([half["grads"][name] for half in halves]).mean(0)
-        torch.testing.assert_close(mean, parameter.grad.flatten(), rtol=1e-4, atol=1e-6)
