@@ -8,10 +8,12 @@ from burnish.core.errors import BurnishError
 
 COMMANDS = {
     "pretrain": ("workshop.pretrain", "train a small VLM from scratch on scene questions"),
+    "blind": ("workshop.blind", "make a base forget how a word finds its object, for auxiliary losses"),
     "build-vlm": ("workshop.build_vlm", "build a VLM around a real language model that installs as a package"),
     "package-base": ("workshop.package_base", "store a policy in half precision as a base that comes with the package"),
     "align-gradients": ("workshop.align_figures", "draw coherence and conflict of the gradients over training"),
     "align-tokens": ("workshop.align_figures", "draw what image tokens see before and after alignment"),
+    "probe": ("workshop.probe", "how well a linear map reads from hidden states where the objects of a scene are"),
     "real": ("workshop.real", "write a policy of real size with random weights, for measuring"),
     "teacher": ("workshop.scene_train", "train the scene3d teacher and measure it on held-out scenes"),
     "policy-table": ("workshop.policy_table", "write the table of policies and their verbs anew"),

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
+from burnish.core.seeding import derive_seed
 from burnish.data import assemble as assembling
 from burnish.data.demos import _Share, _share_out, make_demos
+from burnish.data.inspect import inspect_dataset
 from burnish.data.record import colour_histogram
 from burnish.data.spool import Recording, StoredRecording, write_recording
 from burnish.envs.base import make_env
@@ -124,6 +126,24 @@ def test_the_same_call_again_changes_nothing_and_another_one_is_refused(demos):
     assert _content(demos.root) == before
     with pytest.raises(BurnishError, match="made with seed 5; expected the same settings.*seed 6"):
         make_demos("tabletop:lift,reach", 5, demos.root, **{**SETTINGS, "seed": 6})
+
+
+def test_some_demonstrations_miss_when_asked_to_and_the_data_set_says_which(tmp_path):
+    root, options = tmp_path / "set", dict(image_size=32, workers=1, progress=False)
+    made = make_demos("tabletop:lift", 8, root, misses=0.5, **options)
+    rows = [json.loads(line) for line in (root / "ground_truth/episodes.jsonl").open()]
+    missing = [row["episode_index"] for row in rows if row.get("misses")]
+    assert missing == [i for i, row in enumerate(rows) if derive_seed("miss", row["initial_state"]) % 1000 < 500]
+    assert 0 < made.misses == len(missing) < 8 and made.successes == 8 - len(missing) <= made.attempts
+    assert f"{len(missing)} of the demonstrations miss the object" in str(made)
+    (hint,) = [one for one in inspect_dataset(root, quick=True).problems if "beside their object" in one.what]
+    assert hint.kind == "hint" and f"{len(missing)} of 8" in hint.what and str(missing[0]) in hint.where
+    with pytest.raises(BurnishError, match="made with misses 0.5; expected the same settings.*misses 0.0"):
+        make_demos("tabletop:lift", 8, root, **options)
+    with pytest.raises(BurnishError, match="no expert that misses"):
+        make_demos("tabletop:reach", 1, tmp_path / "none", misses=1.0, **options)
+    with pytest.raises(BurnishError, match="misses 1.5; expected a share"):
+        make_demos("tabletop:lift", 1, tmp_path / "none", misses=1.5)
 
 
 def test_bad_requests_are_one_clear_line_and_leave_nothing(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from burnish.core.errors import BurnishError
 from burnish.envs.base import FailureKind, InstructionSwap, RandomObject, expand, make_env
 from burnish.envs.tabletop import FAMILIES
+from burnish.envs.tabletop_expert import MISS
 from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS
 from burnish.envs.tabletop_variants import SLIDE
 
@@ -40,6 +41,21 @@ def test_expert_solves_every_family(envs, family):
         env.reset(state)
         lengths.append(play(env, env.expert(state)))
     assert sum(n is not None for n in lengths) >= 11
+
+
+def test_the_expert_that_misses_closes_beside_its_object_and_lifts_nothing(envs):
+    env = envs["lift"]
+    for state in range(12):
+        env.reset(state)
+        actor, closed, steps = env.missing_expert(state), None, 0
+        while not actor.done:
+            action = actor.act()
+            if action[3] > 0 and closed is None:
+                closed = env.hand_position()[:2] - env.object_position(env.source)[:2]
+            assert not env.step(action) and (steps := steps + 1) < env.spec.max_steps
+        assert np.linalg.norm(closed - MISS) < 0.014 and env.held_object() is None
+    with pytest.raises(BurnishError, match="tabletop:reach has no expert that misses; expected tabletop:lift"):
+        envs["reach"].missing_expert(0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

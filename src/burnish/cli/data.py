@@ -10,7 +10,7 @@ from burnish.core.reading import parse_yaml
 
 def demos(
     env: str, episodes: int, root: Path, *, image_size: int = 96, cameras: str = "", seed: int = 0, workers: int = 0,
-    geometry: bool = False, engine: str = "processes", num_gpus: float | None = None,
+    geometry: bool = False, misses: float = 0.0, engine: str = "processes", num_gpus: float | None = None,
 ) -> None:  # fmt: skip
     """Record expert demonstrations as a LeRobot data set.
 
@@ -25,6 +25,7 @@ def demos(
         seed: first initial state
         workers: simulator processes; 0 means one for each core
         geometry: also keep depth and object masks of every frame
+        misses: share of them that grasp beside the object and lift nothing, for studies of what to do about such data
         engine: where simulators run: processes of this machine, ray, or ray:HOST:PORT, a cluster that runs
         num_gpus: GPUs of the Ray cluster for each simulator; default: none
 
@@ -35,7 +36,7 @@ def demos(
 
     views = [camera for camera in cameras.split(",") if camera]
     print(make_demos(env, episodes, root, image_size=image_size, cameras=views, seed=seed, workers=workers,
-                     geometry=geometry, engine=engine, num_gpus=num_gpus))  # fmt: skip
+                     geometry=geometry, misses=misses, engine=engine, num_gpus=num_gpus))  # fmt: skip
 
 
 def questions(

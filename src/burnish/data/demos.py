@@ -40,6 +40,7 @@ class DemosSummary:
         interval: 95 % Wilson interval of the expert's success rate.
         per_task: task id to (attempts, successes).
         skipped: task id to the reason why its expert does not know it.
+        misses: demonstrations that miss the object on purpose; not among the attempts.
     """
 
     root: Path
@@ -51,10 +52,11 @@ class DemosSummary:
     interval: tuple[float, float]
     per_task: dict[str, tuple[int, int]]
     skipped: dict[str, str]
+    misses: int = 0
 
     @property
     def success_rate(self) -> float:
-        return self.successes / self.attempts
+        return self.successes / self.attempts if self.attempts else 0.0
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -63,13 +65,15 @@ class DemosSummary:
             f"{self.episodes} demonstrations ({self.frames} frames) of {self.env} in {self.root}; the expert solved "
             f"{self.successes} of {self.attempts} = {self.success_rate:.1%} (95 % interval {low:.1%} to {high:.1%})"
         )
+        if self.misses:
+            lines.append(f"{self.misses} of the demonstrations miss the object, as asked for")
         return "\n".join(lines)
 
 
 def make_demos(
     env: str, episodes: int, root: Path | str, *, image_size: int = 96, cameras: Sequence[str] = (), seed: int = 0,
-    workers: int = 0, geometry: bool = False, engine: str = "processes", num_gpus: float | None = None,
-    progress: bool = True,
+    workers: int = 0, geometry: bool = False, misses: float = 0.0, engine: str = "processes",
+    num_gpus: float | None = None, progress: bool = True,
 ) -> DemosSummary:  # fmt: skip
     """Record successful expert demonstrations as a LeRobotDataset v3 in `root`.
 
@@ -82,6 +86,8 @@ def make_demos(
         seed: first initial state. Where an environment has fixed initial states for evaluation, counted from there.
         workers: simulator processes; 0 means one for each core.
         geometry: also keep depth and object masks of every frame in `<root>/ground_truth`.
+        misses: share of the demonstrations that grasp beside the object, lift nothing and are kept all the same; which
+            ones follows from their initial states (tabletop:lift only); `<root>/ground_truth/episodes.jsonl` says so.
         engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; the data set is the same.
         num_gpus: GPUs for each simulator on Ray.
         progress: show a bar on stderr.
@@ -94,7 +100,7 @@ def make_demos(
             it, no expert, or a full disk; finished episodes are kept and the same call continues.
     """
     root = Path(root)
-    request = _request(env, episodes, image_size, cameras, seed, geometry)
+    request = _request(env, episodes, image_size, cameras, seed, geometry, misses)
     place = choose_engine(engine, num_gpus)
     require_own(root, KIND, lambda folder: True)  # what lies in it is looked at next
     root = root.resolve() if root.is_symlink() else root
@@ -109,7 +115,9 @@ def make_demos(
     return summary
 
 
-def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], seed: int, geometry: bool) -> dict:
+def _request(
+    env: str, episodes: int, image_size: int, cameras: Sequence[str], seed: int, geometry: bool, misses: float
+) -> dict[str, Any]:
     from burnish.envs.base import expand
 
     if not 1 <= episodes <= 10**7:
@@ -118,10 +126,12 @@ def _request(env: str, episodes: int, image_size: int, cameras: Sequence[str], s
         raise BurnishError(f"image size {image_size}", "an even number of at least 16 and at most 4096 pixels")
     if not 0 <= seed <= 2**31:
         raise BurnishError(f"seed {seed}", "a number from 0 to 2147483648")
+    if not 0 <= misses <= 1:
+        raise BurnishError(f"misses {misses}", "a share from 0 to 1")
     tasks = expand(env)
     return {
         "format": FORMAT, "env": env, "tasks": tasks, "episodes": episodes, "image_size": image_size,
-        "cameras": list(cameras), "seed": seed, "geometry": bool(geometry),
+        "cameras": list(cameras), "seed": seed, "geometry": bool(geometry), "misses": misses,
     }  # fmt: skip
 
 
@@ -135,7 +145,7 @@ def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
         raise BurnishError(f"{root} is not empty and no data set of burnish data demos", "a new folder")
     made = read_object(path)
     try:
-        check_same_request(made["request"], request, root)
+        check_same_request({"misses": 0.0, **made["request"]}, request, root)  # older ones do not say
         summary = _summary(root, made)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"{path} is damaged ({error})"
@@ -152,7 +162,7 @@ def _summary(root: Path, made: dict[str, Any]) -> DemosSummary:
     per_task = {task: tuple(counts) for task, counts in expert["per_task"].items()}
     return DemosSummary(
         root, made["request"]["env"], made["episodes"], made["frames"], expert["attempts"], expert["successes"],
-        tuple(expert["wilson95"]), per_task, made["skipped"],
+        tuple(expert["wilson95"]), per_task, made["skipped"], made.get("misses", 0),
     )  # fmt: skip
 
 
@@ -269,9 +279,11 @@ def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_S
         chosen += [(number, order, paths[number]) for number in used]
     recordings = [StoredRecording(path) for _, _, path in sorted(chosen)]
     require_space(root.parent, sum(recording.path.stat().st_size for recording in recordings), str(root))
-    per_task = {share.task_id: (len(share.used()), share.wanted) for share in able}
-    attempts = sum(tried for tried, _ in per_task.values())
-    interval = binomtest(len(recordings), attempts).proportion_ci(method="wilson")
+    missed = [sum(r.facts.get("misses", False) for r, (_, at, _) in zip(recordings, sorted(chosen), strict=True)
+                  if at == order) for order in range(len(able))]  # fmt: skip
+    per_task = {share.task_id: (len(share.used()) - n, share.wanted - n) for share, n in zip(able, missed, strict=True)}
+    attempts, successes = (sum(counts[i] for counts in per_task.values()) for i in (0, 1))
+    interval = binomtest(successes, max(attempts, 1)).proportion_ci(method="wilson")
     skipped = {share.task_id: share.skipped for share in shares if share.skipped}
     family = request["env"].partition(":")[0]
     if root.exists():
@@ -283,10 +295,11 @@ def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_S
             "episodes": len(recordings),
             "frames": frames,
             "expert": {
-                "attempts": attempts, "successes": len(recordings),
+                "attempts": attempts, "successes": successes,
                 "wilson95": [float(interval.low), float(interval.high)], "per_task": per_task,
             },
             "skipped": skipped,
+            "misses": sum(missed),
             "versions": _versions(family),
         }  # fmt: skip
         write_json(folder / FACTS, facts)

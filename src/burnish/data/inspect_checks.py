@@ -5,6 +5,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from burnish.core.errors import BurnishError
+from burnish.core.reading import read_lines
 from burnish.data.checks import find_problems
 from burnish.data.dataset import QUANTILES, Dataset, Problem, quantile_name
 from burnish.data.features import ACTION, STATE
@@ -16,7 +18,7 @@ def check_dataset(dataset: Dataset) -> list[Problem]:
     problems = dataset.problems + find_problems(dataset)
     if not len(dataset.rows):
         return problems
-    for check in (_check_still, _check_statistics, _check_duplicates, _check_strays):
+    for check in (_check_still, _check_statistics, _check_duplicates, _check_strays, _check_misses):
         problems += check(dataset)
     return problems
 
@@ -85,6 +87,18 @@ def _check_strays(dataset: Dataset) -> list[Problem]:
     if not strays or not named:
         return []
     return [Problem("warning", strays[0], f"no episode names it ({len(strays)} such files); it is not read")]
+
+
+def _check_misses(dataset: Dataset) -> list[Problem]:
+    """Episodes that were recorded to fail (`burnish data demos --misses`)."""
+    table = dataset.root / "ground_truth" / "episodes.jsonl"
+    try:
+        rows = [row for _, row in read_lines(table)] if table.is_file() else []
+    except BurnishError as error:
+        return [Problem("warning", "ground_truth/episodes.jsonl", str(error))]
+    found = [str(row.get("episode_index"))[:8] for row in rows if row.get("misses") is True]
+    what = f"{len(found)} of {len(rows)} demonstrations grasp beside their object, as --misses asked for"
+    return [Problem("hint", f"episodes {', '.join(found[:6])} ...", what)] if found else []
 
 
 def check_views(views: list[View]) -> list[Problem]:

@@ -8,14 +8,15 @@ import json
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
+from burnish.core.seeding import derive_seed
 from burnish.data.spool import Recording, recording_path, write_recording
-from burnish.envs.base import Env, Expert, make_env
+from burnish.envs.base import Env, Expert, Missing, MissingExpert, make_env
 
 # h264 without B-frames, a key frame every second frame as LeRobot has it. Colour at full resolution (yuv444p):
 # halving it, as yuv420p does, costs 5 dB on 128 px views, where objects are a few pixels wide.
@@ -98,20 +99,36 @@ class Tape:
         return Recording(facts, arrays)
 
 
-def record(env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...], geometry: bool) -> Recording:
+def record(
+    env: Env, expert: Expert, initial_state: int, cameras: tuple[str, ...], geometry: bool, misses: bool = False
+) -> Recording:
     """Let `expert` act in the episode that `env` has just been reset to, until it is solved or out of steps.
 
+    Args:
+        misses: `expert` is one that misses; it acts until it has.
+
     Returns:
-        All arrays of `Recording` where the task was solved, none otherwise.
+        All arrays of `Recording` where the task was solved, or `misses`; none otherwise.
     """
     tape, solved = Tape(env, initial_state, cameras, geometry), False
     for _ in range(env.spec.max_steps):
         action = np.asarray(expert.act(), np.float32)
         tape.note(action)
         solved = env.step(action)
-        if solved:
+        if solved or misses and cast(MissingExpert, expert).done:
             break
-    return tape.recording(solved)
+    recording = tape.recording(solved, keep_failed=misses)
+    if misses:
+        recording.facts["misses"] = True
+    return recording
+
+
+def _expert(env: Env, initial_state: int, misses: bool) -> Expert:
+    if not misses:
+        return env.expert(initial_state)
+    if not isinstance(env, Missing):
+        raise BurnishError(f"{env.spec.task_id} has no expert that misses", "tabletop:lift")
+    return env.missing_expert(initial_state)
 
 
 def _open(task_id: str, folder: Path, request: dict[str, Any]) -> tuple[Env, tuple[str, ...]]:
@@ -150,12 +167,13 @@ def record_attempts(
                 present = task_id
             initial_state = (env.spec.num_initial_states or 0) + request["seed"] + number
             env.reset(initial_state)
+            misses = derive_seed("miss", initial_state) % 1000 < 1000 * request["misses"]
             try:
-                expert = env.expert(initial_state)
+                expert = _expert(env, initial_state, misses)
             except BurnishError as error:
                 yield False, str(error)
                 continue
-            recording = record(env, expert, initial_state, cameras, request["geometry"])
-            success = bool(recording.facts["success"])
+            recording = record(env, expert, initial_state, cameras, request["geometry"], misses)
+            success = bool(recording.facts["success"]) != misses  # one that lifts after all is not what was asked for
             write_recording(recording_path(folder, number, success), recording)
             yield success, ""

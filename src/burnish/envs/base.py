@@ -160,6 +160,22 @@ class FailureKind(Protocol):
         ...
 
 
+class MissingExpert(Expert, Protocol):
+    """An expert that fails on purpose; `done` once there is nothing left to show."""
+
+    @property
+    def done(self) -> bool: ...
+
+
+@runtime_checkable
+class Missing(Protocol):
+    """Offered by an environment with an expert that grasps beside its object: what a policy should not have learnt."""
+
+    def missing_expert(self, seed: int) -> MissingExpert:
+        """Raises BurnishError where nothing is grasped."""
+        ...
+
+
 @dataclass(frozen=True)
 class EnvFamily:
     """How the tasks of a family are listed and built.

@@ -19,7 +19,7 @@ from burnish.envs import tabletop_scene as scene
 from burnish.envs import tabletop_variants as variants
 from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation, Size, view_size
 from burnish.envs.rendering import camera_geometry, camera_pose, make_room, project_points
-from burnish.envs.tabletop_expert import TabletopExpert
+from burnish.envs.tabletop_expert import MissingTabletopExpert, TabletopExpert
 
 FAMILIES = ("reach", "push", "lift", "put_on", "stack")
 MAX_STEPS = {"reach": 25, "push": 40, "lift": 40, "put_on": 60, "stack": 60}
@@ -262,6 +262,12 @@ class Tabletop:
 
     def expert(self, seed: int = 0) -> Expert:
         return TabletopExpert(self, self.source, seed)
+
+    def missing_expert(self, seed: int) -> MissingTabletopExpert:
+        """The expert that grasps beside its object; of lift alone."""
+        if self.family != "lift":
+            raise BurnishError(f"{self.spec.task_id} has no expert that misses", "tabletop:lift")
+        return MissingTabletopExpert(self, self.source, seed)
 
     def random_object_expert(self, seed: int) -> Expert:
         """The expert that ignores language: it picks at random among the objects that could be meant."""

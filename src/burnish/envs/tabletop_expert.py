@@ -15,6 +15,8 @@ GRASP_HEIGHT = 0.02
 HOVER_HEIGHT = 0.085
 CLOSED_OPENING = 0.075
 """Fingers nearer together than this have closed on something (an object is 5.2 cm wide)."""
+MISS = (0.0, 0.03)
+"""How far beside its object the expert that misses grasps, in metres: behind it, along the fingers' broad side."""
 
 
 class TabletopExpert:
@@ -88,3 +90,24 @@ class TabletopExpert:
             return np.array([*(hand[:2] + shift), clear]), 1.0
         lowered = held[2] < rest + 0.008
         return np.array([*(hand[:2] + shift), hand[2] + rest - held[2]]), -1.0 if lowered else 1.0
+
+
+class MissingTabletopExpert(TabletopExpert):
+    """Does all as the expert of lift does it, `MISS` beside the object, and so lifts nothing."""
+
+    def _carry(self) -> tuple[np.ndarray, float]:
+        hand = self.env.hand_position()
+        if self._closed:
+            return np.array([*hand[:2], 0.16]), 1.0
+        aim = self.env.object_position(self.source)[:2] + MISS
+        low = hand[2] < GRASP_HEIGHT + 0.012 and np.linalg.norm(aim - hand[:2]) < 0.012
+        return self._above(aim, GRASP_HEIGHT), 1.0 if low else -1.0
+
+    @property
+    def _closed(self) -> bool:
+        return float(self.env.observe().state[3]) < CLOSED_OPENING
+
+    @property
+    def done(self) -> bool:
+        """The closed hand is as high as an object would have been lifted."""
+        return self._closed and bool(self.env.hand_position()[2] > TRAVEL_HEIGHT)

@@ -68,6 +68,23 @@ def test_every_kind_of_loss_trains(dataset, pairs, tmp_path, options):
     assert not torch.equal(load_file(result.policy / "model.safetensors")["head.weight"], before)
 
 
+def test_cloning_leaves_the_held_out_pairs_alone_and_is_measured_on_them(dataset, pairs, tmp_path, monkeypatch):
+    for name in ("pairs.jsonl", "burnish_pairs.json"):
+        (pairs / name).unlink()
+    write_index(pairs, [Pair((0, 1), (1, 1)), Pair((2, 1), (3, 1))], {"source": "test"}, 1e9)
+    result = train(recipe(dataset, tmp_path / "run", pairs, loss="clone", held_out=0.5), progress=False)
+    assert np.isfinite(rows(result.output)[-1]["prefer_held_out_margin"])
+    seen, honest = [], PairData.demonstrations
+
+    def noted(self, frames):
+        seen.extend(frames)
+        return honest(self, frames)
+
+    monkeypatch.setattr(PairData, "demonstrations", noted)
+    train(recipe(dataset, tmp_path / "again", pairs, loss="clone", held_out=0.5), progress=False)
+    assert {*PairData(pairs, ("front",), 4, progress=False).robot.episode_index[seen].tolist()} in ({0}, {2})
+
+
 def test_cached_scores_are_those_of_the_start_and_are_used_again(dataset, pairs, tmp_path):
     train(recipe(dataset, tmp_path / "one", pairs, "--train.steps=1"), progress=False)
     (file,) = (pairs / ".scores").glob("*.safetensors")

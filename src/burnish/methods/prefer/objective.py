@@ -11,9 +11,10 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone
+from burnish.core.reading import read_object
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
-from burnish.data.pairs import OutcomeData, PairData, PairFolder
+from burnish.data.pairs import FACTS, OutcomeData, PairData, PairFolder
 from burnish.methods import reference
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
 from burnish.methods.prefer import heldout, losses
@@ -80,7 +81,10 @@ class Prefer(Objective):
                 self.cache = self._cached_reference(run)
         if isinstance(self.data, PairData):
             self.trained_on, held = heldout.split(self.data.pairs, config.held_out)
-            if len(held):
+            episodes = {side[0] for i in held for side in (self.data.pairs[i].chosen, self.data.pairs[i].rejected)}
+            cut = np.isin(self.data.robot.episode_index[self.data.successes], sorted(episodes))
+            self.data.successes = self.data.successes[~cut]
+            if len(held) and run.policy.supports("score"):
                 with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
                     self._held = heldout.HeldOut(run.policy, self.data, held)
 
@@ -89,7 +93,9 @@ class Prefer(Objective):
             "image_size": run.recipe.data.image_size, "cache_dir": "", "steps": self.config.steps,
             "progress": run.progress,
         }  # fmt: skip
-        kind: Any = {"clone": PairFolder, "kto": OutcomeData}.get(self.config.loss, PairData)
+        facts = Path(self.config.pairs) / FACTS
+        unpaired = self.config.loss == "clone" and not (facts.is_file() and read_object(facts).get("pairs"))
+        kind: Any = PairFolder if unpaired else OutcomeData if self.config.loss == "kto" else PairData
         if kind is OutcomeData:
             options["every"] = run.policy.n_action_steps
         data = kind(Path(self.config.pairs), run.policy.cameras, run.policy.chunk_size, **options)
@@ -103,6 +109,7 @@ class Prefer(Objective):
             rows = self.data.successes[random.integers(len(self.data.successes), size=config.batch_size)]
             imitated = _to(self.data.demonstrations(rows), run.device)
             draws = run.policy.draw(len(rows), run.generator)
+            self._measure_held_out(run)
             return {"prefer": config.weight * run.policy.loss(imitated, draws).total}
         if config.loss == "kto":  # as many of either kind
             kinds = [np.flatnonzero(self.data.desirable), np.flatnonzero(~self.data.desirable)]
