@@ -71,7 +71,8 @@ def test_every_kind_of_loss_trains(dataset, pairs, tmp_path, options):
 def test_cloning_leaves_the_held_out_pairs_alone_and_is_measured_on_them(dataset, pairs, tmp_path, monkeypatch):
     for name in ("pairs.jsonl", "burnish_pairs.json"):
         (pairs / name).unlink()
-    write_index(pairs, [Pair((0, 1), (1, 1)), Pair((2, 1), (3, 1))], {"source": "test"}, 1e9)
+    proposal = ((0.0, 0.0, 0.0),)
+    write_index(pairs, [Pair((i, 1), (i, 1), proposal) for i in (0, 2)], {"source": "test"}, 1e9)
     result = train(recipe(dataset, tmp_path / "run", pairs, loss="clone", held_out=0.5), progress=False)
     assert np.isfinite(rows(result.output)[-1]["prefer_held_out_margin"])
     seen, honest = [], PairData.demonstrations
