@@ -17,7 +17,7 @@ CLOSED_OPENING = 0.075
 """Fingers nearer together than this have closed on something (an object is 5.2 cm wide)."""
 MISS = (0.0, 0.06)
 """How far beside its object the expert that misses grasps, in metres: behind it, along the fingers' broad side. Half of
-that, what a policy might make of both, misses too; at 3 cm a fine-tuned policy still lifts four objects in five."""
+that, which a policy may make of both grasps, misses most objects too."""
 
 
 class TabletopExpert:
