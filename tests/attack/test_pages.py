@@ -9,6 +9,8 @@ MARKS = "<!-- results:{} -->\n<!-- /results -->\n"
 ROW = {"label": "a", "n": 10, "successes": 5, "rate": 0.5, "interval": [0.2, 0.8]}
 RESULT = {"recipe": "r", "command": "c", "commit": "0", "date": "", "seeds": {}, "hardware": "", "minutes": 1.0,
           "rows": [ROW], "metrics": {}}  # fmt: skip
+SAID = {"endpoint": "success", "lower": [], "margin": 0.05, "reference": "a", "stopping": 1, "gates": []}
+STUDY = {**RESULT, "rows": [{**ROW, "by_seed": [0.5], "outcomes": {"0": "1010101010"}}], "declared": SAID, "gates": []}
 RESULTS = {
     "cut": "{", "a list": [1], "null": None, "empty": {}, "no rows": {**RESULT, "rows": None},
     "rows a number": {**RESULT, "rows": 3}, "rows of lists": {**RESULT, "rows": [[1]]},
@@ -30,6 +32,11 @@ RESULTS = {
     "figures twice": '{"figures": {}, "figures": {}}', "targets a list": {"figures": {"a": 1}, "targets": [1]},
     "detail a list": {"figures": {"a": 1}, "detail": [1]}, "targets of a list": {"figures": {"a": 1}, "targets": "a"},
     "deep": '{"figures": ' + "[" * 500 + "]" * 500 + "}",
+    "declared a list": {**STUDY, "declared": [1]}, "declared empty": {**STUDY, "declared": {}},
+    "gates null": {**STUDY, "gates": None}, "a gate of text": {**STUDY, "gates": ["x"]},
+    "a mean of text": {**STUDY, "rows": [{"label": "a", "n": 1, "mean": "x", "interval": None}]},
+    "p of text": {**STUDY, "rows": [{**ROW, "adjusted": "x"}]},
+    "margin of text": {**STUDY, "declared": {**SAID, "margin": "x"}},
     "half a character": '{"figures": {"\\ud800": 1}}',
 }  # fmt: skip
 
@@ -46,6 +53,26 @@ def test_tables_of_results(name, tmp_path, refused, untouched):
     write(tmp_path, "x", RESULTS[name])
     check = untouched(tmp_path)
     refused(["report", "results", "--root", tmp_path])
+    check()
+
+
+OUTCOMES = {
+    "a list": {"rows": [{**ROW, "outcomes": [1]}]}, "of lists": {"rows": [{**ROW, "outcomes": {"0": [1]}}]},
+    "of words": {"rows": [{**STUDY["rows"][0], "outcomes": {"0": "yes"}}]},
+    "empty": {"rows": [{**ROW, "outcomes": {}}]},
+    "of two lengths": {"rows": [{**STUDY["rows"][0], "outcomes": {"0": "10", "1": "1"}}]},
+    "declared a list": {"declared": [1]}, "declared empty": {"declared": {}},
+    "a check that is none": {"declared": {**SAID, "gates": [{"check": 3}]}},
+    "ranks": {"rows": [{**ROW, "outcomes": {"0": "x: y"}}]}, "counts": {"metrics": {"q": {"outcomes": "11"}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_outcomes_that_are_none(name, tmp_path, refused, untouched):
+    (tmp_path / "README.md").write_text("x")
+    write(tmp_path, "x", STUDY | OUTCOMES[name])
+    check = untouched(tmp_path)
+    refused(["report", "results", "--root", tmp_path, "--recompute", "--check"])
     check()
 
 

@@ -11,7 +11,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class Answer:
     gate: str = ""
     command: str = ""
     found: Estimate | None = None
-    share: bool = False
     margin: float | None = None
     lower: bool = False
     name: str = ""
@@ -115,60 +114,44 @@ def answer_claims(claims: Sequence[Claim], results: Path) -> list[Answer]:
 
 def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     default = f"burnish run recipes/{claim.result}.yaml --result results/{claim.result}.json"
-    command = claim.command or (content or {}).get("command") or default
+    if claim.figure:
+        default = f"python -m bench {claim.result.removeprefix('bench_')} --json"
+    untested = Answer(claim, "not tested", command=claim.command or (content or {}).get("command") or default)
     if content is None or not (claim.arm or claim.figure) or withdrawn(content):
-        return Answer(claim, "not tested", command=command)
+        return untested
     if claim.figure:
         value = content["figures"].get(claim.figure)
-        command = claim.command or content.get("command") or f"python -m bench {content['name']} --json"
-        if value is None:
-            return Answer(claim, "not tested", command=command)
-        told = cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
-        return Answer(claim, _bounded(claim.expect, value, value), told, command=command)
+        told = "" if value is None else cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
+        return replace(untested, verdict=_bounded(claim.expect, value, value), ours=told) if told else untested
     check_result(content, claim.result)
-    every = content.get("gates", [])
-    gates = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in every)
-    measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, content)
-    if measured is None:
-        return Answer(claim, "not tested", gate=gates, command=command)
-    found, n, share = measured
-    ours = f"{_interval(found, share, bool(claim.against))} (n = {n})"
-    said = content.get("declared", {})
+    gates, said = content.get("gates", []), content.get("declared", {})
+    told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     name = claim.measure or said.get("endpoint", "success")
-    primary = name == said.get("endpoint")
-    margin = said.get("margin") if primary else MARGIN if share else None
-    one = Answer(
-        claim,
-        "undecided",
-        ours,
-        gates,
-        command,
-        found,
-        share,
-        margin,
-        name in said.get("lower", []),
-        claim.logged or name,
-    )
-    if not all(gate["passed"] for gate in every):
-        one.verdict, one.found = "void", None
-    elif claim.expect not in EXPECTED:
-        one.verdict = _bounded(claim.expect, *found.interval)
-    return one
+    measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, name, content)
+    if measured is None:
+        return replace(untested, gate=told)
+    found, n, share = measured
+    margin = said.get("margin") if name == said.get("endpoint") else None
+    one = replace(untested, ours=f"{_interval(found, share, bool(claim.against))} (n = {n})", gate=told, found=found,
+                  margin=MARGIN if margin is None and share else margin, lower=name in said.get("lower", []),
+                  name=claim.logged or name)  # fmt: skip
+    if not all(gate["passed"] for gate in gates):
+        return replace(one, verdict="void", found=None)
+    return one if claim.expect in EXPECTED else replace(one, verdict=_bounded(claim.expect, *found.interval))
 
 
-def _of_rows(claim: Claim, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
-    name = claim.measure or content.get("declared", {}).get("endpoint", "success")
+def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
+    """The estimate, its n in words, and whether it is of shares; None where the study has not measured it."""
     rows = [row for row in content["rows"] if row.get("eval", MAIN) == ALIASES.get(name, name)]
     by_label = {START if START in row["outcomes"] else row["label"]: row for row in rows}
-    if claim.arm not in by_label or (claim.against and claim.against not in by_label):
+    if not {claim.arm, claim.against or claim.arm} <= by_label.keys():
         return None
     row = by_label[claim.arm]
     share, seeds = "rate" in row, len(row["outcomes"])
     if claim.against:
         found = difference(row, by_label[claim.against])
     else:
-        ends = row["interval"] or [row["by_seed"][0]] * 2
-        found = Estimate(row["rate" if share else "mean"], *ends, 1.0, 0.0, 0.0, 0.0)
+        found = Estimate(row["rate" if share else "mean"], *(row["interval"] or row["by_seed"] * 2), 1.0, 0.0, 0.0, 0.0)
     return None if found is None else (found, f"{seeds} seeds x {row['n'] // seeds}", share)
 
 
@@ -233,6 +216,5 @@ def render_claims(what: str, answers: Sequence[Answer]) -> str:
 
 def fill_claims(text: str, answers: Sequence[Answer]) -> str:
     """`text` with every marked block written again."""
-    return MARKER.sub(
-        lambda match: f"<!-- claims:{match['what']} -->\n{render_claims(match['what'], answers)}<!-- /claims -->", text
-    )
+    block = "<!-- claims:{} -->\n{}<!-- /claims -->"
+    return MARKER.sub(lambda found: block.format(found["what"], render_claims(found["what"], answers)), text)

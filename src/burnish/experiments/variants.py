@@ -100,6 +100,8 @@ def _numbers(text: str, shares: bool) -> np.ndarray:
 def summary(texts: Mapping[str, str], shares: bool) -> dict[str, Any]:
     """What a row says of its own raw outcomes: n, mean with its interval over seeds and units, mean of each seed."""
     table = np.array([_numbers(text, shares) for text in texts.values()])
+    if table.size == 0:
+        raise BurnishError("a row without a single outcome", "one for each seed and unit")
     mean, found = float(table.mean()), estimate(table, shares)
     interval = None if found is None else [min(max(found.low, 0.0), mean), max(min(found.high, 1.0), mean)]
     if not shares and found is not None:
