@@ -366,7 +366,7 @@ def sampler_table(found: dict[str, Any]) -> str:
     if found["decided"]:
         lines.append("s is under 1 % of the actions' range: the policy hardly samples, and dimensions alone decide")
     if not any(row["ok"] for row in found["rows"]):
-        lines.append("none keeps to the rule")
+        lines.append("none keeps to the rule: the policy's own steps stay")
     return "\n".join(lines)
 
 

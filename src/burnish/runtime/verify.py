@@ -10,7 +10,7 @@ from burnish.core.types import Batch, Window
 from burnish.data.loader import RobotData, to_device
 from burnish.policies.base import Policy
 from burnish.policies.keys import IMAGES, STATE, TASK
-from burnish.runtime.choose import compare_samplers
+from burnish.runtime.choose import REFERENCE, compare_samplers
 from burnish.runtime.executor import Runtime
 from burnish.runtime.observations import observations
 from burnish.sampling.kept import Kept
@@ -23,7 +23,7 @@ AGES = (1, 2, 4, 8)
 
 def verify_runtime(policy: Policy, data: Path | str, *, count: int = 48, noises: int = 4, seed: int = 0,
                    samplers: Sequence[str] = (), progress: bool = True) -> dict[str, Any]:  # fmt: skip
-    """`choose.compare_samplers`, and:
+    """`choose.compare_samplers` (the policy's own steps are "sampler" where none keeps to the rule), and:
 
     "tiers": by name, see `executor.Sampler.compare`. "caches": whether what is found again has the bits of what is
     computed, for the same observation, another state, and another picture. "old_pictures": see `old_pictures`.
@@ -31,6 +31,7 @@ def verify_runtime(policy: Policy, data: Path | str, *, count: int = 48, noises:
     Args, errors: as of `compare_samplers`.
     """
     found = compare_samplers(policy, data, count=count, noises=noises, seed=seed, samplers=samplers, progress=progress)
+    found["sampler"] = found["own"] if found["sampler"] == REFERENCE else found["sampler"]
     batch = observations(policy, 3, data, seed)
     found["tiers"] = {tier: Runtime(policy, tier=tier).verify(batch) for tier in CHECKED}
     found["caches"] = cached_bits(policy, batch)
