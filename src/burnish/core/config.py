@@ -166,8 +166,9 @@ class DelayConfig:
     @classmethod
     def of(cls, delay: str, *others: Any) -> "DelayConfig":
         """As a command line has it: steps, or `measured`; and the other fields in their order."""
-        steps = int(delay) if delay.isdecimal() and len(delay) < 5 else 0
-        return cls(steps, *others, measured="" if delay.isdecimal() else delay)
+        made = cls(int(delay) if delay.isdecimal() and len(delay) < 5 else 0, *others)
+        made.measured = "" if delay.isdecimal() and len(delay) < 5 else delay
+        return made
 
     @property
     def plain(self) -> bool:
