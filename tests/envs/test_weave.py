@@ -37,7 +37,7 @@ def test_only_the_three_ways_reach_the_plate(env, pair):
         expert = WeaveExpert(env, 0)
         expert.todo = list(pair)
         assert (play(env, state, expert) is not None) == (pair in WAYS)
-        assert env.way() == pair
+        assert env.way() == pair and (pair in WAYS or env.failure() == "wrong object")
 
 
 def test_the_majority_of_every_step_is_no_way():

@@ -91,6 +91,9 @@ class Weave(Tabletop):
         gap = (self.object_position(PLATE) - self.hand_position())[:2]
         return not self._moved and bool(np.linalg.norm(gap) < scene.PLATE_RADIUS - 0.01)
 
+    def failure(self) -> str:
+        return "wrong object" if self._moved else "out of time"
+
     def expert(self, seed: int = 0) -> Expert:
         return WeaveExpert(self, seed)
 
