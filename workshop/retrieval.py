@@ -247,4 +247,4 @@ def draw(root: Path, shown: Mapping[str, tuple[int, np.ndarray]], path: Path) ->
             text = data.instruction(int(data.rows.keys["task_index"][row]))
             axis.set_title(fill(text, 26), fontsize=6, parse_math=False)
         line[0].text(0, -0.04, label, fontsize=7, transform=line[0].transAxes, va="top", parse_math=False)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=80)
