@@ -23,12 +23,14 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         caches_bitwise: what is found again has the bits of what is computed.
         hit_same_over_plain, hit_state_over_plain: time of a call on the same observation, and on one with another state
             alone, over one without caches; fused tier.
+        real_hit_same_over_plain, real_hit_state_over_plain: the same at SmolVLA's own size, with `--size smolvla`.
         old_images_error_8, old_prefix_error_1: errors of pictures eight steps old with the state of now, and of the
             whole prefix one step old.
         prefix_harmful_98: share of errors above s / 4 where the cosine of 8x8 pictures is at least .98.
     """
     import torch
 
+    from bench.runtime_executor import real_policy
     from burnish.policies import load_policy
     from burnish.runtime.observations import observations
     from burnish.runtime.verify import cached_bits
@@ -44,10 +46,14 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "hit_state_over_plain": saved["state"] / saved["plain"], "old_images_error_8": rows[-1]["old_pictures"],
         "old_prefix_error_1": rows[0]["old_prefix"], "prefix_harmful_98": harm["cuts"]["0.98"]["harmful"],
     }  # fmt: skip
+    if args.size == "smolvla":
+        real = saving(real_policy(), 1 if args.quick else 3, 1)
+        figures |= {f"real_hit_{kind}_over_plain": real[kind] / real["plain"] for kind in ("same", "state")}
+        saved |= {f"real_{kind}": ms for kind, ms in real.items()}
     return figures, {"bits": bits, "process_ms": saved, "by_age": rows, "old_prefix": harm, "noises": NOISES}
 
 
-def saving(policy: Any, rounds: int) -> dict[str, float]:
+def saving(policy: Any, rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median milliseconds of process time of a call, in turns."""
     import torch
 
@@ -58,7 +64,7 @@ def saving(policy: Any, rounds: int) -> dict[str, float]:
     plain, cached = Runtime(policy, tier="fused"), Runtime(policy, tier="fused", kept=Kept())
     batch, draws = observations(policy, 1), policy.draw(1, torch.Generator().manual_seed(0))
     spent: dict[str, list[float]] = {"plain": [], "same": [], "state": [], "miss": []}
-    for i in range(rounds + 3):
+    for i in range(rounds + warmup):
         state = {"observation.state": batch["observation.state"] + 0.01 * i}
         camera = next(name for name in batch if name.startswith("observation.images."))
         calls = {
@@ -70,7 +76,7 @@ def saving(policy: Any, rounds: int) -> dict[str, float]:
         for name, call in calls.items():
             begin = time.process_time()
             call()
-            if i >= 3:
+            if i >= warmup:
                 spent[name].append(1000 * (time.process_time() - begin))
     return {name: statistics.median(values) for name, values in spent.items()}
 

@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     figures["exact_bitwise_discrete"] = tokens_equal()
     if args.size == "smolvla":
-        found, detail["real"] = compare(_real(), ("exact",), 2 if args.quick else 7)
+        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 7)
         figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise_exact" in key else f"real_{key}": value
                     for key, value in found.items()}  # fmt: skip
     return figures, detail
@@ -154,7 +154,8 @@ def _policies() -> Any:
         yield kind, policy
 
 
-def _real() -> Any:
+def real_policy() -> Any:
+    """SmolVLA's own size, language model and expert in bf16, two cameras."""
     import torch
 
     from workshop.real import make_real
