@@ -59,6 +59,7 @@ class MixConfig:
 class DataConfig:
     root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty: data/<name>", path=True)
     episodes: list[int] = option([], "episodes to use; empty means all")
+    held_out: list[int] = option([], "episodes of data.root kept from training, to measure the policy on offline")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
     workers: int = option(
         1,
@@ -204,6 +205,7 @@ class EvalConfig:
     workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
     batch_size: int = option(0, "episodes in flight; 0 means four for each worker", least=0, most=65536)
     max_steps: int = option(0, "episode limit; 0 means the environment's own", least=0, most=10**6)
+    every: int = option(0, "offline: control steps between predictions; 0: a quarter of a chunk", least=0, most=4096)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     instruction_swap: bool = option(True, "also run with the instruction of another object, where there is one")
     random_object_expert: bool = option(False, "also run the expert that picks its object at random (tabletop only)")

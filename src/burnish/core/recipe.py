@@ -135,6 +135,7 @@ def mixed_data(recipe: RecipeConfig, source: str = "the recipe") -> list[MixConf
     """
     entries: list[MixConfig] = []
     taken = [(demos_root(recipe), recipe.data.episodes)]
+    taken += [(demos_root(recipe), recipe.data.held_out)] if recipe.data.held_out else []
     for place, given in enumerate(recipe.data.mix):
         where = f"{source}: data.mix[{place}]"
         entry = read_options(MixConfig, given, where)

@@ -136,19 +136,29 @@ def find_gripper(
         names, action: dimensions and values [N, A]; likewise `state_names` and `state` [N, S].
         starts: index of the first frame of each episode.
     """
-    low, high = np.nanmin(action, 0), np.nanmax(action, 0)
-    span = np.where(high > low, high - low, 1.0)
-    place = (action - low) / span
-    at_ends = (place < 0.05) | (place > 0.95)
-    both = ((place < 0.05).mean(0) > 0.01) & ((place > 0.95).mean(0) > 0.01) & (high > low)
-    named = [i for i, name in enumerate(names) if any(word in name.lower() for word in GRIPPER_WORDS)]
-    binary = [i for i in range(len(names)) if both[i] and at_ends[:, i].mean() > 0.9]
-    if not named and not binary:
+    found, at_ends = gripper_dimensions(names, action), _ends(action).any(0)
+    if not found:
         return None
-    index = named[-1] if named else binary[-1]
+    index = found[-1]
     opens, evidence = _opens(action[:, index], state_names, state, starts)
     label = names[index] if names[index] != str(index) else f"dimension {index}"
     return Gripper(label, float(at_ends[:, index].mean()), opens, evidence)
+
+
+def gripper_dimensions(names: list[str], action: np.ndarray) -> list[int]:
+    """Dimensions of actions [N, A] that are grippers: by name, else those that take two values only."""
+    named = [i for i, name in enumerate(names) if any(word in name.lower() for word in GRIPPER_WORDS)]
+    low, high = ends = _ends(action)
+    moves = np.nanmax(action, 0) > np.nanmin(action, 0)
+    both = (ends.mean(1) > 0.01).all(0) & ((low | high).mean(0) > 0.9) & moves
+    return named or np.flatnonzero(both).tolist()
+
+
+def _ends(action: np.ndarray) -> np.ndarray:
+    """bool [2, N, A]: values within 5 % of the low, and of the high end of their dimension's range."""
+    low, high = np.nanmin(action, 0), np.nanmax(action, 0)
+    place = (action - low) / np.where(high > low, high - low, 1.0)
+    return np.stack([place < 0.05, place > 0.95])
 
 
 def _opens(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.config import RecipeConfig
+from burnish.core.config import DataConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.reading import read_object
@@ -68,7 +68,8 @@ def open_sources(recipe: RecipeConfig) -> list[Source]:
         BurnishError: one cannot be read, or does not go with the first.
     """
     root = demos_root(recipe)
-    sources = [Source(root, open_dataset(root, recipe.data.columns), episodes=recipe.data.episodes)]
+    meta = open_dataset(root, recipe.data.columns)
+    sources = [Source(root, meta, episodes=trained_episodes(recipe.data, meta))]
     for place, entry in enumerate(mixed_data(recipe)):
         absent = tuple(key for key, given in entry.columns.items() if given is None)
         wrong = [key for key in absent if not key.startswith(IMAGES)]
@@ -83,6 +84,19 @@ def open_sources(recipe: RecipeConfig) -> list[Source]:
             raise BurnishError(*fault)
         sources.append(source)
     return sources
+
+
+def trained_episodes(data: DataConfig, meta: Dataset) -> list[int]:
+    """The episodes of `data.root` that are trained on, none named means all: without those that are held out."""
+    if not data.held_out:
+        return data.episodes
+    held_out = set(require(meta, data.held_out, (), "data.held_out"))
+    rest = [episode for episode in data.episodes or meta.episodes if episode not in held_out]
+    if both := held_out & set(data.episodes):
+        raise BurnishError(f"data.held_out names episode {min(both)}, which data.episodes trains on", "either")
+    if not rest:
+        raise BurnishError("data.held_out names all episodes", "some to train on")
+    return rest
 
 
 def match(first: Dataset, other: Dataset, columns: Sequence[str] = ()) -> tuple[str, str, str] | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError, plain
 from burnish.core.patterns import search
+from burnish.evaluate.offline_compare import OfflineComparison, compare_offline, is_offline
 from burnish.evaluate.records import Record
 from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import Sequential, sequential
@@ -123,20 +124,25 @@ class Comparison:
 def compare(
     a: Paths, b: Paths, *, task_regex: str | None = None, seed: int = 0, margin: float | None = None,
     sequential: bool = False,
-) -> Comparison:  # fmt: skip
-    """Compare two policies or methods, paired on (task, initial state).
+) -> Comparison | OfflineComparison:  # fmt: skip
+    """Compare two policies or methods, paired on (task, initial state), or by their offline evaluations on episodes.
 
     Args:
         a, b: evaluation folder or result file, see `read_results`; or several of them, the runs of one side (say, three
             seeds).
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
-        margin: difference of success rates up to which the policies count as equivalent, e.g. 0.05.
+        margin: difference of success rates (offline: of action errors) up to which the policies count as equivalent.
         sequential: also the test, which may be looked at after each trial; trials in A's order, one run a side.
 
     Raises:
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
     """
+    lists = [[side] if isinstance(side, str | Path) else list(side) for side in (a, b)]
+    if any(is_offline(path) for side in lists for path in side):
+        if sequential:
+            raise BurnishError("--sequential with offline evaluations", "trials of a robot or a simulator")
+        return compare_offline(*lists, task_regex=task_regex, margin=margin)
     names = (_name(a), _name(b))
     sides = [_load(side, task_regex) for side in (a, b)]
     keys = [list(dict.fromkeys(key for run in side for key in run)) for side in sides]

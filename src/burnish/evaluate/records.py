@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,14 +213,15 @@ class Journal(AbstractContextManager):
     Args:
         folder: evaluation folder; made when missing.
         settings: JSON-able facts that every episode in the folder shares (weights, seed, limits).
+        parse: makes an episode of a row and its place, where they are no `Record`s.
 
     Raises:
         BurnishError: the folder was started with other settings, holds something else than an evaluation, or another
             process writes to it now.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.settings = settings
+    def __init__(self, folder: Path, settings: dict[str, Any], parse: Callable[[dict, str], Any] | None = None):
+        self.settings, self._parse = settings, parse
         self.path = folder / EPISODES
         with ExitStack() as opening:
             opening.enter_context(claim(folder, EVALUATION, is_evaluation))
@@ -246,18 +247,21 @@ class Journal(AbstractContextManager):
             found += f" ({k}: {_short(before.get(k))} there, {_short(now.get(k))} now)"
             raise BurnishError(found, "the same policy and settings, which continues it", "another --output")
 
-    def _read(self, folder: Path) -> tuple[list[Record], int]:
+    def _read(self, folder: Path) -> tuple[list[Any], int]:
         """The episodes that are done, and where they end: an episode whose line a kill has cut off is run again."""
         if not os.path.lexists(self.path):
             return [], 0
         content = regular_file(self.path, folder, MOST_BYTES).read_bytes()
         end = content.rfind(b"\n") + 1
         try:
-            return parse_lines(content[:end].decode(), self.path), end
+            text = content[:end].decode()
+            if self._parse is None:
+                return parse_lines(text, self.path), end
+            return [self._parse(row, where) for where, row in rows_of(text, self.path)], end
         except UnicodeDecodeError as error:
             raise BurnishError(f"{self.path} is no UTF-8 text (byte {error.start})", "our own lines") from None
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Any) -> None:
         """Add an episode; on the disk when this returns."""
         line = record.to_line().encode()
         with disk_errors(self.path):

@@ -102,7 +102,7 @@ def evaluate(
     size = image_size or view_sizes(policy, cameras)
     check_size(env, size)
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
-    with _sampling(policy, trials.sampler), _keeping(policy, job):
+    with using_sampler(policy, trials.sampler), _keeping(policy, job):
         return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
 
 
@@ -114,7 +114,7 @@ def _keeping(policy: "Policy", job: "_Job") -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _sampling(policy: "Policy", sampler: str) -> Iterator[None]:
+def using_sampler(policy: "Policy", sampler: str) -> Iterator[None]:
     """Inside, a policy of the caller's uses this sampler; "" leaves it its own."""
     if sampler:
         require(policy, "runtime", f"sampler {sampler}")

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from burnish.experiments.results import FROM_RUN, check_place, flags, outcome_ro
 
 if TYPE_CHECKING:
     from burnish.evaluate.evaluation import Evaluation
+    from burnish.evaluate.offline import OfflineEvaluation
     from burnish.evaluate.retention import Retention
     from burnish.policies.base import Policy
 
@@ -34,16 +35,19 @@ RESULT_LABELS = {
     "base": "base, not tuned",
     "swap": "fine-tuned, told another object",
     "expert_random_object": "expert that picks its object at random",
+    "offline": "fine-tuned, on held-out episodes",
+    "offline_base": "base, on held-out episodes",
 }
 
 
 @dataclass
 class Outcome:
-    """What a run found; `evaluations` by variant, `retention` by "base" and "tuned"."""
+    """What a run found; `evaluations` and `offline` by variant, `retention` by "base" and "tuned"."""
 
     folder: Path
     report: Path | None = None
     evaluations: "dict[str, Evaluation]" = field(default_factory=dict)
+    offline: "dict[str, OfflineEvaluation]" = field(default_factory=dict)
     retention: "dict[str, Retention]" = field(default_factory=dict)
 
 
@@ -216,10 +220,12 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
     from burnish.evaluate.rollout import evaluate_expert
 
     settings, tuned = recipe.eval, outcome.folder / "policy"
-    env = settings.env or recipe.demos.env
+    env, base = settings.env or recipe.demos.env, None
+    if settings.base and recipe.policy.path and (env or recipe.data.held_out):
+        base = _base(recipe, tuned)
     if env:
         variants: dict[str, Callable[[Path], Evaluation]] = {"tuned": lambda to: evaluate_as(settings, tuned, env, to)}
-        if settings.base and recipe.policy.path and (base := _base(recipe, tuned)) is not None:
+        if base is not None:
             variants["base"] = lambda to: evaluate_as(settings, base, env, to)
         if settings.instruction_swap:
             variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
@@ -230,9 +236,27 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
             with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
                 outcome.evaluations[variant] = measure(outcome.folder / "eval" / variant)
                 log.info("%s", outcome.evaluations[variant])
+    if recipe.data.held_out:
+        _measure_offline(recipe, stages, outcome, {"offline": tuned} | ({} if base is None else {"offline_base": base}))
     if settings.questions.root:
         with stages.stage("question retention"):
             _measure_retention(recipe, outcome)
+
+
+def _measure_offline(
+    recipe: RecipeConfig, stages: Stages, outcome: Outcome, policies: "dict[str, str | Path | Policy]"
+) -> None:
+    from burnish.evaluate.offline import evaluate_offline
+    from burnish.evaluate.offline_scores import over_episodes, shown
+
+    names = ("episodes", "every", "seed", "batch_size", "device", "sampler", "tier")
+    given = {name: getattr(recipe.eval, name) for name in names}
+    data = replace(recipe.data, root=str(demos_root(recipe)))
+    for variant, policy in policies.items():
+        with stages.stage(f"evaluation: {RESULT_LABELS[variant]}"):
+            found = evaluate_offline(policy, data, output=outcome.folder / "eval" / variant, **given)
+            outcome.offline[variant] = found
+            log.info("action error %s", shown(over_episodes(record.figures["error"] for record in found.records)))
 
 
 def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
@@ -276,6 +300,7 @@ def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: 
     for name, found in outcome.retention.items():
         kept = {k: v for k, v in found.to_dict().items() if k not in ("correct", "losses")}
         metrics[f"questions_{name}"] = kept | {"outcomes": flags(found.correct)}
+    metrics |= {variant: found.to_dict()["offline"] for variant, found in outcome.offline.items()}
     facts = stages.content
     write_result(
         path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, minutes=stages.minutes,

@@ -39,7 +39,7 @@ def _body(video: Path | None, strip: Path | None) -> str:
     """The element that shows a recording, "" when nothing of it can be read."""
     if video and video.stat().st_size <= MAX_VIDEO_BYTES:
         return f'<video src="{file_uri(video)}" controls muted loop playsinline preload="metadata"></video>'
-    source = _shrunk(strip) if strip else _strip_of(video) if video else ""
+    source = picture(strip) if strip else _strip_of(video) if video else ""
     return f'<img src="{source}" alt="film strip">' if source else ""
 
 
@@ -59,8 +59,8 @@ def read_picture(path: Path) -> "Image.Image | None":
         return None
 
 
-def _shrunk(strip: Path) -> str:
-    """A film strip as a data URI; a very wide one is scaled down."""
+def picture(strip: Path) -> str:
+    """A picture as a data URI, a very wide one scaled down; "" where it cannot be read."""
     small = read_picture(strip)
     if small is None:
         return ""

@@ -9,6 +9,7 @@ from burnish.core.files import write_text
 from burnish.core.reading import read_text
 from burnish.report import sections
 from burnish.report.html import document
+from burnish.report.offline import offline
 from burnish.report.run_folder import RunFolder, load_run
 
 
@@ -37,7 +38,7 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
 def render(run: RunFolder) -> str:
     """The page as text."""
     parts = (
-        _header, sections.headline, sections.success, sections.recordings, sections.tasks, sections.failures,
+        _header, sections.headline, sections.success, offline, sections.recordings, sections.tasks, sections.failures,
         sections.swap, sections.retention, sections.training, sections.latency, sections.reproduce,
     )  # fmt: skip
     return document(f"{run.name} · burnish", "".join(part(run) for part in parts))

@@ -9,6 +9,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 from burnish.core.reading import inside, read_object, read_text, regular_file
+from burnish.evaluate.offline_compare import OFFLINE
 from burnish.evaluate.records import rows_of
 from burnish.evaluate.stats import Rate, wilson
 
@@ -18,6 +19,8 @@ VARIANTS = {
     "base": ("Base, not tuned", "base"),
     "swap": ("Told another object", "swap"),
     "expert_random_object": ("Random-object expert", "expert"),
+    "offline": ("Fine-tuned, held-out episodes", "tuned"),
+    "offline_base": ("Base, held-out episodes", "base"),
 }
 FILM_KINDS = {"video": (".mp4",), "film_strip": (".png", ".jpg", ".jpeg")}
 _KINDS = {dict: "object", list: "list"}
@@ -75,6 +78,7 @@ class RunFolder:
     recipe: str = ""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    offline: dict[str, dict[str, Any]] = field(default_factory=dict)
     retention: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,9 +98,9 @@ def load_run(path: Path) -> RunFolder:
     run = RunFolder(
         path=path, info=_info(path), metrics=read_jsonl(path / "metrics.jsonl", path),
         recipe=read_text(recipe, path) if os.path.lexists(recipe) else "",
-        evaluations=_evaluations(path), retention=_retention(path),
+        retention=_retention(path), **_evaluations(path),
     )  # fmt: skip
-    if not (run.info or run.metrics or run.evaluations or run.retention):
+    if not (run.info or run.metrics or run.evaluations or run.offline or run.retention):
         raise BurnishError(f"nothing to report in {path}", "at least one of run.json, metrics.jsonl, retention.json, "
                            "eval/<variant>/summary.json")  # fmt: skip
     return run
@@ -156,14 +160,16 @@ def _retention(path: Path) -> dict[str, Any]:
     return content
 
 
-def _evaluations(path: Path) -> dict[str, Evaluation]:
-    found = {file.parent.name: _evaluation(file, path) for file in sorted(path.glob("eval/*/summary.json"))}
+def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
+    """`evaluations` in closed loop and `offline` ones, the fine-tuned policy's first."""
+    summaries = {file: read_object(file, path) for file in sorted(path.glob("eval/*/summary.json"))}
+    found = {f.parent.name: _evaluation(f, path, one) for f, one in summaries.items() if OFFLINE not in one}
     known = [name for name in VARIANTS if name in found]
-    return {name: found[name] for name in dict.fromkeys([*known, *found])}
+    offline = {f.parent.name: _offline(f, one) for f, one in summaries.items() if OFFLINE in one}
+    return {"evaluations": {name: found[name] for name in dict.fromkeys([*known, *found])}, "offline": offline}
 
 
-def _evaluation(file: Path, root: Path) -> Evaluation:
-    summary = read_object(file, root)
+def _evaluation(file: Path, root: Path, summary: dict[str, Any]) -> Evaluation:
     where, latency = str(file), _part(summary, "latency_ms", dict, str(file))
     failures = _part(summary, "failures", dict, where)
     return Evaluation(
@@ -177,6 +183,25 @@ def _evaluation(file: Path, root: Path) -> Evaluation:
         films=_films(_parts(summary, "videos", where), file.parent, root),
         failures={kind: _number(failures, kind, f"{file}: failures") for kind in failures},
     )
+
+
+def _offline(file: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """What `OfflineEvaluation.to_dict` wrote, checked, with "latency_ms" and "plots" as (instruction, picture)."""
+    where, found = str(file), _part(summary, OFFLINE, dict, str(file))
+    tables = [_part(found, key, dict, where) for key in ("figures", "by_dimension")]
+    intervals = [*tables[0].values(), *tables[1].values(), *_part(found, "by_horizon", list, where)]
+    whole = all(one is None or isinstance(one, list) and len(one) == 3 and number(one[0])
+                and all(end is None or number(end) for end in one) for one in intervals)  # fmt: skip
+    if not whole or not tables[0].get("error"):
+        raise BurnishError(
+            f"{where}: {OFFLINE} is damaged", "means and the ends of their intervals, an error among them"
+        )
+    for key in ("episodes", "calls"):
+        _number(found, key, where)
+    latency = _part(summary, "latency_ms", dict, where)
+    plots = [(str(one.get("instruction")), _file(file.parent, one.get("plot"), (".png",)))
+             for one in _parts(summary, "plots", where)]  # fmt: skip
+    return found | {"latency_ms": {k: _number(latency, k, f"{where}: latency_ms") for k in latency}, "plots": plots}
 
 
 def _films(videos: list[dict[str, Any]], folder: Path, root: Path) -> list[Film]:

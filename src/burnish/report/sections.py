@@ -8,8 +8,9 @@ from burnish.core.options import number
 from burnish.evaluate.stats import Rate
 from burnish.report.html import facts, section, table
 from burnish.report.media import films
+from burnish.report.offline import tile
 from burnish.report.plots import IntervalRow, Series, interval_plot, line_plot, percent, percent_range, smooth
-from burnish.report.run_folder import RunFolder, read_rate
+from burnish.report.run_folder import VARIANTS, RunFolder, read_rate
 
 # column of metrics.jsonl: (title of its chart, logarithmic axis, shown as percent)
 CURVES = {
@@ -30,6 +31,7 @@ def headline(run: RunFolder) -> str:
         tiles.append(("main", percent(tuned.overall.rate), f"success: {_count(tuned.overall)}"))
     if base:
         tiles.append(("", percent(base.overall.rate), f"base: {_count(base.overall)}"))
+    tiles += tile(run)
     before, after = _accuracy(run, "base"), _accuracy(run, "tuned")
     if after:
         was = f"questions right after\nbefore: {percent(before.rate)}" if before else "questions right"
@@ -215,11 +217,16 @@ def recordings(run: RunFolder) -> str:
 
 def latency(run: RunFolder) -> str:
     """Percentiles of one policy call, per variant."""
-    timed = [one for one in run.evaluations.values() if one.latency_ms]
-    names = list(dict.fromkeys(name for one in timed for name in one.latency_ms if name.startswith("p")))
+    timed = {name: one.latency_ms for name, one in run.evaluations.items()}
+    timed |= {name: one["latency_ms"] for name, one in run.offline.items()}
+    names = list(dict.fromkeys(name for one in timed.values() for name in one if name.startswith("p")))
     rows = [
-        [escape(one.label), *(f"{one.latency_ms[name]:.1f}" if name in one.latency_ms else "" for name in names)]
-        for one in timed
+        [
+            escape(VARIANTS.get(variant, (variant.replace("_", " "),))[0]),
+            *(f"{one[name]:.1f}" if name in one else "" for name in names),
+        ]
+        for variant, one in timed.items()
+        if one
     ]
     if not rows:
         return ""
