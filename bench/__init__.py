@@ -104,6 +104,7 @@ BENCHES: dict[str, dict[str, str]] = {
         "cached_gb_25k_frames": "<= 12",
         "data_wait_share_streaming": "<= 0.05",
     },
+    "start": {"help_s": "<= 0.3", "command_help_s": "<= 0.6"},
     "train": {"data_wait_share": "<= 0.05", "loop_overhead": "<= 0.03"},
 }
 

@@ -17,6 +17,8 @@ from burnish.cli.parser import Arg, CommandParser, Group
 from burnish.core.errors import BurnishError
 
 ROOT = Path(__file__).parents[2]
+FIRST = ["start", "doctor"]
+"""What a newcomer gives, before the nine verbs."""
 NINE = ["data", "train", "eval", "compare", "run", "weights", "policy", "method", "report"]
 
 
@@ -50,10 +52,10 @@ def test_every_argument_is_explained():
     assert unexplained == []
 
 
-def test_top_help_lists_exactly_nine_commands(capsys):
+def test_top_help_lists_the_first_two_and_exactly_nine_verbs(capsys):
     text = shown(["--help"], capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert listed == NINE == list(COMMANDS.commands)
+    assert listed == FIRST + NINE == list(COMMANDS.commands)
 
 
 def test_version(capsys):
@@ -158,7 +160,9 @@ LIBRARY = [
     ("data questions", "burnish.data.questions:make_questions", {}),
     ("data pairs", "burnish.evaluate.pairs:collect", {}),
     ("data inspect", "burnish.data.inspect:inspect_dataset", {"dataset": "root"}),
+    ("start", "burnish.experiments.start:propose", {}),
     ("eval", "burnish.evaluate.rollout:evaluate", {}),
+    ("eval", "burnish.evaluate.offline:evaluate_offline", {}),
     ("compare", "burnish.evaluate.compare:compare", {"first": "a", "second": "b", "a": "", "b": ""}),
     ("weights extract", "burnish.weights.extract:extract", {}),
     (
@@ -189,6 +193,8 @@ NOT_ON_THE_COMMAND_LINE = {"progress", "make"}
 OTHER_SOURCE = {
     ("data pairs", "policy"),
     ("data pairs", "env"),
+    ("eval", "env"),
+    ("eval", "data"),
     *(("data questions", k) for k in ("env", "scenes", "root")),
 }
 """What may be left out where a flag names files to import."""

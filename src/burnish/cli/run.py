@@ -16,8 +16,8 @@ _INSIDE = "BURNISH_INSIDE_A_STUDY"
 
 def run(
     recipe: str, *overrides: Annotated[str, Arg(fields=RecipeConfig)], result: Path | None = None, fresh: bool = False,
-    variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "", engine: str = "processes",
-    workers: Annotated[int, Arg(least=0, most=1024)] = 0, num_gpus: float | None = None,
+    dry_run: bool = False, variants: Annotated[str, Arg(old=("--arms",))] = "", seeds: str = "",
+    engine: str = "processes", workers: Annotated[int, Arg(least=0, most=1024)] = 0, num_gpus: float | None = None,
 ) -> None:  # fmt: skip
     """Run a whole recipe (data, training, evaluation, report), or a study: several variants with several seeds.
 
@@ -26,6 +26,7 @@ def run(
     Args:
         recipe: recipe or study: a YAML file, or the name of a shipped one
         result: also write the outcome to this file, e.g. results/x.json
+        dry_run: only say what would be done, with minutes and GB as far as they can be told
         fresh: of a recipe: delete the run's earlier training and measurements
         variants: of a study: only these, separated by commas (the reference among them)
         seeds: of a study: only these, separated by commas
@@ -44,34 +45,47 @@ def run(
         if fresh:
             raise BurnishError("--fresh with a study", "a recipe", "delete the run folders that are to be made again")
         where = {"engine": engine, "workers": workers, "num_gpus": num_gpus}
-        _run_study(recipe, overrides, result, variants, seeds, where)
+        _run_study(recipe, overrides, result, variants, seeds, where, dry_run)
     elif variants or seeds or engine != "processes":
         raise BurnishError(f"--variants, --seeds or --engine with {recipe}, which is no study", "a study file")
     else:
-        _run_recipe(recipe, overrides, result, fresh)
+        _run_recipe(recipe, overrides, result, fresh, dry_run)
 
 
-def _run_recipe(path: str, overrides: tuple[str, ...], result: Path | None, fresh: bool) -> None:
+def _run_recipe(path: str, overrides: tuple[str, ...], result: Path | None, fresh: bool, dry_run: bool) -> None:
     from burnish.core.recipe import load_recipe
     from burnish.experiments.pipeline import RESULT_LABELS, run_recipe
 
     recipe = load_recipe(path, overrides)
+    if dry_run:
+        from burnish.experiments.plan import plan_recipe
+
+        print("\n".join(plan_recipe(recipe)))
+        return
     command = shlex.join(["burnish", "run", path, *overrides])
     outcome = run_recipe(recipe, command=command, result=result, fresh=fresh)
     for variant, found in outcome.evaluations.items():
         print(f"{RESULT_LABELS[variant]}: {found.overall}")
+    for variant, offline in outcome.offline.items():
+        print(f"{RESULT_LABELS[variant]}:\n{offline}")
     print(f"report: {outcome.report}")
 
 
 def _run_study(
-    path: str, overrides: tuple[str, ...], result: Path | None, variants: str, seeds: str, where: dict[str, Any]
-) -> None:
+    path: str, overrides: tuple[str, ...], result: Path | None, variants: str, seeds: str, where: dict[str, Any],
+    dry_run: bool,
+) -> None:  # fmt: skip
     from burnish.experiments.study import choose, load_study, run_study
 
     if os.environ.get(_INSIDE):
         raise BurnishError(f"{path} is a study in the setup of a study", "a recipe, or another command")
     study, base = load_study(path, overrides)
     choose(study, variants, seeds)
+    if dry_run:
+        from burnish.experiments.plan import plan_study
+
+        print("\n".join(plan_study(study, base)))
+        return
     only = [word for name, value in (("--variants", variants), ("--seeds", seeds)) if value for word in (name, value)]
     command = shlex.join(["burnish", "run", path, *only, *overrides])
     print(f"runs: {run_study(study, base, command=command, result=result, run_setup=run_setup, **where)}")

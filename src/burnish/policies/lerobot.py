@@ -129,6 +129,13 @@ class LeRobotPolicy(PolicyWrapper):
         return folders.build(config, seed)
 
     @classmethod
+    def build_published(cls, config: Any) -> nn.Module:
+        for name in FETCHED:
+            if name in vars(config):
+                setattr(config, name, None)
+        return super().build_published(config)
+
+    @classmethod
     def create(
         cls, name: str, source: Path | str, features: dict, dataset_stats: dict, overrides: dict, *,
         generator_seed: int = 0, device: str = "cpu",

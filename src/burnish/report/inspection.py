@@ -10,6 +10,16 @@ from burnish.report.html import document, facts, png_uri, section, table
 SCHEMES = {"min_max": "min/max", "quantiles": "1-99 %", "mean_std": "3 std"}
 
 
+def as_summary(found: Inspection) -> str:
+    """What it is, and what is wrong with it."""
+    head = [f"{found.root}  LeRobotDataset {found.version}", ""]
+    return "\n".join([*head, *(f"{name:<14}{plain(value)}" for name, value in _overview(found)), "", *_remarks(found)])
+
+
+def _remarks(found: Inspection) -> list[str]:
+    return [plain(_verdict(found)), *(plain(f"  {p.kind:<8} {p.where}: {p.sentence}") for p in found.problems)]
+
+
 def as_text(found: Inspection) -> str:
     """What the terminal shows."""
     out = [f"{found.root}  LeRobotDataset {found.version}", ""]
@@ -26,8 +36,7 @@ def as_text(found: Inspection) -> str:
     for title, dimensions in (("action", found.actions), ("state", found.states)):
         if dimensions:
             out += ["", *_dimension_lines(title, dimensions)]
-    out += ["", _verdict(found)]
-    out += [f"  {problem.kind:<8} {problem.where}: {problem.sentence}" for problem in found.problems]
+    out += ["", *_remarks(found)]
     return "\n".join(map(plain, out))
 
 

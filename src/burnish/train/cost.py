@@ -1,18 +1,22 @@
 """What a training will take of memory, by part, before anything is loaded."""
 
 import gc
+import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
+from burnish.core.reading import read_text
 from burnish.methods.objective import Objective
 from burnish.policies.empty import empty_batch, empty_policy
 from burnish.policies.wrapper import PolicyWrapper
@@ -21,6 +25,8 @@ from burnish.train.memory import prepare, state_bytes
 from burnish.train.setup import dataset_features, make_objectives
 
 GB = 1_000_000_000
+EFFICIENCY = 0.3
+"""Share of the speed of a large matrix product that a training reaches, about."""
 CUDA_CONTEXT = 700_000_000
 """What the driver and its libraries take of a card before the first tensor, about."""
 CUDA_SLACK = 0.05
@@ -91,6 +97,15 @@ class Prediction:
         return Cost({name: size for name, size in parts.items() if size}, sum(p.numel() for p in trained),
                     sum(p.numel() for p in policy.parameters()), batch_size, self.assumed)  # fmt: skip
 
+    def work(self, batch_size: int) -> float:
+        """Floating-point operations of a forward and backward pass over so many samples."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._peaks.pop(batch_size, None)
+        with FlopCounterMode(display=False) as counter:
+            self._step(batch_size)
+        return float(counter.get_total_flops())
+
     def _around(self, step: int, whole: int) -> dict[str, int]:
         """What is there beside the tensors of a step."""
         if self.gpu:
@@ -142,6 +157,27 @@ def predict(recipe: RecipeConfig, gpu: bool = False) -> Cost:
     """The peak of a training as the recipe stands; see `predicting`."""
     with predicting(recipe, gpu) as prediction:
         return prediction.cost(recipe.train.batch_size)
+
+
+def memory(gpu: float = 0.0) -> tuple[float, bool]:
+    """Bytes that a training may take, and whether on a card: one of `gpu` GB, the first one here, or this machine's."""
+    if gpu or torch.cuda.is_available():
+        return gpu * GB or float(torch.cuda.get_device_properties(0).total_memory), True
+    lines = read_text(Path("/proc/meminfo")).splitlines() if Path("/proc/meminfo").is_file() else []
+    free = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0.0)
+    return free or 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
+
+
+def seconds(operations: float, gpu: bool) -> float:
+    """How long so many floating-point operations of a training take here, roughly: by a timed matrix product."""
+    device, size = ("cuda", 4096) if gpu else ("cpu", 768)
+    one = torch.ones(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        float((one @ one)[0, 0])  # waits for a GPU
+        times.append(time.perf_counter() - begin)
+    return operations * min(times) / (2 * size**3) / EFFICIENCY
 
 
 def pieces(recipe: RecipeConfig, limit: float, gpu: bool) -> int | None:

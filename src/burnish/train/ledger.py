@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -57,6 +57,8 @@ def ledger() -> Iterator[Ledger]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         # Statistics beside a policy are real: they are looked at. peft copies them with its config, which cannot be.
+        # Seeds are taken from the bits of noise, and there are none.
+        stack.enter_context(patch("burnish.policies.lerobot.drawn", lambda noise: nullcontext()))
         stack.enter_context(patch.object(Tensor, "__deepcopy__", lambda tensor, _memo: tensor))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         counted = stack.enter_context(Ledger())
