@@ -31,7 +31,7 @@ def evaluate(
         first_state: first initial state, where they are unlimited
         seed: seed of the policy's noise
         workers: simulator processes; 0 means one for each core
-        batch_size: episodes in flight; 0 means four for each worker; offline: observations, 0 means 16
+        batch_size: episodes in flight; 0 means four for each worker; offline: observations, 0 means 8
         max_steps: limit in control steps; 0 means the environment's
         image_size: side of square images in pixels; default: the policy's height and width
         cameras: the environment's (or data set's) cameras in the policy's order; default: same names

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from burnish.core.types import Batch
     from burnish.policies.base import Policy
 
-TOGETHER = 16
+TOGETHER = 8
 """Observations in a call, unless said."""
 PLOTS, MOST_DRAWN, PLOT = 4, 16, "plots/episode_{}.png"
 """Episodes that are drawn, dimensions of each, and where."""
@@ -104,7 +104,7 @@ def evaluate_offline(
         episodes: at most so many.
         every: control steps between two predictions; 0 means a quarter of a chunk.
         seed: of the policy's noise.
-        batch_size: observations in a call; 0 means 16.
+        batch_size: observations in a call; 0 means 8.
         cameras: the data set's cameras in the policy's order; None means those of the same names.
         device: torch device that a policy folder is loaded to; "" means a GPU where there is one.
         instruction: another sentence to predict under; "" means another one of the data set, where it has several.

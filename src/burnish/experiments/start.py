@@ -121,7 +121,8 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
         "data": root | {"held_out": held_out},
         "train": _optimiser(read_object(folder / CONFIG, folder) if folder else scratch),
     }  # fmt: skip
-    proposal = Proposal(values, found, sorted(bad), _remarks(found, folder, held_out, data))
+    remarks = [f"mapped     {', '.join(columns)} by data.columns"] * bool(columns)
+    proposal = Proposal(values, found, sorted(bad), [*remarks, *_remarks(found, folder, held_out, data)])
     _fit(proposal, sum(meta.episodes[episode].length for episode in trained), gpu)
     return proposal
 
