@@ -58,7 +58,9 @@ LACKS = {
     "no log-probability": [("prefer", kind) for kind in ("act", "vqbet", "diffusion")],
 }
 REFUSED = {pair: lack for lack, pairs in LACKS.items() for pair in pairs if pair[1] in POLICIES}
-SERVED = [(method, kind) for method in METHODS for kind in POLICIES if (method, kind) not in REFUSED]
+ALIKE = {("retrieve", kind) for kind in ("pi0", "pi0_fast", "openvla_oft")}
+"""What runs through the code of another kind: the tower of pi05, that of openvla."""
+SERVED = [(m, kind) for m in METHODS for kind in POLICIES if (m, kind) not in REFUSED and (m, kind) not in ALIKE]
 OVERRIDES = {"burnish_discrete": {"block_size": 28, "noise": "pipeline"}}
 """A student whose blocks of four steps are what `distill` is for; the other methods take it as well."""
 
