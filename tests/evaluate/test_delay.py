@@ -260,3 +260,12 @@ def test_closed_loop_under_delay(tmp_path, tiny_smolvla, monkeypatch):
     assert again.new_episodes == 0 and again.records == found.records
     with pytest.raises(BurnishError, match="other delay"):
         evaluate(folder, "tabletop:reach+moving", output=tmp_path / "e", delay=DelayConfig(1, "guided"), **given)
+
+
+def test_the_command_lines_words():
+    from burnish.core.config import CacheConfig
+
+    assert DelayConfig.of("2", "naive") == DelayConfig(2, "naive") and CacheConfig.of("exact") == CacheConfig("exact")
+    assert DelayConfig.of("p95:a.json", "tokens") == DelayConfig(0, "tokens", measured="p95:a.json")
+    assert not DelayConfig.of("p95:a.json").plain and DelayConfig.of("0").plain
+    assert CacheConfig.of("runs/runtime.json") == CacheConfig("images", measured="runs/runtime.json")

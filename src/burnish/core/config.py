@@ -195,6 +195,11 @@ class CacheConfig:
         "", "of the guard: file of `burnish policy verify runtime`, for the policy's spread", path=True
     )
 
+    @classmethod
+    def of(cls, text: str) -> "CacheConfig":
+        """As a command line has it: a mode, or the file of "images"."""
+        return cls("images", measured=text) if text.endswith(".json") else cls(text)
+
 
 @dataclass
 class EvalConfig:
