@@ -126,5 +126,6 @@ def test_the_committed_table_has_the_claims_of_all_papers():
     assert len(claims) >= 25 and {claim.method for claim in claims} >= {*methods}
     answers = answer_claims(claims, CHECKOUT / "results")
     assert all(answer.verdict != "not tested" or answer.claim.needs for answer in answers)
-    assert sorted(claim.method for claim in claims if claim.headline) == methods
+    heads = [claim.method for claim in claims if claim.headline]
+    assert {*heads} >= {*methods} and len({*heads}) == len(heads)
     assert fill_claims("<!-- claims:none -->\n<!-- /claims -->", answers) == "<!-- claims:none -->\n\n<!-- /claims -->"
