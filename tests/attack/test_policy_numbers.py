@@ -10,6 +10,7 @@ import pytest
 
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
+from burnish.policies.sizes import check_policy_numbers
 
 JUNK = (None, True, -1, 0, 10**9, 1.5, float("nan"), "", "x", "../x", "owner/name", [], [1], {}, {"a": 1})
 FILES = {
@@ -65,3 +66,9 @@ def test_any_value_may_be_anything(policy_folder):
             except Exception as error:
                 raise AssertionError(f"{name} {path} = {junk!r}: {type(error).__name__} {error}") from error
         (folder / name).write_text(whole)
+
+
+def test_the_default_that_lerobot_writes_for_diffusion_is_read():
+    check_policy_numbers({"type": "diffusion", "num_inference_steps": None}, "config.json")
+    with pytest.raises(BurnishError, match="num_inference_steps is None"):
+        check_policy_numbers({"type": "pi0", "num_inference_steps": None}, "config.json")

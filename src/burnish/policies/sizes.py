@@ -12,7 +12,8 @@ from burnish.core.options import check, check_value, number, option
 MOST_FEATURES = 64
 MOST_EDGE = 8192
 MOST_LAYERS = 128
-
+MAY_BE_ABSENT = {"diffusion": ("num_inference_steps",), "multi_task_dit": ("num_inference_steps",)}
+"""Numbers that LeRobot writes as null for a type, which then takes as many steps as it was trained with."""
 
 _DEEP = re.compile(r"layers?$|layers?_|depth|blocks$")
 _WIDE = re.compile(r"dim|size|hidden|embed|width|channels|heads|groups|keypoints|horizon|tokens")
@@ -78,7 +79,8 @@ class ModelNumbers:
 
 def check_policy_numbers(raw: dict[str, Any], where: str) -> None:
     """Raise BurnishError for a number of a policy's config.json that is none, or out of range; `where` names it."""
-    _check(PolicyNumbers, raw, where)
+    absent = MAY_BE_ABSENT.get(str(raw.get("type")), ())
+    _check(PolicyNumbers, {key: value for key, value in raw.items() if key not in absent or value is not None}, where)
     for part in ("input_features", "output_features"):
         features = raw.get(part) or {}
         if not isinstance(features, dict) or len(features) > MOST_FEATURES:
