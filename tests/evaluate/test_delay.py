@@ -267,5 +267,6 @@ def test_the_command_lines_words():
 
     assert DelayConfig.of("2", "naive") == DelayConfig(2, "naive") and CacheConfig.of("exact") == CacheConfig("exact")
     assert DelayConfig.of("p95:a.json", "tokens") == DelayConfig(0, "tokens", measured="p95:a.json")
-    assert not DelayConfig.of("p95:a.json").plain and DelayConfig.of("0").plain
+    assert not DelayConfig.of("p95:a.json").plain and DelayConfig.of("") == DelayConfig.of("0") == DelayConfig()
+    assert CacheConfig.of("") == CacheConfig()
     assert CacheConfig.of("runs/runtime.json") == CacheConfig("images", measured="runs/runtime.json")

@@ -13,9 +13,9 @@ def evaluate(
     image_size: int | None = None, cameras: Annotated[list[str], Arg(several=True)] = (),
     n_action_steps: Annotated[int | None, Arg(short="--replan")] = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
-    delay: str = "0", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
+    delay: str = "", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
     schedule: str = "exp", clip: float = 0.0, carry: int = 0, sampler: str = "",
-    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "none",
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "",
     held_out: Annotated[list[int], Arg(several=True)] = (), every: int = 0, instruction: str = "",
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop, or with --data offline, against the recorded actions of held-out episodes.

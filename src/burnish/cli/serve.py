@@ -16,7 +16,7 @@ def serve(
     map: Path | None = None, cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0,
     exact: bool = False, async_mode: Annotated[str, Arg(short="--async")] = "none", max_mb: int = 16, rate: int = 200,
     clients: int = 32, record: Path | None = None, record_mb: int = 1000, n_action_steps: int | None = None,
-    tier: str = "", sampler: str = "", cache: str = "none", data: Path | None = None, seed: int = 0, device: str = "",
+    tier: str = "", sampler: str = "", cache: str = "", data: Path | None = None, seed: int = 0, device: str = "",
 ) -> None:  # fmt: skip
     """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
 
@@ -57,7 +57,7 @@ def serve(
 
     bench = protocol == "vla-eval"
     own = (map, lerobot_port >= 0, record, exact, async_mode != "none", profile != "lerobot", tier, sampler, data)
-    _check(bench, any(own) or cache != "none", n_action_steps)
+    _check(bench, any(own) or bool(cache), n_action_steps)
     options = run.ServeOptions(
         host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
         clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),

@@ -198,7 +198,7 @@ class CacheConfig:
     @classmethod
     def of(cls, text: str) -> "CacheConfig":
         """As a command line has it: a mode, or the file of "images"."""
-        return cls("images", measured=text) if text.endswith(".json") else cls(text)
+        return cls("images", measured=text) if text.endswith(".json") else cls(text or "none")
 
 
 @dataclass
