@@ -69,7 +69,7 @@ def evaluate(
         raise BurnishError(f"{policy} with {'both' if env else 'neither of'} an environment and --data", "one of them",
                            f"burnish eval {policy} tabletop:lift --output {output}")  # fmt: skip
     if data is not None:
-        _refuse({**simulated, **moving, "image_size": image_size, "delay": delay != "0", "cache": cache != "none"},
+        _refuse({**simulated, **moving, "image_size": image_size, "delay": delay, "cache": cache},
                 "--data, which has no use for it")  # fmt: skip
         found = _offline(policy, data, held_out, every=every, instruction=instruction, **trials, **acting)
     else:
@@ -101,7 +101,7 @@ def _closed_loop(
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     if policy in ("expert", "random_object"):
-        _refuse({**own, "delay": late[0] != "0", "cache": cache != "none"}, f"{policy}, which is no policy")
+        _refuse({**own, "delay": late[0], "cache": cache}, f"{policy}, which is no policy")
         return evaluate_expert(env, which=policy, image_size=128 if size is None else size, **trials)
     return evaluate(policy, env, image_size=size, delay=DelayConfig.of(*late), cache=CacheConfig.of(cache), **own,
                     **trials)  # fmt: skip
