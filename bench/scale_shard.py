@@ -171,7 +171,7 @@ def train_cases(folder: Path, where: str, stop: int, names: Sequence[str]) -> No
     from burnish.train import loop
     from burnish.train.setup import process_count
 
-    plain, loop.draw_curves = loop.train_step, lambda *_: None
+    plain, draw, loop.draw_curves = loop.train_step, loop.draw_curves, lambda *_: None
 
     def step(run: Any, *rest: Any, **named: Any) -> dict[str, float]:
         if run.step == stop:
@@ -184,7 +184,7 @@ def train_cases(folder: Path, where: str, stop: int, names: Sequence[str]) -> No
             with suppress(KeyboardInterrupt):
                 loop.train(recipe(folder, where, name, process_count()), progress=False)
     finally:
-        loop.train_step = plain
+        loop.train_step, loop.draw_curves = plain, draw
 
 
 def recipe(folder: Path, where: str, name: str, world: int) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import os
 import re
 import sys
@@ -37,6 +38,15 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests and three large libraries need not be looked through at every collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """LeRobot's programs make the root logger talk of everything on stderr; after a test it is silent again."""
+    yield
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,7 @@ EVAL = ["eval", "expert", "tabletop:reach", "--episodes", "1"]
     (["--instruction-swap"], "--instruction-swap with expert"), (["--cameras", "front"], "--cameras with expert"),
     (["--n-action-steps", "3"], "--n-action-steps with expert"), (["--device", "cpu"], "--device with expert"),
     (["--env", "tabletop:nothing"], "unknown tabletop family"), (["--env", "moon:base"], "moon"),
-    (["--env", ""], "empty environment id"), (["--env", "tabletop:lift+fog"], "+fog"),
+    (["--env", ""], "neither of an environment"), (["--env", "tabletop:lift+fog"], "+fog"),
 ])  # fmt: skip
 def test_flags_of_eval(flags, needle, tmp_path, refused):
     words = EVAL if "--env" not in flags else [*EVAL[:2], *EVAL[3:]]

@@ -8,6 +8,7 @@ import fake
 import pytest
 import yaml
 
+from burnish.core.errors import BurnishError
 from burnish.core.outputs import mark
 from burnish.core.recipe import recipe_to_dict
 
@@ -177,7 +178,7 @@ def test_a_recipe_that_is_measured_nowhere_is_not_trained(study, tmp_path, refus
 
 def test_answers_that_were_changed(study, tmp_path, refused, monkeypatch):
     """retention.json of a run that is finished: the table is not made of it."""
-    from burnish.experiments import study as module
+    from burnish.experiments.measures import read_answers
 
     folder = tmp_path / "runs"
     for content in ('{"tuned": {"loss": "x", "correct": []}}', '{"tuned": {"loss": 1, "correct": "abc"}}',
@@ -186,5 +187,5 @@ def test_answers_that_were_changed(study, tmp_path, refused, monkeypatch):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "retention.json").write_text(content)
-        with pytest.raises(module.BurnishError, match=r"damaged|holds a list"):
-            module._answers(folder)
+        with pytest.raises(BurnishError, match=r"damaged|holds a list"):
+            read_answers(folder)

@@ -144,8 +144,9 @@ def test_no_process_outlives_its_parent(how):
     """A kill ends the parent alone; Ctrl-C reaches the whole group, and the parent ends it without a word from them."""
     command = [sys.executable, "-c", PARENT, str(Path(__file__).parent)]
     parent = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )  # fmt: skip
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 3
     if how == signal.SIGKILL:
