@@ -240,7 +240,7 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 # BURNISH_KILLS=20 runs the long version; the default keeps the suite short.
-KILLS = int(os.environ.get("BURNISH_KILLS", "2"))
+KILLS = int(os.environ.get("BURNISH_KILLS", "1"))
 
 
 def test_killed_at_random_instants_the_data_set_is_the_uninterrupted_one(tmp_path):

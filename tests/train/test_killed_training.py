@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from burnish.train import checkpoint
 
-KILLS = int(os.environ.get("BURNISH_KILLS", "4"))
+KILLS = int(os.environ.get("BURNISH_KILLS", "3"))
 
 
 def child(root, questions, output, frames):
