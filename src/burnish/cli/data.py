@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from burnish.cli.parser import Arg, Group
+from burnish.cli.parser import Arg, Group, listed
 from burnish.core.errors import BurnishError
 from burnish.core.reading import parse_yaml
 
@@ -34,8 +34,7 @@ def demos(
     """
     from burnish.data.demos import make_demos
 
-    views = [camera for camera in cameras.split(",") if camera]
-    print(make_demos(env, episodes, root, image_size=image_size, cameras=views, seed=seed, workers=workers,
+    print(make_demos(env, episodes, root, image_size=image_size, cameras=listed(cameras), seed=seed, workers=workers,
                      geometry=geometry, misses=misses, engine=engine, num_gpus=num_gpus))  # fmt: skip
 
 
@@ -77,7 +76,7 @@ def questions(
         made = import_questions(from_, root, images=images, image_size=image_size)
     else:
         made = make_questions(env, scenes, root, image_size=image_size, camera=camera, per_scene=per_scene,
-                              kinds=[one for one in kinds.split(",") if one], seed=seed, workers=workers)  # fmt: skip
+                              kinds=listed(kinds), seed=seed, workers=workers)  # fmt: skip
     found = open_questions(made)
     print(f"{len(found.entries)} questions about {len(found.images)} images in {made}")
 
@@ -230,8 +229,9 @@ def index(
     """
     from burnish.methods.retrieve.ask import make_index
 
-    named = [camera for camera in cameras.split(",") if camera]
-    count, views, width = make_index(root, encoder, output, head=head, every=every, cameras=named).values.shape
+    count, views, width = make_index(
+        root, encoder, output, head=head, every=every, cameras=listed(cameras)
+    ).values.shape
     print(f"{output}: {count} frames, {views} views, vectors of {width}")
 
 

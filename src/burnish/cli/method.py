@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from burnish.cli.parser import Arg, Group
+from burnish.cli.parser import Arg, Group, listed
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.methods.retrieve.options import RetrieveConfig
@@ -203,8 +203,7 @@ def retrieve_train(
 
     require_own(output, KIND)
     config = make_config(preset, dict(split_overrides(overrides)))
-    features = encode_dataset(root, make_encoder(encoder), every=every,
-                              cameras=[camera for camera in cameras.split(",") if camera])  # fmt: skip
+    features = encode_dataset(root, make_encoder(encoder), every=every, cameras=listed(cameras))
     found = train_and_save(features, config, output, episodes=episodes, seed=seed)
     figures = ", ".join(f"{name} {value:.3g}" for name, value in found.items() if isinstance(value, float))
     print(f"{output}: {found['frames']} frames, {figures}")

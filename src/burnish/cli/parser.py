@@ -151,6 +151,11 @@ class CommandParser:
         return self.command(*first, *rest, **values) or 0
 
 
+def listed(text: str) -> list[str]:
+    """What a list separated by commas names; "" names nothing."""
+    return [one for one in text.split(",") if one]
+
+
 def field_lines(kind: type, prefix: str = "") -> list[str]:
     """A line for each field of a dataclass and of those inside it: flag, meaning, default."""
     lines = []

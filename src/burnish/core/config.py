@@ -167,8 +167,9 @@ class DelayConfig:
     @classmethod
     def of(cls, delay: str, *others: Any) -> "DelayConfig":
         """As a command line has it: steps, or `measured`; and the other fields in their order."""
-        made = cls(int(delay) if delay.isdecimal() and len(delay) < 5 else 0, *others)
-        made.measured = "" if delay.isdecimal() and len(delay) < 5 else delay
+        counted = delay.isdecimal() and len(delay) < 5
+        made = cls(int(delay) if counted else 0, *others)
+        made.measured = "" if counted else delay
         return made
 
     @property

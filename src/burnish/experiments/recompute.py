@@ -10,6 +10,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.reading import read_object
 from burnish.evaluate.retrieval import figures
+from burnish.evaluate.stats import wilson
 from burnish.experiments.results import RAW, check_result, readable, result_row, withdrawn
 from burnish.experiments.variants import judge, summary
 
@@ -44,10 +45,7 @@ def renew(content: dict[str, Any]) -> dict[str, Any]:
         content["gates"] = judge(rows, content["declared"])
     for found in content["metrics"].values():
         if isinstance(found, dict) and isinstance(found.get(RAW), str):
-            rate = result_row("", found[RAW].count("1"), len(found[RAW]))
-            low, high = rate["interval"]
-            found["accuracy"] |= {"successes": rate["successes"], "n": rate["n"], "rate": rate["rate"], "low": low}
-            found["accuracy"]["high"] = high
+            found["accuracy"] |= wilson(found[RAW].count("1"), len(found[RAW])).to_dict()
     return content
 
 

@@ -87,9 +87,7 @@ def robot(data: str) -> dict[str, Any]:
     if not data:
         return {"fps": None, "action_names": None}
     found = open_dataset(Path(data))
-    names = found.features[ACTION].get("names")
-    names = [name for group in names.values() for name in group] if isinstance(names, dict) else names
-    return {"fps": found.fps, "action_names": names}
+    return {"fps": found.fps, "action_names": found.features[ACTION]["names"]}
 
 
 def serve_benchmark(
