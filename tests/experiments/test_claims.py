@@ -49,6 +49,9 @@ def results(tmp_path):
     "claim, verdict",
     [
         ({"arm": "good", "against": "plain"}, "holds"),
+        ({"arm": "good", "against": "plain", "room": "plain >= 0.4"}, "holds"),
+        ({"arm": "good", "against": "plain", "room": "plain >= 0.9"}, "void"),
+        ({"arm": "good", "against": "plain", "expect": "equivalent", "room": "bad <= 0.1"}, "void"),
         ({"arm": "bad", "against": "plain"}, "does not hold"),
         ({"arm": "bad", "against": "good", "expect": "worse"}, "holds"),
         ({"arm": "twin", "against": "plain", "expect": "better"}, "undecided"),
@@ -113,6 +116,7 @@ def test_pages_are_written_and_a_headline_is_a_sentence(results):
     "entry, message",
     [({"claim": "x", "result": "y", "arm": "a", "expect": "maybe"}, "expects 'maybe'"), ({"claim": "x"}, "lacks claim"),
      ({"claim": "x", "result": "y", "arm": "a"}, "compared with nothing"), ({"clam": "x"}, "unknown"),
+     ({"claim": "x", "result": "y", "arm": "a", "against": "b", "room": "some"}, "has room 'some'"),
      (3, "no list of claims")],
 )  # fmt: skip
 def test_tables_that_cannot_be_read(tmp_path, entry, message):

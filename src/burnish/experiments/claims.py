@@ -34,6 +34,7 @@ MANY = {
 """Verdicts, as they are counted."""
 EXPECTED = ("better", "worse", "equivalent", "not worse")
 _BOUND = re.compile(r"(?P<sign>>=|<=) (?P<bound>-?\d+(?:\.\d+)?)")
+_ROOM = re.compile(rf"(?P<arm>[\w.-]+) (?P<bounded>{_BOUND.pattern})")
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Claim:
     logged: str = option("", "instead of a measure: a number that the arm's runs logged")
     figure: str = option("", "instead of an arm: a figure of a bench")
     expect: str = option("better", f"{', '.join(EXPECTED)}, or a bound such as '>= 0.15'")
+    room: str = option("", "gate of this claim alone, on its own measure: a variant and a bound, 'naive >= 0.2'")
     needs: str = option("", "what a test would need where there is none")
     command: str = option("", "that measures it; empty means the study's or bench's")
     headline: bool = option(False, "whether it is the sentence of its method")
@@ -86,6 +88,8 @@ def read_claims(path: Path) -> list[Claim]:
         if claim.expect not in EXPECTED and not _BOUND.fullmatch(claim.expect):
             expected = f"{', '.join(EXPECTED)}, or '>= 0.15'"
             raise BurnishError(f"{path}: claim {i + 1} expects '{claim.expect}'", expected)
+        if claim.room and not _ROOM.fullmatch(claim.room):
+            raise BurnishError(f"{path}: claim {i + 1} has room '{claim.room}'", "a variant and a bound, 'naive >= 0.2'")
         if (claim.figure or claim.arm) and not claim.against and claim.expect in EXPECTED:
             raise BurnishError(f"{path}: claim {i + 1} is compared with nothing", "against, or a bound as expect")
         if not (claim.claim and claim.result and (claim.arm or claim.figure or claim.needs)):
@@ -124,9 +128,10 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
         told = "" if value is None else cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
         return replace(untested, verdict=_bounded(claim.expect, value, value), ours=told) if told else untested
     check_result(content, claim.result)
-    gates, said = content.get("gates", []), content.get("declared", {})
-    told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
+    said = content.get("declared", {})
     name = claim.measure or said.get("endpoint", "success")
+    gates = [*content.get("gates", []), *_room(claim, name, content)]
+    told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, name, content)
     if measured is None:
         return replace(untested, gate=told)
@@ -138,6 +143,15 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     if not all(gate["passed"] for gate in gates):
         return replace(one, verdict="void", found=None)
     return one if claim.expect in EXPECTED else replace(one, verdict=_bounded(claim.expect, *found.interval))
+
+
+def _room(claim: Claim, name: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The claim's own gate, where the study has measured what it asks."""
+    found = _ROOM.fullmatch(claim.room)
+    one = found and _of_rows(replace(claim, arm=found["arm"], against=""), name, content)
+    if not found or not one:
+        return []
+    return [{"name": f"{name} of {claim.room}", "passed": _bounded(found["bounded"], *[one[0].mean] * 2) == "holds"}]
 
 
 def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
