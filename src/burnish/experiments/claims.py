@@ -89,7 +89,7 @@ def read_claims(path: Path) -> list[Claim]:
             expected = f"{', '.join(EXPECTED)}, or '>= 0.15'"
             raise BurnishError(f"{path}: claim {i + 1} expects '{claim.expect}'", expected)
         if claim.room and not _ROOM.fullmatch(claim.room):
-            raise BurnishError(f"{path}: claim {i + 1} has room '{claim.room}'", "a variant and a bound, 'naive >= 0.2'")
+            raise BurnishError(f"{path}: claim {i + 1} has room '{claim.room}'", "such as 'naive >= 0.2'")
         if (claim.figure or claim.arm) and not claim.against and claim.expect in EXPECTED:
             raise BurnishError(f"{path}: claim {i + 1} is compared with nothing", "against, or a bound as expect")
         if not (claim.claim and claim.result and (claim.arm or claim.figure or claim.needs)):
