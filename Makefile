@@ -1,5 +1,6 @@
 # make quickstart   everything, from nothing to a report (about 20 minutes on 2 cores)
 # make test         lint and the whole test suite (about 6 minutes on 2 cores)
+# make docs         the docs site in build/site
 # make setup        only the environment in .venv
 
 MUJOCO_GL ?= egl
@@ -13,7 +14,7 @@ READY := .venv/.burnish-ready
 RECIPE := recipes/tabletop/quickstart.yaml
 UPGRADE ?=
 
-.PHONY: quickstart test setup lint results constraints
+.PHONY: quickstart test docs setup lint results constraints
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)
@@ -23,6 +24,10 @@ quickstart: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY) lint
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# A link, an anchor or a name that leads nowhere fails it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 setup: $(READY)
 

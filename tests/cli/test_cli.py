@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 FIRST = ["start", "doctor"]
 """What a newcomer gives, before the nine verbs."""
 NINE = ["data", "train", "eval", "compare", "run", "weights", "policy", "method", "report"]
+LAST = ["completion"]
+"""Of the shell's."""
 
 
 def leaves(group: Group = COMMANDS, name: str = "") -> Iterator[str]:
@@ -52,10 +54,10 @@ def test_every_argument_is_explained():
     assert unexplained == []
 
 
-def test_top_help_lists_the_first_two_and_exactly_nine_verbs(capsys):
+def test_top_help_lists_the_first_two_exactly_nine_verbs_and_completion(capsys):
     text = shown(["--help"], capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert listed == FIRST + NINE == list(COMMANDS.commands)
+    assert listed == FIRST + NINE + LAST == list(COMMANDS.commands)
 
 
 def test_version(capsys):

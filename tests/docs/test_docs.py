@@ -7,7 +7,10 @@ import inspect
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 
 import draccus
@@ -19,7 +22,8 @@ import bench
 import burnish
 from bench import gpu
 from burnish.cli.main import COMMANDS, find, main, present_names
-from burnish.cli.parser import CommandParser
+from burnish.cli.parser import CommandParser, Group, read_help
+from burnish.core.config import RecipeConfig
 from burnish.core.recipe import find_recipe, is_study, load_recipe
 from burnish.experiments.study import load_study, variant_recipe
 from burnish.train.setup import make_objectives
@@ -29,13 +33,15 @@ from workshop.scene_train import read_scene_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^(?:<!-- test: (?P<mark>\w+) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"^(?:<!-- test: (?P<mark>\w+) -->\n)?(?P<pad> *)```(?P<kind>\w+)\n(?P<body>.*?)^(?P=pad)```$", re.M | re.S
+)
 
 
 def blocks(kind: str) -> list[tuple[str, str, str]]:
     """(page, mark, body) of every fenced block of that kind."""
     return [
-        (page.name, found["mark"] or "", found["body"])
+        (page.name, found["mark"] or "", dedent(found["body"]))
         for page in PAGES
         for found in FENCE.finditer(page.read_text())
         if found["kind"] == kind
@@ -43,9 +49,9 @@ def blocks(kind: str) -> list[tuple[str, str, str]]:
 
 
 def commands(body: str) -> list[list[str]]:
-    """The words of each command; leading NAME=value settings are cut off."""
+    """The words of each command; leading NAME=value settings and what follows a > are cut off."""
     lines = body.replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
+    split = [shlex.split(line.partition(" > ")[0], comments=True) for line in lines]
     return [words[next(i for i, word in enumerate(words) if "=" not in word) :] for words in split if words]
 
 
@@ -70,6 +76,9 @@ def check_command(words: list[str]) -> None:
         ast.parse(words[2])
     elif words[:2] == ["python", "-m"]:
         check_outside(words[2:])
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        flags = [word for word in words[2:] if word.startswith("--")]
+        assert all(f'"{flag}"' in (ROOT / words[1]).read_text() for flag in flags)
     elif words[:2] == ["python", "bench/gpu.py"]:
         gpu.make_parser().parse_args(words[2:])
     elif words[0] == "make":
@@ -84,15 +93,33 @@ def check_burnish(argv: list[str]) -> None:
     if argv == ["--help"]:
         return
     name, command, words = find(argv)
-    given, overrides = CommandParser(name, command, words).parser.parse_known_args(words)
-    if argv[0] not in ("train", "run"):
-        assert not overrides
+    made = CommandParser(name, command, words)
+    given, overrides = made.parser.parse_known_args(words)
+    if not made.rest or made.rest.arg.fields is not RecipeConfig:
+        known = fields(made.rest.arg.fields) if made.rest else []
+        assert {word.split("=")[0] for word in overrides} <= {f"--{one.name}" for one in known}
         return
     # Raises on a key that no recipe has; what a shell fills in is not there to be read.
     load_recipe(None, [word for word in overrides if "$(" not in word])
     recipe = getattr(given, "recipe", None) or getattr(given, "config", None)
     if recipe and not recipe.startswith(("path/", "my")):
         find_recipe(recipe)
+
+
+def examples(group: Group = COMMANDS) -> Iterator[str]:
+    """The commands that `--help` shows as examples."""
+    for found in group.commands.values():
+        if isinstance(found, Group):
+            yield from examples(found)
+        else:
+            lines = read_help(found).examples.replace("\\\n", " ").splitlines()
+            yield from (re.split(r"  +", line.strip())[0] for line in lines if line.strip())  # a remark follows blanks
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_help_parse(line):
+    (words,) = commands(line)
+    check_command(words)
 
 
 def check_outside(words: list[str]) -> None:

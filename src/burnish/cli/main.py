@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from burnish import __version__
-from burnish.cli import compare, data, eval, method, policy, report, run, start, train, weights
+from burnish.cli import compare, completion, data, eval, method, policy, report, run, start, train, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError, one_line, plain
 from burnish.core.files import disk_errors
@@ -19,6 +19,7 @@ COMMANDS = Group("Post-training for vision-language-action policies.", {
     "start": start.start, "doctor": start.doctor, "data": data.COMMANDS, "train": train.train, "eval": eval.evaluate,
     "compare": compare.compare, "run": run.run,
     "weights": weights.COMMANDS, "policy": policy.COMMANDS, "method": method.COMMANDS, "report": report.COMMANDS,
+    "completion": completion.completion,
 })  # fmt: skip
 
 OLD = {
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     2 after a mistake of the user's, 3 after a fault of ours (`--debug` adds its traceback), 130 after an interruption,
     141 when the reader of the output went away.
     """
+    if completion.ASKED in os.environ:
+        completion.complete(COMMANDS)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -116,7 +116,7 @@ def recipe_to_dict(recipe: RecipeConfig) -> dict[str, Any]:
 
 
 def save_recipe(recipe: RecipeConfig, path: str | Path) -> None:
-    """Write the complete recipe (defaults included) as YAML, atomically."""
+    """Write the complete recipe (defaults included) as YAML to `path`, atomically."""
     import yaml
 
     write_text(Path(path), yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))

@@ -41,6 +41,7 @@ class Draws:
     delay: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Draws":
+        """All of them on a device."""
         moved = (None if part is None else part.to(device) for part in (self.masks, self.learned, self.delay))
         return Draws(self.noise.to(device), self.time.to(device), *moved)
 

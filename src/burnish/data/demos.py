@@ -56,6 +56,7 @@ class DemosSummary:
 
     @property
     def success_rate(self) -> float:
+        """Of the expert: demonstrations over attempts."""
         return self.successes / self.attempts if self.attempts else 0.0
 
     def __str__(self) -> str:

@@ -291,7 +291,7 @@ class Questions:
 
 
 def open_questions(root: Path | str) -> Questions:
-    """Open a question folder.
+    """Open the question folder `root`.
 
     Raises:
         BurnishError: a file is missing, cannot be read, is empty, or points outside the images.

@@ -89,7 +89,9 @@ class Env(Protocol):
         ...
 
     @property
-    def instruction(self) -> str: ...
+    def instruction(self) -> str:
+        """The sentence of the running episode."""
+        ...
 
     def observe(self, cameras: Sequence[str] = ()) -> Observation:
         """State and instruction, with an image for each camera named (none named: nothing is rendered)."""
@@ -120,7 +122,9 @@ class Env(Protocol):
         """Image coordinates [N, 2] (u right, v down, 0 to 1 inside the upright image) of world points [N, 3]."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the simulator holds."""
+        ...
 
 
 @runtime_checkable
@@ -144,7 +148,9 @@ class InstructionSwap(Protocol):
 class RandomObject(Protocol):
     """Offered by an environment whose expert can pick its object at random: what ignoring language reaches."""
 
-    def random_object_expert(self, seed: int) -> Expert: ...
+    def random_object_expert(self, seed: int) -> Expert:
+        """An expert that moves one of the objects, drawn by `seed`, as if it had been named."""
+        ...
 
 
 FAILURES = ("did nothing", "wrong object", "dropped", "out of time")
@@ -208,7 +214,15 @@ def expand(env_id: str) -> list[str]:
 
 
 def make_env(task_id: str, image_size: Size = 128) -> Env:
-    """Build the environment of one single-task id (see `expand`) with images of the given size."""
+    """Build the environment of one single-task id (see `expand`) with images of the given size.
+
+    Args:
+        task_id: e.g. "tabletop:lift" or "libero:spatial/3".
+        image_size: side in pixels, (height, width), or either by camera.
+
+    Raises:
+        BurnishError: no such task, a size that it cannot draw, or a simulator that is not installed.
+    """
     family, _, selector = _family(task_id)
     return family.make(selector, image_size)
 

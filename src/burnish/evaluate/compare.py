@@ -87,6 +87,7 @@ class Comparison:
         return verdict(self.overall.low, self.overall.high, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
         return {
             "a": self.names[0], "b": self.names[1], "runs": list(self.runs),
             "test": self.overall.test, "verdict": self.verdict, "margin": self.margin,

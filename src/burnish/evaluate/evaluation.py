@@ -31,10 +31,12 @@ class Evaluation:
 
     @property
     def overall(self) -> Rate:
+        """Success over all episodes."""
         return wilson(sum(r.success for r in self.records), len(self.records))
 
     @property
     def per_task(self) -> dict[str, Rate]:
+        """Success by task."""
         tasks = dict.fromkeys(r.task for r in self.records)
         groups = {t: [r.success for r in self.records if r.task == t] for t in tasks}
         return {t: wilson(sum(g), len(g)) for t, g in groups.items()}
@@ -63,6 +65,7 @@ class Evaluation:
         return {n: max(v) if n == "commit_error" else sum(v) / len(v) for n, v in sorted(values.items())}
 
     def to_dict(self) -> dict[str, Any]:
+        """As summary.json holds it."""
         videos = [
             {"task": r.task, "initial_state": r.initial_state, "success": r.success, "video": name}
             | {"film_strip": str(Path(name).with_suffix(".png"))}

@@ -48,6 +48,7 @@ class OfflineComparison:
         return verdict(-found.high, -found.low, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
         figures = {name: {"a": self.means[name][0], "b": self.means[name][1], **vars(one)}
                    for name, one in self.differences.items()}  # fmt: skip
         return {

@@ -90,6 +90,7 @@ def collect(
         ties, offsets, limit: see `make_pairs`.
         workers: simulator processes; 0 means one for each core.
         device: torch device of a policy folder; "" means a GPU where there is one.
+        progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
 
     Raises:

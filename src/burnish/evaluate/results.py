@@ -27,7 +27,7 @@ log = logging.getLogger("burnish")
 
 
 def read_results(path: Path | str) -> list[Record]:
-    """The episodes of an evaluation folder, or of a result file of ours or of another tool, in file order.
+    """The episodes of `path`, an evaluation folder or a result file of ours or of another tool, in file order.
 
     `steps` is -1 where the file does not say. A last line cut off by a kill is left out.
 

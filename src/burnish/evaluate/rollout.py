@@ -162,6 +162,9 @@ def evaluate_expert(
             language can reach at best.
 
     The other arguments are those of `evaluate`.
+
+    Raises:
+        BurnishError: no such expert, and what `evaluate` refuses.
     """
     if which not in ("expert", "random_object"):
         raise BurnishError(f"unknown expert '{which}'", "expert or random_object")

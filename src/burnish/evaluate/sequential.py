@@ -97,6 +97,9 @@ def sequential(differences: np.ndarray, margin: float | None = None) -> Sequenti
     Args:
         differences: [n], each in [-1, 1].
         margin: declared before the first trial: differences up to this size do not matter.
+
+    Raises:
+        BurnishError: a margin that is none, or what `confidence_sequence` refuses.
     """
     if margin is not None and not 0 < margin < 1:
         raise BurnishError(f"margin {margin}", "between 0 and 1, e.g. 0.05 for five points")

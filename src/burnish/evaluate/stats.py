@@ -29,9 +29,11 @@ class Rate:
 
     @property
     def rate(self) -> float:
+        """successes / n."""
         return self.successes / self.n
 
     def to_dict(self) -> dict[str, float]:
+        """rate, successes, n, low and high."""
         return {"rate": self.rate, **asdict(self)}
 
     def __str__(self) -> str:
@@ -39,7 +41,7 @@ class Rate:
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
-    """Success rate with the Wilson score interval (Wilson, JASA 22, 1927); covers well at 0 and n too.
+    """Success rate with the Wilson score interval of `level` (Wilson, JASA 22, 1927); covers well at 0 and n too.
 
     Raises:
         BurnishError: n < 1, or successes outside 0..n.
@@ -56,7 +58,7 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Rate:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar p-value from the two discordant counts (1 when there is none)."""
+    """Two-sided exact McNemar p-value from the discordant counts `only_first` and `only_second` (1 without any)."""
     discordant = only_first + only_second
     return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
 
@@ -71,6 +73,7 @@ def paired_bootstrap(
     Args:
         differences: [n] one number for each pair (or each cluster, e.g. an initial state with several seeds).
         rng: source of the resampling; the same generator state gives the same interval.
+        resamples: how many.
 
     Raises:
         BurnishError: no pair at all.
@@ -105,6 +108,7 @@ class Estimate:
 
     @property
     def interval(self) -> list[float]:
+        """[low, high], 95 %."""
         return [self.low, self.high]
 
 
@@ -200,6 +204,9 @@ def minimum_detectable_difference(n: int, discordance: float, *, power: float = 
 
     Returns:
         d in (0, psi], or None when even psi itself would stay undetected.
+
+    Raises:
+        BurnishError: numbers out of range.
     """
     if n < 1 or not 0 <= discordance <= 1:
         raise BurnishError(f"{n} pairs with discordance {discordance}", "n >= 1, discordance in [0, 1]")

@@ -17,7 +17,7 @@ def write_pareto(result: Path, out: Path = Path("pareto.png")) -> Path:
     """Draw closed-loop success against exact answers and against answer loss, one colour for each variant.
 
     Large marks are means over seeds, with the intervals of the result; small ones single seeds. A line joins the
-    variants that no other beats in both; dotted, what the base knew before.
+    variants that no other beats in both; dotted, what the base knew before. `out` is a PNG or SVG.
 
     Raises:
         BurnishError: no such result, or one without both measurements.

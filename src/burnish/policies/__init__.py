@@ -35,10 +35,19 @@ def load_policy(path: Path | str, *, overrides: dict[str, Any] | None = None, de
 
 def create_policy(vlm_folder: Path | str, features: dict, dataset_stats: dict, overrides: dict | None = None, *,
                   type: str = "smolvla", **options: Any) -> "Policy":  # fmt: skip
-    """A new policy on a VLM folder; of a type that starts from none ("act"), the folder is "".
+    """A new policy on a VLM folder.
 
-    See `SmolVLA.create` in `burnish.policies.smolvla`, and for type burnish_discrete, which takes a SmolVLA folder or a
-    shipped base too, `burnish.policies.discrete.create.new_policy`.
+    Args:
+        vlm_folder: SmolVLM folder; for type burnish_discrete a SmolVLA folder or a shipped base too; "" for a type that
+            starts from none ("act").
+        features: LeRobot PolicyFeatures by key, inputs and outputs.
+        dataset_stats: LeRobot statistics by key.
+        overrides: fields of the LeRobot config.
+        type: e.g. smolvla, burnish_discrete, act.
+        **options: of the type, see `SmolVLA.create` and `burnish.policies.discrete.create.new_policy`.
+
+    Raises:
+        BurnishError: no such type or folder, or fields that the type does not have.
     """
     from burnish.core import renames
     from burnish.policies.load import kind_of

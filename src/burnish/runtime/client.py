@@ -113,6 +113,7 @@ class PolicyClient:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
+        """Hang up."""
         self._connection.close()
 
     def __enter__(self) -> "PolicyClient":
@@ -215,5 +216,6 @@ class Actor:
             self._chunk = reply.get("call", -1), asked.step
 
     def close(self) -> None:
+        """End the request under way and hang up."""
         self._thread.shutdown()
         self.client.close()

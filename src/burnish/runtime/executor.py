@@ -260,6 +260,7 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
+        """Where the policy is."""
         return self.policy.device
 
     @torch.no_grad()
@@ -322,19 +323,23 @@ class Runtime:
     # What the profiler asks of a policy.
 
     def stages(self) -> list[Stage]:
+        """See `Policy.stages`."""
         family, own = self.sampler.family, [s for s in self.policy.stages() if s.name in ("preprocess", "postprocess")]
         return [*own, Stage("vision", family, "embed_image"), Stage("prompt", family, "prefill"),
                 Stage("pass", self.sampler, "velocity"),
                 Stage("head", self.sampler.parts.action_out, "forward")]  # fmt: skip
 
     def token_counters(self) -> list[nn.Module]:
+        """See `Policy.token_counters`."""
         parts = self.sampler.parts
         experts = [layer for layer in parts.expert_layers if layer is not None]
         return [parts.text_layers[0].self_attn.o_proj, experts[0].self_attn.o_proj]
 
     def supports(self, capability: str) -> bool:
+        """Whether `act` can do this, see `Policy.supports`."""
         return capability == "prefix"
 
     def eval(self) -> "Runtime":
+        """Put the policy into evaluation mode."""
         self.policy.eval()
         return self

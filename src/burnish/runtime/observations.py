@@ -16,6 +16,8 @@ from burnish.sampling.token_model import Prompt
 def observations(policy: Policy, count: int, root: Path | str = "", seed: int = 0) -> Batch:
     """A batch of `count` observations that fit the policy; with `root` (a LeRobotDataset) also true actions.
 
+    Which ones, or what random pictures, follows from `seed`.
+
     Raises:
         BurnishError: no data set there, or one without the policy's cameras.
     """

@@ -164,7 +164,7 @@ class Solver:
 
 
 def make_solver(sampler: str) -> Solver:
-    """The solver of a text "name:passes" or "name:passes:power".
+    """The solver of a text `sampler`, "name:passes" or "name:passes:power".
 
     "euler:N" is LeRobot's own loop with N steps, bit for bit.
 

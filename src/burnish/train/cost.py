@@ -154,7 +154,7 @@ def predicting(recipe: RecipeConfig, gpu: bool = False) -> Iterator[Prediction]:
 
 
 def predict(recipe: RecipeConfig, gpu: bool = False) -> Cost:
-    """The peak of a training as the recipe stands; see `predicting`."""
+    """The peak of a training as the recipe stands, on a GPU where `gpu` is true; errors as of `predicting`."""
     with predicting(recipe, gpu) as prediction:
         return prediction.cost(recipe.train.batch_size)
 

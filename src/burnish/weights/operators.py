@@ -92,7 +92,11 @@ OPERATORS: Registry[Operator] = Registry("merge operator", room="burnish.weights
 
 
 def operator(name: str, prepare: Callable[..., Any] | None = None) -> Callable[[Callable[..., np.ndarray]], Operator]:
-    """Decorator that makes a function an operator and files it under `name`."""
+    """Decorator that makes a function an operator and files it under `name`.
+
+    Its keyword-only arguments are the operator's options. `prepare(streams, **options)`, where given, sees a whole
+    tensor first; what it returns is `Block.state`.
+    """
 
     def add(apply: Callable[..., np.ndarray]) -> Operator:
         parameters = inspect.signature(apply).parameters.values()
@@ -118,7 +122,11 @@ def task(block: Block) -> np.ndarray:
 
 @operator("linear")
 def linear(block: Block) -> np.ndarray:
-    """Average of the models base + delta with the weights of all deltas scaled to sum 1."""
+    """Average of the models base + delta with the weights of all deltas scaled to sum 1.
+
+    Raises:
+        BurnishError: weights that sum to 0.
+    """
     if block.total == 0:
         raise BurnishError("the weights of a linear merge sum to 0", "a sum that can be scaled to 1")
     return _add_weighted(block, [weight / block.total for weight in block.weights])
@@ -206,6 +214,10 @@ def dare(block: Block, *, drop: float = 0.9, seed: int = 0, rescale: bool = True
     """DARE (Yu et al. 2024, arXiv:2311.03099): drop elements at random, scale the rest by 1 / (1 - drop), add.
 
     The draw depends on seed, tensor, delta and position alone, so the result does not depend on threads or shards.
+    `rescale` false leaves the rest as it is.
+
+    Raises:
+        BurnishError: a `drop` outside [0, 1).
     """
     if not 0 <= drop < 1:
         raise BurnishError(f"drop is {drop}", "at least 0 and below 1")

@@ -121,7 +121,11 @@ class Checkpoint:
 
 
 def locate(path: Path | str) -> Path:
-    """A checkpoint's folder or file; a bare name may be a base that ships with burnish."""
+    """The folder or file of a checkpoint `path`; a bare name may be a base that ships with burnish.
+
+    Raises:
+        BurnishError: no path at all.
+    """
     found = Path(path)
     try:
         there = found.exists()

@@ -1,4 +1,4 @@
-"""Grid distillation as a method: the policy learns to act in K steps of its own sampler, as good as many."""
+"""Grid distillation (after 2202.00512): the policy learns to act in K steps of its own sampler, as good as many."""
 
 import copy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`isolate`: the objective that keeps the VLM's knowledge while its policy is fine-tuned."""
+"""`isolate`: keeps the VLM's knowledge while its policy is fine-tuned (AEGIS, arXiv:2604.16067, and what competes)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The objective `retrieve`: the head's losses on a policy's own vision tower, beside the imitation loss."""
+"""The objective `retrieve`: the head's losses (CrossVLA, arXiv:2605.21854) on a policy's own vision tower."""
 
 from typing import TYPE_CHECKING, Any
 
