@@ -280,16 +280,18 @@ def search(
 
 
 def select(
-    index: Path, count: int, *, like: Path | None = None, output: Annotated[Path, Arg(short="-o")] = Path("picked.json")
-) -> None:
+    index: Path, count: int, *, like: Path | None = None, random: Annotated[int | None, Arg(least=0)] = None,
+    output: Annotated[Path, Arg(short="-o")] = Path("picked.json"),
+) -> None:  # fmt: skip
     """Choose episodes of an index: those nearest to another data set, or those that cover the data set best.
 
-    The file holds a list that `data.episodes` of a recipe takes.
+    The file holds a list that `data.episodes` of a recipe takes; `episodes` of an entry of `data.mix` takes the file.
 
     Args:
         index: folder that burnish data index wrote
         count: episodes to choose
         like: index of the few episodes that others are to be found for, of the same encoder and head
+        random: choose at random instead, by this seed: what the others are to be compared with
         output: where the list goes
 
     Examples:
@@ -297,6 +299,8 @@ def select(
         burnish train --policy.path=small --data.root=data/mixed --data.episodes="$(cat picked.json)"
     """
     from json import dumps
+
+    import numpy as np
 
     from burnish.core.files import write_text
     from burnish.core.outputs import require_outside
@@ -308,11 +312,15 @@ def select(
     before = read_json(output) if output.exists() else []
     if not isinstance(before, list) or not all(type(one) is int for one in before):
         raise BurnishError(f"{output} holds something else, which this would overwrite", "an earlier list")
+    if like and random is not None:
+        raise BurnishError("--like and --random", "one of them")
     opened = Index.open(index)
-    most = len(set(opened.vectors.frames["episode"].tolist()))
-    if not 1 <= count <= most:
-        raise BurnishError(f"{count} episodes of {most}", f"1 to {most}")
-    if like is None:
+    there = np.unique(opened.vectors.frames["episode"])
+    if not 1 <= count <= len(there):
+        raise BurnishError(f"{count} episodes of {len(there)}", f"1 to {len(there)}")
+    if random is not None:
+        chosen = np.random.default_rng(random).permutation(there)[:count].tolist()
+    elif like is None:
         chosen, radii = centres(opened.vectors, count)
         print(f"{len(chosen)} episodes; no other is farther than {radii[-1]:.4f} from one of them")
     else:

@@ -15,7 +15,7 @@ def evaluate(
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     delay: str = "", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
     schedule: str = "exp", clip: float = 0.0, carry: int = 0, sampler: str = "",
-    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "",
+    tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "", watchdog: Path | None = None,
     held_out: Annotated[list[int], Arg(several=True)] = (), every: int = 0, instruction: str = "",
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop, or with --data offline, against the recorded actions of held-out episodes.
@@ -50,6 +50,7 @@ def evaluate(
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify runtime`, or auto
         tier: run the policy by the executor; default: as LeRobot does
         cache: exact (find again what equal pictures gave), or a file of `burnish policy verify runtime` (use old ones)
+        watchdog: index of the training set (burnish data index); the records then say how far from it the policy was
         held_out: offline: episodes to measure on; default: those that the policy's run left out, else all
         every: offline: control steps between two predictions; 0 means a quarter of a chunk
         instruction: offline: the other sentence; default: one of the data set's
@@ -69,13 +70,14 @@ def evaluate(
         raise BurnishError(f"{policy} with {'both' if env else 'neither of'} an environment and --data", "one of them",
                            f"burnish eval {policy} tabletop:lift --output {output}")  # fmt: skip
     if data is not None:
-        _refuse({**simulated, **moving, "image_size": image_size, "delay": delay, "cache": cache},
+        _refuse({**simulated, **moving, "image_size": image_size, "delay": delay, "cache": cache, "watchdog": watchdog},
                 "--data, which has no use for it")  # fmt: skip
         found = _offline(policy, data, held_out, every=every, instruction=instruction, **trials, **acting)
     else:
         _refuse({"held_out": held_out, "every": every, "instruction": instruction}, "an environment")
         trials |= {**simulated, "first_state": first_state}
-        found = _closed_loop(policy, env, image_size, late, cache, trials, {**acting, **moving})
+        acting |= {**moving, "watchdog": watchdog or ""}
+        found = _closed_loop(policy, env, image_size, late, cache, trials, acting)
     print(f"{found}\nwritten to {output}")
 
 

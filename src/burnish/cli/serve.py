@@ -1,5 +1,6 @@
 """`burnish policy serve`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,15 +9,16 @@ from burnish.core.config import CacheConfig
 from burnish.core.errors import BurnishError
 
 Several = Annotated[list[str], Arg(several=True)]
+Place = Path | None
 
 
 def serve(
     policy: str, *, protocol: Literal["openpi", "vla-eval"] = "openpi", host: str = "127.0.0.1", port: int = 8000,
-    token_file: Path | None = None, profile: Literal["lerobot", "libero", "droid", "aloha"] = "lerobot",
-    map: Path | None = None, cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0,
-    exact: bool = False, async_mode: Annotated[str, Arg(short="--async")] = "none", max_mb: int = 16, rate: int = 200,
-    clients: int = 32, record: Path | None = None, record_mb: int = 1000, n_action_steps: int | None = None,
-    tier: str = "", sampler: str = "", cache: str = "", data: Path | None = None, seed: int = 0, device: str = "",
+    token_file: Place = None, profile: Literal["lerobot", "libero", "droid", "aloha"] = "lerobot", map: Place = None,
+    cameras: Several = (), lerobot_port: int = -1, width: int = 8, wait_ms: float = 3.0, exact: bool = False,
+    async_mode: Annotated[str, Arg(short="--async")] = "none", max_mb: int = 16, rate: int = 200, clients: int = 32,
+    record: Place = None, record_mb: int = 1000, n_action_steps: int | None = None, tier: str = "", sampler: str = "",
+    cache: str = "", data: Place = None, watchdog: Place = None, seed: int = 0, device: str = "",
 ) -> None:  # fmt: skip
     """Serve a policy to robots and benchmarks over the network, until Ctrl-C.
 
@@ -46,6 +48,7 @@ def serve(
         sampler: of a flow-matching policy: name:passes, a file of `burnish policy verify runtime`, or auto
         cache: exact (find again what equal pictures gave), or a file of `burnish policy verify runtime` (use old ones)
         data: data set whose frame rate and names of actions clients are told
+        watchdog: index of the training set (burnish data index); replies then say how far from it an observation is
         seed: seed of the policy's noise
         device: torch device; default: a GPU where there is one
 
@@ -57,19 +60,24 @@ def serve(
 
     bench = protocol == "vla-eval"
     own = (map, lerobot_port >= 0, record, exact, async_mode != "none", profile != "lerobot", tier, sampler, data)
-    _check(bench, any(own) or bool(cache), n_action_steps)
+    _check(bench, any(own) or bool(cache or watchdog), n_action_steps)
     options = run.ServeOptions(
         host=host, port=port, token=run.read_token(token_file) if token_file else "", max_mb=max_mb, rate=rate,
         clients=clients, keepalive=not bench, lerobot_port=lerobot_port, profile=profile, map=str(map or ""),
         cameras=cameras, width=width, wait_ms=wait_ms, exact=exact, async_mode=async_mode, seed=seed,
         record=str(record or ""), record_mb=record_mb, tier=tier, sampler=sampler, data=str(data or ""),
-        cache=CacheConfig.of(cache),
-    )  # fmt: skip
+        cache=CacheConfig.of(cache))  # fmt: skip
     if bench:
         run.serve_benchmark(policy, options, n_action_steps, device, _announce)
     else:
-        run.serve_policy(policy, options, device=device, ready=_announce)
+        run.serve_policy(policy, options, device=device, ready=_announce, watchdog=_watcher(watchdog))
     print("stopped")
+
+
+def _watcher(index: Path | None) -> Any:
+    from burnish.methods.retrieve.ask import watch
+
+    return index and partial(watch, index)
 
 
 def _check(bench: bool, own: bool, n_action_steps: int | None) -> None:

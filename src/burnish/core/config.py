@@ -51,7 +51,7 @@ class MixConfig:
 
     root: str = option("", "LeRobotDataset folder", path=True)
     weight: float = option(1.0, "samples drawn from it for each one of data.root", above=0, most=1e6)
-    episodes: list[int] = option([], "episodes to use; empty means all")
+    episodes: list[int] | str = option([], "those to use, or a file of `burnish data select`; empty: all", path=True)
     columns: dict[str, Any] = option({}, "its features under the names of data.root; null: it has no such camera")
 
 
@@ -222,6 +222,7 @@ class EvalConfig:
     tier: str = option("", "run the policy by the executor; empty: as LeRobot does", choices=("", *EXECUTOR_TIERS))
     delay: DelayConfig = field(default_factory=DelayConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    watchdog: str = option("", "index of the training set: records say how far from it the policy was", path=True)
 
 
 @dataclass

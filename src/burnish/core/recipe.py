@@ -12,7 +12,7 @@ from burnish.core.config import MixConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
 from burnish.core.options import check, home, number, read_options
-from burnish.core.reading import parse_yaml, read_text
+from burnish.core.reading import parse_yaml, read_json, read_text
 from burnish.core.renames import rename_recipe
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -127,8 +127,11 @@ def demos_root(recipe: RecipeConfig) -> Path:
     return Path(recipe.data.root) if recipe.data.root else Path("data") / recipe.name
 
 
-def mixed_data(recipe: RecipeConfig, source: str = "the recipe") -> list[MixConfig]:
+def mixed_data(recipe: RecipeConfig, source: str = "the recipe", read: bool = True) -> list[MixConfig]:
     """The entries of `data.mix`, which are drawn from beside `data.root`.
+
+    Args:
+        read: lists of episodes that stand in files, which a study writes only after its recipes were checked.
 
     Raises:
         BurnishError: an entry without root or with an impossible value, or the same episodes a second time.
@@ -141,10 +144,14 @@ def mixed_data(recipe: RecipeConfig, source: str = "the recipe") -> list[MixConf
         entry = read_options(MixConfig, given, where)
         if not entry.root or "\0" in entry.root:
             raise BurnishError(f"{where} has no root", "{root: FOLDER, weight: 0.25}")
-        if not all(type(episode) is int for episode in entry.episodes):
+        if unread := isinstance(entry.episodes, str) and not read:
+            entry.episodes = []
+        elif isinstance(entry.episodes, str):
+            entry.episodes = read_json(Path(entry.episodes))
+        if not isinstance(entry.episodes, list) or not all(type(episode) is int for episode in entry.episodes):
             raise BurnishError(f"{where}: episodes is {str(entry.episodes)[:100]}", "a list of whole numbers")
         for root, episodes in taken:
-            apart = episodes and entry.episodes and not set(episodes) & set(entry.episodes)
+            apart = unread or (episodes and entry.episodes and not set(episodes) & set(entry.episodes))
             if os.path.realpath(root) == os.path.realpath(entry.root) and not apart:
                 raise BurnishError(f"{where} names {entry.root} again", "each data set once, or other episodes of it")
         taken.append((Path(entry.root), entry.episodes))
@@ -296,7 +303,7 @@ def _check_values(recipe: RecipeConfig, source: str) -> None:
     if len(betas) != 2 or not all(number(beta) and 0 <= beta < 1 for beta in betas):
         raise BurnishError(f"{source}: train.betas is {betas}", "two numbers, at least 0 and below 1")
     check_name(recipe.name, f"{source}: name")
-    mixed_data(recipe, source)
+    mixed_data(recipe, source, read=False)
     # Of what methods and policies take only they know what is a path; nothing else begins so.
     recipe.objectives, recipe.policy.overrides = map(_at_home, (recipe.objectives, recipe.policy.overrides))
     for entry in recipe.objectives:

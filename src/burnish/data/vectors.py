@@ -75,8 +75,11 @@ class Encoder:
         return found.cpu().numpy()
 
 
-def make_encoder(spec: str, device: str = "") -> Encoder:
+def make_encoder(spec: str, device: str = "", own: tuple[Policy, str] | None = None) -> Encoder:
     """The encoder of that name, see the head of this file.
+
+    Args:
+        own: a policy and its hash in place of the one that the name says.
 
     Raises:
         BurnishError: an unknown kind, no such folder, a policy without a vision-language model, no such layer.
@@ -97,7 +100,7 @@ def make_encoder(spec: str, device: str = "") -> Encoder:
             return run_teacher(teacher, views, [at])[at][:, 0].mean((1, 2))
 
         return Encoder(spec, {"kind": kind, **teacher.identity, "layer": at}, SIDE, patches, place)
-    policy, weights = policy_and_hash(path, place)
+    policy, weights = own or policy_and_hash(path, place)
     require(policy.eval(), "language", f"the encoder {kind}")
     identity = {"kind": kind, "weights": weights}
     if kind == "tower":

@@ -11,6 +11,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, Chunk, Draws
+from burnish.data.watchdog import Watchdog
 from burnish.envs.base import EnvSpec, Observation, Size
 from burnish.policies.base import Policy
 from burnish.policies.keys import RULER
@@ -47,6 +48,8 @@ class BatchedPolicy:
     Attributes:
         runner: who is called, the policy itself or the executor of it.
         reuse: old pictures that it acts on; None where it always sees the present.
+        watchdog: measures how far what it sees is from its training set; None means that nobody does.
+        distances: by task and initial state: that of every replan so far.
     """
 
     def __init__(self, policy: Policy, cameras: dict[str, str], seed: int, width: int, n_action_steps: int):
@@ -55,6 +58,8 @@ class BatchedPolicy:
         self.policy = policy.eval()
         self.runner: Policy | Runtime = policy
         self.reuse: Reuse | None = None
+        self.watchdog: Watchdog | None = None
+        self.distances: dict[tuple[str, int], list[float]] = {}
         self.cameras = cameras
         self.seed, self.width, self.n_action_steps = seed, width, n_action_steps
         parameter = next(policy.parameters(), None)
@@ -91,7 +96,16 @@ class BatchedPolicy:
             self.reuse.compare(chunk, lambda: self.sample(rows, there, draws))
         if not torch.isfinite(chunk.actions[: len(requests)]).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
+        if self.watchdog is not None:
+            self._watch(self.watchdog, requests, rows[: self.width])
         return chunk, elapsed
+
+    def _watch(self, watchdog: Watchdog, requests: Sequence[Request], rows: Sequence[Request]) -> None:
+        """`rows` are as many in every call, for the same reason as those of the policy."""
+        views = {name: [r.observation.images[camera] for r in rows] for name, camera in self.cameras.items()}
+        for request, far in zip(requests, watchdog(views).tolist(), strict=False):
+            seen = self.distances.setdefault((request.task, request.initial_state), [])
+            seen[request.replan :] = [far]  # an episode whose simulator died begins again
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

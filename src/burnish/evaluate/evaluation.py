@@ -1,12 +1,14 @@
 """What an evaluation found: rates with n and interval, latency, videos."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from burnish.evaluate.records import Record
 from burnish.evaluate.stats import Rate, percentiles, wilson
+from burnish.evaluate.watchdog import failure_auc, watched
 
 
 def video_path(task: str, initial_state: int) -> Path:
@@ -28,6 +30,8 @@ class Evaluation:
     """Tasks without such an expert, and why."""
     reused: dict[str, int] = field(default_factory=dict)
     """Calls of a policy that acts on old pictures, see `runtime.caches.Reuse`; of this run."""
+    watchdog_ms: float = 0.0
+    """What a watchdog took for each observation of this run."""
 
     @property
     def overall(self) -> Rate:
@@ -64,6 +68,20 @@ class Evaluation:
         values = {name: [one[name] for one in moved if name in one] for name in {n for one in moved for n in one}}
         return {n: max(v) if n == "commit_error" else sum(v) / len(v) for n, v in sorted(values.items())}
 
+    @property
+    def watchdog(self) -> dict[str, Any]:
+        """Of episodes with distances to the training set: means over episodes of the largest and of the mean, and how
+        well the largest predicts failure ("auc" with "interval"; left out where all or none failed)."""
+        seen = [r for r in self.records if r.distances]
+        if not seen:
+            return {}
+        sides = {"successes": [r for r in seen if r.success], "failures": [r for r in seen if not r.success]}
+        found: dict[str, Any] = {"n": len(seen), "mean": _mean([_mean(r.distances) for r in seen])}
+        found |= {f"largest_in_{name}": _mean([max(r.distances) for r in some]) for name, some in sides.items() if some}
+        if (predicts := failure_auc([watched(seen)])) is not None:
+            found |= {"auc": predicts[0], "interval": list(predicts[1:])}
+        return found | ({"ms": self.watchdog_ms} if self.watchdog_ms else {})
+
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it."""
         videos = [
@@ -80,6 +98,7 @@ class Evaluation:
             "seconds": self.seconds, "new_episodes": self.new_episodes,
             "left_out": self.left_out, **({"failures": self.failures} if self.failures else {}),
             **({"motion": self.motion} if self.motion else {}), **({"reused": self.reused} if self.reused else {}),
+            **({"watchdog": watchdog} if (watchdog := self.watchdog) else {}),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -96,4 +115,12 @@ class Evaluation:
         if self.latency_ms:
             form = "policy call p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} ms ({n} replans)"
             lines.append(form.format(**self.latency_ms))
+        if "auc" in (found := self.watchdog):
+            form = "largest distance to the training set: successes {largest_in_successes:.3g}, failures "
+            form += "{largest_in_failures:.3g}; AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+            lines.append(form.format(**found))
         return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -45,6 +45,7 @@ class Record:
         other_success: under an instruction swap, whether the newly named object's task was solved.
         motion: of a policy under delay: how smoothly it moved, see `evaluate.delay.motion`.
         failure: why it was not solved, one of `envs.base.FAILURES`; "" where it was, or where nobody knows.
+        distances: of a policy with a watchdog: how far from its training set each replan was, see `data.watchdog`.
     """
 
     task: str
@@ -60,6 +61,7 @@ class Record:
     other_success: bool | None = None
     motion: dict[str, float] | None = None
     failure: str = ""
+    distances: tuple[float, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -68,7 +70,7 @@ class Record:
 
     def to_line(self) -> str:
         """As a line of `episodes.jsonl`."""
-        row = {k: v for k, v in asdict(self).items() if v or k not in ("motion", "failure")}
+        row = {k: v for k, v in asdict(self).items() if v or k not in ("motion", "failure", "distances")}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -96,10 +98,8 @@ def parse_row(row: dict[str, Any], where: str) -> Record:
     if "success" not in row or state is None:
         missing = "success" if "success" not in row else "initial_state, trial or seed"
         raise BurnishError(f"{where} lacks {missing}", f"a line such as {EXAMPLE}")
-    success, latency = _flag(row["success"], f"{where}: success"), row.get("latency_ms", [])
-    latency = [one for one in latency if one is not None] if isinstance(latency, list) else [latency]
-    if not all(number(one) and one >= 0 for one in latency):
-        raise BurnishError(f"{where}: latency_ms is {_short(row['latency_ms'])}", "milliseconds, or a list of them")
+    success = _flag(row["success"], f"{where}: success")
+    latency = _numbers(row, "latency_ms", where, "milliseconds, or a list of them")
     task, variant, steps = row.get("task", ""), row.get("variant", "plain"), _whole(row.get("steps", -1))
     if isinstance(task, bool) or not isinstance(task, str | int):
         raise BurnishError(f"{where}: task is {_short(task)}", "text")
@@ -116,8 +116,17 @@ def parse_row(row: dict[str, Any], where: str) -> Record:
         raise BurnishError(f"{where}: motion is {_short(moved)}", "numbers by name")
     return Record(
         task=str(task), initial_state=initial_state, seed=0 if state == "seed" else seed, success=success, steps=steps,
-        latency_ms=tuple(map(float, latency)), variant=variant, other_success=other, motion=moved, **texts,
+        latency_ms=latency, variant=variant, other_success=other, motion=moved,
+        distances=_numbers(row, "distances", where, "numbers from 0 on"), **texts,
     )  # fmt: skip
+
+
+def _numbers(row: dict[str, Any], key: str, where: str, expected: str) -> tuple[float, ...]:
+    found = row.get(key, [])
+    found = [one for one in found if one is not None] if isinstance(found, list) else [found]
+    if not all(number(one) and one >= 0 for one in found):
+        raise BurnishError(f"{where}: {key} is {_short(row[key])}", expected)
+    return tuple(map(float, found))
 
 
 def _integer(row: dict[str, Any], key: str, where: str) -> int:

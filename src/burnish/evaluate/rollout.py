@@ -34,6 +34,7 @@ from burnish.runtime.choose import find_sampler
 from burnish.sampling.kept import Kept
 
 if TYPE_CHECKING:
+    from burnish.data.watchdog import Watchdog
     from burnish.evaluate.batching import BatchedPolicy
     from burnish.policies.base import Policy
 
@@ -51,7 +52,7 @@ def evaluate(
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
     progress: bool = True, make: MakeEnv = make_env, delay: DelayConfig | None = None, sampler: str = "",
-    tier: str = "", cache: CacheConfig | None = None,
+    tier: str = "", cache: CacheConfig | None = None, watchdog: Path | str = "",
 ) -> Evaluation:  # fmt: skip
     """Measure a policy in closed loop and write `episodes.jsonl`, `summary.json` and videos into `output`.
 
@@ -86,6 +87,7 @@ def evaluate(
         sampler: of a flow-matching policy, see `runtime.choose.find_sampler`; "" means the policy's own.
         tier: run the policy by the executor, see `runtime.executor.TIERS`; "" means as LeRobot does.
         cache: what the policy need not compute again; None means that it computes all.
+        watchdog: index of the data set that the policy was trained on; the records then say how far from it it was.
 
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
@@ -95,15 +97,21 @@ def evaluate(
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
                         delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy), tier=tier,
-                        cache=cache or CacheConfig())  # fmt: skip
+                        cache=cache or CacheConfig(), watchdog=str(watchdog))  # fmt: skip
     check_trials(trials, Path(output), image_size)
     place = choose_engine(engine, num_gpus)
     policy, weights = policy_and_hash(policy, device)
-    size = image_size or view_sizes(policy, cameras)
-    check_size(env, size)
+    check_size(env, size := image_size or view_sizes(policy, cameras))
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
+    job.watchdog = _watchdog(trials, policy, weights)
     with using_sampler(policy, trials.sampler), _keeping(policy, job):
         return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
+
+
+def _watchdog(trials: EvalConfig, policy: "Policy", weights: str) -> "Watchdog | None":
+    from burnish.methods.retrieve.ask import watch
+
+    return watch(Path(trials.watchdog), policy, weights) if trials.watchdog else None
 
 
 def _keeping(policy: "Policy", job: "_Job") -> AbstractContextManager[None]:
@@ -145,6 +153,7 @@ def _batched(
         asked.runner = Runtime(policy, tier=job.trials.tier or "exact", kept=job.kept)
     if job.trials.cache.mode in ("images", "prefix"):
         asked.reuse = Reuse(job.trials.cache, policy)
+    asked.watchdog = job.watchdog
     return asked
 
 
@@ -204,6 +213,7 @@ class _Job:
     actor: str = "policy"
     engine: Engine = field(default_factory=Engine)
     kept: Kept | None = None
+    watchdog: "Watchdog | None" = None
 
     @property
     def batch_size(self) -> int:
@@ -236,7 +246,9 @@ class _Job:
             found = [records[spec.task_id, state] for spec, state in plan]
             seconds = time.perf_counter() - start
             reused = dict(policy.reuse.counts) if policy and policy.reuse else {}
-            evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable, reused)
+            dog = self.watchdog
+            taken = 1000 * dog.seconds / dog.asked if dog and dog.asked else 0.0
+            evaluation = Evaluation(output, settings, found, seconds, len(records) - before, pool.unable, reused, taken)
             write_json(output / SUMMARY, evaluation.to_dict())
         return evaluation
 
@@ -256,6 +268,7 @@ class _Job:
             **({} if trials.delay.plain else {"delay": asdict(trials.delay)}),
             **({"cache": asdict(trials.cache)} if trials.cache.mode in ("images", "prefix") else {}),
             **({"sampler": trials.sampler} if trials.sampler else {}),
+            **({"watchdog": self.watchdog.about} if self.watchdog else {}),
             **({"tier": trials.tier} if trials.tier not in ("", "exact") else {}),  # exact ones say the same
         }  # fmt: skip
 

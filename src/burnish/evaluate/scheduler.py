@@ -119,11 +119,16 @@ class Measurement(Scheduler[Planned]):
         """Further fields of its record."""
         return {}
 
+    def distances(self, run: Planned) -> tuple[float, ...]:
+        """How far from its training set the policy was, where a watchdog looked."""
+        key = run.episode.task, run.episode.initial_state
+        return tuple(self.policy.distances.pop(key, ())) if self.policy else ()
+
     def finished(self, run: Planned, reply: Finished, progress: Any) -> None:
         self.journal.append(Record(
             task=run.episode.task, initial_state=run.episode.initial_state, success=reply.success, steps=reply.steps,
             latency_ms=tuple(run.latency_ms), instruction=reply.instruction, other_success=reply.other_success,
-            failure=reply.failure, **self.stamp, **self.extras(run, reply),
+            failure=reply.failure, distances=self.distances(run), **self.stamp, **self.extras(run, reply),
         ))  # fmt: skip
         records = self.journal.records
         progress.set_postfix_str(f"success {sum(r.success for r in records)}/{len(records)}", refresh=False)

@@ -206,7 +206,7 @@ def evaluate_as(settings: EvalConfig, policy: str | Path, env: str, output: Path
     return evaluate(
         policy, env, output=output, batch_size=settings.batch_size, cameras=settings.cameras or None,
         device=settings.device, delay=settings.delay, sampler=settings.sampler, tier=settings.tier,
-        cache=settings.cache,
+        cache=settings.cache, watchdog=settings.watchdog,
         **_trials(settings), **changes,
     )  # fmt: skip
 

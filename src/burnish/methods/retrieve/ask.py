@@ -11,7 +11,9 @@ from burnish.core.errors import BurnishError
 from burnish.core.outputs import require_own
 from burnish.data.search import Index, build
 from burnish.data.vectors import KIND, REMEDY, Vectors, encode_dataset, make_encoder
+from burnish.data.watchdog import Watchdog, encoder_for
 from burnish.methods.retrieve.head import Head, load_head
+from burnish.policies.base import Policy
 
 FOLDER = "head_folder"
 """Where an index says that its head lies."""
@@ -71,3 +73,9 @@ def head_of(about: dict[str, Any]) -> Head | None:
     if found["hash"] != about["head"]:
         raise BurnishError(f"the head in {about[FOLDER]} is another than the index was built with", "the same", REMEDY)
     return head
+
+
+def watch(folder: Path, policy: Policy, weights: str) -> Watchdog:
+    """The watchdog of an index for a policy with that hash; BurnishError where the index is not of this policy."""
+    index = Index.open(folder)
+    return Watchdog(index, encoder_for(index, policy, weights), policy.cameras, head_of(index.vectors.about))

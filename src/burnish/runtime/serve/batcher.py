@@ -18,6 +18,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
+from burnish.data.watchdog import Watchdog
 from burnish.policies.base import Policy
 from burnish.policies.keys import RULER, TASK
 from burnish.policies.pretrained import foreign
@@ -43,6 +44,7 @@ class Answer:
         raw: the same in the model's own space, [T, A_model], of a policy that can go on from it.
         infer, queued: seconds that its batch took, and that it waited before.
         rows: requests in the batch.
+        distance: from what the policy was trained on, where a watchdog looks.
     """
 
     actions: np.ndarray
@@ -50,6 +52,7 @@ class Answer:
     infer: float = 0.0
     queued: float = 0.0
     rows: int = 1
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,17 @@ class Batcher:
             product may differ in its last bit between widths, and texts are padded to the longest.
         runner: who is called, the executor of the policy; None means the policy itself.
         reuse: lets it act on old pictures.
+        watchdog: measures how far each request is from what the policy was trained on.
     """
 
     def __init__(self, policy: Policy, thread: Executor, metrics: Metrics, width: int = 8, wait: float = 0.003,
                  exact: bool = False, mode: Literal["guided", "inpaint", "trained"] = "guided",
-                 runner: Policy | Runtime | None = None, reuse: Reuse | None = None):  # fmt: skip
+                 runner: Policy | Runtime | None = None, reuse: Reuse | None = None,
+                 watchdog: Watchdog | None = None):  # fmt: skip
         self.policy, self.thread, self.metrics = policy.eval(), thread, metrics
         self.width, self.wait, self.exact, self.mode = width, wait, exact, mode
         self.runner: Policy | Runtime = runner or policy
-        self.reuse, self.clients = reuse, 0
+        self.reuse, self.watchdog, self.clients = reuse, watchdog, 0
         self._after: Callable[[], None] | None = None
         self._pending: deque[_Request] = deque()
         self._arrived = asyncio.Event()
@@ -222,8 +227,11 @@ class Batcher:
             if self.reuse is not None and keys:
                 reuse = self.reuse
                 self._after = lambda: reuse.compare(chunk, lambda: self.runner.act(there, draws, **more))
+            far: list[float | None] = [None] * count
+            if self.watchdog is not None:
+                far = self.watchdog({c: [rows[i].images[c][-1] for i in order] for c in policy.cameras}).tolist()
             actions, raw = chunk.actions.float().cpu().numpy(), chunk.raw
-            return [Answer(actions[i], None if raw is None else raw[i].cpu()) for i in range(count)]
+            return [Answer(actions[i], None if raw is None else raw[i].cpu(), distance=far[i]) for i in range(count)]
 
     def _steering(self, old: Sequence[Old]) -> Steering:
         longest = max(len(one.rest) for one in old)

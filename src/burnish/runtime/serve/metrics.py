@@ -44,6 +44,7 @@ class Metrics:
             quantiles.labels(name).set_function(lambda q=float(name): self.quantile(q))
         self.delay = Histogram("burnish_delay_steps", "steps that are executed before an answer, as clients expect",
                                buckets=(0, 1, 2, 4, 8, 16, 32), **options)  # fmt: skip
+        self.distance = Gauge("burnish_watchdog_distance", "of the last request from the training set", **options)
         self._cached = Gauge("burnish_cache", "what caches did", ["what"], **options)
         self.caches: list[Counts[str]] = []
         self._delays: deque[int] = deque(maxlen=1000)

@@ -150,6 +150,9 @@ class OpenPi:
         timing = {"infer_ms": infer, "queue_ms": 1000 * answer.queued, "rows": answer.rows}
         reply = {"actions": answer.actions, "server_timing": timing, "policy_timing": {"infer_ms": infer},
                  "seed": seed, "call": call}  # fmt: skip
+        if answer.distance is not None:
+            reply["watchdog"] = answer.distance
+            self.batcher.metrics.distance.set(answer.distance)
         return reply, answer.raw
 
     def _old(self, extras: Extras, last: Tensor | None) -> Old | None:

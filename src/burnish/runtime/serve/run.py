@@ -8,6 +8,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.reading import regular_file
 from burnish.data.dataset import open_dataset
+from burnish.data.watchdog import Watchdog
 from burnish.policies.base import Policy
 from burnish.policies.keys import ACTION
 from burnish.policies.load import policy_and_hash
@@ -26,6 +27,7 @@ from burnish.sampling.kept import Kept
 def serve_policy(
     policy: Policy | Path | str, options: ServeOptions | None = None, *, device: str = "",
     ready: Callable[[Server, int, Callable[[], None]], None] | None = None,
+    watchdog: Callable[[Policy, str], Watchdog] | None = None,
 ) -> None:  # fmt: skip
     """Serve a policy by openpi's protocol, and LeRobot's where a port is given, until SIGINT or SIGTERM.
 
@@ -34,6 +36,7 @@ def serve_policy(
         options: see `ServeOptions`.
         device: torch device; default: a GPU where there is one.
         ready: called once the policy is warm, with the server, its port and a function that ends it from any thread.
+        watchdog: makes what measures how far an observation is from the training set, of the policy and its hash.
 
     Raises:
         BurnishError: the policy cannot be loaded or does not act, options that do not fit it, see also `serve`.
@@ -49,14 +52,15 @@ def serve_policy(
         mode = options.async_mode
         model.sampler = find_sampler(options.sampler, policy) or model.sampler
         who, reuse = runner(model, options, stack, server)
+        dog = watchdog(model, digest) if watchdog else None
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
-                          "guided" if mode == "none" else mode, who, reuse)  # type: ignore[arg-type]  # fmt: skip
+                          "guided" if mode == "none" else mode, who, reuse, dog)  # type: ignore[arg-type]  # fmt: skip
         recorder = Recorder(Path(options.record), options.record_mb, server.metrics) if options.record else None
         names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
         sampler = model.sampler or (own_sampler(model) if model.supports("runtime") else "")
         about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact,
                  "sampler": sampler, "tier": options.tier, "cache": options.cache.mode,
-                 **robot(options.data)}  # fmt: skip
+                 **({"watchdog": dog.about} if dog else {}), **robot(options.data)}  # fmt: skip
         service = OpenPi(batcher, keys, options.seed, about, mode, recorder, robot_keys, names)
         service.warm()
         return service
