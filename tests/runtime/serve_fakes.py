@@ -55,14 +55,14 @@ class Served:
 
 
 @contextmanager
-def served(policy, **options):
+def served(policy, watchdog=None, **options):
     """A server around `policy` in a thread of its own."""
     ready, known, failed = threading.Event(), [], []
 
     def run():
         try:
             serve_policy(policy, ServeOptions(**{"port": 0, **options}),
-                         ready=lambda *found: (known.extend(found), ready.set()))  # fmt: skip
+                         ready=lambda *found: (known.extend(found), ready.set()), watchdog=watchdog)  # fmt: skip
         except BurnishError as error:
             failed.append(error)
             ready.set()
@@ -81,3 +81,18 @@ def served(policy, **options):
         assert not thread.is_alive()
         if failed:
             raise failed[0]
+
+
+def watching(*pictures, cameras=("image", "wrist_image")):
+    """What makes a watchdog of a training set in which every view was one of these pictures; see `serve_policy`."""
+    import numpy as np
+
+    from burnish.data.search import Index, build
+    from burnish.data.vectors import FRAME, Vectors, make_encoder
+    from burnish.data.watchdog import Watchdog
+
+    encoder = make_encoder("pixels")
+    values = np.repeat(encoder(np.stack(pictures))[:, None], len(cameras), 1)
+    about = {"encoder": encoder.identity, "spec": "pixels", "head": "", "data": "d", "cameras": list(cameras)}
+    index = Index(build(Vectors(values, np.zeros(len(values), FRAME), about)))
+    return lambda policy, weights: Watchdog(index, encoder, policy.cameras)

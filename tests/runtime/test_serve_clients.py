@@ -20,7 +20,7 @@ from burnish.core.seeding import derive_seed
 pytest.importorskip("msgpack")
 pytest.importorskip("websockets")
 
-from serve_fakes import Seen, served  # noqa: E402
+from serve_fakes import Seen, served, watching  # noqa: E402
 
 TOKEN = "a-token-of-some-length"
 OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON", "")
@@ -35,7 +35,7 @@ def by_hand(call, base):
 
 @pytest.mark.skipif(not OPENPI, reason="BURNISH_OPENPI_PYTHON names no Python with openpi-client")
 def test_openpi_client():
-    with served(Seen(), profile="libero", token=TOKEN) as one:
+    with served(Seen(), watching(PICTURE), profile="libero", token=TOKEN) as one:
         command = [OPENPI, str(Path(__file__).with_name("openpi_client_check.py")), str(one.port)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -91,7 +91,7 @@ def robot(tmp_path, monkeypatch):
 def test_robot_client(robot):
     """The arm executes rows of the served chunks in their order, each labelled with its control step."""
     policy = Seen(("top",), 7)
-    with served(policy, lerobot_port=0) as one:
+    with served(policy, watching(255 - PICTURE, cameras=("top",)), lerobot_port=0) as one:
         port = one.server.lerobot_port
         client, arm = robot(port)
         assert client.start()
@@ -104,6 +104,7 @@ def test_robot_client(robot):
         client.shutdown_event.set()
         [thread.join(5) for thread in threads]
         assert json.loads(one.server.metrics.stats(0))["requests"]["refused"] == 0
+        assert one.server.metrics.distance._value.get() > 0.1  # what a watchdog sees does not disturb the client
         client.channel.close()
         for changes, said in (({"policy_type": "act"}, "--policy_type=seen"),
                               ({"pretrained_name_or_path": "other"}, "--pretrained_name_or_path=served")):  # fmt: skip

@@ -1,6 +1,6 @@
 """Does the distance to the training set predict failure? The area under the curve, with an interval over episodes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,9 @@ class Watched:
     scores: np.ndarray
 
 
-def watched(records: Sequence[Record], first: int = 0) -> Watched:
-    """The largest distance of every episode; with `first` that of its first so many calls alone."""
-    scores = np.array([max(record.distances[: first or None]) for record in records])
+def watched(records: Sequence[Record]) -> Watched:
+    """The largest distance of every episode."""
+    scores = np.array([max(record.distances) for record in records])
     return Watched([record.key for record in records], np.array([not record.success for record in records]), scores)
 
 
@@ -63,3 +63,30 @@ def failure_auc(groups: Sequence[Watched]) -> tuple[float, float, float] | None:
     means = np.nanmean(found[:, ~np.isnan(found).all(0)], 0)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return value, min(float(low), value), max(float(high), value)
+
+
+def text(records: Sequence[Record]) -> str:
+    """What a result keeps of episodes: "camera.12=0 0.31 0.24; ..." says of initial state 12 under the camera whether
+    it succeeded, its largest distance, and the largest of as many first calls as the shortest of all episodes has."""
+    first = min(len(record.distances) for record in records)
+    parts = [f"{r.task.partition('+')[2] or 'plain'}.{r.initial_state}={int(r.success)} {max(r.distances):.4g} "
+             f"{max(r.distances[:first]):.4g}" for r in records]  # fmt: skip
+    return "; ".join(parts)
+
+
+def figures(outcomes: Mapping[str, str]) -> dict[str, Any]:
+    """What follows from the episodes that a row keeps, by policy: AUC as mean and interval, and beside it that of the
+    first calls, in which no episode has had more occasions than another."""
+    largest, first = [], []
+    for kept in outcomes.values():
+        parts = [part.replace("=", " ").split() for part in kept.split("; ")]
+        trials, failed = [part[0] for part in parts], np.array([part[1] == "0" for part in parts])
+        largest.append(Watched(trials, failed, np.array([float(part[2]) for part in parts])))
+        first.append(Watched(trials, failed, np.array([float(part[3]) for part in parts])))
+    value, *ends = failure_auc(largest) or (0.5, 0.0, 1.0)
+    early = failure_auc(first)
+    return {
+        "n": sum(len(one.failed) for one in largest), "mean": value, "interval": ends,
+        "first_calls": "{:.2f} [{:.2f}, {:.2f}]".format(*early) if early else "",
+        "success_rate": 1 - float(np.concatenate([one.failed for one in largest]).mean()),
+    }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.reading import read_object
+from burnish.evaluate import watchdog
 from burnish.evaluate.retrieval import figures
 from burnish.evaluate.stats import wilson
 from burnish.experiments.results import RAW, check_result, readable, result_row, withdrawn
@@ -37,6 +38,8 @@ def renew(content: dict[str, Any]) -> dict[str, Any]:
             rows[at] = {k: v for k, v in row.items() if k != "interval"} | summary(row[RAW], "mean" not in row)
         elif any(":" in text for text in row.get(RAW, {}).values()):  # of retrieval: the rank of every query
             rows[at] = row | figures(row[RAW])
+        elif any("=" in text for text in row.get(RAW, {}).values()):  # of a watchdog: the distances of every episode
+            rows[at] = row | watchdog.figures(row[RAW])
         else:
             every = "".join(row.get(RAW, {}).values())
             counts = (every.count("1"), len(every)) if every else (row["successes"], row["n"])
