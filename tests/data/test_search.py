@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
+from burnish.core.recipe import mixed_data, recipe_from_dict
 from burnish.data.curate import curate, idle_stretches
 from burnish.data.search import Index, best, build, centres, nearest_episodes, search, signatures
 from burnish.data.vectors import FRAME, Vectors, encode_dataset, load_vectors, make_encoder
@@ -149,6 +150,19 @@ def run(capsys, *words):
     return capsys.readouterr().out
 
 
+def test_an_entry_of_a_mix_takes_its_episodes_from_a_file(tmp_path):
+    file = tmp_path / "picked.json"
+    given = {"data": {"root": "a", "mix": [{"root": "b", "episodes": str(file)}]}}
+    recipe = recipe_from_dict(given)  # as in a study, whose steps write the file later
+    with pytest.raises(BurnishError, match=r"picked\.json"):
+        mixed_data(recipe)
+    file.write_text("[3, 1]")
+    assert mixed_data(recipe)[0].episodes == [3, 1] and recipe.data.mix[0]["episodes"] == str(file)
+    file.write_text('{"3": 1}')
+    with pytest.raises(BurnishError, match="a list of whole numbers"):
+        mixed_data(recipe)
+
+
 def test_index_search_and_select_from_the_command_line(pictured, tmp_path, capsys):
     root = shutil.copytree(pictured, tmp_path / "data")
     index = tmp_path / "index"
@@ -161,6 +175,12 @@ def test_index_search_and_select_from_the_command_line(pictured, tmp_path, capsy
     assert len(picked) == 2 and "--data.episodes" in said
     run(capsys, "data", "index", root, "--encoder", "pixels", "-o", tmp_path / "same")
     run(capsys, "data", "select", index, 1, "--like", tmp_path / "same", "-o", tmp_path / "picked.json")
+    for seed in (3, 3, 4):
+        run(capsys, "data", "select", index, 2, "--random", seed, "-o", tmp_path / f"random-{seed}.json")
+    chosen = json.loads((tmp_path / "random-3.json").read_text())
+    assert chosen == sorted(np.random.default_rng(3).permutation(3)[:2].tolist())
+    assert main(["data", "select", str(index), "1", "--like", str(tmp_path / "same"), "--random", "3"]) == 2
+    assert "--like and --random; expected one of them" in capsys.readouterr().err
     head, small = tmp_path / "head", ["--epochs=1", "--hidden=8", "--width=4", "--batch=8"]
     run(capsys, "method", "retrieve", "train", root, "-o", head, "--encoder", "pixels", *small)
     run(capsys, "data", "index", root, "--encoder", "pixels", "--head", head, "-o", tmp_path / "headed")

@@ -83,8 +83,8 @@ def served(policy, watchdog=None, **options):
             raise failed[0]
 
 
-def watching(*pictures, cameras=("image", "wrist_image")):
-    """What makes a watchdog of a training set in which every view was one of these pictures; see `serve_policy`."""
+def watching(**views):
+    """What makes a watchdog of a training set of one frame, of a picture for each view; see `serve_policy`."""
     import numpy as np
 
     from burnish.data.search import Index, build
@@ -92,7 +92,6 @@ def watching(*pictures, cameras=("image", "wrist_image")):
     from burnish.data.watchdog import Watchdog
 
     encoder = make_encoder("pixels")
-    values = np.repeat(encoder(np.stack(pictures))[:, None], len(cameras), 1)
-    about = {"encoder": encoder.identity, "spec": "pixels", "head": "", "data": "d", "cameras": list(cameras)}
-    index = Index(build(Vectors(values, np.zeros(len(values), FRAME), about)))
+    about = {"encoder": encoder.identity, "spec": "pixels", "head": "", "data": "d", "cameras": list(views)}
+    index = Index(build(Vectors(encoder(np.stack(list(views.values())))[None], np.zeros(1, FRAME), about)))
     return lambda policy, weights: Watchdog(index, encoder, policy.cameras)

@@ -35,7 +35,7 @@ def by_hand(call, base):
 
 @pytest.mark.skipif(not OPENPI, reason="BURNISH_OPENPI_PYTHON names no Python with openpi-client")
 def test_openpi_client():
-    with served(Seen(), watching(PICTURE), profile="libero", token=TOKEN) as one:
+    with served(Seen(), watching(image=PICTURE, wrist_image=PICTURE), profile="libero", token=TOKEN) as one:
         command = [OPENPI, str(Path(__file__).with_name("openpi_client_check.py")), str(one.port)]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -91,7 +91,7 @@ def robot(tmp_path, monkeypatch):
 def test_robot_client(robot):
     """The arm executes rows of the served chunks in their order, each labelled with its control step."""
     policy = Seen(("top",), 7)
-    with served(policy, watching(255 - PICTURE, cameras=("top",)), lerobot_port=0) as one:
+    with served(policy, watching(top=255 - PICTURE), lerobot_port=0) as one:
         port = one.server.lerobot_port
         client, arm = robot(port)
         assert client.start()
