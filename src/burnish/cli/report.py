@@ -8,28 +8,35 @@ from burnish.core.errors import BurnishError, plain
 
 
 def page(
-    run_folder: Path, *, out: Path | None = None,
+    run_folder: Path, against: Path | None = None, *, out: Path | None = None,
     figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None,
 ) -> None:  # fmt: skip
-    """Write the HTML page of a run.
+    """Write the HTML page of a run, or of two runs side by side.
 
     The page is one file with everything inside; it shows what the folder holds.
 
     Args:
         run_folder: folder that `burnish run` or `burnish train` wrote
-        out: where the page goes; default: RUN_FOLDER/report.html
+        against: a second run, B; differences are B minus A. Both may also be folders that `burnish eval` wrote
+        out: where the page goes; default: RUN_FOLDER/report.html, of two comparison.html
         figure: also draw film strips and success rates
 
-    Example:
+    Examples:
         burnish report page runs/tabletop/quickstart
+        burnish report page runs/before runs/after --out both.html
     """
     from burnish.core.outputs import require_file
     from burnish.report.page import write_report
 
-    for place, kind in ((out, "page"), (figure, "figure")):
+    for place, kind in ((out or (Path("comparison.html") if against else None), "page"), (figure, "figure")):
         if place:
             require_file(place, kind)
-    print(write_report(run_folder, out))
+    if against:
+        from burnish.report.comparison import write_comparison
+
+        print(write_comparison(run_folder, against, out))
+    else:
+        print(write_report(run_folder, out))
     if figure:
         from burnish.report.figure import write_figure
 

@@ -224,22 +224,27 @@ class Journal(AbstractContextManager):
         folder: evaluation folder; made when missing.
         settings: JSON-able facts that every episode in the folder shares (weights, seed, limits).
         parse: makes an episode of a row and its place, where they are no `Record`s.
+        kind, name: what the folder holds, and its file of lines.
 
     Raises:
         BurnishError: the folder was started with other settings, holds something else than an evaluation, or another
             process writes to it now.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], parse: Callable[[dict, str], Any] | None = None):
-        self.settings, self._parse = settings, parse
-        self.path = folder / EPISODES
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], parse: Callable[[dict, str], Any] | None = None,
+        kind: str = EVALUATION, name: str = EPISODES,
+    ):  # fmt: skip
+        self.settings, self._parse, self.kind = settings, parse, kind
+        self.path = folder / name
         with ExitStack() as opening:
-            opening.enter_context(claim(folder, EVALUATION, is_evaluation))
+            opening.enter_context(claim(folder, kind, is_evaluation if kind == EVALUATION else None))
             self._check(folder, settings)
             self.records, end = self._read(folder)
             with disk_errors(self.path):
                 self._file = opening.enter_context(open(self.path, "ab", buffering=0))
                 if self._file.seek(0, os.SEEK_END) > end:
+                    log.warning("the last line of %s is cut off and left out", self.path)
                     self._file.truncate(end)
             self._held = opening.pop_all()
 
@@ -253,7 +258,7 @@ class Journal(AbstractContextManager):
         different = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         if different:
             k = different[0]
-            found = f"{folder} holds an evaluation with other {', '.join(different)}"
+            found = f"{folder} holds an earlier {self.kind} with other {', '.join(different)}"
             found += f" ({k}: {_short(before.get(k))} there, {_short(now.get(k))} now)"
             raise BurnishError(found, "the same policy and settings, which continues it", "another --output")
 

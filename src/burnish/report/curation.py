@@ -75,9 +75,9 @@ def as_sections(found: Curation, pictures: dict[int, np.ndarray]) -> str:
     images = "".join(f'<img src="{png_uri(pictures[e])}" alt="episode {e}">' for e in found.cover[:SHOWN])
     typical = f"Vectors of {found.encoder}; an episode's nearest is at {found.typical:.4f} (1 - cosine, median)."
     return "".join([
-        section("Near-duplicate episodes", rows(["", "", "distance"], duplicates), lead=typical),
-        section("Outliers", rows(["", "distance to the nearest"], outliers)),
-        section("Idle stretches", rows(["", "frames", "time"], idle),
+        section("Near-duplicate episodes", rows(["episode", "and", "distance"], duplicates), lead=typical),
+        section("Outliers", rows(["episode", "distance to the nearest"], outliers)),
+        section("Idle stretches", rows(["episode", "frames", "time"], idle),
                 lead=f"{100 * found.idle_share:.1f} % of frames are in stretches in which no view changes."),
         section("Coverage", curve, f'<div class="thumbs">{images}</div>',
                 lead="How far the farthest episode is from the nearest of the first k that cover the data set best; "

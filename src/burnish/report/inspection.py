@@ -5,7 +5,7 @@ from statistics import median_high
 
 from burnish.core.errors import plain
 from burnish.data.inspect import Dimension, Inspection
-from burnish.report.html import document, facts, png_uri, section, table
+from burnish.report.html import document, facts, header, png_uri, section, table
 
 SCHEMES = {"min_max": "min/max", "quantiles": "1-99 %", "mean_std": "3 std"}
 
@@ -85,14 +85,13 @@ def as_html(found: Inspection, more: str = "") -> str:
     rows = [
         [f'<span class="{marks[p.kind]}">{p.kind}</span>', escape(p.where), escape(p.sentence)] for p in found.problems
     ]
+    head = header("burnish data inspect", name, f"LeRobotDataset {found.version} · {_verdict(found)}")
     parts = [
-        f'<header><div class="brand">burnish data inspect</div><h1>{escape(name)}</h1>'
-        f'<div class="sub">LeRobotDataset {escape(found.version)} · {escape(_verdict(found))}</div></header>',
         section("Overview", facts(_overview(found))),
-        section("Remarks", table(["", "where", "what"], rows)) if rows else "",
+        section("Remarks", table(["kind", "where", "what"], rows)) if rows else "",
     ]
     for view in found.views:
-        images = "".join(f'<img src="{png_uri(image)}" alt="">' for image in view.thumbnails)
+        images = "".join(f'<img src="{png_uri(image)}" alt="a frame of it">' for image in view.thumbnails)
         size = f"{view.size[0]} x {view.size[1]}, {view.codec}" if view.size else "unreadable"
         lead = f"{size}. {view.orientation}"
         parts.append(section(view.name, f'<div class="thumbs">{images}</div>' if images else "<p></p>", lead=lead))
@@ -103,7 +102,7 @@ def as_html(found: Inspection, more: str = "") -> str:
     parts.append(section("Instructions", table(["text", "episodes", "frames"], counts, numbers=(1, 2))))
     for title, dimensions in (("Actions", found.actions), ("States", found.states)):
         parts.append(_dimension_section(title, dimensions))
-    return document(f"{name} · burnish data inspect", "".join([*parts, more]))
+    return document(f"{name} · burnish data inspect", head, "".join([*parts, more]))
 
 
 def _dimension_section(title: str, dimensions: list[Dimension]) -> str:

@@ -40,7 +40,7 @@ def _body(video: Path | None, strip: Path | None) -> str:
     if video and video.stat().st_size <= MAX_VIDEO_BYTES:
         return f'<video src="{file_uri(video)}" controls muted loop playsinline preload="metadata"></video>'
     source = picture(strip) if strip else _strip_of(video) if video else ""
-    return f'<img src="{source}" alt="film strip">' if source else ""
+    return f'<img src="{source}" alt="frames of the episode, from first to last">' if source else ""
 
 
 def _caption(film: Film) -> str:

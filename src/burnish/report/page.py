@@ -8,7 +8,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
 from burnish.core.reading import read_text
 from burnish.report import sections
-from burnish.report.html import document
+from burnish.report.html import document, header
 from burnish.report.offline import offline
 from burnish.report.run_folder import RunFolder, load_run
 
@@ -38,10 +38,10 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
 def render(run: RunFolder) -> str:
     """The page as text."""
     parts = (
-        _header, sections.headline, sections.success, offline, sections.recordings, sections.tasks, sections.failures,
+        sections.headline, sections.success, offline, sections.recordings, sections.tasks, sections.failures,
         sections.swap, sections.retention, sections.training, sections.latency, sections.reproduce,
     )  # fmt: skip
-    return document(f"{run.name} · burnish", "".join(part(run) for part in parts))
+    return document(f"{run.name} · burnish", _header(run), "".join(part(run) for part in parts))
 
 
 def _header(run: RunFolder) -> str:
@@ -54,10 +54,7 @@ def _header(run: RunFolder) -> str:
     dirty = " (changed)" if commit.endswith("+") else ""
     parts = [when, sections.flat(info.get("hardware")), f"commit {commit[:10]}{dirty}" if commit else ""]
     line = " · ".join(part for part in parts if part)
-    return (
-        f'<header><div class="brand">burnish</div><h1>{escape(run.name)}</h1>'
-        f'<div class="sub">{escape(line)}</div>{_stages(info.get("stages") or [])}</header>'
-    )
+    return header("burnish", run.name, line, _stages(info.get("stages") or []))
 
 
 def _stages(stages: list[dict]) -> str:
@@ -68,7 +65,7 @@ def _stages(stages: list[dict]) -> str:
         return ""
     bars = "".join(f'<i style="flex:{length:.3f}" title="{escape(name)}"></i>' for name, length in minutes)
     names = "".join(f"<span><i></i>{escape(name)} {length:.1f} min</span>" for name, length in minutes)
-    return f'<div class="stages">{bars}</div><div class="stage-names">{names}</div>'
+    return f'<div class="stages" aria-hidden="true">{bars}</div><div class="stage-names">{names}</div>'
 
 
 def write_page(target: Path, text: str) -> None:

@@ -83,7 +83,9 @@ def interval_plot(rows: Sequence[IntervalRow]) -> str:
     """Dots with intervals on a common 0-100 % axis, one row each, the label above its row."""
     row_height, bottom = 48, 24
     height = row_height * len(rows) + bottom
-    out = [f'<svg class="intervals" width="100%" height="{height}" role="img" aria-label="success rates">']
+    said = [f"{one.label}: {percent(one.rate)}, 95 % interval {percent_range(one.low, one.high)}" for one in rows]
+    label = escape("; ".join(said))
+    out = [f'<svg class="intervals" width="100%" height="{height}" role="img" aria-label="{label}">']
     for tick in (0, 25, 50, 75, 100):
         x = _inset(tick / 100)
         anchor = {0: "start", 100: "end"}.get(tick, "middle")
@@ -95,9 +97,8 @@ def interval_plot(rows: Sequence[IntervalRow]) -> str:
     for index, row in enumerate(rows):
         top = row_height * index
         y = top + 32
-        title = f"{row.label}: {percent(row.rate)}, 95 % interval {percent_range(row.low, row.high)}"
         out.append(
-            f'<g class="role-{row.role}"><title>{escape(title)}</title>'
+            f'<g class="role-{row.role}"><title>{escape(said[index])}</title>'
             f'<text class="label" x="0" y="{top + 15}">{escape(row.label)}</text>'
             f'<text class="note" x="100%" y="{top + 15}" text-anchor="end">{escape(row.note)}</text>'
             f'<line class="track" x1="{_inset(0)}" x2="{_inset(1)}" y1="{y}" y2="{y}"/>'
@@ -130,8 +131,12 @@ def line_plot(
         if 0 <= x <= 930:  # the right end is for the name of the axis
             ticks.append(f'<span class="x" style="left:{x / 10:.2f}%">{short_number(tick)}</span>')
     ticks.append(f'<span class="x name">{escape(axis)}</span>')
+    y = kept[-1].y
+    said = f"curve over {axis}: begins at {short_number(y[0])}, ends at {short_number(y[-1])}, "
+    said += f"lies between {short_number(min(y))} and {short_number(max(y))}"
     return (
-        f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
+        f'<div class="plot" role="img" aria-label="{escape(said)}">'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f"{''.join(grid)}{''.join(_curve(one, frame) for one in kept)}</svg>{''.join(ticks)}</div>"
     )
 

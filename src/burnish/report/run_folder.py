@@ -163,13 +163,14 @@ def _retention(path: Path) -> dict[str, Any]:
 def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
     """`evaluations` in closed loop and `offline` ones, the fine-tuned policy's first."""
     summaries = {file: read_object(file, path) for file in sorted(path.glob("eval/*/summary.json"))}
-    found = {f.parent.name: _evaluation(f, path, one) for f, one in summaries.items() if OFFLINE not in one}
+    found = {f.parent.name: read_evaluation(f, path, one) for f, one in summaries.items() if OFFLINE not in one}
     known = [name for name in VARIANTS if name in found]
     offline = {f.parent.name: _offline(f, one) for f, one in summaries.items() if OFFLINE in one}
     return {"evaluations": {name: found[name] for name in dict.fromkeys([*known, *found])}, "offline": offline}
 
 
-def _evaluation(file: Path, root: Path, summary: dict[str, Any]) -> Evaluation:
+def read_evaluation(file: Path, root: Path, summary: dict[str, Any]) -> Evaluation:
+    """An evaluation in the folder `root`, of what its summary.json says, checked."""
     where, latency = str(file), _part(summary, "latency_ms", dict, str(file))
     failures = _part(summary, "failures", dict, where)
     return Evaluation(

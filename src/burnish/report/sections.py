@@ -1,16 +1,17 @@
 """The parts of a run's page, each a function of the run folder that returns "" when it has nothing to show."""
 
 import json
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from burnish.core.options import number
 from burnish.evaluate.stats import Rate
-from burnish.report.html import facts, section, table
+from burnish.report.html import facts, section, table, tile_row
 from burnish.report.media import films
 from burnish.report.offline import tile
 from burnish.report.plots import IntervalRow, Series, interval_plot, line_plot, percent, percent_range, smooth
-from burnish.report.run_folder import VARIANTS, RunFolder, read_rate
+from burnish.report.run_folder import VARIANTS, Evaluation, RunFolder, read_rate
 
 # column of metrics.jsonl: (title of its chart, logarithmic axis, shown as percent)
 CURVES = {
@@ -28,9 +29,9 @@ def headline(run: RunFolder) -> str:
     tiles = []
     tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
     if tuned:
-        tiles.append(("main", percent(tuned.overall.rate), f"success: {_count(tuned.overall)}"))
+        tiles.append(("main", percent(tuned.overall.rate), f"success: {count(tuned.overall)}"))
     if base:
-        tiles.append(("", percent(base.overall.rate), f"base: {_count(base.overall)}"))
+        tiles.append(("", percent(base.overall.rate), f"base: {count(base.overall)}"))
     tiles += tile(run)
     before, after = _accuracy(run, "base"), _accuracy(run, "tuned")
     if after:
@@ -41,14 +42,10 @@ def headline(run: RunFolder) -> str:
     elif run.info.get("stages"):
         minutes = sum(float(stage.get("minutes") or 0) for stage in run.info["stages"])
         tiles.append(("", f"{minutes:.0f} min", "all stages together"))
-    cells = "".join(
-        f'<div class="tile {kind}"><b>{escape(figure)}</b><span>{escape(text).replace(chr(10), "<br>")}</span></div>'
-        for kind, figure, text in tiles
-    )
-    return f'<div class="tiles">{cells}</div>' if cells else ""
+    return tile_row(tiles)
 
 
-def _count(rate: Rate) -> str:
+def count(rate: Rate) -> str:
     return f"{rate.successes} of {rate.n}\n95 %: {percent_range(rate.low, rate.high)}"
 
 
@@ -79,12 +76,17 @@ def _checks(run: RunFolder) -> str:
 
 
 def failures(run: RunFolder) -> str:
-    """In which way episodes failed, a row for each kind and a column for each evaluation that knows."""
-    known = [one for one in run.evaluations.values() if one.failures]
-    kinds = dict.fromkeys(kind for one in known for kind in one.failures)
-    rows = [[escape(kind), *(f"{one.failures.get(kind, 0):.0f}" for one in known)] for kind in kinds]
+    """In which way episodes failed."""
     lead = "From the simulator's state at the end of each episode that was not solved."
-    head = ["", *(f"{one.label} ({one.overall.n} episodes)" for one in known)]
+    return failures_of({one.label: one for one in run.evaluations.values()}, lead)
+
+
+def failures_of(evaluations: Mapping[str, Evaluation], lead: str = "") -> str:
+    """A row for each way to fail, and a column for each evaluation that knows."""
+    known = {name: one for name, one in evaluations.items() if one.failures}
+    kinds = dict.fromkeys(kind for one in known.values() for kind in one.failures)
+    rows = [[escape(kind), *(f"{one.failures.get(kind, 0):.0f}" for one in known.values())] for kind in kinds]
+    head = ["", *(f"{name} ({one.overall.n} episodes)" for name, one in known.items())]
     return section("Failures", table(head, rows, numbers=range(1, len(head))), lead=lead) if rows else ""
 
 
@@ -175,7 +177,7 @@ def _by_kind(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _retention_curves(run: RunFolder) -> str:
     charts = []
     for column, title in (("retention_accuracy", "Accuracy during training"), ("retention_loss", "Answer loss")):
-        x, y = _column(run, column)
+        x, y = column(run, column)
         if len(x) > 1:
             plot = line_plot([Series(x, y, points=True)], as_percent=column == "retention_accuracy")
             charts.append(f"<figure><h3>{title}</h3>{plot}</figure>")
@@ -190,7 +192,7 @@ def training(run: RunFolder) -> str:
         named -= {"loss_policy"}  # the only term is the loss itself
     for column in [*CURVES, *sorted(named - set(CURVES) - BOOKKEEPING - set(RETENTION_COLUMNS))]:
         title, log_y, as_percent = CURVES.get(column, (column, False, False))
-        x, y = _column(run, column)
+        x, y = column(run, column)
         if len(x) < 2:
             continue
         curves = [Series(x, y, role="tuned")]
@@ -257,7 +259,7 @@ def _accuracy(run: RunFolder, name: str) -> Rate | None:
     return read_rate(part.get("accuracy"), f"retention.json: {name}") if isinstance(part, dict) else None
 
 
-def _column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
+def column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of metrics.jsonl, where it holds a number."""
     rows = [row for row in run.metrics if number(row.get(name)) and number(row.get("step"))]
     return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]

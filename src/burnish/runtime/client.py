@@ -22,6 +22,8 @@ from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts to connect."""
+OVER = 4001
+"""Close code of a trial that is over (`burnish trial`): such a connection is not sought again."""
 log = logging.getLogger("burnish")
 
 
@@ -82,8 +84,9 @@ class PolicyClient:
                 self._connection.close()
                 raise BurnishError(f"{self.address} has not answered for {self.patience:g} s", "an answer") from None
             except (ConnectionClosed, OSError) as error:
-                if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code in (1008, 1009):
-                    self._connection = self._connect(end)
+                if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code in (1008, 1009, OVER):
+                    if error.rcvd.code != OVER:
+                        self._connection = self._connect(end)
                     raise BurnishError(f"{self.address}: {error.rcvd.reason or 'too large'}") from None
                 log.warning("connection to %s lost (%s)", self.address, one_line(error, 80))
                 self.reconnects += 1

@@ -1,0 +1,166 @@
+"""The page on which a person judges trials: a small server on this machine's own address, behind a secret path."""
+
+import json
+import logging
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any
+
+from burnish.core.errors import BurnishError, one_line
+from burnish.core.reading import parse_json
+from burnish.evaluate.trial import Stale, Trial
+
+MOST_BODY = 4096
+ACTS = {"start": [], "outcome": ["success", "failure", "video"], "undo": [], "finish": []}
+"""Methods of a trial that may be posted, and what they are given beside the entry; the first is needed."""
+_TYPES = {"entry": int, "success": bool, "failure": str, "video": str}
+_OWN = ("default-src 'none'; img-src 'self' data:; media-src 'self' blob:; connect-src 'self'; script-src 'nonce-{0}'; "
+        "style-src 'self' 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+_REPORT = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
+log = logging.getLogger("burnish")
+
+
+class Refused(Exception):
+    """A request that gets a status and one line."""
+
+
+class Page(ThreadingHTTPServer):
+    """Serves a trial on 127.0.0.1 until its report has been shown.
+
+    Args:
+        report: writes the report of the trial, which has ended, and returns the page.
+        port: 0 takes a free one.
+
+    Attributes:
+        address: with its secret; whoever knows it may judge.
+
+    Raises:
+        BurnishError: the port cannot be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, trial: Trial, report: Callable[[], str], port: int = 0):
+        self.trial, self.report, self.secret = trial, report, secrets.token_urlsafe(24)
+        self.page, self.ended = "", threading.Event()
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise BurnishError(f"cannot listen on port {port} ({one_line(error, 100)})", "a free port") from None
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.address = f"http://{self.hosts[0]}/{self.secret}/"
+
+    def run(self) -> None:
+        """Serve until the report has been shown."""
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+        try:
+            self.ended.wait()
+        finally:
+            self.shutdown()
+            self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has gone is no news; anything else is a fault of ours."""
+        if not isinstance(sys.exception(), OSError):
+            log.error("a request ended in %r", sys.exception())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "burnish", "", 20
+    server: Page
+
+    def do_GET(self) -> None:
+        try:
+            self._get(self._path())
+        except Refused as refused:
+            self._refuse(*refused.args)
+
+    def do_POST(self) -> None:
+        try:
+            self._post(self._path())
+        except Refused as refused:
+            self.close_connection = True  # whatever was not read of its body
+            self._refuse(*refused.args)
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def _path(self) -> str:
+        """What is asked for, of one who knows the secret, under our own name: a page of elsewhere may know neither."""
+        _, secret, *rest = [*self.path.partition("?")[0].split("/", 2), ""]
+        hosts, origin = self.server.hosts, self.headers.get("Origin", f"http://{self.server.hosts[0]}")
+        if self.headers.get("Host") not in hosts or origin not in [f"http://{host}" for host in hosts]:
+            raise Refused(403, f"expected {hosts[0]}")
+        if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
+            raise Refused(403, "expected the whole address that the command printed")
+        return rest[0]
+
+    def _get(self, path: str) -> None:
+        folder, trial = files("burnish.report"), self.server.trial
+        if path == "":
+            nonce = secrets.token_urlsafe(16)
+            text = folder.joinpath("trial.html").read_text(encoding="utf-8").replace("NONCE", nonce)
+            self._send(text, "text/html", _OWN.format(nonce))
+        elif path == "style.css":
+            self._send(folder.joinpath(path).read_text(encoding="utf-8"), "text/css")
+        elif path == "state":
+            self._send(json.dumps(trial.view()))
+        elif path == "report" and self.server.page:
+            self._send(self.server.page, "text/html", _REPORT)
+            self.server.ended.set()
+        elif path.startswith("photo/") and path[6:].isdecimal() and len(path) < 12:
+            try:
+                self._send(trial.photo(int(path[6:])), "image/jpeg")
+            except BurnishError as error:
+                raise Refused(404, str(error)) from None
+        else:
+            raise Refused(404, "nothing is there")
+
+    def _post(self, path: str) -> None:
+        if path not in ACTS:
+            raise Refused(404, "nothing is there")
+        given = self._body(ACTS[path])
+        try:
+            getattr(self.server.trial, path)(**given)
+            if path == "finish":
+                self.server.page = self.server.report()
+            self._send(json.dumps({"state": self.server.trial.view()}))
+        except BurnishError as error:
+            raise Refused(409 if isinstance(error, Stale) else 400, str(error)) from None
+
+    def _body(self, keys: list[str]) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "expected Content-Length")
+        if len(length) > 9 or int(length) > MOST_BODY:
+            raise Refused(413, f"expected at most {MOST_BODY} bytes")
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "expected application/json")
+        try:
+            given = parse_json(self.rfile.read(int(length)).decode(), "the body")
+        except (BurnishError, UnicodeDecodeError) as error:
+            raise Refused(400, one_line(error)) from None
+        if not isinstance(given, dict) or not {"entry", *keys[:1]} <= given.keys() <= {"entry", *keys}:
+            raise Refused(400, f"expected an object of {', '.join(['entry', *keys])}")
+        for key, value in given.items():
+            if type(value) is not _TYPES[key]:
+                raise Refused(400, f"expected {key} as {_TYPES[key].__name__}")
+        return given
+
+    def _refuse(self, status: int, text: str) -> None:
+        self._send(json.dumps({"error": text}), status=status)
+
+    def _send(self, content: str | bytes, kind: str = "application/json", policy: str = "default-src 'none'",
+              status: int = 200) -> None:  # fmt: skip
+        body = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        said = {"Content-Type": kind if kind == "image/jpeg" else f"{kind}; charset=utf-8", "Cache-Control": "no-store",
+                "Content-Length": str(len(body)), "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer",
+                "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}  # fmt: skip
+        for name, value in said.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
