@@ -156,7 +156,8 @@ def check_page(chromium, address, network=()):
         chromium.go(address, size)
         for scheme in ("light", "dark"):
             chromium.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            assert chromium.js(FAULTS) == [], (size, scheme)
+            found = chromium.js(FAULTS)
+            assert found == [], (found, size, scheme)
         assert chromium.unnamed() == []
         assert chromium.errors == []
         own = (str(address), "data:", "blob:", *network)

@@ -14,6 +14,7 @@ COMMANDS = {
     "anchor": ["method", "isolate", "anchor", "small", "questions", "-o", "X"],
     "html": ["data", "inspect", "data", "--html", "X"],
     "page": ["report", "page", "run", "--out", "X"],
+    "two pages": ["report", "page", "run", "run", "--out", "X"],
     "page figure": ["report", "page", "run", "--figure", "X"],
     "pareto": ["report", "pareto", "result.json", "-o", "X"],
     "decode": ["policy", "decode", "small", "--output", "X"],

@@ -28,7 +28,8 @@ COMMANDS = {
     "anchor": ["method", "isolate", "anchor", "small", "questions", "-o", "X"],
     "select": ["method", "align", "select", "recipe.yaml", "--figure", "X"],
     "inspection": ["weights", "inspect", "delta", "--output", "X"],
-    "result": ["run", "recipe.yaml", "--result", "X"],
+    "result": ["run", "recipe.yaml", "--result", "X"], "trial": ["trial", "a", "b", "--output", "X"],
+    "two pages": ["report", "page", "run", "run", "--out", "X"],
 }  # fmt: skip
 
 

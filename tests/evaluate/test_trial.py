@@ -17,8 +17,8 @@ from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import sequential
 from burnish.evaluate.trial import ENTRIES, NEXT, Stale, Trial, TrialOptions, drawn
 from burnish.report.trial import order_effect, write_trial_report
-from burnish.runtime.client import OVER, PolicyClient
-from burnish.runtime.serve.wire import pack_openpi
+from burnish.runtime.client import PolicyClient
+from burnish.runtime.serve.wire import OVER, pack_openpi
 
 
 def judge(trial: Trial, wins: dict[str, list[bool]]) -> None:
@@ -36,7 +36,7 @@ def truth(pairs: int, a: float, b: float, seed: int = 0) -> dict[str, list[bool]
 
 @pytest.fixture
 def trial(tmp_path):
-    with Trial(tmp_path / "t", "old", "new", TrialOptions(trials=4)) as made:
+    with Trial(tmp_path / "t", "walnut", "hazel", TrialOptions(trials=4)) as made:
         made.connect()
         yield made
 
@@ -55,11 +55,13 @@ def test_the_draw_gives_each_state_once_a_round_and_either_policy_first_by_a_fai
 
 def test_what_is_entered_is_what_compare_and_the_report_say(tmp_path):
     wins = truth(30, 0.3, 0.95)
-    with Trial(tmp_path / "t", "old", "new", TrialOptions(trials=30, margin=0.1)) as trial:
+    with Trial(tmp_path / "t", "walnut", "hazel", TrialOptions(trials=30, margin=0.1)) as trial:
         trial.connect()
         while trial.now and not trial.decided:
             judge(trial, wins)
-            assert not (tmp_path / "t/eval").exists() and not any(n in json.dumps(trial.view()) for n in ("old", "new"))
+            assert not (tmp_path / "t/eval").exists() and not any(
+                n in json.dumps(trial.view()) for n in ("walnut", "hazel")
+            )
         made = len(trial.outcomes) // 2
         done = {arm: wins[arm][:made] for arm in "ab"}
         differences = np.array(done["b"], float) - np.array(done["a"], float)
@@ -73,8 +75,8 @@ def test_what_is_entered_is_what_compare_and_the_report_say(tmp_path):
     again = compare(tmp_path / "t/eval/a", tmp_path / "t/eval/b", margin=0.1, sequential=True)
     assert again == found and again.sequential.verdict == "better" and again.sequential.decided == made
     text = page.read_text()
-    assert "new is better than old" in text and f"settled by pair {made}" in text
-    with pytest.raises(Stale), Trial(tmp_path / "t", "old", "new", TrialOptions(trials=30, margin=0.1)) as trial:
+    assert "hazel is better than walnut" in text and f"settled by pair {made}" in text
+    with pytest.raises(Stale), Trial(tmp_path / "t", "walnut", "hazel", TrialOptions(trials=30, margin=0.1)) as trial:
         trial.start(len(trial.entries))
 
 
@@ -112,9 +114,9 @@ def test_without_servers_the_next_policy_stands_in_a_file_and_only_there(trial):
 
 
 def test_what_is_not_the_moment_is_refused(trial):
-    for name, *given in (("outcome", 0, True), ("undo", 0), ("finish", 0), ("start", 1)):
+    for name, *words in (("outcome", 0, True), ("undo", 0), ("finish", 0), ("start", 1)):
         with pytest.raises(Stale):
-            getattr(trial, name)(*given)
+            getattr(trial, name)(*words)
     trial.start(0)
     for bad in ({"failure": "bored"}, {"failure": "dropped", "success": True}, {"video": "x" * 501}, {"video": "a\nb"}):
         with pytest.raises(BurnishError):
@@ -180,7 +182,7 @@ def test_another_trial_or_process_in_the_folder_is_refused(trial, tmp_path):
     )
     assert b"BlockingIOError" in done.stderr
     trial.__exit__()
-    for names, options in ((("old", "newer"), TrialOptions()), (("old", "new"), TrialOptions(margin=0.1))):
+    for names, options in ((("walnut", "hazelnut"), TrialOptions()), (("walnut", "hazel"), TrialOptions(margin=0.1))):
         with pytest.raises(BurnishError, match="earlier trial with other"):
             Trial(trial.folder, *names, options)
     for names in (("x", "x"), ("x", ""), ("ws://127.0.0.1:1", "x")):
@@ -206,7 +208,7 @@ def photos(folder, size=(40, 30)):
 
 def test_states_are_photos_and_words_and_stay_with_the_trial(tmp_path, dataset):
     folder = photos(tmp_path / "photos")
-    found = states_in_folder(folder)
+    found = [state for state, _ in states_in_folder(folder)]
     assert [(one.name, one.instruction, one.setup) for one in found] == [
         ("a", "", ""), ("b", "lift it", ""), ("c", "", "cube at the left edge")]  # fmt: skip
     options = TrialOptions(states=str(folder), task="push it")
@@ -214,14 +216,15 @@ def test_states_are_photos_and_words_and_stay_with_the_trial(tmp_path, dataset):
         pass
     (folder / "a.png").unlink()
     with Trial(tmp_path / "t", "x", "y", options) as trial:
-        assert [one["instruction"] for one in trial.states] == ["push it", "lift it", "push it"]
+        assert [one.instruction or trial.options.task for one in trial.states] == ["push it", "lift it", "push it"]
+        assert trial.view()["state"]["told"] in ("push it", "lift it")
         (trial.folder / "shown.jpg").write_bytes(trial.photo(1))
         with pytest.raises(BurnishError, match="no photo"):
             trial.photo(2)
     with Image.open(tmp_path / "t/shown.jpg") as image:
         assert image.size == (30, 40)
     made = states_of_dataset(dataset, 3)
-    assert len(made) == 3 and all(one.instruction and one.photo[:2] == b"\xff\xd8" for one in made)
+    assert len(made) == 3 and all(one.instruction and photo[:2] == b"\xff\xd8" for one, photo in made)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.json", "y.json", "a.jpg", "pipe.png"])

@@ -30,7 +30,7 @@ def chromium():
 
 def begin(folder, photos):
     """The command in a process of its own, and the address that it prints."""
-    words = ["trial", "old", "new", "--trials", "30", "--margin", "0.1", "--states", photos, "--output", folder]
+    words = ["trial", "walnut", "hazel", "--trials", "30", "--margin", "0.1", "--states", photos, "--output", folder]
     process = subprocess.Popen([sys.executable, "-m", "burnish.cli.main", *map(str, words)], stdout=subprocess.PIPE,
                                text=True, cwd=folder.parent)  # fmt: skip
     line = process.stdout.readline()
@@ -87,13 +87,13 @@ def test_a_trial_played_through_with_a_kill_and_a_stop_by_the_sequential_rule(ch
             made += 1
             decided = made > 1 and sequential(np.ones(made // 2), 0.1).decided is not None
             assert ("you may stop" in chromium.js("document.getElementById('said').textContent")) == decided
-            assert not re.search(r"\bold\b|\bnew\b", chromium.js("document.body.innerText"))
+            assert not re.search(r"walnut|hazel", chromium.js("document.body.innerText"))
         chromium.js("document.getElementById('use').click()")
         chromium.wait("document.getElementById('stage').classList.contains('over')")
         assert chromium.js("getComputedStyle(document.getElementById('photo')).opacity") == "0.5"
         chromium.js("setTimeout(() => document.getElementById('finish').click())")
         chromium.wait("location.pathname.endsWith('/report') && document.readyState === 'complete'")
-        assert chromium.js("document.querySelector('strong').textContent") == "new is better than old"
+        assert chromium.js("document.querySelector('strong').textContent") == "hazel is better than walnut"
         assert f"better after trial {made // 2}: stop" in process.communicate(timeout=60)[0]
         assert process.returncode == 0 and chromium.errors == []
     finally:

@@ -18,7 +18,7 @@ def page(tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 6), "red").save(tmp_path / "photos/a.png")
     options = TrialOptions(trials=2, states=str(tmp_path / "photos"))
-    with Trial(tmp_path / "t", "old", "new", options) as trial:
+    with Trial(tmp_path / "t", "walnut", "hazel", options) as trial:
         trial.connect()
         made = Page(trial, lambda: write_trial_report(trial)[0].read_text())
         thread = threading.Thread(target=made.run)
@@ -86,7 +86,7 @@ def test_wrong_requests_get_their_status_one_line_and_change_nothing(page):
     for name, (status, request) in REFUSED.items():
         found = ask(page, **request)
         assert found[0] == status, name
-        assert b"old" not in found[2] and b"settings" not in found[2]
+        assert b"walnut" not in found[2] and b"settings" not in found[2]
     for name, (status, body, headers) in BODIES.items():
         found = ask(page, "outcome", "POST", body, **headers) if body else bare(page, headers)
         assert found[0] == status, name
@@ -145,12 +145,14 @@ def test_a_trial_from_the_first_try_to_the_report(page):
         )
         assert status == 200
         seen = body + ask(page, "state")[2]
-        assert str(secret).encode() not in seen and b"old" not in seen and b"new" not in seen
+        assert str(secret).encode() not in seen and b"walnut" not in seen and b"hazel" not in seen
     state = json.loads(ask(page, "state")[2])
     assert state["pair"] is None and state["enough"] and not state["finished"]
     assert post(page, "undo", entry=4)[0] == 200 and post(page, "start", entry=5)[0] == 200
     assert post(page, "outcome", entry=5, success=False, failure="dropped")[0] == 200
     assert [post(page, "finish", entry=entry)[0] for entry in (5, 6, 7)] == [409, 200, 200]  # again writes it again
     status, _, body = ask(page, "report")
-    assert status == 200 and b"old" in body and b"new" in body and b'href="http://a/b"' in body and b"dropped" in body
+    assert (
+        status == 200 and b"walnut" in body and b"hazel" in body and b'href="http://a/b"' in body and b"dropped" in body
+    )
     assert page.ended.wait(5)

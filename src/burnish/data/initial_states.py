@@ -1,13 +1,13 @@
 """Initial states for trials on a robot: a photo that the scene is set up to match, and what the robot is told."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from burnish.core.errors import BurnishError, one_line
-from burnish.core.files import make_folder, new_file
 from burnish.core.options import read_options
 from burnish.core.reading import read_object, regular_file
 from burnish.data.dataset import open_dataset
@@ -28,11 +28,12 @@ class State:
     photo: str = ""
 
 
-def states_in_folder(folder: Path, into: Path) -> list[State]:
-    """A state for every name in a folder: NAME.jpg or NAME.png, and NAME.json with "instruction" and "setup" in words.
+Made = list[tuple[State, bytes]]
+"""States with their photos, b"" where there is none."""
 
-    Args:
-        into: folder of the trial, which keeps the photos.
+
+def states_in_folder(folder: Path) -> Made:
+    """A state for every name in a folder: NAME.jpg or NAME.png, and NAME.json with "instruction" and "setup" in words.
 
     Raises:
         BurnishError: no folder, none or too many in it, a picture that is none, a JSON file of another form.
@@ -44,28 +45,27 @@ def states_in_folder(folder: Path, into: Path) -> list[State]:
             raise BurnishError(f"{folder} holds two pictures of {path.stem}", "one of each initial state")
     if not 1 <= len(files) <= MOST_STATES:
         raise BurnishError(f"{folder} holds {len(files)} initial states", f"1 to {MOST_STATES}: NAME.jpg, NAME.json")
-    return [_state(name, into, folder, number, **found) for number, (name, found) in enumerate(files.items())]
+    return [_read(name, folder, i, **found) for i, (name, found) in enumerate(files.items())]
 
 
-def _state(
-    name: str, into: Path, folder: Path, number: int, photo: Path | None = None, words: Path | None = None
-) -> State:
+def _read(
+    name: str, folder: Path, number: int, photo: Path | None = None, words: Path | None = None
+) -> tuple[State, bytes]:
     said = read_object(words, folder) if words else {}
-    state = read_options(State, {"photo": "", "name": name[:MOST_TEXT]} | said, str(words))
+    state = read_options(State, {"name": name, "photo": _place(number) if photo else ""} | said, str(words))
     if {"photo", "name"} & said.keys() or max(len(state.instruction), len(state.setup)) > MOST_TEXT:
         raise BurnishError(f"{words} says more", f'"instruction" and "setup" of at most {MOST_TEXT} characters')
     if photo is None:
-        return state
+        return state, b""
     from PIL import ImageOps
 
     try:
-        picture = ImageOps.exif_transpose(open_picture(regular_file(photo, folder, MOST_BYTES).read_bytes()))
-        return State(state.name, state.instruction, state.setup, _keep(picture, into, number))
+        return state, _jpeg(ImageOps.exif_transpose(open_picture(regular_file(photo, folder, MOST_BYTES).read_bytes())))
     except (OSError, ValueError, SyntaxError, BurnishError) as error:
         raise BurnishError(f"{photo} cannot be read ({one_line(error, 200)})", "a PNG or JPEG picture") from None
 
 
-def states_of_dataset(root: Path, into: Path, most: int) -> list[State]:
+def states_of_dataset(root: Path, most: int) -> Made:
     """The first frames of at most `most` episodes of a LeRobotDataset, evenly from all, by its first camera."""
     from PIL import Image
 
@@ -76,15 +76,18 @@ def states_of_dataset(root: Path, into: Path, most: int) -> list[State]:
     places = np.unique(np.linspace(0, len(known) - 1, min(most, MOST_STATES, len(known))).round().astype(int))
     chosen = [known[i] for i in places]
     frames = StreamedFrames.open(data, camera, Shape.of(data, camera, EDGE, 0), chosen)
-    photos = [_keep(Image.fromarray(frames[data.rows.span(e)[0]]), into, i) for i, e in enumerate(chosen)]
     said = [" / ".join(data.episodes[e].tasks)[:MOST_TEXT] for e in chosen]
-    return [State(f"episode {e}", text, "", photo) for e, text, photo in zip(chosen, said, photos, strict=True)]
+    states = [State(f"episode {e}", said[i], "", _place(i)) for i, e in enumerate(chosen)]
+    photos = [_jpeg(Image.fromarray(frames[data.rows.span(e)[0]])) for e in chosen]
+    return list(zip(states, photos, strict=True))
 
 
-def _keep(picture: Any, into: Path, number: int) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((EDGE, EDGE))
-    make_folder(into / "states")
-    with new_file(into / f"states/{number:03d}.jpg") as file:
-        picture.save(file, format="JPEG", quality=88)
+def _place(number: int) -> str:
     return f"states/{number:03d}.jpg"
+
+
+def _jpeg(picture: Any) -> bytes:
+    picture, buffer = picture.convert("RGB"), BytesIO()
+    picture.thumbnail((EDGE, EDGE))
+    picture.save(buffer, format="JPEG", quality=88)
+    return buffer.getvalue()

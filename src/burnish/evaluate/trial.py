@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.core.files import write_json, write_text
+from burnish.core.files import new_file, write_json, write_text
 from burnish.core.options import check, option, read_options
 from burnish.core.outputs import claim
 from burnish.core.provenance import commit
@@ -138,12 +138,16 @@ class Trial(AbstractContextManager):
             return said | {"seed": seed, "states": states}
         if options.states and options.data:
             raise BurnishError("--states and --data", "one of them")
-        states = [State(str(pair + 1)) for pair in range(options.trials)]
+        made = [(State(str(pair + 1)), b"") for pair in range(options.trials)]
         if options.states:
-            states = states_in_folder(Path(options.states), self.folder)
+            made = states_in_folder(Path(options.states))
         elif options.data:
-            states = states_of_dataset(Path(options.data), self.folder, options.trials)
-        return said | {"seed": secrets.randbits(62), "states": [asdict(state) for state in states]}
+            made = states_of_dataset(Path(options.data), options.trials)
+        for state, photo in made:
+            if photo:
+                with new_file(self.folder / state.photo) as file:
+                    file.write_bytes(photo)
+        return said | {"seed": secrets.randbits(62), "states": [asdict(state) for state, _ in made]}
 
     @property
     def now(self) -> tuple[int, int] | None:

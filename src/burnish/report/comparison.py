@@ -15,7 +15,7 @@ from burnish.report.html import document, header, section, table
 from burnish.report.page import write_page
 from burnish.report.plots import IntervalRow, Series, interval_plot, line_plot, percent, smooth
 from burnish.report.run_folder import VARIANTS, RunFolder, load_run
-from burnish.report.sections import CURVES, column, failures_of, flat
+from burnish.report.sections import CURVES, curve, failures_of, flat
 
 SIDES = ("A", "B")
 
@@ -54,7 +54,7 @@ def write_comparison(a: Path | str, b: Path | str, out: Path | str | None = None
     body = [
         success(SIDES, closed),
         section("Remarks", "<ul>" + "".join(f"<li>{escape(one)}</li>" for one in notes) + "</ul>") if notes else "",
-        *(_tasks(name, one) for name, one in closed.items()), failures_of(evaluations),
+        failures_of(evaluations),
         *(_held_out(name, one) for name, one in found.items() if isinstance(one, OfflineComparison)),
         _training(runs), _made(names, runs),
     ]  # fmt: skip
@@ -82,13 +82,6 @@ def success(names: Sequence[str], found: Mapping[str, Comparison]) -> str:
     return section("Success", interval_plot(rows), table(head, cells, range(1, 6)), lead=lead) if rows else ""
 
 
-def _tasks(label: str, one: Comparison) -> str:
-    rows = [[escape(task), str(r.n), percent(r.rate_a.rate), percent(r.rate_b.rate), f"{100 * r.difference:+.0f}",
-             f"{r.p:.2g}"] for task, r in one.per_task.items() if len(one.per_task) > 1]  # fmt: skip
-    head = ["task", "pairs", *SIDES, "B - A, points", "p"]
-    return section(f"Tasks: {label}", table(head, rows, range(1, 6)) if rows else "")
-
-
 def _held_out(label: str, one: OfflineComparison) -> str:
     rows = [[escape(FIGURES.get(name, f"error of {name}")), *(f"{value:.3g}" for value in one.means[name]),
              f"{d.mean:+.3g}", f"{d.low:+.3g} to {d.high:+.3g}"] for name, d in one.differences.items()]  # fmt: skip
@@ -99,7 +92,7 @@ def _held_out(label: str, one: OfflineComparison) -> str:
 def _training(runs: Sequence[RunFolder]) -> str:
     charts = []
     for name, (title, log_y, as_percent) in CURVES.items():
-        found = [column(run, name) for run in runs]
+        found = [curve(run, name) for run in runs]
         if all(len(x) > 1 for x, _ in found):
             curves = [Series(x, smooth(y), role) for (x, y), role in zip(found, ("base", "tuned"), strict=True)]
             plot = line_plot(curves, log_y=log_y and min(min(y) for _, y in found) > 0, as_percent=as_percent)

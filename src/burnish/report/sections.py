@@ -177,7 +177,7 @@ def _by_kind(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _retention_curves(run: RunFolder) -> str:
     charts = []
     for column, title in (("retention_accuracy", "Accuracy during training"), ("retention_loss", "Answer loss")):
-        x, y = column(run, column)
+        x, y = curve(run, column)
         if len(x) > 1:
             plot = line_plot([Series(x, y, points=True)], as_percent=column == "retention_accuracy")
             charts.append(f"<figure><h3>{title}</h3>{plot}</figure>")
@@ -192,7 +192,7 @@ def training(run: RunFolder) -> str:
         named -= {"loss_policy"}  # the only term is the loss itself
     for column in [*CURVES, *sorted(named - set(CURVES) - BOOKKEEPING - set(RETENTION_COLUMNS))]:
         title, log_y, as_percent = CURVES.get(column, (column, False, False))
-        x, y = column(run, column)
+        x, y = curve(run, column)
         if len(x) < 2:
             continue
         curves = [Series(x, y, role="tuned")]
@@ -259,7 +259,7 @@ def _accuracy(run: RunFolder, name: str) -> Rate | None:
     return read_rate(part.get("accuracy"), f"retention.json: {name}") if isinstance(part, dict) else None
 
 
-def column(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
+def curve(run: RunFolder, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of metrics.jsonl, where it holds a number."""
     rows = [row for row in run.metrics if number(row.get(name)) and number(row.get("step"))]
     return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]

@@ -18,12 +18,10 @@ import numpy as np
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.runtime.realtime.queue import ActionQueue, Asked
-from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
+from burnish.runtime.serve.wire import OVER, pack_openpi, unpack_openpi
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts to connect."""
-OVER = 4001
-"""Close code of a trial that is over (`burnish trial`): such a connection is not sought again."""
 log = logging.getLogger("burnish")
 
 

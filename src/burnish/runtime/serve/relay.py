@@ -11,8 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from burnish.core.errors import BurnishError, one_line
-from burnish.runtime.client import OVER
-from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
+from burnish.runtime.serve.wire import OVER, pack_openpi, unpack_openpi
 
 NAMES = ("policy", "weights")
 """Of a server's greeting: what would tell who answers."""

@@ -15,6 +15,8 @@ from burnish.core.errors import BurnishError, one_line
 MOST_PARTS, MOST_ENTRIES, MOST_TEXT = 1000, 1024, 10_000
 """Maps and lists in a message, entries of each, characters of a text."""
 MOST_AXES = 5
+OVER = 4001
+"""Close code of a try that is over (`burnish trial`): such a connection is not sought again."""
 _DTYPE = re.compile(r"[<|=]?([iuf][1248]|b1)")
 
 
