@@ -21,12 +21,12 @@ from burnish.core.provenance import commit, machine
 from burnish.core.reading import read_lines
 from burnish.core.seeding import derive_seed
 from burnish.data.vectors import Encoder, Vectors, encode_dataset, make_encoder
-from burnish.evaluate import retrieval
-from burnish.evaluate.retrieval import Found, find, over_episodes
+from burnish.evaluate.retrieval import over_episodes
 from burnish.experiments.results import check_place, write_result
 from burnish.methods.retrieve.head import Head
 from burnish.methods.retrieve.options import make_config
 from burnish.methods.retrieve.train import train_head
+from workshop.ranks import Found, find, ranks_row, shuffled, time_errors
 
 SAME, MOMENT, ACROSS = "same task, other episodes", "other view, same moment", "other view, same task, other episodes"
 SENTENCE, SHUFFLED, PUBLISHED = "instruction to frames", "shuffled labels", "published protocol"
@@ -105,7 +105,7 @@ def measure(
                 times.setdefault(label, []).append(_times(vectors, asked))
                 if seed == 0 and figure is not None:
                     shown[label] = _neighbours(vectors, asked)
-    rows = [retrieval.row(label, split, ones, **_more(split, times[label]))
+    rows = [ranks_row(label, split, ones, **_more(split, times[label]))
             for (split, label), ones in sorted(found.items(), key=lambda item: _order(item[0][0]))]  # fmt: skip
     if figure is not None:
         draw(root, shown, figure)
@@ -173,7 +173,7 @@ def _splits(
     one, own = vectors[:, 0], of.frames["episode"]
     same, here = tasks[:, None] == tasks[None], own[:, None] == own[None]
     yield SAME, find(one, one, same, here, own)
-    mixed = retrieval.shuffled(tasks, own, np.random.default_rng(derive_seed("shuffled", seed)))
+    mixed = shuffled(tasks, own, np.random.default_rng(derive_seed("shuffled", seed)))
     yield SHUFFLED, find(one, one, mixed[:, None] == mixed[None], here, own)
     if vectors.shape[1] > 1:
         moment = of.frames["row"]
@@ -198,7 +198,7 @@ def _times(vectors: np.ndarray, asked: Part) -> tuple[np.ndarray, np.ndarray, np
     """Errors of the nearest frame's place in its episode, those by chance, and the episodes."""
     of = asked.features
     share = of.frames["time"] / np.maximum(of.frames["length"] - 1, 1)
-    return retrieval.time_errors(vectors, share, asked.tasks, of.frames["episode"])
+    return time_errors(vectors, share, asked.tasks, of.frames["episode"])
 
 
 def _more(split: str, times: Sequence[tuple[np.ndarray, ...]]) -> dict[str, Any]:

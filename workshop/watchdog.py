@@ -23,7 +23,7 @@ from burnish.data.search import build
 from burnish.data.vectors import FRAME, Vectors, encode_dataset, make_encoder
 from burnish.evaluate.records import Record
 from burnish.evaluate.rollout import evaluate
-from burnish.evaluate.watchdog import figures, text
+from burnish.evaluate.watchdog import figures
 from burnish.experiments.results import check_place, write_result
 from burnish.methods.retrieve.ask import FOLDER
 from burnish.methods.retrieve.head import load_head
@@ -70,6 +70,15 @@ def main(args: argparse.Namespace) -> int:
         hardware=machine("cpu")["device"], minutes=(time.perf_counter() - begin) / 60,
     ))  # fmt: skip
     return 0
+
+
+def text(records: Sequence[Record]) -> str:
+    """What a result keeps of episodes: "camera.12=0 0.31 0.24; ..." says of initial state 12 under the camera whether
+    it succeeded, its largest distance, and the largest of as many first calls as the shortest of all episodes has."""
+    first = min(len(record.distances) for record in records)
+    parts = [f"{r.task.partition('+')[2] or PLAIN}.{r.initial_state}={int(r.success)} {max(r.distances):.4g} "
+             f"{max(r.distances[:first]):.4g}" for r in records]  # fmt: skip
+    return "; ".join(parts)
 
 
 def row(space: str, split: str, seeds: dict[str, list[Record]], ms: Sequence[float]) -> dict | None:

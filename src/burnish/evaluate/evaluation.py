@@ -1,10 +1,11 @@
 """What an evaluation found: rates with n and interval, latency, videos."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from burnish.evaluate.records import Record
 from burnish.evaluate.stats import Rate, percentiles, wilson
@@ -70,17 +71,16 @@ class Evaluation:
 
     @property
     def watchdog(self) -> dict[str, Any]:
-        """Of episodes with distances to the training set: means over episodes of the largest and of the mean, and how
-        well the largest predicts failure ("auc" with "interval"; left out where all or none failed)."""
+        """Of episodes with distances to the training set: mean of all, mean over episodes of the largest, and how well
+        the largest predicts failure ("auc" with "interval", where some failed and some did not)."""
         seen = [r for r in self.records if r.distances]
         if not seen:
             return {}
-        sides = {"successes": [r for r in seen if r.success], "failures": [r for r in seen if not r.success]}
-        found: dict[str, Any] = {"n": len(seen), "mean": _mean([_mean(r.distances) for r in seen])}
-        found |= {f"largest_in_{name}": _mean([max(r.distances) for r in some]) for name, some in sides.items() if some}
-        if (predicts := failure_auc([watched(seen)])) is not None:
+        found: dict[str, Any] = {"n": len(seen), "mean": float(np.mean([np.mean(r.distances) for r in seen]))}
+        found |= {"largest": float(np.mean([max(r.distances) for r in seen])), "ms": self.watchdog_ms}
+        if predicts := failure_auc([watched(seen)]):
             found |= {"auc": predicts[0], "interval": list(predicts[1:])}
-        return found | ({"ms": self.watchdog_ms} if self.watchdog_ms else {})
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json holds it."""
@@ -116,11 +116,8 @@ class Evaluation:
             form = "policy call p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} ms ({n} replans)"
             lines.append(form.format(**self.latency_ms))
         if "auc" in (found := self.watchdog):
-            form = "largest distance to the training set: successes {largest_in_successes:.3g}, failures "
-            form += "{largest_in_failures:.3g}; AUC {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+            form = (
+                "largest distance to the training set: AUC of failure {auc:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+            )
             lines.append(form.format(**found))
         return "\n".join(lines)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

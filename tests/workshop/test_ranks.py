@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.retrieval import (
-    by_chance,
-    figures,
-    find,
-    first_right,
-    over_episodes,
-    row,
-    shuffled,
-    text,
-    time_errors,
-)
+from burnish.evaluate.retrieval import figures, over_episodes
+from workshop.ranks import by_chance, find, first_right, ranks_row, shuffled, text, time_errors
 
 
 def test_the_first_right_key_has_the_rank_of_a_sort():
@@ -66,7 +57,7 @@ def test_a_row_keeps_every_rank_and_its_interval_is_over_episodes():
     assert low < 0.6 and high == 1
     right = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0]], bool)
     found = find(np.eye(3), np.eye(3), right, np.zeros((3, 3), bool), np.array([7, 9, 9]))
-    made = row("a", "b", {0: found, 2: found})
+    made = ranks_row("a", "b", {0: found, 2: found})
     assert made["outcomes"] == {"0": "7: 1; 9: 3", "2": "7: 1; 9: 3"} and made["n"] == 4
     assert (made["rate"], made["recall@5_rate"], made["median_rank"]) == (0.5, 1.0, 2.0)
     assert figures(made["outcomes"]).items() <= made.items()
