@@ -130,7 +130,8 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     check_result(content, claim.result)
     said = content.get("declared", {})
     name = claim.measure or said.get("endpoint", "success")
-    gates = [*content.get("gates", []), *_room(claim, name, content)]
+    about = ("", claim.arm, claim.against)
+    gates = [one for one in content.get("gates", []) if one.get("of", "") in about] + _room(claim, name, content)
     told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, name, content)
     if measured is None:
