@@ -60,7 +60,7 @@ def test_a_wheel_is_whole_and_holds_nothing_else(wheel, installed):
     [
         (["train", "--config", "tabletop/quickstart", "--data.root=absent"], "no data set at absent"),
         (["train", "--config", "recipes/prefer/sft.yaml", "--data.root=absent"], "no data set at absent"),
-        (["run", "isolate/core", "--seeds", "x"], "the seeds 'x'"),
+        (["run", "isolate/answers", "--seeds", "x"], "the seeds 'x'"),
         (["run", "tabletop/quickstrat"], "tabletop/quickstart"),
         (["report", "results"], "no README.md in"),
     ],

@@ -150,9 +150,9 @@ def test_run_tells_recipes_and_studies_apart(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "tabletop/quickstart", "--variants", "a"]) == 2
     assert "no study" in capsys.readouterr().err
-    assert main(["run", "isolate/core", "--arms", "nobody"]) == 2
+    assert main(["run", "isolate/answers", "--arms", "nobody"]) == 2
     assert "some of naive" in capsys.readouterr().err
-    assert main(["run", "isolate/core", "--fresh"]) == 2
+    assert main(["run", "isolate/answers", "--fresh"]) == 2
     assert "--fresh" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

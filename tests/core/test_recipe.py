@@ -166,9 +166,9 @@ def test_a_name_does_not_leave_the_package(name, tmp_path, monkeypatch):
 
 def test_a_study_is_no_recipe():
     with pytest.raises(
-        BurnishError, match="is a study, not a recipe; expected a recipe; try: burnish run isolate/core"
+        BurnishError, match="is a study, not a recipe; expected a recipe; try: burnish run isolate/answers"
     ):
-        load_recipe("isolate/core")
+        load_recipe("isolate/answers")
 
 
 def test_every_range_of_a_recipe_stands_in_its_fields(tmp_path):

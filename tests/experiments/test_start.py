@@ -138,7 +138,7 @@ def test_from_start_to_the_page_without_an_edit(roots, tmp_path, capsys, monkeyp
 def test_a_dry_study_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("burnish.experiments.plan._training", lambda recipe: ("so much", 2.0, 1e9))
-    assert main(["run", "isolate/core", "--dry-run", "--seeds", "0,1"]) == 0
+    assert main(["run", "isolate/answers", "--dry-run", "--seeds", "0,1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     variants = sum("2 runs, 0 of them trained, each so much" in line for line in lines)
     assert variants > 2 and f"about {4 * variants} min of training to do, {2 * variants}.0 GB" in lines[-1]

@@ -51,7 +51,7 @@ def pareto(result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("par
         output: PNG to write
 
     Example:
-        burnish report pareto results/isolate/core.json -o docs/img/isolate.png
+        burnish report pareto results/isolate/answers.json -o docs/img/isolate.png
     """
     from burnish.core.outputs import require_file
     from burnish.experiments.pareto import write_pareto
