@@ -16,6 +16,7 @@ from burnish.evaluate.compare import compare
 from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import sequential
 from burnish.evaluate.trial import ENTRIES, NEXT, Stale, Trial, TrialOptions, drawn
+from burnish.report.page import write_report
 from burnish.report.trial import order_effect, write_trial_report
 from burnish.runtime.client import PolicyClient
 from burnish.runtime.serve.wire import OVER, pack_openpi
@@ -74,6 +75,7 @@ def test_what_is_entered_is_what_compare_and_the_report_say(tmp_path):
     assert {one.failure for one in records["a"] if not one.success} == {"dropped"}
     again = compare(tmp_path / "t/eval/a", tmp_path / "t/eval/b", margin=0.1, sequential=True)
     assert again == found and again.sequential.verdict == "better" and again.sequential.decided == made
+    assert "solved" in page.read_text() and ">a</text>" in write_report(tmp_path / "t").read_text()
     text = page.read_text()
     assert "hazel is better than walnut" in text and f"settled by pair {made}" in text
     with pytest.raises(Stale), Trial(tmp_path / "t", "walnut", "hazel", TrialOptions(trials=30, margin=0.1)) as trial:
@@ -170,6 +172,32 @@ def test_damaged_lines_are_named_and_left_alone(name, tmp_path):
     with pytest.raises(BurnishError, match=ENTRIES):
         Trial(tmp_path / "t", "x", "y")
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", [
+    {"states": []}, {"states": None}, {"states": [1]}, {"states": [{"name": 3}]}, {"states": [{"more": ""}]},
+    {"seed": "7"}, {"seed": True}, {"seed": None},
+], ids=str)  # fmt: skip
+def test_damaged_settings_are_named(changed, tmp_path):
+    with Trial(tmp_path / "t", "x", "y", TrialOptions(trials=1)):
+        pass
+    file = tmp_path / "t/settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(BurnishError, match="settings.json"):
+        Trial(tmp_path / "t", "x", "y", TrialOptions(trials=1))
+
+
+def test_a_photo_that_leads_out_of_the_folder_is_not_shown(tmp_path):
+    with Trial(tmp_path / "t", "x", "y", TrialOptions(trials=1)):
+        pass
+    (tmp_path / "secret").write_text("x")
+    file = tmp_path / "t/settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"states": [{"name": "1", "photo": "../secret"}]}))
+    with (
+        Trial(tmp_path / "t", "x", "y", TrialOptions(trials=1)) as trial,
+        pytest.raises(BurnishError, match="leads out"),
+    ):
+        trial.photo(0)
 
 
 def test_another_trial_or_process_in_the_folder_is_refused(trial, tmp_path):

@@ -133,7 +133,8 @@ class Trial(AbstractContextManager):
         if file.exists():
             before = read_object(file, self.folder)
             seed, states = before.get("seed"), before.get("states")
-            if type(seed) is not int or not isinstance(states, list) or not all(isinstance(s, dict) for s in states):
+            listed = isinstance(states, list) and states and all(isinstance(state, dict) for state in states)
+            if type(seed) is not int or not listed:
                 raise BurnishError(f"{file} is damaged", "a seed and initial states, as they were written")
             return said | {"seed": seed, "states": states}
         if options.states and options.data:

@@ -83,7 +83,7 @@ def failures(run: RunFolder) -> str:
 
 def failures_of(evaluations: Mapping[str, Evaluation], lead: str = "") -> str:
     """A row for each way to fail, and a column for each evaluation that knows."""
-    known = {name: one for name, one in evaluations.items() if one.failures}
+    known = {name: one for name, one in evaluations.items() if one.failures or one.overall.successes == one.overall.n}
     kinds = dict.fromkeys(kind for one in known.values() for kind in one.failures)
     rows = [[escape(kind), *(f"{one.failures.get(kind, 0):.0f}" for one in known.values())] for kind in kinds]
     head = ["", *(f"{name} ({one.overall.n} episodes)" for name, one in known.items())]

@@ -63,12 +63,6 @@ class Page(ThreadingHTTPServer):
             self.shutdown()
             self.server_close()
 
-    def leave(self) -> None:
-        """End soon, whether or not a browser comes for the report."""
-        timer = threading.Timer(10, self.ended.set)
-        timer.daemon = True
-        timer.start()
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that has gone is no news; anything else is a fault of ours."""
         if not isinstance(sys.exception(), OSError):
@@ -133,7 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
             getattr(self.server.trial, path)(**given)
             if path == "finish":
                 self.server.page = self.server.report()
-                self.server.leave()
             self._send(json.dumps({"state": self.server.trial.view()}))
         except BurnishError as error:
             raise Refused(409 if isinstance(error, Stale) else 400, str(error)) from None
