@@ -169,3 +169,13 @@ def test_minutes_and_latency(value, tmp_path, refused, accepted):
     good = value in (10**6, 3.5, -1, None)
     (tmp_path / "run.json").write_text(json.dumps({"name": "x", "stages": [{"name": "a", "minutes": value}]}))
     (accepted if good else refused)(["report", "page", tmp_path])
+
+
+def test_the_page_of_a_study_is_whole_or_refused(tmp_path, monkeypatch, refused, accepted):
+    monkeypatch.chdir(tmp_path)
+    for name, content in RESULTS.items():
+        write(tmp_path, name, content)
+        refused(["report", "page", f"results/{name}.json"])
+        assert not (tmp_path / f"{name}.html").exists()
+    write(tmp_path, "whole", STUDY)
+    accepted(["report", "page", "results/whole.json"], "whole.html")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from burnish.data.inspect import inspect_dataset
 from burnish.evaluate.sequential import sequential
 from burnish.evaluate.trial import drawn
+from burnish.experiments.study_page import write_study_page
 from burnish.report.comparison import write_comparison
 from burnish.report.inspection import as_html
 from burnish.report.page import write_report
@@ -37,6 +39,7 @@ def begin(folder, photos):
     return process, re.fullmatch(r"judge on (http://127\.0\.0\.1:\d+/\S+/)\n", line)[1]
 
 
+ROOT = Path(__file__).parents[2]
 READY, RUNS = ("!document.getElementById('start').disabled", "!document.getElementById('kinds').disabled")
 
 
@@ -110,6 +113,12 @@ def test_every_kind_of_page_is_for_everybody(chromium, fake_run, dataset, tmp_pa
     shutil.copytree(fake_run, other)
     (other / "recipe.yaml").write_text((fake_run / "recipe.yaml").read_text().replace("3000", "4000"))
     (tmp_path / "data.html").write_text(as_html(inspect_dataset(dataset, quick=True)))
-    pages = [write_report(other), write_comparison(fake_run, other, tmp_path / "both.html"), tmp_path / "data.html"]
+    study = write_study_page(ROOT / "results/tabletop/replay.json", tmp_path / "study.html")
+    pages = [
+        study,
+        write_report(other),
+        write_comparison(fake_run, other, tmp_path / "both.html"),
+        tmp_path / "data.html",
+    ]
     for page in pages:
         check_page(chromium, page.as_uri())

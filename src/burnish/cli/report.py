@@ -11,30 +11,37 @@ def page(
     run_folder: Path, against: Path | None = None, *, out: Path | None = None,
     figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None,
 ) -> None:  # fmt: skip
-    """Write the HTML page of a run, or of two runs side by side.
+    """Write the HTML page of a run, of two runs side by side, or of a study's result.
 
     The page is one file with everything inside; it shows what the folder holds.
 
     Args:
-        run_folder: folder that `burnish run` or `burnish train` wrote
+        run_folder: folder that `burnish run` or `burnish train` wrote; or the result file of a study
         against: a second run, B; differences are B minus A. Both may also be folders that `burnish eval` wrote
-        out: where the page goes; default: RUN_FOLDER/report.html, of two comparison.html
+        out: where the page goes; default: RUN_FOLDER/report.html; of two comparison.html, of a study NAME.html
         figure: also draw film strips and success rates
 
     Examples:
         burnish report page runs/tabletop/quickstart
         burnish report page runs/before runs/after --out both.html
+        burnish report page results/isolate/core.json
     """
     from burnish.core.outputs import require_file
     from burnish.report.page import write_report
 
-    for place, kind in ((out or (Path("comparison.html") if against else None), "page"), (figure, "figure")):
+    study = run_folder.is_file() and not against
+    default = Path("comparison.html") if against else Path(f"{run_folder.stem}.html") if study else None
+    for place, kind in ((out or default, "page"), (figure, "figure")):
         if place:
             require_file(place, kind)
     if against:
         from burnish.report.comparison import write_comparison
 
         print(write_comparison(run_folder, against, out))
+    elif study:
+        from burnish.experiments.study_page import write_study_page
+
+        print(write_study_page(run_folder, out))
     else:
         print(write_report(run_folder, out))
     if figure:

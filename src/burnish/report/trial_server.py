@@ -74,19 +74,22 @@ class _Handler(BaseHTTPRequestHandler):
     server: Page
 
     def do_GET(self) -> None:
-        try:
-            self._get(self._path())
-        except Refused as refused:
-            self._refuse(*refused.args)
+        self._answered(self._get)
 
     def do_POST(self) -> None:
-        try:
-            self._post(self._path())
-        except Refused as refused:
-            self.close_connection = True  # whatever was not read of its body
-            self._refuse(*refused.args)
+        self._answered(self._post)
 
     def log_message(self, *_: Any) -> None: ...
+
+    def _answered(self, answer: Callable[[str], None]) -> None:
+        try:
+            return answer(self._path())
+        except Refused as refused:
+            status, text = refused.args
+        except BurnishError as error:
+            status, text = 409 if isinstance(error, Stale) else 404 if self.command == "GET" else 400, str(error)
+        self.close_connection = True  # whatever was not read of its body
+        self._send(json.dumps({"error": text}), status=status)
 
     def _path(self) -> str:
         """What is asked for, of one who knows the secret, under our own name: a page of elsewhere may know neither."""
@@ -112,24 +115,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self.server.page, "text/html", _REPORT)
             self.server.ended.set()
         elif path.startswith("photo/") and path[6:].isdecimal() and len(path) < 12:
-            try:
-                self._send(trial.photo(int(path[6:])), "image/jpeg")
-            except BurnishError as error:
-                raise Refused(404, str(error)) from None
+            self._send(trial.photo(int(path[6:])), "image/jpeg")
         else:
             raise Refused(404, "nothing is there")
 
     def _post(self, path: str) -> None:
         if path not in ACTS:
             raise Refused(404, "nothing is there")
-        given = self._body(ACTS[path])
-        try:
-            getattr(self.server.trial, path)(**given)
-            if path == "finish":
-                self.server.page = self.server.report()
-            self._send(json.dumps({"state": self.server.trial.view()}))
-        except BurnishError as error:
-            raise Refused(409 if isinstance(error, Stale) else 400, str(error)) from None
+        getattr(self.server.trial, path)(**self._body(ACTS[path]))
+        if path == "finish":
+            self.server.page = self.server.report()
+        self._send(json.dumps({"state": self.server.trial.view()}))
 
     def _body(self, keys: list[str]) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
@@ -139,19 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(413, f"expected at most {MOST_BODY} bytes")
         if self.headers.get_content_type() != "application/json":
             raise Refused(415, "expected application/json")
-        try:
-            given = parse_json(self.rfile.read(int(length)).decode(), "the body")
-        except (BurnishError, UnicodeDecodeError) as error:
-            raise Refused(400, one_line(error)) from None
-        if not isinstance(given, dict) or not {"entry", *keys[:1]} <= given.keys() <= {"entry", *keys}:
+        given = parse_json(self.rfile.read(int(length)).decode(errors="replace"), "the body")
+        whole = isinstance(given, dict) and {"entry", *keys[:1]} <= given.keys() <= {"entry", *keys}
+        if not whole or any(type(value) is not _TYPES[key] for key, value in given.items()):
             raise Refused(400, f"expected an object of {', '.join(['entry', *keys])}")
-        for key, value in given.items():
-            if type(value) is not _TYPES[key]:
-                raise Refused(400, f"expected {key} as {_TYPES[key].__name__}")
         return given
-
-    def _refuse(self, status: int, text: str) -> None:
-        self._send(json.dumps({"error": text}), status=status)
 
     def _send(self, content: str | bytes, kind: str = "application/json", policy: str = "default-src 'none'",
               status: int = 200) -> None:  # fmt: skip
