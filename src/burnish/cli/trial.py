@@ -13,8 +13,8 @@ def trial(
 ) -> None:  # fmt: skip
     """Find out whether B is better than A on a robot: pairs of trials that you judge without knowing whose turn it is.
 
-    Prints the address of a page on which initial states are shown and outcomes entered. It says when you may stop, and
-    the names when you have ended it. The same command again goes on where it stopped.
+    Prints the address of a page, which shows initial states, takes outcomes, and says when you may stop. The names
+    come at the end. The same command again goes on where it stopped.
 
     Args:
         a: the one policy: a name, or the address of its server, ws://HOST:PORT

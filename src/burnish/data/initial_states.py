@@ -52,7 +52,8 @@ def _read(
     name: str, folder: Path, number: int, photo: Path | None = None, words: Path | None = None
 ) -> tuple[State, bytes]:
     said = read_object(words, folder) if words else {}
-    state = read_options(State, {"name": name, "photo": _place(number) if photo else ""} | said, str(words))
+    place = f"states/{number:03d}.jpg" if photo else ""
+    state = read_options(State, {"name": name, "photo": place} | said, str(words))
     if {"photo", "name"} & said.keys() or max(len(state.instruction), len(state.setup)) > MOST_TEXT:
         raise BurnishError(f"{words} says more", f'"instruction" and "setup" of at most {MOST_TEXT} characters')
     if photo is None:
@@ -77,13 +78,9 @@ def states_of_dataset(root: Path, most: int) -> Made:
     chosen = [known[i] for i in places]
     frames = StreamedFrames.open(data, camera, Shape.of(data, camera, EDGE, 0), chosen)
     said = [" / ".join(data.episodes[e].tasks)[:MOST_TEXT] for e in chosen]
-    states = [State(f"episode {e}", said[i], "", _place(i)) for i, e in enumerate(chosen)]
+    states = [State(f"episode {e}", said[i], "", f"states/{i:03d}.jpg") for i, e in enumerate(chosen)]
     photos = [_jpeg(Image.fromarray(frames[data.rows.span(e)[0]])) for e in chosen]
     return list(zip(states, photos, strict=True))
-
-
-def _place(number: int) -> str:
-    return f"states/{number:03d}.jpg"
 
 
 def _jpeg(picture: Any) -> bytes:

@@ -12,6 +12,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class Trial(AbstractContextManager):
         with ExitStack() as opening:
             opening.enter_context(claim(self.folder, TRIAL))
             settings = self._settings()
-            self._journal = opening.enter_context(Journal(self.folder, settings, _parse, TRIAL, ENTRIES))
+            journal = Journal(self.folder, settings, partial(read_options, Entry), TRIAL, ENTRIES)
+            self._journal = opening.enter_context(journal)
             self.seed, where = settings["seed"], f"{self.folder / SETTINGS}: states"
             self.states = [read_options(State, one, where) for one in settings["states"]]
             self._follow()
@@ -117,10 +119,10 @@ class Trial(AbstractContextManager):
     def connect(self) -> None:
         """Between two servers put the relay; of policies by name say which is next."""
         if self._targets["a"].startswith(ADDRESS) and not self.finished:
-            for address in self._targets.values():
-                PolicyClient(address, patience=PATIENCE).close()
             self.relay = Relay(self.options.relay_port)
             self._held.callback(self.relay.close)
+            for address in self._targets.values():
+                PolicyClient(address, patience=PATIENCE).close()
         self._announce()
 
     def __exit__(self, *_: object) -> None:
@@ -268,10 +270,6 @@ class Trial(AbstractContextManager):
                 journal.append(Record(said or "robot", one.pair, 0, one.success, -1, **facts))
             found = Evaluation(self.folder / "eval" / arm, settings, journal.records, sum(one.seconds for one in mine))
             write_json(found.output / SUMMARY, found.to_dict())
-
-
-def _parse(row: dict[str, Any], where: str) -> Entry:
-    return read_options(Entry, row, where)
 
 
 def _replay(entries: list[Entry], path: Path) -> tuple[list[Entry], bool]:

@@ -64,15 +64,12 @@ def order_effect(trial: Trial) -> tuple[float, float, float, float]:
 
 
 def _order(trial: Trial) -> str:
-    rows = []
-    for code, name in ((1, "first of its pair"), (2, "second of its pair")):
-        some = [one for one in trial.outcomes if one.code == code]
-        by = [[one.success for one in some if trial.arm(one.pair, code) == arm] for arm in ARMS]
-        rows.append([name, *(f"{sum(each)} of {len(each)}" for each in by)])
     mean, low, high, p = order_effect(trial)
-    said = (f"Second minus first: {100 * mean:+.0f} points, 95 % {100 * low:+.0f} to {100 * high:+.0f}, p = {p:.2g}. "
-            "The coin of each pair keeps this out of the difference between the policies.")  # fmt: skip
-    return section("Order", table(["successes", *trial.names.values()], rows, (1, 2)), f'<p class="after">{said}</p>')
+    said = (
+        f"Second minus first of a pair, whichever it was: {100 * mean:+.0f} points, 95 % {100 * low:+.0f} to "
+        f"{100 * high:+.0f}, p = {p:.2g}. The coin of each pair keeps this out of the difference between the policies."
+    )
+    return section("Order", f"<p>{said}</p>")
 
 
 def _tries(trial: Trial) -> str:

@@ -29,17 +29,10 @@ class Refused(Exception):
 
 
 class Page(ThreadingHTTPServer):
-    """Serves a trial on 127.0.0.1 until its report has been shown.
+    """Serves a trial on 127.0.0.1; whoever knows its `address` may judge. BurnishError where the port cannot be had.
 
     Args:
         report: writes the report of the trial, which has ended, and returns the page.
-        port: 0 takes a free one.
-
-    Attributes:
-        address: with its secret; whoever knows it may judge.
-
-    Raises:
-        BurnishError: the port cannot be had.
     """
 
     daemon_threads = True

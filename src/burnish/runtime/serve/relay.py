@@ -20,15 +20,10 @@ log = logging.getLogger("burnish")
 
 
 class Relay:
-    """A port of this machine that passes frames of openpi's protocol on, both ways.
+    """A port of this machine, for the robot's client at `address`, that passes openpi's frames on, both ways.
 
-    Attributes:
-        address: for the robot's client.
-        asked: frames that the robot has sent since the last `open`.
-        fault: what a person should know, without a name.
-
-    Raises:
-        BurnishError: the port cannot be had, or a package is missing.
+    `asked` counts frames of the robot since the last `open`, `fault` is what a person should know, without a name.
+    BurnishError where the port cannot be had, or a package is missing.
     """
 
     def __init__(self, port: int = 0):
