@@ -1,0 +1,37 @@
+"""A robot's actor behind the relay of a trial, with two real policy servers: the one whose turn it is answers."""
+
+import numpy as np
+import pytest
+from serve_fakes import Seen, served
+
+from burnish.core.errors import BurnishError
+from burnish.evaluate.trial import Trial, TrialOptions
+from burnish.runtime.client import Actor, PolicyClient
+
+
+def test_each_try_is_served_by_its_own_policy_and_stops_with_its_outcome(tmp_path):
+    policies = {"a": Seen(("top",), 1), "b": Seen(("top",), 1)}
+    seen = {"observation.images.top": np.zeros((8, 8, 3), np.uint8), "observation.state": np.ones(1), "task": "go"}
+    with (
+        served(policies["a"]) as one,
+        served(policies["b"]) as other,
+        Trial(tmp_path / "t", one.address, other.address, TrialOptions(trials=1, relay_port=0)) as trial,
+    ):
+        trial.connect()
+        for number in range(2):
+            arm = trial.arm(*trial.now)
+            before = {name: len(policy.calls) for name, policy in policies.items()}
+            trial.start(number)
+            actor = Actor(PolicyClient(trial.relay.address))
+            assert all(actor.act(seen).shape == (7,) for _ in range(6))
+            if actor._waiting:
+                actor._waiting[2].result(20)
+            trial.outcome(number, True)
+            made = {name: len(policy.calls) - before[name] for name, policy in policies.items()}
+            assert made.pop(arm) >= 1 and list(made.values()) == [0]
+            with pytest.raises(BurnishError, match="this trial is over"):
+                for _ in range(1000):
+                    actor.act(seen)
+            assert {name: len(policy.calls) - before[name] for name, policy in policies.items()}[arm] <= 6
+            actor.close()
+        assert [entry.asked > 0 for entry in trial.outcomes] == [True, True]
