@@ -79,4 +79,4 @@ def test_it_can_be_searched_and_darkened(site):
     index = json.loads((site / "search/search_index.json").read_text())
     assert {"reference/options.html", "ask/jerks.html"} <= {one["location"].split("#")[0] for one in index["docs"]}
     front = (site / "index.html").read_text()
-    assert front.count("data-md-color-media") == 3 and "fonts.g" not in front
+    assert front.count('name="__palette"') == 3 and "fonts.g" not in front
