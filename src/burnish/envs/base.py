@@ -214,11 +214,7 @@ def expand(env_id: str) -> list[str]:
 
 
 def make_env(task_id: str, image_size: Size = 128) -> Env:
-    """Build the environment of one single-task id (see `expand`) with images of the given size.
-
-    Args:
-        task_id: e.g. "tabletop:lift" or "libero:spatial/3".
-        image_size: side in pixels, (height, width), or either by camera.
+    """Build the environment of a single-task id (`task_id`, see `expand`), with images of `image_size`, see `Size`.
 
     Raises:
         BurnishError: no such task, a size that it cannot draw, or a simulator that is not installed.

@@ -15,9 +15,7 @@ PLAIN = "#8a929c"
 def write_intervals(result: Path, out: Path = Path("intervals.png"), measure: str = "") -> Path:
     """Draw a measure of a study (its endpoint unless another is named); colours are verdicts, letters at the right.
 
-    Args:
-        result: result of a study, e.g. results/tabletop/replay.json.
-        out: PNG or SVG to write, which is returned.
+    `result` is that of a study, e.g. results/tabletop/replay.json; `out` a PNG or SVG.
 
     Raises:
         BurnishError: no such result, or no such measure in it.

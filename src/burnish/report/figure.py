@@ -14,11 +14,7 @@ ROWS = 3
 
 
 def write_figure(run_folder: Path | str, out: Path | str) -> Path:
-    """Draw at most three solved episodes of a run's tuned policy and all success rates with intervals.
-
-    Args:
-        run_folder: the run.
-        out: PNG to write, which is returned.
+    """Draw at most three solved episodes of the tuned policy in `run_folder`, and all success rates, as the PNG `out`.
 
     Raises:
         BurnishError: the run holds no evaluation of the tuned policy with film strips.
