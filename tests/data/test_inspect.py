@@ -172,6 +172,16 @@ def test_command_prints_and_writes_a_page(v21, tmp_path, capsys):
     assert html.count("data:image/png") == 3 and "http" not in html.replace("data:", "")
 
 
+def test_as_json(broken, v21, capsys):
+    found = inspect_dataset(v21, quick=True)
+    next((broken / "videos").rglob("*.mp4")).unlink()
+    assert main(["data", "inspect", str(v21), str(broken), "--quick", "--json"]) == 1
+    whole, damaged = map(json.loads, capsys.readouterr().out.splitlines())
+    assert whole["ok"] and whole["lengths"] == found.lengths.tolist() and whole["instructions"] == found.instructions
+    assert [view["name"] for view in whole["views"]] == [view.name for view in found.views]
+    assert not damaged["ok"] and any(problem["kind"] == "error" for problem in damaged["problems"])
+
+
 def test_embedded_images(v30, tmp_path):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 

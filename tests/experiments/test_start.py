@@ -126,8 +126,11 @@ def test_from_start_to_the_page_without_an_edit(roots, tmp_path, capsys, monkeyp
     assert main(words) == 0
     assert "action error" in capsys.readouterr().out
     assert "Held-out episodes" in (tmp_path / "runs/try/report.html").read_text()
-    assert main(["eval", "runs/try/policy", "--data", str(roots["v2"]), "--output", "again", "--no-video"]) == 0
-    again = json.loads((tmp_path / "again/summary.json").read_text())["offline"]
+    offline = ["eval", "runs/try/policy", "--data", str(roots["v2"]), "--output", "again", "--no-video", "--json"]
+    assert main(offline) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path / "again/summary.json").read_text())
+    again = said["offline"]
     assert again["episodes"] == 1  # those that the recipe beside the policy held out
     assert (
         again["figures"]

@@ -155,7 +155,7 @@ def _columns(text: str) -> dict[str, Any]:
 
 def inspect(
     dataset: list[Path], *, html: Annotated[Path | None, Arg(metavar="FILE")] = None, quick: bool = False,
-    curate: Annotated[str, Arg(metavar="ENCODER")] = "",
+    curate: Annotated[str, Arg(metavar="ENCODER")] = "", json: bool = False,
 ) -> int:  # fmt: skip
     """Say what a practitioner must know about a data set; of several also what stands between them and one training.
 
@@ -167,12 +167,15 @@ def inspect(
         quick: do not read every video to its end
         curate: also look for near-duplicate episodes, outliers and idle stretches, and how few episodes cover the data
             set, by vectors of an encoder (pixels, tower:small, ...; see burnish data index) or those of an index folder
+        json: print one JSON object for each data set, and nothing else
 
     Examples:
         burnish data inspect data/lift --html inspect.html
         burnish data inspect data/lift --curate pixels --html inspect.html
         burnish data inspect data/new data/old      for --data.root=data/new --data.mix='[{root: data/old}]'
     """
+    from json import dumps
+
     from burnish.core.outputs import require_file
     from burnish.data.dataset import open_dataset
     from burnish.data.inspect import inspect_dataset
@@ -182,12 +185,14 @@ def inspect(
 
     if html and len(dataset) > 1:
         raise BurnishError("--html with several data sets", "one data set, or no page")
+    if json and curate:
+        raise BurnishError("--json with --curate", "one of them")
     if html:
         require_file(html, "page")
     all_ok, sections = True, ""
     for root in dataset:
         found = inspect_dataset(root, quick=quick)
-        print(as_text(found) + "\n" * (len(dataset) > 1))
+        print(dumps(found.to_dict()) if json else as_text(found) + "\n" * (len(dataset) > 1))
         all_ok &= found.ok
         if curate:
             from burnish.report.curation import curate_dataset
@@ -196,8 +201,9 @@ def inspect(
             print("\n".join(["", *lines]))
     if html:
         write_page(html, as_html(found, sections))
-        print(f"\n{html}")
-    if len(dataset) > 1:
+        if not json:
+            print(f"\n{html}")
+    if len(dataset) > 1 and not json:
         between = together([open_dataset(root) for root in dataset])
         print("together: " + (f"{len(between)} problems" if between else "nothing stands in the way of one training"))
         for problem in between:

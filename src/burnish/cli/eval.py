@@ -16,7 +16,7 @@ def evaluate(
     delay: str = "", async_mode: Annotated[str, Arg(short="--async")] = "sync", jacobian: str = "auto",
     schedule: str = "exp", clip: float = 0.0, carry: int = 0, sampler: str = "",
     tier: Literal["", "exact", "fused", "compiled", "bf16"] = "", cache: str = "", watchdog: Path | None = None,
-    held_out: Annotated[list[int], Arg(several=True)] = (), every: int = 0, instruction: str = "",
+    held_out: Annotated[list[int], Arg(several=True)] = (), every: int = 0, instruction: str = "", json: bool = False,
 ) -> None:  # fmt: skip
     """Measure a policy in closed loop, or with --data offline, against the recorded actions of held-out episodes.
 
@@ -54,6 +54,7 @@ def evaluate(
         held_out: offline: episodes to measure on; default: those that the policy's run left out, else all
         every: offline: control steps between two predictions; 0 means a quarter of a chunk
         instruction: offline: the other sentence; default: one of the data set's
+        json: print what OUTPUT/summary.json says, and nothing else
 
     Examples:
         burnish eval runs/lift/policy tabletop:lift --episodes 100 --output runs/lift/eval/tuned
@@ -78,7 +79,9 @@ def evaluate(
         trials |= {**simulated, "first_state": first_state}
         acting |= {**moving, "watchdog": watchdog or ""}
         found = _closed_loop(policy, env, image_size, late, cache, trials, acting)
-    print(f"{found}\nwritten to {output}")
+    from burnish.evaluate.records import SUMMARY
+
+    print((output / SUMMARY).read_text().strip() if json else f"{found}\nwritten to {output}")
 
 
 def _refuse(given: dict[str, Any], beside: str) -> None:

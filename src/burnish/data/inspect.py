@@ -1,7 +1,8 @@
 """What a practitioner must know about a data set before wasting a GPU day on it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,22 @@ class Inspection:
     def ok(self) -> bool:
         """No error was found."""
         return all(problem.kind != "error" for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the thumbnails as values of JSON; numbers that are not finite are None."""
+        content = asdict(self) | {"ok": self.ok}
+        for view in content["views"]:
+            del view["thumbnails"]
+        return _plain(content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(one) for one in value]
+    value = value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
