@@ -62,12 +62,16 @@ def failure_auc(groups: Sequence[Watched]) -> tuple[float, float, float] | None:
 
 
 def figures(outcomes: Mapping[str, str]) -> dict[str, Any]:
-    """What follows from the episodes that a row keeps, by policy, as "TRIAL=SUCCESS LARGEST FIRST; ...": AUC of the
-    largest distance as mean and interval, and beside it that of the first calls, of as many for every episode."""
+    """What follows from the episodes that a row keeps, by policy, as "LOOK.STATE=SUCCESS LARGEST FIRST; ...".
+
+    AUC of the largest distance as mean and interval, and beside it that of the first calls, of as many for every
+    episode. One initial state under several looks is resampled as one.
+    """
     kept = [[part.replace("=", " ").split() for part in one.split("; ")] for one in outcomes.values()]
     failed = [np.array([part[1] == "0" for part in one]) for one in kept]
     largest, first = (
-        failure_auc([Watched([part[0] for part in one], bad, np.array([float(part[column]) for part in one]))
+        failure_auc([Watched([part[0].rpartition(".")[2] for part in one], bad,
+                             np.array([float(part[column]) for part in one]))
                      for one, bad in zip(kept, failed, strict=True)]) or (0.5, 0.0, 1.0)
         for column in (2, 3)
     )  # fmt: skip
