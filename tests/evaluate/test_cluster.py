@@ -157,7 +157,7 @@ def test_runs_of_a_study_are_tasks(nodes, tmp_path, monkeypatch):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     written = []
     monkeypatch.setattr(studies, "finish_runs", workers.finish_runs)
-    monkeypatch.setattr(studies, "_write", lambda study, runs, facts, minutes, path: written.append(
+    monkeypatch.setattr(studies, "_write", lambda study, base, runs, facts, minutes, path: written.append(
         ([f"{run.variant}-{run.seed}" for run in runs], minutes)))  # fmt: skip
     config, base = studies.load_study("study.yaml")
     folder = studies.run_study(config, base, result=tmp_path / "two.json", engine="ray")

@@ -44,8 +44,9 @@ def server(monkeypatch):
         ready, known, status = threading.Event(), [], []
         real = run.serve_policy
 
-        def serve_policy(policy, options, *, device, ready):
-            real(policy, options, device=device, ready=lambda *found: (ready(*found), known.extend(found), event.set()))
+        def serve_policy(policy, options, *, device, ready, **more):
+            more["ready"] = lambda *found: (ready(*found), known.extend(found), event.set())
+            real(policy, options, device=device, **more)
 
         event = ready
         monkeypatch.setattr(run, "serve_policy", serve_policy)
