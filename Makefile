@@ -20,12 +20,10 @@ UPGRADE ?=
 quickstart: $(READY)
 	.venv/bin/burnish run $(RECIPE)
 
-# Tiny models run fastest on one thread; training in the quickstart uses every core. A file's tests stay together, and
-# one process more than cores works while another waits for a killed or a slow one.
-PROCESSES := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# Tiny models run fastest on one thread; training in the quickstart uses every core. A file's tests stay together.
 test: export OMP_NUM_THREADS = 1
 test: $(READY) lint
-	$(PY) -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # A link, an anchor or a name that leads nowhere fails it.
 docs: $(READY)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))  # fake.py
 LONG = (
     "test_sharded", "test_gpu_bench", "test_kill", "test_demos", "test_cluster", "test_matrix", "test_study",
     "test_isolate_objective", "test_memory", "test_libero", "test_sizes", "test_robot_views",
+    "test_discrete", "test_lerobot", "test_examples", "test_browser", "test_site",
 )  # fmt: skip
 """Files that take longest go first, so that no process is left with one while the others are done."""
 

@@ -18,7 +18,7 @@ from burnish.evaluate.results import read_results
 from burnish.evaluate.rollout import evaluate
 
 SCRIPT = Path(__file__).with_name("killed_evaluation.py")
-KILLS = int(os.environ.get("BURNISH_KILLS", "2"))
+KILLS = int(os.environ.get("BURNISH_KILLS", "1"))
 """BURNISH_KILLS=20 runs the long version; the default keeps the suite short."""
 KILLS_OF_A_RUN = 5
 
