@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Evaluation:
         values = {name: [one[name] for one in moved if name in one] for name in {n for one in moved for n in one}}
         return {n: max(v) if n == "commit_error" else sum(v) / len(v) for n, v in sorted(values.items())}
 
-    @property
+    @cached_property
     def watchdog(self) -> dict[str, Any]:
         """Of episodes with distances to the training set: mean of all, mean over episodes of the largest, and how well
         the largest predicts failure ("auc" with "interval", where some failed and some did not)."""
