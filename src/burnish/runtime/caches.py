@@ -31,7 +31,7 @@ from burnish.sampling.kept import Kept
 
 ONE, MEAN, CHECKS, EVERY = 1.0, 0.25, 8, 4
 """The guard's limits in units of the policy's spread, of one comparison and of the mean of the last CHECKS; and how
-many calls on old pictures there are to one comparison."""
+many calls on old pictures there are to one comparison, once as many in a row have been compared."""
 MOST_KEYS = 1024
 
 
@@ -130,7 +130,7 @@ class Reuse:
             else:
                 old.age, old.uses = old.age + 1, old.uses + 1
                 self.counts["reused"] += 1
-                if self.config.guard and old.uses % EVERY == 0:
+                if self.config.guard and (old.uses <= EVERY or old.uses % EVERY == 0):
                     self._due.append(i)
             self._anchors.move_to_end(key)
             for name in held:
