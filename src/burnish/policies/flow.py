@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from burnish.policies.base import Stage
 from burnish.policies.denoise import sample_with
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
-from burnish.policies.steered import conditioned, shared
+from burnish.policies.steered import conditioned, shared, without_gradients
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
@@ -171,7 +171,7 @@ class FlowPolicy(VLMPolicy):
         model = self.policy.model
         if guide is not None:
             trained = conditioned(model, guide.target, guide.committed[..., 0])
-            with trained if guide.mode == "trained" else nullcontext():
+            with trained if guide.mode == "trained" else without_gradients(model):
                 solver = solver or make_solver(f"euler:{self.flow_steps}")
                 return self.finish(guide.finish(sample_with(model, solver, inputs, noise, guide)))
         with _committed(model, noise, committed):

@@ -41,6 +41,19 @@ def conditioned(model: nn.Module, clean: Tensor, rows: Tensor) -> Iterator[None]
         yield
 
 
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, a pass backwards reaches what a chunk is made from, and keeps nothing for gradients of the weights."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
 def _by_row(norm: Any, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """pi05's adaptive norm, for a condition [B, T, D] of each row too, where LeRobot's takes one of each sample."""
     if cond is None or cond.ndim == 2:
