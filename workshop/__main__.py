@@ -21,7 +21,6 @@ COMMANDS = {
     "sequential": ("workshop.sequential", "simulate what looking after every trial costs, beside a fixed test"),
     "retrieval": ("workshop.retrieval", "measure retrieval on other episodes, beside pixels, chance and controls"),
     "watchdog": ("workshop.watchdog", "measure whether the distance to the training set predicts failure"),
-    "unmasking": ("workshop.unmasking", "measure orders of unmasking and numbers of passes in closed loop"),
 }
 
 

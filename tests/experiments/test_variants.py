@@ -224,4 +224,4 @@ def test_a_pair_of_rows_is_compared_whatever_the_reference(checkout):
 
 def test_committed_results_follow_from_their_outcomes():
     found = recompute_results(CHECKOUT / "results")
-    assert found.changed == {} and {"tabletop/replay", "decode/unmasking"} <= {*found.same}
+    assert found.changed == {} and {"tabletop/replay", "decode/modes"} <= {*found.same}
