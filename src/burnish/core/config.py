@@ -191,7 +191,9 @@ class CacheConfig:
     similarity: float = option(
         0.0, "only where the cosine with them, 8x8 pixels each, is at least this", least=0, most=1
     )
-    guard: bool = option(True, "compare the first four such calls, then every fourth, with the true one; stop where they differ")
+    guard: bool = option(
+        True, "compare the first four such calls, then every fourth, with the true one; stop where they differ"
+    )
     measured: str = option(
         "", "of the guard: file of `burnish policy verify runtime`, for the policy's spread", path=True
     )
