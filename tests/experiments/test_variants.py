@@ -14,7 +14,7 @@ from burnish.evaluate.records import Record
 from burnish.evaluate.stats import wilson
 from burnish.experiments.measures import read_measure, read_successes
 from burnish.experiments.recompute import differing, recompute_results, renew
-from burnish.experiments.results import outcome_row, render_table, write_result
+from burnish.experiments.results import _of_shares, outcome_row, render_table, write_result
 from burnish.experiments.variants import START, difference, judge, measure_rows, read_gates
 
 SAID = {
@@ -213,6 +213,12 @@ def test_table_says_gates_margin_and_what_could_be_seen(checkout):
     assert "- Gate passed: headroom (`a <= 0.9` in success:" in page
     assert "| minus reference | p (Holm) | detectable | verdict | letters |" in page
     assert "Withdrawn" not in page
+
+
+def test_a_margin_has_the_unit_of_the_endpoint():
+    rows = [{"label": "a", "eval": "main", "rate": 0.5}, {"label": "a", "eval": "answer_loss", "mean": 0.6}]
+    for endpoint, share in (("success", True), ("answer_loss", False)):
+        assert _of_shares({"declared": {"endpoint": endpoint}, "rows": rows}) is share
 
 
 def test_a_pair_of_rows_is_compared_whatever_the_reference(checkout):

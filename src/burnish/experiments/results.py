@@ -87,7 +87,7 @@ def write_result(
     Raises:
         BurnishError: a row lacks a field, or contradicts itself.
     """
-    from burnish.experiments.variants import judgement
+    from burnish.experiments.variants import judgement  # scipy takes its time
 
     path = Path(path)
     content = {
@@ -268,11 +268,10 @@ def _row_cell(key: str, row: dict[str, Any]) -> str:
 def _declared(result: dict[str, Any]) -> str:
     """What was settled before the first run, and the gates: they stand above what they let through."""
     said, gates = result["declared"], result["gates"]
-    share = any("rate" in row for row in result["rows"])
     margin = said["margin"]
     words = [f"Endpoint {said['endpoint']}, compared with {said['reference']}, {said['stopping']} seeds"]
     if margin is not None:
-        words.append(f"margin {100 * margin:g} points" if share else f"margin {margin:g}")
+        words.append(f"margin {100 * margin:g} points" if _of_shares(result) else f"margin {margin:g}")
     lines = [f"{', '.join(words)}: settled before the first run."]
     for gate in gates:
         value = "not measured" if gate["value"] is None else f"{gate['value']:.3g}"
@@ -285,9 +284,17 @@ def _declared(result: dict[str, Any]) -> str:
     return lines[0] + "\n\n" + "".join(f"{line}\n" for line in lines[1:]) + ("\n" if lines[1:] else "")
 
 
+def _of_shares(result: dict[str, Any]) -> bool:
+    """Whether the endpoint is a share, so that its differences are in points."""
+    from burnish.experiments.variants import ALIASES, MAIN
+
+    name = result["declared"]["endpoint"]
+    return any("rate" in row for row in result["rows"] if row.get("eval", MAIN) == ALIASES.get(name, name))
+
+
 def _additive(result: dict[str, Any]) -> str:
     """Whether what the steps do adds up, in a sentence."""
-    said, share = result["additive"], any("rate" in row for row in result["rows"])
+    said, share = result["additive"], _of_shares(result)
     form = (lambda ends: cell(SIGNED[0], ends)) if share else "{0[0]:+.3g} [{0[1]:+.3g}, {0[2]:+.3g}]".format
     together, parts, more = (form(said[key]) for key in ("together", "sum", "more_together"))
     return (f"All steps together change {result['declared']['endpoint']} by {together}; what each changes, alone left "
