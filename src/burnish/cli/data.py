@@ -162,7 +162,7 @@ def inspect(
     Exit status: 0 when no error was found, 1 when one was, 2 when the data set cannot be read at all.
 
     Args:
-        dataset: LeRobotDataset folders, v3.0 or v2.1
+        dataset: LeRobotDataset folders, v2.0 to v3.0
         html: also write a page with thumbnails; of one data set
         quick: do not read every video to its end
         curate: also look for near-duplicate episodes, outliers and idle stretches, and how few episodes cover the data

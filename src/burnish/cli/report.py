@@ -24,7 +24,7 @@ def page(
     Examples:
         burnish report page runs/tabletop/quickstart
         burnish report page runs/before runs/after --out both.html
-        burnish report page results/isolate/core.json
+        burnish report page results/isolate/answers.json
     """
     from burnish.core.outputs import require_file
     from burnish.report.page import write_report

@@ -68,7 +68,7 @@ class DataConfig:
         most=256,
     )
     columns: dict[str, Any] = option({}, "features under other names, e.g. {action: [action.arm, action.gripper]}")
-    cache_dir: str = option("", "where decoded frames are kept; empty means beside the data set", path=True)
+    cache_dir: str = option("", "where decoded frames are kept; empty means .frames in the data set", path=True)
     cache_gb: float = option(32.0, "room they may take; beyond it frames are decoded when needed", least=0)
     augment: bool = option(True, "random shift and colour jitter of the training images")
     image_size: int = option(0, "longest edge of training images; 0 means what the policy sees", least=0, most=8192)
