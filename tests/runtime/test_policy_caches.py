@@ -230,9 +230,19 @@ def test_similarity_is_a_cosine_of_small_pictures():
 @pytest.mark.parametrize(
     ("content", "said"),
     [(None, "does not know"), ({"spread": 0}, "no spread"), ({"binary": [True]}, "no spread"),
-     ({"spread": "x"}, "no spread")],
+     ({"spread": "x"}, "no spread"), ({"binary": [2]}, "the policy's 2"), ({"binary": [-1]}, "the policy's 2")],
 )  # fmt: skip
 def test_a_guard_wants_a_measured_spread(tmp_path, content, said):
     path = "" if content is None else spread_file(tmp_path, **content)
     with pytest.raises(BurnishError, match=said):
         Reuse(CacheConfig("images", measured=path), Looking())
+
+
+def test_an_episode_may_end_while_the_last_one_is_compared(tmp_path):
+    """A server's loop forgets; its other thread compares."""
+    reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()
+    calls(reuse, [scene(0.1)])
+    chunk = policy.act(reuse.look(["r"], scene(0.2)))
+    reuse.compare(chunk, lambda: (reuse.forget("r"), policy.act(scene(0.2)))[1])
+    assert reuse.counts["compared"] == 1
+    assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)

@@ -99,14 +99,18 @@ class Reuse:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
 
     Raises:
-        BurnishError: a guard without a measured spread.
+        BurnishError: a guard without a measured spread, or with that of a policy with other actions.
     """
 
     def __init__(self, config: CacheConfig, policy: Policy):
         require(policy, "runtime", f"cache {config.mode}")
         self.config, self.width, self.counts = config, policy.action_dim, Counter[str]()
         self.spread, self.binary = measured_spread(config.measured) if config.guard else (1.0, [])
+        if not all(0 <= i < self.width for i in self.binary):
+            raise BurnishError(f"{config.measured} has dimensions {self.binary} of two values",
+                               f"some of the policy's {self.width}", "the file of this very policy")  # fmt: skip
         self._anchors: OrderedDict[Hashable, _Anchor] = OrderedDict()
+        self._ended: deque[Hashable] = deque()
         self._due: list[int] = []
         self._keys: Sequence[Hashable] = ()
 
@@ -120,6 +124,8 @@ class Reuse:
         held = [name for name in batch if name.startswith(IMAGES) or (name == STATE and self.config.mode == "prefix")]
         seen = {name: value.clone() if name in held else value for name, value in batch.items()}
         self._keys, self._due = keys, []
+        while self._ended:
+            self._anchors.pop(self._ended.popleft(), None)
         for i, key in enumerate(keys):
             now = {name: batch[name][i] for name in (*held, TASK)}
             old = self._anchors.get(key)
@@ -159,8 +165,8 @@ class Reuse:
                 self.counts["stopped"] += 1
 
     def forget(self, key: Hashable) -> None:
-        """A new episode."""
-        self._anchors.pop(key, None)
+        """A new episode, from the next `look` on; from any thread, also while a comparison of the last one is made."""
+        self._ended.append(key)
 
     def _serves(self, old: _Anchor, now: dict[str, Any]) -> bool:
         if old.age >= self.config.max_age or old.row[TASK] != now[TASK]:
