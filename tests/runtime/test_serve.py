@@ -235,7 +235,7 @@ def test_pages_metrics_and_limits():
         assert get(one, "/metrics")[0] == get(one, "/stats")[0] == 401
         for header in (f"Api-Key {TOKEN}", f"Bearer {TOKEN}"):
             assert get(one, "/metrics", Authorization=header)[0] == 200
-        for wrong in ("", "Api-Key", "Api-Key x", "Basic !", f"Digest {TOKEN}", f"Api-Key {TOKEN}x"):
+        for wrong in ("", "Api-Key", "Api-Key x", "Basic !", "Bearer \xff", f"Digest {TOKEN}", f"Api-Key {TOKEN}x"):
             assert get(one, "/stats", Authorization=wrong)[0] == 401
         for options in ({}, {"additional_headers": {"Authorization": "Api-Key x"}}):
             with pytest.raises(InvalidStatus, match="401"):

@@ -22,6 +22,8 @@ pytest.importorskip("websockets")
 
 from serve_fakes import Seen, served, watching  # noqa: E402
 
+from burnish.runtime.serve.lerobot import AsyncInference, Robot  # noqa: E402
+
 TOKEN = "a-token-of-some-length"
 OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON", "")
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
@@ -174,6 +176,44 @@ def test_calls_of_the_protocol(robot):
             stub = AsyncInferenceStub(channel)
             send(7, 7.0)
             assert pickle.loads(stub.GetActions(messages.Empty()).data)[0].timestep == 7  # noqa: S301
+
+
+@needs_grpc
+def test_an_end_waits_for_the_answer_of_a_robot():
+    import grpc
+    from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation
+    from lerobot.transport import services_pb2 as messages
+    from lerobot.transport.services_pb2_grpc import AsyncInferenceStub
+    from lerobot.transport.utils import send_bytes_in_chunks
+
+    policy, features = Seen(("top",), 0), {"observation.images.top": {"dtype": "image", "shape": (8, 8, 3)}}
+    wanted = RemotePolicyConfig("seen", "served", features, 3, "cpu", {"observation.images.top": [1]})
+    with (
+        served(policy, lerobot_port=0) as one,
+        grpc.insecure_channel(f"127.0.0.1:{one.server.lerobot_port}") as channel,
+    ):
+        stub, policy.seconds = AsyncInferenceStub(channel), 0.3
+        stub.Ready(messages.Empty())
+        stub.SendPolicyInstructions(messages.PolicySetup(data=pickle.dumps(wanted)))
+        timed = TimedObservation(timestamp=0.0, timestep=7, observation={"top": PICTURE, "task": "go"})
+        stub.SendObservations(send_bytes_in_chunks(pickle.dumps(timed), messages.Observation))
+        answer = stub.GetActions.future(messages.Empty())
+        while not one.server.answering:
+            time.sleep(0.01)
+        one.stop()
+        assert pickle.loads(answer.result(20).data)[0].timestep == 7  # noqa: S301
+
+
+def test_a_robot_that_waits_for_its_actions_is_not_taken_over():
+    """Only one whose connection broke: what a stranger sees would move another's arm."""
+    server = SimpleNamespace(stopping=False, guests=0, counted=lambda: None)
+    service = AsyncInference(server)
+    service.robots = {"ipv4:127.0.0.1:1": Robot(waiting=1)}
+    stranger = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:2")
+    with pytest.raises(BurnishError, match="has not said Ready"):
+        service._robot(stranger)
+    service.robots["ipv4:127.0.0.1:1"].waiting = 0
+    assert service._robot(stranger) is service.robots["ipv4:127.0.0.1:2"] and len(service.robots) == 1
 
 
 @pytest.mark.skipif(bool(find_spec("grpc")), reason="grpcio is installed")

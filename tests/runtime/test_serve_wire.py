@@ -125,7 +125,27 @@ def itself():
     return value
 
 
+def doubled(begin, end):
+    """Between the two a tuple of tuples, each of which holds the one before it twice."""
+    return b"\x80\x04" + begin + b"()\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(200)) + b"t" + end
+
+
+FROM_BUFFER, TYPE = b"cnumpy._core.numeric\n_frombuffer\n(", b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R"
+
+
+def same_bytes(count):
+    """Arrays of the very same 10,000 bytes."""
+    one = FROM_BUFFER + b"h\0" + TYPE + b"J\x10\x27\0\0\x85X\x01\0\0\0CtR"
+    return b"\x80\x04B\x10\x27\0\0" + bytes(10_000) + b"q\0(" + one * count + b"t."
+
+
 ATTACKS = {
+    "a key that doubles": lambda: doubled(b"}", b"K\x01s."),
+    "a name that doubles": lambda: doubled(b"", b"X\x01\0\0\0x\x93."),
+    "a type that doubles": lambda: doubled(FROM_BUFFER + b"C\0cnumpy\ndtype\n", b"\x85R)X\x01\0\0\0CtR."),
+    "a shape that doubles": lambda: doubled(FROM_BUFFER + b"C\0" + TYPE, b"X\x01\0\0\0CtR."),
+    "one picture many times": lambda: same_bytes(400),
+    "half a character": lambda: b"\x80\x04X\x03\0\0\0\xed\xa0\x80.",
     "os.system": lambda: pickle.dumps(Evil(os.system, ("touch owned",))),
     "in an observation": lambda: FRAMES["observation4"].replace(b"lift the red cube", b"x")[:-1],
     "eval by GLOBAL": lambda: b"cbuiltins\neval\n(S'1'\ntR.",
@@ -156,6 +176,10 @@ def test_hostile_pickles_are_refused(name, tmp_path, monkeypatch):
     with pytest.raises(BurnishError):
         pickled.observation(data)
     assert not Path("owned").exists()
+
+
+def test_a_picture_may_have_several_names():
+    assert [one.shape for one in pickled.read_pickle(same_bytes(8))] == [(10_000,)] * 8
 
 
 @pytest.mark.parametrize(("change", "said"), [

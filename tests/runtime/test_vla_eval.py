@@ -183,6 +183,8 @@ HUGE = {"__ndarray__": True, "data": b"\0" * 8, "dtype": "<f8", "shape": [2**30,
         (observation(states=HUGE | {"dtype": "O", "shape": [1]}), "has the dtype 'O'"),
         (observation(states=HUGE | {"dtype": "V8", "shape": [1]}), "has the dtype 'V8'"),
         (observation(states=HUGE | {"dtype": "i8,i8", "shape": [1]}), "has the dtype"),
+        (observation(states=HUGE | {"dtype": "<f1"}), "has the dtype '<f1'"),
+        (observation(states=HUGE | {"data": b"", "shape": [0, *[2**31 - 1] * 4]}), "has the shape"),
         (observation(states=[1, 2]), "a state of 2 values in payload/states; expected 8 finite numbers"),
         (observation(states=[float("nan")] * 8), "expected 8 finite numbers"),
         (observation(states=None), "the state is missing"),
@@ -191,6 +193,16 @@ HUGE = {"__ndarray__": True, "data": b"\0" * 8, "dtype": "<f8", "shape": [2**30,
 def test_bad_frames_are_answered_in_one_line_and_the_session_goes_on(session, frame, said):
     reply = unpack(session.answer(frame))
     assert reply["type"] == "error" and said in reply["payload"]["error"] and "\n" not in reply["payload"]["error"]
+    assert unpack(session.answer(observation()))["type"] == "action"
+
+
+def test_a_task_of_other_keys_and_a_policy_that_fails_end_no_session(session, monkeypatch):
+    assert session.answer(message("episode_start", {"task": {b"x": 1, "y": 2, "episode_idx": 3}})) is None
+    assert session.episode == '{"episode_idx": 3, "y": 2}'
+    with monkeypatch.context() as patched:
+        patched.setattr(Mean, "act", lambda *args: torch.zeros(2) + torch.zeros(3))
+        reply = unpack(session.answer(observation()))
+    assert reply["type"] == "error" and "cannot act on this" in reply["payload"]["error"]
     assert unpack(session.answer(observation()))["type"] == "action"
 
 

@@ -8,8 +8,8 @@ LeRobot's own server does. The client sends no token, so the port is open to thi
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Robot:
         seen: earlier observations by control step, for a policy that looks back.
         calls: answers so far.
         at: when it was last heard of.
+        waiting: its calls for actions that are under way.
     """
 
     wanted: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Robot:
     seen: "OrderedDict[int, dict[str, Any]]" = field(default_factory=OrderedDict)
     calls: int = 0
     at: float = field(default_factory=time.monotonic)
+    waiting: int = 0
 
 
 @asynccontextmanager
@@ -73,6 +75,16 @@ async def listening(server: Any) -> AsyncIterator[None]:
         yield
     finally:
         await port.stop(2.0)
+
+
+@contextmanager
+def _counted(who: Any, what: str) -> Iterator[None]:
+    """Inside, the number `what` of `who` is one more."""
+    setattr(who, what, getattr(who, what) + 1)
+    try:
+        yield
+    finally:
+        setattr(who, what, getattr(who, what) - 1)
 
 
 class AsyncInference:
@@ -134,13 +146,15 @@ class AsyncInference:
         metrics, start = self.server.metrics, time.monotonic()
         try:
             robot = self._robot(context)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(robot.fresh.wait(), POLL)
-            if not robot.fresh.is_set() or self.server.stopping:
-                return services_pb2.Actions(data=b"")
-            robot.fresh.clear()
-            start = time.monotonic()
-            data = await self._answer(robot, robot.latest)
+            with _counted(robot, "waiting"):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(robot.fresh.wait(), POLL)
+                if not robot.fresh.is_set() or self.server.stopping:
+                    return services_pb2.Actions(data=b"")
+                robot.fresh.clear()
+                start = time.monotonic()
+                with _counted(self.server, "answering"):
+                    data = await self._answer(robot, robot.latest)
             metrics.request("ok", time.monotonic() - start)
             return services_pb2.Actions(data=data)
         except BurnishError as error:
@@ -194,7 +208,8 @@ class AsyncInference:
                 value = [raw[name] for name in names]
             else:
                 continue
-            found[renamed.get(key, key) if isinstance(renamed, dict) else key] = value
+            name = renamed.get(key) if isinstance(renamed, dict) else None
+            found[name if isinstance(name, str) else key] = value
         return found
 
     def _check(self, wanted: dict[str, Any]) -> None:
@@ -215,7 +230,8 @@ class AsyncInference:
         peer = context.peer()
         if peer not in self.robots:
             host = peer.rpartition(":")[0]
-            old = [one for one in self.robots if one.rpartition(":")[0] == host]
+            quiet = [one for one, robot in self.robots.items() if not robot.waiting]  # another robot's is taken by none
+            old = [one for one in quiet if one.rpartition(":")[0] == host]
             if not old:
                 raise BurnishError("a client that has not said Ready", "RobotClient.start() first")
             self.robots[peer] = self.robots.pop(min(old, key=lambda one: self.robots[one].at))  # the quiet one

@@ -14,8 +14,9 @@ from typing import Any
 from burnish.core.errors import BurnishError, one_line
 from burnish.runtime.serve.wire import plain_array
 
-MOST_OPCODES, DEEPEST = 20_000, 12
-"""An observation has a few hundred opcodes."""
+MOST_OPCODES, DEEPEST, MOST_COPIES = 20_000, 12, 16
+"""An observation has a few hundred opcodes. A picture may stand in it under several names; in all, arrays may have so
+many times its bytes."""
 HELPERS = "lerobot.async_inference.helpers"
 RECORDS = ("TimedObservation", "RemotePolicyConfig")
 _MULTIARRAY = ("numpy._core.multiarray", "numpy.core.multiarray")
@@ -50,7 +51,7 @@ def read_pickle(data: bytes) -> Any:
         BurnishError: it is damaged, too large, or holds anything that LeRobot's client does not send.
     """
     try:
-        return plain(_walk(data), [MOST_OPCODES])
+        return plain(_walk(data), [MOST_OPCODES, MOST_COPIES * len(data)])
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error) as error:
         found = f"a pickle that is no observation and no settings of LeRobot's client ({one_line(error, 80)})"
         raise BurnishError(found, "numbers, texts and plain arrays") from None
@@ -91,7 +92,8 @@ def _walk(data: bytes) -> Any:
             _kind(stack[-1], list).extend(part)
         elif name in ("SETITEM", "SETITEMS"):
             part = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            _kind(stack[-1], dict).update(zip(part[::2], part[1::2], strict=True))
+            keys = [_kind(key, str) for key in part[::2]]  # the hash of a tuple that holds another twice doubles
+            _kind(stack[-1], dict).update(zip(keys, part[1::2], strict=True))
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -102,7 +104,8 @@ def _walk(data: bytes) -> Any:
             stack.append(Name(*argument.split(" ", 1)))
         elif name in ("STACK_GLOBAL", "REDUCE", "NEWOBJ"):
             second, first = stack.pop(), stack.pop()
-            stack.append(Name(first, second) if name == "STACK_GLOBAL" else Call(first, second))
+            named = name == "STACK_GLOBAL"
+            stack.append(Name(_kind(first, str), _kind(second, str)) if named else Call(first, second))
         elif name == "BUILD":
             state = stack.pop()
             _kind(stack[-1], Call).state = state
@@ -118,10 +121,15 @@ def _kind[T](value: Any, kind: type[T]) -> T:
 
 
 def plain(value: Any, budget: list[int], depth: int = 0) -> Any:
-    """Numbers, texts, arrays, lists, dicts and records; whatever is shared counts each time that it is met."""
+    """Numbers, texts, arrays, lists, dicts and records; whatever is shared counts each time that it is met.
+
+    `budget`: values that may still be met, and bytes of arrays.
+    """
     budget[0] -= 1
     if budget[0] < 0 or depth > DEEPEST:
         raise ValueError("too much, or too deep")
+    if isinstance(value, str):
+        value.encode()  # half a character, which a pickle can hold and no message
     if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, int):
@@ -145,20 +153,27 @@ def _called(call: Call, what: Name, budget: list[int], depth: int) -> Any:
         return {**plain(call.state, budget, depth + 1), "record": what.name}
     if what.module in _MULTIARRAY and what.name == "_reconstruct" and call.arguments[0] == Name("numpy", "ndarray"):
         _, shape, kind, fortran, data = call.state
-        return plain_array(data, _dtype(kind), shape, "an array", "F" if fortran else "C")
+        return _array(data, kind, plain(shape, budget, depth + 1), fortran, budget)
     if what == Name("numpy._core.numeric", "_frombuffer"):
         data, kind, shape, order = call.arguments
-        return plain_array(data, _dtype(kind), shape, "an array", "F" if order == "F" else "C")
+        return _array(data, kind, plain(shape, budget, depth + 1), order == "F", budget)
     if what.module in _MULTIARRAY and what.name == "scalar":
         return plain_array(call.arguments[1], _dtype(call.arguments[0]), (), "a number").item()
     raise ValueError(f"a call of {what.module}.{what.name}")
 
 
+def _array(data: Any, kind: Any, shape: Any, fortran: Any, budget: list[int]) -> Any:
+    budget[1] -= len(data)
+    if budget[1] < 0:
+        raise ValueError("the same bytes in too many arrays")
+    return plain_array(data, _dtype(kind), shape, "an array", "F" if fortran else "C")
+
+
 def _dtype(call: Any) -> str:
     if not isinstance(call, Call) or call.what != Name("numpy", "dtype"):
         raise ValueError("a type of numbers that is none")
-    order = call.state[1] if call.state else "<"
-    return f"{'<' if order in '<=' else order}{call.arguments[0]}" if order != "|" else str(call.arguments[0])
+    order, kind = call.state[1] if call.state else "<", _kind(call.arguments[0], str)
+    return kind if order == "|" else f"{'<' if order in '<=' else order}{kind}"
 
 
 def timed_actions(actions: Sequence[Sequence[float]], step: int, timestamp: float, period: float) -> bytes:

@@ -165,6 +165,7 @@ class Server:
         service: the protocol; None until the policy is warm.
         stopping: whether it is going down.
         guests: clients of LeRobot's port, which is `lerobot_port`.
+        answering: calls that are being answered.
         warm: set when clients may be answered.
     """
 
@@ -172,10 +173,9 @@ class Server:
         self.options, self.thread, self.metrics = options, thread, Metrics()
         self.service: Service | None = None
         self.stopping = False
-        self.guests = 0
+        self.guests = self.answering = 0
         self.lerobot_port = -1
         self._clients: set[Any] = set()
-        self._answering = 0
         self.warm, self._stop = asyncio.Event(), asyncio.Event()
 
     async def run(self, make: Callable[["Server"], Service], ready: Any) -> None:
@@ -223,7 +223,7 @@ class Server:
         self.stopping = True
         server.close(close_connections=False)
         end = time.monotonic() + GRACE
-        while self._answering and time.monotonic() < end:
+        while self.answering and time.monotonic() < end:
             await asyncio.sleep(0.01)
         closing = [client.close(1001, "the server is going down") for client in list(self._clients)]
         with suppress(TimeoutError):
@@ -283,13 +283,13 @@ class Server:
                 await connection.close(1008, f"more than {self.options.rate} requests a second")
                 return
             stamps.append(start)
-            self._answering += 1
+            self.answering += 1
             try:
                 reply, outcome = await self._reply(session, frame, gone)
                 if reply is not None:
                     await connection.send(reply)
             finally:
-                self._answering -= 1
+                self.answering -= 1
             session.sent(time.monotonic() - start)
             self.metrics.request(outcome, time.monotonic() - start)
 
@@ -328,4 +328,4 @@ def _has_token(headers: list[str], token: str) -> bool:
             value = base64.b64decode(value).decode().partition(":")[2]
     elif scheme.lower() not in ("api-key", "bearer"):
         return False
-    return hmac.compare_digest(value.strip().encode(), token.encode())
+    return hmac.compare_digest(value.strip().encode(errors="surrogatepass"), token.encode())

@@ -70,7 +70,8 @@ class VlaEval:
         """Actions [n_action_steps, A] for an observation."""
         batch = self.batch(payload)
         draws = self.policy.draw(1, generator(self.seed, episode, replan)).to(self.policy.device)
-        actions = self.policy.act(batch, draws).actions[0, : self.steps].float().cpu().numpy()
+        with foreign("the policy cannot act on this", "an observation like those it was trained on"):
+            actions = self.policy.act(batch, draws).actions[0, : self.steps].float().cpu().numpy()
         if not np.isfinite(actions).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
         return actions
@@ -141,7 +142,8 @@ class VlaEvalSession:
         """Noise follows the task and the number of its episode; where that is not told, of those on this connection."""
         self.episodes, self.replan = self.episodes + 1, 0
         self.left.clear()
-        named = {k: v for k, v in task.items() if isinstance(v, str | int)} if isinstance(task, dict) else {}
+        known = task.items() if isinstance(task, dict) else ()
+        named = {k: v for k, v in known if isinstance(k, str) and isinstance(v, str | int)}
         named.setdefault("episode_idx", f"-{self.episodes}")
         self.episode = json.dumps(named, sort_keys=True)
 

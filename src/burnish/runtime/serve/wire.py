@@ -17,7 +17,9 @@ MOST_PARTS, MOST_ENTRIES, MOST_TEXT = 1000, 1024, 10_000
 MOST_AXES = 5
 OVER = 4001
 """Close code of a try that is over (`burnish trial`): such a connection is not sought again."""
-_DTYPE = re.compile(r"[<|=]?([iuf][1248]|b1)")
+LATE = "the deadline has passed"
+"""How the refusal of a request begins that nobody wants an answer to any more."""
+_DTYPE = re.compile(r"[<|=]?([iu][1248]|f[248]|b1)")
 
 
 def msgpack() -> Any:
@@ -39,7 +41,8 @@ def plain_array(data: Any, dtype: Any, shape: Any, what: str, order: str = "C") 
         raise BurnishError(f"{what} has the dtype {str(dtype)[:20]!r}", "integers, floats or flags, little-endian")
     kind = np.dtype(dtype)
     listed = isinstance(shape, list | tuple) and len(shape) <= MOST_AXES
-    if not listed or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+    whole = listed and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    if not whole or math.prod(max(n, 1) for n in shape) >= 2**48:  # empty, and yet beyond what numpy can address
         raise BurnishError(f"{what} has the shape {str(shape)[:60]}", f"at most {MOST_AXES} whole numbers")
     if math.prod(shape) * kind.itemsize != len(data):
         raise BurnishError(f"{what} has the shape {str(shape)[:60]} and {len(data)} bytes", "as many as the shape says")
