@@ -10,11 +10,13 @@ from burnish.core.errors import BurnishError
 
 pytest.importorskip("msgpack")
 
-from burnish.runtime.client import Actor  # noqa: E402
+from burnish.runtime.client import Actor, Late  # noqa: E402
 
 
 class Slow:
     """A client whose answers come when they are let go: the committed rows, then rows that say their control step."""
+
+    session = "slow"
 
     def __init__(self, horizon=8):
         self.metadata = {"action_horizon": horizon, "n_action_steps": 4, "prefix": True, "observation_steps": [0]}
@@ -89,3 +91,29 @@ def test_an_actor_tells_a_server_that_goes_on_where_it_is():
     assert told[0] == (None, None, None, None)
     assert all(prefix is None and executed == 4 for prefix, _, executed, _ in told[1:])
     assert [chunk for _, chunk, _, _ in told[1:]] == list(range(11, 11 + len(told) - 1))
+
+
+def test_what_the_server_took_up_too_late_counts_as_late_and_an_episode_is_a_session():
+    slow, told = Slow(), []
+    infer = slow.infer
+
+    def busy(observation, **extras):
+        told.append((extras.get("session"), extras.get("reset")))
+        if len(told) == 2:
+            raise Late("the deadline has passed")
+        return infer(observation)
+
+    slow.infer = busy
+    actor = Actor(slow, replan=2)
+    for _ in range(9):
+        slow.go.release()
+    for step in range(5):
+        actor.act({"step": step})
+        if actor._waiting:
+            actor._waiting[2].exception(20)
+    assert actor.late == 1 and actor.queue.starved == 0 and len(told) == 3
+    actor.reset()
+    for step in range(3):
+        actor.act({"step": step})
+    actor._waiting[2].result(20)
+    assert told[:3] == [(None, None)] * 3 and told[3:5] == [("slow/1", True), ("slow/1", False)]

@@ -18,11 +18,15 @@ import numpy as np
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.runtime.realtime.queue import ActionQueue, Asked
-from burnish.runtime.serve.wire import OVER, pack_openpi, unpack_openpi
+from burnish.runtime.serve.wire import LATE, OVER, pack_openpi, unpack_openpi
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts to connect."""
 log = logging.getLogger("burnish")
+
+
+class Late(BurnishError):
+    """The server has taken a call up too late: its deadline had passed."""
 
 
 class PolicyClient:
@@ -45,6 +49,7 @@ class PolicyClient:
     def __init__(self, address: str = "ws://127.0.0.1:8000", token: str = "", session: str = "",
                  patience: float = 60.0):  # fmt: skip
         self.address, self.token, self.patience = address, token, patience
+        self._shown = without_token(address)
         self.session, self.calls, self.reconnects = session or secrets.token_hex(8), 0, 0
         self._lock = threading.Lock()
         self._connection = self._connect(time.monotonic() + patience)
@@ -62,11 +67,11 @@ class PolicyClient:
             BurnishError: the server's own words, or it cannot be reached in time.
         """
         with self._lock:
-            number = extras.setdefault("call", self.calls)
+            number = extras.setdefault("call", 0 if extras.get("reset") else self.calls)
             frame = pack_openpi({**observation, "burnish": {"session": self.session, **extras}})
             reply = self._exchange(frame)
             if isinstance(reply, str):
-                raise BurnishError(f"{self.address}: {reply}")
+                raise (Late if reply.startswith(LATE) else BurnishError)(f"{self._shown}: {reply}")
             self.calls = number + 1
             return unpack_openpi(reply)
 
@@ -80,13 +85,13 @@ class PolicyClient:
                 return self._connection.recv(timeout=max(0.1, end - time.monotonic()))
             except TimeoutError:
                 self._connection.close()
-                raise BurnishError(f"{self.address} has not answered for {self.patience:g} s", "an answer") from None
+                raise BurnishError(f"{self._shown} has not answered for {self.patience:g} s", "an answer") from None
             except (ConnectionClosed, OSError) as error:
                 if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code in (1008, 1009, OVER):
                     if error.rcvd.code != OVER:
                         self._connection = self._connect(end)
-                    raise BurnishError(f"{self.address}: {error.rcvd.reason or 'too large'}") from None
-                log.warning("connection to %s lost (%s)", self.address, one_line(error, 80))
+                    raise BurnishError(f"{self._shown}: {error.rcvd.reason or 'too large'}") from None
+                log.warning("connection to %s lost (%s)", self._shown, one_line(error, 80))
                 self.reconnects += 1
                 self._connection = self._connect(end)
 
@@ -106,9 +111,9 @@ class PolicyClient:
                 return connection
             except (OSError, WebSocketException) as error:  # a timeout is an OSError
                 if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-                    raise BurnishError(f"{self.address}: wrong or missing token", "the server's token") from None
+                    raise BurnishError(f"{self._shown}: wrong or missing token", "the server's token") from None
                 if time.monotonic() + pause > end:
-                    found = f"no policy server at {self.address} ({one_line(error, 80)})"
+                    found = f"no policy server at {self._shown} ({one_line(error, 80)})"
                     raise BurnishError(found, "a running one", "burnish policy serve POLICY") from None
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -157,7 +162,7 @@ class Actor:
         self._thread = ThreadPoolExecutor(1, "policy client")
         self._waiting: tuple[Asked, float, Future[dict[str, Any]]] | None = None
         self._moved = False
-        self._fresh, self._asked_at = True, 0
+        self._fresh, self._asked_at, self._episode = True, 0, 0
 
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         """The action [A] of this control step; waits only where the robot has never had one.
@@ -181,10 +186,11 @@ class Actor:
         return (self.queue.idle() if row is None else row).copy()
 
     def reset(self) -> None:
-        """Begin an episode: nothing of the last one is executed."""
+        """Begin an episode: nothing of the last one is executed, and to the server it is a session of its own."""
         if self._waiting:
             self._waiting[2].exception()  # comes to its end
         self._waiting, self._moved, self._fresh = None, False, True
+        self._episode += 1
         self._seen.clear()
         self.queue.clear()
 
@@ -192,6 +198,8 @@ class Actor:
         asked = self.queue.ask()
         self._asked_at = asked.step
         extras: dict[str, Any] = {"deadline_ms": 1000 * self.deadline}
+        if self._episode:
+            extras |= {"session": f"{self.client.session}/{self._episode}", "reset": self._fresh}
         delay = min(asked.delay, self.horizon - 1)
         if self._goes_on and len(asked.rows):
             number, base = self._chunk
@@ -209,7 +217,11 @@ class Actor:
             return
         asked, since, future = self._waiting
         self._waiting = None
-        reply = future.result()
+        try:
+            reply = future.result()
+        except Late:
+            self.late += 1
+            return
         if time.monotonic() - since > self.deadline and self._moved:
             self.late += 1
             return
@@ -220,3 +232,9 @@ class Actor:
         """End the request under way and hang up."""
         self._thread.shutdown()
         self.client.close()
+
+
+def without_token(address: str) -> str:
+    """ws://any:TOKEN@host:port without what must stay with its owner."""
+    scheme, mark, rest = address.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else address

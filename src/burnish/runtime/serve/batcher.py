@@ -26,6 +26,7 @@ from burnish.runtime.caches import Reuse
 from burnish.runtime.executor import Runtime
 from burnish.runtime.serve.metrics import Metrics
 from burnish.runtime.serve.rows import Row, stack
+from burnish.runtime.serve.wire import LATE
 from burnish.sampling.steering import Steering
 
 MOST_WAITING = 64
@@ -180,7 +181,7 @@ class Batcher:
             if one.future.done():
                 continue
             if one.deadline < now:
-                one.future.set_exception(Busy("the deadline has passed", "an answer in time", "fewer clients"))
+                one.future.set_exception(Busy(LATE, "an answer in time", "fewer clients"))
             elif batch and one.kind != batch[0].kind:
                 others.append(one)
             else:

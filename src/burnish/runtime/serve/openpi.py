@@ -55,15 +55,15 @@ class Extras:
 
 
 class Sessions:
-    """Call numbers by name: of a name that is used they go on across connections, for a minute after the last call."""
+    """Call numbers by name: they go on while a connection that uses it is open, and for a minute on another one."""
 
     def __init__(self) -> None:
         self._named: dict[str, tuple[int, float]] = {}
 
-    def number(self, name: str) -> int:
-        """Of the next call."""
+    def number(self, name: str, own: bool = False) -> int:
+        """Of the next call; `own`: by the connection that made an earlier one, however long ago that is."""
         number, at = self._named.get(name, (0, 0.0))
-        return number if time.monotonic() - at < KEPT_SECONDS else 0
+        return number if own or time.monotonic() - at < KEPT_SECONDS else 0
 
     def store(self, name: str, number: int) -> None:
         self._named.pop(name, None)  # so that the oldest stands first
@@ -178,7 +178,7 @@ class OpenPiSession:
     """One connection."""
 
     def __init__(self, service: OpenPi):
-        self.service, self.calls = service, 0
+        self.service, self.calls, self.name = service, 0, ""
         self.previous: float | None = None
         self.last: tuple[int, Tensor | None] = -1, None
 
@@ -188,13 +188,14 @@ class OpenPiSession:
             raise BurnishError("a message that is no map", "an observation")
         extras = read_extras(observation.pop("burnish", None))
         sessions = self.service.sessions
-        call = sessions.number(extras.session) if extras.session else self.calls
+        name = extras.session
+        call = sessions.number(name, name == self.name) if name else self.calls
         call = 0 if extras.reset else call if extras.call is None else extras.call
         row, (number, raw) = self.service.reader.row(observation, extras.earlier), self.last
         reply, new = await self.service.ask(row, extras, call, raw if extras.chunk == number else None, id(self))
-        self.calls, self.last = call + 1, (call, new)
-        if extras.session:
-            sessions.store(extras.session, call + 1)
+        self.calls, self.last, self.name = call + 1, (call, new), name
+        if name:
+            sessions.store(name, call + 1)
         if self.previous is not None:
             reply["server_timing"]["prev_total_ms"] = 1000 * self.previous
         return pack_openpi(reply)

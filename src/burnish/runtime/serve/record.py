@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import new_file
-from burnish.core.outputs import share
+from burnish.core.outputs import claim
 from burnish.core.reading import regular_file
 from burnish.policies.pretrained import foreign
 from burnish.runtime.serve.metrics import Metrics
@@ -33,11 +34,12 @@ class Recorder:
         metrics: told what became of a call.
 
     Raises:
-        BurnishError: the folder holds something else.
+        BurnishError: the folder holds something else, or another server records there now.
     """
 
     def __init__(self, folder: Path, most_mb: int, metrics: Metrics):
-        share(folder, KIND)
+        self._held = ExitStack()
+        self._held.enter_context(claim(folder, KIND))
         earlier = list(folder.glob("call-*.safetensors"))
         self.folder, self.metrics = folder, metrics
         self.left = (most_mb << 20) - sum(file.stat().st_size for file in earlier)
@@ -72,8 +74,9 @@ class Recorder:
             self._room.release()
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write what waits, and leave the folder to others."""
         self._thread.shutdown()
+        self._held.close()
 
 
 def recorded(folder: Path) -> Iterator[tuple[Row, np.ndarray, dict[str, Any]]]:

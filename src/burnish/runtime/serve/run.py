@@ -56,6 +56,8 @@ def serve_policy(
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
                           "guided" if mode == "none" else mode, who, reuse, dog)  # type: ignore[arg-type]  # fmt: skip
         recorder = Recorder(Path(options.record), options.record_mb, server.metrics) if options.record else None
+        if recorder:
+            stack.callback(recorder.close)
         names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
         sampler = model.sampler or (own_sampler(model) if model.supports("runtime") else "")
         about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact,
@@ -67,9 +69,6 @@ def serve_policy(
 
     with ExitStack() as stack:
         serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))
-    service = running[0].service
-    if isinstance(service, OpenPi) and service.recorder:
-        service.recorder.close()
 
 
 def runner(
