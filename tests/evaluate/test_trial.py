@@ -1,5 +1,6 @@
 """Trials on a robot: the draw, what is entered and taken back, what survives a kill, what nobody sees till the end."""
 
+import errno
 import json
 import threading
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def test_what_is_entered_is_what_compare_and_the_report_say(tmp_path):
     assert "solved" in page.read_text() and ">a</text>" in write_report(tmp_path / "t").read_text()
     text = page.read_text()
     assert "hazel is better than walnut" in text and f"settled by pair {made}" in text
+    assert "eval/b --sequential --margin 0.1" in text
     with pytest.raises(Stale), Trial(tmp_path / "t", "walnut", "hazel", TrialOptions(trials=30, margin=0.1)) as trial:
         trial.start(len(trial.entries))
 
@@ -329,3 +331,36 @@ def test_a_server_that_has_gone_is_told_without_its_name(tmp_path, monkeypatch):
         Trial(tmp_path / "u", a, a.rpartition(":")[0] + ":9") as trial,
     ):
         trial.connect()
+
+
+def test_a_full_disk_loses_no_entry_and_the_trial_goes_on(trial, monkeypatch):
+    judge(trial, truth(4, 0.5, 0.5))
+    before, file = (trial.folder / ENTRIES).read_bytes(), trial._journal._file
+
+    class Full:
+        """Room for ten bytes."""
+
+        fileno, seek, truncate = file.fileno, file.seek, file.truncate
+
+        def write(self, content):
+            if len(content) < 20 or file.tell() > len(before):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(content[:10])
+
+    trial.start(1)
+    with monkeypatch.context() as patched, pytest.raises(BurnishError, match="no room left"):
+        patched.setattr(trial._journal, "_file", Full())
+        trial.outcome(1, True)
+    assert (trial.folder / ENTRIES).read_bytes() == before and len(trial.entries) == 1
+    trial.outcome(1, True)
+    trial.__exit__()
+    with Trial(trial.folder, "walnut", "hazel", TrialOptions(trials=4)) as again:
+        assert again.entries == trial.entries and len(again.entries) == 2
+
+
+def test_entries_without_their_draw_are_not_continued(trial):
+    judge(trial, truth(4, 0.5, 0.5))
+    trial.__exit__()
+    (trial.folder / "settings.json").unlink()
+    with pytest.raises(BurnishError, match=r"without .*settings.json"):
+        Trial(trial.folder, "walnut", "hazel", TrialOptions(trials=4))

@@ -277,12 +277,16 @@ class Journal(AbstractContextManager):
             raise BurnishError(f"{self.path} is no UTF-8 text (byte {error.start})", "our own lines") from None
 
     def append(self, record: Any) -> None:
-        """Add an episode; on the disk when this returns."""
-        line = record.to_line().encode()
-        with disk_errors(self.path):
-            while line:
-                line = line[self._file.write(line) :]
-            os.fsync(self._file.fileno())
+        """Add an episode; on the disk when this returns. Where that fails the file is as before: another may follow."""
+        line, end = record.to_line().encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            with disk_errors(self.path):
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+        except (OSError, BurnishError):
+            self._file.truncate(end)
+            raise
         self.records.append(record)
 
     def __exit__(self, *_: object) -> None:

@@ -31,7 +31,7 @@ from burnish.envs.base import FAILURES
 from burnish.evaluate.evaluation import Evaluation
 from burnish.evaluate.records import SETTINGS, SUMMARY, Journal, Record
 from burnish.evaluate.sequential import sequential
-from burnish.runtime.client import PolicyClient
+from burnish.runtime.client import PolicyClient, without_token
 from burnish.runtime.serve.relay import Relay
 
 TRIAL, ENTRIES, NEXT, ARMS = "trial", "trials.jsonl", "next.txt", ("a", "b")
@@ -101,7 +101,7 @@ class Trial(AbstractContextManager):
         check(self.options, TRIAL)
         self._targets = dict(zip(ARMS, (a, b), strict=True))
         remote = [one.startswith(ADDRESS) for one in (a, b)]
-        names = [_without_token(one) for one in (a, b)]
+        names = [without_token(one) for one in (a, b)]
         if any(remote) != all(remote) or names[0] == names[1] or not all(names):
             raise BurnishError(f"policies '{names[0]}' and '{names[1]}'", "two names, or two addresses ws://HOST:PORT")
         self.names, self._lock = dict(zip(ARMS, names, strict=True)), threading.RLock()
@@ -139,6 +139,9 @@ class Trial(AbstractContextManager):
             if type(seed) is not int or not listed:
                 raise BurnishError(f"{file} is damaged", "a seed and initial states, as they were written")
             return said | {"seed": seed, "states": states}
+        entries = self.folder / ENTRIES
+        if entries.exists() and entries.stat().st_size:  # under another draw they would be those of other policies
+            raise BurnishError(f"{entries} without {file}", "both, as they were written", "another --output")
         if options.states and options.data:
             raise BurnishError("--states and --data", "one of them")
         made = [(State(str(pair + 1)), b"") for pair in range(options.trials)]
@@ -283,9 +286,3 @@ def _replay(entries: list[Entry], path: Path) -> tuple[list[Entry], bool]:
             raise BurnishError(f"{path}:{number + 1} does not follow from the lines before it", "lines as written")
         outcomes = outcomes[:-1] if one.kind == "undo" else [*outcomes, *[one] * (one.kind == "outcome")]
     return outcomes, bool(entries) and entries[-1].kind == "finish"
-
-
-def _without_token(address: str) -> str:
-    """ws://any:TOKEN@host:port without what must stay with its owner."""
-    scheme, mark, rest = address.partition("://")
-    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else address

@@ -87,10 +87,11 @@ def _tries(trial: Trial) -> str:
 
 
 def _protocol(trial: Trial) -> str:
+    margin = "" if trial.options.margin is None else f" --margin {trial.options.margin:g}"
     return section("Protocol", facts([
         ("begun, ended", f"{trial.entries[0].time}, {trial.entries[-1].time}"), ("draw", f"seed {trial.seed}"),
         ("minutes of trials", f"{sum(one.seconds for one in trial.outcomes) / 60:.1f}"),
         ("initial states", str(len(trial.states))),
         ("entries taken back", str(sum(one.kind == "undo" for one in trial.entries))),
-        ("the same figures", f"burnish compare {trial.folder}/eval/a {trial.folder}/eval/b --sequential"),
+        ("the same figures", f"burnish compare {trial.folder}/eval/a {trial.folder}/eval/b --sequential{margin}"),
     ]))  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from burnish.core.errors import BurnishError, one_line
 from burnish.runtime.serve.wire import OVER, pack_openpi, unpack_openpi
 
-NAMES = ("policy", "weights")
+NAMES = ("policy", "weights", "sampler", "tier", "cache", "watchdog")
 """Of a server's greeting: what would tell who answers."""
 _LIMITS: dict[str, Any] = {"compression": None, "max_size": 64 << 20, "close_timeout": 1}
 log = logging.getLogger("burnish")
