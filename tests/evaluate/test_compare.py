@@ -60,7 +60,7 @@ def test_identical_runs_are_flagged_by_steps_where_there_are_any(tmp_path):
     assert any("identical" in w for w in compare(a, same).warnings)
     assert any("identical" in w for w in compare(a, silent).warnings)
     assert not any("identical" in w for w in compare(a, other).warnings)
-    assert any("no width" in w for w in compare(a, other).warnings)
+    assert any("unseen" in w for w in compare(a, other).warnings)
     assert compare(a, other).overall.p == 1
     assert any("runs 1 and 2 of B" in w for w in compare(a, [other, other]).warnings)
 
@@ -113,3 +113,35 @@ def test_command(tmp_path, capsys):
     assert "WARNING: runs 1 and 2 of B" in capsys.readouterr().out
     assert main(["compare", str(a), str(tmp_path / "missing")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_word_needs_enough_pairs(tmp_path, runs):
+    def verdict(first, second):
+        sides = [[write(tmp_path / f"{name}{i}", some) for i in range(runs)] for name, some in
+                 (("a", first), ("b", second))]  # fmt: skip
+        return compare(*sides, margin=0.05)
+
+    few = verdict([0, 0, 0], [1, 1, 1])
+    assert few.verdict == "undecided" and few.overall.low < 0.5 < few.overall.high == 1
+    assert verdict([0] * 9, [1] * 9).verdict == "better"
+    same = verdict([1] * 5, [1] * 5)
+    assert same.verdict == "undecided" and same.overall.high == -same.overall.low > 0.3
+    assert same.overall.rate_a.low < 0.7 and same.overall.rate_a.high == 1
+    assert verdict([1] * 90, [1] * 90).verdict == "equivalent"
+
+
+def test_episodes_are_looked_at_in_an_order_that_knows_no_outcome(tmp_path):
+    """The journal of an evaluation has those first that ended first, which solved ones do."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        rows = [{"task": "t", "initial_state": i, "success": bool(s)} for i, s in enumerate(rng.random(60) < 0.5)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text("{}")
+        lines = (json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: not row["success"]))
+        (tmp_path / name / "episodes.jsonl").write_text("".join(lines))
+    found = compare(tmp_path / "a", tmp_path / "b", sequential=True)
+    assert found.sequential.decided is None and sum("has not ended" in word for word in found.warnings) == 2
+    assert compare(tmp_path / "a/episodes.jsonl", tmp_path / "b", sequential=True).sequential == found.sequential
+    files = [(tmp_path / name / "episodes.jsonl").rename(tmp_path / f"{name}.jsonl") for name in "ab"]
+    assert compare(*files, sequential=True).sequential.verdict == "worse"  # what the order of a log would say

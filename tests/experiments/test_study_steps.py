@@ -169,6 +169,9 @@ def test_what_steps_do_together_is_compared_with_the_sum_of_each(tmp_path):
     assert found["more_together"] == pytest.approx([expected.mean, *expected.interval])
     assert found["together"][0] == pytest.approx((full - plain).mean()) and found["verdict"] == "not additive"
     assert found["together"][0] == pytest.approx(found["sum"][0] + found["more_together"][0])
+    gates = [{"name": "g", "measure": "success", "check": "plain >= 0.9"}]
+    path = write_result(tmp_path / "z.json", rows=measure_rows(trials), declared=said(gates=gates), **facts)
+    assert json.loads(path.read_text())["additive"]["verdict"] == "void"
     alone = {name: trials[name] for name in ("full", "no_a", "plain")}
     path = write_result(tmp_path / "y.json", rows=measure_rows(alone), declared=said(), **facts)
     assert "additive" not in json.loads(path.read_text())

@@ -11,16 +11,17 @@ import numpy as np
 from burnish.core.errors import BurnishError, plain
 from burnish.core.patterns import search
 from burnish.evaluate.offline_compare import OfflineComparison, compare_offline, is_offline
-from burnish.evaluate.records import Record
+from burnish.evaluate.records import EPISODES, SETTINGS, SUMMARY, Record
 from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import Sequential, sequential
 from burnish.evaluate.stats import (
+    LEVEL,
     Rate,
     Verdict,
+    estimate,
     mcnemar,
     minimum_detectable_difference,
-    paired_bootstrap,
-    two_way,
+    paired_interval,
     verdict,
     wilson,
 )
@@ -42,9 +43,9 @@ class PairedResult:
     """A and B on `n` shared initial states; `difference` is B minus A.
 
     With one run on each side every figure is over single trials, `rate_a` and `rate_b` carry Wilson intervals and
-    `p` is McNemar's. With k runs of the same states on both sides, the first of A beside the first of B, the interval
-    and `p` are those of `stats.two_way`, over runs and states. With another number of runs they are Student's, over
-    the means of initial states.
+    `p` is McNemar's. With k runs of the same states on both sides, the first of A beside the first of B, intervals
+    and `p` are those of `stats.two_way`, over runs and states. With another number of runs that of the difference is
+    Student's, over the means of initial states. Where all pairs are alike, Wilson's bound stands in.
 
     Args:
         low, high: 95 % interval of the difference.
@@ -83,8 +84,9 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """The word for the whole difference."""
-        return verdict(self.overall.low, self.overall.high, self.margin)
+        """The word for the whole difference; "better" and "worse" need the p-value too, which few pairs do not give."""
+        word = verdict(self.overall.low, self.overall.high, self.margin)
+        return word if word == "equivalent" or self.overall.p <= 1 - LEVEL else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -134,7 +136,8 @@ def compare(
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
         margin: difference of success rates (offline: of action errors) up to which the policies count as equivalent.
-        sequential: also the test, which may be looked at after each trial; trials in A's order, one run a side.
+        sequential: also the test, which may be looked at after each trial; trials in A's order (of evaluation
+            folders: by initial state), one run a side.
 
     Raises:
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
@@ -161,14 +164,18 @@ def compare(
     per_task = {task: _result(sides, some, seed) for task, some in tasks.items()}
     unpaired = tuple([k for k in some if k not in shared] for some in keys)
     runs = (len(sides[0]), len(sides[1]))
-    found = Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall), margin)
-    return replace(found, sequential=_sequential(sides, paired, margin)) if sequential else found
+    folders = [Path(path).parent if Path(path).name == EPISODES else Path(path) for side in lists for path in side]
+    ours = [folder for folder in folders if (folder / SETTINGS).is_file()]
+    found = Comparison(names, runs, overall, per_task, unpaired, _warnings(sides, overall, ours), margin)
+    return replace(found, sequential=_sequential(sides, paired, margin, bool(ours))) if sequential else found
 
 
-def _sequential(sides: list[list[Run]], keys: list[Key], margin: float | None) -> Sequential:
+def _sequential(sides: list[list[Run]], keys: list[Key], margin: float | None, ended: bool) -> Sequential:
+    """`ended`: lines stand as episodes ended, solved ones first; the order of a test must know no outcome."""
     if max(map(len, sides)) > 1:
         raise BurnishError(f"--sequential with {max(map(len, sides))} runs of one side", "one run of each")
     (a,), (b,) = sides
+    keys = sorted(keys, key=lambda key: (key[1], key[0])) if ended else keys
     return sequential(np.array([float(b[key].success) - float(a[key].success) for key in keys]), margin)
 
 
@@ -212,30 +219,44 @@ def _result(sides: list[list[Run]], keys: list[Key], seed: int) -> PairedResult:
     n, difference = len(keys), successes[1] / trials[1] - successes[0] / trials[0]
     counts = int((better < 0).sum()), int((better > 0).sum())
     single, test = max(len(side) for side in sides) == 1, _STATES
-    rates = [_rate(s, t, single, seed) for s, t in zip(successes, trials, strict=True)]
+    tables = [_outcomes(side, keys) for side in sides]
+    rates = [_rate(s, t, table, single, seed) for s, t, table in zip(successes, trials, tables, strict=True)]
     if not single and n > 1:
-        table = [difference]
-        if len(sides[0]) == len(sides[1]) and all(t.min() == len(sides[0]) for t in trials):
-            table, test = [np.array([float(y[k].success) - float(x[k].success) for k in keys])
-                           for x, y in zip(*sides, strict=True)], _TWO_WAY  # fmt: skip
-        found = two_way(np.array(table))
-        return PairedResult(n, *rates, found.mean, found.low, found.high, *counts, found.p, found.detectable, test)
+        table = difference[None]
+        if len(sides[0]) == len(sides[1]) and all(len(one) == len(sides[0]) for one in tables):
+            table, test = tables[1] - tables[0], _TWO_WAY
+        found = estimate(table, True)
+        low, high = max(found.low, -1.0), min(found.high, 1.0)
+        return PairedResult(n, *rates, found.mean, low, high, *counts, found.p, found.detectable, test)
     # One pair is added to each side, as in Laplace's rule: without a discordant pair, discordance is still not 0.
     detectable = minimum_detectable_difference(n, (float((difference**2).sum()) + 1) / (n + 2))
-    low, high = paired_bootstrap(difference, np.random.default_rng(seed))
+    low, high = paired_interval(difference, np.random.default_rng(seed))
     return PairedResult(n, *rates, float(difference.mean()), low, high, *counts, mcnemar(*counts), detectable, _MCNEMAR)
 
 
-def _rate(successes: np.ndarray, trials: np.ndarray, single: bool, seed: int) -> Rate:
+def _outcomes(side: list[Run], keys: list[Key]) -> np.ndarray:
+    """Successes [runs, states]; their means [1, states] where a run lacks some."""
+    if all(k in run for run in side for k in keys):
+        return np.array([[float(run[k].success) for k in keys] for run in side])
+    return np.array([[float(np.mean([run[k].success for run in side if k in run])) for k in keys]])
+
+
+def _rate(successes: np.ndarray, trials: np.ndarray, table: np.ndarray, single: bool, seed: int) -> Rate:
     total, n = int(successes.sum()), int(trials.sum())
     if single:
         return wilson(total, n)
-    low, high = paired_bootstrap(successes / trials, np.random.default_rng(seed))
-    return Rate(total, n, low, high)
+    rate, found = total / n, estimate(table, True)
+    ends = (found.low, found.high) if found else paired_interval(table[0], np.random.default_rng(seed))
+    return Rate(total, n, min(max(ends[0], 0.0), rate), max(min(ends[1], 1.0), rate))
 
 
-def _warnings(sides: list[list[Run]], overall: PairedResult) -> list[str]:
+def _warnings(sides: list[list[Run]], overall: PairedResult, ours: list[Path]) -> list[str]:
     warnings = [
+        f"{path} has not ended, and episodes that end first are not like the rest"
+        for path in ours
+        if not (path / SUMMARY).is_file()
+    ]
+    warnings += [
         f"runs {i + 1} and {j + 1} of {name} are trial-for-trial identical; they count as one"
         for name, side in zip("AB", sides, strict=True)
         for (i, x), (j, y) in combinations(enumerate(side), 2)
@@ -245,7 +266,7 @@ def _warnings(sides: list[list[Run]], overall: PairedResult) -> list[str]:
         question = "is it the same policy, or was the change without effect?"
         warnings.append(f"A and B are trial-for-trial identical: {question}")
     elif overall.only_a + overall.only_b == 0:
-        warnings.append("A and B succeeded on the same initial states, so the bootstrap interval has no width")
+        warnings.append("A and B succeeded on the same initial states: the interval is what may have gone unseen")
     variants = [{r.variant for run in side for r in run.values()} for side in sides]
     if variants[0] != variants[1]:
         warnings.append(f"A holds {', '.join(sorted(variants[0]))} episodes, B {', '.join(sorted(variants[1]))}")

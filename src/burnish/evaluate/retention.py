@@ -11,7 +11,7 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.data.questions import open_questions
-from burnish.evaluate.stats import Rate, mcnemar, paired_bootstrap, wilson
+from burnish.evaluate.stats import Rate, mcnemar, paired_interval, wilson
 
 if TYPE_CHECKING:
     from burnish.policies.base import Policy
@@ -108,7 +108,7 @@ def compare_retention(base: Retention, tuned: Retention) -> dict[str, Any]:
     if base.n != tuned.n:
         raise BurnishError(f"{base.n} and {tuned.n} answers", "both policies on the same questions")
     before, after = np.array(base.correct, dtype=int), np.array(tuned.correct, dtype=int)
-    low, high = paired_bootstrap(after - before, np.random.default_rng(0))
+    low, high = paired_interval(after - before, np.random.default_rng(0))
     forgotten, learned = int((before > after).sum()), int((after > before).sum())
     return {
         "n": base.n, "difference": float((after - before).mean()), "low": low, "high": high, "forgotten": forgotten,

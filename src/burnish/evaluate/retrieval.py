@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.evaluate.stats import paired_bootstrap, wilson
+from burnish.evaluate.stats import paired_interval
 
 
 def figures(outcomes: Mapping[str, str]) -> dict[str, Any]:
@@ -31,7 +31,5 @@ def over_episodes(values: Sequence[np.ndarray], episodes: Sequence[np.ndarray]) 
     flat, which = np.concatenate(values).astype(float), np.concatenate(episodes)
     _, place = np.unique(which, return_inverse=True)
     means = np.bincount(place, flat) / np.bincount(place)
-    if np.ptp(means) > 0:
-        return paired_bootstrap(means, np.random.default_rng(0))
-    unseen = wilson(0, len(means)).high
-    return max(0.0, float(means[0]) - unseen), min(1.0, float(means[0]) + unseen)
+    low, high = paired_interval(means, np.random.default_rng(0))
+    return max(0.0, low), high

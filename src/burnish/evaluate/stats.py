@@ -87,6 +87,16 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def paired_interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences of successes (or of successes), each in [-1, 1].
+
+    That of `paired_bootstrap`; where all are equal, which has no width, Wilson's bound says how much may be unseen.
+    """
+    low, high = paired_bootstrap(differences, rng)
+    unseen = wilson(0, len(differences)).high if np.ptp(differences) == 0 else 0.0
+    return max(low - unseen, -1.0), min(high + unseen, 1.0)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its 95 % interval, a two-sided p-value against zero, and what could have been seen.
@@ -149,6 +159,19 @@ def two_way(values: np.ndarray) -> Estimate:
     p = 2 * float(t.sf(abs(mean) / error, freedom))
     detectable = (half + float(t.isf(1 - POWER, freedom))) * error
     return Estimate(mean, mean - half * error, mean + half * error, p, error, freedom, detectable)
+
+
+def estimate(table: np.ndarray, shares: bool) -> Estimate | None:
+    """`two_way`; None of a single number. Where all outcomes are equal the spread of shares is not 0: Wilson's bound
+    for so many units says how much may have gone unseen."""
+    if table.size < 2:
+        return None
+    found = two_way(table)
+    if np.ptp(table) > 0 or not shares:
+        return found
+    unseen, n = wilson(0, table.shape[1]).high, table.shape[1]
+    p = min(1.0, 2 * 0.5**n) if found.mean else 1.0
+    return Estimate(found.mean, found.mean - unseen, found.mean + unseen, p, 0.0, found.freedom, unseen)
 
 
 def holm(p: Sequence[float]) -> list[float]:

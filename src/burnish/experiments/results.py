@@ -279,7 +279,8 @@ def _declared(result: dict[str, Any]) -> str:
                      f"(`{gate['check']}` in {gate['measure']}: {value})")  # fmt: skip
     failed = list(dict.fromkeys(gate.get("of", "") for gate in gates if not gate["passed"]))
     if failed:
-        which = "every verdict is void" if "" in failed else f"the verdict of {', '.join(failed)} is void"
+        every = {"", said["reference"]} & {*failed}
+        which = "every verdict is void" if every else f"the verdict of {', '.join(failed)} is void"
         lines.append(f"- So this setting cannot show the effect, and {which}.")
     return lines[0] + "\n\n" + "".join(f"{line}\n" for line in lines[1:]) + ("\n" if lines[1:] else "")
 

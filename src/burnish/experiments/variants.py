@@ -15,7 +15,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
-from burnish.evaluate.stats import LEVEL, Estimate, holm, letters, two_way, verdict, wilson
+from burnish.evaluate.stats import LEVEL, Estimate, estimate, holm, letters, verdict
 
 Trials = Mapping[int | str, Mapping[Any, float]]
 """Training seed to unit to outcome."""
@@ -112,19 +112,6 @@ def summary(texts: Mapping[str, str], shares: bool) -> dict[str, Any]:
     return {"n": table.size, **head, "interval": interval, "by_seed": [float(one) for one in table.mean(1)]}
 
 
-def estimate(table: np.ndarray, shares: bool) -> Estimate | None:
-    """`two_way`; None of a single number. Where all outcomes are equal the spread of shares is not 0: Wilson's bound
-    for so many units says how much may have gone unseen."""
-    if table.size < 2:
-        return None
-    found = two_way(table)
-    if np.ptp(table) > 0 or not shares:
-        return found
-    unseen, n = wilson(0, table.shape[1]).high, table.shape[1]
-    p = min(1.0, 2 * 0.5**n) if found.mean else 1.0
-    return Estimate(found.mean, found.mean - unseen, found.mean + unseen, p, 0.0, found.freedom, unseen)
-
-
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Estimate | None:
     """Of two rows of a measure, the first minus the second, paired on seed and unit; None where they share no seed.
 
@@ -147,7 +134,8 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
     """Put differences, Holm's p-values, verdicts and letters into `rows`; returns the gates with their values.
 
     A verdict needs the adjusted p-value (of the endpoint's comparisons one family, of all others another) and the
-    declared margin; where a gate fails, or seeds are missing, every verdict is "void", or that of the gate's variant.
+    declared margin; where a gate fails, or seeds are missing, every verdict is "void" and nothing has letters, or so
+    for the gate's variant (of the reference: for all, which are compared with it).
 
     Args:
         rows: of `measure_rows`, with `eval` where there are several measures.
@@ -160,7 +148,7 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
             row.pop(name, None)
         measures.setdefault(row.get("eval", MAIN), []).append(row)
     gates = [_gate(measures, declared, gate) for gate in declared["gates"]] + _seeds(measures, declared, endpoint)
-    void = {gate.get("of", "") for gate in gates if not gate["passed"]}
+    void = _void(gates, declared)
     families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for name, some in measures.items():
         _compare(some, declared["reference"])
@@ -169,8 +157,14 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
         for row, adjusted in zip(family, holm([row["p"] for row in family]), strict=True):
             row["adjusted"] = adjusted
             row["verdict"] = "void" if void & {"", row["label"]} else _word(row, declared, primary)
-    _letters(measures.get(endpoint, []))
+    _letters([row for row in measures.get(endpoint, []) if not void & {"", row["label"]}])
     return gates
+
+
+def _void(gates: Sequence[Mapping[str, Any]], declared: Mapping[str, Any]) -> set[str]:
+    """Variants without a verdict; "" where that is all of them."""
+    failed = {gate.get("of", "") for gate in gates if not gate["passed"]}
+    return failed | ({""} if declared["reference"] in failed else set())
 
 
 def _compare(rows: list[dict[str, Any]], reference: str) -> None:
@@ -244,19 +238,23 @@ def additivity(rows: Sequence[Mapping[str, Any]], declared: Mapping[str, Any]) -
              {"together": full - none, "sum": parts, "more_together": full - none - parts}.items()}  # fmt: skip
     rest = found["more_together"]
     inside = declared["margin"] is not None and -declared["margin"] <= rest.low and rest.high <= declared["margin"]
+    inside = inside and rest.error > 0  # equal outcomes throughout say nothing
     word = "additive" if inside else "not additive" if rest.p <= 1 - LEVEL else "undecided"
     return {key: [one.mean, *one.interval] for key, one in found.items()} | {"verdict": word}
 
 
 def judgement(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """What `judge` and `additivity` say, as a result keeps it."""
+    """What `judge` and `additivity` say, as a result keeps it; a failed gate makes the latter void too."""
     gates, additive = judge(rows, declared), additivity(rows, declared)
+    if additive and _void(gates, declared):
+        additive["verdict"] = "void"
     return {"gates": gates} | ({"additive": additive} if additive else {})
 
 
 def _seeds(measures: Mapping[str, Any], declared: Mapping[str, Any], endpoint: str) -> list[dict[str, Any]]:
-    """The stopping rule as a gate: every variant of the endpoint has the declared number of seeds."""
-    arms = [row for row in measures.get(endpoint, []) if START not in row["outcomes"]]
-    value, wanted = min((len(row["outcomes"]) for row in arms), default=0), declared["stopping"]
+    """The stopping rule as a gate: every variant of the endpoint has the same seeds, and as many as declared."""
+    arms = [set(row["outcomes"]) for row in measures.get(endpoint, []) if START not in row["outcomes"]]
+    wanted, shared = declared["stopping"], len(set.intersection(*arms)) if arms else 0
+    value = next((count for count in (shared, *map(len, arms)) if count != wanted), wanted)
     gate = {"name": "the declared seeds", "measure": endpoint, "check": f"seeds = {wanted}", "value": value}
     return [] if value == wanted else [gate | {"passed": False}]

@@ -9,7 +9,7 @@ from burnish.core.reading import read_object
 from burnish.evaluate.compare import Comparison, compare
 from burnish.evaluate.records import SUMMARY
 from burnish.evaluate.sequential import confidence_sequence
-from burnish.evaluate.stats import mcnemar, paired_bootstrap
+from burnish.evaluate.stats import mcnemar, paired_interval
 from burnish.evaluate.trial import ARMS, Trial
 from burnish.report.comparison import success
 from burnish.report.html import document, facts, header, section, table, tile_row
@@ -59,7 +59,7 @@ def order_effect(trial: Trial) -> tuple[float, float, float, float]:
     """Second minus first try of a pair, whichever policies they were: mean, 95 % interval, exact McNemar p."""
     won = [float(one.success) for one in trial.outcomes]
     found = np.array(won[1::2]) - np.array(won[::2][: len(won) // 2])
-    low, high = paired_bootstrap(found, np.random.default_rng(0))
+    low, high = paired_interval(found, np.random.default_rng(0))
     return float(found.mean()), low, high, mcnemar(int((found < 0).sum()), int((found > 0).sum()))
 
 
