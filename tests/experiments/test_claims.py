@@ -41,7 +41,7 @@ def results(tmp_path):
     write_result(tmp_path / "study.json", rows=rows, declared=SAID, metrics={"runs": runs}, **FACTS)
     gates = [{"name": "headroom", "measure": "success", "check": "plain <= 0.1"}]
     write_result(tmp_path / "gated.json", rows=rows, declared=SAID | {"gates": gates}, **FACTS)
-    write_json(tmp_path / "bench_x.json", {"name": "x", "n": 5, "device": "d", "figures": {"ratio": 1.5}})
+    write_json(tmp_path / "bench_x.json", {"name": "x", "n": 5, "device": "d", "figures": {"ratio": 1.5, "signs": 0.8}})
     return tmp_path
 
 
@@ -51,6 +51,7 @@ def results(tmp_path):
         ({"arm": "good", "against": "plain"}, "holds"),
         ({"arm": "good", "against": "plain", "room": "plain >= 0.4"}, "holds"),
         ({"arm": "good", "against": "plain", "room": "plain >= 0.9"}, "void"),
+        ({"arm": "good", "against": "plain", "room": "nobody >= 0.4"}, "void"),
         ({"arm": "good", "against": "plain", "expect": "equivalent", "room": "bad <= 0.1"}, "void"),
         ({"arm": "bad", "against": "plain"}, "does not hold"),
         ({"arm": "bad", "against": "good", "expect": "worse"}, "holds"),
@@ -69,6 +70,9 @@ def results(tmp_path):
         ({"arm": "good", "against": "plain", "result": "absent"}, "not tested"),
         ({"figure": "ratio", "expect": ">= 1.4", "result": "bench_x"}, "holds"),
         ({"figure": "ratio", "expect": "<= 1.4", "result": "bench_x"}, "does not hold"),
+        ({"figure": "signs", "expect": "<= 0.7", "result": "bench_x"}, "does not hold"),
+        ({"figure": "signs", "share": True, "expect": "<= 0.7", "result": "bench_x"}, "undecided"),
+        ({"figure": "signs", "share": True, "expect": ">= 0.3", "result": "bench_x"}, "holds"),
     ],
 )  # fmt: skip
 def test_verdicts(results, claim, verdict):
@@ -116,6 +120,7 @@ def test_pages_are_written_and_a_headline_is_a_sentence(results):
     "entry, message",
     [({"claim": "x", "result": "y", "arm": "a", "expect": "maybe"}, "expects 'maybe'"), ({"claim": "x"}, "lacks claim"),
      ({"claim": "x", "result": "y", "arm": "a"}, "compared with nothing"), ({"clam": "x"}, "unknown"),
+     ({"claim": "x", "result": "y", "arm": "a", "against": "b", "logged": "z"}, "compared with nothing"),
      ({"claim": "x", "result": "y", "arm": "a", "against": "b", "room": "some"}, "has room 'some'"),
      (3, "no list of claims")],
 )  # fmt: skip

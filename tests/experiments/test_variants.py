@@ -14,7 +14,7 @@ from burnish.evaluate.records import Record
 from burnish.evaluate.stats import wilson
 from burnish.experiments.measures import read_measure, read_successes
 from burnish.experiments.recompute import differing, recompute_results, renew
-from burnish.experiments.results import _of_shares, outcome_row, render_table, write_result
+from burnish.experiments.results import _of_shares, outcome_row, render_table, result_row, write_result
 from burnish.experiments.variants import START, difference, judge, measure_rows, read_gates
 
 SAID = {
@@ -118,6 +118,24 @@ def test_fewer_seeds_than_declared_are_void():
     assert rows["b"]["verdict"] == "void" and (gate["value"], gate["passed"]) == (2, False)
 
 
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (1, 2)])
+def test_a_variant_with_other_seeds_than_the_rest_makes_every_verdict_void(seeds):
+    rng = np.random.default_rng(3)
+    variants = {"a": table(rng, 0.2, seeds), "b": table(rng, 0.9), "c": table(rng, 0.9)}
+    rows, (gate,) = judged(variants)
+    assert rows["b"]["verdict"] == "void" and gate["value"] != 2 and not any("letters" in row for row in rows.values())
+
+
+def test_a_failed_gate_of_the_reference_is_about_every_comparison_and_no_letters_stand_for_what_is_void():
+    rng = np.random.default_rng(6)
+    variants = {"a": table(rng, 0.2), "b": table(rng, 0.9), "c": table(rng, 0.9), "d": table(rng, 0.9)}
+    gate = {"name": "g", "measure": "success", "check": "a >= 0.99"}
+    for of, void in (("a", "bcd"), ("", "bcd"), ("b", "b")):
+        rows, _ = judged(variants, gates=[gate | {"of": of}])
+        assert [name for name in "bcd" if rows[name]["verdict"] == "void"] == [*void]
+        assert [name for name in "abcd" if "letters" in rows[name]] == ([] if void == "bcd" else [*"acd"])
+
+
 def test_holm_counts_the_endpoint_apart_and_a_verdict_needs_it():
     rng, first = np.random.default_rng(4), {i: float(i < 20) for i in range(40)}
     both = {"a": first, "b": first | dict.fromkeys(range(20, 25), 1.0)}
@@ -199,7 +217,15 @@ def test_command_recomputes_renews_and_tells_what_cannot_be(checkout, capsys):
         and "2 the same" in (told := capsys.readouterr().out)
         and "again, without raw outcomes: old" in told
     )
-    wrong = json.loads((checkout / "results/r.json").read_text())
+    right = json.loads((checkout / "results/r.json").read_text())
+    few = right | {"rows": [result_row("x", 1, 2)], "metrics": {"q": {"accuracy": wilson(2, 3).to_dict()}}}
+    (checkout / "results/few.json").write_text(json.dumps(few))
+    assert main([*command, "--check"]) == 0 and "alone, without raw outcomes: few" in capsys.readouterr().out
+    few["metrics"]["q"]["accuracy"]["low"] = 0.0
+    (checkout / "results/few.json").write_text(json.dumps(few))
+    assert main([*command, "--check"]) == 2 and "accuracy.low" in capsys.readouterr().out
+    (checkout / "results/few.json").unlink()
+    wrong = deepcopy(right)
     wrong["rows"][0] |= {"successes": 2, "rate": 1.0, "interval": [0.9, 1.0]}
     (checkout / "results/r.json").write_text(json.dumps(wrong))
     assert main([*command, "--check"]) == 2 and "its outcomes say" in capsys.readouterr().out

@@ -96,7 +96,7 @@ def results(*, root: Path = Path(), check: bool = False, recompute: bool = False
     Args:
         root: the checkout; default: this folder
         check: change nothing; fail when a table is out of date
-        recompute: first compute every figure of results/ again from the raw outcomes
+        recompute: first compute again what follows from the raw outcomes in results/; benches have none
 
     Examples:
         burnish report results --check
@@ -123,6 +123,7 @@ def _recompute(folder: Path, check: bool) -> None:
     print(f"computed again from raw outcomes: {len(found.same)} the same")
     for name, different in found.changed.items():
         print(plain(f"{'' if check else 'renewed '}{name}: {different}"))
+    print(plain(f"from counts alone, without raw outcomes: {', '.join(found.counted) or 'none'}"))
     print(plain(f"withdrawn or to be run again, without raw outcomes: {', '.join(found.withdrawn) or 'none'}"))
     print(f"times and sizes, whose rounds stand in their files: {len(found.benches)}")
     if check and found.changed:

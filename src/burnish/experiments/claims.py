@@ -8,6 +8,7 @@
 `claims:summary` counts verdicts and gives the headline of each method, `claims:METHOD` the headlines of one.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,9 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import number, option, read_options
 from burnish.core.reading import inside, read_object
 from burnish.core.recipe import read_yaml
-from burnish.evaluate.stats import LEVEL, Estimate, holm, verdict
+from burnish.evaluate.stats import LEVEL, Estimate, estimate, holm, verdict, wilson
 from burnish.experiments.results import cell, check_result, line, readable, withdrawn
-from burnish.experiments.variants import ALIASES, MAIN, MARGIN, START, difference, estimate
+from burnish.experiments.variants import ALIASES, MAIN, MARGIN, START, difference
 
 TABLE = "docs/claims.yaml"
 MARKER = re.compile(r"^<!-- claims:(?P<what>[\w-]+) -->[ \t]*\n(?:.*?)^<!-- /claims -->[ \t]*$", re.M | re.S)
@@ -52,6 +53,7 @@ class Claim:
     measure: str = option("", "of the study; empty means its endpoint")
     logged: str = option("", "instead of a measure: a number that the arm's runs logged")
     figure: str = option("", "instead of an arm: a figure of a bench")
+    share: bool = option(False, "of a figure: it is a share of the bench's n independent cases, and has an interval")
     expect: str = option("better", f"{', '.join(EXPECTED)}, or a bound such as '>= 0.15'")
     room: str = option("", "gate of this claim alone, on its own measure: a variant and a bound, 'naive >= 0.2'")
     needs: str = option("", "what a test would need where there is none")
@@ -90,7 +92,8 @@ def read_claims(path: Path) -> list[Claim]:
             raise BurnishError(f"{path}: claim {i + 1} expects '{claim.expect}'", expected)
         if claim.room and not _ROOM.fullmatch(claim.room):
             raise BurnishError(f"{path}: claim {i + 1} has room '{claim.room}'", "such as 'naive >= 0.2'")
-        if (claim.figure or claim.arm) and not claim.against and claim.expect in EXPECTED:
+        alone = claim.figure or claim.logged or (claim.arm and not claim.against)
+        if alone and claim.expect in EXPECTED:
             raise BurnishError(f"{path}: claim {i + 1} is compared with nothing", "against, or a bound as expect")
         if not (claim.claim and claim.result and (claim.arm or claim.figure or claim.needs)):
             raise BurnishError(f"{path}: claim {i + 1} lacks claim, result, or one of arm, figure and needs")
@@ -124,16 +127,15 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     if content is None or not (claim.arm or claim.figure) or withdrawn(content):
         return untested
     if claim.figure:
-        value = content["figures"].get(claim.figure)
-        told = "" if value is None else cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
-        return replace(untested, verdict=_bounded(claim.expect, value, value), ours=told) if told else untested
+        return _of_figure(untested, content)
     check_result(content, claim.result)
     said = content.get("declared", {})
     name = claim.measure or said.get("endpoint", "success")
     about = ("", claim.arm, claim.against)
-    gates = [one for one in content.get("gates", []) if one.get("of", "") in about] + _room(claim, name, content)
-    told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, name, content)
+    gates = [one for one in content.get("gates", []) if one.get("of", "") in about]
+    gates += _room(claim, name, content) if measured and claim.room else []
+    told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     if measured is None:
         return replace(untested, gate=told)
     found, n, share = measured
@@ -146,13 +148,24 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     return one if claim.expect in EXPECTED else replace(one, verdict=_bounded(claim.expect, *found.interval))
 
 
+def _of_figure(untested: Answer, content: Mapping[str, Any]) -> Answer:
+    """A figure of a bench is a number without an interval, but for shares: that of Wilson."""
+    claim, value, n = untested.claim, content["figures"].get(untested.claim.figure), content.get("n")
+    if value is None:
+        return untested
+    told, low, high = cell(claim.figure, value), value, value
+    if claim.share:
+        low, high = wilson(math.floor(value * n + 1e-6), n).low, wilson(math.ceil(value * n - 1e-6), n).high
+        told = f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return replace(untested, verdict=_bounded(claim.expect, low, high), ours=told + (f" (n = {n})" if n else ""))
+
+
 def _room(claim: Claim, name: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The claim's own gate, where the study has measured what it asks."""
+    """The claim's own gate; what the study has not measured fails."""
     found = _ROOM.fullmatch(claim.room)
     one = found and _of_rows(replace(claim, arm=found["arm"], against=""), name, content)
-    if not found or not one:
-        return []
-    return [{"name": f"{name} of {claim.room}", "passed": _bounded(found["bounded"], *[one[0].mean] * 2) == "holds"}]
+    passed = bool(one) and _bounded(found["bounded"], *[one[0].mean] * 2) == "holds"
+    return [{"name": f"{name} of {claim.room}", "passed": passed}]
 
 
 def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:

@@ -23,6 +23,8 @@ class Recomputed:
     changed: dict[str, str] = field(default_factory=dict)
     """Those that said something else than their outcomes, and what."""
     same: list[str] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
+    """Without single outcomes: rates and intervals follow from their counts, and that is all that could be held."""
     withdrawn: list[str] = field(default_factory=list)
     """Without raw outcomes: withdrawn, or to be run again."""
     benches: list[str] = field(default_factory=list)
@@ -47,8 +49,11 @@ def renew(content: dict[str, Any]) -> dict[str, Any]:
     if "declared" in content:
         content |= judgement(rows, content["declared"])
     for found in content["metrics"].values():
-        if isinstance(found, dict) and isinstance(found.get(RAW), str):
-            found["accuracy"] |= wilson(found[RAW].count("1"), len(found[RAW])).to_dict()
+        accuracy = found.get("accuracy") if isinstance(found, dict) else None
+        if isinstance(accuracy, dict) and {"successes", "n"} <= accuracy.keys():
+            every = found.get(RAW)
+            counts = (every.count("1"), len(every)) if every else (accuracy["successes"], accuracy["n"])
+            accuracy |= wilson(*counts).to_dict()
     return content
 
 
@@ -92,7 +97,7 @@ def recompute_results(folder: Path, write: bool = False) -> Recomputed:
             if write:
                 write_json(path, after)
         else:
-            found.same.append(name)
-    if not (found.changed or found.same or found.withdrawn or found.benches):
+            (found.same if any(RAW in row for row in content["rows"]) else found.counted).append(name)
+    if not (found.changed or found.same or found.counted or found.withdrawn or found.benches):
         raise BurnishError(f"no result under {folder}", "files that `burnish run --result` wrote")
     return found
