@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
@@ -95,6 +96,10 @@ def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, caplog)
     recipe.policy.path = str(other)
     recipe.policy.overrides = {}
     assert _base(recipe, root / "run/policy") is None and "actions 7" in caplog.text
+    for file in other.glob("*processor*.safetensors"):  # as a base of the hub, trained on nobody's robot
+        save_file({f"so100.buffer.{key}": value for key, value in load_file(file).items()}, file)
+    assert _base(recipe, root / "run/policy") is None and "not measured: " in caplog.records[-1].getMessage()
+    assert "statistic" in caplog.records[-1].getMessage()
 
 
 def test_minutes_of_a_continued_run_add_up(tmp_path):

@@ -177,6 +177,16 @@ def test_an_adapter_says_how_it_becomes_a_policy(tiny_smolvla, tmp_path):
         shutil.copy(tiny_smolvla / "config.json", folder)
 
 
+def test_a_base_by_the_last_word_of_its_name_says_how_it_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BurnishError, match="no policy at smolvla_base") as error:
+        resolve("smolvla_base")
+    assert remedy(error) == "hf download lerobot/smolvla_base --local-dir smolvla_base"
+    with pytest.raises(BurnishError, match="no policy at mine") as error:
+        resolve("mine")
+    assert "; try: " not in str(error.value)
+
+
 @pytest.mark.parametrize("below", ["policy", "checkpoints/000100/pretrained_model", "pretrained_model"])
 def test_a_folder_above_names_the_policy_below(below, tmp_path, copied):
     shutil.copytree(copied, tmp_path / "run" / below)

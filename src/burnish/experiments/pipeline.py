@@ -263,8 +263,9 @@ def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
     """What training started from, with the recipe's overrides; None where it is made for another robot or cameras."""
     from burnish.policies import load_policy
 
-    base = load_policy(recipe.policy.path, overrides=recipe.policy.overrides, device=recipe.eval.device)
-    after = load_policy(tuned)
+    base, after = _load_base(recipe, overrides=recipe.policy.overrides), load_policy(tuned)
+    if base is None:
+        return None
     for what, one, other in (("actions", base.action_dim, after.action_dim), ("cameras", base.cameras, after.cameras)):
         if one != other:
             log.warning("the base is not measured: it has %s %s, the fine-tuned policy %s", what, one, other)
@@ -272,15 +273,28 @@ def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
     return base if recipe.policy.overrides else recipe.policy.path
 
 
+def _load_base(recipe: RecipeConfig, **given: Any) -> "Policy | None":
+    """What training started from; None where it can be trained but not run: a base of the hub may hold no statistics
+    of any robot. What was trained is measured all the same."""
+    from burnish.policies import load_policy
+
+    try:
+        return load_policy(recipe.policy.path, device=recipe.eval.device, **given)
+    except BurnishError as error:
+        log.warning("the base is not measured: %s", error)
+        return None
+
+
 def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
     from burnish.evaluate.retention import compare_retention, retention
     from burnish.policies import load_policy
 
-    paths, questions = {"tuned": outcome.folder / "policy"}, recipe.eval.questions
-    if recipe.policy.path:
-        paths["base"] = recipe.policy.path
-    for name, path in paths.items():
-        policy = load_policy(path, device=recipe.eval.device)
+    questions = recipe.eval.questions
+    for name in ("tuned", "base") if recipe.policy.path else ("tuned",):
+        tuned = name == "tuned"
+        policy = load_policy(outcome.folder / "policy", device=recipe.eval.device) if tuned else _load_base(recipe)
+        if policy is None:
+            continue
         outcome.retention[name] = retention(policy, questions.root, limit=questions.limit, progress=True)
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
     if len(outcome.retention) == 2:

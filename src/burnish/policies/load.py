@@ -101,7 +101,7 @@ def resolve(path: Path | str) -> Path:
                                f"a LeRobot policy folder{also}", _download(str(path)))  # fmt: skip
         below = sorted({place.parent for pattern in _BELOW for place in folder.glob(f"{pattern}/{CONFIG}")})
         raise BurnishError(f"no policy at {path}: it has no {CONFIG}", f"a LeRobot policy folder{also}",
-                           " or ".join(map(str, below[-3:])))  # fmt: skip
+                           " or ".join(map(str, below[-3:])) or _named(folder))  # fmt: skip
     return folder.absolute()
 
 
@@ -116,6 +116,12 @@ def _adapter(folder: Path) -> BurnishError:
     return BurnishError(f"{folder} is a peft adapter without its base ({ADAPTER}, no {WEIGHTS})",
                         "a whole policy" if base != "BASE" else "a whole policy, made with the BASE it was trained on",
                         f"{_download(base)} && {merge}" if fetched else merge)  # fmt: skip
+
+
+def _named(folder: Path) -> str:
+    """How to get a base that is called by the last word of its name on the hub."""
+    known = len(folder.parts) == 1 and folder.name in ("smolvla_base", "pi0_base", "pi05_base")
+    return _download(f"lerobot/{folder}") if known else ""
 
 
 def _download(name: str) -> str:
