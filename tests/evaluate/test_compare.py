@@ -63,6 +63,11 @@ def test_identical_runs_are_flagged_by_steps_where_there_are_any(tmp_path):
     assert any("unseen" in w for w in compare(a, other).warnings)
     assert compare(a, other).overall.p == 1
     assert any("runs 1 and 2 of B" in w for w in compare(a, [other, other]).warnings)
+    mixed = tmp_path / "mixed"
+    mixed.write_text(a.read_text() + write(tmp_path / "x", [1], first=3, weights="w").read_text())
+    assert not any("several weights" in w for w in compare(a, mixed).warnings)
+    mixed.write_text(mixed.read_text() + write(tmp_path / "x", [1], first=4, weights="v").read_text())
+    assert "a run of B holds episodes of several weights" in compare(a, mixed).warnings
 
 
 def test_several_runs_are_clusters_of_their_initial_state(tmp_path):

@@ -16,7 +16,7 @@ from burnish.evaluate.stats import two_way
 from burnish.experiments.plan import plan_study
 from burnish.experiments.recompute import differing, renew
 from burnish.experiments.results import render_table, write_result
-from burnish.experiments.steps import chain, fill, read_steps, step_minutes
+from burnish.experiments.steps import chain, fill, read_steps, step_minutes, take
 from burnish.experiments.study import load_study, run_study, variant_recipe
 from burnish.experiments.variants import judge, measure_rows
 
@@ -115,6 +115,21 @@ def test_a_finished_study_repeats_nothing(ran, monkeypatch):
     again = Runner()
     run_study(study, base, run_setup=again)
     assert again.lines == []
+
+
+def test_a_step_that_other_commands_made_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "base").mkdir()
+    after = [{"run": ["make {before} {to} merged"]}, {"run": ["make {before} {to} again"]}]
+
+    def links(first):
+        return chain(read_steps({"a": first, "b": after[0]}, {}, "x"), [], str(tmp_path / "base"), 0, tmp_path)[0]
+
+    take(links(after[1]), {}, Runner())
+    take(links(after[1]), {}, None)
+    with pytest.raises(BurnishError, match="steps/0/a was made by other commands"):
+        take(links(after[0]), {}, Runner())
+    with pytest.raises(BurnishError, match=r"steps/0/a\.b was made by other commands"):  # its own are the same
+        take(links(after[0])[1:], {}, Runner())
 
 
 def test_places_are_filled_in_and_steps_without_commands_pass_the_policy_on(tmp_path):

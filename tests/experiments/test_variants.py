@@ -1,6 +1,7 @@
 """Rows of a study's result: what counts as success, pairing, gates, verdicts, and all of it again from raw outcomes."""
 
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.evaluate.records import Record
 from burnish.evaluate.stats import wilson
-from burnish.experiments.measures import read_measure, read_successes
+from burnish.experiments.measures import read_measure, read_successes, run_figures, study_rows
 from burnish.experiments.recompute import differing, recompute_results, renew
 from burnish.experiments.results import _of_shares, outcome_row, render_table, result_row, write_result
 from burnish.experiments.variants import START, difference, judge, measure_rows, read_gates
@@ -175,6 +176,34 @@ def test_measures_hold_numbers_or_flags(tmp_path):
         file.write_text(json.dumps({"values": values}))
         with pytest.raises(BurnishError, match="holds no measure"):
             read_measure(file)
+
+
+def test_answers_to_other_questions_make_no_pair(tmp_path):
+    runs = {name: {0: tmp_path / name} for name in "ab"}
+    for limit, message in ((10, ""), (20, "share no trial")):
+        for name in "ab":
+            asked = {"root": "q", "limit": 10 if name == "a" else limit}
+            found = {"correct": [True, False], "losses": [0.1, 0.3], "loss": 0.2}
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "retention.json").write_text(json.dumps({"asked": asked, "tuned": found}))
+            main_eval = tmp_path / name / "eval/main"
+            main_eval.mkdir(parents=True, exist_ok=True)
+            (main_eval / "episodes.jsonl").write_text(Record("lift", 0, 0, True, 9).to_line())
+        with pytest.raises(BurnishError, match=message) if message else nullcontext():
+            rows = study_rows(runs, ["success"], [], [], None, True)
+    assert {tuple(row["outcomes"].values()) for row in rows if row["eval"] == "answer_loss"} == {("0.1 0.3",)}
+
+
+def test_a_run_that_was_measured_with_another_commit_names_both(checkout, tmp_path):
+    run = tmp_path / "run"
+    (run / "eval/main").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"commit": "made", "date": "d"}))
+    (run / "eval/main/summary.json").write_text(json.dumps({"overall": {"n": 1}, "commits": ["made", "later"]}))
+    found = run_figures(run)
+    assert (found["commit"], found["measured_with"]) == ("made", ["later"])
+    content = json.loads((checkout / "results/s.json").read_text()) | {"metrics": {"runs": {"a-0": found}}}
+    (checkout / "results/s.json").write_text(json.dumps(content))
+    assert "commit later, made ·" in render_table(["s"], checkout / "results")
 
 
 @pytest.fixture

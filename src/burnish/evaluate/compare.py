@@ -120,7 +120,7 @@ class Comparison:
             if keys
         ]
         if len(self.per_task) > 1:
-            lines += ["", *_table(self.per_task)]
+            lines += ["", *_table(self.per_task), "p of a task is not adjusted for how many there are"]
         return "\n".join(map(plain, [*lines, *(f"WARNING: {w}" for w in self.warnings)]))
 
 
@@ -255,6 +255,11 @@ def _warnings(sides: list[list[Run]], overall: PairedResult, ours: list[Path]) -
         f"{path} has not ended, and episodes that end first are not like the rest"
         for path in ours
         if not (path / SUMMARY).is_file()
+    ]
+    warnings += [
+        f"a run of {name} holds episodes of several weights"
+        for name, side in zip("AB", sides, strict=True)
+        if any(len({r.weights for r in run.values()} - {""}) > 1 for run in side)
     ]
     warnings += [
         f"runs {i + 1} and {j + 1} of {name} are trial-for-trial identical; they count as one"

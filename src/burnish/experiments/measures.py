@@ -103,8 +103,13 @@ def _each(runs: Folders, read: Any) -> dict[str, dict[int, Any]]:
 
 
 def _answers(runs: Folders, what: str, start: Path | None) -> dict[str, Any]:
-    before = {"base": {START: dict(enumerate(map(float, read_answers(start)[what])))}} if start else {}
-    return before | _each(runs, lambda run: dict(enumerate(map(float, read_answers(run)[what]))))
+    def numbered(run: Path) -> dict[str, float]:
+        """By what was asked too: answers to other questions make no pair."""
+        asked = read_object(run / "retention.json").get("asked", {})
+        which = f"{asked.get('root')} {asked.get('limit')}"
+        return {f"{which} {i}": float(one) for i, one in enumerate(read_answers(run)[what])}
+
+    return ({"base": {START: numbered(start)}} if start else {}) | _each(runs, numbered)
 
 
 def _logged(run: Path, name: str) -> float:
@@ -126,6 +131,8 @@ def run_figures(run: Path) -> dict[str, Any]:
         figures = {"steps": content["steps"], **content["final"]}
     figures |= {name: made.get(name) for name in ("commit", "date")}
     summary = read_object(run / "eval" / MAIN / SUMMARY)
+    if others := sorted({*summary.get("commits", [])} - {made.get("commit"), ""}):  # an evaluation that went on later
+        figures["measured_with"] = others
     known, episodes = summary.get("failures", {}), summary["overall"]["n"]
     figures |= {f"{kind.replace(' ', '_')}_share": known.get(kind, 0) / episodes for kind in FAILURES if known}
     if (run / "retention.json").is_file():

@@ -325,7 +325,8 @@ def _bench_table(name: str, bench: dict[str, Any]) -> str:
 
 def _provenance(result: dict[str, Any]) -> str:
     runs = [run for run in result["metrics"].get("runs", {}).values() if isinstance(run, dict)]
-    made = sorted({str(run["commit"])[:10] for run in runs if run.get("commit")}) or [str(result["commit"])[:10]]
+    commits = [one for run in runs for one in (run.get("commit"), *run.get("measured_with", [])) if one]
+    made = sorted({str(one)[:10] for one in commits}) or [str(result["commit"])[:10]]
     facts = [
         f"`{result['command']}`", f"commit {', '.join(made)}", _words(result["hardware"]),
         f"{result['minutes']:g} minutes", str(result["date"]), f"seeds {_words(result['seeds'])}",

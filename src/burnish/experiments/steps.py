@@ -37,10 +37,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Link:
-    """A step of one variant and seed: its folder, and its commands as they are run."""
+    """A step of one variant and seed: its folder, its commands as they are run, and those of all steps before it."""
 
     to: Path
     lines: tuple[str, ...]
+    after: tuple[str, ...] = ()
 
     def clock(self, facts: dict[str, Any]) -> Stages:
         """What is known of it, in a file beside the folder, which belongs to the commands."""
@@ -96,16 +97,25 @@ def chain(
             names.append(f"no_{name}" if name in without else name)
             to = out / "steps" / str(seed) / ".".join(names)
             places = {"before": shlex.quote(policy), "to": shlex.quote(str(to))}
-            links.append(Link(to, tuple(fill(line, seed, out, **places) for line in lines)))
+            after = (*links[-1].after, *links[-1].lines) if links else ()
+            links.append(Link(to, tuple(fill(line, seed, out, **places) for line in lines), after))
             policy = str(to / "policy")
     return links, policy
 
 
 def take(links: Iterable[Link], facts: dict[str, Any], run_setup: SetupRunner | None) -> None:
-    """Run the commands of these steps that have not been run."""
+    """Run the commands of these steps that have not been run.
+
+    Raises:
+        BurnishError: a command that failed, or that left no policy; a folder that other commands made than these.
+    """
     for link in links:
         with alone(link.to.parent):  # another process may be at it
             clock = link.clock(facts)
+            made_by = [*link.after, *link.lines]
+            if clock.content.setdefault("made_by", made_by) != made_by:
+                found = f"{link.to} was made by other commands than the study has now"
+                raise BurnishError(found, "the study that made it", f"rm -r '{link.to}' '{clock.file}'")
             for line in link.lines:
                 set_up(line, clock, run_setup)
         if not (link.to / "policy").is_dir():
