@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from burnish.core.config import EvalConfig
+from burnish.core.config import CacheConfig, EvalConfig
 from burnish.core.errors import BurnishError
 from burnish.envs.base import Observation, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.rollout import _Job
+from burnish.runtime.caches import Reuse
 from burnish.runtime.executor import Runtime
 
 
@@ -46,6 +47,14 @@ def test_the_executor_plays_the_same_episodes(policy):
     executed.runner = Runtime(policy, tier="exact")
     for rows in ([request(0)], [request(i, "go" * i) for i in range(1, 5)]):
         assert np.array_equal(executed.act(rows)[0], plain.act(rows)[0])
+
+
+def test_an_episode_that_begins_again_sees_nothing_of_the_one_whose_simulator_died(policy):
+    batched = BatchedPolicy(policy, {"top": "cam"}, seed=1, width=1, n_action_steps=8)
+    batched.reuse = Reuse(CacheConfig("images", 9, guard=False), policy)
+    for replan in (0, 1, 0):
+        batched.act([request(0, replan=replan)])
+    assert batched.reuse.counts == {"fresh": 2, "reused": 1}
 
 
 @pytest.mark.parametrize(("tier", "named"), [("", False), ("exact", False), ("fused", True)])

@@ -208,10 +208,10 @@ def test_a_delay_comes_from_a_latency_that_was_measured(tmp_path, found, quantil
     assert measured_steps(f"{quantile}:{tmp_path / 'found.json'}", 10) == steps
 
 
-@pytest.mark.parametrize("text", ["p95", "p90:found.json", "2.5", "p95:found.json", "p95:none.json", "-1"])
+@pytest.mark.parametrize("text", ["p95", "p90:found.json", "2.5", "p95:found.json", "p99:found.json", "p95:none.json"])
 def test_other_delays_are_refused(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "found.json").write_text('{"total": {"p95": "x"}, "p95_ms": -1}')
+    (tmp_path / "found.json").write_text('{"total": {"p95": "x"}, "p95_ms": -1, "p99_ms": 0.0}')
     with pytest.raises(BurnishError):
         measured_steps(text, 10)
 

@@ -238,6 +238,13 @@ def test_a_guard_wants_a_measured_spread(tmp_path, content, said):
         Reuse(CacheConfig("images", measured=path), Looking())
 
 
+def test_a_spread_is_that_of_the_weights_that_are_served(tmp_path):
+    config = CacheConfig("images", measured=spread_file(tmp_path, weights="one"))
+    assert Reuse(config, Looking(), "one").spread == Reuse(config, Looking()).spread == 1.0
+    with pytest.raises(BurnishError, match="other weights"):
+        Reuse(config, Looking(), "another")
+
+
 def test_an_episode_may_end_while_the_last_one_is_compared(tmp_path):
     """A server's loop forgets; its other thread compares."""
     reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()

@@ -174,7 +174,7 @@ def test_a_faster_server_says_how_it_was_started_and_counts(tiny_smolvla, tmp_pa
     policy.sampler = "ab2:3"
     assert np.array_equal(found[0], by_itself(policy, sent, 7)) and all(np.array_equal(found[0], f) for f in found)
     assert stats["cache"]["encoding_hits"] >= 4 and stats["cache"]["reused"] == 5
-    assert stats["cache"]["compared"] == 1 and stats["delay_p95"] == 4
+    assert stats["cache"]["compared"] == 4 and stats["delay_p95"] == 4
     assert 'burnish_cache{what="reused"} 5.0' in text and "burnish_delay_steps_count 5.0" in text
 
 

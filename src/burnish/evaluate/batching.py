@@ -83,6 +83,9 @@ class BatchedPolicy:
         draws = self._draws(rows)
         there = batch
         if self.reuse is not None:
+            for request in requests:
+                if not request.replan:  # of an episode whose simulator died too
+                    self.reuse.forget((request.task, request.initial_state))
             batch = self.reuse.look([(request.task, request.initial_state) for request in requests], batch)
         if not self._warm:  # the first call allocates and compiles; it would distort the latency
             self.sample(rows, batch, draws)

@@ -266,7 +266,7 @@ def measured_steps(measured: str, fps: float) -> int:
     places = [found.get(f"{name}_ms"), *(part.get(key) for place in ("total", "latency_ms") for key in {name, median}
                                          if isinstance(part := found.get(place), dict))]  # fmt: skip
     ms = next((value for value in places if number(value)), None)
-    if ms is None or not 0 <= ms <= 1e7:
+    if ms is None or not 0 < ms <= 1e7:  # a server that nobody has asked says 0
         raise BurnishError(f"{path} has no latency", "profile.json, a server's /stats or an evaluation's summary.json",
                            "burnish policy profile POLICY --output profile.json")  # fmt: skip
     return ceil(ms * fps / 1000 - 1e-9)

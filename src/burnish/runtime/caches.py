@@ -94,6 +94,7 @@ class Reuse:
     Args:
         config: mode "images" or "prefix".
         policy: flow-matching; with the guard, the very weights that `config.measured` was made for.
+        weights: the hash of its folder, which `config.measured` then has to name; "" where that is not known.
 
     Attributes:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
@@ -102,10 +103,10 @@ class Reuse:
         BurnishError: a guard without a measured spread, or with that of a policy with other actions.
     """
 
-    def __init__(self, config: CacheConfig, policy: Policy):
+    def __init__(self, config: CacheConfig, policy: Policy, weights: str = ""):
         require(policy, "runtime", f"cache {config.mode}")
         self.config, self.width, self.counts = config, policy.action_dim, Counter[str]()
-        self.spread, self.binary = measured_spread(config.measured) if config.guard else (1.0, [])
+        self.spread, self.binary = measured_spread(config.measured, weights) if config.guard else (1.0, [])
         if not all(0 <= i < self.width for i in self.binary):
             raise BurnishError(f"{config.measured} has dimensions {self.binary} of two values",
                                f"some of the policy's {self.width}", "the file of this very policy")  # fmt: skip
@@ -184,16 +185,18 @@ def similarity(one: Tensor, other: Tensor) -> float:
     return float(F.cosine_similarity(*small, dim=0))
 
 
-def measured_spread(path: str) -> tuple[float, list[int]]:
+def measured_spread(path: str, weights: str = "") -> tuple[float, list[int]]:
     """A policy's spread and its two-valued dimensions, of a file of `burnish policy verify runtime`.
 
     Raises:
-        BurnishError: no file is named, or it says something else.
+        BurnishError: no file is named, it was made for other weights, or it says something else.
     """
     fix = "burnish policy verify runtime POLICY DATA --output runtime.json, and its name as `measured`"
     if not path:
         raise BurnishError("a guard that does not know the policy's spread", "a measured one, or guard: false", fix)
     found = read_object(Path(path))
+    if weights and found.get("weights") != weights:
+        raise BurnishError(f"{path} was made for other weights", "those of the policy", fix)
     spread, binary = found.get("spread"), found.get("binary")
     whole = isinstance(binary, list) and all(type(i) is int for i in binary)
     if not number(spread) or not spread > 0 or not whole:

@@ -51,7 +51,7 @@ def serve_policy(
         robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
         mode = options.async_mode
         model.sampler = find_sampler(options.sampler, policy) or model.sampler
-        who, reuse = runner(model, options, stack, server)
+        who, reuse = runner(model, options, stack, server, "" if isinstance(policy, Policy) else digest)
         dog = watchdog(model, digest) if watchdog else None
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
                           "guided" if mode == "none" else mode, who, reuse, dog)  # type: ignore[arg-type]  # fmt: skip
@@ -72,11 +72,11 @@ def serve_policy(
 
 
 def runner(
-    model: Policy, options: ServeOptions, stack: ExitStack, server: Server
+    model: Policy, options: ServeOptions, stack: ExitStack, server: Server, weights: str = ""
 ) -> tuple[Policy | Runtime, Reuse | None]:
     """Who is called, the policy or the executor of it; and what lets it act on old pictures."""
     cache, kept = options.cache, None if options.cache.mode == "none" else Kept()
-    reuse = Reuse(cache, model) if cache.mode in ("images", "prefix") else None
+    reuse = Reuse(cache, model, weights) if cache.mode in ("images", "prefix") else None
     server.metrics.caches = [one.counts for one in (kept, reuse) if one is not None]
     if options.tier or (kept and model.supports("runtime")):
         return Runtime(model, tier=options.tier or "exact", kept=kept), reuse
