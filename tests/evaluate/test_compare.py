@@ -134,6 +134,8 @@ def test_a_word_needs_enough_pairs(tmp_path, runs):
     assert same.verdict == "undecided" and same.overall.high == -same.overall.low > 0.3
     assert same.overall.rate_a.low < 0.7 and same.overall.rate_a.high == 1
     assert verdict([1] * 90, [1] * 90).verdict == "equivalent"
+    nearly = verdict([1] * 60, [1] * 59 + [0])  # 60 that never differ would not show it, so these do not
+    assert nearly.overall.low > -0.051 and nearly.verdict == "undecided"
 
 
 def test_episodes_are_looked_at_in_an_order_that_knows_no_outcome(tmp_path):

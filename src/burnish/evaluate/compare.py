@@ -85,7 +85,7 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         """The word for the whole difference; "better" and "worse" need the p-value too, which few pairs do not give."""
-        word = verdict(self.overall.low, self.overall.high, self.margin)
+        word = verdict(self.overall.low, self.overall.high, self.margin, self.overall.n)
         return word if word == "equivalent" or self.overall.p <= 1 - LEVEL else "undecided"
 
     def to_dict(self) -> dict[str, Any]:

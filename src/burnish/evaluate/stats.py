@@ -184,20 +184,23 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(low: float, high: float, margin: float | None = None) -> Verdict:
+def verdict(low: float, high: float, margin: float | None = None, pairs: int = 0) -> Verdict:
     """The word for a difference with the interval [low, high].
 
     Args:
         margin: differences up to this size do not matter; None where none was declared, then nothing is equivalent.
+        pairs: of successes, how many: where as many that never differ would leave more than the margin unseen, a few
+            that differ cannot show that two are equivalent. 0: not of successes, or the interval knows it.
     """
-    if margin is not None and -margin <= low and high <= margin:
+    unseen = wilson(0, pairs).high if pairs else 0.0
+    if margin is not None and -margin <= low and high <= margin and unseen <= margin:
         return "equivalent"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 
 def letters(differ: np.ndarray) -> list[str]:
-    """Compact letters (Piepho, Journal of Computational and Graphical Statistics 13, 2004): arms that share one do not
-    differ.
+    """Compact letters (Piepho, Journal of Computational and Graphical Statistics 13, 2004): arms that share one are
+    not shown to differ.
 
     Args:
         differ: [arms, arms] bool, symmetric; whether two arms differ.
