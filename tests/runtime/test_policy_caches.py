@@ -211,6 +211,19 @@ def test_one_error_or_a_gripper_that_turns_trips_it_too(tmp_path):
         assert reuse.counts["stopped"] == 1
 
 
+def test_a_comparison_that_fails_ends_the_use_of_old_pictures_and_no_server(tmp_path, caplog):
+    from burnish.runtime.serve.batcher import Batcher
+
+    reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()
+    calls(reuse, [scene(0.1)])
+    chunk = policy.act(reuse.look(["r"], scene(0.2)))
+    batcher = Batcher.__new__(Batcher)
+    batcher._after = lambda: reuse.compare(chunk, lambda: torch.zeros(2) + torch.zeros(3))
+    batcher._compare()
+    assert "could not be compared" in caplog.text and batcher._after is None
+    assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)
+
+
 def test_a_guard_that_is_left_out_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(Reuse, "compare", lambda self, chunk, act: None)
     with pytest.raises(AssertionError):

@@ -295,7 +295,8 @@ def test_keys_by_file_and_by_order(tmp_path):
     row = Reader(policy, read_keys(policy, path)).row(sent)
     assert row.state.tolist() == [[1, 2.5, 4]] and row.images["top"].shape == (1, 8, 8, 3) and row.task == "go"
     for text, said in (("[1]", "no map of keys"), ("x: 1", "no map of keys"), ("images: {top: a}", "maps top;"),
-                       ("images: {top: 1, side: b}", "than texts"), ("state: 3", "than keys")):  # fmt: skip
+                       ("images: {top: 1, side: b}", "than texts"), ("state: 3", "than keys"),
+                       ("state: []", "than keys")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(BurnishError, match=said):
             read_keys(policy, path)

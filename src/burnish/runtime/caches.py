@@ -152,18 +152,20 @@ class Reuse:
         """
         if not self._due or chunk.raw is None:
             return
+        anchors = [self._anchors[self._keys[i]] for i in self._due]
+        for anchor in anchors:
+            anchor.off = True  # and stays so where the comparison fails
         true = act().raw
         assert true is not None  # noqa: S101 - the same policy
         apart = (chunk.raw - true)[..., : self.width].float()
         errors = apart.square().mean((1, 2)).sqrt().cpu() / self.spread
         turned = ((chunk.raw > 0) != (true > 0))[..., self.binary].flatten(1).any(1).cpu()
-        for i in self._due:
-            anchor = self._anchors[self._keys[i]]
+        for i, anchor in zip(self._due, anchors, strict=True):
             self.counts["compared"] += 1
             anchor.errors.append(float(errors[i]))
-            if anchor.errors[-1] > ONE or sum(anchor.errors) / len(anchor.errors) > MEAN or bool(turned[i]):
-                anchor.off = True
-                self.counts["stopped"] += 1
+            mean = sum(anchor.errors) / len(anchor.errors)
+            anchor.off = anchor.errors[-1] > ONE or mean > MEAN or bool(turned[i])
+            self.counts["stopped"] += anchor.off
 
     def forget(self, key: Hashable) -> None:
         """A new episode, from the next `look` on; from any thread, also while a comparison of the last one is made."""

@@ -5,6 +5,7 @@ width not even in its last bit.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.types import Draws
 from burnish.data.watchdog import Watchdog
 from burnish.policies.base import Policy
@@ -30,6 +31,7 @@ from burnish.runtime.serve.wire import LATE
 from burnish.sampling.steering import Steering
 
 MOST_WAITING = 64
+log = logging.getLogger("burnish")
 
 
 class Busy(BurnishError):
@@ -160,8 +162,17 @@ class Batcher:
                     one.future.set_result(timed)
             if self._after is not None:  # while the chunks are executed
                 await asyncio.sleep(0)
-                await loop.run_in_executor(self.thread, self._after)
-                self._after = None
+                await loop.run_in_executor(self.thread, self._compare)
+
+    def _compare(self) -> None:
+        """A comparison that fails ends the use of old pictures, see `Reuse.compare`, and not the server."""
+        after, self._after = self._after, None
+        assert after is not None  # noqa: S101 - asked before
+        try:
+            with foreign("old pictures could not be compared", "a policy that acts on the present ones"):
+                after()
+        except (BurnishError, MemoryError) as error:
+            log.warning("%s", one_line(error))
 
     async def _gather(self) -> None:
         """Wait for others who may ask: as long as they keep coming, but no request longer than four times `wait`."""

@@ -91,7 +91,7 @@ def read_keys(policy: Policy, path: Path) -> Keys:
         raise BurnishError(f"{path} is no map of keys", shape)
     images, state, task = found.get("images") or {}, found.get("state", STATE), found.get("task", TASK)
     state = [state] if isinstance(state, str) else state
-    if not isinstance(images, dict) or not isinstance(state, list) or not isinstance(task, str):
+    if not isinstance(images, dict) or not (isinstance(state, list) and state) or not isinstance(task, str):
         raise BurnishError(f"{path} holds something else than keys", shape)
     if not all(isinstance(key, str) for key in (*images, *images.values(), *state)):
         raise BurnishError(f"{path} holds something else than texts", shape)
