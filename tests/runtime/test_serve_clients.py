@@ -3,6 +3,7 @@
 import json
 import os
 import pickle  # noqa: TID251 - LeRobot's protocol
+import socket
 import subprocess
 import threading
 import time
@@ -202,6 +203,16 @@ def test_an_end_waits_for_the_answer_of_a_robot():
             time.sleep(0.01)
         one.stop()
         assert pickle.loads(answer.result(20).data)[0].timestep == 7  # noqa: S301
+
+
+@needs_grpc
+def test_robots_come_by_ipv6_too():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with served(Seen(("top",), 0), host="::1", lerobot_port=0) as one:
+        assert one.server.lerobot_port > 0
 
 
 def test_a_robot_that_waits_for_its_actions_is_not_taken_over():

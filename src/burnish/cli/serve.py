@@ -89,6 +89,6 @@ def _check(bench: bool, own: bool, n_action_steps: int | None) -> None:
 
 
 def _announce(server: Any, port: int, _: object) -> None:
-    host = server.options.host
+    host = f"[{server.options.host}]" if ":" in server.options.host else server.options.host
     robots = f", LeRobot's client on {host}:{server.lerobot_port}" if server.lerobot_port >= 0 else ""
-    print(f"policy on ws://{f'[{host}]' if ':' in host else host}:{port}{robots}", flush=True)
+    print(f"policy on ws://{host}:{port}{robots}", flush=True)

@@ -65,7 +65,8 @@ async def listening(server: Any) -> AsyncIterator[None]:
     port = grpc.aio.server(options=limits, maximum_concurrent_rpcs=4 * options.clients)
     add_AsyncInferenceServicer_to_server(AsyncInference(server), port)
     try:
-        number = port.add_insecure_port(f"{options.host}:{options.lerobot_port}")
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        number = port.add_insecure_port(f"{host}:{options.lerobot_port}")
     except RuntimeError as error:
         found = f"cannot listen on {options.host}:{options.lerobot_port} ({one_line(error, 100)})"
         raise BurnishError(found, "a free port", "--lerobot-port 0") from None
