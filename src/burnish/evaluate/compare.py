@@ -136,8 +136,8 @@ def compare(
         task_regex: keep only tasks in which this is found.
         seed: of the bootstrap.
         margin: difference of success rates (offline: of action errors) up to which the policies count as equivalent.
-        sequential: also the test, which may be looked at after each trial; trials in A's order (of evaluation
-            folders: by initial state), one run a side.
+        sequential: also the test, which may be looked at after each trial; trials in the order of their
+            lines (of evaluation folders: by initial state), one run a side.
 
     Raises:
         BurnishError: unreadable results, a trial that occurs twice in a run, or nothing that pairs.
@@ -171,11 +171,14 @@ def compare(
 
 
 def _sequential(sides: list[list[Run]], keys: list[Key], margin: float | None, ended: bool) -> Sequential:
-    """`ended`: lines stand as episodes ended, solved ones first; the order of a test must know no outcome."""
+    """`ended`: lines stand as episodes ended, solved ones first; the order of a test must know no outcome. Otherwise a
+    pair stands where its later trial does, so that one that is completed at last comes last."""
     if max(map(len, sides)) > 1:
         raise BurnishError(f"--sequential with {max(map(len, sides))} runs of one side", "one run of each")
     (a,), (b,) = sides
-    keys = sorted(keys, key=lambda key: (key[1], key[0])) if ended else keys
+    places = [{key: i for i, key in enumerate(run)} for run in (a, b)]
+    made = {key: sorted(place[key] for place in places) for key in keys}
+    keys = sorted(keys, key=lambda key: (key[1], key[0]) if ended else (made[key][1], -made[key][0]))
     return sequential(np.array([float(b[key].success) - float(a[key].success) for key in keys]), margin)
 
 
@@ -275,6 +278,8 @@ def _warnings(sides: list[list[Run]], overall: PairedResult, ours: list[Path]) -
     variants = [{r.variant for run in side for r in run.values()} for side in sides]
     if variants[0] != variants[1]:
         warnings.append(f"A holds {', '.join(sorted(variants[0]))} episodes, B {', '.join(sorted(variants[1]))}")
+    elif "instruction_swap" in variants[0]:
+        warnings.append("success is at the object that was not named: a policy that listens has less of it")
     return warnings
 
 
