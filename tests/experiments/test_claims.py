@@ -98,6 +98,18 @@ def test_claims_of_one_study_are_adjusted_together(results):
         assert {answer.verdict for answer in answer_claims(read_claims(path), results)} == {verdict}
 
 
+@pytest.mark.parametrize("states, verdict", [(20, "undecided"), (120, "holds")])
+def test_a_few_states_do_not_show_that_nothing_is_lost(results, states, verdict):
+    """One of twenty that differs makes a narrow interval; twenty that never do could have missed a lot."""
+    rows = measure_rows({arm: {seed: {i: float(i == seed and arm == "b") for i in range(states)} for seed in range(3)}
+                         for arm in "ab"})  # fmt: skip
+    write_result(results / "study.json", rows=rows, declared=SAID | {"reference": "a"}, **FACTS)
+    claims = [{"claim": "c", "result": "study", "arm": "b", "against": "a", "expect": expect}
+              for expect in ("not worse", "equivalent")]  # fmt: skip
+    (results / "claims.yaml").write_text(yaml.safe_dump({"claims": claims}))
+    assert {one.verdict for one in answer_claims(read_claims(results / "claims.yaml"), results)} == {verdict}
+
+
 def test_pages_are_written_and_a_headline_is_a_sentence(results):
     root = results / "checkout"
     (root / "docs").mkdir(parents=True)

@@ -74,6 +74,7 @@ class Answer:
     margin: float | None = None
     lower: bool = False
     name: str = ""
+    pairs: int = 0
 
 
 def read_claims(path: Path) -> list[Claim]:
@@ -138,11 +139,12 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
     told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     if measured is None:
         return replace(untested, gate=told)
-    found, n, share = measured
+    found, n, pairs = measured
+    share = pairs > 0
     margin = said.get("margin") if name == said.get("endpoint") else None
     one = replace(untested, ours=f"{_interval(found, share, bool(claim.against))} (n = {n})", gate=told, found=found,
                   margin=MARGIN if margin is None and share else margin, lower=name in said.get("lower", []),
-                  name=claim.logged or name)  # fmt: skip
+                  name=claim.logged or name, pairs=pairs)  # fmt: skip
     if not all(gate["passed"] for gate in gates):
         return replace(one, verdict="void", found=None)
     return one if claim.expect in EXPECTED else replace(one, verdict=_bounded(claim.expect, *found.interval))
@@ -168,8 +170,8 @@ def _room(claim: Claim, name: str, content: Mapping[str, Any]) -> list[dict[str,
     return [{"name": f"{name} of {claim.room}", "passed": passed}]
 
 
-def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
-    """The estimate, its n in words, and whether it is of shares; None where the study has not measured it."""
+def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estimate, str, int] | None:
+    """The estimate, its n in words, and of shares how many units; None where the study has not measured it."""
     rows = [row for row in content["rows"] if row.get("eval", MAIN) == ALIASES.get(name, name)]
     by_label = {START if START in row["outcomes"] else row["label"]: row for row in rows}
     if not {claim.arm, claim.against or claim.arm} <= by_label.keys():
@@ -180,15 +182,16 @@ def _of_rows(claim: Claim, name: str, content: Mapping[str, Any]) -> tuple[Estim
         found = difference(row, by_label[claim.against])
     else:
         found = Estimate(row["rate" if share else "mean"], *(row["interval"] or row["by_seed"] * 2), 1.0, 0.0, 0.0, 0.0)
-    return None if found is None else (found, f"{seeds} seeds x {row['n'] // seeds}", share)
+    units = row["n"] // seeds
+    return None if found is None else (found, f"{seeds} seeds x {units}", units if share else 0)
 
 
-def _of_logged(claim: Claim, content: Mapping[str, Any]) -> tuple[Estimate, str, bool] | None:
+def _of_logged(claim: Claim, content: Mapping[str, Any]) -> tuple[Estimate, str, int] | None:
     runs = content["metrics"].get("runs", {})
     values = [run.get(claim.logged) for name, run in runs.items() if name.rpartition("-")[0] == claim.arm]
     values = [value for value in values if number(value)]
     found = estimate(np.array([values]), False) if values else None
-    return None if found is None else (found, f"{len(values)} seeds", False)
+    return None if found is None else (found, f"{len(values)} seeds", 0)
 
 
 def _interval(found: Estimate, share: bool, signed: bool) -> str:
@@ -206,8 +209,9 @@ def _bounded(expect: str, low: float, high: float) -> str:
 
 def _judged(one: Answer, found: Estimate, adjusted: float) -> str:
     low, high = (-found.high, -found.low) if one.lower else (found.low, found.high)
-    word, expect = verdict(low, high, one.margin), one.claim.expect
-    if expect == "not worse" and (low >= -(one.margin or 0.0) or word == "better"):
+    word, expect, margin = verdict(low, high, one.margin, one.pairs), one.claim.expect, one.margin or 0.0
+    enough = not one.pairs or wilson(0, one.pairs).high <= margin
+    if expect == "not worse" and (low >= -margin and enough or word == "better"):
         return "holds"
     if word == "undecided" or (word != "equivalent" and adjusted > 1 - LEVEL):
         return "undecided"
