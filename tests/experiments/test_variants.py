@@ -286,3 +286,11 @@ def test_a_pair_of_rows_is_compared_whatever_the_reference(checkout):
 def test_committed_results_follow_from_their_outcomes():
     found = recompute_results(CHECKOUT / "results")
     assert found.changed == {} and {"tabletop/replay", "decode/modes"} <= {*found.same}
+
+
+@pytest.mark.parametrize(("states", "word"), [(20, "undecided"), (100, "equivalent")])
+def test_few_states_do_not_show_that_two_are_equivalent(states, word):
+    same = {seed: {i: float(i % 2) for i in range(states)} for seed in (0, 1)}
+    turned = {0: same[0], 1: same[1] | {0: 1.0, 1: 0.0}}
+    row = judged({"a": same, "b": turned}, margin=0.15)[0]["b"]
+    assert row["verdict"] == word and max(map(abs, row["minus_reference"])) < 0.15

@@ -182,7 +182,8 @@ def _word(row: Mapping[str, Any], declared: Mapping[str, Any], primary: bool) ->
     lower = row.get("eval", MAIN) in {ALIASES.get(name, name) for name in declared["lower"]}
     low, high = (-high, -low) if lower else (low, high)
     margin = declared["margin"] if primary else None
-    word = verdict(low, high, MARGIN if margin is None and "rate" in row else margin)
+    states = max(map(len, row["outcomes"].values())) if "rate" in row else 0
+    word = verdict(low, high, MARGIN if margin is None and "rate" in row else margin, states)
     return word if word == "equivalent" or row["adjusted"] <= 1 - LEVEL else "undecided"
 
 
