@@ -17,7 +17,6 @@ RELEASED = "what the released code of the paper does"
 NO_RESULT: dict[str, dict[str, str]] = {
     "align.md": {
         "independent projectors run at 20 % of their width": RELEASED, "gives a single pair 20 %": RELEASED,
-        "about 15 % of a step's time": "step_ratio_matched of the bench, which its committed run is older than",
     },
     "retrieve.md": {
         "99.5 % of frames": "the paper's", "91 % of the nearest neighbours": "the paper's log",
