@@ -124,7 +124,8 @@ def _answer(claim: Claim, content: dict[str, Any] | None) -> Answer:
         told = "" if value is None else cell(claim.figure, value) + (f" (n = {content['n']})" if "n" in content else "")
         return replace(untested, verdict=_bounded(claim.expect, value, value), ours=told) if told else untested
     check_result(content, claim.result)
-    gates, said = content.get("gates", []), content.get("declared", {})
+    gates = [gate for gate in content.get("gates", []) if gate.get("of", "") in ("", claim.arm, claim.against)]
+    said = content.get("declared", {})
     told = "; ".join(f"{'passed' if gate['passed'] else 'failed'}: {gate['name']}" for gate in gates)
     name = claim.measure or said.get("endpoint", "success")
     measured = _of_logged(claim, content) if claim.logged else _of_rows(claim, name, content)

@@ -119,9 +119,12 @@ def _logged(run: Path, name: str) -> float:
 def run_figures(run: Path) -> dict[str, Any]:
     """What a run logged last, how its episodes failed, how well it still answers, and when and with which commit it
     was made."""
-    content = read_object(run / "train.json")
-    made = read_object(run / "run.json")
-    figures = {"steps": content["steps"], **content["final"], **{name: made.get(name) for name in ("commit", "date")}}
+    trained, made = run / "train.json", read_object(run / "run.json")
+    figures: dict[str, Any] = {}
+    if trained.is_file():  # nothing is where the study has steps
+        content = read_object(trained)
+        figures = {"steps": content["steps"], **content["final"]}
+    figures |= {name: made.get(name) for name in ("commit", "date")}
     summary = read_object(run / "eval" / MAIN / SUMMARY)
     known, episodes = summary.get("failures", {}), summary["overall"]["n"]
     figures |= {f"{kind.replace(' ', '_')}_share": known.get(kind, 0) / episodes for kind in FAILURES if known}

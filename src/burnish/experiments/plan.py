@@ -7,7 +7,7 @@ from pathlib import Path
 from burnish.core.config import RecipeConfig
 from burnish.core.recipe import demos_root, run_folder
 from burnish.envs.base import expand
-from burnish.experiments.study import StudyConfig, study_folder, variant_recipe
+from burnish.experiments.study import StudyConfig, study_chain, study_folder, variant_recipe
 from burnish.train.cost import GB, fitted, memory, predicting, seconds
 from burnish.train.run import check_resumable
 from burnish.train.setup import make_objectives
@@ -32,12 +32,18 @@ def plan_study(study: StudyConfig, base: RecipeConfig) -> list[str]:
     """A line for each variant of a study, and the sums."""
     folder, lines, minutes, disk = study_folder(study), [f"setup       {line}" for line in study.setup], 0.0, 0.0
     for name in study.variants:
+        if study.steps:
+            count = sum(len(link.lines) for link in study_chain(study, base, name, study.seeds[0])[0])
+            lines.append(f"{name:<11} {len(study.seeds)} policies, each made by {count} commands")
+            continue
         text, each, size = _training(variant_recipe(study, base, name, study.seeds[0]))
         done = sum((folder / f"{name}-{seed}" / "train.json").is_file() for seed in study.seeds)
         lines.append(f"{name:<11} {len(study.seeds)} runs, {done} of them trained, each {text}")
         minutes, disk = minutes + (len(study.seeds) - done) * each, disk + len(study.seeds) * size
     lines += [f"evaluation  {line}" for line in _evaluations(base)]
     lines += [f"evaluation  also {', '.join(study.evals)}"] * bool(study.evals)
+    if study.steps:
+        return [*lines, f"in all      {folder}; minutes of steps, which are commands, cannot be told"]
     return [*lines, f"in all      {_time(minutes)} of training to do, {disk / GB:.1f} GB in {folder}; {UNKNOWN}"]
 
 

@@ -12,7 +12,7 @@ from burnish.core.reading import read_object
 from burnish.evaluate.retrieval import figures
 from burnish.evaluate.stats import wilson
 from burnish.experiments.results import RAW, check_result, readable, result_row, withdrawn
-from burnish.experiments.variants import judge, summary
+from burnish.experiments.variants import judgement, summary
 
 
 @dataclass
@@ -42,7 +42,7 @@ def renew(content: dict[str, Any]) -> dict[str, Any]:
             counts = (every.count("1"), len(every)) if every else (row["successes"], row["n"])
             rows[at] = row | result_row(row["label"], *counts)
     if "declared" in content:
-        content["gates"] = judge(rows, content["declared"])
+        content |= judgement(rows, content["declared"])
     for found in content["metrics"].values():
         if isinstance(found, dict) and isinstance(found.get(RAW), str):
             found["accuracy"] |= wilson(found[RAW].count("1"), len(found[RAW])).to_dict()

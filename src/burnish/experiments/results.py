@@ -87,7 +87,7 @@ def write_result(
     Raises:
         BurnishError: a row lacks a field, or contradicts itself.
     """
-    from burnish.experiments.variants import judge
+    from burnish.experiments.variants import judgement
 
     path = Path(path)
     content = {
@@ -95,7 +95,7 @@ def write_result(
         "minutes": round(float(minutes), 1), "rows": rows, "metrics": metrics or {},
     }  # fmt: skip
     if declared is not None:
-        content |= {"declared": declared, "gates": judge(rows, declared)}
+        content |= {"declared": declared, **judgement(rows, declared)}
     check_result(content, str(path))
     write_json(path, content)
     return path
@@ -239,7 +239,8 @@ def _recipe_table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(line([*cells, *(_row_cell(key, row) for key in extra)]))
     heads = [f"{WITHDRAWN}\n\n" if any(map(withdrawn, found.values())) else ""]
     heads += [_declared(result) for result in found.values() if "declared" in result]
-    return "".join(heads) + "\n".join(lines) + "\n\n" + "\n".join(_provenance(result) for result in found.values())
+    tails = [f"{_additive(result)}\n\n" for result in found.values() if "additive" in result]
+    return "".join(heads) + "\n".join(lines) + "\n\n" + "".join(tails) + "\n".join(map(_provenance, found.values()))
 
 
 SIGNED = ("minus_reference", "minus_base")
@@ -277,9 +278,20 @@ def _declared(result: dict[str, Any]) -> str:
         value = "not measured" if gate["value"] is None else f"{gate['value']:.3g}"
         lines.append(f"- Gate {'passed' if gate['passed'] else '**failed**'}: {gate['name']} "
                      f"(`{gate['check']}` in {gate['measure']}: {value})")  # fmt: skip
-    if not all(gate["passed"] for gate in gates):
-        lines.append("- So this setting cannot show the effect, and every verdict is void.")
+    failed = list(dict.fromkeys(gate.get("of", "") for gate in gates if not gate["passed"]))
+    if failed:
+        which = "every verdict is void" if "" in failed else f"the verdict of {', '.join(failed)} is void"
+        lines.append(f"- So this setting cannot show the effect, and {which}.")
     return lines[0] + "\n\n" + "".join(f"{line}\n" for line in lines[1:]) + ("\n" if lines[1:] else "")
+
+
+def _additive(result: dict[str, Any]) -> str:
+    """Whether what the steps do adds up, in a sentence."""
+    said, share = result["additive"], any("rate" in row for row in result["rows"])
+    form = (lambda ends: cell(SIGNED[0], ends)) if share else "{0[0]:+.3g} [{0[1]:+.3g}, {0[2]:+.3g}]".format
+    together, parts, more = (form(said[key]) for key in ("together", "sum", "more_together"))
+    return (f"All steps together change {result['declared']['endpoint']} by {together}; what each changes, alone left "
+            f"out, sums to {parts}. The first minus the second: {more}, **{said['verdict']}**.")  # fmt: skip
 
 
 def _metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]:

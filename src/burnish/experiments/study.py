@@ -6,7 +6,7 @@ may share the work (seed 0 in one, seed 1 in another); a last call with all seed
 
 import logging
 import shlex
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,21 +37,29 @@ from burnish.envs.base import expand
 from burnish.experiments.measures import measure_file, read_answers, run_figures, study_rows
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, check_place, write_result
+from burnish.experiments.steps import (
+    Link,
+    SetupRunner,
+    chain,
+    check_command,
+    fill,
+    read_steps,
+    set_up,
+    step_minutes,
+    take,
+)
 from burnish.experiments.variants import ALIASES, ANSWER_LOSS, MAIN, MARGIN, read_gates
 
 log = logging.getLogger("burnish")
 
 MOST_RUNS = 1000
-SETUP = ("workshop", "bench")
-"""What `python -m` may name in `setup`, beside the commands of burnish itself: a study may come from anywhere."""
-
-SetupRunner = Callable[[str], int]
-"""Runs one command line of `setup` and returns its exit status."""
 
 
 @dataclass
 class StudyConfig:
-    """A study file. `{seed}` and `{out}` in `setup` and `variants` stand for the seed and the study's folder.
+    """A study file. `{seed}` and `{out}` in `setup`, `steps` and `variants` stand for the seed and the study's folder.
+
+    A study with `steps` trains nothing but those: a variant is the policy at their end.
 
     A measure is `success` (of `eval`), the name of one of `evals` or of `measures`, `answers` (share of exact answers
     to `eval.questions`), `answer_loss` (nats per token), or a number that training logs.
@@ -62,11 +70,12 @@ class StudyConfig:
     seeds: list[int] = option([0, 1, 2], "training seeds (and seeds of the policy's noise in evaluation)")
     reference: str = option("", "the variant that the others are compared with; empty means the first")
     setup: list[str] = option([], "burnish commands to run once for each seed before its variants")
-    variants: dict[str, dict[str, Any]] = option({}, "name to changes of the recipe")
+    steps: dict[str, dict[str, Any]] = option({}, "name to run, otherwise, eval: what makes a policy, one by one")
+    variants: dict[str, dict[str, Any]] = option({}, "name to changes of the recipe; without: steps that it leaves out")
     evals: dict[str, dict[str, Any]] = option(
         {}, 'further evaluations: name to changes of `eval`; "main" is `eval` itself'
     )
-    measures: dict[str, str] = option({}, "name to a command that measures the policy in {run} and writes {file}")
+    measures: dict[str, str] = option({}, "name to a command that measures {policy} or {run} and writes {file}")
     endpoint: str = option("success", "the measure that decides; the others only inform")
     lower: list[str] = option([ANSWER_LOSS], "measures that are good where they are small")
     margin: float | None = option(None, "differences of the endpoint up to this do not matter", above=0.0)
@@ -76,7 +85,9 @@ class StudyConfig:
     def declared(self) -> dict[str, Any]:
         """What was said before the first run, as it stands in the result."""
         names = ("endpoint", "lower", "margin", "reference", "stopping", "gates")
-        return {name: getattr(self, name) for name in names}
+        said = {name: getattr(self, name) for name in names}
+        return said | ({"without": {name: one.get("without", []) for name, one in self.variants.items()},
+                        "steps": list(self.steps)} if self.steps else {})  # fmt: skip
 
 
 @dataclass
@@ -108,6 +119,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyCo
     if missing:
         raise BurnishError(f"{path}: '{missing[0]}' is empty", "name, recipe, seeds and variants")
     _check(study, str(path))
+    study.steps = read_steps(study.steps, study.variants, str(path))
     study.reference = study.reference or next(iter(study.variants))
     if study.reference not in study.variants:
         expected = f"one of {', '.join(study.variants)}"
@@ -126,7 +138,7 @@ def _check(study: StudyConfig, where: str) -> None:
         raise BurnishError(f"{where}: seeds is {str(study.seeds)[:100]}", "whole numbers, each once")
     for what, lines in (("setup", study.setup), ("measures", study.measures.values())):
         for line in lines:
-            _check_command(line, f"{where}: {str(line)[:100]!r} in {what}")
+            check_command(line, f"{where}: {str(line)[:100]!r} in {what}")
     for what, entries in (("variants", study.variants), ("evals", study.evals), ("measures", study.measures)):
         for name, changes in entries.items():
             if not isinstance(name, str):
@@ -138,17 +150,6 @@ def _check(study: StudyConfig, where: str) -> None:
                 raise BurnishError(f"{where}: '{name}' of {what} is {str(changes)[:100]}", "fields and their values")
 
 
-def _check_command(line: Any, what: str) -> None:
-    try:
-        words = shlex.split(line) if isinstance(line, str) else []
-    except ValueError as error:
-        raise BurnishError(f"{what} cannot be split ({error})") from None
-    if not words:
-        raise BurnishError(what, "a command")
-    if words[0] == "python" and (words[1:2] != ["-m"] or not set(words[2:3]) & set(SETUP)):
-        raise BurnishError(what, f"burnish's, or python -m {' or '.join(SETUP)}")
-
-
 def _check_declared(study: StudyConfig, where: str) -> None:
     """Endpoint, margin, gates and number of seeds: they are settled before the first run."""
     taken = {MAIN, *ALIASES, *ALIASES.values(), ANSWER_LOSS, *study.evals}
@@ -156,7 +157,7 @@ def _check_declared(study: StudyConfig, where: str) -> None:
         if name in taken:
             raise BurnishError(f"{where}: a measure is called '{name}'", "a name that no other measure has")
     for name, line in study.measures.items():
-        if "{run}" not in line or "{file}" not in line:
+        if not ("{run}" in line or "{policy}" in line) or "{file}" not in line:
             raise BurnishError(f"{where}: measure '{name}' is {line[:100]!r}", "a command with {run} and {file}")
     if not all(isinstance(name, str) for name in study.lower):
         raise BurnishError(f"{where}: lower is {str(study.lower)[:100]}", "names of measures")
@@ -223,24 +224,25 @@ def run_study(
     clocks = {"data": Stages(folder / "data.json", facts)}
     with alone(folder):
         make_data(base, clocks["data"])
-    if base.policy.path and _ask_questions(runs.values()):
-        with alone(folder), clocks["data"].stage("questions to the base"):
-            _ask(base.policy.path, base.eval, folder / "base")
-
     for seed in study.seeds:
         clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
         for line in study.setup:
             with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
-                _set_up(_fill(line, seed, folder), clock, run_setup)
+                set_up(fill(line, seed, folder), clock, run_setup)
+    if base.policy.path and _ask_questions(runs.values()):
+        with alone(folder), clocks["data"].stage("questions to the base"):
+            _ask(base.policy.path, base.eval, folder / "base")
+    links = list(dict.fromkeys(link for seed, variant in runs for link in study_chain(study, base, variant, seed)[0]))
+    take(links, facts, run_setup)
     finished: list[_Run] = []
-    minutes = sum(clock.minutes for clock in clocks.values())
+    minutes = sum(clock.minutes for clock in clocks.values()) + step_minutes(links)
     arguments = asdict(study), recipe_to_dict(base), facts, torch.get_num_threads()
     parallel = engine != "processes"
     for key, taken in _on_workers(arguments, runs, place, workers) if parallel else finish_runs(runs, *arguments):
         finished.append(runs[key])
         minutes += taken + _measure(study, runs[key], facts, run_setup)
         if result:
-            _write(study, finished, facts, minutes, result)
+            _write(study, base, finished, facts, minutes, result)
     return folder
 
 
@@ -310,13 +312,27 @@ def variant_recipe(study: StudyConfig, base: RecipeConfig, variant: str, seed: i
     folder = study_folder(study)
     values = recipe_to_dict(base)
     values["data"]["root"] = str(demos_root(base))
-    merge(values, _fill(study.variants[variant], seed, folder))
+    values["policy"]["path"] = study_chain(study, base, variant, seed)[1]
+    changes = dict(study.variants[variant])
+    without = changes.pop("without", [])
+    for name, step in study.steps.items():
+        merge(values["eval"], {} if name in without else step["eval"])
+    merge(values, fill(changes, seed, folder))
     values |= {"name": f"{study.name}/{variant}-{seed}", "output": str(folder / f"{variant}-{seed}")}
     recipe = recipe_from_dict(values, f"variant '{variant}'")
     recipe.train.seed = recipe.eval.seed = seed
     if recipe.train.keep_checkpoints is None:
         recipe.train.keep_checkpoints = 0
     return recipe
+
+
+def study_chain(study: StudyConfig, base: RecipeConfig, variant: str, seed: int) -> tuple[list[Link], str]:
+    """`chain` of a variant and seed: no steps, and the recipe's own policy, in a study without any."""
+    return chain(study.steps, study.variants[variant].get("without", []), base.policy.path, seed, study_folder(study))
+
+
+def _policy(study: StudyConfig, run: _Run) -> Path:
+    return Path(run.recipe.policy.path) if study.steps else run.folder / "policy"
 
 
 def study_folder(study: StudyConfig) -> Path:
@@ -335,28 +351,6 @@ def is_study_folder(folder: Path) -> bool:
     return any(is_run(one) for one in folder.iterdir() if one.is_dir())
 
 
-def _fill(value: Any, seed: int, folder: Path) -> Any:
-    if isinstance(value, str):
-        return value.replace("{seed}", str(seed)).replace("{out}", str(folder))
-    if isinstance(value, dict):
-        return {key: _fill(item, seed, folder) for key, item in value.items()}
-    return [_fill(item, seed, folder) for item in value] if isinstance(value, list) else value
-
-
-def _set_up(line: str, stages: Any, run_setup: SetupRunner | None) -> None:
-    """One setup command; the stages file remembers those that came to their end."""
-    if line in stages.content.setdefault("done", []):
-        return
-    if run_setup is None:
-        found = f"nothing runs the setup command '{line}'"
-        raise BurnishError(found, "a function run_setup(line)", "burnish run STUDY")
-    with stages.stage(line):
-        if run_setup(line):
-            raise BurnishError(f"the setup command failed: {line}")
-    stages.content["done"].append(line)
-    stages.write()
-
-
 def _measure(study: StudyConfig, run: _Run, facts: dict[str, Any], run_setup: SetupRunner | None) -> float:
     """The measuring commands of a finished run, each once; minutes that they took now."""
     clock = Stages(run.folder / "run.json", facts)
@@ -364,8 +358,9 @@ def _measure(study: StudyConfig, run: _Run, facts: dict[str, Any], run_setup: Se
     for name, line in study.measures.items():
         file = measure_file(run.folder, name)
         make_folder(file.parent)
-        line = line.replace("{run}", shlex.quote(str(run.folder))).replace("{file}", shlex.quote(str(file)))
-        _set_up(_fill(line, run.seed, study_folder(study)), clock, run_setup)
+        places = {"run": run.folder, "file": file, "policy": _policy(study, run)}
+        quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
+        set_up(fill(line, run.seed, study_folder(study), **quoted), clock, run_setup)
     return clock.minutes - before
 
 
@@ -383,7 +378,7 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
     from burnish.train.loop import train
 
     every = _settings(study, run)
-    policy = train(run.recipe).policy
+    policy = _policy(study, run) if study.steps else train(run.recipe).policy
     for name, settings in every.items():
         found = evaluate_as(
             settings, policy, settings.env or run.recipe.demos.env, run.folder / "eval" / name,
@@ -418,13 +413,18 @@ def _ask_questions(runs: Iterable[_Run]) -> bool:
     return any(run.recipe.eval.questions.root for run in runs)
 
 
-def _write(study: StudyConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path) -> None:
+def _write(
+    study: StudyConfig, base: RecipeConfig, runs: list[_Run], facts: dict[str, Any], minutes: float, path: Path
+) -> None:
     folders = {v: {run.seed: run.folder for run in runs if run.variant == v} for v in study.variants}
     asked, start = _ask_questions(runs), study_folder(study) / "base"
     start = start if (start / "retention.json").is_file() else None
     names = [study.endpoint, *(gate["measure"] for gate in study.gates)]
     rows = study_rows(folders, names, study.evals, study.measures, start, asked)
     metrics: dict[str, Any] = {"runs": {f"{run.variant}-{run.seed}": run_figures(run.folder) for run in runs}}
+    for run in runs if study.steps else []:
+        links = study_chain(study, base, run.variant, run.seed)[0]
+        metrics["runs"][f"{run.variant}-{run.seed}"]["minutes"] = step_minutes(links)
     if asked and start:
         metrics["base"] = {ANSWER_LOSS: read_answers(start)["loss"]}
     write_result(

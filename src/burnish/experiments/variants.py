@@ -37,6 +37,7 @@ class Gate:
     name: str = option("", "what it says, in words")
     measure: str = option("", "a measure of the study; empty means its endpoint")
     check: str = option("", "VARIANT >= NUMBER, VARIANT <= NUMBER, or the same of VARIANT - VARIANT")
+    of: str = option("", "the variant whose verdict it is about; empty: those of all")
 
 
 def read_gates(entries: Sequence[Any], variants: Sequence[str], where: str) -> list[Gate]:
@@ -54,6 +55,7 @@ def read_gates(entries: Sequence[Any], variants: Sequence[str], where: str) -> l
         if found is None:
             raise BurnishError(f"{where}: gate {i + 1} checks '{gate.check[:100]}'", "such as 'sft >= 0.4'")
         unknown = [arm for arm in found.group("arm", "other") if arm not in (None, "base", *variants)]
+        unknown += [gate.of] if gate.of not in ("", *variants) else []
         if unknown:
             raise BurnishError(f"{where}: gate {i + 1} names '{unknown[0]}'", f"one of {', '.join(variants)}")
         gates.append(gate)
@@ -145,7 +147,7 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
     """Put differences, Holm's p-values, verdicts and letters into `rows`; returns the gates with their values.
 
     A verdict needs the adjusted p-value (of the endpoint's comparisons one family, of all others another) and the
-    declared margin; where a gate fails, or seeds are missing, every verdict is "void".
+    declared margin; where a gate fails, or seeds are missing, every verdict is "void", or that of the gate's variant.
 
     Args:
         rows: of `measure_rows`, with `eval` where there are several measures.
@@ -158,7 +160,7 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
             row.pop(name, None)
         measures.setdefault(row.get("eval", MAIN), []).append(row)
     gates = [_gate(measures, declared, gate) for gate in declared["gates"]] + _seeds(measures, declared, endpoint)
-    void = not all(gate["passed"] for gate in gates)
+    void = {gate.get("of", "") for gate in gates if not gate["passed"]}
     families: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for name, some in measures.items():
         _compare(some, declared["reference"])
@@ -166,7 +168,7 @@ def judge(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> list[dict[
     for primary, family in families.items():
         for row, adjusted in zip(family, holm([row["p"] for row in family]), strict=True):
             row["adjusted"] = adjusted
-            row["verdict"] = "void" if void else _word(row, declared, primary)
+            row["verdict"] = "void" if void & {"", row["label"]} else _word(row, declared, primary)
     _letters(measures.get(endpoint, []))
     return gates
 
@@ -217,7 +219,39 @@ def _gate(
         value = float(np.mean(rows[arm]["by_seed"])) - (float(np.mean(rows[other]["by_seed"])) if other else 0.0)
     passed = value is not None and (value >= float(bound) if sign == ">=" else value <= float(bound))
     return {"name": gate.get("name") or gate["check"], "measure": name, "check": gate["check"], "value": value,
-            "passed": passed}  # fmt: skip
+            "passed": passed, **({"of": gate["of"]} if gate.get("of") else {})}  # fmt: skip
+
+
+def additivity(rows: Sequence[Mapping[str, Any]], declared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whether what the steps of a study do to its endpoint adds up: all together, against the sum of what each does.
+
+    What one does is the variant without any left out minus that which leaves out this one; all together, minus that
+    which leaves out all. None where one of these variants, or a seed that they share, is missing.
+    """
+    without, name = declared.get("without", {}), ALIASES.get(declared["endpoint"], declared["endpoint"])
+    by_left = {tuple(sorted(left)): variant for variant, left in without.items()}
+    wanted = [(), tuple(sorted(declared.get("steps", []))), *((step,) for step in declared.get("steps", []))]
+    by_name = {row["label"]: row for row in rows if row.get("eval", MAIN) == name}
+    if len(wanted) < 4 or not all(by_left.get(left) in by_name for left in wanted):
+        return None
+    tables = [outcomes(by_name[by_left[left]]) for left in wanted]
+    seeds = [seed for seed in tables[0] if all(seed in table for table in tables)]
+    full, none, *singles = (np.array([table[seed] for seed in seeds]) for table in tables)
+    if full.size < 2:
+        return None
+    parts = sum(full - single for single in singles)
+    found = {key: estimate(table, False) for key, table in
+             {"together": full - none, "sum": parts, "more_together": full - none - parts}.items()}  # fmt: skip
+    rest = found["more_together"]
+    inside = declared["margin"] is not None and -declared["margin"] <= rest.low and rest.high <= declared["margin"]
+    word = "additive" if inside else "not additive" if rest.p <= 1 - LEVEL else "undecided"
+    return {key: [one.mean, *one.interval] for key, one in found.items()} | {"verdict": word}
+
+
+def judgement(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """What `judge` and `additivity` say, as a result keeps it."""
+    gates, additive = judge(rows, declared), additivity(rows, declared)
+    return {"gates": gates} | ({"additive": additive} if additive else {})
 
 
 def _seeds(measures: Mapping[str, Any], declared: Mapping[str, Any], endpoint: str) -> list[dict[str, Any]]:
