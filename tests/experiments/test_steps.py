@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from burnish.core.errors import BurnishError
+from burnish.evaluate.evaluation import Evaluation
+from burnish.evaluate.records import Record
 from burnish.evaluate.stats import two_way
 from burnish.experiments.plan import plan_study
 from burnish.experiments.recompute import differing, renew
@@ -17,7 +19,6 @@ from burnish.experiments.results import render_table, write_result
 from burnish.experiments.steps import chain, fill, read_steps, step_minutes
 from burnish.experiments.study import load_study, run_study, variant_recipe
 from burnish.experiments.variants import judge, measure_rows
-from workshop.tiny import make_tiny
 
 STEPS = {
     "warm": {"run": ["make {before} {to} warm-{seed}"], "otherwise": ["make {before} {to} cold"]},
@@ -46,6 +47,16 @@ class Runner:
         return 0
 
 
+def evaluate(settings, policy, env, output, **changes):
+    """Stands for an evaluation: the first state alone is solved, and where the sampler is fast none."""
+    assert Path(policy).is_dir()
+    output.mkdir(parents=True)
+    records = [Record("lift", state, 0, state == 0 and not settings.sampler, 9) for state in range(4)]
+    (output / "episodes.jsonl").write_text("".join(map(Record.to_line, records)))
+    (output / "summary.json").write_text(json.dumps({"overall": {"n": len(records)}}))
+    return Evaluation(output, {}, records)
+
+
 def write(root, **changes):
     study = {"name": "chain", "recipe": "recipe.yaml", "seeds": [0], "reference": "full", "margin": 0.1,
              "steps": STEPS, "variants": VARIANTS} | changes  # fmt: skip
@@ -60,9 +71,10 @@ def write(root, **changes):
 def ran(tmp_path_factory):
     """A study that stopped at a step of its third variant, and went on."""
     root = tmp_path_factory.mktemp("steps")
-    make_tiny("smolvla", root / "base", cameras=("front",), state_dim=4, action_dim=4, image_size=32)
+    (root / "base").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        patch.setattr("burnish.experiments.study.evaluate_as", evaluate)
         study, base = load_study(write(root))
         broken, runner = Runner("no_warm.merge merged"), Runner()
         with pytest.raises(BurnishError, match="command failed"):
@@ -99,6 +111,7 @@ def test_a_variant_is_the_policy_at_its_end_measured_as_it_says(ran):
 def test_a_finished_study_repeats_nothing(ran, monkeypatch):
     root, study, base, *_ = ran
     monkeypatch.chdir(root)
+    monkeypatch.setattr("burnish.experiments.study._train_and_measure", lambda *_: None)
     again = Runner()
     run_study(study, base, run_setup=again)
     assert again.lines == []
