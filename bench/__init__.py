@@ -48,6 +48,7 @@ BENCHES: dict[str, dict[str, str]] = {
     }
     | {"method_extra_p": "<= 1.1", "cost_error": "<= 0.15"},
     "cost": {"smolvla_full": "<= 12", "pi05_lora": "<= 22", "pi05_full": "<= 72"},
+    "dora": {"dora_memory_over_lora": "<= 1.1"},
     "prefer": {
         "gradients_equal": "true",
         "speedup_over_textbook_k1": ">= 2.4",

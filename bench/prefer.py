@@ -316,14 +316,14 @@ def _dora(repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def _layer(kind: str, out: int, inside: int) -> nn.Module:
+def _layer(kind: str, out: int, inside: int, rank: int = 16) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     from burnish.train.dora_layer import use_closed_form
 
     random = torch.Generator().manual_seed(4)
     model = nn.Sequential(nn.Linear(inside, out, bias=False))
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=["0"], use_dora=kind != "lora")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"], use_dora=kind != "lora")
     with torch.no_grad():
         model[0].weight.normal_(0.0, inside**-0.5, generator=random)
     inject_adapter_in_model(config, model)
