@@ -1,5 +1,5 @@
 # make quickstart   everything, from nothing to a report (about 20 minutes on 2 cores)
-# make test         lint and the whole test suite (about 6 minutes on 2 cores)
+# make test         lint and the whole test suite (about 10 minutes on 2 cores)
 # make docs         the docs site in build/site
 # make setup        only the environment in .venv
 
