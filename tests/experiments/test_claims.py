@@ -89,7 +89,7 @@ def test_claims_of_one_study_are_adjusted_together(results):
     path.write_text(yaml.safe_dump({"claims": [weak] * 3}))
     assert {answer.verdict for answer in answer_claims(read_claims(path), results)} == {"holds"}
     won = {"a": range(60), "b": [*range(60), 63, 72, 81, 90, 99]}
-    rows = measure_rows({arm: {seed: {i: float(i in some) for i in range(100)} for seed in range(3)}
+    rows = measure_rows({arm: {seed: {i: float(i in some and i != seed) for i in range(100)} for seed in range(3)}
                          for arm, some in won.items()})  # fmt: skip
     write_result(results / "study.json", rows=rows, declared=SAID | {"reference": "a", "margin": 0.001}, **FACTS)
     claim = {"claim": "b", "result": "study", "arm": "b", "against": "a"}

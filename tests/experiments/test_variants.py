@@ -294,3 +294,11 @@ def test_few_states_do_not_show_that_two_are_equivalent(states, word):
     turned = {0: same[0], 1: same[1] | {0: 1.0, 1: 0.0}}
     row = judged({"a": same, "b": turned}, margin=0.15)[0]["b"]
     assert row["verdict"] == word and max(map(abs, row["minus_reference"])) < 0.15
+
+
+def test_seeds_that_change_nothing_count_as_one():
+    same = {seed: {i: float(i % 3 > 0) for i in range(60)} for seed in (0, 1)}
+    rows, gates = judged({"a": same, "b": {seed: {i: float(i % 3 > 1) for i in range(60)} for seed in (0, 1)}})
+    assert rows["b"]["verdict"] == "void" and (gates[-1]["check"], gates[-1]["value"]) == ("seeds = 2", 1)
+    varied = {0: same[0], 1: same[1] | {0: 1.0}}
+    assert judged({"a": same, "b": varied})[1] == []  # a frozen model answers alike whatever the seed

@@ -253,8 +253,12 @@ def judgement(rows: list[dict[str, Any]], declared: Mapping[str, Any]) -> dict[s
 
 
 def _seeds(measures: Mapping[str, Any], declared: Mapping[str, Any], endpoint: str) -> list[dict[str, Any]]:
-    """The stopping rule as a gate: every variant of the endpoint has the same seeds, and as many as declared."""
-    arms = [set(row["outcomes"]) for row in measures.get(endpoint, []) if START not in row["outcomes"]]
+    """The stopping rule as a gate: every variant of the endpoint has the same seeds, and as many as declared. Where no
+    variant's outcomes differ between seeds, these changed nothing and count as one."""
+    found = [row["outcomes"] for row in measures.get(endpoint, []) if START not in row["outcomes"]]
+    telling = [{*outcomes.values()} for outcomes in found if any(len({*text}) > 1 for text in outcomes.values())]
+    alike = bool(telling) and all(len(texts) == 1 for texts in telling)
+    arms = [{*outcomes} if not alike else {*outcomes} & {min(outcomes)} for outcomes in found]
     wanted, shared = declared["stopping"], len(set.intersection(*arms)) if arms else 0
     value = next((count for count in (shared, *map(len, arms)) if count != wanted), wanted)
     gate = {"name": "the declared seeds", "measure": endpoint, "check": f"seeds = {wanted}", "value": value}
