@@ -220,3 +220,17 @@ def test_old_keys_of_a_study_are_read(tmp_path, caplog, monkeypatch):
     study, _ = load_study(path)
     assert list(study.variants) == ["plain", "faster"] and study.setup == ["data inspect x"]
     assert "arms is now called variants" in caplog.text and "before is now called setup" in caplog.text
+
+
+def test_a_policy_that_is_made_new_has_a_start_that_can_be_asked(tmp_path, monkeypatch):
+    made = []
+
+    class New:
+        def save(self, folder, home):
+            made.append(home)
+            (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr("burnish.train.setup.policy_and_data", lambda recipe, progress: (New(), None, ""))
+    for _ in range(2):
+        assert burnish.experiments.study._start(None, tmp_path / "start") == tmp_path / "start"
+    assert made == [tmp_path / "start"] and (tmp_path / "start" / "config.json").is_file()

@@ -15,7 +15,7 @@ from typing import Any
 from burnish.core.cluster import choose_engine
 from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.core.files import alone, make_folder, write_json
+from burnish.core.files import alone, make_folder, new_folder, write_json
 from burnish.core.options import check, option, refuse_unknown
 from burnish.core.outputs import share
 from burnish.core.provenance import weights_hash
@@ -229,9 +229,10 @@ def run_study(
         for line in study.setup:
             with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
                 set_up(fill(line, seed, folder), clock, run_setup)
-    if base.policy.path and _ask_questions(runs.values()):
+    new = not any(run.recipe.policy.path for run in runs.values())
+    if (base.policy.path or new) and _ask_questions(runs.values()):
         with alone(folder), clocks["data"].stage("questions to the base"):
-            _ask(base.policy.path, base.eval, folder / "base")
+            _ask(base.policy.path or _start(base, folder / "start"), base.eval, folder / "base")
     links = list(dict.fromkeys(link for seed, variant in runs for link in study_chain(study, base, variant, seed)[0]))
     take(links, facts, run_setup)
     finished: list[_Run] = []
@@ -386,6 +387,16 @@ def _train_and_measure(study: StudyConfig, run: _Run) -> None:
         )  # fmt: skip
         log.info("%s, seed %d, %s: %s", run.variant, run.seed, name, found.overall)
     _ask(policy, run.recipe.eval, run.folder)
+
+
+def _start(recipe: RecipeConfig, folder: Path) -> Path:
+    """What a policy that is made new starts from, as a folder: its language model is the one that training finds."""
+    from burnish.train.setup import policy_and_data
+
+    if not folder.is_dir():
+        with new_folder(folder) as inside:
+            policy_and_data(recipe, False)[0].save(inside, home=folder)
+    return folder
 
 
 def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
