@@ -65,7 +65,7 @@ def server(monkeypatch):
 
 
 def test_the_page_from_server_to_client(server, capfd):
-    port = server(serving("burnish policy serve runs/quickstart"))
+    port = server(serving("burnish policy serve runs/tabletop/quickstart/policy"))
     found: dict = {}
     exec(compile(block("served").replace("8000", str(port)), "serve.md", "exec"), found)
     assert found["actions"].shape == (found["about"]["action_horizon"], found["about"]["action_dim"])
