@@ -87,14 +87,19 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def unseen(n: int) -> float:
+    """How large a share may be that none of `n` cases has shown: Wilson's bound; 0 of no case, which nobody counted."""
+    return wilson(0, n).high if n else 0.0
+
+
 def paired_interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
     """95 % interval of the mean of paired differences of successes (or of successes), each in [-1, 1].
 
     That of `paired_bootstrap`; where all are equal, which has no width, Wilson's bound says how much may be unseen.
     """
     low, high = paired_bootstrap(differences, rng)
-    unseen = wilson(0, len(differences)).high if np.ptp(differences) == 0 else 0.0
-    return max(low - unseen, -1.0), min(high + unseen, 1.0)
+    width = unseen(len(differences)) if np.ptp(differences) == 0 else 0.0
+    return max(low - width, -1.0), min(high + width, 1.0)
 
 
 @dataclass(frozen=True)
@@ -169,9 +174,9 @@ def estimate(table: np.ndarray, shares: bool) -> Estimate | None:
     found = two_way(table)
     if np.ptp(table) > 0 or not shares:
         return found
-    unseen, n = wilson(0, table.shape[1]).high, table.shape[1]
-    p = min(1.0, 2 * 0.5**n) if found.mean else 1.0
-    return Estimate(found.mean, found.mean - unseen, found.mean + unseen, p, 0.0, found.freedom, unseen)
+    n = table.shape[1]
+    width, p = unseen(n), min(1.0, 2 * 0.5**n) if found.mean else 1.0
+    return Estimate(found.mean, found.mean - width, found.mean + width, p, 0.0, found.freedom, width)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -192,8 +197,7 @@ def verdict(low: float, high: float, margin: float | None = None, pairs: int = 0
         pairs: of successes, how many: where as many that never differ would leave more than the margin unseen, a few
             that differ cannot show that two are equivalent. 0: not of successes, or the interval knows it.
     """
-    unseen = wilson(0, pairs).high if pairs else 0.0
-    if margin is not None and -margin <= low and high <= margin and unseen <= margin:
+    if margin is not None and -margin <= low and high <= margin and unseen(pairs) <= margin:
         return "equivalent"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 

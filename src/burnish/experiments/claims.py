@@ -22,7 +22,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import number, option, read_options
 from burnish.core.reading import inside, read_object
 from burnish.core.recipe import read_yaml
-from burnish.evaluate.stats import LEVEL, Estimate, estimate, holm, verdict, wilson
+from burnish.evaluate.stats import LEVEL, Estimate, estimate, holm, unseen, verdict, wilson
 from burnish.experiments.results import cell, check_result, line, readable, withdrawn
 from burnish.experiments.variants import ALIASES, MAIN, MARGIN, START, difference
 
@@ -210,7 +210,7 @@ def _bounded(expect: str, low: float, high: float) -> str:
 def _judged(one: Answer, found: Estimate, adjusted: float) -> str:
     low, high = (-found.high, -found.low) if one.lower else (found.low, found.high)
     word, expect, margin = verdict(low, high, one.margin, one.pairs), one.claim.expect, one.margin or 0.0
-    enough = not one.pairs or wilson(0, one.pairs).high <= margin
+    enough = unseen(one.pairs) <= margin
     if expect == "not worse" and (low >= -margin and enough or word == "better"):
         return "holds"
     if word == "undecided" or (word != "equivalent" and adjusted > 1 - LEVEL):

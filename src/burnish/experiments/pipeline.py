@@ -290,12 +290,11 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
     from burnish.policies import load_policy
 
     questions = recipe.eval.questions
-    for name in ("tuned", "base") if recipe.policy.path else ("tuned",):
-        tuned = name == "tuned"
-        policy = load_policy(outcome.folder / "policy", device=recipe.eval.device) if tuned else _load_base(recipe)
-        if policy is None:
-            continue
-        outcome.retention[name] = retention(policy, questions.root, limit=questions.limit, progress=True)
+    policy = load_policy(outcome.folder / "policy", device=recipe.eval.device)
+    outcome.retention["tuned"] = retention(policy, questions.root, limit=questions.limit, progress=True)
+    del policy  # one at a time
+    if recipe.policy.path and (base := _load_base(recipe)) is not None:
+        outcome.retention["base"] = retention(base, questions.root, limit=questions.limit, progress=True)
     content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
     if len(outcome.retention) == 2:
         content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
