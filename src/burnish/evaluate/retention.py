@@ -54,6 +54,13 @@ class Retention:
             "losses": self.losses,
         }  # fmt: skip
 
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> "Retention":
+        """What `to_dict` gave."""
+        by_kind = {kind: wilson(rate["successes"], rate["n"]) for kind, rate in kept["by_kind"].items()}
+        correct = kept["correct"]
+        return cls(kept["loss"], wilson(sum(correct), len(correct)), by_kind, correct, kept["losses"])
+
     def __str__(self) -> str:
         return f"answer loss {self.loss:.3f}, exact answers {self.interval}"
 

@@ -61,6 +61,17 @@ def read_answers(run: Path) -> dict[str, Any]:
     return found
 
 
+def asked_before(run: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """`retention.json` of a run, if it holds what the same weights answered to the same questions (`asked`)."""
+    if not (run / "retention.json").is_file():
+        return None
+    content = read_object(run / "retention.json")
+    if content.get("asked") != asked or "losses" not in content.get("tuned", {}):
+        return None
+    read_answers(run)
+    return content
+
+
 def study_rows(runs: Folders, names: Iterable[str], evals: Iterable[str], measures: Iterable[str], start: Path | None,
                asked: bool) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of everything that a study measured.

@@ -6,7 +6,7 @@ Every stage continues where a killed run left it, so the same command can always
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,11 @@ from burnish.core.config import EvalConfig, RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
 from burnish.core.options import number
-from burnish.core.provenance import commit, machine
+from burnish.core.provenance import commit, machine, weights_hash
 from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder
 from burnish.envs.base import expand
+from burnish.experiments.measures import asked_before
 from burnish.experiments.results import FROM_RUN, check_place, flags, outcome_row, write_result
 
 if TYPE_CHECKING:
@@ -286,16 +287,24 @@ def _load_base(recipe: RecipeConfig, **given: Any) -> "Policy | None":
 
 
 def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
-    from burnish.evaluate.retention import compare_retention, retention
+    """Answers of the fine-tuned policy and of the base; those that the same weights gave to the same questions stay."""
+    from burnish.evaluate.retention import Retention, compare_retention, retention
     from burnish.policies import load_policy
+    from burnish.policies.load import resolve
 
-    questions = recipe.eval.questions
-    policy = load_policy(outcome.folder / "policy", device=recipe.eval.device)
+    questions, tuned = recipe.eval.questions, outcome.folder / "policy"
+    asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(tuned)}
+    with suppress(BurnishError):  # the base is no longer there: `_load_base` says so
+        asked["base"] = weights_hash(resolve(recipe.policy.path))
+    if before := asked_before(outcome.folder, asked):
+        outcome.retention |= {name: Retention.from_dict(before[name]) for name in ("tuned", "base") if name in before}
+        return
+    policy = load_policy(tuned, device=recipe.eval.device)
     outcome.retention["tuned"] = retention(policy, questions.root, limit=questions.limit, progress=True)
     del policy  # one at a time
     if recipe.policy.path and (base := _load_base(recipe)) is not None:
         outcome.retention["base"] = retention(base, questions.root, limit=questions.limit, progress=True)
-    content: dict[str, Any] = {name: found.to_dict() for name, found in outcome.retention.items()}
+    content: dict[str, Any] = {"asked": asked} | {n: found.to_dict() for n, found in outcome.retention.items()}
     if len(outcome.retention) == 2:
         content["comparison"] = compare_retention(outcome.retention["base"], outcome.retention["tuned"])
     write_json(outcome.folder / "retention.json", content)

@@ -34,7 +34,7 @@ from burnish.core.recipe import (
 from burnish.core.renames import STUDY, rename
 from burnish.core.workers import Engine, WorkerPool
 from burnish.envs.base import expand
-from burnish.experiments.measures import measure_file, read_answers, run_figures, study_rows
+from burnish.experiments.measures import asked_before, measure_file, read_answers, run_figures, study_rows
 from burnish.experiments.pipeline import Stages, evaluate_as, make_data, run_facts
 from burnish.experiments.results import FROM_RUN, check_place, write_result
 from burnish.experiments.steps import (
@@ -405,18 +405,16 @@ def _ask(policy: str | Path, settings: EvalConfig, folder: Path) -> None:
     from burnish.policies import load_policy
     from burnish.policies.load import resolve
 
-    questions, path = settings.questions, folder / "retention.json"
+    questions = settings.questions
     if not questions.root:
         return
     asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(resolve(policy))}
-    if path.is_file():
-        before = read_object(path)
-        if before.get("asked") == asked and "losses" in before.get("tuned", {}):
-            return
+    if asked_before(folder, asked):
+        return
     asker = load_policy(policy, device=settings.device)
     found = retention(asker, questions.root, limit=questions.limit, progress=True)
     make_folder(folder)
-    write_json(path, {"asked": asked, "tuned": found.to_dict()})
+    write_json(folder / "retention.json", {"asked": asked, "tuned": found.to_dict()})
 
 
 def _ask_questions(runs: Iterable[_Run]) -> bool:
