@@ -319,7 +319,7 @@ def _dora(repeats: int) -> list[dict[str, Any]]:
 def _layer(kind: str, out: int, inside: int, rank: int = 16) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
-    from burnish.train.dora_layer import use_closed_form
+    from burnish.train.dora import use_closed_form
 
     random = torch.Generator().manual_seed(4)
     model = nn.Sequential(nn.Linear(inside, out, bias=False))

@@ -86,7 +86,7 @@ def _against(policy: Any, student: Any, batch: dict[str, Any]) -> dict[str, Any]
 
 def _distilled(steps: int, count: int) -> Any:
     """The base after grid distillation to one step, by the method's own functions and without labels."""
-    from burnish.methods.few_steps.landing import landing_error, teacher_points, times
+    from burnish.methods.few_steps.objective import landing_error, teacher_points, times
     from burnish.policies import load_policy
     from burnish.runtime.executor import Runtime
 

@@ -18,7 +18,7 @@ from mkdocs.structure.files import File
 
 from burnish.cli.main import COMMANDS
 from burnish.cli.parser import CommandParser, Group
-from burnish.experiments.intervals import write_intervals
+from burnish.experiments.plots import write_intervals
 
 ROOT = Path(__file__).parents[1]
 MADE = re.compile(r"^<!-- made: (\w+) ?(\S*) -->$", re.M)

@@ -6,9 +6,8 @@ from typing import Any
 
 from burnish.core.seeding import seeded
 from burnish.policies.openvla.configuration import OWN, read_config
-from burnish.policies.openvla.files import KEPT, build
+from burnish.policies.openvla.files import KEPT, build, read_tokenizer
 from burnish.policies.openvla.policy import OpenVLA
-from burnish.policies.openvla.text import read_tokenizer
 
 WORDS = (
     "In", "Out", "What", "action", "should", "the", "robot", "take", "to", "pick", "up", "put", "red", "green", "blue",

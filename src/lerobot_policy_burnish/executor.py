@@ -41,7 +41,7 @@ class Executors:
 
     def __call__(self, inputs: list[Any], noise: Any) -> Any:
         """Actions [B, T, A_model]; None where no tier (any more) keeps what it promises."""
-        from burnish.runtime.graphs import shapes
+        from burnish.runtime.executor import shapes
 
         images, masks, *rest = inputs
         key = shapes([*images, *masks, *rest, noise])

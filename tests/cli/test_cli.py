@@ -184,11 +184,11 @@ LIBRARY = [
             "option": "options",
         },
     ),
-    ("policy verify decode", "burnish.runtime.decode_checks:verify_decode", {"option": "options"}),
+    ("policy verify decode", "burnish.runtime.verify:verify_decode", {"option": "options"}),
     ("policy verify score", "burnish.methods.prefer.verify:verify_score", {}),
     ("report page", "burnish.report.page:write_report", {}),
-    ("report intervals", "burnish.experiments.intervals:write_intervals", {"output": "out"}),
-    ("report pareto", "burnish.experiments.pareto:write_pareto", {"output": "out"}),
+    ("report intervals", "burnish.experiments.plots:write_intervals", {"output": "out"}),
+    ("report pareto", "burnish.experiments.plots:write_pareto", {"output": "out"}),
     ("report results", "burnish.experiments.pages:update_pages", {}),
 ]
 NOT_ON_THE_COMMAND_LINE = {"progress", "make"}

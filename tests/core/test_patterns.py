@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.core.patterns import fullmatch, search, substitute
+from burnish.core.reading import fullmatch, search, substitute
 
 PATTERNS = ["layers", r"layers\.\d+\.", "^model", "proj$", "(q|k)_proj", "(?i)MODEL", r"\bnorm\b", "", "x{2,3}",
             r"(.)\1", "(?P<n>a)(?P=n)", "[^.]+", "(?<=a)b", "a+?b*"]  # fmt: skip

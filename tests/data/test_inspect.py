@@ -13,7 +13,7 @@ from burnish import BurnishError, inspect_dataset
 from burnish.cli.main import main
 from burnish.data.inspect import find_gripper
 from burnish.data.inspect_views import orientation_hint
-from burnish.evaluate.video import write_video
+from burnish.evaluate.simulators import write_video
 
 FPS, LENGTHS = 10, (14, 9, 12)
 NAMES = ["x", "y", "z", "gripper"]

@@ -7,8 +7,7 @@ from burnish.core.errors import BurnishError
 from burnish.envs.base import FailureKind, InstructionSwap, RandomObject, expand, make_env
 from burnish.envs.tabletop import FAMILIES
 from burnish.envs.tabletop_expert import MISS
-from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS
-from burnish.envs.tabletop_variants import SLIDE
+from burnish.envs.tabletop_scene import DIRECTIONS, HALF_SIZE, NUM_OBJECTS, SLIDE
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import pytest
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
-from burnish.experiments.intervals import write_intervals
-from burnish.experiments.pareto import front, read_variants
+from burnish.experiments.plots import front, read_variants, write_intervals
 
 
 def row(label, rate, **more):

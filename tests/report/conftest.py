@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from burnish.evaluate.simulators import write_film_strip, write_video
 from burnish.evaluate.stats import wilson
-from burnish.evaluate.video import write_film_strip, write_video
 
 
 def moving_square(rng: np.random.Generator, count: int = 40, size: int = 128) -> np.ndarray:

@@ -17,7 +17,7 @@ from PIL import Image
 from burnish.data.inspect import inspect_dataset
 from burnish.evaluate.sequential import sequential
 from burnish.evaluate.trial import drawn
-from burnish.experiments.study_page import write_study_page
+from burnish.experiments.pages import write_study_page
 from burnish.report.comparison import write_comparison
 from burnish.report.inspection import as_html
 from burnish.report.page import write_report

@@ -9,7 +9,7 @@ import pytest
 
 from burnish import BurnishError, write_report
 from burnish.cli.main import main
-from burnish.report.figure import write_figure
+from burnish.report.media import write_figure
 
 VOID = {"meta", "link", "img", "br", "line", "circle", "path"}
 

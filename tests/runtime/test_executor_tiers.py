@@ -10,10 +10,9 @@ from test_executor import KINDS, loaded, noise, observed
 
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
+from burnish.runtime import executor as graphs_module
 from burnish.runtime import executor as module
-from burnish.runtime import graphs as graphs_module
-from burnish.runtime.executor import Runtime
-from burnish.runtime.graphs import Graphs
+from burnish.runtime.executor import Graphs, Runtime
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

@@ -9,7 +9,7 @@ from reference import pipelined as plain
 from toy import ToyModel
 
 from burnish.core.errors import BurnishError
-from burnish.runtime.decode_checks import Watched, check_model, shift
+from burnish.runtime.verify import Watched, check_model, shift
 from burnish.sampling import passes, state
 from burnish.sampling import unmask as commit
 from burnish.sampling.token_model import Prompt, make_decoder

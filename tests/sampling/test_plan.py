@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy import ToyModel
 
 from burnish.core.errors import BurnishError
-from burnish.runtime.decode_plot import draw_decode, token_states
+from burnish.runtime.decoders import draw_decode, token_states
 from burnish.sampling.autotune import AutoDecoder, candidates
 from burnish.sampling.plan import DecodePlan
 from burnish.sampling.token_model import DECODERS, Prompt, dense_mask, make_decoder

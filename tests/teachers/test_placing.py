@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.policies import load_policy
-from burnish.teachers.placing import Placement, place
-from burnish.teachers.pooling import pool_grid
+from burnish.teachers.placing import Placement, place, pool_grid
 from workshop.tiny import make_tiny
 
 SIZES = [(480, 640), (640, 480), (32, 32), (90, 31)]

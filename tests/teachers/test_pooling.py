@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from burnish.core.seeding import generator
-from burnish.teachers.pooling import pool_grid, positional_term
+from burnish.teachers.placing import pool_grid, positional_term
 
 
 @pytest.mark.parametrize("pooling", ["area", "bilinear"])

@@ -13,7 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import generator
 from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
 from burnish.teachers.geometry import GeometryTeacher, normals, patchify
-from burnish.teachers.pooling import pool_grid
+from burnish.teachers.placing import pool_grid
 from burnish.teachers.scene3d import DEFAULTS, SceneNet
 
 

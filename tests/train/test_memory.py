@@ -19,8 +19,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
 from burnish.core.types import Draws
 from burnish.policies import load_policy
+from burnish.policies.base import recomputing
 from burnish.policies.empty import Tokens, empty_batch
-from burnish.policies.recompute import recomputing
 from burnish.train import checkpoint, cost, optim
 from burnish.train.loop import train
 from burnish.train.memory import halve_frozen, prepare, state_bytes

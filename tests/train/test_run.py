@@ -83,7 +83,7 @@ def test_a_run_goes_with_its_last_user(dataset, tmp_path):
 
 
 def test_scalar_products_and_norms(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("burnish.methods.products.PART_CPU", 7)  # shorter than the tensors
+    monkeypatch.setattr("burnish.methods.gradients.PART_CPU", 7)  # shorter than the tensors
     run, draws = build(dataset, tmp_path / "r"), torch.Generator().manual_seed(0)
     one, two = ({n: torch.randn(p.shape, generator=draws) for n, p in run.trained.items()} for _ in range(2))
     flat = [np.concatenate([t[n].double().numpy().ravel() for n in run.trained]) for t in (one, two)]

@@ -8,8 +8,7 @@ import pytest
 
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
-from burnish.weights.extract import extract
-from burnish.weights.parents import differences
+from burnish.weights.extract import differences, extract
 
 RECIPE = {
     "name": "aux", "output": "runs/aux", "objectives": [{"name": "align"}], "policy": {"path": "small"},

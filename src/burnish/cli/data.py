@@ -195,7 +195,7 @@ def inspect(
         print(dumps(found.to_dict()) if json else as_text(found) + "\n" * (len(dataset) > 1))
         all_ok &= found.ok
         if curate:
-            from burnish.report.curation import curate_dataset
+            from burnish.report.inspection import curate_dataset
 
             lines, sections = curate_dataset(root, curate)
             print("\n".join(["", *lines]))

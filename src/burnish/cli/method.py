@@ -52,7 +52,7 @@ def align_select(
     """
     from burnish.core.outputs import require_file
     from burnish.methods.align.analysis import all_selections, compare_layers
-    from burnish.report.align_plots import draw_cka
+    from burnish.report.plots import draw_cka
     from burnish.train.setup import own_accelerate_state
 
     require_file(figure, "figure")

@@ -210,7 +210,7 @@ def verify_decode(
         burnish policy verify decode runs/blocks/policy --data data/tabletop/quickstart --count 8
     """
     from burnish.policies import load_policy
-    from burnish.runtime.decode_checks import verify_decode
+    from burnish.runtime.verify import verify_decode
 
     checks = verify_decode(
         load_policy(policy, device=device), data=data, count=count, options=read_options(option, "--option"),

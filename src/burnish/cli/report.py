@@ -39,13 +39,13 @@ def page(
 
         print(write_comparison(run_folder, against, out))
     elif study:
-        from burnish.experiments.study_page import write_study_page
+        from burnish.experiments.pages import write_study_page
 
         print(write_study_page(run_folder, out))
     else:
         print(write_report(run_folder, out))
     if figure:
-        from burnish.report.figure import write_figure
+        from burnish.report.media import write_figure
 
         print(write_figure(run_folder, figure))
 
@@ -61,7 +61,7 @@ def pareto(result: Path, *, output: Annotated[Path, Arg(short="-o")] = Path("par
         burnish report pareto results/isolate/answers.json -o docs/img/isolate.png
     """
     from burnish.core.outputs import require_file
-    from burnish.experiments.pareto import write_pareto
+    from burnish.experiments.plots import write_pareto
 
     require_file(output, "figure")
     print(write_pareto(result, output))
@@ -81,7 +81,7 @@ def intervals(
         burnish report intervals results/tabletop/replay.json -o docs/img/replay.svg
     """
     from burnish.core.outputs import require_file
-    from burnish.experiments.intervals import write_intervals
+    from burnish.experiments.plots import write_intervals
 
     require_file(output, "vector figure" if output.suffix.lower() == ".svg" else "figure")
     print(write_intervals(result, output, measure))

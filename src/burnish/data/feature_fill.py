@@ -38,7 +38,7 @@ from burnish.data.feature_cache import NAMES, SAMPLE, CacheKey, FeatureCache, Fi
 from burnish.data.frames import npy_header
 from burnish.data.views import FrameSource, FrameViews
 from burnish.teachers.base import Teacher, Views, make_teacher, run_teacher
-from burnish.teachers.pooling import pool_grid, positional_term
+from burnish.teachers.placing import pool_grid, positional_term
 
 BLOCK = 32
 """Frames that are filled together."""

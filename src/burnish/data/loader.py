@@ -1,11 +1,13 @@
 """Batches for training. Batch k depends on the seed, k and the rank alone, so any run can go on from any step."""
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,56 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch, Window
+from burnish.core.workers import WorkerPool
 from burnish.data.augment import augment, to_float
 from burnish.data.checks import colour_cameras, require
 from burnish.data.dataset import Dataset, look, open_dataset
-from burnish.data.decoding import Decoders, decodes
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.frames import CACHE_GB, open_frames
 from burnish.data.questions import open_questions
+from burnish.data.streamed import JoinedFrames, StreamedFrames
+
+
+def decodes(array: Any) -> bool:
+    """Whether indexing an array of frames decodes something."""
+    if isinstance(array, JoinedFrames):
+        return any(decodes(part) for part in array.parts)
+    return isinstance(array, StreamedFrames)
+
+
+class Decoders:
+    """One process for each thread that asks; a process opens its videos itself and keeps them open.
+
+    Args:
+        arrays: camera to frames.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        self.arrays, self._own, self._lock = dict(arrays), threading.local(), threading.Lock()
+        self._pools: list[WorkerPool] = []
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The frames of these rows by camera; raises BurnishError where one is damaged or the process died."""
+        pool = self._own.__dict__.get("pool")
+        if pool is None:
+            pool = self._own.pool = WorkerPool(_decode, self.arrays, count=1, name="the process that decodes frames")
+            with self._lock:
+                self._pools.append(pool)
+        pool.send(0, rows, f"{rows.size} frames")
+        return pool.receive()[0][2]
+
+    def close(self) -> None:
+        """End the processes; nobody may ask any more."""
+        while self._pools:
+            self._pools.pop().close()
+
+
+def _decode(tasks: Iterable[np.ndarray], arrays: dict[str, Any]) -> Generator[dict[str, np.ndarray], None, None]:
+    import torch
+
+    torch.set_num_threads(1)
+    for rows in tasks:
+        yield {camera: array[rows] for camera, array in arrays.items()}
 
 
 class BatchSampler:

@@ -4,7 +4,7 @@ Families, from easy to hard: reach, push, lift, put_on, stack. Actions are [dx, 
 units of 4 cm per control step at 10 Hz, and grip > 0 to close. The state is hand position (3) and finger opening.
 
 A suffix changes how the scene looks and nothing else: tabletop:lift+camera, +light, +texture, or several
-(see tabletop_variants). With +moving the object in question slides over the table until it is lifted. Initial states
+(see tabletop_scene). With +moving the object in question slides over the table until it is lifted. Initial states
 are those without the suffix.
 """
 
@@ -16,7 +16,6 @@ import numpy as np
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed
 from burnish.envs import tabletop_scene as scene
-from burnish.envs import tabletop_variants as variants
 from burnish.envs.base import ENVS, EnvFamily, EnvSpec, Expert, Observation, Size, view_size
 from burnish.envs.rendering import camera_geometry, camera_pose, make_room, project_points
 from burnish.envs.tabletop_expert import MissingTabletopExpert, TabletopExpert
@@ -38,19 +37,19 @@ def tasks(selector: str) -> list[str]:
     """All five families (but push where objects move) for an empty selector, otherwise those named, separated by
     commas; a suffix holds for all.
     """
-    named, looks = variants.split(selector)
-    names = named.split(",") if named else [f for f in FAMILIES if f != "push" or variants.MOVING not in looks]
+    named, looks = scene.split(selector)
+    names = named.split(",") if named else [f for f in FAMILIES if f != "push" or scene.MOVING not in looks]
     for name in names:
         if name not in FAMILIES:
             raise BurnishError(f"unknown tabletop family '{name}'", f"one of {', '.join(FAMILIES)}")
-        if name == "push" and variants.MOVING in looks:
+        if name == "push" and scene.MOVING in looks:
             raise BurnishError("tabletop:push+moving, where an object could solve the task by itself", "another family")
     return ["+".join([name, *looks]) for name in names]
 
 
 def make(selector: str, image_size: Size) -> "Tabletop":
     """Build the family named `selector`."""
-    family, looks = variants.split(tasks(selector)[0])
+    family, looks = scene.split(tasks(selector)[0])
     return Tabletop(family, image_size, looks)
 
 
@@ -64,10 +63,10 @@ class Tabletop:
         self.family = family
         self.image_size: Size = image_size
         xml = scene.model_xml()
-        self.model = mujoco.MjModel.from_xml_string(variants.add_textures(xml) if "texture" in looks else xml)
-        shown = tuple(look for look in looks if look != variants.MOVING)
-        self._looks = variants.Looks(self.model, shown) if shown else None
-        self._slides = variants.MOVING in looks
+        self.model = mujoco.MjModel.from_xml_string(scene.add_textures(xml) if "texture" in looks else xml)
+        shown = tuple(look for look in looks if look != scene.MOVING)
+        self._looks = scene.Looks(self.model, shown) if shown else None
+        self._slides = scene.MOVING in looks
         self.data = mujoco.MjData(self.model)
         make_room(self.model, image_size)
         self._renderers: dict[tuple[int, int], Any] = {}
@@ -223,7 +222,7 @@ class Tabletop:
         way = -self._start[self.source][:2]
         lies = place[2] < self._start[self.source][2] + 0.005
         if lies and np.abs(place[:2]).max() < scene.TABLE_REACH and (length := np.linalg.norm(way)):
-            self.data.qpos[at : at + 2] += way * (variants.SLIDE / SUBSTEPS / length)
+            self.data.qpos[at : at + 2] += way * (scene.SLIDE / SUBSTEPS / length)
 
     def hand_position(self) -> np.ndarray:
         """[3] point between the fingertips."""

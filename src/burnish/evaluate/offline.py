@@ -28,7 +28,7 @@ from burnish.data.features import ACTION
 from burnish.data.inspect import gripper_dimensions
 from burnish.data.loader import RobotData, to_float
 from burnish.evaluate.batching import BatchedPolicy, Request
-from burnish.evaluate.offline_compare import OFFLINE
+from burnish.evaluate.compare import OFFLINE
 from burnish.evaluate.offline_scores import FIGURES, OfflineRecord, Scale, language, over_episodes, score, shown
 from burnish.evaluate.offline_scores import parse_offline as parse
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation

@@ -4,7 +4,7 @@ Imports no torch, so that a process starts quickly.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import new_file
 from burnish.core.workers import Engine, WorkerPool
 from burnish.data.record import Tape
 from burnish.data.spool import write_recording
@@ -152,8 +153,6 @@ class _Running:
 
     def end(self, slot: int) -> Finished:
         if self.episode.video is not None:
-            from burnish.evaluate.video import write_film_strip, write_video
-
             write_video(self.episode.video, self.frames, self.env.spec.fps)
             write_film_strip(self.episode.video.with_suffix(".png"), self.frames)
         if self.tape is not None and self.episode.record is not None:
@@ -311,3 +310,28 @@ class SimulatorPool(WorkerPool):
 
     def _send(self, command: str, slot: int, *arguments: Any) -> None:
         self.send(slot % len(self), (command, slot, *arguments), str(self._episodes[slot]))
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
+    """Write frames [H, W, 3] uint8 as H.264 mp4; an odd side loses its last row or column."""
+    import av
+
+    height, width = (side - side % 2 for side in frames[0].shape[:2])
+    with new_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "20", "preset": "fast"}
+        for frame in frames:
+            image = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_film_strip(path: Path, frames: Sequence[np.ndarray], count: int = 6) -> None:
+    """Write `count` moments from first to last side by side as PNG."""
+    from PIL import Image
+
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    strip = np.concatenate([frames[i] for i in chosen], axis=1)
+    with new_file(path) as temporary:
+        Image.fromarray(strip).save(temporary, format="PNG")

@@ -1,7 +1,8 @@
 """Gradients of many tensors as one vector [P], edited where they lie or handed on as they come.
 
-Nothing of that size is made beside them. A vector is the list of parts that `products.parts` cuts, in the order of a
-`Layout`'s names.
+Nothing of that size is made beside them. A vector is the list of parts that `parts` cuts, in the order of a
+`Layout`'s names. Each number is read
+once, sums are added in float64; parts keep partial sums in float32 short and below 32-bit indices.
 """
 
 import re
@@ -10,7 +11,95 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from burnish.methods import products
+PART_CPU = 1 << 18
+"""Numbers in one partial sum on a CPU: two such parts stay in its cache."""
+PART = 1 << 24
+"""The same elsewhere, where a sum is a tree."""
+
+
+def parts(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors of one device as flat parts that share their memory, in order."""
+    flat = [tensor.view(-1) for tensor in (tensors.values() if isinstance(tensors, Mapping) else tensors)]
+    size = part_size(flat[0].device) if flat else PART
+    cut: list[Tensor] = []
+    for tensor in flat:
+        cut += tensor.split(size) if tensor.numel() > size else (tensor,)
+    return cut
+
+
+def part_size(device: torch.device) -> int:
+    """Numbers of a part on this device, at most."""
+    return PART_CPU if device.type == "cpu" else PART
+
+
+@torch.no_grad()
+def dots(one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
+    """Scalar products of one vector with several others, each the parts of `parts`, apart for groups of parts.
+
+    Args:
+        one: parts; may be made as they are asked for.
+        others: as many parts each, of the same sizes and type.
+        group: int64 [number of parts], the group of each part, on the parts' device.
+        count: number of groups, L.
+
+    Returns:
+        float64 [L, len(others)]; the host never waits for the device.
+    """
+    total = torch.zeros(count, len(others), dtype=torch.float64, device=group.device)
+    partial: Tensor | None = None
+    for number, (part, *rest) in enumerate(zip(one, *others, strict=True)):
+        if partial is None:  # one room for all: parts that are made on the way would leave a gap around each scalar
+            partial = part.new_empty(len(group), len(others))
+        for at, other in enumerate(rest):
+            torch.dot(part, other, out=partial[number, at])
+    return total if partial is None else total.index_add_(0, group, partial.double())
+
+
+def dot(one: Mapping[str, Tensor] | Sequence[Tensor], other: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    """float64 scalar product of two collections of equal shapes, by name or in order."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        other = {name: other[name] for name in one}
+    first, second = parts(one), parts(other)
+    device = first[0].device if first else torch.device("cpu")
+    return dots(first, [second], torch.zeros(len(first), dtype=torch.int64, device=device), 1)[0, 0]
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank holds some rows."""
+    if type(tensor) in (Tensor, nn.Parameter):  # most are, and DTensor takes its time to import
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, without gradient and sharing its memory; the whole one where it is not sharded."""
+    found = tensor.detach()
+    return found.to_local() if sharded(found) else found
+
+
+def rows(tensor: Tensor) -> tuple[int, int]:
+    """First and last of the whole tensor's rows that `local` gives; a scalar has one."""
+    count = len(tensor) if tensor.ndim else 1
+    if not sharded(tensor):
+        return 0, count
+    axis = next(axis for axis, placement in enumerate(tensor.placements) if placement.is_shard())
+    step = -(-count // tensor.device_mesh.size(axis))  # as torch.chunk cuts
+    first = min(step * tensor.device_mesh.get_local_rank(axis), count)
+    return first, min(first + step, count)
+
+
+def own_rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor what `local` would give, were it sharded as `like` is."""
+    return tensor[slice(*rows(like))] if sharded(like) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the rows of all ranks, without gradient; where it is sharded, every rank must ask."""
+    found = tensor.detach()
+    return found.full_tensor() if sharded(found) else found
+
 
 Vector = list[Tensor]
 """[P]: flat float32 parts that share memory with tensors."""
@@ -39,7 +128,7 @@ class Layout:
         shapes: parameter name to shape (where weights are sharded, that of this rank's rows).
         granularity: tensor, layer or global.
         device: of the vectors.
-        dots: scalar products, see `products.dots`; a run's own are over all ranks.
+        dots: scalar products, see `dots`; a run's own are over all ranks.
 
     Attributes:
         names: parameters in the order of a vector.
@@ -49,13 +138,13 @@ class Layout:
 
     def __init__(
         self, shapes: Mapping[str, Sequence[int]], granularity: str, device: torch.device | str = "cpu",
-        dots: Callable[..., Tensor] = products.dots,
+        dots: Callable[..., Tensor] = dots,
     ):  # fmt: skip
         self.device, self._dots = torch.device(device), dots
         self._sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         found = {name: group_of(name, granularity) for name in shapes}
         self.names, self.groups = list(shapes), list(dict.fromkeys(found.values()))
-        largest = products.part_size(self.device)
+        largest = part_size(self.device)
         self._number: list[int] = []
         self.places: dict[str, slice] = {}
         for name, size in self._sizes.items():
@@ -66,15 +155,15 @@ class Layout:
 
     def parts(self, tensors: Mapping[str, Tensor]) -> Vector:
         """[P] that shares memory with contiguous `tensors` by parameter name; zeros where one is missing."""
-        return products.parts([
+        return parts([
             tensors[name] if name in tensors else torch.zeros(self._sizes[name], device=self.device)
             for name in self.names
         ])  # fmt: skip
 
     def dots_of(self, name: str, tensor: Tensor, vector: Vector) -> Tensor:
         """float64 [L, 2]: products of one parameter's tensor with its place in `vector`, and with itself."""
-        place, cut = self.places[name], products.parts([tensor])
-        return products.dots(cut, [vector[place], cut], self._group[place], len(self.groups))
+        place, cut = self.places[name], parts([tensor])
+        return dots(cut, [vector[place], cut], self._group[place], len(self.groups))
 
     def dot(self, one: Iterable[Tensor], other: Iterable[Tensor]) -> Tensor:
         """[L] float64: inner product of two vectors in each group."""

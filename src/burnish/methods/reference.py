@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
 from burnish.core.options import number
-from burnish.core.patterns import search
+from burnish.core.reading import search
 from burnish.policies.base import Policy
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from burnish.core.files import disk_errors, make_folder
-from burnish.methods.products import parts
+from burnish.methods.gradients import parts
 from burnish.methods.reference import without_adapters
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Start:
         return {name: self._read(*like) for name, like in self._like.items()}
 
     def away(self, name: str, parameter: Tensor) -> Iterator[Tensor]:
-        """Parts (see products.parts) of `parameter` minus its start, where that is in memory."""
+        """Parts (see gradients.parts) of `parameter` minus its start, where that is in memory."""
         for now, start in zip(parts([parameter.detach()]), parts([self._kept[name]]), strict=True):
             yield now - start
 

@@ -44,7 +44,7 @@ def create_policy(vlm_folder: Path | str, features: dict, dataset_stats: dict, o
         dataset_stats: LeRobot statistics by key.
         overrides: fields of the LeRobot config.
         type: e.g. smolvla, burnish_discrete, act.
-        **options: of the type, see `SmolVLA.create` and `burnish.policies.discrete.create.new_policy`.
+        **options: of the type, see `SmolVLA.create` and `burnish.policies.discrete.policy.new_policy`.
 
     Raises:
         BurnishError: no such type or folder, or fields that the type does not have.

@@ -6,19 +6,50 @@ declares it, a method asks `policy.supports(name)` or calls `require`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, LanguageLoss, PolicyLoss, Window
 from burnish.policies.parts import FlowParts
-from burnish.policies.recompute import recompute
 from burnish.sampling.token_model import TokenModel
+
+
+def recompute(owner: nn.Module, name: str = "forward") -> Callable[[], None]:
+    """From now on calls of `owner.name` keep their inputs alone; the backward pass runs them again for the rest.
+
+    Values and gradients stay the same. A call that fills a cache of keys and values is left as it is: run twice, it
+    would fill it twice. What is returned takes it back.
+    """
+    plain, before = getattr(type(owner), name), vars(owner).get(name)
+
+    def again(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
+            return plain(self, *args, **kwargs)
+        return checkpoint(partial(plain, self), *args, use_reentrant=False, **kwargs)
+
+    setattr(owner, name, MethodType(again, owner))  # a bound method, so that a deep copy runs its own weights
+    return partial(delattr, owner, name) if before is None else partial(setattr, owner, name, before)
+
+
+@contextmanager
+def recomputing(policy: Any) -> Iterator[None]:
+    """Inside, `policy.recompute()` holds, and afterwards what held before."""
+    undo = policy.recompute()
+    try:
+        yield
+    finally:
+        for one in undo:
+            one()
+
 
 CAPABILITIES: dict[str, tuple[str, str]] = {
     "score": ("log-probability of its actions", "a flow-matching or token policy"),

@@ -16,10 +16,9 @@ from burnish.core.errors import BurnishError
 from burnish.core.reading import read_object
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
-from burnish.policies.denoise import sample_with
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
-from burnish.policies.steered import conditioned, shared, without_gradients
+from burnish.policies.steered import conditioned, sample_with, shared, without_gradients
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering

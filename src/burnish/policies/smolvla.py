@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.policies import folder as folders
 from burnish.policies import hidden, language, tensors
-from burnish.policies.base import Captured
+from burnish.policies.base import Captured, recompute
 from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
-from burnish.policies.recompute import recompute
-from burnish.policies.whole_images import see_whole
 
 _SMOLVLM2_TEXT = {
     "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
@@ -230,3 +228,31 @@ def _smolvlm(folder: Path) -> Any:
     if config.model_type != "smolvlm":
         raise BurnishError(f"a VLM of type '{config.model_type}' in {folder}", "smolvlm, which SmolVLA is made of")
     return config
+
+
+def see_whole(embeddings: nn.Module) -> None:
+    """Let transformers' SmolVLMVisionEmbeddings know the place of every patch from the size of the image alone.
+
+    It finds places by a mask, and the host waits to learn how many there are, at every image of every step; LeRobot
+    hands over no mask. The first image of a size goes the old way, and its places are kept: the numbers are the same.
+    """
+    kind: Any = type(embeddings)
+
+    class WholeImages(kind):
+        def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+            key = (*pixel_values.shape[-2:], pixel_values.dtype)
+            if key not in self.places:
+                seen: list[Tensor] = []
+                note = self.position_embedding.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+                with note:
+                    embedded = super().forward(pixel_values, patch_attention_mask)
+                self.places[key] = seen[0][0].cpu()
+                return embedded
+            places = self.places[key]
+            if places.device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
+                places = self.places[key] = places.to(pixel_values.device)
+            patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+            return patches + self.position_embedding(places.expand(len(patches), -1))
+
+    embeddings.__class__ = WholeImages
+    embeddings.places = {}

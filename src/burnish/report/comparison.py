@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 
 from burnish.core.errors import BurnishError
-from burnish.evaluate.compare import Comparison, compare
-from burnish.evaluate.offline_compare import OfflineComparison
+from burnish.evaluate.compare import Comparison, OfflineComparison, compare
 from burnish.evaluate.offline_scores import FIGURES
 from burnish.evaluate.records import EPISODES
 from burnish.report.html import document, header, section, table

@@ -9,8 +9,8 @@ from burnish.core.files import write_text
 from burnish.core.reading import read_text
 from burnish.report import sections
 from burnish.report.html import document, header
-from burnish.report.offline import offline
 from burnish.report.run_folder import RunFolder, load_run
+from burnish.report.sections import offline
 
 
 def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:

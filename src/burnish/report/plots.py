@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import accumulate
+from pathlib import Path
+
+from burnish.core.figures import new_figure, save_figure
+from burnish.methods.align.analysis import Comparison
 
 MAX_POINTS = 300  # more than a phone can show
 MOST_VALUE = 1e100  # and 1e-100: what lies beyond has no place on an axis
@@ -200,3 +204,21 @@ def _log_ticks(low: float, high: float) -> list[float]:
     if above == below:  # both ends on one mark
         return [below, 2 * below]
     return [mark for mark in marks if below <= mark <= above]
+
+
+def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Path) -> None:
+    """CKA of all layers, the best one-to-one matching marked."""
+    rows, columns = comparison.cka.shape
+    figure = new_figure(1.6 + 0.55 * columns, 1.4 + 0.5 * rows)
+    axes = figure.subplots()
+    image = axes.imshow(comparison.cka, vmin=0, vmax=max(0.1, float(comparison.cka.max())), cmap="viridis")
+    axes.set(xlabel="teacher layer", ylabel="student layer", xticks=range(columns), yticks=range(rows))
+    for row in range(rows):
+        for column in range(columns):
+            text = f"{comparison.cka[row, column]:.2f}"
+            axes.text(column, row, text, ha="center", va="center", size=7, color="white")
+    for student, teacher in pairs:
+        axes.plot(teacher, student, "s", mfc="none", mec="red", ms=18)
+    axes.set_title(f"linear CKA over {comparison.tokens} tokens", size=9)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    save_figure(figure, path, dpi=130)

@@ -9,7 +9,7 @@ from typing import Any
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 from burnish.core.reading import inside, read_object, read_text, regular_file
-from burnish.evaluate.offline_compare import OFFLINE
+from burnish.evaluate.compare import OFFLINE
 from burnish.evaluate.records import rows_of
 from burnish.evaluate.stats import Rate, wilson
 

@@ -31,8 +31,8 @@ from burnish.core.files import new_folder, point_to, remove_folder, require_spac
 from burnish.core.options import number
 from burnish.core.reading import read_object, regular_file
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
+from burnish.methods.gradients import local, own_rows, whole
 from burnish.methods.objective import Run
-from burnish.methods.products import local, own_rows, whole
 from burnish.policies.base import Policy
 from burnish.train import sharded_state
 from burnish.train.optim import empty_optimizer_tensors, load_optimizer_tensors, merged, optimizer_tensors

@@ -12,9 +12,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from burnish.core.config import PeftConfig, TrainConfig
 from burnish.core.errors import BurnishError
-from burnish.core.patterns import fullmatch, search
+from burnish.core.reading import fullmatch, search
 from burnish.core.seeding import derive_seed, seeded
-from burnish.methods.products import local
+from burnish.methods.gradients import local
 from burnish.policies.base import Policy
 from burnish.train.sharded import exchange
 
@@ -77,7 +77,7 @@ def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0, whole: Seque
     for part in whole:
         policy.get_submodule(part).requires_grad_(True)
     if lora.use_dora:
-        from burnish.train.dora_layer import use_closed_form
+        from burnish.train.dora import use_closed_form
 
         use_closed_form(policy)  # the same numbers, sooner
 

@@ -23,8 +23,7 @@ from burnish.core.recipe import demos_root, load_recipe, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
 from burnish.methods import objective as seat
-from burnish.methods import products
-from burnish.methods.gradients import stream_gradients
+from burnish.methods.gradients import dot, dots, stream_gradients
 from burnish.methods.objective import Objective
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
@@ -125,13 +124,13 @@ class Run(seat.Run):
             return self.wrapped(self._module.loss, self, batch, language)
 
     def dot(self, one: seat.Tensors, other: seat.Tensors) -> Tensor:
-        return self._over_ranks(products.dot(one, other))
+        return self._over_ranks(dot(one, other))
 
     def norm(self, tensors: seat.Tensors) -> Tensor:
         return self.dot(tensors, tensors).sqrt()
 
     def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
-        return self._over_ranks(products.dots(one, others, group, count))
+        return self._over_ranks(dots(one, others, group, count))
 
     def _over_ranks(self, partial: Tensor) -> Tensor:
         """Where every rank holds whole tensors, its sums are those of the whole; sums over rows are added up."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.methods.products import local, sharded
+from burnish.methods.gradients import local, sharded
 
 
 def check_launch(accelerator: Any, wanted: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import disk_errors
-from burnish.methods.products import sharded, whole
+from burnish.methods.gradients import sharded, whole
 from burnish.policies.tensors import Streamed
 from burnish.train.optim import adapter_layers
 

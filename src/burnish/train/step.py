@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
+from burnish.methods.gradients import local
 from burnish.methods.objective import Objective, Run
-from burnish.methods.products import local
 from burnish.policies.base import Policy
 from burnish.train.sharded import rows_like
 

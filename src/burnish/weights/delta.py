@@ -1,4 +1,4 @@
-"""The delta artefact, a task vector in a folder (CapVector calls it a capability vector).
+"""The delta artefact, a task vector in a folder (CapVector calls it a capability vector), and one made on the fly.
 
 delta.json          sealed metadata, see `Delta.meta`
 delta.safetensors   one tensor for each changed tensor; low-rank ones as <name>::<k>.up and <name>::<k>.down
@@ -6,15 +6,18 @@ delta.safetensors   one tensor for each changed tensor; low-rank ones as <name>:
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from burnish.core.errors import BurnishError
-from burnish.weights.adapters import Update, product_block
+from burnish.weights.adapters import Update, open_source, product_block
+from burnish.weights.names import Heads, choose, embodiment
 from burnish.weights.record import check_delta
-from burnish.weights.rounding import healthy, widen, widened
+from burnish.weights.rounding import difference, healthy, widen, widened
+from burnish.weights.sources import Checkpoint
 from burnish.weights.tensorfile import FLOATS, Digests, TensorFile, TensorInfo, whole_digest
 from burnish.weights.writer import read_summary
 
@@ -138,3 +141,39 @@ class Delta:
             return self._matrix(name)
         shape = self.tensors[name]["shape"]
         return product_block(self.updates(name), 0, math.prod(shape)).reshape(shape)
+
+
+class Difference:
+    """Stands in for a Delta in `merge`; nothing was recorded about it, so no digest of the base is asked for.
+
+    Args:
+        base: the base of the merge.
+        tuned: checkpoint or adapter.
+        heads, include, exclude: as for `merge`.
+    """
+
+    def __init__(
+        self, base: Checkpoint, tuned: Path | str, heads: Heads, include: Sequence[str], exclude: Sequence[str]
+    ):
+        self.base, self.tuned = base, open_source(tuned, base)
+        self.path = self.tuned.path
+        chosen = choose({"base": base.tensors, "tuned": self.tuned.tensors}, include, exclude, heads).chosen
+        self.tensors: dict[str, dict[str, Any]] = {
+            name: {"dtype": self.tuned.tensors[name].dtype, "shape": list(self.tuned.tensors[name].shape),
+                   "group": group} for name, group in chosen.items()
+        }  # fmt: skip
+        self.meta: dict[str, Any] = {"tied": {}, "embodiment": embodiment(self.path) or embodiment(base.path)}
+
+    def values(
+        self, name: str, start: int, stop: int, out: np.ndarray, digests: Digests | None = None,
+        base: np.ndarray | None = None, quick: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """As `Checkpoint.values`. Digests are the tuned model's.
+
+        Args:
+            base: the base's elements where they are at hand.
+            quick: see `rounding.difference`.
+        """
+        if base is None:
+            base = self.base.values(name, start, stop, np.empty(stop - start))
+        return difference(self.tuned.values(name, start, stop, out, digests), base, out, quick)

@@ -1,7 +1,11 @@
-"""Extraction: the difference of two fine-tunes (or of one and the base) as a delta."""
+"""Extraction: the difference of two fine-tunes (or of one and the base) as a delta.
+
+Whatever else differs between two runs (seed, steps, data, batch size) is in it as well, and no arithmetic takes it out.
+"""
 
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +16,11 @@ import numpy as np
 from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.core.options import check_value
+from burnish.core.reading import read_object
+from burnish.core.recipe import flatten
 from burnish.weights.adapters import Adapted, open_source
 from burnish.weights.delta import FORMAT, KIND, META, NUMBERS, Delta
 from burnish.weights.names import Choice, Heads, choose, embodiment, same_robot
-from burnish.weights.parents import differences
 from burnish.weights.rounding import Buffers, difference, dot, healthy, narrow, refuse_odd, unequal, widen
 from burnish.weights.sources import Checkpoint, locate
 from burnish.weights.tensorfile import DTYPES, Digests, TensorInfo, whole_digest
@@ -323,3 +328,45 @@ def _find_tied(parents: Parents, choice: Choice) -> dict[str, str]:
 def _tied_names(a: str, b: str) -> bool:
     """Only an output layer and an embedding are ever tied; equal zeros elsewhere are not."""
     return {"lm_head" in a, "lm_head" in b} == {True, False} and ("embed" in a or "embed" in b or "wte" in a + b)
+
+
+_MAY_DIFFER = (
+    "name", "output", "objectives", "language.", "demos.", "eval.", "data.workers", "data.cache_dir", "data.root",
+    "train.log_every", "train.save_every", "train.retention_every", "train.max_minutes", "train.trackers",
+    "train.self_check",
+)  # fmt: skip
+"""Fields of a recipe, or beginnings of them: the methods, which the vector is made of, and what touches no number."""
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What `burnish train` recorded of the run that made the checkpoint or adapter at `path`; {} where nothing did.
+
+    A policy or adapter folder lies in its run's folder, beside train.json; a checkpoint holds burnish/meta.json.
+    """
+    folder = Path(os.path.realpath(path if path.is_dir() else path.parent))
+    for file in (folder / "burnish" / "meta.json", folder.parent / "train.json"):
+        if file.is_file():
+            found = read_object(file, file.parent)
+            break
+    else:
+        return {}
+    recipe = found.get("recipe")
+    if not isinstance(recipe, dict):
+        return {}  # of another tool
+    kept = {name: value for name, value in flatten(recipe).items() if not name.startswith(_MAY_DIFFER)}
+    steps = found.get("steps", found.get("step"))
+    return kept | {"data": found.get("data_hash"), "steps": steps}
+
+
+def differences(tuned: Path, control: Path) -> list[str]:
+    """How the runs behind two checkpoints differ in more than their methods, one line each; [] where they do not.
+
+    Raises:
+        BurnishError: a record is there and unreadable.
+    """
+    one, other = facts(tuned), facts(control)
+    unknown = [str(path) for path, found in ((tuned, one), (control, other)) if not found]
+    if unknown:
+        return [f"nothing is recorded of the training of {' and '.join(unknown)}"]
+    shared = sorted(one.keys() & other.keys())  # a field that came into being between the two runs is not compared
+    return [f"{name} {one[name]!r:.80} and {other[name]!r:.80}" for name in shared if one[name] != other[name]]

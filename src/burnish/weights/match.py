@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.core.errors import BurnishError
-from burnish.core.patterns import search
-from burnish.weights.delta import Delta
-from burnish.weights.difference import Difference
+from burnish.core.reading import search
+from burnish.weights.delta import Delta, Difference
 from burnish.weights.names import Heads, check_patterns, embodiment, match_names, same_robot, selected
 from burnish.weights.sources import Checkpoint
 from burnish.weights.tensorfile import FLOATS

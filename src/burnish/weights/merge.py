@@ -12,8 +12,7 @@ from burnish import __version__
 from burnish.core.errors import BurnishError
 from burnish.core.options import check_value
 from burnish.core.reading import regular_file
-from burnish.weights.delta import Delta
-from burnish.weights.difference import Difference
+from burnish.weights.delta import Delta, Difference
 from burnish.weights.match import Change, Changes, Vector, match, recorded_base
 from burnish.weights.names import Heads
 from burnish.weights.operators import OPERATORS, Block, Streams

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from burnish.core.errors import BurnishError
-from burnish.core.patterns import search, substitute
-from burnish.core.reading import read_object
+from burnish.core.reading import read_object, search, substitute
 from burnish.weights.tensorfile import FLOATS, TensorInfo
 
 Heads = Literal["refuse", "skip", "keep"]

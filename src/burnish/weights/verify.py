@@ -10,8 +10,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.weights.adapters import open_source
-from burnish.weights.delta import Delta
-from burnish.weights.difference import Difference
+from burnish.weights.delta import Delta, Difference
 from burnish.weights.match import Change, Vector
 from burnish.weights.merge import RECORD, make_block, make_streams
 from burnish.weights.operators import OPERATORS

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.core.seeding import generator
-from burnish.methods.align.coherence import coherence, cosine, pairwise_cosine, scale_gradient
-from burnish.methods.align.loss import alignment_loss
+from burnish.methods.align.loss import alignment_loss, coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.projector import Projectors, prefix_widths
 
 PAIRS, TOKENS, STUDENT, TEACHER, HIDDEN = 10, 64, 128, 96, 96

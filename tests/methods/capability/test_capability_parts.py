@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from burnish.methods.capability import parts
-from burnish.methods.capability.parts import Product, Vector, Whole
-from burnish.methods.capability.regularise import PENALTIES
+from burnish.methods.capability.parts import PENALTIES, Product, Vector, Whole
 from burnish.train.optim import add_adapters
 from burnish.weights.delta import Delta
 from burnish.weights.extract import extract

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.methods.capability.regularise import ELEMENTWISE, PENALTIES, coefficients, elementwise, pinned, products
+from burnish.methods.capability.parts import ELEMENTWISE, PENALTIES, coefficients, elementwise, pinned, products
 
 
 def by_hand(kind, gammas, moved):

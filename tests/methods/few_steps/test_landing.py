@@ -10,8 +10,7 @@ from ranks import train_and_keep, two_ranks
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
-from burnish.methods.few_steps.landing import landing_error, teacher_points, times
-from burnish.methods.few_steps.objective import FewSteps
+from burnish.methods.few_steps.objective import FewSteps, landing_error, teacher_points, times
 from burnish.policies import load_policy
 from burnish.sampling.solvers import make_solver
 from burnish.train.run import Run

@@ -10,7 +10,7 @@ from fake import make_questions
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.methods.inputs import forward, question_batches, token_groups
-from burnish.methods.isolate import distances
+from burnish.methods.isolate import anchor as distances
 from burnish.methods.isolate.anchor import Anchor, Provenance, build
 from burnish.policies import load_policy
 from burnish.policies.vqa import PROMPT

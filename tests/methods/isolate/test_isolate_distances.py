@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from burnish.methods.isolate import distances
+from burnish.methods.isolate import anchor as distances
 from burnish.methods.isolate.anchor import Moments
 
 
@@ -55,8 +55,8 @@ def test_normalised_gives_every_channel_the_same_say():
 
 def test_tokens_distance():
     x = torch.tensor(rows(6))
-    assert float(distances.tokens(x, x)) == 0
-    moved = distances.tokens(x.mean(0).expand_as(x), x)  # every token at the mean: all of the variance is lost
+    assert float(distances.token_distance(x, x)) == 0
+    moved = distances.token_distance(x.mean(0).expand_as(x), x)  # every token at the mean: all of the variance is lost
     assert float(moved) == pytest.approx(1, rel=1e-9)
 
 

@@ -9,7 +9,7 @@ from dissect import Dissected, recipe
 from torch import nn
 
 from burnish.core.seeding import generator
-from burnish.methods import products
+from burnish.methods import gradients as products
 from burnish.methods.gradients import of_next_layers, stop_decay, stream_gradients
 from burnish.methods.inputs import forward, token_groups
 from burnish.methods.isolate import objective

@@ -94,7 +94,7 @@ def test_conflict_rule_is_gram_schmidt_in_each_group(seed, granularity, exponent
 def test_large_tensors_are_cut(monkeypatch, kind):
     g, o = random(8), random(9)
     edited = run_edit(g, o, rule=kind)[1]
-    monkeypatch.setattr("burnish.methods.products.PART_CPU", 4)
+    monkeypatch.setattr("burnish.methods.gradients.PART_CPU", 4)
     parts = Layout(SHAPES, "layer").parts(g)
     assert max(map(len, parts)) == 4 and sum(map(len, parts)) == sum(t.numel() for t in g.values())
     cut = run_edit(g, o, rule=kind)[1]

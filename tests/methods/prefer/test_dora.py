@@ -11,8 +11,7 @@ from torch import nn
 from burnish.core.config import PeftConfig
 from burnish.core.errors import BurnishError
 from burnish.methods.reference import check_adapters, check_precision, without_adapters
-from burnish.train.dora import row_norms
-from burnish.train.dora_layer import ClosedFormDora, use_closed_form
+from burnish.train.dora import ClosedFormDora, row_norms, use_closed_form
 from burnish.train.optim import add_adapters, merged
 
 

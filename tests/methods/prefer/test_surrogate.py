@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from burnish.core.types import Draws
 from burnish.methods.prefer.draws import ScoreConfig, WeightedDraws, make_draws, weigh
-from burnish.runtime.ode import log_prob, signs
+from burnish.runtime.flow_likelihood import log_prob, signs
 
 ELBO = ScoreConfig(draws=256, times="logit", weight="elbo", antithetic=False, t_min=0.0183, t_max=0.9817)
 UNIFORM = ScoreConfig(draws=256, times="uniform", weight="uniform", antithetic=False, t_min=1e-6, t_max=1 - 1e-6)

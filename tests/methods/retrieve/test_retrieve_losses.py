@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.methods.retrieve.losses import (
+from burnish.methods.retrieve.head import (
     Moments,
     info_nce,
     progress_loss,

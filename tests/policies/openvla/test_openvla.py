@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.policies.openvla.actions import ActionSpace
-from burnish.policies.openvla.text import PROMPT
+from burnish.policies.openvla.files import PROMPT
 from burnish.runtime.decoders import compare_decoders
 from workshop.tiny import default_statistics, make_tiny
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from burnish.policies import load_policy
-from burnish.policies.openvla import images, text
+from burnish.policies.openvla import files, images
 from workshop.tiny_openvla import make_openvla
 
 CAMERAS = tuple(f"observation.images.{name}" for name in inputs.OWN["cameras"])
@@ -68,7 +68,7 @@ def near(found, expected):
 def test_openvla_reads_and_trains_as_released(openvla):
     released, normalised = numbers("openvla"), inputs.numbers(0, 2, 1, 7).clamp(-1, 1)
     batch = {**batch_of(openvla), "action": raw_actions(openvla, normalised)}
-    ids, mask = text.encode(openvla.tokenizer, batch["task"])
+    ids, mask = files.encode(openvla.tokenizer, batch["task"])
     for row in range(2):
         told = released["ids"][row][released["ids"][row] != inputs.VOCABULARY].tolist()
         written = openvla.config.space.encode(openvla.preprocessor(batch["action"]))[row].tolist()

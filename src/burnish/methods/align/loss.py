@@ -1,5 +1,7 @@
 """The alignment loss, and how a grid of teacher tokens follows the student's moved image."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,3 +43,37 @@ def shift_grid(features_BHWD: Tensor, offsets_B2: Tensor, bounds: tuple[int, int
     offsets = offsets_B2.to(features_BHWD)
     moved = torch.einsum("brh,bhwd->brwd", weights(height, offsets[:, 0], top, bottom), features_BHWD)
     return torch.einsum("bcw,brwd->brcd", weights(width, offsets[:, 1], left, right), moved)
+
+
+def pairwise_cosine(gradients: list[Tensor]) -> Tensor:
+    """[N, N] cosines of N gradients of equal shape; a zero gradient has cosine 0 with everything."""
+    flat = torch.stack([g.detach().flatten().float() for g in gradients])
+    unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    return unit @ unit.T
+
+
+def coherence(gradients: list[Tensor]) -> Tensor:
+    """|sum of g| / sum of |g|: 1 all one way, 1 / sqrt(N) orthogonal, below that in conflict."""
+    flat = torch.stack([g.detach().flatten().float() for g in gradients])
+    return flat.sum(0).norm() / flat.norm(dim=1).sum().clamp_min(torch.finfo(flat.dtype).tiny)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of two gradients of equal shape, 0 where one is zero."""
+    return pairwise_cosine([a, b])[0, 1]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor  # not saved: it may still be set before the gradient comes
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor.to(grad), None
+
+
+def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """`value` itself, whose gradient is multiplied by what `factor`, a scalar tensor, holds when the gradient comes."""
+    return _Scale.apply(value, factor)

@@ -8,7 +8,7 @@ from burnish.core.options import number, option, read_options
 from burnish.data.feature_cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
 from burnish.methods.align.projector import SHARING
-from burnish.teachers.pooling import POOLINGS
+from burnish.teachers.placing import POOLINGS
 
 
 @dataclass

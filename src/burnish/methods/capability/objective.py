@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.types import Batch
-from burnish.methods.capability.parts import Piece, Product, Vector, Whole, all_products, of_one_rank, rows_of
-from burnish.methods.capability.regularise import ELEMENTWISE, PENALTIES, pinned
+from burnish.methods.capability.parts import (
+    ELEMENTWISE,
+    PENALTIES,
+    Piece,
+    Product,
+    Vector,
+    Whole,
+    all_products,
+    of_one_rank,
+    pinned,
+    rows_of,
+)
+from burnish.methods.gradients import local
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
-from burnish.methods.products import local
 from burnish.methods.start import Start
 from burnish.weights.delta import Delta
 from burnish.weights.names import check_patterns, match_names, selected
@@ -51,7 +61,7 @@ class Options:
 
 @OBJECTIVES.register("capability")
 class Capability(Objective):
-    """Adds weight * penalty of the movement away from the start, weighted by a task vector (see regularise.py).
+    """Adds weight * penalty of the movement away from the start, weighted by a task vector (see parts.py).
 
     The penalty's gradient is added to the finished gradients block by block, so that beside plain training nothing is
     held but the start. What moves are the parameters themselves; with LoRA or DoRA the whole product s B A.

@@ -4,6 +4,20 @@ Nothing as large as the policy is made on the way: the start is kept once, the v
 pinned memory of the host, in its stored type), and the product of an adapter's factors exists in blocks alone.
 
 Where weights are sharded, all of it is over this rank's rows: products and values are to be added up over ranks.
+
+The penalties at the end keep a merged vector gamma while the policy is fine-tuned.
+D is how far each parameter has moved from the merged model. The paper asks for <gamma, D> = 0 in a matrix (eq. 6) but
+adds the weighted L1 (eq. 7), which is another thing: it pins every coordinate whose loss gradient is below
+weight * |gamma|, whatever its direction, and only bounds the inner product from above.
+
+    l1          sum |gamma_ij D_ij|            (CapVector, arXiv:2605.10903, eq. 7)
+    ewc         sum |gamma_ij| D_ij^2
+    projection  sum_p <gamma_p / |gamma_p|, D_p>^2        (eq. 6, squared)
+    cosine      sum_p |<gamma_p, D_p>| / (|gamma_p| |D_p|)
+    l2          sum D_ij^2                     (gamma plays no part: the control)
+
+The first two are sums over elements. The others follow from three scalar products of a matrix, and their gradient is
+a gamma + b D; with D = s B A of an adapter neither needs the product itself.
 """
 
 import math
@@ -14,8 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from burnish.methods.capability.regularise import ELEMENTWISE, coefficients, elementwise, products
-from burnish.methods.products import local, own_rows, part_size, rows, whole
+from burnish.methods.gradients import local, own_rows, part_size, rows, whole
 from burnish.weights.delta import Delta
 
 
@@ -103,7 +116,7 @@ class Whole:
         self.start = local(parameter).clone() if start is None else start
 
     def products(self) -> Tensor:
-        """See `regularise.products`, of the parameter."""
+        """See `products`, of the parameter."""
         total = torch.zeros(3, dtype=torch.float64, device=self.start.device)
         for *_, gamma, moved in self._blocks():
             total += products(gamma, moved)
@@ -171,7 +184,7 @@ class Product:
         return whole(self._down), local(self._up)
 
     def products(self) -> Tensor:
-        """See `regularise.products`. Of LoRA from r x r products; of DoRA block by block."""
+        """See `products`. Of LoRA from r x r products; of DoRA block by block."""
         if self.dora:
             return _added([products(gamma, moved) for _, _, gamma, moved, _ in self._blocks()], self._up.device)
         down, up = self._matrices
@@ -261,11 +274,59 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def row_blocks(tensor: Tensor) -> list[tuple[int, int]]:
-    """(first, last) of blocks of rows of about as many numbers as `products.part_size`, at least one row each."""
+    """(first, last) of blocks of rows of about as many numbers as `gradients.part_size`, at least one row each."""
     step = max(1, part_size(tensor.device) // max(1, tensor[0].numel() if len(tensor) else 1))
     return [(first, min(first + step, len(tensor))) for first in range(0, len(tensor), step)]
 
 
 def all_products(parts: Mapping[str, Whole | Product]) -> Tensor:
-    """float64 [parts, 3], see `regularise.products`; where weights are sharded, over this rank's rows."""
+    """float64 [parts, 3], see `products`; where weights are sharded, over this rank's rows."""
     return torch.stack([part.products().expand(3) for part in parts.values()])
+
+
+ELEMENTWISE = ("l1", "ewc")
+PENALTIES = (*ELEMENTWISE, "projection", "cosine", "l2")
+_TINY = 1e-12
+
+
+def products(gamma: Tensor, moved: Tensor) -> Tensor:
+    """float64 [3]: <gamma, D>, |gamma|^2 and |D|^2 of a block; those of a matrix are the sums over its blocks."""
+    g, d = gamma.reshape(-1), moved.reshape(-1)
+    return torch.stack([torch.dot(g, d), torch.dot(g, g), torch.dot(d, d)]).double()
+
+
+def elementwise(kind: str, gamma: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, gradient by D) of a block under a penalty of ELEMENTWISE; the value is float64."""
+    size = gamma.abs()
+    if kind == "l1":
+        return torch.dot(size.reshape(-1), moved.abs().reshape(-1)).double(), size.mul_(moved.sign())
+    pull = size.mul_(moved)
+    return torch.dot(pull.reshape(-1), moved.reshape(-1)).double(), pull.mul_(2.0)
+
+
+def coefficients(kind: str, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, a, b) of a matrix under another penalty, float64: its gradient by D is a gamma + b D.
+
+    Args:
+        kind: projection, cosine or l2.
+        sums: see `products`, of the whole matrix. A vector of zeros has no direction, and at D = 0 the cosine has no
+            value: both count as 0, with gradient 0.
+    """
+    along, square, moved = sums
+    nothing = torch.zeros_like(along)
+    if kind == "l2":
+        return moved, nothing, nothing + 2
+    if kind == "projection":
+        safe = square.masked_fill(square == 0, 1.0)
+        return along.square() / safe, 2 * along / safe, nothing
+    both = (square * moved).sqrt()
+    alive = both > _TINY
+    safe = both.clamp_min(_TINY)
+    value, a = along.abs() / safe, along.sign() / safe
+    b = -along.abs() / (safe * moved.clamp_min(_TINY))
+    return value * alive, a * alive, b * alive
+
+
+def pinned(grad: Tensor, gamma: Tensor, weight: Tensor | float) -> Tensor:
+    """How many coordinates the L1 penalty holds fast: |loss gradient| below weight * |gamma| (scalar)."""
+    return (grad.abs() < weight * gamma.abs()).sum()

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from burnish.methods.gradients import Layout, Vector
+from burnish.methods.gradients import Layout, Vector, local, parts
 from burnish.methods.isolate.project import Direction
-from burnish.methods.products import local, parts
 
 
 class AdamWatch:

@@ -2,6 +2,8 @@
 
 Questions go through the policy's own prefix (`Policy.language` with through="prefix"), so that an anchor and a robot
 batch are states of one function, and what stands between them is the pictures and the words alone.
+
+Distances from it are differentiable in the states [N, D], rows of tokens without padding, and 0 where they agree.
 """
 
 import json
@@ -18,7 +20,6 @@ from burnish.core.options import read_options
 from burnish.core.reading import parse_json, regular_file
 from burnish.core.types import Batch
 from burnish.methods.inputs import forward, noise, question_batches, token_groups
-from burnish.methods.isolate import distances
 from burnish.methods.start import evaluating
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Anchor:
         loss = total = 0.0
         for key in self.moments.keys() & other.moments.keys():  # robot inputs without an instruction have no text
             mine, theirs = self.moments[key], other.moments[key]
-            loss += float(distances.w2_of_moments(theirs.mean, theirs.variance, mine.mean, mine.variance))
+            loss += float(w2_of_moments(theirs.mean, theirs.variance, mine.mean, mine.variance))
             total += float(mine.variance.sum())
         return loss / total if total > 0 else float("nan")
 
@@ -285,3 +286,55 @@ def build_from_questions(
     refuse_gap(gap, aside or used, "isolate")
     anchor.about = replace(anchor.about, gap=gap, held_out=aside or used)
     return anchor
+
+
+FLOOR = 1e-6
+"""A standard deviation is sqrt(variance + FLOOR * mean anchor variance), on both sides: its gradient stays finite."""
+
+
+def w2_diagonal(rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Squared 2-Wasserstein distance of two Gaussians with diagonal covariance (AEGIS's anchor penalty).
+
+    |mu - mean|^2 + |sigma - std|^2, with the population statistics mu, sigma [D] of `rows`. On a fresh batch of N
+    independent rows of the anchor's own distribution it is about 1.5 * sum(variance) / N, not 0.
+
+    Args:
+        rows: [N, D].
+        mean, variance: [D] of the anchor.
+    """
+    own_mean = rows.mean(0)
+    return w2_of_moments(own_mean, (rows - own_mean).square().mean(0), mean, variance)
+
+
+def w2_of_moments(own_mean: Tensor, own_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """`w2_diagonal` of rows with this mean and variance [D]."""
+    shift, spread = _gaps(own_mean, own_variance, mean, variance)
+    return shift.square().sum() + spread.square().sum()
+
+
+def w2_normalised(rows: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """As `w2_diagonal` with every channel in units of its anchor deviation, averaged over channels.
+
+    A few channels of huge activation carry most of the plain distance; here all channels count alike.
+    """
+    own_mean = rows.mean(0)
+    shift, spread = _gaps(own_mean, (rows - own_mean).square().mean(0), mean, variance)
+    scale = (variance + FLOOR * variance.mean()).to(rows)
+    return ((shift.square() + spread.square()) / scale).mean()
+
+
+def token_distance(rows: Tensor, reference: Tensor) -> Tensor:
+    """Squared distance of each state from the frozen model's state of the same token, relative to their variance.
+
+    Args:
+        rows, reference: [N, D].
+    """
+    reference = reference.to(rows)
+    spread = (reference - reference.mean(0)).square().mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    return (rows - reference).square().mean() / spread
+
+
+def _gaps(own_mean: Tensor, own_variance: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    floor = FLOOR * variance.mean()
+    own_deviation = (own_variance + floor.to(own_mean)).sqrt()
+    return own_mean - mean.to(own_mean), own_deviation - (variance + floor).sqrt().to(own_mean)

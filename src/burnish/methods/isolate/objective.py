@@ -12,8 +12,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, read_options
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods import products
-from burnish.methods.gradients import Layout, Vector, of_next_layers, stop_decay
+from burnish.methods.gradients import Layout, Vector, dot, local, of_next_layers, own_rows, parts, stop_decay
 from burnish.methods.inputs import Questions
 from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.options import Inputs, resolve
@@ -21,11 +20,9 @@ from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
-from burnish.methods.products import local, own_rows, parts
 from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
-from burnish.policies.base import Captured, Policy, require
-from burnish.policies.recompute import recomputing
+from burnish.policies.base import Captured, Policy, recomputing, require
 
 if TYPE_CHECKING:
     from burnish.core.config import RecipeConfig
@@ -278,7 +275,7 @@ class Isolate(Objective):
             part.add_(distance, alpha=self.options.weight)
         if not _is_logged(run):
             return {}
-        square = sum(products.dot([part], [part]) for part in away(self._backbone))
+        square = sum(dot([part], [part]) for part in away(self._backbone))
         return {"isolate_distance": run.total(square).sqrt()}
 
     def metrics(self) -> dict[str, float]:

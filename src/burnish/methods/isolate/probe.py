@@ -11,8 +11,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import option
 from burnish.core.types import Batch
 from burnish.methods.inputs import question_batches, read_passages, robot_batches
-from burnish.methods.isolate import distances
-from burnish.methods.isolate.anchor import forward, token_groups
+from burnish.methods.isolate.anchor import forward, token_distance, token_groups, w2_diagonal
 from burnish.methods.objective import Run
 from burnish.methods.start import evaluating
 
@@ -94,8 +93,8 @@ class Probe:
 
     def _drift(self, name: str, now: list[Tensor]) -> dict[str, float]:
         pairs = list(zip(now, self.base[name], strict=True))
-        each = [float(distances.tokens(a, b)) for a, b in pairs]
-        apart = [float(distances.w2_diagonal(a, b.mean(0).double(), b.var(0, False).double())) for a, b in pairs]
+        each = [float(token_distance(a, b)) for a, b in pairs]
+        apart = [float(w2_diagonal(a, b.mean(0).double(), b.var(0, False).double())) for a, b in pairs]
         figures = {f"drift_{name}": sum(each) / len(each), f"w2_{name}": sum(apart) / len(apart)}
         return figures | {f"drift_{name}_{layer}": value for layer, value in enumerate(each)}
 

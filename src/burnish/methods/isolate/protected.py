@@ -10,8 +10,16 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.methods.inputs import Questions, forward, question_batches, robot_batches, token_groups
-from burnish.methods.isolate import distances
-from burnish.methods.isolate.anchor import Anchor, Provenance, build, build_from_questions, refuse_gap
+from burnish.methods.isolate.anchor import (
+    Anchor,
+    Provenance,
+    build,
+    build_from_questions,
+    refuse_gap,
+    token_distance,
+    w2_diagonal,
+    w2_normalised,
+)
 from burnish.methods.isolate.options import Inputs, Options
 from burnish.methods.objective import Run
 from burnish.methods.start import Frozen
@@ -87,9 +95,9 @@ class Source:
 
     def _layer_distance(self, states: Tensor, reference: Tensor | None, layer: int, group: str) -> Tensor:
         if reference is not None:
-            return distances.tokens(states, reference)
+            return token_distance(states, reference)
         moments = self.anchor.moments[layer, group]
-        distance = distances.w2_diagonal if self.options.distance == "w2" else distances.w2_normalised
+        distance = w2_diagonal if self.options.distance == "w2" else w2_normalised
         return distance(states, moments.mean, moments.variance)
 
     def _anchor(self, run: Run, questions: str, path: str, samples: int) -> Anchor:

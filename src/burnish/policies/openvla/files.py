@@ -5,7 +5,8 @@
     action_head.safetensors, proprio_projector.safetensors   of OFT, see `burnish weights convert`
     tokenizer, image processor                   kept as they are, byte for byte
 
-Code that a folder brings (`auto_map`) is carried along with the other files, and never imported.
+Code that a folder brings (`auto_map`) is carried along with the other files, and never imported. The tokenizer is read
+from tokenizer.json alone: no class that a folder names is made.
 """
 
 import re
@@ -19,14 +20,70 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_json
-from burnish.core.reading import regular_file
+from burnish.core.reading import MOST_BYTES, read_object, regular_file
 from burnish.core.seeding import seeded
 from burnish.policies import tensors
 from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
 from burnish.policies.openvla.configuration import IMAGE_PROCESSOR, STATISTICS, OpenVLAConfig
 from burnish.policies.openvla.network import HEADS, OpenVLANet
-from burnish.policies.openvla.text import SPECIAL, TOKENIZER
+from burnish.policies.pretrained import foreign
 from burnish.policies.sizes import check_fits
+
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+EMPTY = "▁"
+"""Llama's token of an empty word (29871): it stands between the colon and the first action, as in training."""
+TOKENIZER, SPECIAL = "tokenizer.json", "tokenizer_config.json"
+MOST_TOKENS = 1024
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<PAD>"}
+_WIDE = re.compile(rb'"\s*:\s*(\d{8,})\s*[,}]')
+"""A token id for which the tokenizer would make room up to it."""
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """transformers' fast tokenizer of a folder; raises BurnishError where it is missing, damaged, or no Llama's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    path = regular_file(folder / TOKENIZER, folder, MOST_BYTES)
+    if wide := _WIDE.search(path.read_bytes()):
+        raise BurnishError(f"{path} has the number {wide[1].decode()[:20]}", "token ids of up to 7 digits")
+    named = read_object(folder / SPECIAL, folder) if (folder / SPECIAL).is_file() else {}
+    special = {}
+    for role, usual in _SPECIAL.items():
+        token = named.get(role, usual)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise BurnishError(f"{folder / SPECIAL}: {role} is {str(token)[:60]}", "a token")
+        special[role] = token
+    with foreign(f"{path} cannot be read", "a tokenizer of the tokenizers library"):
+        found = Tokenizer.from_file(str(path))
+        found.no_padding()
+        found.no_truncation()
+        known = found.get_vocab()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, **special)
+    missing = [token for token in (*special.values(), EMPTY) if token not in known]
+    if missing:
+        raise BurnishError(f"{path} has no token {missing[0]!r}", "a Llama tokenizer with OpenVLA's padding token")
+    return tokenizer
+
+
+def encode(tokenizer: Any, instructions: list[str]) -> tuple[Tensor, Tensor]:
+    """Prompts of B instructions: ids long [B, S] and mask bool [B, S], padded on the left, without <s>.
+
+    Raises:
+        BurnishError: an instruction of over `MOST_TOKENS` tokens.
+    """
+    texts = [PROMPT.format(instruction=instruction.lower()) for instruction in instructions]
+    empty = tokenizer.convert_tokens_to_ids(EMPTY)
+    rows = tokenizer(texts, add_special_tokens=False, padding=False, return_attention_mask=False)["input_ids"]
+    rows = [row if row and row[-1] == empty else [*row, empty] for row in rows]
+    width = max(map(len, rows))
+    if width > MOST_TOKENS:
+        raise BurnishError(f"an instruction of {width} tokens", f"at most {MOST_TOKENS}")
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+
 
 KEPT = (TOKENIZER, SPECIAL, IMAGE_PROCESSOR, "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
         "processor_config.json", "generation_config.json")  # fmt: skip

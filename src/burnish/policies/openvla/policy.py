@@ -18,7 +18,7 @@ from burnish.policies.discrete import losses
 from burnish.policies.discrete.token_model import NetTokenModel
 from burnish.policies.keys import ACTION, PAD, STATE, TASK
 from burnish.policies.load import POLICIES
-from burnish.policies.openvla import files, images, text
+from burnish.policies.openvla import files, images
 from burnish.policies.openvla.configuration import OWN, OpenVLAConfig, read_config
 from burnish.policies.openvla.network import HEADS, OpenVLANet
 from burnish.policies.vlm import VLMPolicy
@@ -76,7 +76,7 @@ class OpenVLA(VLMPolicy):
         stored = raw.get(OWN) if isinstance(raw.get(OWN), dict) else {}
         config = read_config(folder, raw, overrides, features, dataset_stats, stats_source)
         files.check_heads(folder, config, stored)
-        tokenizer = text.read_tokenizer(folder)
+        tokenizer = files.read_tokenizer(folder)
         network = files.build(config, folder)
         return cls(network, tokenizer, files.kept_files(folder, raw)).to(device).eval()
 
@@ -315,7 +315,7 @@ class OpenVLA(VLMPolicy):
     def _embed(self, prepared: dict[str, Any], after: int = 0) -> Prompt:
         """The prompt of a prepared batch; open captures learn its layout, with `after` positions of actions."""
         views, _ = self.prepare_images(prepared)
-        ids, mask = (part.to(self.device) for part in text.encode(self.tokenizer, prepared[TASK]))
+        ids, mask = (part.to(self.device) for part in files.encode(self.tokenizer, prepared[TASK]))
         state = prepared.get(STATE) if self.config.settings.proprio else None
         for captured in self._captures:
             self._layout(captured, mask, after)
