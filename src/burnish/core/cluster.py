@@ -33,7 +33,6 @@ def choose_engine(name: str, num_gpus: float | None = None, *, trains: bool = Fa
     Args:
         name: "processes" of this machine; "ray", a cluster made here; "ray:HOST:PORT" or "ray:auto", one that runs.
         num_gpus: GPUs of the cluster for each worker; None means none, or 1 where the workers train and it has any.
-        trains: what the workers do.
 
     Raises:
         BurnishError: an unknown name, Ray not installed, GPUs without Ray.

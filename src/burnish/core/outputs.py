@@ -51,7 +51,6 @@ def claim(folder: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
     which nothing was written goes again.
 
     Args:
-        folder: the output folder.
         kind: what it holds, e.g. "training run".
         old: tells a folder of an earlier version, which had no marker, by its files.
 
@@ -151,12 +150,7 @@ def require_own(folder: Path, kind: str, old: Old | None = None) -> None:
 
 
 def require_file(path: Path, kind: str) -> None:
-    """Raise BurnishError unless `path` is free for a file of ours, or holds an earlier one of its kind.
-
-    Args:
-        path: the file.
-        kind: one of `SIGNS`.
-    """
+    """Raise BurnishError unless `path` is free for a file of ours, or holds an earlier one of its kind."""
     path = Path(path)
     try:
         missing = not os.path.lexists(path)

@@ -55,7 +55,6 @@ def regular_file(path: Path, root: Path | None = None, most: int | None = None) 
     """`path`, where it is a regular file that may be read.
 
     Args:
-        path: the file.
         root: folder that it must lie in, links followed (see `inside`); None allows any place.
         most: bytes that it may have.
 

@@ -68,7 +68,6 @@ class WorkerPool(AbstractContextManager):
     Args:
         worker: generator function, importable by name: `worker(tasks, *arguments)`.
         arguments: the rest of its arguments, equal in every process.
-        count: number of workers.
         name: what a worker is called in messages.
         fix: what to do where one died; added to that message.
         engine: where they run; processes of this machine by default.

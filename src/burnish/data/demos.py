@@ -91,7 +91,6 @@ def make_demos(
             ones follows from their initial states (tabletop:lift only); `<root>/ground_truth/episodes.jsonl` says so.
         engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; the data set is the same.
         num_gpus: GPUs for each simulator on Ray.
-        progress: show a bar on stderr.
 
     Returns:
         What was made, with the expert's success rate. A folder that is complete already is left as it is.

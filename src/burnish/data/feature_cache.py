@@ -42,7 +42,6 @@ class CacheKey:
         data: hash of the data set.
         cameras: views, in the policy's order; a joint teacher mixes them.
         image_sizes: [H, W] of each camera's frames.
-        layers: teacher layers.
         grid: tokens along height and width.
         pooling, positional: see teachers.pooling (the second is a factor; 0 adds nothing).
         standardise: features centred at each place and scaled by dimension.
@@ -215,10 +214,6 @@ def load_statistics(folder: Path, layers: Sequence[int]) -> dict[int, Statistics
 
 class FeatureCache:
     """An opened, complete cache.
-
-    Args:
-        folder: see the head of this file.
-        expected: the key that it must have.
 
     Raises:
         BurnishError: no cache, unreadable, or one of something else; the differing parts are named.

@@ -101,8 +101,6 @@ class FeatureJob:
 
     Args:
         spec: the teacher's specification, see `make_teacher`.
-        key: what the features depend on.
-        source: what the frames look like.
         states: [N, D] observed states of all frames, or None.
         num_frames: N.
         widths: D of each of the teacher's layers.
@@ -137,7 +135,6 @@ def open_cache(
     Args:
         folder: where it lies; only a cache of exactly the job's key is taken.
         workers: processes; 0 means one for each core. Ignored on a GPU.
-        device: where the teacher runs.
 
     Raises:
         BurnishError: the folder holds something else, the disk is full, or the teacher's features are unusable.

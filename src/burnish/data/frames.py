@@ -67,7 +67,6 @@ def open_frames(
     """Open the decoded frames, decoding what is not there yet.
 
     Args:
-        root: LeRobotDataset folder.
         cameras: full feature keys, e.g. "observation.images.front".
         image_size: longest edge in pixels, the shape of the image kept; 0 means what the policy sees.
         cache_dir: where the arrays live; empty means <root>/.frames, or the user's cache where that may not be written.

@@ -71,7 +71,6 @@ class BatchSampler:
     """Which samples form batch k: endless shuffled epochs, each a permutation of its own.
 
     Args:
-        num_samples: samples to draw from.
         batch_size: samples for each rank and batch.
         seed_parts: anything printable; equal parts give equal batches.
         rank, world: this process and the number of processes; together they read one global batch.
@@ -100,7 +99,6 @@ class RobotData:
     """The frames, states and actions of a LeRobotDataset as training batches.
 
     Args:
-        root: data set folder.
         cameras: names or full keys of the cameras wanted; empty means all that show colours.
         chunk_size: actions in a chunk; beyond the episode's ends the nearest one is repeated and marked as padding.
         batch_size, seed, rank, world: see `BatchSampler`.

@@ -239,8 +239,6 @@ def check_pairs(data: "RobotData", pairs: Sequence[Pair], tolerance: float | Seq
     """The frames [N, 2] at which pairs start, when all is as it must be.
 
     Args:
-        data: the data set.
-        pairs: of it.
         tolerance: how far the states at the start may differ, one number or one for each dimension.
         where: names the pairs in errors.
 
@@ -294,8 +292,6 @@ class PairFolder:
     """What both views of a pair folder share: its frames, its facts, and who succeeded.
 
     Args:
-        root: pair folder.
-        cameras: of the policy.
         chunk_size: T.
         image_size, cache_dir: see burnish.data.frames.open_frames.
         steps: of a chunk that count; 0 means all.

@@ -40,7 +40,6 @@ def search(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, n
     Args:
         queries: [Q, D] float32.
         keys: [M, D] float32, M >= k.
-        k: how many.
     """
     found = np.empty((2, len(queries), k))
     step = max(1, SCORES // len(keys))

@@ -204,7 +204,6 @@ def encode_dataset(
     """The vectors of a data set, from `<root>/.vectors` where they have been computed before.
 
     Args:
-        root: LeRobotDataset folder.
         cameras: names or keys; none means all that show colours.
         every: of each episode the frames 0, every, 2 every, ...
 

@@ -18,7 +18,6 @@ class Timeline:
     Args:
         stamps: [F] int64, the time of each in units of `base` seconds; unique, ascending.
         rate: frames a second on average; 0 where the file does not say.
-        codec: its name.
         size: (height, width) in pixels.
     """
 

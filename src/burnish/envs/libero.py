@@ -124,7 +124,6 @@ class Libero:
     Args:
         suite, index: e.g. "spatial", 0.
         task: the benchmark's task tuple.
-        image_size: of the images.
         fast_rendering: False (the suffix +exact) renders as LIBERO does, with shadows and at four samples a pixel.
     """
 

@@ -146,7 +146,6 @@ class SceneRenderer:
 
     Args:
         model: mujoco.MjModel; its sample count is changed before the rendering context is made.
-        size: of the images.
         hidden_geom_groups: geometry groups that are not drawn (collision shapes in LIBERO).
         still_cameras: cameras that never move; for these `start_episode` switches on the kept background.
         fast: False keeps MuJoCo's own settings (shadows, reflections, four samples a pixel) and no background.

@@ -59,7 +59,6 @@ class DelayedPolicy(BatchedPolicy):
     Args:
         policy, cameras, seed, width, n_action_steps: see BatchedPolicy; n_action_steps is s, the steps to a replan.
         delay: see DelayConfig.
-        spec: of the environment.
 
     Raises:
         BurnishError: rows that the delay needs do not exist, a mode that the policy has not got, or an environment that

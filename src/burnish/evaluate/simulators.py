@@ -252,9 +252,7 @@ class SimulatorPool(WorkerPool):
     """Simulator processes behind numbered slots; slot s lives in process s modulo their number.
 
     Args:
-        workers: number of processes.
         make: builds a simulator from a single-task id and an image size; must be importable by name.
-        image_size: of the images.
         engine: where they run; processes of this machine by default.
 
     Attributes:

@@ -75,8 +75,6 @@ def write_result(
         recipe: the recipe file, relative to the checkout.
         command: the exact command that made it.
         rows: one per variant, from `result_row`.
-        commit: git commit of the checkout.
-        date: ISO date.
         seeds: name to seed.
         hardware: in words, e.g. "2 CPU cores".
         minutes: wall time of the whole recipe.

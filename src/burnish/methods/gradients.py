@@ -127,7 +127,6 @@ class Layout:
     Args:
         shapes: parameter name to shape (where weights are sharded, that of this rank's rows).
         granularity: tensor, layer or global.
-        device: of the vectors.
         dots: scalar products, see `dots`; a run's own are over all ranks.
 
     Attributes:

@@ -37,13 +37,9 @@ def question_batches(root: Path, samples: int, batch_size: int, seed: int, devic
     """Batches of questions from a folder, in an order that follows from `seed`; at most one pass over it.
 
     Args:
-        root: question folder.
         samples: questions, at most.
         batch_size: questions in a batch; the last one may have fewer.
-        seed: of the order.
-        device: where the batches go.
         skip: questions of that order that are left out at its beginning.
-        progress: show a bar.
 
     Raises:
         BurnishError: not a question folder, or an empty one.
@@ -77,7 +73,6 @@ def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = N
     """Which rows of a captured forward belong to which group, bool [B, S] each; never padding, state or actions.
 
     Args:
-        captured: of a forward.
         tokens: "apart" or "pooled".
         leave_out: bool [B, S] of rows that count nowhere (answers, say).
     """
@@ -91,10 +86,8 @@ def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Cap
     """Hidden states of one forward through the policy's own prefix, and which rows are answers (bool [B, S] or None).
 
     Args:
-        policy: any that supports "capture".
         batch: questions, or robot frames. The randomness of a robot forward is the action expert's, which the backbone
             never sees.
-        layers: whose states are kept.
     """
     with policy.capture(layers) as captured:
         if "question" in batch:

@@ -126,7 +126,6 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
     Args:
         path: a safetensors file.
         about: what the scores depend on (weights, data, draws, chunk); stored beside them.
-        compute: called where the file is missing.
 
     Raises:
         BurnishError: the file belongs to something else, or is damaged.

@@ -67,9 +67,7 @@ class Frozen(nn.Module):
     are put back for it. Everything else is shared.
 
     Args:
-        policy: in training.
         trained: its trained backbone parameters by name; sharded, this rank's rows of them.
-        folder: see Start.
         holding: how sharded parameters hold other values, see Run.holding; None where they are whole.
     """
 

@@ -309,8 +309,6 @@ class Policy(nn.Module, ABC):
         """[B, L, V] logits for the tokens of an earlier forward, hidden as they were there.
 
         Args:
-            batch: observations.
-            forward: what `watch_tokens` caught.
             block: action tokens that see one another; None means the policy's own, L lets all see all.
             prompt_sees_actions: whether the prompt attends to action tokens; None means as in the policy.
         """

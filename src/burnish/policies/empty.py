@@ -25,8 +25,6 @@ def empty_policy(path: str, kind: str, overrides: Mapping[str, Any], features: d
     Args:
         path: its folder, of which config.json and the files of its VLM are read. Where there is none, LeRobot's own
             sizes of `kind` stand in.
-        kind: type of policy.
-        overrides: fields of its config to change.
         features: LeRobot PolicyFeatures by key; None keeps those of the folder.
 
     Raises:

@@ -135,7 +135,6 @@ class FlowPolicy(VLMPolicy):
         The observation is encoded once. Points are in the model's own space: normalised and padded actions.
 
         Args:
-            batch: observations.
             points: [B, R, T, A_model].
             time: [B, R]; 1 is noise.
         """

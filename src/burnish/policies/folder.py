@@ -110,7 +110,6 @@ def point_at(folder: Path, target: str, **fields: str) -> None:
     """Store `target` as the place of the VLM's or the tokenizer's files, unless a hub name is stored.
 
     Args:
-        folder: a policy folder.
         target: e.g. the absolute path of its `vlm/`, after the folder was moved.
         **fields: other fields of its config, e.g. the place of a second tokenizer.
     """

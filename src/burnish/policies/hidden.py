@@ -23,8 +23,6 @@ def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> I
 
     Args:
         text_model: has `layers`, each with `input_layernorm`, and a final `norm`.
-        layers: indices from 0.
-        captured: what to fill.
 
     Raises:
         BurnishError: no such layer.

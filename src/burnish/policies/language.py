@@ -24,7 +24,6 @@ class Backbone:
         text_model: transformers decoder that takes `inputs_embeds` and a 4-D additive mask.
         head: last hidden states to logits.
         embed_text: [B, L] ids to [B, L, D].
-        tokenizer: fast tokenizer.
         bos: whether a bos token follows the image.
         see_prompt: whether image and first question attend to one another in both directions, as
             PaliGemma was trained; otherwise everything is causal.
@@ -49,7 +48,6 @@ def answer_loss(backbone: Backbone, image: Tensor, questions: list, answers: lis
     """Next-token losses of `answers`.
 
     Args:
-        backbone: the VLM.
         image: [B, n, D] image embeddings.
         questions, answers: B strings, or B lists of them (several turns about one image).
 

@@ -143,13 +143,7 @@ class LeRobotPolicy(PolicyWrapper):
         """A new policy of LeRobot's, all weights random: nothing is downloaded, its vision backbone included.
 
         Args:
-            name: the type.
             source: none; such a policy starts from no VLM.
-            features: LeRobot PolicyFeatures of inputs and outputs by key.
-            dataset_stats: LeRobot statistics by key.
-            overrides: fields of its config.
-            generator_seed: of the weights; the global generator is left as it was.
-            device: torch device.
 
         Raises:
             BurnishError: a source, or features and fields that do not go together.

@@ -70,13 +70,10 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
     """The stored pipelines with device, features, statistics and tokenizer set as lerobot-train does.
 
     Args:
-        config: LeRobot's.
-        folder: the policy's.
         stats: LeRobot statistics that replace the stored ones; None keeps them.
         tokenizer: name of the folder inside it that has the tokenizer's files.
         renamed: the features are not those that the policy was stored with, so its rename map goes too.
         own: registered steps that the policy's type has beyond LeRobot's, with options that replace the stored ones.
-        source: names `stats` in errors.
 
     Raises:
         BurnishError: missing files or statistics, a step that is not on the list, and all that cannot be read.
@@ -119,9 +116,6 @@ def new_processors(config: Any, dataset_stats: dict[str, Any], source: str = "th
     """LeRobot's default pipelines for `config`, checked for their statistics.
 
     Args:
-        config: LeRobot's.
-        dataset_stats: LeRobot statistics by key.
-        source: names them in errors.
         tokenizer: folder of the tokenizer, whatever name LeRobot has for it; None takes LeRobot's.
     """
     from lerobot.policies.factory import make_pre_post_processors

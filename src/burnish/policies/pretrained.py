@@ -119,8 +119,6 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
     """`folder`/`name`, with the checked files of its VLM or tokenizer.
 
     Args:
-        folder: the policy's.
-        name: of the folder inside it.
         stored: what the policy's config names in its place: an absolute path or a hub name.
 
     Raises:

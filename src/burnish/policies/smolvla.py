@@ -188,14 +188,12 @@ class SmolVLA(FlowPolicy):
         """A new SmolVLA on a VLM: its weights in float32, the action expert random.
 
         Args:
-            name: "smolvla".
             source: SmolVLM folder with weights, tokenizer and processor.
             features: LeRobot PolicyFeatures of inputs and outputs by key, e.g. "observation.images.top".
             dataset_stats: LeRobot statistics by key.
             overrides: fields of SmolVLAConfig. Images are resized to the VLM's own size and everything is trainable
                 unless given otherwise.
             generator_seed: of the expert's weights; the global generator is left as it was.
-            device: torch device.
 
         Raises:
             BurnishError: not a SmolVLM folder, or features that do not fit.

@@ -111,13 +111,6 @@ def sample_with(
 
     LeRobot's sampler runs once with velocities of 0, for what it computes before its loop and hands to `denoise_step`;
     whatever stands in the place of that method, a wrapper for instance, is asked for the velocities.
-
-    Args:
-        model: LeRobot's.
-        solver: see sampling.solvers.
-        inputs: what `sample_actions` takes.
-        noise: standard normal.
-        guide: steers.
     """
     denoise, own = model.denoise_step, vars(model).get("denoise_step")
     seen: dict[str, Any] = {}

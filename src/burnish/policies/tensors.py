@@ -182,7 +182,6 @@ def write_weights(
     LeRobot's own writer takes the live weights whatever it is given, from its version 0.6.2 on.
 
     Args:
-        folder: the policy's.
         state: tensors by LeRobot's names; those of a `Streamed` are never in memory together, and the file is the same.
         dtype: floating tensors are stored so; None keeps them.
         exact: tensors that keep their type: in half precision the edges of bins would move.

@@ -154,7 +154,6 @@ class PolicyWrapper(Policy):
         """Write an ordinary LeRobot policy folder; making that atomic is the caller's business.
 
         Args:
-            folder: where; made if missing.
             home: where the folder will be in the end, when it is written elsewhere and renamed. Its absolute path is
                 what LeRobot's own commands will look for.
             dtype: store floating weights so (e.g. torch.float16), buffers never; None keeps them.

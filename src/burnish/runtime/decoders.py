@@ -23,7 +23,6 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
     """Decode observations one at a time by every decoder.
 
     Args:
-        policy: a token policy.
         decoders: names; none means all that fit the policy.
         options: of the decode plan, on top of each decoder's own.
         own: instead the decoder and the options in the policy's config.
@@ -31,7 +30,6 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         count: observations.
         repeats: timed decodes of each.
         figure: draw the passes of the first decoder that was named, or of `pipelined`, into this file.
-        progress: show a bar on stderr.
 
     Returns:
         "decoders": figures by name (see sampling.timing.measure_decoder); "refused": why others do not fit.

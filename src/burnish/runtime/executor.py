@@ -74,8 +74,6 @@ class Sampler:
     """The executor on a model's own inputs, for callers that have no burnish policy (LeRobot's commands).
 
     Args:
-        parts: of the policy.
-        tier: one of TIERS.
         solver: see Solver; None means the Euler steps of the policy's config, as LeRobot takes them.
         graph: on a GPU, replay the shapes that `capture` was shown as one CUDA graph.
         kept: what was computed from the same pictures and text is found again there; not inside a graph.
@@ -130,7 +128,6 @@ class Sampler:
 
         Args:
             encoded: an observation; it may be sampled from again.
-            noise: standard normal.
             committed: [B, P, A_model] that the first rows are to arrive at, on straight lines from their noise.
             guide: real-time chunking, of a mode that changes velocities alone (not "trained").
         """

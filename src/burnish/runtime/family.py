@@ -58,7 +58,6 @@ class Family(ABC):
     """A flow-matching model in the arithmetic of LeRobot, operation for operation, in another order.
 
     Args:
-        parts: of the policy.
         fused: merged projections, PyTorch's fused attention, padding dropped: equal but for rounding.
         static: shapes follow from those of the inputs and the host never waits for the device, as a CUDA graph wants
             it; padding is then the caller's to drop.

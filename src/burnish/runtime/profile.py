@@ -191,8 +191,6 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
     """Figures of a policy's latency, with all that they depend on, as JSON holds them; see `Profile.figures`.
 
     Args:
-        path: policy folder, or the name of a shipped base.
-        overrides: fields of the policy's config.
         data: LeRobot data set whose observations are used; "" takes random images.
         batch_size: observations in a call.
         repeats, warmup: see `profile`.
@@ -200,7 +198,6 @@ def profile_policy(path: Path | str, *, overrides: dict[str, Any] | None = None,
         threads: CPU threads, from here on in this process; 0 leaves torch's own number.
         tier: run it through the executor, see `executor.TIERS`; "" as it is.
         fps: control steps a second, for "control_steps", what p95 of a call comes to; 0 means those of `data`.
-        progress: show a bar on stderr.
 
     Raises:
         BurnishError: a number out of range, or a policy that cannot be loaded.
@@ -252,7 +249,6 @@ def profile(
         batches: used in turn.
         repeats: calls of either kind.
         warmup: calls before them that do not count (allocation, compilation).
-        progress: show a bar on stderr.
     """
     policy.eval()
     clock = Clock(policy.device)

@@ -119,7 +119,6 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
         count: observations.
         options: of the decode plan.
         double: compute in float64, where rounding decides nothing.
-        progress: show a bar on stderr.
 
     Raises:
         BurnishError: no token policy, or a plan that cannot work with it.
@@ -138,11 +137,7 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
 
 
 class Watched(TokenModel):
-    """A model that keeps a log of the tokens it was fed: (ids, positions) of each pass.
-
-    Args:
-        model: the model that does the work.
-    """
+    """A model that keeps a log of the tokens it was fed: (ids, positions) of each pass."""
 
     def __init__(self, model: TokenModel):
         self.model = model
@@ -175,7 +170,6 @@ def check_model(
     """All checks of a masked policy on a few observations, one by one.
 
     Args:
-        model: the policy.
         prompt: of a batch of observations, best at least four.
         plan: the plan to check; None takes the defaults.
         truth: long [B, L], the true tokens of those observations; without them the shift is not checked.

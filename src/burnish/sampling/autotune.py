@@ -39,7 +39,6 @@ class AutoDecoder(Decoder):
     differently. `chosen` holds it; name that plan to repeat a run exactly.
 
     Args:
-        model: the policy.
         plan: the rule; `block` and `append` are chosen.
         preset: name of the rule, for `chosen`.
         repeats: timed decodes of each plan in the final.

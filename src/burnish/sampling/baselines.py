@@ -70,7 +70,6 @@ class FastDLLMDecoder(Decoder):
     The other blocks' keys are stale while a block is refined, so tokens differ from an exact decode.
 
     Args:
-        model: the policy.
         plan: `block`, `threshold`, `min_unmasked` and `legal` are used; blocks need not match the training pattern.
     """
 

@@ -22,7 +22,6 @@ class BlockDecoder(Decoder):
     """Decodes chunks of one model by one plan.
 
     Args:
-        model: the policy.
         plan: checked against the model here.
 
     Raises:

@@ -45,7 +45,6 @@ class Passes:
     """Runs the forward passes of a plan over one model.
 
     Args:
-        model: the policy.
         plan: a fitted plan.
     """
 

@@ -34,7 +34,6 @@ class SampledDecoder(Decoder):
 
     Args:
         model: a policy trained with MASK.
-        plan: see SampledPlan.
 
     Raises:
         BurnishError: a policy without MASK.

@@ -64,7 +64,6 @@ class Layout:
 
     Args:
         length: L.
-        mask_id: the id of MASK.
         step_length: tokens of a control step.
         executed: tokens that will be executed.
         seen: bool [L + 1, L], what an action token may attend to, by position; nothing for padding.
@@ -155,9 +154,6 @@ def settle(
     It is fed once more, clean, together with the active blocks (D2F's `to_cache`); caching it now changes the tokens.
 
     Args:
-        state: before the pass.
-        layout: sizes.
-        plan: the rule.
         positions: long [B, R] of `lay_out`.
         ids: long [B, R], likeliest id by position.
         confidence: float [B, R], that in it.

@@ -19,9 +19,7 @@ def measure_decoder(
     """Decode every prompt alone.
 
     Args:
-        decode: a decoder of `model`.
         prompts: of one observation each.
-        model: the policy.
         repeats: timed decodes of each prompt; one more warms up.
         truth: long [B, L], true tokens of the observations.
         actions: ids [B, L] to normalised actions [B, T, A], for the error.

@@ -134,8 +134,6 @@ class TokenModel(ABC):
             prompt: of `embed`. How its positions see one another is the model's affair; padding is never seen.
             ids: long [B, R], `mask_id` for MASK.
             visible: bool [B, R, P + R], the slots that each action token may attend to.
-            cache: of `empty`.
-            read: as in `extend`.
             see_actions: the prompt attends to all R action tokens too (as in policies with `prompt_sees_actions`).
 
         Returns:

@@ -48,7 +48,6 @@ def least_unmasked(num_masked: Tensor, passes: Tensor, plan: DecodePlan) -> Tens
     Args:
         num_masked: long [...], MASK tokens in the block.
         passes: long, broadcasts: passes that the block has had, this one included (for the schedules).
-        plan: the rule.
 
     Returns:
         long [...], at least 1. (Algorithm 1 of the paper has floor(masked / n), which is 0 for the last tokens: it then
@@ -76,7 +75,6 @@ def choose(
         is_masked: bool [B, N, k].
         active: bool [B, N], fully activated blocks; in the others what is confident is unmasked, possibly nothing.
         passes: long [B, N], see `least_unmasked`.
-        plan: the rule.
         rank: long [B, N, k], tokens of the lowest come first, confident or not, and confidence decides among equals;
             None is one rank for all.
 

@@ -56,7 +56,6 @@ class Metrics:
     """The file metrics.jsonl, one object per line with at least "step".
 
     Args:
-        path: the file.
         step: rows after this step are dropped (work that a killed run did after its last checkpoint); -1 drops all.
     """
 

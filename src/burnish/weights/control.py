@@ -23,10 +23,8 @@ def control(
     """Write a control vector made from `delta`.
 
     Args:
-        delta: folder of the delta.
         kind: permute (elements change places within their tensor, within stretches of two million), flip (sign),
             noise (Gaussian with the norm of each tensor), rescale (as it is; for `norm_of`).
-        output: folder to write.
         norm_of: a delta whose total norm the result gets; None keeps that of `delta`.
         seed: of permute and noise.
         threads: 0 means one for each core.

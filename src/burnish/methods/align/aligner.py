@@ -18,7 +18,6 @@ class Aligner(nn.Module):
     """The alignment losses of all pairs.
 
     Args:
-        config: see options.AlignConfig.
         pairs: (student layer, teacher layer), ascending.
         student_width: D_s.
         teacher_widths: D_t of every teacher layer.
@@ -101,8 +100,6 @@ def token_grid(captured: Captured, cameras: Sequence[str], placements: Sequence[
     """The token grid of a policy's views: the shape of its pictures, and equal for all.
 
     Args:
-        captured: of a forward.
-        cameras: views.
         placements: of each view; none means square pictures.
 
     Raises:

@@ -36,7 +36,6 @@ def compare_layers(run: Run, objective: Align, batches: int, progress: bool = Tr
     Args:
         run: with the policy as it starts.
         objective: whose teacher is meant; not set up.
-        batches: of the run's batch size.
     """
     policy, config = run.policy, objective.config
     layers = list(range(policy.num_layers))

@@ -47,7 +47,6 @@ def early_to_middle_and_last(count: int, num_student: int, num_teacher: int, *, 
 
     Args:
         count: pairs wanted; fewer where a network is too shallow.
-        num_student, num_teacher: layers.
         released: the student's "last" is the output of the block before the last one, as the code has it.
     """
     count = max(1, min(count, num_student - 1, num_teacher - 1))
@@ -82,8 +81,6 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
             "single" Spatial Forcing's layer (block 24 of 32, 12 of 18, else that at three quarters of the depth) with
             the teacher's last; "e2m_last1"; "uniform-K"; "shallow", "middle", "deep" thirds.
         count: pairs of "e2m_last1", and most of "depth" (0: no limit).
-        num_student, num_teacher: layers.
-        released: see `early_to_middle_and_last`.
 
     Raises:
         BurnishError: no such strategy.

@@ -24,8 +24,6 @@ def prefix_widths(
     the full width, where the formula as printed gives `low`.
 
     Args:
-        count: number of pairs N.
-        hidden: hidden units m.
         low, high: share of the first and of the last pair.
         truncate: round down as the released code does, and give a single pair `low`; otherwise round up.
         reverse: shallow pairs get the most.
@@ -48,7 +46,6 @@ class Projector(nn.Module):
 
     Args:
         student: width D_s of the student's states.
-        hidden: hidden units m.
         teacher: width D_t of the teacher's features.
         norm: normalise the student's states first (the released code does, Eq. 12 does not).
         generator: draws the weights (Xavier uniform; biases are zero).
@@ -75,12 +72,9 @@ class Projectors(nn.Module):
     Args:
         student: width D_s of the student's states.
         teacher: width D_t for each pair; all equal where the output layer is shared.
-        hidden: hidden units m.
         widths: hidden units of each pair, see `prefix_widths`.
         sharing: "shared" one for all; "trunk" first layer shared, output layer of its own for each pair;
             "independent" one each; "same_start" one each, starting from equal weights.
-        norm: see `Projector`.
-        generator: draws the weights.
     """
 
     def __init__(

@@ -105,10 +105,7 @@ def make_targets(
 
     Args:
         spec, teacher: the specification and what `make_teacher` made of it.
-        key: what the features depend on.
-        data: the training data.
         cache: "" for one beside the data set, "off" for none, or a folder.
-        device: where training runs.
     """
     source = frame_source(data, tuple(key.cameras), teacher.needs_geometry, key.placements)
     job = FeatureJob(spec, key, source, data.states, len(data.actions), tuple(teacher.widths))

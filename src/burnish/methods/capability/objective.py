@@ -65,9 +65,6 @@ class Capability(Objective):
 
     The penalty's gradient is added to the finished gradients block by block, so that beside plain training nothing is
     held but the start. What moves are the parameters themselves; with LoRA or DoRA the whole product s B A.
-
-    Args:
-        options: fields of `Options`.
     """
 
     def __init__(self, **options: Any):

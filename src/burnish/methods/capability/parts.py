@@ -41,9 +41,7 @@ class Vector:
     """The numbers of a task vector as float32 tensors on `device`.
 
     Args:
-        delta: where they are stored.
         names: tensors that will be asked for; they are held against their checksums now.
-        device: of the policy.
     """
 
     def __init__(self, delta: Delta, names: Iterable[str], device: torch.device):

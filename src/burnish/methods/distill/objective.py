@@ -67,9 +67,6 @@ class Distill(Objective):
 
     `train.imitation_weight: 0` is the paper's loss; above 0 the cross-entropy against the labels is added, on the same
     forward.
-
-    Args:
-        **options: fields of DistillOptions.
     """
 
     def __init__(self, **options: Any):

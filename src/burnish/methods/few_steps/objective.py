@@ -41,9 +41,6 @@ class FewSteps(Objective):
     projections around it are trained: the vision-language model, with what it knows of language, stays bit for bit.
     `train.imitation_weight: 0` trains on this alone, and then actions in the data have no effect.
 
-    Args:
-        **options: fields of FewStepsOptions.
-
     Raises:
         BurnishError: teacher steps that are no multiple of the steps, more than once.
     """
@@ -93,8 +90,6 @@ def teacher_points(velocity: Velocity, noise: Tensor, steps: int, fine: int) -> 
     """[B, K + 1, T, A]: where `fine` Euler steps from `noise` [B, T, A] stand after every `fine` / K of them.
 
     Args:
-        velocity: of the teacher.
-        noise: standard normal.
         steps: K, a divisor of `fine`.
         fine: M.
     """

@@ -18,9 +18,7 @@ class AdamWatch:
     """Keeps an eye on AdamW from just before to just after a step.
 
     Args:
-        optimizer: torch's AdamW of the run.
         parameters: the edited ones by name, in the policy.
-        layout: of their gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], layout: Layout):

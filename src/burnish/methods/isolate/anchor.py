@@ -229,8 +229,6 @@ def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anch
     """An anchor of `policy` as it is now.
 
     Args:
-        policy: the frozen base.
-        batches: questions or robot frames.
         about: samples, layers and width are filled in.
 
     Raises:
@@ -259,14 +257,9 @@ def build_from_questions(
     """`build` on a question folder, held against questions of it that are kept aside.
 
     Args:
-        policy: the frozen base.
-        root: question folder.
         samples: questions, at most; all but those kept aside where there are fewer.
         batch_size: questions in a forward pass.
-        about: see `build`.
-        device: where the policy is.
         wrong: the control: an anchor of noise in place of the pictures, which nothing is held against.
-        progress: show a bar.
 
     Raises:
         BurnishError: not a question folder, an empty one, or the base disagrees with its own anchor.

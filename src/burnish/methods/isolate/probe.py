@@ -47,7 +47,6 @@ class Probe:
     Args:
         run: its policy still holds the weights that it starts from.
         training_questions: where questions come from when neither the options nor the recipe's evaluation name any.
-        options: see ProbeOptions.
     """
 
     def __init__(self, run: Run, training_questions: str, options: ProbeOptions):

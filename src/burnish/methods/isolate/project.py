@@ -51,7 +51,6 @@ class Direction:
 
     Args:
         vector: [P]; taken over and cleaned.
-        layout: its layout.
     """
 
     def __init__(self, vector: Vector, layout: Layout):
@@ -95,8 +94,6 @@ def edit(
 
     Args:
         gradient: [P], overwritten.
-        direction: what to protect.
-        layout: of both.
         rule: "conflict" removes the component along o where it harms (the paper); "always" removes it in any case;
             "soft" removes the share `strength` of what "conflict" removes.
         strength: 0 to 1, for "soft".

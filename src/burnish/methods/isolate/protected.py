@@ -66,7 +66,6 @@ class Source:
 
         Args:
             policy: in training.
-            batch: robot batch.
             captured: hidden states of the training forward where `options.shares_forward`.
             k: number of the micro-batch since the run began.
         """

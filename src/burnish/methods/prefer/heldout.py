@@ -50,13 +50,7 @@ def split(pairs: Sequence[Pair], share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 class HeldOut:
-    """Margins of some pairs against the policy as it is now, which is the start of a run.
-
-    Args:
-        policy: at the start.
-        data: the pairs.
-        ids: those that are held out.
-    """
+    """Margins of some pairs against the policy as it is now, which is the start of a run."""
 
     def __init__(self, policy: Policy, data: PairData, ids: Sequence[int]):
         self.data, self.ids = data, [int(i) for i in ids[:MOST]]

@@ -26,7 +26,6 @@ def dpo(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
     Args:
         margin: [B].
-        beta: inverse temperature; small keeps the policy near the reference.
         label_smoothing: probability that a label is wrong; above 0 this is conservative DPO (cDPO).
     """
     z = beta * margin

@@ -47,8 +47,6 @@ def verify_score(
         draws: numbers of draws to try.
         steps, probes: see burnish.runtime.flow_likelihood.ode_scores.
         disturbance: standard deviation of the noise on the disturbed chunk, in standard deviations of the actions.
-        seed: of observations, noise and draws.
-        progress: show a bar on stderr.
 
     Returns:
         One row for each weight (elbo, uniform), number of draws, and shared or independent draws: rank_correlation,

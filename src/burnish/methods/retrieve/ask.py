@@ -26,9 +26,7 @@ def make_index(
     """Index a data set: encode it (or read what is kept), pass it through a head, and write the folder.
 
     Args:
-        root: LeRobotDataset folder.
         spec: an encoder, see `data.vectors`.
-        output: folder of the index.
         head: folder of a head for that encoder; None takes its features as they are.
 
     Raises:

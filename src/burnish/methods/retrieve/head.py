@@ -182,7 +182,6 @@ class Head(nn.Module):
 
     Args:
         features: width of the features.
-        config: sizes and temperature.
         generator: draws the weights (normal, by the layers' inputs; biases are zero).
 
     Attributes:

@@ -71,8 +71,6 @@ def train_head(
 
     Args:
         features: of the training episodes alone.
-        config: losses, batch, passes over the frames.
-        seed: of weights and batches.
 
     Raises:
         BurnishError: fewer than two episodes, or no loss that these features could have.

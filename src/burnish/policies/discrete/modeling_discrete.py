@@ -104,7 +104,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
     """See DiscreteConfig.
 
     Args:
-        config: with features.
         dataset_stats: LeRobot's statistics, for quantile bins; not needed where weights are loaded afterwards.
     """
 
@@ -159,7 +158,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         """[B, L, V] logits of every action token, one forward pass over prompt and actions.
 
         Args:
-            prompt: embedded observations.
             ids: long [B, L], the true tokens.
             hidden: bool [B, L], tokens that the model does not see.
             block: tokens that see one another; None means the policy's own.
@@ -179,9 +177,7 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         """Losses [B, L] by name, their weights [B, L] under "weight", and "ids", "hidden", "logits".
 
         Args:
-            prompt: embedded observations.
             actions: [B, T, A], normalised.
-            draws: of `draw`.
             padded: bool [B, T], steps beyond the episode, see `losses.repeat_last`; or None.
         """
         if draws.masks is None:
@@ -225,7 +221,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         the draws; for diffusion an unbiased estimate of a lower bound, whose masks follow from noise and time.
 
         Args:
-            prompt: embedded observations.
             actions: [B, C, T, A], normalised.
             draws: noise [B, K, ...] and time [B, K], shared by the chunks; or [B, C, K, ...] and [B, C, K].
             padded: bool [B, C, T], steps that count nothing; or None. FAST mixes all steps, so its tokens always count.
@@ -302,7 +297,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         """Normalised actions [B, T, A] and their tokens [B, L].
 
         Args:
-            prompt: embedded observations.
             prefix: [B, n, A], committed normalised actions.
             stream: called with the number of finished control steps and the normalised actions [B, T, A] as they come;
                 FAST tokens have no order, so all steps come at once.

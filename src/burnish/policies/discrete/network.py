@@ -159,7 +159,6 @@ class TokenNet(nn.Module):
         """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
 
         Args:
-            prompt: of `prompt`.
             ids, positions: long [B, R].
             visible: bool [B, R, P + R], what each action token sees.
             slots: `Slots` that keep keys and values.

@@ -36,11 +36,6 @@ NOISE: Registry[Schedule] = Registry("noise schedule")
 def hide(shares: Shares, block: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw the hidden tokens.
 
-    Args:
-        shares: of a schedule.
-        block: tokens of a block.
-        generator: on the device of `shares`.
-
     Returns:
         Hidden tokens and those among them to learn from, bool [B, N * block]; at least one of the latter a sample.
     """
@@ -111,9 +106,7 @@ def pipeline(batch: int, blocks: int, generator: torch.Generator, window: float 
     a block is when it joins.
 
     Args:
-        batch, blocks, generator: as for every schedule.
         window: most open blocks at a time.
-        whole: see above.
     """
     device = generator.device
     first = torch.randint(blocks, (batch, 1), generator=generator, device=device)

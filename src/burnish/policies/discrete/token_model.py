@@ -42,7 +42,6 @@ class NetTokenModel(TokenModel):
     """A TokenNet behind the protocol of decoders.
 
     Args:
-        net: the network.
         embed: batch to prompt; None for batches that went through the preprocessor.
     """
 

@@ -98,8 +98,6 @@ class Fast(nn.Module):
 
     Args:
         folder: holds tokenizer.json and processor_config.json (scale, min_token).
-        action_dim: A.
-        chunk_size: T.
         length: L; ids past the end of a chunk's tokens are `vocabulary - 1`.
 
     Raises:

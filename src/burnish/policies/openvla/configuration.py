@@ -63,7 +63,6 @@ class OpenVLAConfig:
 
     Args:
         raw: config.json as it was read, `norm_stats` included; what is stored again.
-        settings: ours.
         text: the language model's transformers config.
         means, stds: of pixels, for each vision tower.
         image_size: edge of the images that the towers take.
@@ -139,12 +138,9 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
     """The config of a folder.
 
     Args:
-        folder: as it is published, or as burnish wrote it.
-        raw: its config.json.
         overrides: fields of `Settings`.
         features: LeRobot features that replace cameras, state and action.
         stats: LeRobot statistics that become the entry of norm_stats in use.
-        source: names `stats` in errors.
     """
     where = str(folder / CONFIG)
     check_model_numbers(raw, where)

@@ -126,9 +126,6 @@ class ActionHead(nn.Module):
 class OpenVLANet(nn.Module):
     """The whole network; also what `policies.discrete.token_model.NetTokenModel` makes a decoder's model of.
 
-    Args:
-        config: of the folder.
-
     Attributes:
         tokens: the action space.
         state_positions, kept: as of `policies.discrete.network.TokenNet`.
@@ -188,7 +185,6 @@ class OpenVLANet(nn.Module):
         """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
 
         Args:
-            prompt: of `prompt`.
             ids, positions: long [B, R]; positions count from the first action.
             visible: bool [B, R, P + R], what each action token sees.
             slots: a cache that is written, or None.
@@ -213,7 +209,6 @@ class OpenVLANet(nn.Module):
         token after them.
 
         Args:
-            prompt: of `prompt`.
             ids: long [B, C, L].
             stop: also predict what follows the chunk.
         """

@@ -37,8 +37,6 @@ class OpenVLA(VLMPolicy):
     """OpenVLA writes action tokens one by one; OpenVLA-OFT regresses a chunk in one pass. Which, the config says.
 
     Args:
-        network: with the config.
-        tokenizer: of the language model.
         kept: contents of the folder's other files, to be stored again.
     """
 
