@@ -93,7 +93,6 @@ def read_help(command: Command | Group) -> Help:
 
 
 def group_parser(name: str, group: Group) -> argparse.ArgumentParser:
-    """The parser that lists the commands of a group."""
     parser = argparse.ArgumentParser(prog=name, description=group.help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for word, command in group.commands.items():

@@ -157,11 +157,7 @@ def decoder_table(decoders: dict[str, dict[str, Any]], refused: dict[str, str]) 
 
 
 def add_columns(target: str, figures: dict[str, Any]) -> None:
-    """Put passes, rows, times and errors beside the success rate of the same decoder, in a result file.
-
-    Raises:
-        BurnishError: no such file, or no such row in it.
-    """
+    """Put passes, rows, times and errors beside the success rate of the same decoder, in a result file."""
     from burnish.core.files import write_json
 
     path, result, rows = _rows_of(target)

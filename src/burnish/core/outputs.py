@@ -105,11 +105,7 @@ def new_output(root: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
 
 
 def share(folder: Path, kind: str, old: Old | None = None) -> None:
-    """Make `folder` where it is missing and mark it as ours; several processes may write different parts of it.
-
-    Raises:
-        BurnishError: as `claim`, but for another process.
-    """
+    """Make `folder` where it is missing and mark it as ours; several processes may write different parts of it."""
     require_own(folder, kind, old)
     with alone(folder), disk_errors(folder):
         if kind_of(folder) != kind:

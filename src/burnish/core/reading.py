@@ -33,9 +33,6 @@ def inside(root: Path, name: str | Path) -> Path:
     """`root`/`name`, where that lies in `root`: no absolute path, no `..`, no link that leads out.
 
     Links of the Hugging Face cache, from a snapshot to the blobs beside it, are followed.
-
-    Raises:
-        BurnishError: the name leads out of the folder.
     """
     root, text = Path(root), str(name)
     if os.path.isabs(text) or ".." in Path(text).parts or "\0" in text or text.startswith("~"):

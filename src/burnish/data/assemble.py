@@ -88,7 +88,6 @@ class _VideoFile:
         self.num_frames = 0
 
     def append(self, episode: bytes) -> None:
-        """Copy the packets of an episode."""
         with self._av.open(io.BytesIO(episode)) as source:
             if self._stream is None:
                 self._stream = self._container.add_stream_from_template(source.streams.video[0])

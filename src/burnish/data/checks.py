@@ -34,9 +34,6 @@ def require(
 
     Returns:
         The episodes, ascending.
-
-    Raises:
-        BurnishError: an episode that is not there, or the first fault, with a remedy.
     """
     chosen, root = sorted(set(episodes)) or list(dataset.episodes), dataset.root
     unknown = [episode for episode in chosen if episode not in dataset.episodes]

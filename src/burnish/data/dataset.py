@@ -155,7 +155,6 @@ class Dataset:
         return stats
 
     def instruction(self, task_index: int) -> str:
-        """The sentence of a task; "" where the data set has none."""
         text = self.tasks.get(int(task_index))
         return text if isinstance(text, str) else ""
 

@@ -56,7 +56,6 @@ class DemosSummary:
 
     @property
     def success_rate(self) -> float:
-        """Of the expert: demonstrations over attempts."""
         return self.successes / self.attempts if self.attempts else 0.0
 
     def __str__(self) -> str:
@@ -157,7 +156,6 @@ def _already_made(root: Path, request: dict[str, Any]) -> DemosSummary:
 
 
 def _summary(root: Path, made: dict[str, Any]) -> DemosSummary:
-    """Of the content of burnish_demos.json."""
     expert = made["expert"]
     per_task = {task: tuple(counts) for task, counts in expert["per_task"].items()}
     return DemosSummary(

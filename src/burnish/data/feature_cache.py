@@ -213,11 +213,7 @@ def load_statistics(folder: Path, layers: Sequence[int]) -> dict[int, Statistics
 
 
 class FeatureCache:
-    """An opened, complete cache.
-
-    Raises:
-        BurnishError: no cache, unreadable, or one of something else; the differing parts are named.
-    """
+    """An opened, complete cache."""
 
     def __init__(self, folder: Path, expected: CacheKey):
         self.folder, self.key = folder, expected

@@ -27,9 +27,6 @@ def read_features(declared: Any, where: str) -> dict[str, dict[str, Any]]:
     Returns:
         name to {"dtype", "shape": tuple, "names": a list, "columns": (name,)}. Pictures have shape (height, width,
         channels) and "depth": whether they hold distances, not colours. Numbers have one name for each dimension.
-
-    Raises:
-        BurnishError: no mapping, a feature without dtype or shape, an impossible shape or name.
     """
     if not isinstance(declared, dict) or not declared:
         raise BurnishError(f"{where}: features are {type(declared).__name__}", "a mapping of names to dtype and shape")
@@ -51,7 +48,6 @@ def read_features(declared: Any, where: str) -> dict[str, dict[str, Any]]:
 
 
 def is_numeric(feature: dict[str, Any]) -> bool:
-    """Whether a feature holds numbers."""
     return feature["dtype"].startswith(("float", "int", "uint", "bool"))
 
 
@@ -101,9 +97,6 @@ def join_columns(features: dict[str, dict], columns: dict[str, Any], root: Any) 
         columns: name that training expects ("action", "observation.state", "observation.images.<camera>") to the
             stored feature, or to several whose numbers are joined in that order.
         root: names the data set in errors.
-
-    Raises:
-        BurnishError: the map names no feature that is there, or joins what cannot be joined.
     """
     joined, used = {}, set()
     for key, given in columns.items():

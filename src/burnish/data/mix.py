@@ -57,16 +57,11 @@ class Source:
     stats: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def require(self, cameras: Sequence[str]) -> list[int]:
-        """See `burnish.data.checks.require`."""
         return require(self.meta, self.episodes, [c for c in cameras if c not in self.absent], self.named)
 
 
 def open_sources(recipe: RecipeConfig) -> list[Source]:
-    """The data sets of a recipe, the first one first, whose actions and states have been matched.
-
-    Raises:
-        BurnishError: one cannot be read, or does not go with the first.
-    """
+    """The data sets of a recipe, the first one first, whose actions and states have been matched."""
     root = demos_root(recipe)
     meta = open_dataset(root, recipe.data.columns)
     sources = [Source(root, meta, episodes=trained_episodes(recipe.data, meta))]
@@ -163,11 +158,7 @@ def mix_option(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
-    """[D] samples of each data set in BLOCK, by the method of largest remainders.
-
-    Raises:
-        BurnishError: a weight so small that there would be none.
-    """
+    """[D] samples of each data set in BLOCK, by the method of largest remainders."""
     exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
     whole = np.floor(exact).astype(np.int64)
     whole[np.argsort(whole - exact, kind="stable")[: BLOCK - whole.sum()]] += 1

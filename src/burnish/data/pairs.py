@@ -118,11 +118,7 @@ def _better(i: int, j: int, outcomes: Sequence[bool], lengths: Sequence[int], ti
 def write_index(
     root: Path, pairs: Sequence[Pair], facts: dict[str, Any], state_tolerance: float | Sequence[float] = 0.0
 ) -> None:
-    """Make the data set `root` a pair folder; `facts` may hold "outcomes", see above.
-
-    Raises:
-        BurnishError: neither pairs nor outcomes, or the same pair twice.
-    """
+    """Make the data set `root` a pair folder; `facts` may hold "outcomes", see above."""
     labelled = facts.get("source") != "rollouts" and any(o is not None for o in facts.get("outcomes", []))
     if not pairs and not labelled:
         raise BurnishError("no pairs", "at least one success and one failure from the same start",
@@ -163,13 +159,10 @@ def check_unique(pairs: Sequence[Pair]) -> None:
 def read_labels(path: Path) -> list[Pair | Outcome]:
     """Labels of a human or a program, JSON lines of three kinds:
 
-        {"chosen": 3, "rejected": [5, 20]}                a side is an episode (frame 0), [episode, frame], or
-                                                          {"episode": 5, "frame": 20}
-        {"chosen": [3, 20], "rejected": {"action": [[0.1, ...], ...]}}   actions that were proposed there
-        {"episode": 3, "success": true}
-
-    Raises:
-        BurnishError: no such file, or a line that is none of these, with its number.
+    {"chosen": 3, "rejected": [5, 20]}                a side is an episode (frame 0), [episode, frame], or
+                                                      {"episode": 5, "frame": 20}
+    {"chosen": [3, 20], "rejected": {"action": [[0.1, ...], ...]}}   actions that were proposed there
+    {"episode": 3, "success": true}
     """
     if not path.exists():
         raise BurnishError(f"no file {path}", 'JSON lines such as {"chosen": 3, "rejected": 5}')
@@ -241,10 +234,6 @@ def check_pairs(data: "RobotData", pairs: Sequence[Pair], tolerance: float | Seq
     Args:
         tolerance: how far the states at the start may differ, one number or one for each dimension.
         where: names the pairs in errors.
-
-    Raises:
-        BurnishError: a place outside the data set, an episode against itself, a pair of different tasks or starts, a
-            proposal of another width, the same actions on both sides, actions that are not finite.
     """
     frames = np.array([[frame_of(data, place, where) for place in (p.chosen, p.rejected)] for p in pairs])
     frames = frames.reshape(-1, 2).astype(np.int64)
@@ -300,9 +289,6 @@ class PairFolder:
         hash: changes with the data set, the index or the outcomes.
         outcomes: for each episode whether it succeeded, None where nobody said.
         successes: indices of all frames of the episodes that succeeded, or were chosen in a pair.
-
-    Raises:
-        BurnishError: no pair folder, or facts that cannot be.
     """
 
     def __init__(
@@ -373,12 +359,6 @@ class PairFolder:
 
 
 class PairData(PairFolder):
-    """The pairs of a folder as batches.
-
-    Raises:
-        BurnishError: see `PairFolder` and `check_pairs`; a folder without pairs.
-    """
-
     def __init__(self, root: Path, cameras: Sequence[str], chunk_size: int, **options: Any):
         super().__init__(root, cameras, chunk_size, **options)
         if not self.pairs:
@@ -412,9 +392,6 @@ class OutcomeData(PairFolder):
 
     Attributes:
         desirable: bool [N], from a success.
-
-    Raises:
-        BurnishError: see `PairFolder`; not both successes and failures.
     """
 
     def __init__(self, root: Path, cameras: Sequence[str], chunk_size: int, *, every: int = 1, **options: Any):

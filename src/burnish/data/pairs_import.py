@@ -100,11 +100,7 @@ def _outcomes(data: Any, labels: Sequence[Outcome], column: str) -> list[bool | 
 
 
 def takeovers(data: Any, takeover: str, proposal: str) -> list[Pair]:
-    """A pair for each moment in which a human takes over and does something else than the policy proposed.
-
-    Raises:
-        BurnishError: columns that are missing or of another width, or no such moment.
-    """
+    """A pair for each moment in which a human takes over and does something else than the policy proposed."""
     human = read_column(data, takeover).reshape(len(data.episode_index), -1)
     proposed = read_column(data, proposal).reshape(len(data.episode_index), -1)
     wide = data.actions.shape[1]
@@ -139,11 +135,7 @@ def takeovers(data: Any, takeover: str, proposal: str) -> list[Pair]:
 
 
 def read_column(data: Any, name: str) -> np.ndarray:
-    """float64 [N, ...]: a column of the data set's tables, in the order of `Rows`.
-
-    Raises:
-        BurnishError: there is none, or it does not hold numbers.
-    """
+    """float64 [N, ...]: a column of the data set's tables, in the order of `Rows`."""
     others = [key for key, feature in data.meta.features.items() if is_numeric(feature)]
     if name not in others:
         raise BurnishError(f"{data.root} has no column '{name}' of numbers", f"one of {', '.join(others)}")

@@ -77,11 +77,7 @@ def write_recording(path: Path, recording: Recording) -> None:
 
 
 class Spool:
-    """The folder `<root>.partial` of one request.
-
-    Raises:
-        BurnishError: the folder belongs to another request, or another process is filling it.
-    """
+    """The folder `<root>.partial` of one request."""
 
     def __init__(self, root: Path, request: dict[str, Any]):
         self.folder = partial_folder(root)

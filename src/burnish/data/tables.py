@@ -135,11 +135,7 @@ def template(info: dict[str, Any], key: str, allowed: Sequence[str], where: str)
 
 
 def read_episodes(root: Path, info: dict[str, Any], videos: dict[str, str], where: str) -> dict[int, Episode]:
-    """Episodes by their number; `videos` maps a camera to the name under which its files are stored.
-
-    Raises:
-        BurnishError: a table that is missing or malformed, a number that stands twice, a place that cannot be.
-    """
+    """Episodes by their number; `videos` maps a camera to the name under which its files are stored."""
     read = _episodes_v3 if info["codebase_version"].startswith("v3") else _episodes_v2
     episodes: dict[int, Episode] = {}
     for episode in read(root, info, videos, where):
@@ -230,11 +226,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def read_tasks(root: Path, version: str) -> dict[int, Any]:
-    """Task index to instruction as it is stored, which may be no sentence.
-
-    Raises:
-        BurnishError: the table is missing or malformed, or a number stands twice.
-    """
+    """Task index to instruction as it is stored, which may be no sentence."""
     if version.startswith("v3"):
         table, path = read_parquet(root, "meta/tasks.parquet", most=MOST_CELLS), root / "meta/tasks.parquet"
         text = _text_column(table)

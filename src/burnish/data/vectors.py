@@ -80,9 +80,6 @@ def make_encoder(spec: str, device: str = "", own: tuple[Policy, str] | None = N
 
     Args:
         own: a policy and its hash in place of the one that the name says.
-
-    Raises:
-        BurnishError: an unknown kind, no such folder, a policy without a vision-language model, no such layer.
     """
     kind, _, rest = spec.partition(":")
     path, _, layer = rest.rpartition("@") if rest.rpartition("@")[2].isdigit() else (rest, "", "")
@@ -146,7 +143,6 @@ class Vectors:
     about: dict[str, Any]
 
     def instruction(self, task: int) -> str:
-        """The sentence of a task; "" where there is none."""
         return str(self.about["instructions"].get(str(int(task)), ""))
 
     def of(self, keep: np.ndarray) -> "Vectors":
@@ -166,11 +162,7 @@ class Vectors:
 
 
 def load_vectors(folder: Path) -> Vectors:
-    """Open a folder of vectors, memory-mapped.
-
-    Raises:
-        BurnishError: none there, or damaged.
-    """
+    """Open a folder of vectors, memory-mapped."""
     folder = Path(folder)
     if not (folder / META).is_file():
         raise BurnishError(f"no vectors in {folder}", f"a folder with {META}", REMEDY)
@@ -206,9 +198,6 @@ def encode_dataset(
     Args:
         cameras: names or keys; none means all that show colours.
         every: of each episode the frames 0, every, 2 every, ...
-
-    Raises:
-        BurnishError: no data set, unknown cameras, unreadable pictures, or a place that may not be written.
     """
     root = Path(root)
     data = open_dataset(root)

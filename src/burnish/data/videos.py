@@ -41,11 +41,7 @@ def find_video(root: Path, name: str) -> Path:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Read a video to its end without decoding it. Frames that an edit list cuts away are not counted.
-
-    Raises:
-        BurnishError: it is unreadable, holds no video, or no times.
-    """
+    """Read a video to its end without decoding it. Frames that an edit list cuts away are not counted."""
     import av
 
     try:

@@ -30,9 +30,6 @@ class Watchdog:
 
     Attributes:
         seconds, asked: what it has taken so far, for how many observations.
-
-    Raises:
-        BurnishError: a camera of the policy that the index has not got.
     """
 
     def __init__(self, index: Index, encoder: Encoder, cameras: Sequence[str], project: Project | None = None):
@@ -68,9 +65,6 @@ def encoder_for(index: Index, policy: Policy, weights: str) -> Encoder:
 
     Args:
         weights: the policy's hash.
-
-    Raises:
-        BurnishError: the index is of another policy's tower or backbone, or its vision folder has changed.
     """
     about = index.vectors.about
     own = about["encoder"].get("kind") in ("tower", "backbone")

@@ -48,7 +48,6 @@ def tasks(selector: str) -> list[str]:
 
 
 def make(selector: str, image_size: Size) -> "Tabletop":
-    """Build the family named `selector`."""
     family, looks = scene.split(tasks(selector)[0])
     return Tabletop(family, image_size, looks)
 
@@ -152,7 +151,6 @@ class Tabletop:
         self._instruction = text
 
     def alternative_instruction(self, seed: int) -> str:
-        """The same task for another object of the scene."""
         others = [i for i in self.candidates if i not in (self.source, self.target)]
         self._other = int(np.random.default_rng(derive_seed("swap", seed)).choice(others))
         return self._sentence(self._other)

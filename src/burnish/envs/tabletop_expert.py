@@ -31,7 +31,6 @@ class TabletopExpert:
         self.travel = TRAVEL_HEIGHT + rng.uniform(-0.01, 0.02)
 
     def act(self) -> np.ndarray:
-        """[4] float32 action for this moment."""
         if self.env.family == "reach":
             goal, grip = self._above(self.env.object_position(self.source)[:2], HOVER_HEIGHT), -1.0
         elif self.env.family == "push":

@@ -107,7 +107,6 @@ class WeaveExpert:
         self.todo: Sequence[int] = list(ways[rng.choice(len(ways), p=list(WAYS.values()))])
 
     def act(self) -> np.ndarray:
-        """[4] float32 action for this moment."""
         if self.todo:
             return np.array([self.todo.pop(0), 1, 0, 1], np.float32)
         gap = (self.env.object_position(PLATE) - self.env.data.mocap_pos[0])[:2]

@@ -133,11 +133,7 @@ class BatchedPolicy:
 
 
 def match_cameras(policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None) -> dict[str, str]:
-    """The policy's camera names to the environment's: by order where `cameras` is given, by name otherwise.
-
-    Raises:
-        BurnishError: an unknown camera, or names that do not match.
-    """
+    """The policy's camera names to the environment's: by order where `cameras` is given, by name otherwise."""
     chosen = tuple(cameras) if cameras else policy.cameras
     unknown = [c for c in chosen if c not in spec.cameras]
     if unknown or len(chosen) != len(policy.cameras):
@@ -150,11 +146,7 @@ def match_cameras(policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None) 
 
 
 def view_sizes(policy: Policy, cameras: Sequence[str] | None) -> Size:
-    """The size of the images that the policy was trained on, for the environment's cameras (see `match_cameras`).
-
-    Raises:
-        BurnishError: one camera of the environment stands for two of the policy of different sizes.
-    """
+    """The size of the images that the policy was trained on, for the environment's cameras (see `match_cameras`)."""
     sizes: dict[str, list[int]] = {}
     for name, camera in zip(policy.cameras, cameras or policy.cameras, strict=False):
         size = list(policy.view_sizes[name])

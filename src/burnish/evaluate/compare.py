@@ -62,7 +62,6 @@ class OfflineComparison:
         return verdict(-found.high, -found.low, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--json` prints it."""
         figures = {name: {"a": self.means[name][0], "b": self.means[name][1], **vars(one)}
                    for name, one in self.differences.items()}  # fmt: skip
         return {
@@ -199,7 +198,6 @@ class Comparison:
         return word if word == "equivalent" or self.overall.p <= 1 - LEVEL else "undecided"
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--json` prints it."""
         return {
             "a": self.names[0], "b": self.names[1], "runs": list(self.runs),
             "test": self.overall.test, "verdict": self.verdict, "margin": self.margin,

@@ -101,7 +101,6 @@ class DelayedPolicy(BatchedPolicy):
         return plans, elapsed
 
     def sample(self, rows: Sequence[Request], batch: Batch, draws: Draws) -> Chunk:
-        """The policy's chunks for a whole batch of rows."""
         d, mode, rests = self.delay.steps, self.delay.mode, [row.rest for row in rows]
         known = next((rest for rest in rests if rest is not None), None)
         if self.carries and known is None:
@@ -254,9 +253,6 @@ def measured_steps(measured: str, fps: float) -> int:
         measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile`, a server's /stats, or the
             summary.json of an evaluation.
         fps: control steps a second.
-
-    Raises:
-        BurnishError: no such file, or none of these.
     """
     name, colon, path = measured.partition(":")
     if not colon or name not in ("p50", "p95", "p99"):

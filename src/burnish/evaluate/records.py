@@ -69,7 +69,6 @@ class Record:
         return self.task, self.initial_state
 
     def to_line(self) -> str:
-        """As a line of `episodes.jsonl`."""
         row = {k: v for k, v in asdict(self).items() if v or k not in ("motion", "failure", "distances")}
         return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -83,11 +82,7 @@ _LIKE_A_STATE = (
 
 
 def parse_row(row: dict[str, Any], where: str) -> Record:
-    """One line of ours or of another tool's result file; null means that it does not say.
-
-    Raises:
-        BurnishError: what a comparison needs is missing or under another name, or a value is of the wrong kind.
-    """
+    """One line of ours or of another tool's result file; null means that it does not say."""
     row = {key: value for key, value in row.items() if value is not None}
     state = next((key for key in _STATES if key in row), None)
     names = [key for key in _LIKE_A_TASK if "task" not in row and key in row]
@@ -162,11 +157,7 @@ def _short(value: Any) -> str:
 
 
 def rows_of(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of every filled line of JSON; a last line that a kill has cut off is left out and told.
-
-    Raises:
-        BurnishError: a line that is no JSON object.
-    """
+    """(place, object) of every filled line of JSON; a last line that a kill has cut off is left out and told."""
     lines = text.split("\n")
     for index, line in enumerate(lines, 1):
         if not line.strip():
@@ -184,11 +175,7 @@ def rows_of(text: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_lines(text: str, file: Path) -> list[Record]:
-    """The episodes in lines of JSON.
-
-    Raises:
-        BurnishError: a malformed line, or an episode that stands there twice; the line is named.
-    """
+    """The episodes in lines of JSON."""
     records, spare = [], set()
     for where, row in rows_of(text, file):
         records.append(parse_row(row, where))

@@ -38,16 +38,13 @@ class Retention:
 
     @property
     def accuracy(self) -> float:
-        """Share of exact answers."""
         return self.interval.rate
 
     @property
     def n(self) -> int:
-        """How many questions."""
         return self.interval.n
 
     def to_dict(self) -> dict[str, Any]:
-        """As retention.json holds it."""
         by_kind = {kind: rate.to_dict() for kind, rate in self.by_kind.items()}
         return {
             "loss": self.loss, "accuracy": self.interval.to_dict(), "by_kind": by_kind, "correct": self.correct,

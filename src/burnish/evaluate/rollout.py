@@ -273,7 +273,6 @@ class _Job:
     def missing(
         self, plan: list[Trial], journal: Journal, cameras: tuple[str, ...], output: Path, history: int = 0
     ) -> list[Episode]:
-        """The episodes that the journal does not hold yet."""
         done = {r.key for r in journal.records}
         filmed: dict[str, int] = {}
         episodes = []

@@ -78,11 +78,6 @@ class Answer:
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """The claims of a table file.
-
-    Raises:
-        BurnishError: an unknown key, a value of the wrong kind, an expectation that cannot be read.
-    """
     entries = read_yaml(path).get("claims")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise BurnishError(f"{path} has no list of claims", "claims: [{paper: ..., claim: ..., ...}]")
@@ -102,11 +97,7 @@ def read_claims(path: Path) -> list[Claim]:
 
 
 def answer_claims(claims: Sequence[Claim], results: Path) -> list[Answer]:
-    """Verdicts of all claims; p-values of those that one study answers are one family (Holm).
-
-    Raises:
-        BurnishError: a result that is none.
-    """
+    """Verdicts of all claims; p-values of those that one study answers are one family (Holm)."""
     answers = []
     for claim in claims:
         file = inside(results, f"{claim.result}.json")

@@ -37,9 +37,6 @@ def read_measure(path: Path) -> tuple[dict[int, float], bool]:
     """The numbers that a measuring command wrote, by unit, and whether they are shares (true and false).
 
     The file holds {"values": one number, or a list of numbers, or of true and false}.
-
-    Raises:
-        BurnishError: another content.
     """
     values = read_object(path).get("values")
     values = values if isinstance(values, list) else [values]
@@ -82,9 +79,6 @@ def study_rows(runs: Folders, names: Iterable[str], evals: Iterable[str], measur
         evals, measures: names of further evaluations, and of measuring commands.
         start: folder of what the base answered; None where it was not asked.
         asked: whether the variants answered the held-out questions.
-
-    Raises:
-        BurnishError: damaged files, a name that nothing measured.
     """
     evals, measures = [MAIN, *evals], list(measures)
     found: dict[str, tuple[dict[str, Any], bool]] = {}

@@ -43,11 +43,7 @@ ROLES = {"better": "tuned", "worse": "swap", "equivalent": "expert"}
 
 
 def write_study_page(result: Path, out: Path | None = None) -> Path:
-    """Write the page of a result file, NAME.html in the present folder unless `out` says another place.
-
-    Raises:
-        BurnishError: no such file, or no result of ours.
-    """
+    """Write the page of a result file, NAME.html in the present folder unless `out` says another place."""
     content = read_object(result)
     check_result(content, str(result))
     with readable(str(result)):
@@ -70,7 +66,6 @@ def write_study_page(result: Path, out: Path | None = None) -> Path:
 
 
 def _table(lines: list[str]) -> str:
-    """A table as `experiments.results` writes them in markdown."""
     head, _, *rows = ([cell.replace("\\|", "|") for cell in line[2:-2].split(" | ")] for line in lines)
     return table(head, [list(map(escape, row)) for row in rows], range(1, len(head)))
 

@@ -56,9 +56,6 @@ class Stages:
     """Names, minutes and commands of the stages, kept in `run.json` so that a continued run adds up its time.
 
     Commit and date are those of the first call: a later one, which finds everything done, made nothing.
-
-    Raises:
-        BurnishError: the file is damaged.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any]):

@@ -76,9 +76,6 @@ def recompute_results(folder: Path, write: bool = False) -> Recomputed:
 
     Args:
         write: put the figures that follow from the outcomes into files that say something else.
-
-    Raises:
-        BurnishError: a file that is no result.
     """
     found = Recomputed()
     for path in sorted(folder.rglob("*.json")):

@@ -81,9 +81,6 @@ def write_result(
         metrics: anything else that was measured (question accuracy, latency).
         declared: of a study, what was settled before its first run, see `experiments.variants.judge`; comparisons and
             verdicts are put into `rows` here.
-
-    Raises:
-        BurnishError: a row lacks a field, or contradicts itself.
     """
     from burnish.experiments.variants import judgement  # scipy takes its time
 

@@ -49,12 +49,7 @@ class Link:
 
 
 def read_steps(entries: Any, variants: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, dict[str, Any]]:
-    """The steps of a study file, checked together with what its variants leave out.
-
-    Raises:
-        BurnishError: an unknown key, a command that is none, a step that does nothing, a variant that leaves out
-            something else than steps.
-    """
+    """The steps of a study file, checked together with what its variants leave out."""
     steps = {}
     for name, entry in entries.items():
         check_name(str(name), f"{where}: a name in steps", parts=1)
@@ -104,11 +99,7 @@ def chain(
 
 
 def take(links: Iterable[Link], facts: dict[str, Any], run_setup: SetupRunner | None) -> None:
-    """Run the commands of these steps that have not been run.
-
-    Raises:
-        BurnishError: a command that failed, or that left no policy; a folder that other commands made than these.
-    """
+    """Run the commands of these steps that have not been run."""
     for link in links:
         with alone(link.to.parent):  # another process may be at it
             clock = link.clock(facts)

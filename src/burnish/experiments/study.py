@@ -173,11 +173,7 @@ def _check_declared(study: StudyConfig, where: str) -> None:
 
 
 def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
-    """Keep only the variants (the reference among them) and seeds of comma-separated lists; "" keeps all.
-
-    Raises:
-        BurnishError: an unknown variant, no reference, a seed that is no whole number.
-    """
+    """Keep only the variants (the reference among them) and seeds of comma-separated lists; "" keeps all."""
     if variants:
         wanted = variants.split(",")
         unknown = [name for name in wanted if name not in study.variants]
@@ -305,11 +301,7 @@ def _finish(study: StudyConfig, run: _Run, facts: dict[str, Any]) -> float:
 
 
 def variant_recipe(study: StudyConfig, base: RecipeConfig, variant: str, seed: int) -> RecipeConfig:
-    """The ordinary recipe of one variant and seed.
-
-    Raises:
-        BurnishError: the variant changes a field that recipes lack, or gives it an impossible value.
-    """
+    """The ordinary recipe of one variant and seed."""
     folder = study_folder(study)
     values = recipe_to_dict(base)
     values["data"]["root"] = str(demos_root(base))

@@ -41,11 +41,7 @@ class Gate:
 
 
 def read_gates(entries: Sequence[Any], variants: Sequence[str], where: str) -> list[Gate]:
-    """The gates of a study file.
-
-    Raises:
-        BurnishError: an unknown key, a check that cannot be read, a variant that the study lacks.
-    """
+    """The gates of a study file."""
     gates = []
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -69,9 +65,6 @@ def measure_rows(variants: Mapping[str, Trials], *, shares: bool = True, **extra
         variants: name to outcomes; those without any seed are left out.
         shares: outcomes are 0 or 1 and kept as a text of those; otherwise numbers, kept to four digits.
         extra: further columns, the same in every row.
-
-    Raises:
-        BurnishError: two runs share no unit.
     """
     runs = [run for trials in variants.values() for run in trials.values()]
     shared = [key for key in sorted(runs[0], key=str) if all(key in run for run in runs)] if runs else []

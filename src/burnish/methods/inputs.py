@@ -40,9 +40,6 @@ def question_batches(root: Path, samples: int, batch_size: int, seed: int, devic
         samples: questions, at most.
         batch_size: questions in a batch; the last one may have fewer.
         skip: questions of that order that are left out at its beginning.
-
-    Raises:
-        BurnishError: not a question folder, or an empty one.
     """
     data = LanguageData(root, 1, seed)
     end = min(skip + samples, len(data.questions))
@@ -98,11 +95,7 @@ def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Cap
 
 
 def read_passages(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that hold more than blanks.
-
-    Raises:
-        BurnishError: no such file, too large, not UTF-8, or nothing in it.
-    """
+    """The lines of a UTF-8 text file that hold more than blanks."""
     passages = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not passages:
         raise BurnishError(f"{path} holds no text", "one passage per line")

@@ -26,9 +26,6 @@ def empty_policy(path: str, kind: str, overrides: Mapping[str, Any], features: d
         path: its folder, of which config.json and the files of its VLM are read. Where there is none, LeRobot's own
             sizes of `kind` stand in.
         features: LeRobot PolicyFeatures by key; None keeps those of the folder.
-
-    Raises:
-        BurnishError: a type that needs files to be built, or a config that cannot be.
     """
     changes, found = dict(overrides), Path(home(path))
     there = bool(path) and ((found / CONFIG).is_file() or (len(found.parts) == 1 and (ASSETS / found).is_dir()))

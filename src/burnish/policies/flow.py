@@ -198,12 +198,10 @@ class FlowPolicy(VLMPolicy):
 
     @property
     def flow_steps(self) -> int:
-        """Euler steps of its config."""
         settings = self.config.__dict__
         return int(settings["num_steps"] if "num_steps" in settings else settings["num_inference_steps"])
 
     def set_steps(self, count: int) -> None:
-        """Set these steps, for `act` and, after `save`, for LeRobot."""
         setattr(self.config, "num_steps" if "num_steps" in vars(self.config) else "num_inference_steps", count)
 
     @torch.no_grad()

@@ -23,9 +23,6 @@ def catch(text_model: nn.Module, layers: Sequence[int], captured: Captured) -> I
 
     Args:
         text_model: has `layers`, each with `input_layernorm`, and a final `norm`.
-
-    Raises:
-        BurnishError: no such layer.
     """
     count = len(text_model.layers)
     wrong = [layer for layer in layers if not 0 <= layer < count]

@@ -144,9 +144,6 @@ class LeRobotPolicy(PolicyWrapper):
 
         Args:
             source: none; such a policy starts from no VLM.
-
-        Raises:
-            BurnishError: a source, or features and fields that do not go together.
         """
         if str(source) not in ("", "."):
             raise BurnishError(f"a VLM for a new policy of type {name}", "none: it is made of its config alone")

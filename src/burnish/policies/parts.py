@@ -100,11 +100,7 @@ class FlowParts:
 
 
 def flow_parts(kind: str, model: nn.Module) -> FlowParts:
-    """The parts of the model in LeRobot's SmolVLAPolicy, PI0Policy or PI05Policy; `kind` is its type's name.
-
-    Raises:
-        BurnishError: another type.
-    """
+    """The parts of the model in LeRobot's SmolVLAPolicy, PI0Policy or PI05Policy; `kind` is its type's name."""
     if kind not in _MAKERS:
         raise BurnishError(f"a policy of type '{kind}' to be run by the executor", f"one of {', '.join(_MAKERS)}")
     return _MAKERS[kind](kind, model)

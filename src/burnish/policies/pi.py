@@ -157,11 +157,7 @@ class Pi(PaliGemmaParts, FlowPolicy):
     @classmethod
     def create(cls, name: str, source: Path | str, features: dict[str, Any], dataset_stats: dict[str, Any],
                overrides: dict[str, Any], *, generator_seed: int = 0, device: str = "cpu") -> Self:  # fmt: skip
-        """A new pi0 or pi05 on a PaliGemma folder (weights, tokenizer), the action expert random; see SmolVLA.create.
-
-        Raises:
-            BurnishError: not a PaliGemma of the size that LeRobot builds, or features that do not fit.
-        """
+        """A new pi0 or pi05 on a PaliGemma folder (weights, tokenizer), its expert random; see SmolVLA.create."""
         folder = Path(source).absolute()
         kind = vlm_config(folder).model_type
         if kind != "paligemma":

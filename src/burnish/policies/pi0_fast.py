@@ -85,11 +85,7 @@ class Pi0Fast(PaliGemmaParts):
         return PolicyLoss(total, summed / counted.clamp_min(1), {"cross_entropy": total})
 
     def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
-        """[B] log-probability of the answer that spells `actions`, in nats, exact by the chain rule.
-
-        Raises:
-            BurnishError: a chunk that takes more tokens than the policy's answers have.
-        """
+        """[B] log-probability of the answer that spells `actions`, in nats, exact by the chain rule."""
         losses, _ = self._losses(batch, actions, whole=True)
         return -losses.sum(1)
 

@@ -74,9 +74,6 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
         tokenizer: name of the folder inside it that has the tokenizer's files.
         renamed: the features are not those that the policy was stored with, so its rename map goes too.
         own: registered steps that the policy's type has beyond LeRobot's, with options that replace the stored ones.
-
-    Raises:
-        BurnishError: missing files or statistics, a step that is not on the list, and all that cannot be read.
     """
     from lerobot.policies.factory import _reconnect_relative_absolute_steps
 

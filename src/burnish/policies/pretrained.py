@@ -168,11 +168,7 @@ def no_remote_code(tokenizer: Path | None = None) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:
-    """The tokenizer of a folder; of `options` only `add_bos_token` and `add_eos_token` count.
-
-    Raises:
-        BurnishError: it is damaged, or asks for what `check_files` refuses.
-    """
+    """The tokenizer of a folder; of `options` only `add_bos_token` and `add_eos_token` count."""
     from transformers import AutoTokenizer
 
     check_files(folder)
@@ -183,11 +179,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 def vlm_config(folder: Path) -> Any:
-    """The transformers config of a VLM folder, whose files are checked.
-
-    Raises:
-        BurnishError: no such folder (hub names are not fetched), or one that cannot be read.
-    """
+    """The transformers config of a VLM folder, whose files are checked."""
     from transformers import AutoConfig
 
     folder = Path(folder)

@@ -194,9 +194,6 @@ class SmolVLA(FlowPolicy):
             overrides: fields of SmolVLAConfig. Images are resized to the VLM's own size and everything is trainable
                 unless given otherwise.
             generator_seed: of the expert's weights; the global generator is left as it was.
-
-        Raises:
-            BurnishError: not a SmolVLM folder, or features that do not fit.
         """
         vlm_folder = Path(source).absolute()
         size = _smolvlm(vlm_folder).vision_config.image_size

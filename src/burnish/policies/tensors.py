@@ -32,11 +32,7 @@ _SIZES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names, all inside the folder.
-
-    Raises:
-        BurnishError: neither is there, or the index leads elsewhere.
-    """
+    """model.safetensors, or the shards that model.safetensors.index.json names, all inside the folder."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         try:
             return [regular_file(folder / WEIGHTS, folder)]
@@ -54,11 +50,7 @@ def size(folder: Path) -> int:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name.
-
-    Raises:
-        BurnishError: missing, damaged or foreign files, and shards that do not fit their index.
-    """
+    """All tensors of a folder by name."""
     files = weight_files(folder)
     if files == [folder / WEIGHTS]:
         return read_file(files[0], folder)

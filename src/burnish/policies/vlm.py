@@ -69,7 +69,6 @@ class VLMPolicy(PolicyWrapper):
 
     @property
     def tokenizer(self) -> Any:
-        """The one of the preprocessor."""
         from lerobot.processor import TokenizerProcessorStep
 
         for step in self.preprocessor.steps:

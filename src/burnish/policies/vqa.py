@@ -52,9 +52,6 @@ def encode(tokenizer: Any, image_token: str | int, num_image_tokens: int,
         questions: B questions, or B lists of questions for several turns about one image.
         answers: as `questions`; None leaves the prompt open for generation (one turn only).
         bos: put the tokenizer's bos token after the image, as PaliGemma was trained.
-
-    Raises:
-        BurnishError: unequal numbers of questions and answers, no eos token, or an image token inside a text.
     """
     turns = [[q] if isinstance(q, str) else list(q) for q in questions]
     replies = None if answers is None else [[a] if isinstance(a, str) else list(a) for a in answers]

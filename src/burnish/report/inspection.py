@@ -32,7 +32,6 @@ def _remarks(found: Inspection) -> list[str]:
 
 
 def as_text(found: Inspection) -> str:
-    """What the terminal shows."""
     out = [f"{found.root}  LeRobotDataset {found.version}", ""]
     out += [f"{name:<14}{value}" for name, value in _overview(found)]
     out += ["", "views"]

@@ -36,7 +36,6 @@ def write_report(run_folder: Path | str, out: Path | str | None = None) -> Path:
 
 
 def render(run: RunFolder) -> str:
-    """The page as text."""
     parts = (
         sections.headline, sections.success, offline, sections.recordings, sections.tasks, sections.failures,
         sections.swap, sections.retention, sections.training, sections.latency, sections.reproduce,
@@ -58,7 +57,6 @@ def _header(run: RunFolder) -> str:
 
 
 def _stages(stages: list[dict]) -> str:
-    """A bar that shows where the minutes went."""
     minutes = [(str(stage.get("name", "")), float(stage.get("minutes") or 0)) for stage in stages]
     total = sum(length for _, length in minutes)
     if not total:

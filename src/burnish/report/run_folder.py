@@ -87,11 +87,6 @@ class RunFolder:
 
 
 def load_run(path: Path) -> RunFolder:
-    """Read a run folder.
-
-    Raises:
-        BurnishError: the folder is missing, holds nothing to report, or a file in it is malformed or leads out of it.
-    """
     if not os.path.isdir(path):
         raise BurnishError(f"no run folder at {path}", "a folder that `burnish run` or `burnish train` wrote")
     recipe = path / "recipe.yaml"

@@ -25,7 +25,6 @@ BOOKKEEPING = {"step", "minutes"}
 
 
 def headline(run: RunFolder) -> str:
-    """Four large figures."""
     tiles = []
     tuned, base = run.evaluations.get("tuned"), run.evaluations.get("base")
     if tuned:
@@ -218,7 +217,6 @@ def recordings(run: RunFolder) -> str:
 
 
 def latency(run: RunFolder) -> str:
-    """Percentiles of one policy call, per variant."""
     timed = {name: one.latency_ms for name, one in run.evaluations.items()}
     timed |= {name: one["latency_ms"] for name, one in run.offline.items()}
     names = list(dict.fromkeys(name for one in timed.values() for name in one if name.startswith("p")))

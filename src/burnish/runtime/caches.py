@@ -98,9 +98,6 @@ class Reuse:
 
     Attributes:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
-
-    Raises:
-        BurnishError: a guard without a measured spread, or with that of a policy with other actions.
     """
 
     def __init__(self, config: CacheConfig, policy: Policy, weights: str = ""):
@@ -188,11 +185,7 @@ def similarity(one: Tensor, other: Tensor) -> float:
 
 
 def measured_spread(path: str, weights: str = "") -> tuple[float, list[int]]:
-    """A policy's spread and its two-valued dimensions, of a file of `burnish policy verify runtime`.
-
-    Raises:
-        BurnishError: no file is named, it was made for other weights, or it says something else.
-    """
+    """A policy's spread and its two-valued dimensions, of a file of `burnish policy verify runtime`."""
     fix = "burnish policy verify runtime POLICY DATA --output runtime.json, and its name as `measured`"
     if not path:
         raise BurnishError("a guard that does not know the policy's spread", "a measured one, or guard: false", fix)

@@ -175,7 +175,6 @@ def compare_samplers(policy: Policy, data: Path | str, *, count: int = 48, noise
 
 
 def own_sampler(policy: Policy) -> str:
-    """The policy's own Euler steps as a sampler's name."""
     return f"euler:{policy.flow_parts().steps}"
 
 
@@ -188,11 +187,7 @@ def _hash(batch: Batch) -> str:
 
 
 def save_choice(outcome: dict[str, Any], folder: Path, output: Path, command: str = "") -> None:
-    """Write `outcome` of `compare_samplers` to a file, with the hash of the policy folder it was measured on.
-
-    Raises:
-        BurnishError: no sampler kept to the rule, so there is no choice; or the file holds something else.
-    """
+    """Write `outcome` of `compare_samplers` to a file, with the hash of the policy folder it was measured on."""
     require_file(output, "choice of a sampler")
     if outcome["sampler"] == REFERENCE:
         raise BurnishError("no sampler keeps to the rule", "one, or the policy's own steps", "no --output")

@@ -33,9 +33,6 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
 
     Returns:
         "decoders": figures by name (see sampling.timing.measure_decoder); "refused": why others do not fit.
-
-    Raises:
-        BurnishError: no token policy, or a decoder that was asked for and does not fit.
     """
     if count < 1 or repeats < 1:
         raise BurnishError(f"{count} observations, {repeats} repeats", "1 or more of each")
@@ -113,11 +110,7 @@ def token_states(decoded: Decoded, block: int) -> np.ndarray:
 
 
 def draw_decode(model: TokenModel, decoded: Decoded, title: str, path: Path) -> None:
-    """Draw forward passes (downwards) over tokens (to the right); lines between control steps.
-
-    Raises:
-        BurnishError: a decoder that keeps no blocks.
-    """
+    """Draw forward passes (downwards) over tokens (to the right); lines between control steps."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

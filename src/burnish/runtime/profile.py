@@ -180,7 +180,6 @@ def shares(calls: list[Anatomy]) -> dict[str, float]:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median, p95 and p99."""
     median, p95, p99 = np.quantile(values, [0.5, 0.95, 0.99])
     return {"median": float(median), "p95": float(p95), "p99": float(p99)}
 

@@ -119,9 +119,6 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
         count: observations.
         options: of the decode plan.
         double: compute in float64, where rounding decides nothing.
-
-    Raises:
-        BurnishError: no token policy, or a plan that cannot work with it.
     """
     require(policy, "tokens", "verify decode")
     model = policy.token_model()
@@ -173,9 +170,6 @@ def check_model(
         prompt: of a batch of observations, best at least four.
         plan: the plan to check; None takes the defaults.
         truth: long [B, L], the true tokens of those observations; without them the shift is not checked.
-
-    Raises:
-        BurnishError: the plan cannot work with this model.
     """
     plan = replace(plan or DecodePlan(), compile=False, graph=False)
     if model.prompt_sees_actions:

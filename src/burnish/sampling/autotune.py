@@ -46,9 +46,6 @@ class AutoDecoder(Decoder):
 
     Attributes:
         chosen, times, errors: by shape of prompt: the plan's name; milliseconds and shares of other tokens by name.
-
-    Raises:
-        BurnishError: the plan does not fit the model.
     """
 
     carries = True
@@ -98,11 +95,7 @@ def _unit(model: TokenModel) -> int:
 
 
 def candidates(model: TokenModel, plan: DecodePlan) -> list[DecodePlan]:
-    """Plans with other block widths and numbers of blocks at once that fit the model.
-
-    Raises:
-        BurnishError: the rest of the plan does not fit.
-    """
+    """Plans with other block widths and numbers of blocks at once that fit the model."""
     unit = _unit(model)
     num = model.length // unit
     plans = []

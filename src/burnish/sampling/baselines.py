@@ -19,9 +19,6 @@ class AutoregressiveDecoder(Decoder):
     Args:
         model: a policy with `block` 1 and `shift`.
         plan: `legal` is used.
-
-    Raises:
-        BurnishError: the policy was not trained autoregressively.
     """
 
     def __init__(self, model: TokenModel, plan: DecodePlan):

@@ -23,9 +23,6 @@ class BlockDecoder(Decoder):
 
     Args:
         plan: checked against the model here.
-
-    Raises:
-        BurnishError: the plan cannot work, with the reason.
     """
 
     carries = True

@@ -55,7 +55,6 @@ class Kept:
         return self._hashed[-1][1]
 
     def find(self, kind: str, key: bytes) -> Any:
-        """The value, or None."""
         values = self._values.setdefault(kind, OrderedDict())
         self.counts[f"{kind} {'hits' if key in values else 'misses'}"] += 1
         if key not in values:

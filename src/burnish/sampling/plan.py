@@ -24,9 +24,6 @@ class DecodePlan:
             max(1, floor(masked / share)) (the paper, with its stall repaired), "ceil" ceil(masked / share), "one" a
             single token (D2F), "cosine" or "linear": as many as leave that schedule's share masked at this pass of
             `steps` (MaskGIT; Dream), whatever the confidence.
-
-    Raises:
-        BurnishError: a value of the wrong type or out of range.
     """
 
     block: int = option(0, "tokens of a block; 0 takes the model's own", least=0)
@@ -73,11 +70,7 @@ class DecodePlan:
         return math.ceil(share * self.block - 1e-9)
 
     def fit(self, model: TokenModel) -> "DecodePlan":
-        """This plan with the model's own values filled in.
-
-        Raises:
-            BurnishError: a plan that cannot work with this model, with the reason.
-        """
+        """This plan with the model's own values filled in."""
         plan = replace(self, block=self.block or model.block, shift=model.shift if self.shift is None else self.shift)
         check_legal(plan, model)
         _check_model(plan, model)
@@ -85,11 +78,7 @@ class DecodePlan:
 
 
 def make_plan(defaults: dict[str, Any], options: dict[str, Any]) -> DecodePlan:
-    """A plan from a decoder's own values and the user's, who may change any of them.
-
-    Raises:
-        BurnishError: an unknown option, or a value out of range.
-    """
+    """A plan from a decoder's own values and the user's, who may change any of them."""
     options = rename(options, DECODER_OPTIONS, "decoder: ")
     refuse_unknown(DecodePlan, options, "decoder")
     values = {**defaults, **options}

@@ -34,9 +34,6 @@ class SampledDecoder(Decoder):
 
     Args:
         model: a policy trained with MASK.
-
-    Raises:
-        BurnishError: a policy without MASK.
     """
 
     draws = True

@@ -69,7 +69,6 @@ def left_to_right(unmasked: Tensor, step_length: int) -> float:
 
 
 def run_once(decode: Decoder, prompt: Prompt) -> float:
-    """Milliseconds of one decode."""
     _wait(prompt.states.device)
     begin = time.perf_counter()
     decode(prompt)

@@ -135,9 +135,6 @@ class TokenModel(ABC):
             ids: long [B, R], `mask_id` for MASK.
             visible: bool [B, R, P + R], the slots that each action token may attend to.
             see_actions: the prompt attends to all R action tokens too (as in policies with `prompt_sees_actions`).
-
-        Returns:
-            Logits as in `extend`.
         """
 
     @abstractmethod

@@ -125,11 +125,7 @@ def run_teacher(teacher: Teacher, views: Views, layers: Sequence[int]) -> dict[i
 
 
 def precision_dtype(precision: str | bool) -> torch.dtype | None:
-    """What autocast computes in, None for float32; YAML reads no as false.
-
-    Raises:
-        BurnishError: none of no, bf16 and fp16.
-    """
+    """What autocast computes in, None for float32; YAML reads no as false."""
     known = {"no": None, "False": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if str(precision) not in known:
         raise BurnishError(f"teacher: precision {precision!r}", "no, bf16 or fp16")

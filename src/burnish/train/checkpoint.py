@@ -77,9 +77,6 @@ def save(run: Run, log_state: dict[str, Any]) -> Path:
 
     The first rank calls this; where weights are sharded, every rank does. `log_state` is kept in meta.json as it is:
     minutes of training, and the figures that no row has yet.
-
-    Raises:
-        BurnishError: too little room, or weights that are not finite; the checkpoints before stay.
     """
     target = run.output / "checkpoints" / f"{run.step:06d}"
     tensors = _training_state(run)
@@ -137,11 +134,7 @@ def drop(output: Path, keep: int) -> None:
 
 
 def export(run: Run) -> Path:
-    """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format.
-
-    Raises:
-        BurnishError: weights that are not finite, or too little room; an earlier policy stays.
-    """
+    """Write the final policy folder <output>/policy and, with adapters, <output>/adapter in peft's format."""
     target = run.output / "policy"
     with _new_folder(run, target) as folder:
         _write_policy(run, folder, target)

@@ -54,7 +54,6 @@ class Cost:
 
     @property
     def peak(self) -> int:
-        """Bytes."""
         return sum(self.parts.values())
 
 
@@ -139,9 +138,6 @@ def predicting(recipe: RecipeConfig, gpu: bool = False) -> Iterator[Prediction]:
     Args:
         recipe: see core.config. Where policy.path is no folder yet, the published sizes of policy.type stand in.
         gpu: on a GPU, not in the memory of this machine.
-
-    Raises:
-        BurnishError: whatever is wrong with the recipe's options, or with the config of its policy.
     """
     recipe = deepcopy(recipe)
     features, assumed = dataset_features(recipe)

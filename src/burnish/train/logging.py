@@ -79,11 +79,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line cut by a kill is left out.
-
-    Raises:
-        BurnishError: a line that is no object with a step, another one than the last.
-    """
+    """All whole rows of a metrics file; a last line cut by a kill is left out."""
     text = read_text(path) if path.is_file() else ""
     rows = list(rows_of(text, path)) if "\n" in text else []  # else a kill has cut the only line
     for where, row in rows:

@@ -190,7 +190,6 @@ class Run(seat.Run):
         return self._minutes_before + since / 60
 
     def start_clock(self) -> None:
-        """Training begins now."""
         self._started = time.perf_counter()
 
     def log_state(self) -> dict[str, Any]:

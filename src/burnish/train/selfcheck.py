@@ -127,9 +127,6 @@ def check_cameras(run: Run, batch: Batch) -> None:
 
     A black picture in a camera's place (a white one where it is black) changes nothing where a rename map, a wrong name
     or a zero weight keeps the camera out. At the start that is a warning, as a new gate may open; later it is an error.
-
-    Raises:
-        BurnishError: a camera that reaches nothing, with its name.
     """
     again = min(CAMERAS_AGAIN, run.recipe.train.steps - 1)
     if run.step not in (0, again):

@@ -107,12 +107,7 @@ def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
 
 
 def policy_and_data(recipe: RecipeConfig, progress: bool, device: str = "cpu") -> tuple[Policy, RobotData, str]:
-    """Load the data sets and, onto its device, the policy that fits them; also returns the hash of its weights.
-
-    Raises:
-        BurnishError: statistics are missing, the action dimensions differ, a camera is missing, and all that
-            `load_policy` and `RobotData` refuse.
-    """
+    """Load the data sets and, onto its device, the policy that fits them; also returns the hash of its weights."""
     from burnish.core.provenance import weights_hash
 
     sources = open_sources(recipe)

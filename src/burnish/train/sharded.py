@@ -73,7 +73,6 @@ class Shards:
         return whole
 
     def ask[T](self, call: Callable[..., T], *args: Any) -> T:
-        """See methods.objective.Run."""
         found = self.root(call, *args)
         self.root.reshard()  # it would stay whole, and old, until the next backward
         return found

@@ -30,11 +30,7 @@ def write(folder: Path, state: State) -> None:
 
 
 def read(folder: Path, state: State, no_dist: bool) -> None:
-    """Fill the tensors of `state`, sharded over any number of ranks or whole, with what `write` wrote.
-
-    Raises:
-        BurnishError: files are damaged, or tensors are missing, extra, misshapen or incomplete.
-    """
+    """Fill the tensors of `state`, sharded over any number of ranks or whole, with what `write` wrote."""
     from safetensors import SafetensorError
     from torch.distributed import checkpoint
 

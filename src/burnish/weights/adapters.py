@@ -127,7 +127,6 @@ class Adapted:
 
     @property
     def stamp(self) -> list[Any]:
-        """See `sources.stamp`."""
         return stamp(self.path, [self.path / ADAPTER, self.path / ADAPTER_CONFIG])
 
     @property

@@ -297,11 +297,7 @@ def _not_exact(tuned: np.ndarray, reached: np.ndarray, info: TensorInfo) -> floa
 
 
 def _find_tied(parents: Parents, choice: Choice) -> dict[str, str]:
-    """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner.
-
-    Raises:
-        BurnishError: the patterns let only one of two tied matrices take part.
-    """
+    """Matrices that are bit for bit the same in each parent (tied weights stored twice): alias to owner."""
     stored = [parent for parent in parents.values() if isinstance(parent, Checkpoint)]
     if len(stored) < len(parents):
         return {}
@@ -359,11 +355,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def differences(tuned: Path, control: Path) -> list[str]:
-    """How the runs behind two checkpoints differ in more than their methods, one line each; [] where they do not.
-
-    Raises:
-        BurnishError: a record is there and unreadable.
-    """
+    """How the runs behind two checkpoints differ in more than their methods, one line each; [] where they do not."""
     one, other = facts(tuned), facts(control)
     unknown = [str(path) for path, found in ((tuned, one), (control, other)) if not found]
     if unknown:

@@ -106,10 +106,6 @@ def choose(
         parents: "base", "tuned", "control" to their tensors.
         include, exclude: patterns over names.
         heads: refuse, skip or keep heads that are missing somewhere or differ in shape (keep cannot fix a shape).
-
-    Raises:
-        BurnishError: a missing or extra tensor, a shape that differs, quantised weights, a head without a rule, nothing
-            chosen.
     """
     names = {name for tensors in parents.values() for name in tensors}
     check_patterns(include, names, "--include")

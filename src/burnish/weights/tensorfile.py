@@ -110,7 +110,6 @@ class TensorFile:
         return found
 
     def digest(self, name: str) -> str:
-        """A tensor's digest, read now."""
         return digest_of(name, self.tensors[name], self.read)
 
 

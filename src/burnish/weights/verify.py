@@ -82,7 +82,6 @@ class _Extracted:
             raise BurnishError(f"'{other}' in {self.tuned.path} is {self.tensors[other].dtype}", "floating point")
 
     def unequal(self, name: str, start: int, stop: int) -> int:
-        """How many elements of a block differ."""
         parents = (self.control, self.tuned)
         control, tuned = (parent.values(name, start, stop, np.empty(stop - start)) for parent in parents)
         if not (healthy(control) and healthy(tuned)):
@@ -138,7 +137,6 @@ class _Merged:
         return delta
 
     def unequal(self, name: str, start: int, stop: int) -> int:
-        """How many elements of a block differ."""
         got, wanted = self.output.read(name, start, stop), self.base.read(name, start, stop)
         dtype, before = self.tensors[name].dtype, self.base.tensors[name].dtype
         if dtype in FLOATS and not healthy(widened(got, dtype)):

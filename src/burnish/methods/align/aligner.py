@@ -75,9 +75,6 @@ class Aligner(nn.Module):
         Args:
             captured: a forward's states at all student layers.
             targets: {teacher layer: [B, V, h, w, D_t]}.
-
-        Raises:
-            BurnishError: a view has another number of tokens than its target.
         """
         mask_BT, losses = self.mask(captured), []
         for pair, (student, teacher) in enumerate(self.pairs):
@@ -92,7 +89,6 @@ class Aligner(nn.Module):
         return losses
 
     def total(self, losses: list[Tensor]) -> Tensor:
-        """Weighted mean of the pairs' losses."""
         return sum(share * loss for share, loss in zip(self.shares, losses, strict=True))
 
 
@@ -101,9 +97,6 @@ def token_grid(captured: Captured, cameras: Sequence[str], placements: Sequence[
 
     Args:
         placements: of each view; none means square pictures.
-
-    Raises:
-        BurnishError: they have none; names the tokens found.
     """
     counts = {camera: captured.cameras[camera].stop - captured.cameras[camera].start for camera in cameras}
     grids = set()

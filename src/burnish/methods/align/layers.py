@@ -81,9 +81,6 @@ def choose_pairs(select: str, count: int, num_student: int, num_teacher: int, *,
             "single" Spatial Forcing's layer (block 24 of 32, 12 of 18, else that at three quarters of the depth) with
             the teacher's last; "e2m_last1"; "uniform-K"; "shallow", "middle", "deep" thirds.
         count: pairs of "e2m_last1", and most of "depth" (0: no limit).
-
-    Raises:
-        BurnishError: no such strategy.
     """
     if select == "depth":
         read = max(1, num_student - 1)

@@ -83,11 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str, options: dict[str, Any]) -> AlignConfig:
-    """The options of a preset with some of them changed.
-
-    Raises:
-        BurnishError: unknown preset or option, or a value out of range.
-    """
+    """The options of a preset with some of them changed."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise BurnishError(f"align: preset is '{preset}'", f"one of {', '.join(PRESETS)}")
     values = PRESETS[preset] | options

@@ -29,11 +29,7 @@ VISION = Path("data/teachers/vision")
 
 
 def choose_teacher(root: Path, cameras: Sequence[str]) -> dict[str, Any]:
-    """The specification of the teacher that a data set can have where the recipe names none.
-
-    Raises:
-        BurnishError: no depth is kept and there is no vision model; has the command that fetches one.
-    """
+    """The specification of the teacher that a data set can have where the recipe names none."""
     if has_geometry(root, cameras):
         return {"name": "geometry"}
     if (VISION / "config.json").exists():

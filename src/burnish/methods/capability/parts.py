@@ -114,7 +114,6 @@ class Whole:
         self.start = local(parameter).clone() if start is None else start
 
     def products(self) -> Tensor:
-        """See `products`, of the parameter."""
         total = torch.zeros(3, dtype=torch.float64, device=self.start.device)
         for *_, gamma, moved in self._blocks():
             total += products(gamma, moved)

@@ -107,11 +107,7 @@ class Anchor:
     moments: dict[tuple[int, str], Moments] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; a kill leaves the old one or none.
-
-        Raises:
-            BurnishError: no room, or not allowed.
-        """
+        """Write one safetensors file; a kill leaves the old one or none."""
         from safetensors.torch import save_file
 
         from burnish.core.files import new_file
@@ -125,11 +121,6 @@ class Anchor:
 
     @classmethod
     def load(cls, path: Path) -> "Anchor":
-        """Read what `save` wrote.
-
-        Raises:
-            BurnishError: no such file, no anchor of this format, or a damaged one.
-        """
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
@@ -230,9 +221,6 @@ def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anch
 
     Args:
         about: samples, layers and width are filled in.
-
-    Raises:
-        BurnishError: there was no batch.
     """
     moments: dict[tuple[int, str], Moments] = {}
     samples = width = 0

@@ -120,11 +120,7 @@ AUTO = "l2sp"
 
 
 def resolve(method: str, given: dict[str, Any]) -> tuple[str, Options]:
-    """The method's name (auto replaced) and its options with those of the recipe on top.
-
-    Raises:
-        BurnishError: an unknown method or option, or a value out of range.
-    """
+    """The method's name (auto replaced) and its options with those of the recipe on top."""
     method = AUTO if method == "auto" else method
     if method not in METHODS:
         raise BurnishError(f"isolate: method '{method}'", f"auto or one of {', '.join(METHODS)}")

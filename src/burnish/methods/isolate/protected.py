@@ -121,11 +121,7 @@ class Source:
                                     run.device, wrong=wrong, progress=show)  # fmt: skip
 
     def _hold_against(self, run: Run, questions: str, path: str) -> None:
-        """Say how far the base is from the anchor, on questions and on the robot's inputs, where nothing has drifted.
-
-        Raises:
-            BurnishError: on questions like those of the anchor it is too far, see `refuse_gap`.
-        """
+        """Say how far the base is from the anchor, on questions and on the robot's inputs: nothing has drifted."""
         anchor, wrong = self.anchor, self.options.control == "wrong_anchor"
         self.gaps["questions"] = anchor.about.gap
         if questions and (path or wrong):

@@ -71,11 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str, options: dict[str, Any]) -> PreferConfig:
-    """The preset with the given options on top; `score` is a mapping and is merged field by field.
-
-    Raises:
-        BurnishError: an unknown preset or option, or a value out of range.
-    """
+    """The preset with the given options on top; `score` is a mapping and is merged field by field."""
     if preset not in PRESETS:
         raise BurnishError(f"prefer: preset '{preset}'", f"one of {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])

@@ -28,9 +28,6 @@ def make_index(
     Args:
         spec: an encoder, see `data.vectors`.
         head: folder of a head for that encoder; None takes its features as they are.
-
-    Raises:
-        BurnishError: whatever `encode_dataset` refuses; a head of another encoder.
     """
     require_own(output, KIND)
     encoder = make_encoder(spec)

@@ -213,7 +213,6 @@ class Head(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """One over the temperature."""
         return self.log_scale.exp().clamp_max(1 / LEAST_TEMPERATURE)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -279,9 +278,6 @@ def save_head(folder: Path, head: Head, encoder: dict[str, Any], **about: Any) -
     Args:
         encoder: identity of what makes its features, see `data.vectors.Encoder`.
         about: whatever else should be known of it (data, cameras, seed, minutes).
-
-    Raises:
-        BurnishError: the folder holds something else.
     """
     from safetensors.torch import save_file
 
@@ -304,9 +300,6 @@ def load_head(folder: Path, encoder: dict[str, Any] | None = None) -> tuple[Head
     Args:
         folder: see the head of this file.
         encoder: of the features that it is meant for; None asks for no particular one.
-
-    Raises:
-        BurnishError: no head, a damaged one, or one of another encoder.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

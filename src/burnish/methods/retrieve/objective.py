@@ -91,5 +91,4 @@ class Retrieve(Objective):
         return Moments(*(torch.from_numpy(one.astype(np.int64)).to(run.device) for one in pair))
 
     def metrics(self) -> dict[str, float]:
-        """Each weighted term at the last step, and the temperature."""
         return {name: float(value) for name, value in self._figures.items()}

@@ -53,11 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(preset: str, options: dict[str, Any]) -> RetrieveConfig:
-    """The options of a preset with some of them changed.
-
-    Raises:
-        BurnishError: unknown preset or option, or a value out of range.
-    """
+    """The options of a preset with some of them changed."""
     if not isinstance(preset, str) or preset not in PRESETS:
         raise BurnishError(f"retrieve: preset is {str(preset)[:80]!r}", f"one of {', '.join(PRESETS)}")
     config = read_options(RetrieveConfig, PRESETS[preset] | options, "retrieve")

@@ -71,9 +71,6 @@ def train_head(
 
     Args:
         features: of the training episodes alone.
-
-    Raises:
-        BurnishError: fewer than two episodes, or no loss that these features could have.
     """
     frames = _Frames(features, config)
     if len(frames.starts) < 2:

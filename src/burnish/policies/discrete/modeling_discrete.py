@@ -211,7 +211,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         return summed.sum() / weight.sum().clamp_min(1), {}
 
     def combine(self, out: dict[str, Tensor]) -> Tensor:
-        """[B, L] loss of every token."""
         if "ordinal" not in out:
             return out["cross_entropy"]
         return out["cross_entropy"] + self.config.ordinal_weight * out["ordinal"]
@@ -301,9 +300,6 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
             stream: called with the number of finished control steps and the normalised actions [B, T, A] as they come;
                 FAST tokens have no order, so all steps come at once.
             until, carry: see `Decoder`.
-
-        Raises:
-            BurnishError: a prefix with FAST tokens.
         """
         ids = None
         if prefix is not None and prefix.shape[1]:

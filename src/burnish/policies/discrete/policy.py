@@ -75,7 +75,6 @@ class Discrete(VLMPolicy):
     def create(
         cls, name: str, source: Path | str, features: dict, dataset_stats: dict, overrides: dict, **options: Any
     ) -> Self:
-        """See `burnish.policies.discrete.policy.new_policy`."""
         return cls(*new_policy(source, features, dataset_stats, {"type": name, **overrides}, **options))
 
     @property
@@ -265,9 +264,6 @@ def new_policy(source: Path | str, features: dict[str, Any], dataset_stats: dict
         source: a VLM folder (config, weights, tokenizer), a SmolVLA policy folder, or a shipped base's name. From a
             SmolVLA come the VLM, the state projection and the way it scales embeddings; its action expert is left.
         fields: of DiscreteConfig, and its "type"; the others are those of `SmolVLA.create`.
-
-    Raises:
-        BurnishError: no such folder, a VLM that does not fit, or config values that do not go together.
     """
     source = Path(source)
     if (source / CONFIG).is_file() and "type" not in read_object(source / CONFIG):

@@ -53,9 +53,6 @@ class Bins(nn.Module):
         Args:
             stats: LeRobot statistics of "action": min, q01, q10, q50, q90, q99, max.
             bounds: the two of them that normalisation sends to -1 and 1.
-
-        Raises:
-            BurnishError: a quantile is missing.
         """
         missing = [name for name in _KNOWN if name not in stats]
         if missing:
@@ -99,9 +96,6 @@ class Fast(nn.Module):
     Args:
         folder: holds tokenizer.json and processor_config.json (scale, min_token).
         length: L; ids past the end of a chunk's tokens are `vocabulary - 1`.
-
-    Raises:
-        BurnishError: files are missing or are no tokenizer.
     """
 
     time_ordered = False
@@ -129,11 +123,7 @@ class Fast(nn.Module):
         self.vocabulary = self.pairs.get_vocab_size() + 1
 
     def encode(self, actions: Tensor) -> Tensor:
-        """[B, T, A] normalised actions to ids [B, L].
-
-        Raises:
-            BurnishError: a chunk needs more than L tokens.
-        """
+        """[B, T, A] normalised actions to ids [B, L]."""
         rows = self.spell(actions)
         longest = max(map(len, rows))
         if longest > self.length:

@@ -105,7 +105,6 @@ class OpenVLAConfig:
 
     @property
     def length(self) -> int:
-        """L, tokens of a chunk."""
         return self.chunk_size * self.action_dim
 
     @property

@@ -68,11 +68,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, instructions: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompts of B instructions: ids long [B, S] and mask bool [B, S], padded on the left, without <s>.
-
-    Raises:
-        BurnishError: an instruction of over `MOST_TOKENS` tokens.
-    """
+    """Prompts of B instructions: ids long [B, S] and mask bool [B, S], padded on the left, without <s>."""
     texts = [PROMPT.format(instruction=instruction.lower()) for instruction in instructions]
     empty = tokenizer.convert_tokens_to_ids(EMPTY)
     rows = tokenizer(texts, add_special_tokens=False, padding=False, return_attention_mask=False)["input_ids"]
@@ -106,11 +102,7 @@ def kept_files(folder: Path, raw: dict[str, Any]) -> dict[str, bytes]:
 
 
 def build(config: OpenVLAConfig, folder: Path | None = None) -> nn.Module:
-    """The network in its type: with the weights of `folder`, or with random ones from torch's generator.
-
-    Raises:
-        BurnishError: a folder whose weights are too few for its config, missing, left over, or not finite.
-    """
+    """The network in its type: with the weights of `folder`, or with random ones from torch's generator."""
     dtype = getattr(torch, config.settings.dtype)
     if folder is None:
         return OpenVLANet(config).to(dtype)
