@@ -15,7 +15,6 @@ from burnish.evaluate.records import EPISODES, SETTINGS, SUMMARY, Record, rows_o
 from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import Sequential, sequential
 from burnish.evaluate.stats import (
-    LEVEL,
     Estimate,
     Rate,
     Verdict,
@@ -193,9 +192,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """The word for the whole difference; "better" and "worse" need the p-value too, which few pairs do not give."""
-        word = verdict(self.overall.low, self.overall.high, self.margin, self.overall.n)
-        return word if word == "equivalent" or self.overall.p <= 1 - LEVEL else "undecided"
+        """The word for the whole difference, see `stats.verdict`."""
+        return verdict(self.overall.low, self.overall.high, self.margin, self.overall.n, self.overall.p)
 
     def to_dict(self) -> dict[str, Any]:
         return {

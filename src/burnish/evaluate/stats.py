@@ -191,16 +191,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(low: float, high: float, margin: float | None = None, pairs: int = 0) -> Verdict:
+def verdict(low: float, high: float, margin: float | None = None, pairs: int = 0, p: float = 0.0) -> Verdict:
     """The word for a difference with the interval [low, high].
 
     Args:
         margin: differences up to this size do not matter; None where none was declared, then nothing is equivalent.
         pairs: of successes, how many: where as many that never differ would leave more than the margin unseen, a few
             that differ cannot show that two are equivalent. 0: not of successes, or the interval knows it.
+        p: "better" and "worse" need a p-value of at most 1 - LEVEL too, which few pairs do not give.
     """
     if margin is not None and -margin <= low and high <= margin and unseen(pairs) <= margin:
         return "equivalent"
+    if p > 1 - LEVEL:
+        return "undecided"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 

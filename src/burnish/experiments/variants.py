@@ -176,8 +176,7 @@ def _word(row: Mapping[str, Any], declared: Mapping[str, Any], primary: bool) ->
     low, high = (-high, -low) if lower else (low, high)
     margin = declared["margin"] if primary else None
     states = max(map(len, row["outcomes"].values())) if "rate" in row else 0
-    word = verdict(low, high, MARGIN if margin is None and "rate" in row else margin, states)
-    return word if word == "equivalent" or row["adjusted"] <= 1 - LEVEL else "undecided"
+    return verdict(low, high, MARGIN if margin is None and "rate" in row else margin, states, row["adjusted"])
 
 
 def _letters(rows: list[dict[str, Any]]) -> None:

@@ -55,7 +55,7 @@ def reference_scores(
     policy: Policy, data: PairData | OutcomeData, config: ScoreConfig, pool: int, seed: int, batch_size: int = 16,
     progress: bool = True,
 ) -> Tensor:  # fmt: skip
-    """[N, pool, 2, K] weighted scores (see `weighted`) of all pairs on all sets of draws, by the policy as it is now."""
+    """[N, pool, 2, K] weighted scores (see `weighted`) of all pairs on all sets of draws, by the policy as it is."""
     device = next(policy.parameters()).device
     together = max(1, ROWS_AT_ONCE // (2 * config.draws * data.chunk_size))
     found = torch.empty(len(data), pool, 2, config.draws)
