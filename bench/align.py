@@ -92,8 +92,8 @@ class _Stepper:
     """A run that does one step after another and says how long each took."""
 
     def __init__(self, folder: Path, variant: str):
-        from burnish.train.divergence import DivergenceGuard
-        from burnish.train.streams import Streams
+        from burnish.train.selfcheck import DivergenceGuard
+        from burnish.train.step import Streams
 
         self.run = _run(folder, variant)
         self.streams = Streams(self.run)

@@ -180,8 +180,7 @@ def random_models(step: int, steps: int, size: dict[str, int], device: str, dtyp
 
     from burnish.core.seeding import seeded
     from burnish.policies.discrete.configuration_discrete import DiscreteConfig
-    from burnish.policies.discrete.network import TokenNet
-    from burnish.policies.discrete.token_model import NetTokenModel
+    from burnish.policies.discrete.network import NetTokenModel, TokenNet
 
     class Backbone(torch.nn.Module):
         """A language model where TokenNet wants a VLM; images never pass through it here."""

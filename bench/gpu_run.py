@@ -189,8 +189,7 @@ def models(policy: Any, steps: int) -> tuple[Any, Any]:
 
     import torch
 
-    from burnish.policies.discrete.network import TokenNet
-    from burnish.policies.discrete.token_model import NetTokenModel
+    from burnish.policies.discrete.network import NetTokenModel, TokenNet
 
     config = replace(policy.config, chunk_size=steps, n_action_steps=steps)
     net = policy.policy.model

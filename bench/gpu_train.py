@@ -165,9 +165,9 @@ def _run(setting: Setting, ground: Path, policy: Any, words: list[str]) -> Itera
 
 def _ours(setting: Setting, ground: Path, policy: Any, n: int, words: list[str]) -> dict[str, Any]:
     """Steps of our loop, loading and augmentation of the data included, or why there are none."""
-    from burnish.train.divergence import DivergenceGuard
     from burnish.train.loop import train_step
-    from burnish.train.streams import Streams
+    from burnish.train.selfcheck import DivergenceGuard
+    from burnish.train.step import Streams
 
     try:
         with _run(setting, ground, policy, words) as run:

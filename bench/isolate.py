@@ -104,9 +104,9 @@ class _Training:
     def __init__(self, folder: Path, root: Path, questions: Path, inside: str):
         from bench.train import _base
         from burnish.core.recipe import load_recipe
-        from burnish.train.divergence import DivergenceGuard
         from burnish.train.run import Run
-        from burnish.train.streams import Streams
+        from burnish.train.selfcheck import DivergenceGuard
+        from burnish.train.step import Streams
 
         method = f"[{{name: isolate, questions: '{questions}', anchor_samples: 64, {inside}}}]" if inside else "[]"
         recipe = load_recipe(None, [

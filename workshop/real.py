@@ -20,7 +20,7 @@ from burnish.core.seeding import seeded
 from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, IMAGES, STATE
 from burnish.policies.load import POLICIES
-from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.pi import PI_SIZES, small_pi
 from burnish.policies.pipelines import new_processors
 from burnish.policies.wrapper import PolicyWrapper
 from workshop.tiny import NANO_TEXTS, build_tokenizer, default_statistics, vlm_files

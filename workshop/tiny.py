@@ -13,9 +13,8 @@ from burnish.core.seeding import seeded
 from burnish.policies import create_policy
 from burnish.policies import folder as folders
 from burnish.policies.keys import ACTION, FAST_FOLDER, IMAGES, STATE
-from burnish.policies.pi import Pi
+from burnish.policies.pi import PI_SIZES, Pi, small_pi
 from burnish.policies.pi0_fast import Pi0Fast, local_tokenizers
-from burnish.policies.pi_sizes import PI_SIZES, small_pi
 from burnish.policies.pipelines import new_processors
 
 IMAGE_TOKEN = "<image>"

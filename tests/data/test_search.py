@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import mixed_data, recipe_from_dict
-from burnish.data.curate import curate, idle_stretches
-from burnish.data.search import Index, best, build, centres, nearest_episodes, search, signatures
+from burnish.data.search import (
+    Index,
+    best,
+    build,
+    centres,
+    curate,
+    idle_stretches,
+    nearest_episodes,
+    search,
+    signatures,
+)
 from burnish.data.vectors import FRAME, Vectors, encode_dataset, load_vectors, make_encoder
 
 

@@ -20,11 +20,11 @@ from burnish.core.recipe import load_recipe
 from burnish.data.pairs import Pair, write_index
 from burnish.teachers.base import Teacher
 from burnish.train import checkpoint
-from burnish.train.divergence import DivergenceGuard
 from burnish.train.loop import train_step
 from burnish.train.run import Run
+from burnish.train.selfcheck import DivergenceGuard
 from burnish.train.setup import own_accelerate_state
-from burnish.train.streams import Streams
+from burnish.train.step import Streams
 from burnish.weights.extract import extract
 from workshop.tiny import make_tiny
 

@@ -15,7 +15,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.seeding import seeded
 from burnish.policies import create_policy, load, load_policy
 from burnish.policies import folder as folders
-from burnish.policies.pi_sizes import PI_SIZES, small_pi
+from burnish.policies.pi import PI_SIZES, small_pi
 from workshop.tiny import NANO_TEXTS, build_tokenizer, default_statistics, make_tiny
 
 

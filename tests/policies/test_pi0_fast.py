@@ -15,8 +15,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.provenance import weights_hash
 from burnish.core.types import Draws
 from burnish.policies import load_policy
+from burnish.policies.pi import small_pi
 from burnish.policies.pi0_fast import local_tokenizers
-from burnish.policies.pi_sizes import small_pi
 from workshop.tiny import make_tiny
 
 PRE = "policy_preprocessor.json"

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 from burnish.core.errors import BurnishError
 from burnish.core.types import Draws
 from burnish.policies import load_policy
-from burnish.policies.pi_sizes import small_pi
+from burnish.policies.pi import small_pi
 from burnish.policies.steered import conditioned
 from burnish.sampling.steering import Steering
 

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from burnish import __version__
-from burnish.cli import compare, completion, data, eval, method, policy, report, run, start, train, trial, weights
+from burnish.cli import compare, completion, data, eval, method, policy, report, run, start, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
 from burnish.core.errors import BurnishError, one_line, plain
 from burnish.core.files import disk_errors
 
 COMMANDS = Group("Post-training for vision-language-action policies.", {
-    "start": start.start, "doctor": start.doctor, "trial": trial.trial,
-    "data": data.COMMANDS, "train": train.train, "eval": eval.evaluate,
+    "start": start.start, "doctor": start.doctor, "trial": compare.trial,
+    "data": data.COMMANDS, "train": run.train, "eval": eval.evaluate,
     "compare": compare.compare, "run": run.run,
     "weights": weights.COMMANDS, "policy": policy.COMMANDS, "method": method.COMMANDS, "report": report.COMMANDS,
     "completion": completion.completion,

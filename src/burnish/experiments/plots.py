@@ -104,7 +104,7 @@ def _draw(axis: Any, variants: dict[str, dict[str, Any]], kind: str, label: str,
     axis.spines[["top", "right"]].set_visible(False)
 
 
-COLOURS = {"better": "#0f766e", "worse": "#b4262a", "equivalent": "#2563a8"}
+VERDICTS = {"better": "#0f766e", "worse": "#b4262a", "equivalent": "#2563a8"}
 PLAIN = "#8a929c"
 
 
@@ -131,7 +131,7 @@ def write_intervals(result: Path, out: Path = Path("intervals.png"), measure: st
         share = "rate" in rows[0]
         scale = 100 if share else 1
         for place, row in enumerate(rows):
-            colour = COLOURS.get(row.get("verdict", ""), PLAIN)
+            colour = VERDICTS.get(row.get("verdict", ""), PLAIN)
             mean = scale * row["rate" if share else "mean"]
             if row["interval"]:
                 ends = [scale * end for end in row["interval"]]

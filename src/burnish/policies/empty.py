@@ -20,7 +20,7 @@ WORDS = 48
 
 
 def empty_policy(path: str, kind: str, overrides: Mapping[str, Any], features: dict[str, Any] | None) -> PolicyWrapper:
-    """The policy that a recipe trains. Call it where tensors are fake (see burnish.train.ledger).
+    """The policy that a recipe trains. Call it where tensors are fake (see burnish.train.cost).
 
     Args:
         path: its folder, of which config.json and the files of its VLM are read. Where there is none, LeRobot's own

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
-from burnish.policies import hidden
 from burnish.policies.base import Stage, lacks
 from burnish.policies.discrete.tokenizers import Fast
 from burnish.policies.draws import drawn
@@ -27,6 +26,7 @@ from burnish.policies.keys import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, FAST
 from burnish.policies.load import POLICIES
 from burnish.policies.pi import PaliGemmaParts
 from burnish.policies.pretrained import load_tokenizer, require_inside
+from burnish.policies.vlm import add_actions
 
 _TOKENIZER = "action_tokenizer_processor"
 PREFIX, STOP = "Action: ", "|"
@@ -171,7 +171,7 @@ class Pi0Fast(PaliGemmaParts):
     def _note_answer(self, images: list[Tensor], present: list[Tensor], text: Tensor, answer: Tensor) -> None:
         self._note(images, present, text)
         for captured in self._captures:
-            hidden.add_actions(captured, answer)
+            add_actions(captured, answer)
 
     def _fast_ids(self, answer: list[int]) -> list[int]:
         """FAST's ids in an answer; empty where it holds a token that can be none."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
 from burnish.policies import folder as folders
-from burnish.policies import hidden, language, tensors
+from burnish.policies import language, tensors
 from burnish.policies.base import Captured, recompute
 from burnish.policies.flow import FlowPolicy
 from burnish.policies.keys import STATE, TOKEN_MASK, TOKENS, VLM_FOLDER
 from burnish.policies.load import POLICIES
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
+from burnish.policies.vlm import note_layout
 
 _SMOLVLM2_TEXT = {
     "model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
@@ -142,9 +143,8 @@ class SmolVLA(FlowPolicy):
         return (image.shape[-2] // patch) * (image.shape[-1] // patch) // config.scale_factor**2
 
     def _note_layout(self, captured: Captured, parts: list[tuple[str, int, Tensor]], text_mask: Tensor) -> None:
-        hidden.note_layout(captured, parts, text_mask, state_positions=self.state_positions,
-                           width=self.config.prefix_length,
-                           around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0))  # fmt: skip
+        note_layout(captured, parts, text_mask, state_positions=self.state_positions, width=self.config.prefix_length,
+                    around_image=(2, 1) if self.config.add_image_special_tokens else (0, 0))  # fmt: skip
 
     def velocities(self, inputs: list[Any], points: Tensor, time: Tensor) -> Tensor:
         """The R points become R blocks of action tokens in one sequence; no block sees another.

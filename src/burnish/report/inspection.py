@@ -7,13 +7,12 @@ from statistics import median_high
 import numpy as np
 
 from burnish.core.errors import plain
-from burnish.data.curate import Curation, curate
 from burnish.data.dataset import Dataset, open_dataset
 from burnish.data.inspect import Dimension, Inspection
-from burnish.data.search import build
+from burnish.data.search import Curation, build, curate
 from burnish.data.streamed import Shape, StreamedFrames
 from burnish.data.vectors import META, encode_dataset, load_vectors, make_encoder
-from burnish.methods.retrieve.options import make_config
+from burnish.methods.retrieve.head import make_config
 from burnish.methods.retrieve.train import train_head
 from burnish.report.html import document, facts, header, png_uri, section, table
 from burnish.report.plots import Series, line_plot

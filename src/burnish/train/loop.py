@@ -19,14 +19,13 @@ from burnish.core.recipe import recipe_to_dict, run_folder
 from burnish.core.types import Batch
 from burnish.train import checkpoint, selfcheck
 from burnish.train.cost import fitted
-from burnish.train.divergence import DivergenceGuard
 from burnish.train.logging import Metrics, draw_curves, peak_memory
 from burnish.train.memory import mixed
 from burnish.train.optim import learning_rate
 from burnish.train.run import Run, TrainResult, claim_run, finished, result, start_files, start_over, tidy
+from burnish.train.selfcheck import DivergenceGuard
 from burnish.train.setup import is_first_process, own_accelerate_state
-from burnish.train.step import clip, gradients, write_back
-from burnish.train.streams import Streams
+from burnish.train.step import Streams, clip, gradients, write_back
 
 RETENTION_LIMIT = 256
 """Questions asked when retention is measured during training."""

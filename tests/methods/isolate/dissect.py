@@ -9,8 +9,7 @@ import torch
 from burnish.train import loop
 from burnish.train.run import Run
 from burnish.train.setup import own_accelerate_state
-from burnish.train.step import gradients
-from burnish.train.streams import Streams
+from burnish.train.step import Streams, gradients
 
 
 def recipe(root, policy, output, objective="", *more):

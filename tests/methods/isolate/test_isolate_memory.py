@@ -16,11 +16,11 @@ from burnish.methods.isolate import objective
 from burnish.methods.start import Frozen, Start
 from burnish.policies import load_policy
 from burnish.train import run as training
-from burnish.train.divergence import DivergenceGuard
 from burnish.train.loop import train_step
 from burnish.train.run import Run
+from burnish.train.selfcheck import DivergenceGuard
 from burnish.train.setup import own_accelerate_state
-from burnish.train.streams import Streams
+from burnish.train.step import Streams
 
 LORA = ["--train.peft.method=lora", "--train.peft.rank=2"]
 

@@ -13,7 +13,8 @@ from burnish import train
 from burnish.core.errors import BurnishError
 from burnish.data.pairs import OutcomeData, Pair, PairData, write_index
 from burnish.data.pairs_import import import_pairs
-from burnish.methods.prefer import heldout, losses
+from burnish.methods.prefer import losses
+from burnish.methods.prefer import scoring as heldout
 from burnish.methods.prefer.draws import ScoreConfig, make_draws
 from burnish.methods.prefer.options import make_config
 

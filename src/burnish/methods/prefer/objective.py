@@ -17,7 +17,7 @@ from burnish.core.types import Batch, PolicyLoss
 from burnish.data.pairs import FACTS, OutcomeData, PairData, PairFolder
 from burnish.methods import reference
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
-from burnish.methods.prefer import heldout, losses
+from burnish.methods.prefer import losses, scoring
 from burnish.methods.prefer.draws import margin_error
 from burnish.methods.prefer.options import PreferConfig, make_config
 from burnish.methods.prefer.scoring import (
@@ -57,7 +57,7 @@ class Prefer(Objective):
         self._sums: dict[str, Tensor] = {}
         self._seen = 0
         self._warned: set[str] = set()
-        self._held: heldout.HeldOut | None = None
+        self._held: scoring.HeldOut | None = None
         self._held_figures: dict[str, float] = {}
 
     def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
@@ -80,13 +80,13 @@ class Prefer(Objective):
             with reference.without_dropout(self.dropouts):
                 self.cache = self._cached_reference(run)
         if isinstance(self.data, PairData):
-            self.trained_on, held = heldout.split(self.data.pairs, config.held_out)
+            self.trained_on, held = scoring.split(self.data.pairs, config.held_out)
             episodes = {side[0] for i in held for side in (self.data.pairs[i].chosen, self.data.pairs[i].rejected)}
             cut = np.isin(self.data.robot.episode_index[self.data.successes], sorted(episodes))
             self.data.successes = self.data.successes[~cut]
             if len(held) and run.policy.supports("score"):
                 with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
-                    self._held = heldout.HeldOut(run.policy, self.data, held)
+                    self._held = scoring.HeldOut(run.policy, self.data, held)
 
     def _open(self, run: Run) -> PairFolder:
         options: dict[str, Any] = {
@@ -126,7 +126,7 @@ class Prefer(Objective):
     def _measure_held_out(self, run: Run) -> None:
         """Every so often, and before the last step: what is held out is scored without gradient."""
         last = run.step == run.recipe.train.steps - 1
-        if self._held is not None and self._micro == 0 and (last or run.step % heldout.EVERY == 0):
+        if self._held is not None and self._micro == 0 and (last or run.step % scoring.EVERY == 0):
             with reference.without_dropout(self.dropouts):
                 self._held_figures = self._held.figures(run.policy)
 

@@ -16,18 +16,17 @@ from burnish.core.reading import read_object
 from burnish.core.seeding import seeded
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
-from burnish.policies import hidden, language, tensors
+from burnish.policies import language, tensors
 from burnish.policies.base import Stage, TokenForward
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
-from burnish.policies.discrete.network import bucketed
-from burnish.policies.discrete.token_model import NetTokenModel
+from burnish.policies.discrete.network import NetTokenModel, bucketed
 from burnish.policies.discrete.tokenizers import FAST_FILES
 from burnish.policies.keys import ACTION, CONFIG, FAST_FOLDER, PAD, TOKEN_MASK, VLM_FOLDER
 from burnish.policies.load import POLICIES, load
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
 from burnish.policies.tensors import load_tensors
-from burnish.policies.vlm import VLMPolicy
+from burnish.policies.vlm import VLMPolicy, add_actions
 from burnish.sampling.token_model import Prompt, noise_seeds
 
 
@@ -248,7 +247,7 @@ class Discrete(VLMPolicy):
             self._note(images, masks, prepared[TOKEN_MASK])
             tokens = torch.ones(len(images[0]), action_tokens, dtype=torch.bool, device=self.device)
             for captured in self._captures:
-                hidden.add_actions(captured, tokens)
+                add_actions(captured, tokens)
         return self.policy.model.prompt(prepared)
 
 

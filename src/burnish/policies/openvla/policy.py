@@ -15,7 +15,7 @@ from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import language
 from burnish.policies.base import Captured, Stage, TokenForward, lacks
 from burnish.policies.discrete import losses
-from burnish.policies.discrete.token_model import NetTokenModel
+from burnish.policies.discrete.network import NetTokenModel
 from burnish.policies.keys import ACTION, PAD, STATE, TASK
 from burnish.policies.load import POLICIES
 from burnish.policies.openvla import files, images
