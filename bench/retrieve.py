@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from burnish.core.provenance import machine
     from burnish.data.search import build
-    from burnish.methods.retrieve.head import make_config
+    from burnish.methods.retrieve.options import make_config
     from burnish.methods.retrieve.train import train_head
 
     threads = torch.get_num_threads()

@@ -23,7 +23,8 @@ from burnish.core.seeding import derive_seed
 from burnish.data.vectors import Encoder, Vectors, encode_dataset, make_encoder
 from burnish.evaluate.retrieval import over_episodes
 from burnish.experiments.results import check_place, write_result
-from burnish.methods.retrieve.head import Head, make_config
+from burnish.methods.retrieve.head import Head
+from burnish.methods.retrieve.options import make_config
 from burnish.methods.retrieve.train import train_head
 from workshop.ranks import Found, find, ranks_row, shuffled, time_errors
 

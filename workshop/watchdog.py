@@ -26,7 +26,8 @@ from burnish.evaluate.rollout import evaluate
 from burnish.evaluate.watchdog import figures
 from burnish.experiments.results import check_place, write_result
 from burnish.methods.retrieve.ask import FOLDER
-from burnish.methods.retrieve.head import load_head, make_config
+from burnish.methods.retrieve.head import load_head
+from burnish.methods.retrieve.options import make_config
 from burnish.methods.retrieve.train import train_and_save
 
 PLAIN, ALL = "plain", "all looks"

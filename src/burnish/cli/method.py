@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from burnish.cli.parser import Arg, Group, listed
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
-from burnish.methods.retrieve.head import RetrieveConfig
+from burnish.methods.retrieve.options import RetrieveConfig
 
 FIGURE = Arg(old=("--picture",), metavar="PNG")
 
@@ -197,7 +197,8 @@ def retrieve_train(
     from burnish.core.outputs import require_own
     from burnish.core.recipe import split_overrides
     from burnish.data.vectors import encode_dataset, make_encoder
-    from burnish.methods.retrieve.head import KIND, make_config
+    from burnish.methods.retrieve.head import KIND
+    from burnish.methods.retrieve.options import make_config
     from burnish.methods.retrieve.train import train_and_save
 
     require_own(output, KIND)

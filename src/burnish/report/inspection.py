@@ -3,19 +3,18 @@
 from html import escape
 from pathlib import Path
 from statistics import median_high
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from burnish.core.errors import plain
 from burnish.data.dataset import Dataset, open_dataset
 from burnish.data.inspect import Dimension, Inspection
-from burnish.data.search import Curation, build, curate
-from burnish.data.streamed import Shape, StreamedFrames
-from burnish.data.vectors import META, encode_dataset, load_vectors, make_encoder
-from burnish.methods.retrieve.head import make_config
-from burnish.methods.retrieve.train import train_head
 from burnish.report.html import document, facts, header, png_uri, section, table
 from burnish.report.plots import Series, line_plot
+
+if TYPE_CHECKING:
+    from burnish.data.search import Curation
 
 SCHEMES = {"min_max": "min/max", "quantiles": "1-99 %", "mean_std": "3 std"}
 
@@ -131,6 +130,11 @@ SHOWN, EDGE = 8, 128
 
 def curate_dataset(root: Path, spec: str) -> tuple[list[str], str]:
     """Lines for a terminal and sections of a page; `spec` is an encoder, or the folder of an index of this data set."""
+    from burnish.data.search import build, curate
+    from burnish.data.vectors import META, encode_dataset, load_vectors, make_encoder
+    from burnish.methods.retrieve.options import make_config
+    from burnish.methods.retrieve.train import train_head
+
     data = open_dataset(root)
     index = Path(spec)
     if (index / META).is_file():
@@ -142,7 +146,7 @@ def curate_dataset(root: Path, spec: str) -> tuple[list[str], str]:
     return as_lines(found), as_sections(found, _pictures(data, found, made.about["cameras"][0]))
 
 
-def as_lines(found: Curation) -> list[str]:
+def as_lines(found: "Curation") -> list[str]:
     """What the terminal shows."""
     out = [f"curation by {found.encoder}: an episode's nearest is at {found.typical:.4f} (1 - cosine, median)"]
     pairs = [f"{one} and {other} ({far:.4f})" for one, other, far in found.duplicates[:SHOWN]]
@@ -161,8 +165,10 @@ def _some(parts: list[str], whole: list) -> str:
     return ("; ".join(parts) or "none") + (f"; and {more} more" if more else "")
 
 
-def _pictures(data: Dataset, found: Curation, camera: str) -> dict[int, np.ndarray]:
+def _pictures(data: Dataset, found: "Curation", camera: str) -> dict[int, np.ndarray]:
     """A picture of every episode that is shown, of its middle frame."""
+    from burnish.data.streamed import Shape, StreamedFrames
+
     key = next(name for name in data.camera_keys if name.removeprefix("observation.images.") == camera)
     frames = StreamedFrames.open(data, key, Shape.of(data, key, EDGE, 0), list(data.episodes))
     pairs = [episode for one, other, _ in found.duplicates[:SHOWN] for episode in (one, other)]
@@ -171,7 +177,7 @@ def _pictures(data: Dataset, found: Curation, camera: str) -> dict[int, np.ndarr
     return {episode: np.asarray(frames[[found.rows[episode]]])[0] for episode in dict.fromkeys(named)}
 
 
-def as_sections(found: Curation, pictures: dict[int, np.ndarray]) -> str:
+def as_sections(found: "Curation", pictures: dict[int, np.ndarray]) -> str:
     """Sections of the page, each with thumbnails."""
 
     def cell(episode: int) -> str:

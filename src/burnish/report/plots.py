@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from burnish.core.figures import new_figure, save_figure
-from burnish.methods.align.analysis import Comparison
+
+if TYPE_CHECKING:
+    from burnish.methods.align.analysis import Comparison
 
 MAX_POINTS = 300  # more than a phone can show
 MOST_VALUE = 1e100  # and 1e-100: what lies beyond has no place on an axis
@@ -206,7 +209,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [mark for mark in marks if below <= mark <= above]
 
 
-def draw_cka(comparison: Comparison, pairs: Sequence[tuple[int, int]], path: Path) -> None:
+def draw_cka(comparison: "Comparison", pairs: Sequence[tuple[int, int]], path: Path) -> None:
     """CKA of all layers, the best one-to-one matching marked."""
     rows, columns = comparison.cka.shape
     figure = new_figure(1.6 + 0.55 * columns, 1.4 + 0.5 * rows)

@@ -11,7 +11,8 @@ from seeing import Seeing
 
 from burnish.core.errors import BurnishError
 from burnish.data.vectors import FRAME, Vectors
-from burnish.methods.retrieve.head import Head, load_head, make_config, partner_frames, save_head, sentence_features
+from burnish.methods.retrieve.head import Head, load_head, partner_frames, save_head, sentence_features
+from burnish.methods.retrieve.options import make_config
 from burnish.methods.retrieve.train import train_and_save, train_head
 
 ENCODER = {"kind": "pixels", "grid": 16}

@@ -6,15 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from burnish.methods.retrieve.head import (
-    Moments,
-    info_nce,
-    progress_loss,
-    related,
-    sentence_loss,
-    time_loss,
-    view_loss,
-)
+from burnish.methods.retrieve.head import Moments, info_nce, progress_loss, related, sentence_loss, time_loss, view_loss
 
 
 def draw(*shape, seed=0):

@@ -10,7 +10,8 @@ from ranks import train_and_keep, two_ranks
 from seeing import Seeing
 
 import burnish.policies
-from burnish.methods.retrieve.head import Head, Moments, all_ranks, make_config
+from burnish.methods.retrieve.head import Head, Moments, all_ranks
+from burnish.methods.retrieve.options import make_config
 
 
 def draw(*shape, seed=0):

@@ -12,7 +12,8 @@ from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.loader import to_device
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
-from burnish.methods.retrieve.head import Head, Moments, all_ranks, make_config, one_rank, partner_frames
+from burnish.methods.retrieve.head import Head, Moments, all_ranks, one_rank, partner_frames
+from burnish.methods.retrieve.options import make_config
 from burnish.policies.base import require
 
 if TYPE_CHECKING:

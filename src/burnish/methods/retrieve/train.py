@@ -14,7 +14,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.core.seeding import derive_seed, generator
 from burnish.data.vectors import Vectors
-from burnish.methods.retrieve.head import Head, Moments, RetrieveConfig, partner_frames, save_head
+from burnish.methods.retrieve.head import Head, Moments, partner_frames, save_head
+from burnish.methods.retrieve.options import RetrieveConfig
 
 SHOWN = 100
 """Steps whose mean loss is reported."""
