@@ -56,6 +56,7 @@ class DemosSummary:
 
     @property
     def success_rate(self) -> float:
+        """Of the expert: demonstrations over attempts."""
         return self.successes / self.attempts if self.attempts else 0.0
 
     def __str__(self) -> str:
@@ -90,6 +91,7 @@ def make_demos(
             ones follows from their initial states (tabletop:lift only); `<root>/ground_truth/episodes.jsonl` says so.
         engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; the data set is the same.
         num_gpus: GPUs for each simulator on Ray.
+        progress: show a bar on stderr.
 
     Returns:
         What was made, with the expert's success rate. A folder that is complete already is left as it is.

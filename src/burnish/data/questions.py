@@ -178,6 +178,7 @@ def make_questions(
         kinds: ask only these, see `KINDS`; none named: all.
         seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
         workers: simulator processes; 0 means one for each core.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: bad arguments, `root` holds something else than what is asked for, another process is making it,

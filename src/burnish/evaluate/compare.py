@@ -61,6 +61,7 @@ class OfflineComparison:
         return verdict(-found.high, -found.low, self.margin)
 
     def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
         figures = {name: {"a": self.means[name][0], "b": self.means[name][1], **vars(one)}
                    for name, one in self.differences.items()}  # fmt: skip
         return {
@@ -192,10 +193,11 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """The word for the whole difference, see `stats.verdict`."""
+        """The word for the whole difference; "better" and "worse" need the p-value too, which few pairs do not give."""
         return verdict(self.overall.low, self.overall.high, self.margin, self.overall.n, self.overall.p)
 
     def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
         return {
             "a": self.names[0], "b": self.names[1], "runs": list(self.runs),
             "test": self.overall.test, "verdict": self.verdict, "margin": self.margin,

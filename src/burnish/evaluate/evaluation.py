@@ -37,10 +37,12 @@ class Evaluation:
 
     @property
     def overall(self) -> Rate:
+        """Success over all episodes."""
         return wilson(sum(r.success for r in self.records), len(self.records))
 
     @property
     def per_task(self) -> dict[str, Rate]:
+        """Success by task."""
         tasks = dict.fromkeys(r.task for r in self.records)
         groups = {t: [r.success for r in self.records if r.task == t] for t in tasks}
         return {t: wilson(sum(g), len(g)) for t, g in groups.items()}

@@ -69,6 +69,7 @@ class Record:
         return self.task, self.initial_state
 
     def to_line(self) -> str:
+        """As a line of `episodes.jsonl`."""
         row = {k: v for k, v in asdict(self).items() if v or k not in ("motion", "failure", "distances")}
         return json.dumps(row, ensure_ascii=False) + "\n"
 

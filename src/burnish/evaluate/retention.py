@@ -38,13 +38,16 @@ class Retention:
 
     @property
     def accuracy(self) -> float:
+        """Share of exact answers."""
         return self.interval.rate
 
     @property
     def n(self) -> int:
+        """How many questions."""
         return self.interval.n
 
     def to_dict(self) -> dict[str, Any]:
+        """As retention.json holds it."""
         by_kind = {kind: rate.to_dict() for kind, rate in self.by_kind.items()}
         return {
             "loss": self.loss, "accuracy": self.interval.to_dict(), "by_kind": by_kind, "correct": self.correct,
@@ -71,6 +74,8 @@ def retention(
         policy: left in the mode that it was in.
         questions_root: folder with images.npy uint8 [N, H, W, 3], questions.jsonl and meta.json.
         limit: at most so many questions, drawn without a seed: always the same ones; 0 means all.
+        batch_size: questions in a batch.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: a folder that is not a question folder.

@@ -119,6 +119,7 @@ class PolicyClient:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
+        """Hang up."""
         self._connection.close()
 
     def __enter__(self) -> "PolicyClient":

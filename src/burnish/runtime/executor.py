@@ -252,6 +252,7 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
+        """Where the policy is."""
         return self.policy.device
 
     @torch.no_grad()
@@ -260,6 +261,7 @@ class Runtime:
         return self.sampler.encode(self.policy.begin(batch)[0])
 
     def sample(self, encoded: Encoded, noise: Tensor, committed: Tensor | None = None) -> Tensor:
+        """See Sampler.sample: neither preprocessing nor normalisation."""
         return self.sampler.sample(encoded, noise, committed)
 
     @torch.no_grad()
@@ -295,9 +297,11 @@ class Runtime:
 
     @torch.no_grad()
     def verify(self, batch: Batch) -> dict[str, Any]:
+        """See Sampler.compare."""
         return self.sampler.compare(self.policy.begin(batch)[0], self._draw(batch))
 
     def require(self, batch: Batch) -> dict[str, Any]:
+        """See Sampler.require."""
         with torch.no_grad():
             return self.sampler.require(self.policy.begin(batch)[0], self._draw(batch))
 
@@ -311,20 +315,24 @@ class Runtime:
     # What the profiler asks of a policy.
 
     def stages(self) -> list[Stage]:
+        """See `Policy.stages`."""
         family, own = self.sampler.family, [s for s in self.policy.stages() if s.name in ("preprocess", "postprocess")]
         return [*own, Stage("vision", family, "embed_image"), Stage("prompt", family, "prefill"),
                 Stage("pass", self.sampler, "velocity"),
                 Stage("head", self.sampler.parts.action_out, "forward")]  # fmt: skip
 
     def token_counters(self) -> list[nn.Module]:
+        """See `Policy.token_counters`."""
         parts = self.sampler.parts
         experts = [layer for layer in parts.expert_layers if layer is not None]
         return [parts.text_layers[0].self_attn.o_proj, experts[0].self_attn.o_proj]
 
     def supports(self, capability: str) -> bool:
+        """Whether `act` can do this, see `Policy.supports`."""
         return capability == "prefix"
 
     def eval(self) -> "Runtime":
+        """Put the policy into evaluation mode."""
         self.policy.eval()
         return self
 

@@ -145,6 +145,7 @@ class Cost:
 
     @property
     def peak(self) -> int:
+        """Bytes."""
         return sum(self.parts.values())
 
 

@@ -111,10 +111,12 @@ class Checkpoint:
         return widen(bits, self.tensors[name].dtype, out)
 
     def digest(self, name: str) -> str:
+        """A tensor's digest, read now."""
         return digest_of(name, self.tensors[name], self.read)
 
     @property
     def stamp(self) -> list[Any]:
+        """See `stamp`."""
         return stamp(self.path, [file.path for file in self.files])
 
 

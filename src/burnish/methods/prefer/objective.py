@@ -167,6 +167,7 @@ class Prefer(Objective):
 
     @property
     def scale(self) -> float:
+        """What a margin is multiplied by in the logit."""
         return self.config.beta * (self.config.horizon if self.config.loss == "diffusion_dpo" else 1.0)
 
     def metrics(self) -> dict[str, float]:
