@@ -74,26 +74,12 @@ DECODE = {
     "no repeats": ["--repeats", "0"],
     "too many repeats": ["--repeats", str(HUGE)],
     "no data": ["--data", "nowhere"],
-    "own and named": ["--own", "--decoder", "d2f"],
-    "into nowhere": ["--into", "nowhere.json:row"],
-    "into no file": ["--into", "row"],
 }
 
 
 @pytest.mark.parametrize("words", DECODE.values(), ids=DECODE)
 def test_decode_arguments(folder, words, refused):
     refused(["policy", "decode", folder, "--repeats", "1", *words])
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", "{", '{"rows": 5}', '{"rows": [5, null]}', '{"rows": [{"a": 1}]}', "\x00", "null"]
-)
-def test_result_files_of_decode(folder, tmp_path, content, refused, untouched):
-    file = tmp_path / "r.json"
-    file.write_text(content)
-    check = untouched(tmp_path)
-    refused(["policy", "decode", folder, "--decoder", "d2f", "--count", "1", "--repeats", "1", "--into", f"{file}:x"])
-    check()
 
 
 PROFILE = {

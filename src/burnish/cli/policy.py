@@ -95,7 +95,7 @@ def decode(
     policy: str, *, decoder: list[str] = (), option: Options = (), data: str = "", count: Count = 4,
     repeats: Repeats = 3, device: str = "",
     figure: Annotated[Path | None, Arg(old=("--picture",), metavar="PNG")] = None, json: bool = False,
-    output: Path | None = None, own: bool = False, into: Annotated[str, Arg(metavar="FILE:LABEL")] = "",
+    output: Path | None = None,
 ) -> None:  # fmt: skip
     """Decode a chunk of action tokens by one or more decoders, in figures.
 
@@ -110,8 +110,6 @@ def decode(
         figure: draw the forward passes of a decoder (the first named, or pipelined)
         json: print JSON instead of a table
         output: also write the figures as JSON to this file
-        own: the decoder and the options in the policy's config
-        into: add the first decoder's figures to the row LABEL of a result file
 
     Examples:
         burnish policy decode runs/blocks/policy --data data/tabletop/quickstart --count 32
@@ -124,18 +122,14 @@ def decode(
     for place, kind in ((output, "table of decoders"), (figure, "figure")):
         if place:
             require_file(place, kind)
-    if into:
-        _rows_of(into)  # before anything is timed
     model = load_policy(policy, device=device)
     found = compare_decoders(
-        model, decoders=decoder, options=read_options(option, "--option"), own=own,
-        data=data, count=count, repeats=repeats, figure=figure or "",
+        model, decoders=decoder, options=read_options(option, "--option"), data=data, count=count,
+        repeats=repeats, figure=figure or "",
     )  # fmt: skip
     outcome = {"policy": policy, "options": option, "data": data, "count": count, "device": str(model.device), **found}
     if output:
         write_json(output, outcome)
-    if into:
-        add_columns(into, next(iter(found["decoders"].values())))
     print(dumps(outcome, indent=1) if json else decoder_table(**found))
 
 
@@ -154,34 +148,6 @@ def decoder_table(decoders: dict[str, dict[str, Any]], refused: dict[str, str]) 
         lines.append(f"{name:16s}" + "  ".join(f"{row[key]:{form}}" for key, (_, form) in shown.items()))
     lines += [f"{name:16s}does not fit: {reason}" for name, reason in refused.items()]
     return "\n".join(lines)
-
-
-def add_columns(target: str, figures: dict[str, Any]) -> None:
-    """Put passes, rows, times and errors beside the success rate of the same decoder, in a result file."""
-    from burnish.core.files import write_json
-
-    path, result, rows = _rows_of(target)
-    for row in rows:
-        row |= {key: figures[key] for key in COLUMNS if key in figures}
-    write_json(path, result)
-
-
-def _rows_of(target: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """The result file that FILE:LABEL names, what is in it, and its rows of that label."""
-    from burnish.core.reading import read_object
-
-    name, _, label = target.rpartition(":")
-    path = Path(name)
-    if not path.is_file():
-        raise BurnishError(f"--into {target}", "FILE:LABEL with an existing result file")
-    result = read_object(path)
-    listed = result.get("rows")
-    listed = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    rows = [row for row in listed if row.get("label") == label]
-    if not rows:
-        known = ", ".join(str(row.get("label")) for row in listed)
-        raise BurnishError(f"{path} has no row '{label}'", f"one of {known}" if known else "rows with labels")
-    return path, result, rows
 
 
 def verify_decode(

@@ -18,14 +18,13 @@ from burnish.sampling.token_model import DECODERS, Decoded, Decoder, TokenModel,
 
 
 def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: dict[str, Any] | None = None,
-                     own: bool = False, data: Path | str = "", count: int = 4, repeats: int = 3,
-                     figure: Path | str = "", progress: bool = True) -> dict[str, dict[str, Any]]:  # fmt: skip
+                     data: Path | str = "", count: int = 4, repeats: int = 3, figure: Path | str = "",
+                     progress: bool = True) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Decode observations one at a time by every decoder.
 
     Args:
         decoders: names; none means all that fit the policy.
         options: of the decode plan, on top of each decoder's own.
-        own: instead the decoder and the options in the policy's config.
         data: LeRobot data set, for action errors; "" takes random images.
         count: observations.
         repeats: timed decodes of each.
@@ -36,19 +35,13 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
     """
     if count < 1 or repeats < 1:
         raise BurnishError(f"{count} observations, {repeats} repeats", "1 or more of each")
-    if own and decoders:
-        raise BurnishError(f"the policy's own decoder and {decoders[0]}", "one of them")
     require(policy, "tokens", "decode")
     model = policy.token_model()
     batch = observations(policy, count, data)
     with torch.no_grad():
         prompts = split(model.embed(batch))
     truth = true_tokens(policy, batch) if data else None
-    names, options = list(decoders), options or {}
-    if own:
-        name, stored = policy.decoder
-        names, options = [name], {**stored, **options}
-    made, refused = _fitting(model, names, options)
+    made, refused = _fitting(model, list(decoders), options or {})
     found = {
         name: measure_decoder(
             made[name],
@@ -62,7 +55,7 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         for name in progress_bar(made, desc="decoders", unit="", leave=False, shown=progress)
     }
     if figure:
-        name = next(iter(made)) if names or "pipelined" not in made else "pipelined"
+        name = next(iter(made)) if decoders or "pipelined" not in made else "pipelined"
         draw_decode(model, made[name](prompts[0]), name, Path(figure))
     return {"decoders": found, "refused": refused}
 

@@ -58,7 +58,6 @@ class DistillOptions:
     direction: str = option("forward", "see `divergence`", choices=("forward", "reverse"))
     weights: str = option("equal", "of tokens, see `inverse_share`", choices=("equal", "inverse_share"))
     weight: float = option(1.0, "of the loss", least=0)
-    teacher_block: int = option(0, "action tokens that see one another in the teacher; 0 means all", least=0)
 
 
 @OBJECTIVES.register("distill")
@@ -83,14 +82,11 @@ class Distill(Objective):
         policy = run.policy
         require(policy, "masked_diffusion", "distill")
         student = policy.token_model()
-        self.block, length = student.block, student.length
-        self.teacher_block = self.options.teacher_block or length
+        self.block, self.teacher_block = student.block, student.length
         self.teacher_prompt = student.prompt_sees_actions or _prompt_sees_actions(run.recipe.policy.path)
-        same = self.teacher_block == self.block and self.teacher_prompt == student.prompt_sees_actions
-        if length % self.teacher_block or same:
-            raise BurnishError(f"distill: a teacher with blocks of {self.teacher_block} tokens, a student with blocks "
-                               f"of {self.block}", f"blocks that divide {length} and differ",
-                               "--policy.overrides.block_size=" + str(policy.action_dim))  # fmt: skip
+        if self.teacher_block == self.block and self.teacher_prompt == student.prompt_sees_actions:
+            raise BurnishError(f"distill: a student that sees all {self.block} tokens at once, as its teacher does",
+                               "blocks", f"--policy.overrides.block_size={policy.action_dim}")  # fmt: skip
         # In a list, so that the copy is neither trained nor saved with the run.
         self._copy: list[Policy] = []
         if self.options.teacher == "copy":
