@@ -112,7 +112,7 @@ class FlowPolicy(VLMPolicy):
         See Policy.scores for the arguments; noise is [B, K, T, A_model] or [B, C, K, T, A_model].
         """
         B, C, T, A = candidates.shape
-        self._check_chunk(candidates)
+        self._check_chunk(candidates, 4)
         prepared, inputs = self._inputs(batch, candidates)
         clean = self._pad(self.model_actions(prepared[ACTION].flatten(0, 1))).view(B, C, 1, T, -1)
         draws = draws.to(self.device)
@@ -288,10 +288,6 @@ class FlowPolicy(VLMPolicy):
                 valid = valid & ~done
             errors = self.policy.model.forward(*inputs, target, draws.noise, draws.time)[:, :, : self.action_dim]
         return errors if PAD not in batch and draws.delay is None else errors * valid[:, :, None], valid
-
-    def _check_chunk(self, actions: Tensor) -> None:
-        if actions.ndim < 3 or actions.shape[-2] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
 
     def _pad(self, actions: Tensor) -> Tensor:
         return F.pad(actions, (0, self.config.max_action_dim - actions.shape[-1]))

@@ -162,8 +162,7 @@ class LeRobotPolicy(PolicyWrapper):
     def loss(self, batch: Batch, draws: Draws | None = None) -> PolicyLoss:
         """LeRobot's own loss. It is a mean over the batch, which stands for every entry of `per_sample`."""
         actions = batch[ACTION]
-        if actions.ndim != 3 or actions.shape[1] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+        self._check_chunk(actions)
         prepared = self._prepare(batch, actions)
         padded = batch.get(PAD)
         prepared[PAD] = torch.zeros(actions.shape[:2], dtype=torch.bool) if padded is None else padded.bool()

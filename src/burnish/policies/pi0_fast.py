@@ -144,8 +144,7 @@ class Pi0Fast(PaliGemmaParts):
         """Losses [B, L - 1] of each token of the answer given those before it, zero where bool [B, L - 1] is False."""
         from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 
-        if actions.ndim != 3 or actions.shape[1] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+        self._check_chunk(actions)
         prepared, model = self._prepare(batch, actions), self.policy.model
         tokens, real = prepared[ACTION_TOKENS], prepared[ACTION_TOKEN_MASK].bool()
         if whole and not bool((tokens == self.words.convert_tokens_to_ids(STOP)).any(1).all()):

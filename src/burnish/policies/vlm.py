@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
-from burnish.core.types import Batch, LanguageLoss
+from burnish.core.types import Batch, Draws, LanguageLoss
 from burnish.policies import language
-from burnish.policies.base import Captured, Stage, listed
-from burnish.policies.keys import IMAGES
+from burnish.policies.base import Captured, Stage, TokenForward, listed
+from burnish.policies.keys import IMAGES, PAD
 from burnish.policies.language import Backbone
 from burnish.policies.wrapper import PolicyWrapper
 
@@ -156,6 +156,36 @@ class VLMPolicy(PolicyWrapper):
             for captured in self._captures:
                 note_layout(captured, [part], encoded.attention_mask.bool(), around_image=(before, after))
         return image
+
+
+class TokenPolicy(VLMPolicy):
+    """One that writes its actions as tokens."""
+
+    def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
+        super().__init__(policy, preprocessor, postprocessor)
+        self._watched: list[list[TokenForward]] = []
+
+    def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
+        """[B] `scores` of one chunk each."""
+        one = {PAD: batch[PAD][:, None]} if PAD in batch else {}
+        draws = Draws(draws.noise[:, None], draws.time[:, None])
+        return self.scores({**batch, **one}, actions[:, None], draws)[:, 0, 0]
+
+    @contextmanager
+    def watch_tokens(self) -> Iterator[list[TokenForward]]:
+        watched: list[TokenForward] = []
+        self._watched.append(watched)
+        try:
+            yield watched
+        finally:
+            self._watched = [other for other in self._watched if other is not watched]
+
+    def _behind(self, prefix: Tensor | None, actions: Tensor) -> Tensor:
+        """Normalised actions [B, T, A] in environment units; `prefix` stands as it is, its tokens are coarser."""
+        actions = self.postprocessor(actions)
+        if prefix is not None:
+            actions[:, : prefix.shape[1]] = prefix.to(actions)
+        return actions
 
 
 @contextmanager

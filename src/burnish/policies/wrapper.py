@@ -198,6 +198,10 @@ class PolicyWrapper(Policy):
 
     # Inside.
 
+    def _check_chunk(self, actions: Tensor, ndim: int = 3) -> None:
+        if actions.ndim != ndim or actions.shape[-2] != self.chunk_size:
+            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
+
     def _prepare(self, batch: Batch, actions: Tensor | None) -> dict[str, Any]:
         """Check the batch and run LeRobot's preprocessor over the keys that the policy reads."""
         missing = [key for key in (*self.camera_keys, STATE, TASK) if key not in batch]

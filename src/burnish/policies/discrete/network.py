@@ -26,7 +26,52 @@ _STATE_RANGE = {"MEAN_STD": 3.0}
 """Normalised states are binned between plus and minus this; 1 for other normalisations."""
 
 
-class TokenNet(nn.Module):
+class Joint(nn.Module):
+    """Prompt and action tokens through `text_model`; a network says how actions are embedded and what a prompt sees."""
+
+    text_model: nn.Module
+
+    def embed_actions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """[B, R] ids at action positions (L and above: padding) to [B, R, D]."""
+        raise NotImplementedError
+
+    def prompt_mask(self, valid: Tensor) -> Tensor:
+        """bool [B, P, P]: what the positions of a prompt, bool [B, P], see of it."""
+        raise NotImplementedError
+
+    def joint(
+        self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
+        see_actions: bool = False, start: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
+
+        Args:
+            ids, positions: long [B, R].
+            visible: bool [B, R, P + R], what each action token sees.
+            slots: `Slots` that keep keys and values.
+            see_actions: the prompt sees all action tokens.
+            start: positions at the front that `slots` hold already.
+        """
+        states = torch.cat([prompt.states, self.embed_actions(ids, positions).to(prompt.states.dtype)], dim=1)
+        above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
+        mask = torch.cat([torch.cat([self.prompt_mask(prompt.valid), above], dim=2), visible], dim=1)
+        at = torch.cat([places(prompt.valid), prompt.valid.sum(1, keepdim=True) + positions], dim=1)
+        return self._run(states[:, start:], mask[:, start:], at[:, start:], slots)
+
+    def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
+        """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
+        return self._run(self.embed_actions(ids, positions), visible, valid.sum(1, keepdim=True) + positions, slots)
+
+    def _run(self, states: Tensor, mask: Tensor, positions: Tensor, slots: Any) -> Tensor:
+        additive = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
+        additive = additive.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None]
+        return self.text_model(
+            inputs_embeds=states, attention_mask=additive, position_ids=positions, past_key_values=slots,
+            use_cache=slots is not None,
+        ).last_hidden_state  # fmt: skip
+
+
+class TokenNet(Joint):
     """The VLM, embeddings of action ids and places, the state's way in, and a head over the legal ids.
 
     Args:
@@ -144,7 +189,6 @@ class TokenNet(nn.Module):
     # The language model.
 
     def embed_actions(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """[B, R] ids at action positions (L and above: padding) to [B, R, D]."""
         place = self.action_place[positions.clamp(max=self.config.length - 1)]
         return self.action_embed(ids) + place
 
@@ -152,37 +196,6 @@ class TokenNet(nn.Module):
         """bool [B, P, P]: images and text see one another, the state sees everything, padding is not seen."""
         late = torch.arange(valid.shape[1], device=valid.device) >= valid.shape[1] - self.state_positions
         return valid[:, None, :] & (late[:, None] | ~late[None, :])
-
-    def joint(
-        self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
-        see_actions: bool = False, start: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
-
-        Args:
-            ids, positions: long [B, R].
-            visible: bool [B, R, P + R], what each action token sees.
-            slots: `Slots` that keep keys and values.
-            see_actions: the prompt sees all action tokens.
-            start: positions at the front that `slots` hold already.
-        """
-        states = torch.cat([prompt.states, self.embed_actions(ids, positions).to(prompt.states.dtype)], dim=1)
-        above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
-        mask = torch.cat([torch.cat([self.prompt_mask(prompt.valid), above], dim=2), visible], dim=1)
-        at = torch.cat([_prompt_positions(prompt.valid), _action_positions(prompt.valid, positions)], dim=1)
-        return self._run(states[:, start:], mask[:, start:], at[:, start:], slots)
-
-    def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
-        """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
-        return self._run(self.embed_actions(ids, positions), visible, _action_positions(valid, positions), slots)
-
-    def _run(self, states: Tensor, mask: Tensor, positions: Tensor, slots: Any) -> Tensor:
-        additive = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
-        additive = additive.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None]
-        return self.text_model(
-            inputs_embeds=states, attention_mask=additive, position_ids=positions, past_key_values=slots,
-            use_cache=slots is not None,
-        ).last_hidden_state  # fmt: skip
 
 
 def bucketed(batch: dict[str, Any], multiple: int = 0) -> dict[str, Any]:
@@ -195,12 +208,9 @@ def bucketed(batch: dict[str, Any], multiple: int = 0) -> dict[str, Any]:
             TOKEN_MASK: nn.functional.pad(batch[TOKEN_MASK].bool(), (0, more))}  # fmt: skip
 
 
-def _prompt_positions(valid: Tensor) -> Tensor:
+def places(valid: Tensor) -> Tensor:
+    """[B, P] positions of a prompt whose padding counts none."""
     return (valid.long().cumsum(dim=1) - 1).clamp_min(0)
-
-
-def _action_positions(valid: Tensor, positions: Tensor) -> Tensor:
-    return valid.sum(dim=1, keepdim=True) + positions
 
 
 def _smooth(count: int, width: int) -> Tensor:

@@ -1,8 +1,7 @@
 """burnish's verbs over DiscretePolicy."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +25,12 @@ from burnish.policies.load import POLICIES, load
 from burnish.policies.pipelines import new_processors
 from burnish.policies.pretrained import check_size, load_vlm, require_inside, vlm_config
 from burnish.policies.tensors import load_tensors
-from burnish.policies.vlm import VLMPolicy, add_actions
+from burnish.policies.vlm import TokenPolicy, VLMPolicy, add_actions
 from burnish.sampling.token_model import Prompt, noise_seeds
 
 
 @POLICIES.register("burnish_discrete")
-class Discrete(VLMPolicy):
+class Discrete(TokenPolicy):
     """burnish's verbs over DiscretePolicy, whose VLM is the backbone: action tokens run through all of its layers."""
 
     config: DiscreteConfig
@@ -39,7 +38,6 @@ class Discrete(VLMPolicy):
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
-        self._watched: list[list[TokenForward]] = []
         self._image_tokens: dict[torch.Size, int] = {}
         self.state_positions, self.length = policy.model.state_positions, self.config.length
         exact = "masked_diffusion" if self.config.training == "diffusion" else "likelihood"
@@ -144,20 +142,13 @@ class Discrete(VLMPolicy):
         parts = {name: (out[name] * share).sum() for name in ("cross_entropy", "ordinal") if name in out}
         return PolicyLoss(summed.sum() / counted.sum().clamp_min(1), summed / counted.clamp_min(1), parts)
 
-    def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
-        """[B] log-probability of the tokens of `actions`, in nats.
+    def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
+        """Log-probabilities of the tokens of C chunks on K draws, [B, C, K], in nats; images and prompt are embedded
+        once, and chunks that do not see one another share a pass through the language model.
 
         Exact by the chain rule for an autoregressive policy, exact for one that writes all tokens in one pass; for
         masked diffusion an unbiased estimate of its bound, whose masks follow from `draws.noise` and `draws.time`
         alone, so that equal draws hide the same tokens of every chunk.
-        """
-        one = {PAD: batch[PAD][:, None]} if PAD in batch else {}
-        draws = Draws(draws.noise[:, None], draws.time[:, None])
-        return self.scores({**batch, **one}, actions[:, None], draws)[:, 0, 0]
-
-    def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
-        """`score` of C chunks on K draws, [B, C, K]; images and prompt are embedded once, and chunks that do not see
-        one another share a pass through the language model.
         """
         self._check_chunk(candidates, 4)
         prepared = self._prepare(batch, candidates)
@@ -188,17 +179,11 @@ class Discrete(VLMPolicy):
             drawn = draws or self.draw(len(prompt.states), self.generator)
             prompt = replace(prompt, seeds=noise_seeds(drawn.noise))
 
-        def exact(actions: Tensor) -> Tensor:
-            actions = self.postprocessor(actions)
-            if prefix is not None:  # its tokens are coarser than it
-                actions[:, : prefix.shape[1]] = prefix.to(actions)
-            return actions
-
         def tell(steps: int, actions: Tensor) -> None:
-            stream(steps, exact(actions)[:, :steps])
+            stream(steps, self._behind(prefix, actions)[:, :steps])
 
         actions, tokens = self.policy.decode(prompt, committed, None if stream is None else tell, until, carry)
-        return Chunk(exact(actions), tokens=tokens)
+        return Chunk(self._behind(prefix, actions), tokens=tokens)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Noise [B, T, A], times [B], and the hidden tokens of the config's noise schedule, bool [B, L]."""
@@ -209,15 +194,6 @@ class Discrete(VLMPolicy):
     ) -> Tensor:
         prompt = self._embed(self._prepare(batch, None))
         return self.policy.logits(prompt, forward.ids, forward.hidden, block, prompt_sees_actions)
-
-    @contextmanager
-    def watch_tokens(self) -> Iterator[list[TokenForward]]:
-        watched: list[TokenForward] = []
-        self._watched.append(watched)
-        try:
-            yield watched
-        finally:
-            self._watched = [other for other in self._watched if other is not watched]
 
     def write_extras(self, folder: Path, home: Path) -> None:
         """VLM config, tokenizer and processor under `vlm/` (not its weights), the FAST tokenizer under `fast/`."""
@@ -233,13 +209,9 @@ class Discrete(VLMPolicy):
     # Inside.
 
     def _inputs(self, batch: Batch, actions: Tensor, draws: Draws | None) -> tuple[dict[str, Any], Draws]:
-        self._check_chunk(actions, 3)
+        self._check_chunk(actions)
         prepared = self._prepare(batch, actions)
         return prepared, (draws or self.draw(len(actions), self.generator)).to(self.device)
-
-    def _check_chunk(self, actions: Tensor, ndim: int) -> None:
-        if actions.ndim != ndim or actions.shape[-2] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
 
     def _embed(self, prepared: dict[str, Any], action_tokens: int = 0) -> Prompt:
         if self._captures:

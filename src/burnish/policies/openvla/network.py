@@ -6,13 +6,12 @@ hidden states by an L1 head (arXiv 2502.19645, section 4). Instructions are padd
 position of the prompt, which predicts the first action, is always a real one.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.policies.discrete.network import Joint, places
 from burnish.policies.openvla.configuration import OpenVLAConfig, towers
 from burnish.sampling.kept import Kept
 from burnish.sampling.token_model import Prompt, visible
@@ -123,7 +122,7 @@ class ActionHead(nn.Module):
         return self.model(hidden.unflatten(1, (-1, self.action_dim)).flatten(2))
 
 
-class OpenVLANet(nn.Module):
+class OpenVLANet(Joint):
     """The whole network; also what `policies.discrete.token_model.NetTokenModel` makes a decoder's model of.
 
     Attributes:
@@ -180,29 +179,12 @@ class OpenVLANet(nn.Module):
 
     # OpenVLA: tokens, one after another.
 
-    def joint(self, prompt: Prompt, ids: Tensor, positions: Tensor, visible: Tensor, slots: Any = None,
-              see_actions: bool = False, start: int = 0) -> Tensor:  # fmt: skip
-        """Hidden states [B, P + R - start, D] of prompt and action tokens in one forward pass.
+    def embed_actions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.text_model.embed_tokens(ids)
 
-        Args:
-            ids, positions: long [B, R]; positions count from the first action.
-            visible: bool [B, R, P + R], what each action token sees.
-            slots: a cache that is written, or None.
-            see_actions: the prompt sees all action tokens.
-            start: positions at the front that `slots` hold already.
-        """
-        states = torch.cat([prompt.states, self.text_model.embed_tokens(ids).to(prompt.states.dtype)], dim=1)
-        causal = torch.ones(prompt.valid.shape[1], prompt.valid.shape[1], dtype=torch.bool, device=ids.device).tril()
-        above = prompt.valid.new_full((*prompt.valid.shape, ids.shape[1]), see_actions)
-        rows = torch.cat([causal & prompt.valid[:, None], above], dim=2)
-        at = torch.cat([_places(prompt.valid), prompt.valid.sum(1, keepdim=True) + positions], dim=1)
-        mask = torch.cat([rows, visible], dim=1)
-        return self._run(states[:, start:], mask[:, start:], at[:, start:], slots)
-
-    def extend(self, ids: Tensor, positions: Tensor, visible: Tensor, valid: Tensor, slots: Any) -> Tensor:
-        """Hidden states [B, R, D] of action tokens on top of the slots; `visible` is bool [B, R, S], `valid` [B, P]."""
-        states = self.text_model.embed_tokens(ids)
-        return self._run(states, visible, valid.sum(1, keepdim=True) + positions, slots)
+    def prompt_mask(self, valid: Tensor) -> Tensor:
+        """Causal."""
+        return torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril() & valid[:, None]
 
     def chunk_logits(self, prompt: Prompt, ids: Tensor, stop: bool = False) -> Tensor:
         """[B, C, L, V] logits of C chunks behind one prompt, which do not see one another; [B, C, L + 1, V] with the
@@ -234,17 +216,5 @@ class OpenVLANet(nn.Module):
         empty = prompt.states.new_zeros(B, self.config.length, D)
         states = torch.cat([prompt.states, empty, stop.to(empty.dtype)], dim=1)
         valid = F.pad(prompt.valid, (0, self.config.length + 1), value=True)
-        hidden = self._run(states, valid[:, None].expand(-1, valid.shape[1], -1), _places(valid), None)
+        hidden = self._run(states, valid[:, None].expand(-1, valid.shape[1], -1), places(valid), None)
         return self.action_head(hidden[:, P - 1 : P - 1 + self.config.length])
-
-    def _run(self, states: Tensor, mask: Tensor, positions: Tensor, slots: Any) -> Tensor:
-        additive = torch.zeros(mask.shape, dtype=states.dtype, device=states.device)
-        additive = additive.masked_fill(~mask, torch.finfo(states.dtype).min)[:, None]
-        return self.text_model(
-            inputs_embeds=states, attention_mask=additive, position_ids=positions, past_key_values=slots,
-            use_cache=slots is not None,
-        ).last_hidden_state  # fmt: skip
-
-
-def _places(valid: Tensor) -> Tensor:
-    return (valid.long().cumsum(dim=1) - 1).clamp_min(0)

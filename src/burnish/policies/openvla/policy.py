@@ -1,7 +1,7 @@
 """burnish's verbs over OpenVLA and OpenVLA-OFT."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ from burnish.policies.load import POLICIES
 from burnish.policies.openvla import files, images
 from burnish.policies.openvla.configuration import OWN, OpenVLAConfig, read_config
 from burnish.policies.openvla.network import HEADS, OpenVLANet
-from burnish.policies.vlm import VLMPolicy
+from burnish.policies.vlm import TokenPolicy, VLMPolicy
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder
 
 SEVEN_B = {
@@ -33,7 +33,7 @@ SEVEN_B = {
 
 
 @POLICIES.register("openvla")
-class OpenVLA(VLMPolicy):
+class OpenVLA(TokenPolicy):
     """OpenVLA writes action tokens one by one; OpenVLA-OFT regresses a chunk in one pass. Which, the config says.
 
     Args:
@@ -57,7 +57,6 @@ class OpenVLA(VLMPolicy):
             self.capabilities = VLMPolicy.capabilities | {"tokens", "likelihood", "prefix"}
         self._start = tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
         self._stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
-        self._watched: list[list[TokenForward]] = []
         self._decoder: Decoder | None = None
 
     @classmethod
@@ -170,7 +169,7 @@ class OpenVLA(VLMPolicy):
 
         Padded steps count nothing, and neither does the end of a chunk that has some.
         """
-        self._check_chunk(batch[ACTION], 3)
+        self._check_chunk(batch[ACTION])
         prepared = self._prepare(batch, batch[ACTION])
         padded = batch.get(PAD)
         valid = torch.ones(batch[ACTION].shape[:2]) if padded is None else ~padded.bool()
@@ -184,18 +183,13 @@ class OpenVLA(VLMPolicy):
         name = "l1" if self.continuous else "cross_entropy"
         return PolicyLoss(total, summed / counted.clamp_min(1), {name: total})
 
-    def score(self, batch: Batch, actions: Tensor, draws: Draws) -> Tensor:
-        """[B]. OpenVLA: exact log-probability of the action tokens, the sum of their log-softmax over the vocabulary.
-        OFT: minus the absolute error summed over the chunk, the log-density of a Laplace distribution of scale 1
-        around its prediction, up to a constant. Draws change nothing.
-        """
-        one = {PAD: batch[PAD][:, None]} if PAD in batch else {}
-        return self.scores({**batch, **one}, actions[:, None], Draws(draws.noise[:, None], draws.time[:, None]))[
-            :, 0, 0
-        ]
-
     def scores(self, batch: Batch, candidates: Tensor, draws: Draws) -> Tensor:
-        """`score` of C chunks, [B, C, K]; the observation is encoded once, and all chunks share one forward pass."""
+        """Of C chunks, [B, C, K]; the observation is encoded once, and all chunks share one forward pass.
+
+        OpenVLA: exact log-probability of the action tokens, the sum of their log-softmax over the vocabulary. OFT:
+        minus the absolute error summed over the chunk, the log-density of a Laplace distribution of scale 1 around its
+        prediction, up to a constant. Draws change nothing.
+        """
         self._check_chunk(candidates, 4)
         prepared = self._prepare(batch, candidates)
         (B, C), K = candidates.shape[:2], draws.time.shape[-1]
@@ -221,21 +215,18 @@ class OpenVLA(VLMPolicy):
         if prefix is not None and self.continuous:
             raise lacks(self, "prefix", "act")
         prepared = self._prepare(batch, prefix)
-
-        def exact(actions: Tensor) -> Tensor:
-            actions = self.postprocessor(actions)
-            if prefix is not None:
-                actions[:, : prefix.shape[1]] = prefix.to(actions)
-            return actions
-
         if self.continuous:
-            return Chunk(exact(self._regress(prepared).float()))
+            return Chunk(self.postprocessor(self._regress(prepared).float()))
         space = self.config.space
         known = None if prefix is None else space.encode(prepared[ACTION])
         prompt = self._embed(prepared, 0 if known is None else known.shape[1])
         self._decoder = self._decoder or make_decoder("autoregressive", self.token_model())
-        tell = None if stream is None else lambda steps, ids: stream(steps, exact(space.decode(ids))[:, :steps])
-        return Chunk(exact(space.decode(self._decoder(prompt, prefix=known, stream=tell).ids)))
+
+        def whole(ids: Tensor) -> Tensor:
+            return self._behind(prefix, space.decode(ids))
+
+        tell = None if stream is None else lambda steps, ids: stream(steps, whole(ids)[:, :steps])
+        return Chunk(whole(self._decoder(prompt, prefix=known, stream=tell).ids))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """Nothing in these policies is random."""
@@ -257,15 +248,9 @@ class OpenVLA(VLMPolicy):
         self._check_tokens("decoder")
         return "autoregressive", {}
 
-    @contextmanager
-    def watch_tokens(self) -> Iterator[list[TokenForward]]:
+    def watch_tokens(self) -> AbstractContextManager[list[TokenForward]]:
         self._check_tokens("watch_tokens")
-        watched: list[TokenForward] = []
-        self._watched.append(watched)
-        try:
-            yield watched
-        finally:
-            self._watched = [other for other in self._watched if other is not watched]
+        return super().watch_tokens()
 
     def token_logits(
         self, batch: Batch, forward: TokenForward, block: int | None = None, prompt_sees_actions: bool | None = None
@@ -282,10 +267,6 @@ class OpenVLA(VLMPolicy):
     def _check_tokens(self, wanted: str) -> None:
         if self.continuous:
             raise lacks(self, "tokens", wanted)
-
-    def _check_chunk(self, actions: Tensor, ndim: int) -> None:
-        if actions.ndim != ndim or actions.shape[-2] != self.chunk_size:
-            raise BurnishError(f"actions of shape {tuple(actions.shape)}", f"[B, {self.chunk_size}, {self.action_dim}]")
 
     def _prepare(self, batch: Batch, actions: Tensor | None) -> dict[str, Any]:
         """The batch as the network takes it: views on its device, actions and state (where it enters) normalised."""
