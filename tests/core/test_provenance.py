@@ -24,7 +24,9 @@ def repository(tmp_path) -> Path:
     (tmp_path / ".venv").mkdir()
     shutil.copy(provenance.__file__, tmp_path / ".venv/provenance.py")
     shutil.copy(provenance.__file__, tmp_path / "provenance.py")
-    git("add", "provenance.py")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/one.json").write_text("{}")
+    git("add", "provenance.py", "results")
     git("commit", "-qm", "burnish")
     return tmp_path
 
@@ -41,5 +43,7 @@ def test_an_installed_package_has_no_commit(repository, monkeypatch):
 def test_a_checkout_has_one_and_says_when_files_differ(repository, monkeypatch):
     head = commit_of(monkeypatch, repository / "provenance.py")
     assert len(head) == 40
+    (repository / "results/one.json").write_text("a run before this one wrote it")
+    assert commit_of(monkeypatch, repository / "provenance.py") == head
     (repository / "provenance.py").write_text("changed")
     assert commit_of(monkeypatch, repository / "provenance.py") == head + "+"

@@ -55,6 +55,8 @@ def _file_digest(path: Path, inode: int, size: int, changed: int) -> bytes:
 def commit() -> str:
     """Git commit of the checkout that burnish runs from, with "+" when files differ; "" outside a checkout.
 
+    Files under results/ do not count: the run before may have written them.
+
     An installed package is outside, also where its environment lies in a repository of something else.
     """
     here = Path(__file__).parent
@@ -67,7 +69,8 @@ def commit() -> str:
         if not git("ls-files", str(here / "provenance.py")):
             return ""
         head = git("rev-parse", "HEAD")
-        return head + ("+" if head and git("status", "--porcelain", "-uno") else "")
+        differ = head and git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return head + ("+" if differ else "")
     except FileNotFoundError:  # no git on this machine
         return ""
 
