@@ -1,5 +1,5 @@
 # make quickstart   everything, from nothing to a report (about 20 minutes on 2 cores)
-# make test         lint and the whole test suite (about 10 minutes on 2 cores)
+# make test         lint and the whole test suite (under 9 minutes on 2 cores)
 # make docs         the docs site in build/site
 # make setup        only the environment in .venv
 
@@ -20,7 +20,8 @@ UPGRADE ?=
 quickstart: $(READY)
 	.venv/bin/burnish run $(RECIPE)
 
-# Tiny models run fastest on one thread; training in the quickstart uses every core. A file's tests stay together.
+# Tiny models run fastest on one thread; training in the quickstart uses every core. Which tests stay together, and in
+# which order they run, is in tests/conftest.py.
 test: export OMP_NUM_THREADS = 1
 test: $(READY) lint
 	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

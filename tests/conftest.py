@@ -6,27 +6,46 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models run fastest so; torch is not imported by xdist's own process
 os.environ.setdefault("MUJOCO_GL", "egl")
 
-from pathlib import Path  # noqa: E402
-
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parent / "train"))  # fake.py
 
 
+RANKS = (
+    "test_sharded", "test_study", "test_isolate_ranks", "test_objective", "test_landing", "test_align_ranks",
+    "test_retrieve_ranks", "test_ranks", "test_killed_training",
+)  # fmt: skip
+"""Their processes are forks of a server, which has imported everything once: one worker has it."""
+LIBERO = ("test_libero", "test_sizes")
+TOGETHER = dict.fromkeys(RANKS, "ranks") | dict.fromkeys(LIBERO, "libero")
 LONG = (
-    "test_sharded", "test_gpu_bench", "test_kill", "test_demos", "test_cluster", "test_matrix", "test_study",
-    "test_isolate_objective", "test_memory", "test_libero", "test_sizes", "test_robot_views",
-    "test_discrete", "test_lerobot", "test_examples", "test_browser", "test_site",
+    *RANKS, "test_matrix", "test_gpu_bench", "test_kill", "test_demos", "test_cluster", "test_isolate_objective",
+    *LIBERO, "test_memory", "test_robot_views", "test_discrete", "test_lerobot", "test_examples", "test_browser",
+    "test_site",
 )  # fmt: skip
 """Files that take longest go first, so that no process is left with one while the others are done."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file stay together, and those of files that share what is dear to start."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(Path(file).stem, file)
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,10 +54,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
     """Thousands of collected tests and three large libraries need not be looked through at every collection."""
-    gc.collect()
-    gc.freeze()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """Leave out what is most of a short training or of loading a tiny policy, once it is imported."""
+    if (configurations := sys.modules.get("transformers.configuration_utils")) is not None:
+        # a text with all defaults compared, made for a line of the log whether that is shown or not
+        configurations.PreTrainedConfig.__repr__ = object.__repr__
+    if "torch" in sys.modules:
+        import narrow
+        import torchvision
+
+        torchvision.models.resnet18 = narrow.resnet18
+    if (loop := sys.modules.get("burnish.train.loop")) is not None:
+        loop.draw_curves = lambda metrics, target: target.write_bytes(b"drawn for the fixture `curves` alone")
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings draw their curves."""
+    from burnish.train import loop
+    from burnish.train.logging import draw_curves
+
+    monkeypatch.setattr(loop, "draw_curves", draw_curves)
+
+
+@pytest.fixture
+def wide_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resnet18 is torchvision's."""
+    import narrow
+    import torchvision
+
+    monkeypatch.setattr(torchvision.models, "resnet18", narrow.wide)
 
 
 @pytest.fixture(autouse=True)

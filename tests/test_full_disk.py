@@ -47,25 +47,37 @@ def fails(capsys):  # in memory: a file of captured lines would be limited too
     return run
 
 
+MORE = ["--train.steps=5", "--train.save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run that never lacked room."""
+    from burnish.train.loop import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        fake.register(patch.setattr)
+        return train(fake.recipe(dataset, tmp_path_factory.mktemp("full") / "whole", *MORE), progress=False).output
+
+
 @pytest.fixture
-def recipe_file(dataset, tmp_path, monkeypatch):
+def recipe_file(dataset, tmp_path, monkeypatch, curves):
     fake.register(monkeypatch.setattr)
     path = tmp_path / "recipe.yaml"
-    more = [f"--data.cache_dir={tmp_path / 'frames'}", "--train.steps=5", "--train.save_every=2"]
+    more = [f"--data.cache_dir={tmp_path / 'frames'}", *MORE]
     path.write_text(yaml.safe_dump(recipe_to_dict(fake.recipe(dataset, tmp_path / "run", *more))))
     return path
 
 
 @pytest.mark.parametrize("count", [0, 10, 1000, 5000, 9000])
-def test_train(recipe_file, tmp_path, fails, count):
-    assert main(["train", "--config", str(recipe_file), f"--output={tmp_path / 'whole'}", "--quiet"]) == 0
+def test_train(recipe_file, whole, tmp_path, fails, count):
     fails(["train", "--config", recipe_file, "--quiet"], count)
     run = tmp_path / "run"
     assert not (run / "policy").exists() and not (run / "train.json").exists()
     assert [path for path in run.rglob(".*") if path.name != MARK] == []
     assert main(["train", "--config", str(recipe_file), "--quiet"]) == 0
-    fake.assert_same_weights(run / "policy", tmp_path / "whole/policy")
-    assert fake.figures(run / "metrics.jsonl") == fake.figures(tmp_path / "whole/metrics.jsonl")
+    fake.assert_same_weights(run / "policy", whole / "policy")
+    assert fake.figures(run / "metrics.jsonl") == fake.figures(whole / "metrics.jsonl")
 
 
 def test_a_run_of_all_stages(recipe_file, tmp_path, fails):

@@ -101,7 +101,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_damaged_is_named(name, killed, words, tmp_path, refused):
+def test_what_is_damaged_is_named(name, killed, words, tmp_path, refused, curves):
     run = shutil.copytree(killed, tmp_path / "run", symlinks=True)
     CASES[name](run)
     refused([*words, f"--output={run}"])

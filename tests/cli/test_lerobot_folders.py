@@ -56,7 +56,7 @@ SMALL = (
 )
 
 
-def test_a_new_policy_by_its_type_alone(data, tmp_path):
+def test_a_new_policy_by_its_type_alone(data, tmp_path, wide_resnet):
     made = run(data, tmp_path / "run", "--policy.type=act", f"--policy.overrides={SMALL}")
     policy = load_policy(made.policy)
     assert policy.cameras == ("top",) and policy.chunk_size == 8 and made.steps == 3

@@ -114,7 +114,8 @@ def test_the_death_of_an_idle_process_is_noticed_when_it_is_needed():
             list(pool.run([1]))
 
 
-def test_closing_stops_whoever_is_busy_and_leaves_nobody():
+def test_closing_stops_whoever_is_busy_and_leaves_nobody(monkeypatch):
+    monkeypatch.setattr("burnish.core.workers.GRACE", 0.1)
     pool = WorkerPool(sleeps, count=2)
     pool.send(0, 600.0)
     began = time.monotonic()
@@ -132,7 +133,7 @@ from burnish.core.workers import WorkerPool
 if __name__ == "__main__":
     with WorkerPool(powers, 1, count=2) as pool, WorkerPool(sleeps, count=1) as busy:
         list(pool.run([1, 2])), list(busy.run([0.0]))
-        busy.send(0, 1.0)
+        busy.send(0, 0.3)
         print(*(process.pid for process in pool._crew.processes + busy._crew.processes), flush=True)
         while True:
             pool.receive()

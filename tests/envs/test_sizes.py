@@ -15,7 +15,7 @@ def envs():
     yield pytest.param("libero:spatial/0", marks=pytest.mark.libero, id="libero")
 
 
-@pytest.fixture(params=envs())
+@pytest.fixture(scope="module")
 def views(request):
     """One moment seen by a wide, a square and a mixed environment, with the wide one itself."""
     name = request.param
@@ -32,6 +32,7 @@ def views(request):
         env.close()
 
 
+@pytest.mark.parametrize("views", envs(), indirect=True)
 def test_the_square_view_is_the_middle_of_the_wide_one(views):
     (wide, square, mixed), (first, second), env = views
     assert wide[first].shape == (HEIGHT, WIDTH, 3) and square[first].shape == (HEIGHT, HEIGHT, 3)
@@ -71,20 +72,18 @@ def test_sizes_that_nothing_can_draw(size):
         check_size("tabletop:lift", size)
 
 
-@pytest.mark.libero
-def test_exact_rendering_of_libero_has_an_id(monkeypatch):
-    pytest.importorskip("libero", reason="needs the extra [libero]")
+@pytest.mark.parametrize("views", list(envs())[-1:], indirect=True)
+def test_exact_rendering_of_libero_has_an_id(views):
     from burnish.envs.base import expand
 
     assert expand("libero:spatial+exact")[3] == "libero:spatial/3+exact"
     with pytest.raises(BurnishError, match="unknown LIBERO variant '.fine'"):
         expand("libero:spatial/3+fine")
-    fast, exact = (make_env(name, [64, 80]) for name in ("libero:spatial/0", "libero:spatial/0+exact"))
+    fast, exact = views[2], make_env("libero:spatial/0+exact", [HEIGHT, WIDTH])
     assert exact.spec.task_id == "libero:spatial/0+exact" and exact.instruction == fast.instruction
     for env in (fast, exact):
         env.reset(0)
     assert np.array_equal(fast.data.qpos, exact.data.qpos)
     pictures = [env.observe(["agentview"]).images["agentview"].astype(int) for env in (fast, exact)]
-    assert pictures[1].shape == (64, 80, 3) and 0.5 < np.abs(pictures[0] - pictures[1]).mean() < 8
-    for env in (fast, exact):
-        env.close()
+    assert pictures[1].shape == (HEIGHT, WIDTH, 3) and 0.5 < np.abs(pictures[0] - pictures[1]).mean() < 8
+    exact.close()

@@ -107,7 +107,8 @@ def test_a_pool_of_actors_is_a_pool(nodes, tmp_path, monkeypatch):
         engine.count()
 
 
-def test_a_dead_worker_is_replaced_and_its_tasks_are_done_again_but_not_for_ever(nodes, tmp_path, caplog):
+def test_a_dead_worker_is_replaced_and_its_tasks_are_done_again_but_not_for_ever(nodes, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("burnish.core.workers.MOST_DEATHS", 2)
     for name in "ab":
         (tmp_path / name).touch()
     tasks = [str(tmp_path / name) for name in "abc"]
@@ -181,7 +182,7 @@ def test_a_cluster_of_its_own_ends_with_its_command(nodes):
     script = (
         "from burnish.core.cluster import choose_engine\nfrom burnish.core.workers import WorkerPool\n"
         "from cluster_fakes import powers\n"
-        "with choose_engine('ray') as engine, WorkerPool(powers, 2, count=engine.count(2), engine=engine) as pool:\n"
+        "with choose_engine('ray') as engine, WorkerPool(powers, 2, count=engine.count(1), engine=engine) as pool:\n"
         "    import ray\n"
         "    print(sorted(pool.run([3, 4])), [node['NodeManagerAddress'] for node in ray.nodes()])\n"
         "assert not ray.is_initialized()"

@@ -36,11 +36,11 @@ def random_case(draws):
     return model, plan
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_cached_and_batched_equals_uncached_loops_in_1000_cases(dtype):
-    draws = random.Random(0)
-    cases = 0
-    while cases < 1000:
+@pytest.mark.parametrize(("dtype", "first"), [(torch.float32, 0), (torch.float64, 500)], ids=str)
+def test_cached_and_batched_equals_uncached_loops_in_1000_cases(dtype, first):
+    """Half of them in each precision, no model or plan in both."""
+    draws, cases = random.Random(first), first
+    while cases < first + 500:
         model_options, plan = random_case(draws)
         model = ToyModel(dtype=dtype, **model_options)
         prompt = model.prompts(10, seed=cases, ragged=True)
@@ -156,7 +156,7 @@ def test_bounds_and_limits_of_the_thresholds(shift):
     def run(name="pipelined", **options):
         return make_decoder(name, model, **options)(prompt)
 
-    for share, add, act in itertools.product((1, 2, 3), (0, 0.5, 1), (0, 0.7, 1)):
+    for share, add, act in itertools.product((1, 3), (0, 0.5, 1), (0, 0.7, 1)):
         count = run(share=share, add=add, act=act, min_unmasked="floor").passes
         assert 8 <= count <= 8 * 7
     assert run(threshold=0.0).passes == 8

@@ -6,7 +6,9 @@ import socket
 
 import torch
 
-HEAVY = ["fake", "burnish.train.loop", "lerobot.datasets", "accelerate", "safetensors.torch"]
+HEAVY = ["fake", "burnish.train.loop", "lerobot.datasets", "accelerate", "safetensors.torch", "peft",
+         "lerobot.policies.smolvla.modeling_smolvla", "torch.distributed.fsdp"]  # fmt: skip
+"""Imported once, by the server that every rank is a fork of."""
 
 
 def _rank(rank, world, port, body, arguments):
@@ -31,7 +33,7 @@ def two_ranks(body, *arguments, world=2):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(900)
         assert process.exitcode == 0
 
 

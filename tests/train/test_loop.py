@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 import time
+from types import SimpleNamespace
 
 import fake
 import pytest
@@ -51,7 +52,7 @@ def whole(dataset, questions, tmp_path_factory):
 
 
 @pytest.mark.parametrize("death", [3, 5, 8, 11])
-def test_resumed_equals_uninterrupted_bit_for_bit(dataset, questions, whole, tmp_path, monkeypatch, death):
+def test_resumed_equals_uninterrupted_bit_for_bit(dataset, questions, whole, tmp_path, monkeypatch, curves, death):
     more = fake.everything(questions)
     with monkeypatch.context() as patch:
         stop_at(patch, death)
@@ -193,9 +194,11 @@ def test_a_run_that_ran_out_of_time_goes_on_when_it_has_more(dataset, tmp_path, 
 
 def test_time_runs_from_the_first_step(dataset, tmp_path, monkeypatch):
     """Frames and a teacher's features may take minutes to make, which are no training."""
-    slow = run_module.make_objectives
-    monkeypatch.setattr(run_module, "make_objectives", lambda recipe: (time.sleep(1.5), slow(recipe))[1])
-    assert run(dataset, tmp_path / "r", "--train.max_minutes=0.02").final["minutes"] < 0.02
+    slow, late = run_module.make_objectives, [0.0]
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    monkeypatch.setattr(run_module, "make_objectives", lambda recipe: (late.append(late.pop() + 600), slow(recipe))[1])
+    done = run(dataset, tmp_path / "r", "--train.max_minutes=5")
+    assert late == [600] and done.steps == 12 and done.final["minutes"] < 5
 
 
 def test_a_fresh_start_leaves_no_figures_of_the_old_weights(dataset, tmp_path):

@@ -23,7 +23,6 @@ NAMES = ("plain", "together", "adapters_together", "distill_adapters_off")
 
 def rank_main(rank, folder):
     train_cases(folder, "sharded", STEPS, NAMES)
-    train_cases(folder, "cut", CUT, ["plain"])
     train_cases(folder, "from_one", STEPS, ["plain"])
     write = sharded_state.write
 
@@ -54,12 +53,6 @@ def test_two_ranks_equal_one_process(made, name):
     assert moved(made / "one" / name, made / "one" / other) > 1e-6  # and the case is another than plain training
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(made):
-    train_cases(made, "cut", STEPS, ["plain"])
-    assert max(difference(made / "cut/plain", made / "sharded/plain").values()) <= 1e-6
-    assert rows(made / "cut") == rows(made / "sharded") and len(rows(made / "cut")) == 2 * STEPS
-
-
 def test_a_checkpoint_of_one_process_goes_on_in_two(made):
     assert max(difference(made / "from_one/plain", made / "sharded/plain").values()) <= 1e-6
     assert rows(made / "from_one") == rows(made / "sharded") == rows(made / "one")
@@ -84,12 +77,15 @@ def test_one_process_exports_the_same_bytes(made, name, tmp_path):
             assert (made / "again" / name / path).is_file(), path
 
 
-def test_a_kill_while_ranks_write_leaves_the_checkpoint_before(made):
+def test_a_kill_while_two_ranks_write_leaves_the_checkpoint_before_which_goes_on_in_one(made):
     run = made / "killed/plain"
     assert (run / "checkpoints/.000004.new/burnish/state").is_dir()
     assert checkpoint.latest(run).name == "000002" and not (run / "policy").exists()
+    assert rows(made / "killed") == rows(made / "sharded") and len(rows(made / "sharded")) == 2 * STEPS
     train_cases(made, "killed", STEPS, ["plain"])
     assert max(difference(run, made / "sharded/plain").values()) <= 1e-6
+    again = [row for row in rows(made / "sharded") if row[0] >= CUT]  # step, number and frames
+    assert rows(made / "killed") == sorted(rows(made / "sharded") + again)
     assert not list((run / "checkpoints").glob(".0*"))
 
 
