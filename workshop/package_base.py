@@ -47,7 +47,7 @@ def package_base(policy: Path | str, name: str, facts: dict | None = None, check
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "example:\n  python -m workshop package-base runs/base/small/policy small --facts results/base/small.json"
+        "example:\n  python -m workshop package-base runs/base/small/policy small --facts runs/base/small/run.json"
     )
     parser.add_argument("policy", help="policy folder")
     parser.add_argument("name", help="name of the base")
