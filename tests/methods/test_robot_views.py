@@ -15,7 +15,8 @@ from burnish.data.pairs import Pair, write_index
 from burnish.weights.extract import extract
 from workshop.tiny import make_tiny
 
-POLICIES = ("smolvla", "pi0", "pi05", "burnish_discrete")
+POLICIES = ("smolvla", "pi05", "burnish_discrete")
+"""pi0 sees by the code of pi05."""
 CAMERAS = ("front", "wrist")
 METHODS = {
     "align": "teacher: {{name: folder, path: {vision}}}, gradient_norm_ratio: 0.5",

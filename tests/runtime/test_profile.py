@@ -147,7 +147,7 @@ def test_command_writes_table_and_json(tiny_discrete, tmp_path, capsys):
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["launches"] > 100 and kept["control_steps"] == np.ceil(1000 * kept["total"]["p95"])
     assert kept["type"] == "burnish_discrete" and kept["decoder"] == "pipelined"
-    assert main([*command, "--set", "decoder=sequential", "--json"]) == 0
+    assert main([*command[:3], "--repeats", "1", "--warmup", "0", "--set", "decoder=sequential", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decoder"] == "sequential"
     assert main(["policy", "profile", str(tiny_discrete), "--repeats", "0"]) == 2
 

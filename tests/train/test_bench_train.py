@@ -9,7 +9,8 @@ from bench import train as bench
 
 
 def test_quick_run_gives_the_figures(monkeypatch):
-    monkeypatch.setattr(bench, "BATCH", 4)
+    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(bench, "BLOCK", 1)
     outcome = bench.run(argparse.Namespace(quick=True))
     assert outcome["name"] == "train" and outcome["n"] == 4
     assert set(outcome["figures"]) == {"data_wait_share", "loop_overhead"}

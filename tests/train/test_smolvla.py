@@ -14,7 +14,7 @@ class Stop(Exception):
 
 def options(root, questions, tiny, output, *more):
     return fake.recipe(
-        root, output, f"--policy.path={tiny}", "--train.steps=4", "--train.save_every=2", "--train.batch_size=3",
+        root, output, f"--policy.path={tiny}", "--train.steps=2", "--train.save_every=1", "--train.batch_size=3",
         "--train.log_every=1", "--train.lr=1e-3", f"--language.root={questions}", "--language.weight=0.1",
         "--language.batch_size=3", "--train.ema_decay=0.9", *more,
     )  # fmt: skip
@@ -31,7 +31,7 @@ def test_train_resume_and_load_the_export(dataset, questions, tiny_smolvla, tmp_
         original = loop.train_step
 
         def dying(run, *args, **named):
-            if run.step == 3:
+            if run.step == 1:
                 raise Stop
             return original(run, *args, **named)
 

@@ -39,15 +39,19 @@ def expected_edit(raw, protected):
     return edited, fired
 
 
+@pytest.fixture(scope="module")
+def two_views(tmp_path_factory):
+    """A data set with the cameras of the tiny policies."""
+    return fake.make_dataset(tmp_path_factory.mktemp("isolate") / "data", cameras=("top", "wrist"))
+
+
 @pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
-def test_u6_u9_paper_rule_through_the_verbs(dataset, questions, tmp_path, request, kind):
+def test_u6_u9_paper_rule_through_the_verbs(two_views, questions, tmp_path, request, kind):
     """Task gradient as in a plain run, expert untouched, backbone as the closed form says, on every policy."""
     tiny = request.getfixturevalue(f"tiny_{kind}")
-    cameras = load_policy(tiny).cameras
-    root = fake.make_dataset(tmp_path / "data", cameras=cameras)
     more = ["--train.batch_size=2"]
-    plain = Dissected(recipe(root, tiny, tmp_path / "p", "", *more))
-    aegis = Dissected(recipe(root, tiny, tmp_path / "a", f"method: aegis, questions: {questions}", *more))
+    plain = Dissected(recipe(two_views, tiny, tmp_path / "p", "", *more))
+    aegis = Dissected(recipe(two_views, tiny, tmp_path / "a", f"method: aegis, questions: {questions}", *more))
     assert_equal(plain.raw, aegis.raw)
     inside = {name for name, _ in aegis.run.policy.backbone_parameters()}
     assert any(n not in inside for n in aegis.raw)
@@ -60,10 +64,9 @@ def test_u6_u9_paper_rule_through_the_verbs(dataset, questions, tmp_path, reques
 
 
 @pytest.mark.parametrize("change", ["checkpointing", "bf16"])
-def test_u9_under_checkpointing_and_autocast(dataset, questions, tmp_path, request, change):
+def test_u9_under_checkpointing_and_autocast(dataset, two_views, questions, tmp_path, request, change):
     if change == "checkpointing":
-        tiny = request.getfixturevalue("tiny_pi0")
-        root = fake.make_dataset(tmp_path / "data", cameras=("top", "wrist"))
+        tiny, root = request.getfixturevalue("tiny_pi0"), two_views
         more = ["--policy.overrides={gradient_checkpointing: true}", "--train.batch_size=2"]
     else:
         tiny, root, more = request.getfixturevalue("tiny_smolvla"), dataset, ["--train.precision=bf16"]
@@ -110,8 +113,9 @@ def test_lora_projects_the_adapters(dataset, questions, tiny_smolvla, tmp_path):
 
 
 EVERY = sorted(set(METHODS) - {"lora"})
-STATELESS = {"agem", "insulate", "naive", "self_penalty", "shuffled", "stop_gradient", "wrong_anchor"}
-"""Keep nothing between steps that another method of the list does not keep: they are trained, not resumed."""
+STATELESS = {"aegis", "agem", "insulate", "naive", "self_penalty", "shuffled", "stop_gradient", "wrong_anchor"}
+"""Keep nothing between steps that another method of the list does not keep: they are trained, not resumed; nor is
+aegis, which test_matrix resumes."""
 
 
 @pytest.mark.parametrize("method", EVERY)
