@@ -27,6 +27,7 @@ RANKS = (
 """Their processes are forks of a server, which has imported everything once: one worker has it."""
 LIBERO = ("test_libero", "test_sizes")
 TOGETHER = dict.fromkeys(RANKS, "ranks") | dict.fromkeys(LIBERO, "libero")
+TOGETHER |= dict.fromkeys(("test_memory", "test_start"), "tensors that are none")
 LONG = (
     *RANKS, "test_matrix", "test_gpu_bench", "test_kill", "test_demos", "test_cluster", "test_isolate_objective",
     *LIBERO, "test_memory", "test_robot_views", "test_discrete", "test_lerobot", "test_examples", "test_browser",
