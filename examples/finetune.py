@@ -9,8 +9,7 @@ Needs no simulator where --data names a data set of yours; otherwise demonstrati
 import argparse
 from pathlib import Path
 
-from burnish import compare, load_recipe, make_demos, train, write_report
-from burnish.evaluate.offline import evaluate_offline
+from burnish import compare, load_recipe, make_demos, run_recipe
 
 
 def main() -> None:
@@ -27,13 +26,12 @@ def main() -> None:
         "--policy.path=small", f"--data.root={args.data}", f"--output={args.output}", f"--train.steps={args.steps}",
         "--data.held_out=[0, 1]", "--train.batch_size=32", "--train.lr=5e-4", "--train.warmup_steps=10",
     ])  # fmt: skip
-    tuned = train(recipe).policy
-
-    folder = Path(args.output, "eval")
-    for name, policy in (("offline_base", "small"), ("offline", tuned)):
-        print(f"\n{name}: {evaluate_offline(policy, recipe.data, output=folder / name)}")
-    print(f"\n{compare(folder / 'offline_base', folder / 'offline')}")
-    print(f"\neverything on one page: {write_report(args.output)}")
+    done = run_recipe(recipe)  # trains, then measures what came out, and the base where it has this robot's cameras
+    for name, found in done.offline.items():
+        print(f"\n{name}: {found}")
+    if len(done.offline) > 1:
+        print(f"\n{compare(*(done.folder / 'eval' / name for name in ('offline_base', 'offline')))}")
+    print(f"\neverything on one page: {done.report}")
 
 
 if __name__ == "__main__":  # simulators run in processes of their own, which import this file

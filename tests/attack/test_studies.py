@@ -75,7 +75,8 @@ def test_what_shows_before_anything_is_trained(study, tmp_path, refused, name):
 
 
 def test_seeds_of_the_command_line_are_bounded_too(study, refused):
-    refused([*study(), "--seeds", ",".join(map(str, range(5000)))], "runs")
+    refused([*study(), "--seeds", ",".join(map(str, range(5000)))], "some of 0")
+    refused(study(seeds=list(range(5000))), "runs")
 
 
 USED = {

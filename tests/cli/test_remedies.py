@@ -30,8 +30,10 @@ def words_of(node: ast.expr) -> Iterator[str]:
         yield from (text for value in node.values for text in words_of(value))
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """(place, text) of every message of a BurnishError, a log line, and what a local name in one stands for."""
+def messages() -> Iterator[tuple[str, str, bool]]:
+    """(place, text, whether it is a remedy) of every message of a BurnishError, a log line, and what a local name in
+    one stands for.
+    """
     for path in sorted(SOURCE.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         named = {target.id: node.value for node in nodes if isinstance(node, ast.Assign)
@@ -39,9 +41,11 @@ def messages() -> Iterator[tuple[str, str]]:
         for node in nodes:
             if isinstance(node, ast.Call) and _called(node.func) in ("BurnishError", "warning", "info"):
                 given = [*node.args, *(word.value for word in node.keywords)]
+                fixes = [*node.args[2:3], *(word.value for word in node.keywords if word.arg == "fix")]
                 meant = [named.get(one.id, one) if isinstance(one, ast.Name) else one for one in given]
                 where = f"{path.relative_to(SOURCE)}:{node.lineno}"
-                yield from ((where, text) for one in meant for text in words_of(one))
+                for one, said in zip(meant, given, strict=True):
+                    yield from ((where, text, said in fixes) for text in words_of(one))
 
 
 def _called(function: ast.expr) -> str:
@@ -50,8 +54,13 @@ def _called(function: ast.expr) -> str:
 
 
 @cache
-def texts() -> list[tuple[str, str]]:
+def found() -> list[tuple[str, str, bool]]:
     return sorted(set(messages()))
+
+
+@cache
+def texts() -> list[tuple[str, str]]:
+    return sorted({(where, text) for where, text, _ in found()})
 
 
 COMMAND = re.compile(r"(?:^|[`;,] ?|\bor |&& |\bby )(burnish [a-z][^`;(),]*)")
@@ -135,6 +144,13 @@ def test_a_flag_in_a_message_is_one_of_some_command():
     used = {(where, flag) for where, text in texts() for flag in named.findall(text)}
     assert len(used) > 60
     assert [one for one in sorted(used) if one[1] not in known and not one[1].startswith("--policy.overrides.")] == []
+
+
+def test_a_remedy_names_a_field_of_the_recipe_as_its_flag():
+    named = re.compile(r"(?<![\w./(-])[a-z]+\.[a-z_][\w.]*\w")
+    fields = {(where, name) for where, text, remedy in found() if remedy and "in a recipe" not in text
+              for name in named.findall(text) if f"--{name}" in FIELDS}  # fmt: skip
+    assert fields == set()
 
 
 def test_no_message_speaks_python_to_the_command_line():

@@ -1,6 +1,7 @@
 import threading
 import time
 
+import fake
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_chosen_episodes_and_ranks(dataset):
     assert {int(e) for k in range(5) for e in loader.raw(k)["episode_index"]} == {1}
     ranks = [data(dataset, rank=r, world=2) for r in range(2)]
     assert not set(ranks[0].raw(0)["index"].tolist()) & set(ranks[1].raw(0)["index"].tolist())
+
+
+def test_cameras_are_as_many_as_there_are(tmp_path):
+    names = [f"c{i}" for i in range(6)]
+    fake.make_dataset(tmp_path / "d", episodes=1, frames=2, cameras=names)
+    batch = RobotData(tmp_path / "d", [], 2, 1, 0, progress=False).raw(0)
+    assert [key for key in batch if key.startswith("observation.images.")] == [f"observation.images.{c}" for c in names]
 
 
 def test_wrong_requests(dataset):

@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from burnish import make_demos
+from burnish.experiments.pipeline import Outcome
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = {
@@ -49,6 +50,15 @@ def test_a_script_runs(name, demos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--data", str(demos), *SCRIPTS[name], *output])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+def test_with_a_robots_own_data_the_base_is_left_out(demos, tmp_path, monkeypatch, capsys):
+    """As `run_recipe` leaves it out where it has other cameras or actions."""
+    done = Outcome(tmp_path, tmp_path / "report.html", offline={"offline": "as good as this"})
+    monkeypatch.setattr("burnish.experiments.pipeline.run_recipe", lambda recipe: done)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--data", str(demos)])
+    runpy.run_path(str(FOLDER / "finetune.py"), run_name="__main__")
+    assert "offline: as good as this\n\neverything on one page" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

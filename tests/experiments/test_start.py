@@ -161,5 +161,12 @@ def test_doctor_names_a_remedy_for_what_is_missing(monkeypatch, capsys):
     assert found["[libero]"]["ok"] is None and found["rendering"]["fix"] == "export MUJOCO_GL=osmesa"
     assert found["lerobot's own"]["ok"] is False and "disk" in found and any(what.startswith("gpu") for what in found)
     assert main(["doctor"]) == 1
+    for said, place in (
+        ('{"url": "file:///a%20b/checkout", "dir_info": {"editable": true}}', "-e '/a b/checkout'"),
+        ('{"url": "file:///dist/burnish-1-py3-none-any.whl", "archive_info": {}}', "/dist/burnish-1-py3-none-any.whl"),
+        (None, "burnish"),
+    ):
+        monkeypatch.setattr(doctor, "distribution", lambda name, said=said: SimpleNamespace(read_text=lambda _: said))
+        assert doctor._again() == f"pip install --force-reinstall --no-deps {place}"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("will fail") and all(line.startswith(("ok", "-", "FAILED")) for line in lines[:-1])

@@ -145,7 +145,7 @@ def test_a_choice_is_made_kept_and_found_again(data, policy_folder, tmp_path, mo
     assert found["caches"] == dict.fromkeys(("same", "state", "picture", "again"), True)
     assert [row["age"] for row in found["old_pictures"]] == [1, 2, 4, 8]
     assert all(row["images"] > 0 and row["prefix"] > 0 for row in found["old_pictures"])
-    assert measured_spread(str(kept)) == (found["spread"], found["binary"])
+    assert measured_spread(str(kept), load_policy(folder)) == (found["spread"], found["binary"])
     assert found["sampler"] in ("euler:1", "euler:20") and found["weights"] == before == weights_hash(folder)
     assert find_sampler("auto", folder) == find_sampler(str(kept), folder) == found["sampler"]
     again = compare_samplers(load_policy(folder), data, count=32, noises=2, samplers=("euler:20", "euler:1"))

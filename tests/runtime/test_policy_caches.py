@@ -1,17 +1,24 @@
 """Exact caches change nothing, and a changed input never hits; old pictures are used, compared, and stopped."""
 
 import json
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_executor import KINDS, loaded, noise, observed
 
-from burnish.core.config import CacheConfig
+from burnish.core.config import CacheConfig, EvalConfig
 from burnish.core.errors import BurnishError
+from burnish.core.provenance import weights_hash
 from burnish.core.types import Chunk
+from burnish.envs.base import make_env
+from burnish.evaluate.rollout import _batched, _Job
 from burnish.policies import load_policy
 from burnish.runtime.caches import EVERY, Reuse, keeping, similarity
 from burnish.runtime.executor import Runtime
+from burnish.runtime.serve.run import runner
+from burnish.runtime.serve.server import ServeOptions
 from burnish.sampling.kept import Kept
 from workshop.tiny import make_tiny
 
@@ -141,7 +148,7 @@ def test_tokens_find_their_prompt_again(tmp_path, decoder):
 class Looking:
     """A chunk is the mean of what is seen, in units of the spread, and the state."""
 
-    action_dim, supports = 2, staticmethod(lambda capability: True)
+    action_dim, supports, state_dict = 2, staticmethod(lambda capability: True), staticmethod(dict)
 
     def act(self, batch):
         raw = (batch["observation.images.a"].flatten(1).mean(1) + batch[STATE][:, 0])[:, None, None]
@@ -154,7 +161,8 @@ def scene(*values, state=0.0, text="go"):
 
 
 def spread_file(tmp_path, **found):
-    (tmp_path / "runtime.json").write_text(json.dumps({"spread": 1.0, "binary": [], **found}))
+    made = {"spread": 1.0, "binary": [], "module": weights_hash(Looking())}
+    (tmp_path / "runtime.json").write_text(json.dumps(made | found))
     return str(tmp_path / "runtime.json")
 
 
@@ -251,11 +259,24 @@ def test_a_guard_wants_a_measured_spread(tmp_path, content, said):
         Reuse(CacheConfig("images", measured=path), Looking())
 
 
-def test_a_spread_is_that_of_the_weights_that_are_served(tmp_path):
-    config = CacheConfig("images", measured=spread_file(tmp_path, weights="one"))
-    assert Reuse(config, Looking(), "one").spread == Reuse(config, Looking()).spread == 1.0
-    with pytest.raises(BurnishError, match="other weights"):
-        Reuse(config, Looking(), "another")
+def test_a_spread_is_that_of_the_weights_that_act(policies, tmp_path):
+    """In a server and in an evaluation alike."""
+    policy, server = policies["smolvla"], SimpleNamespace(metrics=SimpleNamespace())
+    spec = SimpleNamespace(action_names=range(policy.action_dim), cameras=policy.cameras, fps=10)
+
+    def served(cache):
+        return runner(policy, ServeOptions(cache=cache), ExitStack(), server)[1]
+
+    def evaluated(cache):
+        job = _Job(EvalConfig(env="tabletop:lift", cache=cache), 16, False, False, make_env)
+        return _batched(job, policy, spec, None, 1).reuse
+
+    for way in (served, evaluated):
+        config = CacheConfig("images", measured=spread_file(tmp_path, module=weights_hash(policy)))
+        assert way(config).spread == 1.0
+        spread_file(tmp_path, module=weights_hash(policies["pi0"]))
+        with pytest.raises(BurnishError, match="other weights.*verify runtime"):
+            way(config)
 
 
 def test_an_episode_may_end_while_the_last_one_is_compared(tmp_path):

@@ -264,6 +264,17 @@ def test_pages_metrics_and_limits():
         assert "burnish_request_quantile_seconds" in text and "burnish_queue_seconds_bucket" in text
 
 
+def test_without_a_token_counts_are_read_under_the_machines_own_name_alone():
+    """A page of elsewhere whose name has been led to this machine asks under that name."""
+    with served(Seen(), profile="libero") as one:
+        for path in ("/metrics", "/stats"):
+            for host in (f"localhost:{one.port}", "127.0.0.1", "[::1]:1"):
+                assert get(one, path, Host=host)[0] == 200
+            for host in (f"evil.example:{one.port}", "127.0.0.1.evil.example", "", f"localhost:{one.port}@x"):
+                assert get(one, path, Host=host)[0] == 403
+        assert get(one, "/healthz", Host="probe")[0] == 200
+
+
 def test_addresses_and_options_that_are_refused(tmp_path):
     for options, said in (
         ({"host": "0.0.0.0"}, "without a token.*secrets.token_urlsafe"),  # noqa: S104

@@ -11,6 +11,7 @@ import torch
 
 from burnish.core.config import CacheConfig
 from burnish.core.errors import BurnishError
+from burnish.core.provenance import weights_hash
 from burnish.policies import load_policy
 from burnish.sampling.steering import Steering
 from workshop.tiny import make_tiny
@@ -156,8 +157,9 @@ def test_a_session_goes_on_from_its_last_chunk(tiny_smolvla, mode):
 def test_a_faster_server_says_how_it_was_started_and_counts(tiny_smolvla, tmp_path):
     """By the executor and another sampler; an unchanged picture is found again, an old one is used and compared."""
     fake.make_dataset(tmp_path / "data", cameras=("top", "wrist"), action_dim=7, episodes=2)
-    (tmp_path / "runtime.json").write_text('{"spread": 1000.0, "binary": []}')
     policy = load_policy(tiny_smolvla)
+    measured = {"spread": 1000.0, "binary": [], "module": weights_hash(policy)}
+    (tmp_path / "runtime.json").write_text(json.dumps(measured))
     (sent,) = observations(policy, 1)
     cache = CacheConfig("images", 9, measured=str(tmp_path / "runtime.json"))
     options = {"tier": "exact", "sampler": "ab2:3", "data": str(tmp_path / "data"), "cache": cache, "width": 1}

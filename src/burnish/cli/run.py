@@ -30,7 +30,7 @@ def run(
         dry_run: only say what would be done, with minutes and GB as far as they can be told
         fresh: of a recipe: delete the run's earlier training and measurements
         variants: of a study: only these, separated by commas (the reference among them)
-        seeds: of a study: only these, separated by commas
+        seeds: of a study: only these of the declared ones, separated by commas
         engine: of a study: processes (one run after the other), ray, or ray:HOST:PORT, a cluster that runs
         workers: of a study on Ray: runs at a time; 0 means as many as there is room for
         num_gpus: of a study on Ray: GPUs for each run; default: one where the cluster has any

@@ -149,10 +149,10 @@ def _batched(
         delay = job.trials.delay = replace(delay, steps=measured_steps(delay.measured, spec.fps), measured="")
     given = policy, match_cameras(policy, spec, cameras), job.trials.seed, (job.batch_size + 1) // 2, steps
     asked = BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
-    if job.trials.tier or job.kept:
-        asked.runner = Runtime(policy, tier=job.trials.tier or "exact", kept=job.kept)
     if job.trials.cache.mode in ("images", "prefix"):
         asked.reuse = Reuse(job.trials.cache, policy)
+    if job.trials.tier or job.kept:
+        asked.runner = Runtime(policy, tier=job.trials.tier or "exact", kept=job.kept)
     asked.watchdog = job.watchdog
     return asked
 

@@ -32,7 +32,7 @@ from burnish.evaluate.evaluation import Evaluation
 from burnish.evaluate.records import SETTINGS, SUMMARY, Journal, Record
 from burnish.evaluate.sequential import sequential
 from burnish.runtime.client import PolicyClient, without_token
-from burnish.runtime.serve.relay import Relay
+from burnish.runtime.serve.relay import MOST_MB, Relay
 
 TRIAL, ENTRIES, NEXT, ARMS = "trial", "trials.jsonl", "next.txt", ("a", "b")
 ADDRESS, PATIENCE = ("ws://", "wss://"), 5.0
@@ -119,10 +119,13 @@ class Trial(AbstractContextManager):
     def connect(self) -> None:
         """Between two servers put the relay; of policies by name say which is next."""
         if self._targets["a"].startswith(ADDRESS) and not self.finished:
-            self.relay = Relay(self.options.relay_port)
-            self._held.callback(self.relay.close)
+            limits = []
             for address in self._targets.values():
-                PolicyClient(address, patience=PATIENCE).close()
+                with PolicyClient(address, patience=PATIENCE) as server:
+                    said = server.metadata.get("max_mb") if isinstance(server.metadata, dict) else None
+                    limits.append(said if type(said) is int and 1 <= said <= 1024 else MOST_MB)
+            self.relay = Relay(self.options.relay_port, min(limits))  # one for both: it tells nobody who answers
+            self._held.callback(self.relay.close)
         self._announce()
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,18 @@
 """Whether this machine can do what burnish does, and a remedy for what is missing."""
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, metadata, requires, version
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from burnish.core.errors import one_line
 
@@ -106,7 +110,15 @@ def _lerobot() -> Iterator[Finding]:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         known, said = [], f"cannot be imported ({one_line(error, 150)})"
     fits = "burnish_discrete" in known
-    yield Finding("lerobot's own", said, fits, "" if fits else "pip install --force-reinstall burnish")
+    yield Finding("lerobot's own", said, fits, "" if fits or not known else _again())
+
+
+def _again() -> str:
+    """What installs burnish once more, from the checkout or the wheel that it came from: no index has it."""
+    about = json.loads(distribution("burnish").read_text("direct_url.json") or "{}")
+    place = url2pathname(urlsplit(about.get("url", "")).path) or "burnish"
+    editable = "-e " * bool(about.get("dir_info", {}).get("editable"))
+    return f"pip install --force-reinstall --no-deps {editable}{shlex.quote(place)}"
 
 
 def _video() -> Iterator[Finding]:

@@ -261,6 +261,9 @@ def _base(recipe: RecipeConfig, tuned: Path) -> "str | Policy | None":
     """What training started from, with the recipe's overrides; None where it is made for another robot or cameras."""
     from burnish.policies import load_policy
 
+    if recipe.eval.cache.measured:
+        log.warning("the base is not measured: %s is of the fine-tuned policy", recipe.eval.cache.measured)
+        return None
     base, after = _load_base(recipe, overrides=recipe.policy.overrides), load_policy(tuned)
     if base is None:
         return None

@@ -182,10 +182,12 @@ def choose(study: StudyConfig, variants: str = "", seeds: str = "") -> None:
             raise BurnishError(f"the variants '{variants}'", f"some of {known}, with {study.reference}")
         study.variants = {name: study.variants[name] for name in wanted}
     if seeds:
+        declared = {str(seed): seed for seed in study.seeds}
         found = [seed.strip() for seed in seeds.split(",")]
-        if not all(seed.isdecimal() and len(seed) < 19 for seed in found) or len({*found}) < len(found):
-            raise BurnishError(f"the seeds '{seeds[:100]}'", "whole numbers, each once, separated by commas")
-        study.seeds = [int(seed) for seed in found]
+        if not declared.keys() >= {*found} or len({*found}) < len(found):
+            raise BurnishError(f"the seeds '{seeds[:100]}'", f"some of {', '.join(declared)[:100]}, each once",
+                               "other seeds in a study file of another name")  # fmt: skip
+        study.seeds = [declared[seed] for seed in found]
 
 
 def run_study(

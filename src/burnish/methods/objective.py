@@ -130,6 +130,12 @@ def num_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
+def thaw(recipe: "RecipeConfig") -> str:
+    """The flag under which a backbone is trained that the recipe freezes, or else the policy's config."""
+    field = next((name for name in ("freeze", "train_only") if getattr(recipe.train, name)), "")
+    return f"--train.{field}='[]'" if field else "--policy.overrides.train_expert_only=false"
+
+
 class Objective(nn.Module):
     """A method. Subclass, override what you need, register under a name; a run lists it in `objectives:`.
 

@@ -116,8 +116,9 @@ def check_precision(policy: nn.Module) -> None:
     half = [n for n, p in policy.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if half:
         raise BurnishError(
-            f"{len(half)} trained parameters are in half precision, such as {half[0]}", "float32", "policy.float()"
-        )
+            f"{len(half)} trained parameters are in half precision, such as {half[0]}", "float32",
+            "--train.memory.frozen_dtype=float32",
+        )  # fmt: skip
 
 
 def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> Tensor:

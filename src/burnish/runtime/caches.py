@@ -22,6 +22,7 @@ from torch import Tensor
 from burnish.core.config import CacheConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
+from burnish.core.provenance import weights_hash
 from burnish.core.reading import read_object
 from burnish.core.types import Batch, Chunk
 from burnish.policies.base import Policy, require
@@ -94,16 +95,15 @@ class Reuse:
     Args:
         config: mode "images" or "prefix".
         policy: flow-matching; with the guard, the very weights that `config.measured` was made for.
-        weights: the hash of its folder, which `config.measured` then has to name; "" where that is not known.
 
     Attributes:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
     """
 
-    def __init__(self, config: CacheConfig, policy: Policy, weights: str = ""):
+    def __init__(self, config: CacheConfig, policy: Policy):
         require(policy, "runtime", f"cache {config.mode}")
         self.config, self.width, self.counts = config, policy.action_dim, Counter[str]()
-        self.spread, self.binary = measured_spread(config.measured, weights) if config.guard else (1.0, [])
+        self.spread, self.binary = measured_spread(config.measured, policy) if config.guard else (1.0, [])
         if not all(0 <= i < self.width for i in self.binary):
             raise BurnishError(f"{config.measured} has dimensions {self.binary} of two values",
                                f"some of the policy's {self.width}", "the file of this very policy")  # fmt: skip
@@ -184,13 +184,15 @@ def similarity(one: Tensor, other: Tensor) -> float:
     return float(F.cosine_similarity(*small, dim=0))
 
 
-def measured_spread(path: str, weights: str = "") -> tuple[float, list[int]]:
-    """A policy's spread and its two-valued dimensions, of a file of `burnish policy verify runtime`."""
+def measured_spread(path: str, policy: Policy) -> tuple[float, list[int]]:
+    """A policy's spread and its two-valued dimensions, of a file of `burnish policy verify runtime` that names its
+    tensors; its config may execute other steps of the same chunks.
+    """
     fix = "burnish policy verify runtime POLICY DATA --output runtime.json, and its name as `measured`"
     if not path:
         raise BurnishError("a guard that does not know the policy's spread", "a measured one, or guard: false", fix)
     found = read_object(Path(path))
-    if weights and found.get("weights") != weights:
+    if found.get("module") != weights_hash(policy):
         raise BurnishError(f"{path} was made for other weights", "those of the policy", fix)
     spread, binary = found.get("spread"), found.get("binary")
     whole = isinstance(binary, list) and all(type(i) is int for i in binary)

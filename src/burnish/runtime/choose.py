@@ -174,7 +174,7 @@ def compare_samplers(policy: Policy, data: Path | str, *, count: int = 48, noise
     drawn = draw_chunks(policy, batch, names, noises, seed=seed, progress=progress)
     rule = Rule()
     return {**judge(drawn, rule), "own": own_sampler(policy), "rule": asdict(rule), "reference": REFERENCE,
-            "observations": count, "noises": noises, "seed": seed, "data": str(data),
+            "observations": count, "noises": noises, "seed": seed, "data": str(data), "module": weights_hash(policy),
             "observations_hash": _hash(batch)}  # fmt: skip
 
 

@@ -137,7 +137,7 @@ class Scene3dTeacher(Teacher):
         side = self.net.side * self.net.patch
         if views.cameras != CAMERAS[: len(views.cameras)]:
             found, known = ", ".join(views.cameras), f"{CAMERAS[0]}, or {', '.join(CAMERAS)}"
-            raise BurnishError(f"scene3d looks at cameras {found}", known, "data.cameras, or another teacher")
+            raise BurnishError(f"scene3d looks at cameras {found}", known, f"--data.cameras=[{CAMERAS[0]}]")
         images = views.images
         if images.shape[-1] != side:
             small = F.interpolate(images.flatten(0, 1), (side, side), mode="bilinear", antialias=True)

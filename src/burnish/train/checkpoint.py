@@ -151,7 +151,8 @@ def _check_finite(run: Run, policy: Policy) -> None:
     bad = [name for name, count in zip(tensors, run.total(wrong).tolist(), strict=True) if count]
     if bad:
         found = f"step {run.step}: {len(bad)} of {len(tensors)} tensors are not finite, such as '{bad[0]}'"
-        raise BurnishError(found, "finite weights", "--fresh with a lower train.lr; the checkpoints before are whole")
+        fix = f"--fresh --train.lr={run.recipe.train.lr / 10:g}; the checkpoints before are whole"
+        raise BurnishError(found, "finite weights", fix)
 
 
 def latest(output: Path) -> Path | None:

@@ -34,7 +34,7 @@ def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequenc
         if any(search(p, name, "train.freeze") for p in freeze):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
-        raise BurnishError("nothing is left to train", "at least one parameter", "fewer patterns in train.freeze")
+        raise BurnishError("nothing is left to train", "at least one parameter", "--train.freeze='[]'")
 
 
 def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:

@@ -221,7 +221,7 @@ class DivergenceGuard:
         raise BurnishError(
             f"step {step}: {culprit}; the batch is saved in {path}",
             "finite numbers",
-            "a lower train.lr, or look at its episodes",
+            "--fresh with a smaller --train.lr, or look at its episodes",
         )
 
 

@@ -25,7 +25,7 @@ from burnish.methods.align.layers import Pairs, check_pairs, choose_pairs
 from burnish.methods.align.loss import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.options import AlignConfig, make_config
 from burnish.methods.align.targets import IMAGES, choose_teacher, make_targets
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Objective, Run, thaw
 from burnish.policies.base import Captured, require
 from burnish.teachers.base import Teacher, file_hash, fingerprint, make_teacher
 from burnish.teachers.placing import Placement
@@ -68,7 +68,7 @@ class Align(Objective):
         require(policy, "capture", "align")
         if not any(p.requires_grad for _, p in policy.backbone_parameters()):
             raise BurnishError("align: the backbone is frozen, so nothing can be aligned", "trained backbone layers",
-                               "train.freeze, train.train_only or the policy's train_expert_only")  # fmt: skip
+                               thaw(run.recipe))  # fmt: skip
         if run.recipe.train.imitation_weight == 0:
             raise BurnishError("align: with train.imitation_weight 0 no forward is made whose tokens could be aligned",
                                "a weight above 0", "--train.imitation_weight=1.0")  # fmt: skip
@@ -131,7 +131,7 @@ class Align(Objective):
             if not trained:
                 raise BurnishError(
                     "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
-                    "trained backbone layers", "train.freeze, train.train_only or the policy's train_expert_only",
+                    "trained backbone layers", thaw(run.recipe),
                 )  # fmt: skip
             rows = captured.layout["image"]
             if config.measure_every and run.step % config.measure_every == 0 and run.step != self._measured:

@@ -140,7 +140,7 @@ class Anchor:
 
     def check(self, path: Path | str, base_hash: str, layers: int, width: int) -> None:
         """Raise BurnishError unless the anchor was built from the very weights that training starts from."""
-        fix = "burnish method isolate anchor with the policy of policy.path"
+        fix = "burnish method isolate anchor, with the policy that training starts from"
         for what, found, expected in (("layers", self.about.layers, layers), ("channels", self.about.width, width)):
             if found != expected:
                 raise BurnishError(f"{path} is the anchor of a backbone with {found} {what}", f"{expected}", fix)

@@ -19,7 +19,7 @@ from burnish.methods.isolate.options import Inputs, resolve
 from burnish.methods.isolate.probe import Probe, ProbeOptions
 from burnish.methods.isolate.project import Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
-from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes, thaw
 from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
 from burnish.policies.base import Captured, Policy, recomputing, require
@@ -90,8 +90,7 @@ class Isolate(Objective):
         self._backbone = {name: p for name, p in run.policy.backbone_parameters() if p.requires_grad}
         if not self._backbone and options.rule not in ("none", "freeze", "lora"):
             raise BurnishError(f"isolate: method '{self.method}' has nothing to protect, as the backbone is frozen",
-                               "trained backbone parameters", "fewer patterns in train.freeze, or no isolate"
-                               )  # fmt: skip
+                               "trained backbone parameters", thaw(run.recipe))  # fmt: skip
         needs_source = options.uses_source or options.rule == "replay"
         self.source = Source(run, options, self.inputs, questions) if needs_source else None
         self._asked = self._answers(run, questions)

@@ -13,25 +13,28 @@ from typing import Any
 from burnish.core.errors import BurnishError, one_line
 from burnish.runtime.serve.wire import OVER, pack_openpi, unpack_openpi
 
-NAMES = ("policy", "weights", "sampler", "tier", "cache", "watchdog")
+NAMES = ("policy", "weights", "sampler", "tier", "cache", "watchdog", "max_mb")
 """Of a server's greeting: what would tell who answers."""
-_LIMITS: dict[str, Any] = {"compression": None, "max_size": 64 << 20, "close_timeout": 1}
+MOST_MB = 64
+"""MiB of a message, where servers do not say their own limit (`max_mb`)."""
+_LIMITS: dict[str, Any] = {"compression": None, "max_size": MOST_MB << 20, "close_timeout": 1}
 log = logging.getLogger("burnish")
 
 
 class Relay:
-    """A port of this machine, for the robot's client at `address`, that passes openpi's frames on, both ways.
+    """A port of this machine, for the robot's client at `address`, that passes openpi's frames on, both ways; of the
+    robot's those of at most `max_mb` MiB.
 
     `asked` counts frames of the robot since the last `open`, `fault` is what a person should know, without a name.
     BurnishError where the port cannot be had, or a package is missing.
     """
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, max_mb: int = MOST_MB):
         self.asked, self.fault, self._target = 0, "", ""
         self._robots, self._loop, self._opened = set[Any](), asyncio.new_event_loop(), asyncio.Event()
         threading.Thread(target=self._loop.run_forever, name="relay", daemon=True).start()
         try:
-            self._server = self._call(self._listen(port))
+            self._server = self._call(self._listen(port, max_mb))
         except ImportError:
             raise BurnishError("a relay without websockets", "the package", "pip install 'burnish[serve]'") from None
         except (OSError, OverflowError) as error:
@@ -54,10 +57,10 @@ class Relay:
     def _call(self, what: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result()
 
-    async def _listen(self, port: int) -> Any:
+    async def _listen(self, port: int, max_mb: int) -> Any:
         from websockets.asyncio.server import serve
 
-        return await serve(self._robot, "127.0.0.1", port, origins=[None], **_LIMITS)
+        return await serve(self._robot, "127.0.0.1", port, origins=[None], **{**_LIMITS, "max_size": max_mb << 20})
 
     async def _cut(self) -> None:
         self._opened.clear()
@@ -80,6 +83,8 @@ class Relay:
                 await robot.send(_nameless(await asyncio.wait_for(server.recv(), 60)))
                 ways = [asyncio.ensure_future(_pass(server, robot)), asyncio.ensure_future(_pass(robot, server, self))]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                if server.close_code in (1008, 1009):  # a limit of the server, which sending again would meet again
+                    await robot.close(server.close_code, server.close_reason)
         except (OSError, WebSocketException, BurnishError) as error:
             if robot.close_code is None:
                 self.fault = "the policy of this trial does not answer"

@@ -51,7 +51,7 @@ def serve_policy(
         robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
         mode = options.async_mode
         model.sampler = find_sampler(options.sampler, policy) or model.sampler
-        who, reuse = runner(model, options, stack, server, "" if isinstance(policy, Policy) else digest)
+        who, reuse = runner(model, options, stack, server)
         dog = watchdog(model, digest) if watchdog else None
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
                           "guided" if mode == "none" else mode, who, reuse, dog)  # type: ignore[arg-type]  # fmt: skip
@@ -61,7 +61,7 @@ def serve_policy(
         names = () if isinstance(policy, Policy) else (str(policy), Path(policy).name)
         sampler = model.sampler or (own_sampler(model) if model.supports("runtime") else "")
         about = {"weights": digest, "profile": "map" if options.map else options.profile, "exact": options.exact,
-                 "sampler": sampler, "tier": options.tier, "cache": options.cache.mode,
+                 "sampler": sampler, "tier": options.tier, "cache": options.cache.mode, "max_mb": options.max_mb,
                  **({"watchdog": dog.about} if dog else {}), **robot(options.data)}  # fmt: skip
         service = OpenPi(batcher, keys, options.seed, about, mode, recorder, robot_keys, names)
         service.warm()
@@ -72,11 +72,11 @@ def serve_policy(
 
 
 def runner(
-    model: Policy, options: ServeOptions, stack: ExitStack, server: Server, weights: str = ""
+    model: Policy, options: ServeOptions, stack: ExitStack, server: Server
 ) -> tuple[Policy | Runtime, Reuse | None]:
     """Who is called, the policy or the executor of it; and what lets it act on old pictures."""
     cache, kept = options.cache, None if options.cache.mode == "none" else Kept()
-    reuse = Reuse(cache, model, weights) if cache.mode in ("images", "prefix") else None
+    reuse = Reuse(cache, model) if cache.mode in ("images", "prefix") else None
     server.metrics.caches = [one.counts for one in (kept, reuse) if one is not None]
     if options.tier or (kept and model.supports("runtime")):
         return Runtime(model, tier=options.tier or "exact", kept=kept), reuse

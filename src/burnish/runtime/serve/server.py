@@ -9,6 +9,7 @@ import asyncio
 import base64
 import hmac
 import logging
+import re
 import signal
 import socket
 import threading
@@ -239,6 +240,8 @@ class Server:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, '{"status": "not ready"}\n')
         if self.options.token and not _has_token(asked.headers.get_all("Authorization"), self.options.token):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "wrong or missing token: Authorization: Api-Key TOKEN\n")
+        if path in ("/metrics", "/stats") and not (self.options.token or _names_loopback(asked.headers)):
+            return connection.respond(HTTPStatus.FORBIDDEN, f"expected the host {self.options.host}\n")
         if path == "/metrics":
             return connection.respond(HTTPStatus.OK, self.metrics.text())
         if path == "/stats":
@@ -316,6 +319,12 @@ async def _unless(gone: "asyncio.Future[None]", wanted: Any) -> Any:
         await asyncio.gather(task, return_exceptions=True)
         return None
     return task.result()
+
+
+def _names_loopback(headers: Any) -> bool:
+    """Whether a request is for this machine by its own name: a web page that had its name led here may read nothing."""
+    hosts = headers.get_all("Host")
+    return len(hosts) == 1 and re.fullmatch(r"(127\.0\.0\.1|\[::1\]|localhost)(:\d+)?", hosts[0]) is not None
 
 
 def _has_token(headers: list[str], token: str) -> bool:
