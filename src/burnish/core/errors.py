@@ -3,6 +3,10 @@
 import re
 
 
+MOST = 2000
+"""Characters of what was found: a name in a stranger's file may be a book."""
+
+
 class BurnishError(Exception):
     """Bad input. Says what was found, what was expected and, where there is one, the command that fixes it.
 
@@ -13,7 +17,7 @@ class BurnishError(Exception):
     """
 
     def __init__(self, found: str, expected: str = "", fix: str = ""):
-        parts = [found]
+        parts = [found if len(found) <= MOST else f"{found[:MOST]}..."]
         if expected:
             parts.append(f"expected {expected}")
         if fix:

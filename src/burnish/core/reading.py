@@ -61,7 +61,7 @@ def regular_file(path: Path, root: Path | None = None, most: int | None = None) 
     """
     path = Path(path)
     if root is not None:
-        inside(root, path.relative_to(root))
+        inside(root, path.relative_to(root) if path.is_relative_to(root) else path)
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -24,7 +24,7 @@ from burnish.core.files import new_file, write_json, write_text
 from burnish.core.options import check, option, read_options
 from burnish.core.outputs import claim
 from burnish.core.provenance import commit
-from burnish.core.reading import read_object, regular_file
+from burnish.core.reading import inside, read_object, regular_file
 from burnish.core.seeding import derive_seed
 from burnish.data.initial_states import MOST_BYTES, State, states_in_folder, states_of_dataset
 from burnish.envs.base import FAILURES
@@ -108,6 +108,8 @@ class Trial(AbstractContextManager):
         self.relay: Relay | None = None
         with ExitStack() as opening:
             opening.enter_context(claim(self.folder, TRIAL))
+            for name in ("states", *(f"eval/{arm}" for arm in ARMS)):
+                inside(self.folder, name)
             settings = self._settings()
             journal = Journal(self.folder, settings, partial(read_options, Entry), TRIAL, ENTRIES)
             self._journal = opening.enter_context(journal)
