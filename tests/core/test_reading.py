@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.core.reading import inside, parse_json, parse_yaml, read_json, read_lines, read_object, read_text
+from burnish.core.reading import (
+    inside,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_lines,
+    read_object,
+    read_text,
+    regular_file,
+)
 
 
 def refused(call, *arguments, **more) -> str:
@@ -29,6 +38,12 @@ def test_what_is_no_file_is_named(tmp_path):
     assert "a link to nothing" in refused(read_text, tmp_path / "nowhere")
     assert refused(read_text, tmp_path / ("x" * 300))
     assert refused(read_text, tmp_path / "a\0b")
+
+
+def test_a_path_of_elsewhere_and_a_book_for_a_name_are_one_line(tmp_path):
+    """As `folder / name` is where a stranger's name is absolute."""
+    assert "leads out of" in refused(regular_file, tmp_path / "/etc/passwd", tmp_path)
+    assert len(str(BurnishError("x" * 10**6, "a name"))) < 2100
 
 
 def test_a_large_file_is_not_read(tmp_path):

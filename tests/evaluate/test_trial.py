@@ -203,6 +203,17 @@ def test_a_photo_that_leads_out_of_the_folder_is_not_shown(tmp_path):
         trial.photo(0)
 
 
+@pytest.mark.parametrize("name", ["states", "eval"])
+def test_nothing_is_written_through_a_strangers_link(name, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with Trial(tmp_path / "t", "old", "new"):
+        pass
+    (tmp_path / "t" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(BurnishError, match="is a link to"):
+        Trial(tmp_path / "t", "old", "new")
+    assert not list((tmp_path / "mine").iterdir())
+
+
 def test_another_trial_or_process_in_the_folder_is_refused(trial, tmp_path):
     import subprocess
     import sys

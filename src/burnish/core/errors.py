@@ -3,10 +3,6 @@
 import re
 
 
-MOST = 2000
-"""Characters of what was found: a name in a stranger's file may be a book."""
-
-
 class BurnishError(Exception):
     """Bad input. Says what was found, what was expected and, where there is one, the command that fixes it.
 
@@ -17,7 +13,7 @@ class BurnishError(Exception):
     """
 
     def __init__(self, found: str, expected: str = "", fix: str = ""):
-        parts = [found if len(found) <= MOST else f"{found[:MOST]}..."]
+        parts = [found if len(found) <= 2000 else f"{found[:2000]}..."]  # a name in a stranger's file may be a book
         if expected:
             parts.append(f"expected {expected}")
         if fix:

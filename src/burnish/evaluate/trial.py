@@ -124,7 +124,7 @@ class Trial(AbstractContextManager):
             limits = []
             for address in self._targets.values():
                 with PolicyClient(address, patience=PATIENCE) as server:
-                    said = server.metadata.get("max_mb") if isinstance(server.metadata, dict) else None
+                    said = isinstance(server.metadata, dict) and server.metadata.get("max_mb")
                     limits.append(said if type(said) is int and 1 <= said <= 1024 else MOST_MB)
             self.relay = Relay(self.options.relay_port, min(limits))  # one for both: it tells nobody who answers
             self._held.callback(self.relay.close)
