@@ -7,8 +7,6 @@ import torch
 
 from bench import decode as bench
 from burnish.cli.main import main
-from burnish.cli.policy import add_columns
-from burnish.core.errors import BurnishError
 from burnish.sampling.timing import left_to_right
 from workshop.tiny import make_tiny
 
@@ -48,15 +46,6 @@ def test_mistakes_are_one_line(folder, capsys):
     assert main(["policy", "decode", str(folder), "--option", "threshold"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 3 and "blocks of 9 do not divide" in lines[1]
-
-
-def test_figures_go_beside_the_success_rate(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps({"rows": [{"label": "a"}, {"label": "b"}]}))
-    add_columns(f"{path}:b", {"passes": 9.5, "ids": [1]})
-    assert json.loads(path.read_text())["rows"] == [{"label": "a"}, {"label": "b", "passes": 9.5}]
-    with pytest.raises(BurnishError, match="no row 'c'"):
-        add_columns(f"{path}:c", {})
 
 
 def test_left_to_right():

@@ -77,7 +77,7 @@ def test_quantile_bins_of_an_action_that_often_has_one_value():
 
 @pytest.mark.parametrize("line", [
     ["--count", "0"], ["--repeats", "0"], ["--option", "threshold=["], ["--option", "threshold="],
-    ["--own", "--decoder", "one_pass"], ["--decoder", "together", "--option", "preset=paper"],
+    ["--decoder", "together", "--option", "preset=paper"],
 ], ids=" ".join)  # fmt: skip
 def test_commands_with_odd_arguments(tmp_path, line, capsys):
     folder = make_tiny("burnish_discrete", tmp_path / "p", overrides={"block_size": 7})
