@@ -134,8 +134,8 @@ def two_way(values: np.ndarray) -> Estimate:
     B of states and E of the rest, (A + B - E) / kn estimates the variance of the mean without bias, and Satterthwaite's
     rule (Biometrics Bulletin 2, 1946) gives the degrees of freedom of its t distribution: never fewer than the fewest
     of a part, which subtracting E would feign. Chance may bring the estimate near nothing or below; it is kept at half
-    of E. (At the whole of E, which the variance cannot fall below, intervals cover 98 % where seeds do not differ, and
-    are longer; see `python -m workshop coverage`.) With one row, or one column: Student's interval over the others.
+    of E: at the whole of it, which the variance itself cannot fall below, intervals are longer and cover 98 % where
+    seeds do not differ. `python -m workshop coverage` simulates it. With one row, or one column: Student's interval.
 
     Args:
         values: [k, n] outcomes, or differences between two methods paired on seed and state.
