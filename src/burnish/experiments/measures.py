@@ -60,9 +60,8 @@ def read_answers(run: Path) -> dict[str, Any]:
 
 def asked_before(run: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """`retention.json` of a run, if it holds what the same weights answered to the same questions (`asked`)."""
-    if not (run / "retention.json").is_file():
-        return None
-    content = read_object(run / "retention.json")
+    path = run / "retention.json"
+    content = read_object(path) if path.is_file() else {}
     if content.get("asked") != asked or "losses" not in content.get("tuned", {}):
         return None
     read_answers(run)

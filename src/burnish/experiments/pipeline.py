@@ -294,8 +294,9 @@ def _measure_retention(recipe: RecipeConfig, outcome: Outcome) -> None:
 
     questions, tuned = recipe.eval.questions, outcome.folder / "policy"
     asked = {"root": questions.root, "limit": questions.limit, "weights": weights_hash(tuned)}
-    with suppress(BurnishError):  # the base is no longer there: `_load_base` says so
-        asked["base"] = weights_hash(resolve(recipe.policy.path))
+    if recipe.policy.path:
+        with suppress(BurnishError):  # the base is no longer there: `_load_base` says so
+            asked["base"] = weights_hash(resolve(recipe.policy.path))
     if before := asked_before(outcome.folder, asked):
         outcome.retention |= {name: Retention.from_dict(before[name]) for name in ("tuned", "base") if name in before}
         return
