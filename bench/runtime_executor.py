@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     figures["exact_bitwise_discrete"] = tokens_equal()
     if args.size == "smolvla":
-        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 7)
+        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 15)
         figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise_exact" in key else f"real_{key}": value
                     for key, value in found.items()}  # fmt: skip
     return figures, detail

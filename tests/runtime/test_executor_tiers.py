@@ -77,7 +77,7 @@ def test_a_compiled_step_is_one_graph_for_all_steps(policies, monkeypatch):
     policy, real = policies["pi05"], torch.compile
     dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    monkeypatch.setattr(torch, "compile", lambda function, options, **others: real(function, backend=counter, **others))
     runtime = Runtime(policy, tier="compiled")
     found = runtime.verify(observed(policy, 1))
     runtime.act(observed(policy, 1, 5))

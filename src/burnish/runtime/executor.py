@@ -102,7 +102,9 @@ class Sampler:
         if self.kept is not None:
             self.family.keeps, self.family.embed_image = True, self.kept.views(self.parts.embed_image)
         if tier.compiled:
-            self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True)
+            self.velocity = torch.compile(
+                self.family.velocity, dynamic=False, fullgraph=True, options={"cpp_wrapper": True}
+            )  # a small step is mostly launches
 
     def refresh(self) -> None:
         """Follow weights that have changed; graphs read the addresses of the old ones and go."""
