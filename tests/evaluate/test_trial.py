@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from burnish.core.errors import BurnishError
-from burnish.data.initial_states import states_in_folder, states_of_dataset
 from burnish.evaluate.compare import compare
 from burnish.evaluate.results import read_results
 from burnish.evaluate.sequential import sequential
-from burnish.evaluate.trial import ENTRIES, NEXT, Stale, Trial, TrialOptions, drawn
+from burnish.evaluate.trial import ENTRIES, NEXT, Stale, Trial, TrialOptions, drawn, states_in_folder, states_of_dataset
 from burnish.report.page import write_report
 from burnish.report.trial import order_effect, write_trial_report
 from burnish.runtime.client import PolicyClient

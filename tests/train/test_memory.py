@@ -20,10 +20,10 @@ from burnish.core.recipe import load_recipe
 from burnish.core.types import Draws
 from burnish.policies import load_policy
 from burnish.policies.base import recomputing
-from burnish.policies.empty import Tokens, empty_batch
 from burnish.train import checkpoint, cost, optim
+from burnish.train.cost import Tokens, empty_batch
 from burnish.train.loop import train
-from burnish.train.memory import halve_frozen, prepare, state_bytes
+from burnish.train.optim import halve_frozen, prepare, state_bytes
 
 
 def gradients(policy: nn.Module, size: int = 2, precision: bool = False) -> tuple[float, dict[str, torch.Tensor]]:

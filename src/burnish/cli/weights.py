@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from burnish.cli.parser import Arg, Group
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
 from burnish.core.options import home
 from burnish.core.outputs import require_file
 
@@ -153,7 +154,7 @@ def inspect(
         burnish weights inspect runs/delta --other runs/seeds --plots runs/delta-plots
     """
     _one_blas_thread()
-    from burnish.weights.inspect import draw, inspect, save, table
+    from burnish.weights.inspect import draw, inspect, table
 
     output = output and Path(_path(str(output), "--output"))
     if output:
@@ -162,7 +163,7 @@ def inspect(
     if plots:
         found["plots"] = [str(path) for path in draw(found, _path(str(plots), "--plots"))]
     if output:
-        save(found, output)
+        write_json(output, found)
     print(dumps(found, indent=1) if json else table(found))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from burnish.core.types import Draws
 from burnish.sampling.token_model import noise_seeds
 
 _SHAPED = {torch.randn, torch.rand, torch.randint}
@@ -33,6 +34,12 @@ def drawn(noise: Tensor) -> Iterator[None]:
     """
     with _Drawn([torch.Generator().manual_seed(int(seed)) for seed in noise_seeds(noise)]):
         yield
+
+
+def seeds(batch_size: int, generator: torch.Generator) -> Draws:
+    """Noise [B, 1, 4] that seeds whatever a network draws; it has no time."""
+    noise = torch.randn(batch_size, 1, 4, generator=generator, device=generator.device)
+    return Draws(noise, torch.ones(batch_size, device=generator.device))
 
 
 class _Drawn(TorchFunctionMode):

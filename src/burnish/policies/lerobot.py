@@ -18,7 +18,7 @@ from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
 from burnish.policies import tensors
 from burnish.policies.base import Captured, Stage, lacks
-from burnish.policies.draws import drawn
+from burnish.policies.draws import drawn, seeds
 from burnish.policies.keys import ACTION, CONFIG, PAD, STATE, TASK
 from burnish.policies.pipelines import new_processors, register_steps
 from burnish.policies.sizes import check_other_numbers
@@ -187,9 +187,7 @@ class LeRobotPolicy(PolicyWrapper):
         return Chunk(self.postprocessor(actions[..., : self.action_dim]))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
-        """Noise [B, 1, 4] that seeds whatever the network draws; it has no time."""
-        noise = torch.randn(batch_size, 1, 4, generator=generator, device=generator.device)
-        return Draws(noise, torch.ones(batch_size, device=generator.device))
+        return seeds(batch_size, generator)
 
     @contextmanager
     def capture(self, layers: Sequence[int]) -> Iterator[Captured]:

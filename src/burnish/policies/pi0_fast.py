@@ -21,7 +21,7 @@ from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
 from burnish.policies.base import Stage, lacks
 from burnish.policies.discrete.tokenizers import Fast
-from burnish.policies.draws import drawn
+from burnish.policies.draws import drawn, seeds
 from burnish.policies.keys import ACTION, ACTION_TOKEN_MASK, ACTION_TOKENS, FAST_FOLDER, TASK, TOKEN_MASK, TOKENS
 from burnish.policies.load import POLICIES
 from burnish.policies.pi import PaliGemmaParts
@@ -115,9 +115,8 @@ class Pi0Fast(PaliGemmaParts):
         return Chunk(self.postprocessor(self.read(tokens.tolist()).to(self.device)))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
-        """Noise [B, 1, 4] that seeds the tokens that are drawn where the temperature is above 0; it has no time."""
-        noise = torch.randn(batch_size, 1, 4, generator=generator, device=generator.device)
-        return Draws(noise, torch.ones(batch_size, device=generator.device))
+        """Seeds of the tokens that are drawn where the temperature is above 0."""
+        return seeds(batch_size, generator)
 
     def read(self, rows: list[list[int]]) -> Tensor:
         """Normalised actions [B, T, A] of B answers in PaliGemma's ids."""

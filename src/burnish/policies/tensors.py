@@ -213,7 +213,7 @@ def share_mode(folder: Path) -> None:
         shutil.copymode(folder / CONFIG, file)
 
 
-def first(keys: Iterable[str]) -> str:
-    """The first three of some names."""
+def first(keys: Iterable[str], count: int = 3) -> str:
+    """The first of some names."""
     keys = list(keys)
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")

@@ -94,7 +94,7 @@ class PolicyWrapper(Policy):
     @classmethod
     def empty(cls, folder: Path | None, raw: dict[str, Any], changes: dict[str, Any], features: dict[str, Any] | None,
               tokens: Callable[[Any], Any]) -> Self:  # fmt: skip
-        """The wrapper of a policy that is shapes alone, see `burnish.policies.empty`.
+        """The wrapper of a policy that is shapes alone, see `burnish.train.cost`.
 
         Args:
             folder: whose config `raw` is; None for one of the published sizes.

@@ -20,8 +20,7 @@ from burnish.core.types import Batch
 from burnish.train import checkpoint, selfcheck
 from burnish.train.cost import fitted
 from burnish.train.logging import Metrics, draw_curves, peak_memory
-from burnish.train.memory import mixed
-from burnish.train.optim import learning_rate
+from burnish.train.optim import learning_rate, mixed
 from burnish.train.run import Run, TrainResult, claim_run, finished, result, start_files, start_over, tidy
 from burnish.train.selfcheck import DivergenceGuard
 from burnish.train.setup import is_first_process, own_accelerate_state

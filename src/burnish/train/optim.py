@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from burnish.core.config import PeftConfig, TrainConfig
+from burnish.core.config import PeftConfig, RecipeConfig, TrainConfig
 from burnish.core.errors import BurnishError
 from burnish.core.reading import fullmatch, search
 from burnish.core.seeding import derive_seed, seeded
 from burnish.methods.gradients import local
-from burnish.policies.base import Policy
+from burnish.methods.objective import Objective
+from burnish.policies.base import Policy, require
 from burnish.train.sharded import exchange
 
 _ADAPTER = "default"
@@ -273,3 +274,58 @@ def _in_8_bits(name: str, field: str, parts: dict[str, Tensor], parameter: Tenso
         raise BurnishError(f"the 8-bit state of '{name}' is damaged", "what `burnish train` wrote",
                            "another --output, or --fresh (train, run) to start over")  # fmt: skip
     return OptimState8bit(*(parts[part] for part in OptimState8bit.tensor_attrs), field == "exp_avg", parameter.dtype)
+
+
+def prepare(policy: Policy, recipe: RecipeConfig, objectives: Iterable[Objective]) -> None:
+    """Delays, adapters, which parameters are trained, master weights in float32, and all else as a recipe asks."""
+    train = recipe.train
+    policy.rtc_training_max_delay = most = train.rtc_training_max_delay
+    if most:
+        require(policy, "steering", "train.rtc_training_max_delay")
+    if most and most >= policy.chunk_size:
+        raise BurnishError(f"train.rtc_training_max_delay {most} with chunks of {policy.chunk_size} steps",
+                           "a number below that")  # fmt: skip
+    policy.float()  # precision below that is autocast's
+    add_adapters(policy, train.peft, train.seed, policy.whole_parts)
+    choose_trained(policy, train.freeze, train.train_only)
+    for objective in objectives:
+        objective.choose_trained(recipe, policy)
+        if objective.reads_moments and train.memory.optimizer != "adamw":
+            raise BurnishError(f"train.memory.optimizer is adamw8bit with {type(objective).__name__}, which "
+                               "reads the moments", "adamw", "--train.memory.optimizer=adamw")  # fmt: skip
+    if train.memory.frozen_dtype == "bf16":
+        halve_frozen(policy, train)
+    if train.memory.checkpointing:
+        policy.recompute()
+
+
+def halve_frozen(policy: nn.Module, train: TrainConfig) -> None:
+    """Keep frozen matrices in bfloat16. Vectors (norms, biases) stay as they are: layer norms take one type alone.
+
+    Raises:
+        BurnishError: without autocast to bfloat16, where a matrix product takes one type alone too; or sharded.
+    """
+    if train.precision != "bf16":
+        raise BurnishError(f"train.memory.frozen_dtype is bf16 with train.precision {train.precision}",
+                           "bf16 for both", "--train.precision=bf16")  # fmt: skip
+    if train.shard:
+        raise BurnishError("train.memory.frozen_dtype bf16 with train.shard, which wants one type", "float32",
+                           "--train.memory.frozen_dtype=float32")  # fmt: skip
+    for parameter in policy.parameters():
+        if not parameter.requires_grad and parameter.ndim >= 2:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def mixed(train: TrainConfig, accelerator: Any) -> AbstractContextManager:
+    """Around every call of a policy outside of the step: autocast, where its weights are of two types."""
+    return accelerator.autocast() if train.memory.frozen_dtype == "bf16" else nullcontext()
+
+
+def state_bytes(trained: Iterable[nn.Parameter], train: TrainConfig) -> int:
+    """Bytes of the optimiser's state: two moments of every number, in float32 or in 8 bits (see optim.adamw)."""
+    total = 0
+    for p in trained:
+        small = p.numel() < 4096 or p.numel() % 256
+        plain = train.memory.optimizer == "adamw" or small
+        total += 8 * p.numel() if plain else 2 * (p.numel() + p.numel() // 64 + 1024)
+    return total

@@ -27,8 +27,7 @@ from burnish.methods.gradients import dot, dots, stream_gradients
 from burnish.methods.objective import Objective
 from burnish.train import checkpoint
 from burnish.train.logging import Metrics, Window
-from burnish.train.memory import mixed, prepare
-from burnish.train.optim import Average, adamw, add_parameters
+from burnish.train.optim import Average, adamw, add_parameters, mixed, prepare
 from burnish.train.setup import make_accelerator, make_objectives, policy_and_data, precision_note
 from burnish.train.sharded import Shards, switch_parameters
 from burnish.train.step import OWN, Step

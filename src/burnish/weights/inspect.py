@@ -8,8 +8,7 @@ import numpy as np
 
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
-from burnish.core.files import write_json
-from burnish.core.outputs import claim, require_file
+from burnish.core.outputs import claim
 from burnish.weights.delta import Delta
 from burnish.weights.names import GROUPS, module_of
 from burnish.weights.rounding import Buffers, dot
@@ -105,12 +104,6 @@ def table(found: dict[str, Any], most: int = 20) -> str:
 
 def _said(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def save(found: dict[str, Any], path: Path) -> None:
-    """Write the figures to a JSON file; only an earlier one of the kind is replaced."""
-    require_file(path, "inspection")
-    write_json(path, found)
 
 
 def draw(found: dict[str, Any], folder: Path | str) -> list[Path]:

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from burnish.methods.gradients import Layout
-from burnish.methods.isolate.adam import AdamWatch
-from burnish.methods.isolate.project import Direction, edit
+from burnish.methods.isolate.project import AdamWatch, Direction, edit
 
 NAMES = ("layers.0.w", "layers.1.w")
 LR, BETA2, EPS = 1e-2, 0.95, 1e-8

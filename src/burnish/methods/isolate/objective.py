@@ -14,10 +14,9 @@ from burnish.core.options import check, read_options
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.gradients import Layout, Vector, dot, local, of_next_layers, own_rows, parts, stop_decay
 from burnish.methods.inputs import Questions
-from burnish.methods.isolate.adam import AdamWatch
 from burnish.methods.isolate.options import Inputs, resolve
 from burnish.methods.isolate.probe import Probe, ProbeOptions
-from burnish.methods.isolate.project import Direction, Edited, edit
+from burnish.methods.isolate.project import AdamWatch, Direction, Edited, edit
 from burnish.methods.isolate.protected import Source
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes, thaw
 from burnish.methods.reference import train_around_adapters

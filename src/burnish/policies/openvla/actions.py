@@ -8,6 +8,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
+from burnish.policies.tensors import first
 
 OWN_KEY = "burnish"
 """Entry of `norm_stats` that holds the statistics of the data that burnish trained on."""
@@ -92,10 +93,10 @@ def choose_stats(norm_stats: Any, key: str, where: str) -> tuple[str, dict[str, 
         raise BurnishError(f"{where} has no norm_stats", "statistics by data set, as OpenVLA publishes them")
     if not key and len(norm_stats) > 1:
         raise BurnishError(f"{where} has norm_stats of {len(norm_stats)} data sets", "the one that actions are in",
-                           f"unnorm_key={next(iter(norm_stats))}, or another of {_some(norm_stats)}")  # fmt: skip
+                           f"unnorm_key={next(iter(norm_stats))}, or another of {first(norm_stats, 8)}")  # fmt: skip
     key = key or next(iter(norm_stats))
     if key not in norm_stats:
-        raise BurnishError(f"{where}: no norm_stats for unnorm_key '{key}'", f"one of {_some(norm_stats)}")
+        raise BurnishError(f"{where}: no norm_stats for unnorm_key '{key}'", f"one of {first(norm_stats, 8)}")
     return key, norm_stats[key]
 
 
@@ -112,11 +113,6 @@ def stats_entry(stats: dict[str, Any], action: str, state: str) -> dict[str, Any
     if state in stats:
         found["proprio"] = listed(state)
     return found
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _scaled(values: Tensor, low: Tensor, high: Tensor, mask: Tensor) -> Tensor:
