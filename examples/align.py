@@ -2,9 +2,10 @@
 
     python examples/align.py
     python examples/align.py --preset spatial_forcing
+    python examples/align.py --data path/to/dataset --teacher '{name: folder, path: data/teachers/vision}'
 
-The teacher is the simulator's own geometry, kept beside the demonstrations; for real data take DINOv2 or VGGT, see
-docs/methods/align.md.
+The teacher is the simulator's own geometry, kept beside the demonstrations. For data of a robot take a vision model,
+such as DINOv2: docs/methods/align.md.
 """
 
 import argparse
@@ -16,8 +17,11 @@ from burnish import load_recipe, make_demos, train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data/examples/lift_depth", help="demonstrations with depth")
+    parser.add_argument(
+        "--data", default="data/examples/lift_depth", help="LeRobotDataset; recorded where it is missing"
+    )
     parser.add_argument("--demos", type=int, default=40, help="demonstrations to record")
+    parser.add_argument("--teacher", default="geometry", help="see docs/methods/align.md; geometry needs depth")
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps")
     parser.add_argument("--preset", default="default", help="default, spatial_forcing, paper or released_code")
     parser.add_argument("--output", default="runs/examples/align")
@@ -28,7 +32,7 @@ def main() -> None:
     result = train(load_recipe(None, [
         "--policy.path=small", f"--data.root={args.data}", f"--output={args.output}", f"--train.steps={args.steps}",
         "--train.batch_size=16", "--train.lr=5e-4", "--train.warmup_steps=10", "--train.log_every=5",
-        f"--objectives=[{{name: align, preset: {args.preset}, teacher: {{name: geometry}}}}]",
+        f"--objectives=[{{name: align, preset: {args.preset}, teacher: {args.teacher}}}]",
     ]))  # fmt: skip
 
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]

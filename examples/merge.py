@@ -1,9 +1,10 @@
-"""Take out what a fine-tune has learnt as a task vector, and add it to the base in several doses (CapVector).
+"""Take out what a fine-tune has learnt as a task vector, and have it in several doses (CapVector).
 
     python examples/merge.py
     python examples/merge.py --base path/to/base --tuned path/to/tuned --data path/to/dataset
 
-With a dose of 1 the merged policy is the fine-tune; between 0 and 1 it is on the way there.
+With a dose of 1 the merged policy is the fine-tune; between 0 and 1 it is on the way there. What is left of the dose is
+taken off the fine-tune, so that it keeps the cameras and statistics of its robot, which the base may lack.
 """
 
 import argparse
@@ -36,12 +37,12 @@ def main() -> None:
     ])  # fmt: skip
     tuned = args.tuned or train(recipe).policy
 
-    vector = extract(args.base, tuned, output=out / "vector", force=True)
+    vector = extract(args.base, tuned, output=out / "vector", heads="keep", force=True)
     shares = inspect(vector.path)["groups"]
     print("where it changed: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     for dose in (0.5, 1.0):
         merged = out / f"merged_{dose}"
-        merge(args.base, [(vector.path, dose)], output=merged, force=True)
+        merge(tuned, [(vector.path, dose - 1)], output=merged, heads="keep", other_base=True, force=True)
         checked = verify(merged)
         found = evaluate_offline(merged, recipe.data, output=out / f"eval_{dose}", video=False)
         print(

@@ -6,6 +6,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import dataset_fakes as fakes
 import numpy as np
@@ -16,12 +17,14 @@ import torch
 from dataset_fakes import DATA, EPISODES, FRONT, INFO, STATS, TASK_TABLE, VIDEO, edit_json, edit_table
 
 from burnish.core.errors import BurnishError
+from burnish.core.types import Window
 from burnish.data.checks import find_problems
 from burnish.data.dataset import convert_command, open_dataset
 from burnish.data.frames import open_frames
 from burnish.data.inspect import inspect_dataset
 from burnish.data.loader import RobotData
 from burnish.data.record import encode_video
+from burnish.runtime.observations import observations
 
 MAKE = {
     "v3": fakes.write_v3, "v2.1": fakes.write_v21, "v2.0": lambda root: fakes.write_v21(root, "v2.0"),
@@ -321,6 +324,16 @@ def test_frames_decoded_on_demand_equal_decoded_ones(kind, copy):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(copies.deepcopy(streamed).__getitem__, order))
     assert np.array_equal(np.stack(found), kept[order])
+
+
+def test_a_few_observations_decode_no_whole_data_set(copy, caplog):
+    """`burnish policy profile --data` and `verify` look at some frames; nothing is kept, and nothing said of it."""
+    caplog.set_level("INFO", "burnish")
+    root = copy()
+    policy = SimpleNamespace(cameras=("front",), chunk_size=4, window=Window(), device=torch.device("cpu"))
+    found = observations(policy, 3, root)
+    assert found[FRONT].shape == (3, 3, fakes.SIZE, fakes.SIZE) and found["action"].shape == (3, 4, 3)
+    assert not (root / ".frames").exists() and "cache_gb" not in caplog.text
 
 
 def test_frames_are_kept_at_the_size_that_the_policy_sees(tmp_path):

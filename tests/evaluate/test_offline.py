@@ -21,6 +21,7 @@ from burnish.evaluate import offline_scores as scores
 from burnish.evaluate.compare import compare
 from burnish.evaluate.offline import evaluate_offline
 from burnish.policies.base import Policy
+from burnish.report.comparison import write_comparison
 from burnish.report.page import write_report
 
 SCALE = scores.Scale(np.array([1.0, 2.0, np.nan]), np.array([0.5, 1, 0]), np.array([0.0, 0, 0]), np.ones(3), (), 10)
@@ -95,16 +96,18 @@ def test_an_interval_is_students_over_episodes():
 class Knowing(Policy):
     """Reads episode and frame off the state of `dataset_fakes`, and so knows the actions; `shift` is what it adds.
 
-    It adds one more to the first dimension under a sentence that is not the episode's, and `noise` times its draws.
+    It adds one more to the first dimension under a sentence that is not the episode's, `noise` times its draws, and
+    `drift` more at every step of its chunk.
     """
 
-    cameras, chunk_size, n_action_steps, image_size, action_dim, state_dim = ("front",), 4, 4, 32, 3, 4
+    cameras, image_size, action_dim, state_dim = ("front",), 32, 3, 4
     name = "knowing"
 
-    def __init__(self, shift=0.0, noise=0.0):
+    def __init__(self, shift=0.0, noise=0.0, steps=4, drift=0.0):
         super().__init__()
         self.register_buffer("shift", torch.tensor(shift))
-        self.noise, self.acted, self.stop_after = noise, 0, 10**9
+        self.chunk_size = self.n_action_steps = steps
+        self.noise, self.drift, self.acted, self.stop_after = noise, drift * torch.arange(steps)[:, None], 0, 10**9
 
     def act(self, batch, draws=None, prefix=None):
         self.acted += 1
@@ -115,13 +118,13 @@ class Knowing(Policy):
             batch["observation.state"][:, :2].int().tolist(), batch[fakes.FRONT], batch["task"], strict=True
         ):
             assert abs(255 * float(image.mean()) - fakes.level(e, k)) < 4
-            steps = [fakes.action(e, k + step) for step in range(4)]
-            rows.append(torch.tensor(steps) + self.shift)
+            steps = [fakes.action(e, k + step) for step in range(self.chunk_size)]
+            rows.append(torch.tensor(steps) + self.shift + self.drift)
             rows[-1][:, 0] += float(text != fakes.TASKS[e % 2])
         return Chunk(torch.stack(rows) + self.noise * draws.noise)
 
     def draw(self, batch_size, generator):
-        return Draws(torch.randn(batch_size, 4, 3, generator=generator), torch.ones(batch_size))
+        return Draws(torch.randn(batch_size, self.chunk_size, 3, generator=generator), torch.ones(batch_size))
 
     def loss(self, batch, draws=None): ...
     def save(self, folder, **_): ...
@@ -175,13 +178,28 @@ def test_two_are_compared_on_their_episodes(root, tmp_path, capsys):
     assert compare(tmp_path / "b", tmp_path / "a", margin=5.0).verdict == "equivalent"
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "better"
-    measure(Knowing(), root, tmp_path / "c", every=2)
+    measure(Knowing(), root, tmp_path / "c", every=1)
     (tmp_path / "d.jsonl").write_text('{"task": "t", "seed": 0, "success": true}\n')
-    for other, why in ((tmp_path / "c", "every"), (tmp_path / "d.jsonl", "both of one kind")):
+    for other, why in ((tmp_path / "c", "1 and not 2.*--every 2"), (tmp_path / "d.jsonl", "both of one kind")):
         with pytest.raises(BurnishError, match=why):
             compare(tmp_path / "a", other)
     with pytest.raises(BurnishError, match="--sequential"):
         compare(tmp_path / "a", tmp_path / "b", sequential=True)
+
+
+def test_of_chunks_of_two_lengths_the_steps_that_both_have_are_compared(root, tmp_path):
+    """Over whole chunks the one that looks less far ahead would win, though it is worse at every step."""
+    long = measure(Knowing(steps=4, drift=0.1), root, tmp_path / "long/eval/offline")
+    short = measure(Knowing(steps=2, drift=0.12), root, tmp_path / "short/eval/offline")
+    errors = [one.to_dict()["offline"]["figures"]["error"][0] for one in (long, short)]
+    assert errors[0] > 2 * errors[1] and long.settings["every"] == short.settings["every"] == 2  # of 10 fps
+    found = compare(long.output, short.output)
+    unit = np.array([fakes.action(*at) for at in fakes.FRAMES]).std(0)
+    assert found.differences["error"].mean == pytest.approx(0.01 * np.mean(1 / unit), rel=1e-4)
+    assert found.verdict == "worse" and "the first 2," in str(found) and found.to_dict()["steps"] == [2, 4]
+    assert "error" in found.differences and not {"consistency", "language_change", "a1"} & found.differences.keys()
+    page = write_comparison(tmp_path / "long", tmp_path / "short", tmp_path / "both.html").read_text()
+    assert "chunks of 2 and 4 steps" in page
 
 
 def test_the_page_shows_them_and_refuses_what_is_malformed(root, tmp_path):

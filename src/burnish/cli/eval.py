@@ -52,7 +52,7 @@ def evaluate(
         cache: exact (find again what equal pictures gave), or a file of `burnish policy verify runtime` (use old ones)
         watchdog: index of the training set (burnish data index); the records then say how far from it the policy was
         held_out: offline: episodes to measure on; default: those that the policy's run left out, else all
-        every: offline: control steps between two predictions; 0 means a quarter of a chunk
+        every: offline: control steps between two predictions; 0 means a quarter of a second
         instruction: offline: the other sentence; default: one of the data set's
         json: print what OUTPUT/summary.json says, and nothing else
 

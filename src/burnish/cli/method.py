@@ -33,12 +33,9 @@ def align_cache(recipe: str) -> None:
 
 
 def align_select(
-    recipe: str,
-    *,
-    count: Annotated[int, Arg(least=1)] = 3,
-    batches: Annotated[int, Arg(least=1)] = 8,
+    recipe: str, *, count: Annotated[int, Arg(least=1)] = 3, batches: Annotated[int, Arg(least=1)] = 8,
     figure: Annotated[Path, FIGURE] = Path("cka.png"),
-) -> None:
+) -> None:  # fmt: skip
     """Compare layers and print the pairs of every strategy.
 
     Args:

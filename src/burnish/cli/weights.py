@@ -254,12 +254,6 @@ def _factor(text: str, flag: str, form: str) -> tuple[str, float]:
 
 COMMANDS = Group(
     "Extract, merge and inspect what a fine-tune has learnt, as a task vector.",
-    {
-        "extract": extract,
-        "merge": merge,
-        "control": control,
-        "inspect": inspect,
-        "verify": verify_weights,
-        "convert": convert,
-    },
-)
+    {"extract": extract, "merge": merge, "control": control, "inspect": inspect, "verify": verify_weights,
+     "convert": convert},
+)  # fmt: skip

@@ -213,7 +213,7 @@ class EvalConfig:
     workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
     batch_size: int = option(0, "episodes in flight; 0 means four for each worker", least=0, most=65536)
     max_steps: int = option(0, "episode limit; 0 means the environment's own", least=0, most=10**6)
-    every: int = option(0, "offline: control steps between predictions; 0: a quarter of a chunk", least=0, most=4096)
+    every: int = option(0, "offline: control steps between predictions; 0: a quarter of a second", least=0, most=4096)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     instruction_swap: bool = option(True, "also run with the instruction of another object, where there is one")
     random_object_expert: bool = option(False, "also run the expert that picks its object at random (tabletop only)")

@@ -86,7 +86,8 @@ def open_frames(
     chosen = require(dataset, episodes, cameras)
     key, shapes = dataset_hash(root), {camera: Shape.of(dataset, camera, image_size, seen) for camera in cameras}
     if sum(len(dataset.rows) * prod(shape.size) for shape in shapes.values()) > cache_gb * 1e9:
-        log.info("the frames of %s take more than data.cache_gb (%g GB): they are decoded when needed", root, cache_gb)
+        if cache_gb:  # else nothing was to be kept
+            log.info("the frames of %s take more than data.cache_gb (%g GB): decoded when needed", root, cache_gb)
         return FrameCache({c: StreamedFrames.open(dataset, c, shapes[c], chosen) for c in cameras}, key)
     folder, arrays = _folder(root, cache_dir), {}
     for camera, shape in shapes.items():

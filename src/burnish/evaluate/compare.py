@@ -34,6 +34,8 @@ _SAME = ("data", "every", "dimensions")
 
 _OF_THE_DATA = ("hold", "mean", "seam_recorded")
 """Figures that no policy changes."""
+_OF_A_LENGTH = ("consistency", "language_change", "language_noise", "language_rise")
+"""Figures over a whole chunk, which chunks of two lengths do not share: what lies further ahead is harder."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class OfflineComparison:
     Args:
         episodes, left_out: shared ones, and those that some run lacks.
         differences: figure to its estimate over episodes (and runs, where both sides have as many).
+        steps: lengths of their chunks, ascending; where they differ, the action error is that of the steps all have.
         margin: difference of the action error up to which the two count as equivalent.
     """
 
@@ -52,6 +55,7 @@ class OfflineComparison:
     left_out: list[int]
     means: dict[str, tuple[float, float]]
     differences: dict[str, Estimate]
+    steps: list[int]
     margin: float | None = None
 
     @property
@@ -60,6 +64,13 @@ class OfflineComparison:
         found = self.differences["error"]
         return verdict(-found.high, -found.low, self.margin)
 
+    @property
+    def note(self) -> str:
+        """What chunks of several lengths leave to compare; "" for those of one."""
+        lengths = " and ".join(map(str, self.steps))
+        return (f"chunks of {lengths} steps: the action error is that of the first {self.steps[0]}, and figures of "
+                "whole chunks are left out") * (len(self.steps) > 1)  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
         figures = {name: {"a": self.means[name][0], "b": self.means[name][1], **vars(one)}
@@ -67,6 +78,7 @@ class OfflineComparison:
         return {
             "a": self.names[0], "b": self.names[1], "runs": list(self.runs), "episodes": self.episodes,
             "left_out": self.left_out, "verdict": self.verdict, "margin": self.margin, "figures": figures,
+            "steps": self.steps,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -77,6 +89,7 @@ class OfflineComparison:
             lines.append(f"{label:<46} {a:>8.3g} {b:>8.3g}   {one.mean:+.3g} [{one.low:+.3g}, {one.high:+.3g}]")
         margin = "" if self.margin is None else f" (margin {self.margin:g})"
         lines.append(f"action error of B: {self.verdict}, p = {self.differences['error'].p:.2g}{margin}")
+        lines += [self.note] * bool(self.note)
         lines += [f"left out, not in all of them: {len(self.left_out)} episodes"] * bool(self.left_out)
         return "\n".join(map(plain, lines))
 
@@ -103,20 +116,26 @@ def compare_offline(
     if len(kept) < 2:
         raise BurnishError(f"{len(kept)} episodes that all of them hold", "at least 2 for an interval")
     means, differences = {}, {}
+    steps = sorted({len(record.by_horizon) for run in runs for record in run.values()})
     for name in (*(name for name in FIGURES if name not in _OF_THE_DATA), *map(str, shared["dimensions"])):
-        some = [e for e in kept if all(name in _values(run[e], shared) for run in runs)]
+        some = [e for e in kept if all(name in _values(run[e], shared, steps) for run in runs)]
         if len(some) < 2:
             continue
-        one, two = (np.array([[_values(run[e], shared)[name] for e in some] for run in side]) for side in sides)
+        one, two = (np.array([[_values(run[e], shared, steps)[name] for e in some] for run in side]) for side in sides)
         means[name] = float(one.mean()), float(two.mean())
         differences[name] = two_way(two - one if len(one) == len(two) else (two.mean(0) - one.mean(0))[None])
     names = tuple(", ".join(map(str, side)) for side in (a, b))
     left_out = sorted(set().union(*runs) - set(common))
-    return OfflineComparison(names, (len(a), len(b)), len(kept), left_out, means, differences, margin)
+    return OfflineComparison(names, (len(a), len(b)), len(kept), left_out, means, differences, steps, margin)
 
 
-def _values(record: OfflineRecord, shared: dict[str, Any]) -> dict[str, float]:
-    return dict(zip(map(str, shared["dimensions"]), record.by_dimension, strict=True)) | record.figures
+def _values(record: OfflineRecord, shared: dict[str, Any], steps: list[int]) -> dict[str, float]:
+    if len(steps) == 1:
+        return dict(zip(map(str, shared["dimensions"]), record.by_dimension, strict=True)) | record.figures
+    first = [one for one in record.by_horizon[: steps[0]] if one is not None]
+    return {name: value for name, value in record.figures.items() if name not in _OF_A_LENGTH} | {
+        "error": float(np.mean(first))
+    }
 
 
 def _read(path: Path | str, shared: dict[str, Any]) -> dict[int, OfflineRecord]:
@@ -126,8 +145,10 @@ def _read(path: Path | str, shared: dict[str, Any]) -> dict[int, OfflineRecord]:
     folder = Path(path)
     settings, file = read_object(folder / SETTINGS, folder), folder / EPISODES
     for key in _SAME:
-        if shared.setdefault(key, settings.get(key)) != settings.get(key):
-            raise BurnishError(f"{path} was measured with another '{key}'", "the same data set and --every for both")
+        if (other := shared.setdefault(key, settings.get(key))) != settings.get(key):
+            found = f"{path} was measured with another '{key}', {settings.get(key)} and not {other}"
+            raise BurnishError(found[:500], "the same data set and --every for both",
+                               f"--every {other}, with another --output" if key == "every" else "")  # fmt: skip
     records = [parse_offline(row, where) for where, row in rows_of(read_text(file, folder), file)]
     dimensions = settings.get("dimensions")
     if not isinstance(dimensions, list) or {len(one.by_dimension) for one in records} != {len(dimensions)}:

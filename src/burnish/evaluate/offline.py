@@ -102,7 +102,7 @@ def evaluate_offline(
         data: the data set, as a recipe's `data`: root, held_out (empty: all episodes, which is told), columns, caches.
         output: folder of this evaluation.
         episodes: at most so many.
-        every: control steps between two predictions; 0 means a quarter of a chunk.
+        every: control steps between two predictions; 0 means a quarter of a second, at most a chunk.
         seed: of the policy's noise.
         batch_size: observations in a call; 0 means 8.
         cameras: the data set's cameras in the policy's order; None means those of the same names.
@@ -192,7 +192,7 @@ class _Replay(BatchedPolicy):
         cameras = dict(zip(policy.cameras, data.cameras, strict=True))
         super().__init__(policy, cameras, trials.seed, trials.batch_size or TOGETHER, steps)
         self.data, self.weights, self.instruction = data, weights, instruction
-        self.every = trials.every or max(1, steps // 4)
+        self.every = trials.every or max(1, min(steps, round(data.meta.fps / 4)))  # no policy's: all are compared
         if self.every > steps:  # nothing could be executed between two chunks
             raise BurnishError(f"every is {self.every}", f"at most {steps}, the policy's chunk")
         self.sentences = sorted({text for text in map(data.meta.instruction, data.meta.tasks) if text})

@@ -69,7 +69,7 @@ def parse_offline(row: dict[str, Any], where: str) -> OfflineRecord:
         and all(isinstance(parts[key], str) for key in ("task", "other", "weights", "commit"))
         and all(isinstance(one, list) and all(v is None or number(v) for v in one) for one in lists)
         and isinstance(figures, dict) and {"error"} <= figures.keys() <= FIGURES.keys()
-        and all(map(number, figures.values())) and all(map(number, lists[0]))
+        and all(map(number, figures.values())) and all(map(number, lists[0])) and any(map(number, lists[1][:1]))
     )  # fmt: skip
     if not right:
         raise BurnishError(f"{where} is no episode of an offline evaluation", "what `burnish eval --data` wrote")

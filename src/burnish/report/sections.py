@@ -220,14 +220,9 @@ def latency(run: RunFolder) -> str:
     timed = {name: one.latency_ms for name, one in run.evaluations.items()}
     timed |= {name: one["latency_ms"] for name, one in run.offline.items()}
     names = list(dict.fromkeys(name for one in timed.values() for name in one if name.startswith("p")))
-    rows = [
-        [
-            escape(VARIANTS.get(variant, (variant.replace("_", " "),))[0]),
-            *(f"{one[name]:.1f}" if name in one else "" for name in names),
-        ]
-        for variant, one in timed.items()
-        if one
-    ]
+    rows = [[escape(VARIANTS.get(variant, (variant.replace("_", " "),))[0]),
+             *(f"{one[name]:.1f}" if name in one else "" for name in names)]
+            for variant, one in timed.items() if one]  # fmt: skip
     if not rows:
         return ""
     lead = "Milliseconds for one call of the policy, which serves a whole batch of simulators."

@@ -25,7 +25,7 @@ def observations(policy: Policy, count: int, root: Path | str = "", seed: int = 
         raise BurnishError(f"{count} observations", "at least 1")
     if root:
         data = RobotData(Path(root), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,
-                         window=policy.window)  # fmt: skip
+                         cache_gb=0, window=policy.window)  # fmt: skip
         return data.finish(to_device(data.raw(0), policy.device), 0)
     draws = torch.Generator().manual_seed(seed)
     moments = len(policy.window.observations)

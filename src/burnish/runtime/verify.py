@@ -67,7 +67,7 @@ def old_pictures(policy: Policy, data: Path | str, spread: float, count: int, se
     """
     window = Window((*(-age for age in reversed(AGES)), 0))
     frames = RobotData(Path(data), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,
-                       window=window)  # fmt: skip
+                       cache_gb=0, window=window)  # fmt: skip
     batch = frames.finish(to_device(frames.raw(0), policy.device), 0)
     runtime, draws = Runtime(policy), policy.draw(count, torch.Generator().manual_seed(seed))
 

@@ -24,19 +24,10 @@ _BATCH = 8
 
 
 def verify_score(
-    policy: Policy,
-    data: Path | str,
-    *,
-    reference: Policy | None = None,
-    observations: int = 16,
-    candidates: int = 4,
-    draws: Sequence[int] = (1, 4, 16, 64),
-    steps: int = 24,
-    probes: int = 0,
-    disturbance: float = 0.3,
-    seed: int = 0,
+    policy: Policy, data: Path | str, *, reference: Policy | None = None, observations: int = 16, candidates: int = 4,
+    draws: Sequence[int] = (1, 4, 16, 64), steps: int = 24, probes: int = 0, disturbance: float = 0.3, seed: int = 0,
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Compare scores with exact log-probabilities.
 
     Args:
@@ -83,7 +74,7 @@ def _candidates(
     if candidates < 2 or count < 1:
         raise BurnishError(f"{count} observations of {candidates} candidates", "at least 1 of 2")
     data = RobotData(root, policy.cameras, policy.chunk_size, min(count, _BATCH), seed, augmented=False,
-                     window=policy.window)  # fmt: skip
+                     cache_gb=0, window=policy.window)  # fmt: skip
     random = generator("verify score", seed)
     scale = torch.from_numpy(data.actions.std(0))
     found = []
