@@ -95,6 +95,7 @@ def _ask_peer(folder: Path, config: Path, **request: Any) -> Path:
     PeerRequest(suite=f"libero_{SUITE}", task=TASK, image_size=IMAGE_SIZE, output=str(output), **request).write(file)
     environment = {**os.environ, "LIBERO_CONFIG_PATH": str(config), "HF_HUB_OFFLINE": "1"}
     environment.setdefault("MUJOCO_GL", "egl")
+    environment.setdefault("MUJOCO_EGL_DEVICE_ID", "0")  # else robosuite reads CUDA_VISIBLE_DEVICES="" as one
     done = subprocess.run(
         [sys.executable, "-m", "bench.lerobot_peer", str(file)],
         env=environment,

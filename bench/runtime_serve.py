@@ -23,8 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SIDE = 224
-OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON", "")
-"""A Python that has openpi-client, which wants an older numpy than burnish."""
+OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON") or str(Path(sys.prefix, "openpi", "bin", "python"))
+"""A Python that has openpi-client, which wants an older numpy than burnish; set-up makes one inside .venv."""
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,7 +156,7 @@ def hostile_frames() -> tuple[float, dict[str, str]]:
 
 def openpi_client() -> bool | str:
     """Whether the real openpi-client is served."""
-    if not OPENPI:
+    if not Path(OPENPI).exists():
         return "n/a"
     code = """if True:
         import sys, numpy as np

@@ -47,6 +47,14 @@ install_packages() {
     "$uv" pip install --python .venv/bin/python --compile-bytecode -c constraints.txt -e "${1:-.[dev,libero,openvla,diffusion,low-memory,scale,serve,serve-lerobot]}"
 }
 
+# Tests drive the real client of openpi, which wants an older numpy (and forgets to name typing_extensions).
+install_openpi_client() {
+    local uv=uv place=.venv/openpi
+    uv_works "$uv" || uv=.venv/bin/uv
+    [ -x "$place/bin/python" ] || "$uv" venv --quiet --python .venv/bin/python "$place" || return 1
+    "$uv" pip install --quiet --python "$place/bin/python" openpi-client==0.1.2 typing_extensions
+}
+
 renders() {
     MUJOCO_GL=$1 .venv/bin/python - >/dev/null 2>&1 <<'PY'
 import mujoco
@@ -79,4 +87,5 @@ check_rendering() {
 
 make_venv
 install_packages "$@"
+install_openpi_client || say "openpi-client could not be installed: its tests will be skipped"
 check_rendering

@@ -1,7 +1,12 @@
 """A study in miniature: two variants, two seeds, two evaluations, one table."""
 
 import json
+import os
+import signal
+import socket
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -149,6 +154,25 @@ def test_setup_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypa
         run_study(study, base, run_setup=run_setup)
     with pytest.raises(BurnishError, match="nothing runs the setup command"):
         run_study(study, base)
+
+
+def test_a_setup_command_ends_with_the_study_that_is_told_to_end():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+
+    def stop():
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(address) == 0:
+                    return os.kill(os.getpid(), signal.SIGTERM)  # as a batch system does
+            time.sleep(0.02)
+
+    Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_setup(f"python -m http.server {address[1]} --bind 127.0.0.1")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, 1)
 
 
 def test_variants_with_a_policy_of_their_own_do_without_the_base(ran, monkeypatch):

@@ -1,7 +1,6 @@
 """Clients as others wrote them: openpi-client from its own environment, and LeRobot's RobotClient."""
 
 import json
-import os
 import pickle  # noqa: TID251 - LeRobot's protocol
 import socket
 import subprocess
@@ -23,10 +22,10 @@ pytest.importorskip("websockets")
 
 from serve_fakes import Seen, served, watching  # noqa: E402
 
+from bench.runtime_serve import OPENPI  # noqa: E402
 from burnish.runtime.serve.lerobot import AsyncInference, Robot  # noqa: E402
 
 TOKEN = "a-token-of-some-length"
-OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON", "")
 PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
 needs_grpc = pytest.mark.skipif(not find_spec("grpc"), reason="needs grpcio (the extra serve-lerobot)")
 
@@ -36,7 +35,7 @@ def by_hand(call, base):
     return torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(seed))[0].numpy() + base
 
 
-@pytest.mark.skipif(not OPENPI, reason="BURNISH_OPENPI_PYTHON names no Python with openpi-client")
+@pytest.mark.skipif(not Path(OPENPI).exists(), reason=f"no {OPENPI}, a Python with openpi-client: scripts/setup.sh")
 def test_openpi_client():
     with served(Seen(), watching(image=PICTURE, wrist_image=PICTURE), profile="libero", token=TOKEN) as one:
         command = [OPENPI, str(Path(__file__).with_name("openpi_client_check.py")), str(one.port)]

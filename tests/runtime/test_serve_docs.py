@@ -1,7 +1,6 @@
 """docs/serve.md, as a reader would follow it: its server, its clients, its curl."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -16,12 +15,12 @@ from burnish.cli.main import main
 pytest.importorskip("msgpack")
 pytest.importorskip("websockets")
 
+from bench.runtime_serve import OPENPI  # noqa: E402
 from burnish.runtime.serve import run  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs/serve.md").read_text()
 FENCE = re.compile(r"^(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
 BLOCKS = FENCE.findall(PAGE)
-OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON", "")
 
 
 def block(mark):
@@ -81,7 +80,7 @@ def test_the_page_from_server_to_client(server, capfd):
     assert f"policy on ws://127.0.0.1:{port}" in capfd.readouterr().out
 
 
-@pytest.mark.skipif(not OPENPI, reason="BURNISH_OPENPI_PYTHON names no Python with openpi-client")
+@pytest.mark.skipif(not Path(OPENPI).exists(), reason=f"no {OPENPI}, a Python with openpi-client: scripts/setup.sh")
 def test_the_block_for_openpi_client(server):
     from serve_fakes import Seen, served
 

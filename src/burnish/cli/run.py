@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +102,13 @@ def run_setup(line: str) -> int:
     context.set_forkserver_preload(["burnish.train.loop", "lerobot.policies"])
     process = context.Process(target=_command, args=(line,))
     process.start()
-    process.join()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else it would go on without us
+    try:
+        process.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.terminate()
+        process.join()
     return process.exitcode or 0
 
 

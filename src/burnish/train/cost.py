@@ -2,8 +2,6 @@
 
 import gc
 import os
-import resource
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,9 +205,7 @@ class Prediction:
         if self.gpu:
             slack = round(CUDA_SLACK * step)
             return {"CUDA context": CUDA_CONTEXT, "allocator": slack, "loading": max(0, whole - step - slack)}
-        unit = 1 if sys.platform == "darwin" else 1024
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"process": process, "loading": max(0, 2 * whole - step)}
+        return {"process": psutil.Process().memory_info().rss, "loading": max(0, 2 * whole - step)}
 
     def _step(self, samples: int) -> tuple[int, int]:
         """Bytes that a loss of so many samples leaves to its backward pass; and the most until its gradients are."""
