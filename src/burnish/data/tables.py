@@ -77,9 +77,8 @@ def read_parquet(
             raise Unreadable(f"{path} is missing", "every file that the metadata names", fix) from None
         raise Unreadable(str(error)) from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(
-            f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file", "copy it again"
-        ) from None
+        raise Unreadable(f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file",
+                         "copy it again") from None  # fmt: skip
     lacking = [column for column in columns if column not in present]
     if lacking:
         raise BurnishError(f"{path} lacks the column {', '.join(lacking)}", "every feature of meta/info.json")
@@ -90,9 +89,8 @@ def read_parquet(
     try:
         return pq.read_table(path, columns=wanted or None, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Unreadable(
-            f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file", "copy it again"
-        ) from None
+        raise Unreadable(f"{path} cannot be read ({first_line(error, 200)})", "a whole parquet file",
+                         "copy it again") from None  # fmt: skip
 
 
 def _count_values(about: Any, wanted: tuple[str, ...]) -> int:

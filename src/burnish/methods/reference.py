@@ -115,10 +115,8 @@ def check_precision(policy: nn.Module) -> None:
     """
     half = [n for n, p in policy.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if half:
-        raise BurnishError(
-            f"{len(half)} trained parameters are in half precision, such as {half[0]}", "float32",
-            "--train.memory.frozen_dtype=float32",
-        )  # fmt: skip
+        raise BurnishError(f"{len(half)} trained parameters are in half precision, such as {half[0]}", "float32",
+                           "--train.memory.frozen_dtype=float32")  # fmt: skip
 
 
 def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> Tensor:
@@ -142,10 +140,9 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
             raise BurnishError(f"the reference scores in {path} cannot be read ({error})", fix=f"rm '{path}'") from None
         other = [key for key in about if found.get(key) != about[key]]
         if other:
-            raise BurnishError(
-                f"the reference scores in {path} are stale: made for other {', '.join(other)} "
-                f"({found.get(other[0])} there, {about[other[0]]} now)", "the same", f"rm '{path}'",
-            )  # fmt: skip
+            raise BurnishError(f"the reference scores in {path} are stale: made for other {', '.join(other)} "
+                               f"({found.get(other[0])} there, {about[other[0]]} now)", "the same",
+                               f"rm '{path}'")  # fmt: skip
         return scores
     scores = compute()
     with new_file(path) as file:

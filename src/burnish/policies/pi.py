@@ -182,9 +182,8 @@ def _read_sizes(folder: Path) -> dict[str, Any] | None:
     wrong += [name for name in sizes if name not in known]
     parts = [part for part in PI_SIZES if part not in wrong and set(sizes[part]) != set(PI_SIZES[part])]
     if wrong or parts:
-        raise BurnishError(
-            f"{path}: '{[*wrong, *parts][0]}' is not what a tiny policy has", "sizes as burnish writes them"
-        )
+        raise BurnishError(f"{path}: '{[*wrong, *parts][0]}' is not what a tiny policy has",
+                           "sizes as burnish writes them")  # fmt: skip
     check_fits({"hidden_size": sizes["gemma_2b"]["width"], "vocab_size": sizes["vocab_size"],
                 "intermediate_size": sizes["gemma_2b"]["mlp_dim"], "num_hidden_layers": sizes["gemma_2b"]["depth"]},
                tensors.size(folder), 0, str(path))  # fmt: skip

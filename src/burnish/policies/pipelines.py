@@ -182,11 +182,9 @@ def _check_rename(config: Any, options: dict[str, Any], folder: Path) -> None:
     declared = [*(config.input_features or {}), ACTION]
     lost = [key for key in declared if names.get(key, key) != key]
     if lost:
-        raise BurnishError(
-            f"{folder / PREPROCESSOR} renames '{lost[0]}' to '{names[lost[0]]}', so that it never "
-            "reaches the model that declares it",
-            "the names of config.json, or an empty rename_map",
-        )
+        raise BurnishError(f"{folder / PREPROCESSOR} renames '{lost[0]}' to '{names[lost[0]]}', so that it never "
+                           "reaches the model that declares it",
+                           "the names of config.json, or an empty rename_map")  # fmt: skip
 
 
 def register_steps(config: Any) -> list[str]:
@@ -276,10 +274,8 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         for statistic in _MODES[mode.name]:
             value = found.get(f"{key}.{statistic}")
             if value is None:
-                raise BurnishError(
-                    f"no statistic '{statistic}' of {key} in {source} (it has {first(found) or 'none'})",
-                    f"what normalisation {mode.name} needs", _remedy(statistic, source),
-                )  # fmt: skip
+                raise BurnishError(f"no statistic '{statistic}' of {key} in {source} (it has {first(found) or 'none'})",
+                                   f"what normalisation {mode.name} needs", _remedy(statistic, source))  # fmt: skip
             if tuple(value.shape) != tuple(feature.shape) and key not in pictures:
                 raise BurnishError(f"statistic '{statistic}' of {key} in {source} has {value.numel()} dimensions",
                                    f"{feature.shape[0]}, as the features declare",

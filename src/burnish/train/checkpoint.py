@@ -324,9 +324,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise BurnishError(
-            f"{path} is unreadable ({error})", "a whole checkpoint", f"rm -r '{path.parents[1]}'"
-        ) from error
+        raise BurnishError(f"{path} is unreadable ({error})", "a whole checkpoint",
+                           f"rm -r '{path.parents[1]}'") from error  # fmt: skip
 
 
 def _same_names(expected: set[str], found: set[str], path: Path) -> None:

@@ -66,13 +66,8 @@ def add_adapters(policy: Policy, config: PeftConfig, seed: int = 0, whole: Seque
     widest = max(max(policy.get_submodule(name).weight.shape) for name in targets)
     if config.rank > widest:
         raise BurnishError(f"train.peft.rank is {config.rank}", f"at most {widest}, the width of the widest layer")
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=targets,
-        use_dora=config.method == "dora",
-        lora_dropout=0.0,
-    )
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_dora=config.method == "dora",
+                      lora_dropout=0.0)  # fmt: skip
     with seeded(derive_seed(seed, "adapters"), next(policy.parameters()).device):
         inject_adapter_in_model(lora, policy, adapter_name=_ADAPTER)
     for part in whole:

@@ -33,10 +33,8 @@ def check_statistics(stats: dict[str, Any] | None, keys: tuple[str, ...], root) 
     for key in keys:
         for figure in ("mean", "std", "min", "max"):
             if not stats or key not in stats or figure not in stats[key]:
-                raise BurnishError(
-                    f"{root}/meta/stats.json has no '{figure}' of '{key}'", "statistics of every input and output",
-                    f"burnish data inspect {root}",
-                )  # fmt: skip
+                raise BurnishError(f"{root}/meta/stats.json has no '{figure}' of '{key}'",
+                                   "statistics of every input and output", f"burnish data inspect {root}")  # fmt: skip
             if not _finite(stats[key][figure]):
                 raise BurnishError(f"{root}/meta/stats.json: '{figure}' of '{key}' is not finite", "finite statistics")
 
@@ -218,11 +216,8 @@ class DivergenceGuard:
             culprit = f"the gradient of '{bad_grads[0]}' ({len(bad_grads)} in all) is not finite"
         else:
             culprit = "the gradient norm is not finite"
-        raise BurnishError(
-            f"step {step}: {culprit}; the batch is saved in {path}",
-            "finite numbers",
-            "--fresh with a smaller --train.lr, or look at its episodes",
-        )
+        raise BurnishError(f"step {step}: {culprit}; the batch is saved in {path}", "finite numbers",
+                           "--fresh with a smaller --train.lr, or look at its episodes")  # fmt: skip
 
 
 def save_batch(batches: dict[str, Batch], path: Path, about: dict) -> None:

@@ -206,7 +206,6 @@ def make_objectives(recipe: RecipeConfig) -> dict[str, Objective]:
         try:
             objectives[short] = kind(**options)
         except TypeError as error:
-            raise BurnishError(
-                f"objective '{name}' does not take these options ({error})", "the options of its page"
-            ) from error
+            raise BurnishError(f"objective '{name}' does not take these options ({error})",
+                               "the options of its page") from error  # fmt: skip
     return objectives

@@ -56,10 +56,9 @@ class Step(nn.Module):
                 total = total + value
                 terms[term] = value.detach()
         if torch.is_grad_enabled() and not total.requires_grad:
-            raise BurnishError(
-                "no loss reaches a trained parameter", "demonstrations, language or an objective with a loss",
-                "--train.imitation_weight=1, or an entry in objectives",
-            )  # fmt: skip
+            raise BurnishError("no loss reaches a trained parameter",
+                               "demonstrations, language or an objective with a loss",
+                               "--train.imitation_weight=1, or an entry in objectives")  # fmt: skip
         return total, terms
 
     def _imitate(self, run: Run, batch: Batch) -> PolicyLoss:

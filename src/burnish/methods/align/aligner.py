@@ -64,9 +64,8 @@ class Aligner(nn.Module):
         """bool [B, V * T]: False on the tokens of cameras that are absent, and on those of padding."""
         present = torch.cat([captured.layout["image"][:, captured.cameras[camera]] for camera in self.cameras], 1)
         if present.shape[1] != len(self.shown):
-            raise BurnishError(
-                f"align: {present.shape[1]} student tokens but {len(self.shown)} of the teacher", "equal grids"
-            )
+            raise BurnishError(f"align: {present.shape[1]} student tokens but {len(self.shown)} of the teacher",
+                               "equal grids")  # fmt: skip
         return present & self.shown
 
     def forward(self, captured: Captured, targets: dict[int, Tensor]) -> list[Tensor]:
@@ -107,7 +106,6 @@ def token_grid(captured: Captured, cameras: Sequence[str], placements: Sequence[
         fits = rows * columns == count and abs(rows * width - columns * height) < max(height, width)
         grids.add((rows, columns) if fits else (0, 0))
     if len(grids) != 1 or (0, 0) in grids:
-        raise BurnishError(
-            f"align: views with {counts} tokens", "one grid for all views, of the shape of their pictures"
-        )
+        raise BurnishError(f"align: views with {counts} tokens",
+                           "one grid for all views, of the shape of their pictures")  # fmt: skip
     return grids.pop()

@@ -103,14 +103,12 @@ def check_pairs(pairs: Sequence[Sequence[int]], num_student: int, num_teacher: i
     """Pairs as (student, teacher), both ascending; raises BurnishError that names a layer which does not exist."""
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(layer) is int for layer in pair):
-            raise BurnishError(
-                f"align: {pair!r} among the pairs"[:200], "[student layer, teacher layer] in whole numbers"
-            )
+            raise BurnishError(f"align: {pair!r} among the pairs"[:200],
+                               "[student layer, teacher layer] in whole numbers")  # fmt: skip
         for layer, count, who in ((pair[0], num_student, "student"), (pair[1], num_teacher, "teacher")):
             if not 0 <= layer < count:
-                raise BurnishError(
-                    f"align: {who} layer {layer}", f"0 to {count - 1}, the outputs of its {count} layers"
-                )
+                raise BurnishError(f"align: {who} layer {layer}",
+                                   f"0 to {count - 1}, the outputs of its {count} layers")  # fmt: skip
     if not pairs:
         raise BurnishError("align: no pairs", "at least one [student layer, teacher layer]")
     students = [s for s, _ in pairs]

@@ -129,10 +129,8 @@ class Align(Objective):
         if torch.is_grad_enabled():
             trained = {layer: states[layer] for layer in self.layers if states[layer].requires_grad}
             if not trained:
-                raise BurnishError(
-                    "align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
-                    "trained backbone layers", thaw(run.recipe),
-                )  # fmt: skip
+                raise BurnishError("align: the backbone is frozen up to every aligned layer, so nothing can be aligned",
+                                   "trained backbone layers", thaw(run.recipe))  # fmt: skip
             rows = captured.layout["image"]
             if config.measure_every and run.step % config.measure_every == 0 and run.step != self._measured:
                 self._measured = run.step

@@ -93,9 +93,8 @@ def make_config(preset: str, options: dict[str, Any]) -> AlignConfig:
         values["cache"] = "off"
     config = read_options(AlignConfig, values, "align")
     if config.nested_low > config.nested_high:
-        raise BurnishError(
-            f"align: nested_low is {config.nested_low}, nested_high {config.nested_high}", "0 < low <= high <= 1"
-        )
+        raise BurnishError(f"align: nested_low is {config.nested_low}, nested_high {config.nested_high}",
+                           "0 < low <= high <= 1")  # fmt: skip
     if not all(number(alpha) and alpha >= 0 for alpha in config.pair_weights):
         raise BurnishError(f"align: pair_weights {config.pair_weights}"[:200], "numbers from 0 on")
     if config.select not in STRATEGIES and not config.select.startswith("uniform-"):

@@ -145,9 +145,8 @@ class Anchor:
             if found != expected:
                 raise BurnishError(f"{path} is the anchor of a backbone with {found} {what}", f"{expected}", fix)
         if self.about.base_hash != base_hash:
-            raise BurnishError(
-                f"{path} is the anchor of other weights ({self.about.base_hash})", f"the base {base_hash}", fix
-            )
+            raise BurnishError(f"{path} is the anchor of other weights ({self.about.base_hash})",
+                               f"the base {base_hash}", fix)  # fmt: skip
         refuse_gap(self.about.gap, self.about.held_out, str(path))
 
     def gap(self, other: "Anchor") -> float:

@@ -51,10 +51,9 @@ class Isolate(Objective):
 
     def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
         if self.options.asks and not (self.inputs.questions or recipe.language.root):
-            raise BurnishError(
-                f"isolate: method '{self.method}' needs a question folder", "questions: FOLDER or language.root",
-                "burnish data questions --help, or method: auto",
-            )  # fmt: skip
+            raise BurnishError(f"isolate: method '{self.method}' needs a question folder",
+                               "questions: FOLDER or language.root",
+                               "burnish data questions --help, or method: auto")  # fmt: skip
         if self.watched or (self.options.uses_source and self.options.protect != "answers"):
             require(policy, "capture", "isolate")
         if self.options.asks:

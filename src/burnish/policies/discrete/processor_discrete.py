@@ -23,14 +23,6 @@ def make_burnish_discrete_pre_post_processors(
         check_files(Path(config.vlm_model_name))
     tokenizer = TokenizerProcessorStep(tokenizer_name=config.vlm_model_name, padding=config.pad_language_to,
                                        padding_side="right", max_length=config.tokenizer_max_length)  # fmt: skip
-    return make_policy_processor_pipelines(
-        input_steps=[
-            steps.rename_observations,
-            steps.add_batch_dim,
-            NewLineTaskProcessorStep(),
-            tokenizer,
-            steps.to_device,
-            steps.normalize,
-        ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
-    )
+    before = [steps.rename_observations, steps.add_batch_dim, NewLineTaskProcessorStep(), tokenizer, steps.to_device,
+              steps.normalize]  # fmt: skip
+    return make_policy_processor_pipelines(input_steps=before, output_steps=[steps.unnormalize, steps.to_cpu])

@@ -138,7 +138,6 @@ def _limits(stats: Any, name: str, bounds: str, where: str) -> tuple[Tensor, Ten
     if not isinstance(mask, list) or len(mask) != len(found[0]) or not all(type(one) is bool for one in mask):
         raise BurnishError(f"{where}: the mask of {name} is {str(mask)[:60]}", f"{len(found[0])} times true or false")
     if len(found[1]) != len(found[0]) or bool((found[1] < found[0]).any()):
-        raise BurnishError(
-            f"{where}: {' and '.join(BOUNDS[bounds])} of {name} do not bound anything", "lower and upper"
-        )
+        raise BurnishError(f"{where}: {' and '.join(BOUNDS[bounds])} of {name} do not bound anything",
+                           "lower and upper")  # fmt: skip
     return found[0], found[1], torch.tensor(mask)

@@ -39,9 +39,8 @@ class VisionBackbone(nn.Module):
         try:
             import timm
         except ImportError:
-            raise BurnishError(
-                "OpenVLA's vision towers need timm", "the extra", "pip install 'burnish[openvla]'"
-            ) from None
+            raise BurnishError("OpenVLA's vision towers need timm", "the extra",
+                               "pip install 'burnish[openvla]'") from None  # fmt: skip
         made = [timm.create_model(name, pretrained=False, num_classes=0, img_size=config.image_size, **sizes)
                 for name, sizes in towers(config)]  # fmt: skip
         for tower in made:

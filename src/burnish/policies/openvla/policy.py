@@ -278,9 +278,8 @@ class OpenVLA(TokenPolicy):
         widths = [(ACTION, actions, self.action_dim), (STATE, batch[STATE] if own.proprio else None, self.state_dim)]
         for key, value, width in widths:
             if value is not None and value.shape[-1] != width:
-                raise BurnishError(
-                    f"{key} of {value.shape[-1]} dimensions", f"{width}, as the policy's config declares"
-                )
+                raise BurnishError(f"{key} of {value.shape[-1]} dimensions",
+                                   f"{width}, as the policy's config declares")  # fmt: skip
         if actions is not None and actions.shape[-2] > self.chunk_size:
             raise BurnishError(f"{actions.shape[-2]} actions", f"at most the chunk of {self.chunk_size}")
         chosen: dict[str, Any] = {key: batch[key].to(self.device) for key in self.camera_keys}
