@@ -95,12 +95,30 @@ NINE = [f"{new}: &{new} [{','.join(['*' + old] * 9)}]" for old, new in zip("abcd
 LAUGHS = "\n".join(["a: &a [x]", *NINE])
 
 
+WIDE = "{" + ", ".join(f"{i}: 0" for i in range(500)) + "}"
+CHAIN = "\n".join(["a0: &a0 {x: 0}", *(f"a{i}: &a{i} {{<<: *a{i - 1}, k{i}: 0}}" for i in range(1, 700))])
+
+
 @pytest.mark.parametrize("text, word", [
     ("a: 1\na: 2", "twice"), ("&a [*a]", "deep"), ("[" * 50_000, "deep"), (LAUGHS, "repeats"),
-    ("!!python/object/apply:os.system [x]", "YAML"),
-])  # fmt: skip
+    ("!!python/object/apply:os.system [x]", "YAML"), ("{" + "x: 1, " * 2000 + "}", "twice"),
+    (f"a: &a {WIDE}\nb: {{<<: [{', '.join(['*a'] * 500)}]}}", "of no mapping"), (CHAIN, "repeats too much by '<<'"),
+    (f"a: &a {WIDE}\nb: {{{', '.join(['<<: *a'] * 500)}}}", "'<<' twice"), ("a: {<<: 3}", "of no mapping"),
+    ("episodes: [10:50]", "10:50 is a number in base 8 or 60"), ("episodes: [000010]", "000010 is"),
+    ("a: 1:30.5", "1:30.5 is"), ("a: -012", "-012 is"), ("10:50: x", "10:50 is"),
+], ids=lambda text: text[:20])  # fmt: skip
 def test_yaml(text, word):
     assert word in refused(parse_yaml, text, "it")
+
+
+def test_numbers_and_merged_mappings_of_yaml_are_what_they_look_like():
+    """10:50 alone would be episode 650, and 010 the eighth."""
+    text = "{a: [0, -0, 10, 0.5, 1e3, 1_000, 0x10, 100, 1.010, 009], b: ['010', '10:50', a:b, 2024-1], c: 0:50}"
+    assert parse_yaml(text, "it") == {
+        "a": [0, 0, 10, 0.5, "1e3", 1000, 16, 100, 1.01, "009"], "b": ["010", "10:50", "a:b", "2024-1"], "c": "0:50",
+    }  # fmt: skip
+    merged = parse_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, z: 4}", "it")
+    assert merged == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 3, "z": 4}}
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path):

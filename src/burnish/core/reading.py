@@ -10,7 +10,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ DEEPEST = 64
 _POINTER = b"version https://git-lfs"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of half a character: JSON can write one, and no file can hold it."""
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+"""Numbers that YAML 1.1 reads otherwise than people write them: 010 is 8, and 10:50 is 650."""
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
@@ -105,9 +108,7 @@ def parse_json(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise BurnishError(f"{where} says {twice!r} twice", "each key once")
+            raise BurnishError(f"{where} says {_twice(key for key, _ in pairs)!r} twice", "each key once")
         return found
 
     try:
@@ -156,12 +157,27 @@ def parse_yaml(text: str, where: str) -> Any:
         raise BurnishError(f"{where} has {len(text)} characters", f"at most {MOST_YAML}")
 
     class Loader(yaml.SafeLoader):
+        merged = 0
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
+            twice = _twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             if twice is not None:
                 raise BurnishError(f"{where} says '{twice}' twice", "each key once")
             return super().construct_mapping(node, deep)
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            if any(key.value == "<<" and not isinstance(value, yaml.MappingNode) for key, value in node.value):
+                raise BurnishError(f"{where} says '<<' of no mapping", "<<: *NAME")
+            super().flatten_mapping(node)
+            self.merged += len(node.value)  # each may hold what the one before held, and more
+            if self.merged > MOST_PARTS:
+                raise BurnishError(f"{where} repeats too much by '<<'", f"at most {MOST_PARTS} entries")
+
+        def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+            if node.tag.endswith((":int", ":float")) and _OTHER_BASE.fullmatch(node.value):
+                raise BurnishError(f"{where}: {node.value[:40]} is a number in base 8 or 60, as YAML reads it",
+                                   "a number without leading zeros and colons, or quotes")  # fmt: skip
+            return super().construct_scalar(node)
 
     try:
         value = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader: plain values alone
@@ -172,6 +188,11 @@ def parse_yaml(text: str, where: str) -> Any:
     bounded(value, where)
     _check_parts(value, where)
     return value
+
+
+def _twice(keys: Iterable[str]) -> str | None:
+    """The first key that occurs a second time."""
+    return next((key for key, count in Counter(keys).items() if count > 1), None)
 
 
 def _check_parts(value: Any, where: str) -> None:
