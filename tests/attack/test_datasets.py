@@ -298,6 +298,7 @@ REFUSED = {
     "picture-null": ("pictures", table(DATA, put(FRONT, 7, None)), "frame 2 has no picture"),
     "picture-empty": ("pictures", picture(b""), "frame 2 has no picture"),
     "picture-lost": ("pictures", table(DATA, put(FRONT, 7, {"bytes": None, "path": "x.png"})), "no file x.png"),
+    "picture-book": ("pictures", table(DATA, put(FRONT, 7, {"bytes": None, "path": "x" * 5000})), "frame 2 has no"),
     "picture-cut": ("pictures", picture(fakes.png(fakes.picture(1, 2))[:60]), "frame 2"),
     "picture-text": ("pictures", picture(b"<html>"), "unreadable picture"),
     "picture-size": ("pictures", picture(fakes.png(np.zeros((9, 8, 3), np.uint8))), "9x8"),

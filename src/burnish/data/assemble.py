@@ -83,7 +83,7 @@ class _VideoFile:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self._av, self._fps = av, fps
-        self._container = av.open(str(path), "w", format="mp4")
+        self._container = av.open(str(path.absolute()), "w", format="mp4")
         self._stream = None
         self.num_frames = 0
 

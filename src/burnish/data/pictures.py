@@ -1,5 +1,6 @@
 """Pictures that are stored in the tables of a data set, or in files that the tables name."""
 
+import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,8 @@ from burnish.data.dataset import Dataset
 
 MOST_PIXELS = 1 << 26
 _DEEP = ("I;16", "I;16L", "I;16B", "I", "F")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+"""Pillow knows others too, among them EPS, for which it runs Ghostscript."""
 _ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 
 
@@ -41,7 +44,7 @@ def content(root: Path, cell: Any) -> bytes:
         data, name = (cell, None) if isinstance(cell, bytes) else (None, cell)
     if isinstance(data, bytes) and data:
         return data
-    if isinstance(name, str) and name and (root / name).is_file():
+    if isinstance(name, str) and name and os.path.isfile(root / name):
         return regular_file(inside(root, name), root).read_bytes()
     raise BurnishError(f"no picture, but {type(cell).__name__}" if cell is not None and not isinstance(cell, dict)
                        else "no picture" + (f" (no file {name})" if name else ""))  # fmt: skip
@@ -52,7 +55,7 @@ def open_picture(data: bytes) -> Any:
     from PIL import Image
 
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BurnishError(f"an unreadable picture ({first_line(error, 120)})") from None
     if image.width * image.height > MOST_PIXELS:

@@ -13,7 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.reading import inside
 from burnish.data.dataset import Dataset
 from burnish.data.pictures import content, decode_picture, read_cells
-from burnish.data.videos import Timeline, decode, find_video, locate, read_timeline
+from burnish.data.videos import Timeline, decode, find_video, locate, open_video, read_timeline
 
 OPEN_FILES = 16
 """Videos, or row groups of tables, that each thread keeps open."""
@@ -205,9 +205,7 @@ class _Video:
     """An open video that hands out frames by their stamp."""
 
     def __init__(self, path: Path):
-        import av
-
-        self._path, self._container = path, av.open(str(path))
+        self._path, self._container = path, open_video(path)
         self._stream = self._container.streams.video[0]
         rate, base = float(self._stream.average_rate or 0), float(self._stream.time_base or 1)
         self._near = NEAR / rate / base if rate else 0

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,12 +41,19 @@ def find_video(root: Path, name: str) -> Path:
     return regular_file(path, root)
 
 
+def open_video(path: Path) -> Any:
+    """av's container of a film; a playlist, which would name other files, is none, and a path is never an address."""
+    import av
+
+    return av.open(str(path.absolute()), options={"format_whitelist": "mov,matroska,webm,avi"})
+
+
 def read_timeline(path: Path) -> Timeline:
     """Read a video to its end without decoding it. Frames that an edit list cuts away are not counted."""
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             if not container.streams.video:
                 raise BurnishError(f"video {path} holds no video", "one video stream", "record or copy it again")
             stream = container.streams.video[0]
@@ -97,7 +105,7 @@ def decode(path: Path, wanted: Mapping[int, int]) -> Iterator[tuple[int, np.ndar
     """
     import av
 
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             try:

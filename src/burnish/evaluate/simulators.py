@@ -315,7 +315,7 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     import av
 
     height, width = (side - side % 2 for side in frames[0].shape[:2])
-    with new_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with new_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="mp4") as container:
         stream = container.add_stream("h264", rate=fps)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options = {"crf": "20", "preset": "fast"}

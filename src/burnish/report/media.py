@@ -85,7 +85,7 @@ def _strip_of(video: Path) -> str:
 
     frames, step = [], 1
     try:
-        with av.open(str(video), format="mp4") as container:
+        with av.open(str(video.absolute()), format="mp4") as container:
             stride = max(1, container.streams.video[0].width * STRIP_FRAMES // MAX_STRIP_WIDTH)
             for index, frame in enumerate(container.decode(video=0)):
                 if index % step == 0:
