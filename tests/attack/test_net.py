@@ -37,7 +37,7 @@ def test_a_fault_of_ours(failing, capsys, error):
 
 @pytest.mark.parametrize("error, word", [
     (OSError(errno.ENOSPC, "No space left on device", "x"), "no room left while writing x"),
-    (PermissionError(errno.EACCES, "Permission denied", "x"), "may not write x"),
+    (PermissionError(errno.EACCES, "Permission denied", "x"), "may not write x, or not read it"),
     (MemoryError(), "not enough memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), "not enough memory"),
     (RuntimeError("No space left on device (os error 28)"), None),

@@ -182,6 +182,8 @@ CONFIGS = {
     "no normalisation": (setting("config.json", normalization_mapping={}), "normalised"),
     "odd normalisation": (setting("config.json", normalization_mapping={"STATE": "X", "ACTION": "Y"}), "cannot be"),
     "unknown field": (setting("config.json", surprise=1), "surprise"),
+    "a model type alone": (
+        lambda folder: edit(folder / "config.json", lambda c: c.update(model_type=c.pop("type"))), "model_type"),
 }  # fmt: skip
 
 STEPS = {
@@ -288,6 +290,8 @@ VLM = {
     "a link out": (link("vlm/tokenizer.json"), "outside"), "absent": (gone("vlm"), "cp -rL|no vlm/"),
     "only a hub name": (both(gone("vlm"), setting("config.json", vlm_model_name="owner/vlm")), "hf download owner/vlm"),
     "only a path above": (both(gone("vlm"), setting("config.json", vlm_model_name="..")), "no vlm/"),
+    "a book for a name": (both(gone("vlm"), setting("config.json", vlm_model_name="/x" * 3000)), "no vlm/"),
+    "a long hub name": (both(gone("vlm"), setting("config.json", vlm_model_name=f"a/{'x' * 300}")), "no vlm/"),
     "a number for a name": (both(gone("vlm"), setting("config.json", vlm_model_name=7)), "no vlm/"),
     "no config": (gone("vlm/config.json"), "no VLM"),
 }  # fmt: skip

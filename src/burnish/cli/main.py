@@ -87,6 +87,8 @@ def _call(words: list[str], shown: list[str]) -> int:
 
 def _mistake(error: Exception) -> str | None:
     """What to say of an error that is the user's or the machine's; None for one of ours."""
+    if isinstance(error, PermissionError) and error.filename:
+        return f"may not write {error.filename}, or not read it; expected a place that is yours"
     try:
         with disk_errors(Path(getattr(error, "filename", None) or "the output")):
             raise error

@@ -49,6 +49,8 @@ def read_options[T](kind: type[T], given: Mapping[str, Any], where: str) -> T:
     Raises:
         BurnishError: an unknown name, a wrong type, a value out of range.
     """
+    if not isinstance(given, Mapping):
+        raise BurnishError(f"{where}: {_short(given)} in place of options", "names and their values")
     refuse_unknown(kind, given, where)
     options = kind(**given)
     check(options, where)

@@ -4,6 +4,7 @@ Which class a type has is said by LeRobot's registry of config types, never by a
 does not tell about a type stands in TRAITS.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class LeRobotPolicy(PolicyWrapper):
             value = raw.get(name)
             if isinstance(value, str) and (folder / name).is_dir():
                 changed[name] = str(folder / name)
-            elif isinstance(value, str) and "/" in value and Path(value).exists():
+            elif isinstance(value, str) and "/" in value and os.path.exists(value):
                 raise BurnishError(f"{folder / CONFIG}: {name} is '{value[:80]}', outside the folder",
                                    f"the files inside it, in {folder / name}")  # fmt: skip
         return {**raw, **changed, **{name: None for name in FETCHED if name in known}}
@@ -122,10 +123,9 @@ class LeRobotPolicy(PolicyWrapper):
             with torch.device("meta"):
                 size = sum(part.numel() for part in folders.build(config, seed).state_dict().values())
             if size > tensors.size(folder):
-                found = (
-                    f"{where} describes a model of {size:.2g} numbers, and its weights have {tensors.size(folder):.2g}"
-                )
-                raise BurnishError(f"{found} bytes", "the config.json that belongs to the weights")
+                raise BurnishError(f"{where} describes a model of {size:.2g} numbers, and its weights have "
+                                   f"{tensors.size(folder):.2g} bytes",
+                                   "the config.json that belongs to the weights")  # fmt: skip
         return folders.build(config, seed)
 
     @classmethod

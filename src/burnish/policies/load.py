@@ -51,7 +51,7 @@ def load(path: Path | str, *, overrides: dict[str, Any] | None = None, device: s
         return kind.load(folder, raw, overrides=overrides or {}, device=device, dataset_stats=dataset_stats,
                          features=features, stats_source=stats_source)  # fmt: skip
     changes = folders.known_fields(renames.rename(overrides or {}, old), name)
-    raw = kind.read_config({**renames.rename(raw, old), **changes}, folder)
+    raw = kind.read_config({**renames.rename(raw, old), **changes, "type": name}, folder)
     config = folders.decode_config(raw, str(folder / CONFIG), features, device)
     state = tensors.read_weights(folder)
     earlier: dict[str, Any] = {}

@@ -5,6 +5,7 @@ name, follows file names out of the folder and loads adapters' bases from elsewh
 refused before transformers sees it. Chat templates stay text: nothing here renders one.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -73,8 +74,14 @@ def check_files(folder: Path) -> None:
             _check_inert(content, path)
             if path.name == CONFIG:
                 check_model_numbers(content, str(path))
-        elif path.name in _BIG and (wide := _WIDE.search(path.read_bytes())):
-            raise BurnishError(f"{path} has the number {wide[1].decode()[:20]}", "token ids of up to 7 digits")
+        elif path.name in _BIG:
+            check_ids(path)
+
+
+def check_ids(path: Path) -> None:
+    """Raise BurnishError for a table of tokens with an id that no vocabulary reaches."""
+    if wide := _WIDE.search(path.read_bytes()):
+        raise BurnishError(f"{path} has the number {wide[1].decode()[:20]}", "token ids of up to 7 digits")
 
 
 def _check_inert(content: Any, path: Path) -> None:
@@ -112,7 +119,7 @@ def _plain_attention(value: Any) -> bool:
 
 def is_hub_name(name: Any) -> bool:
     """Whether a text looks like `owner/name` on the Hugging Face hub, and nothing here goes by it."""
-    return _named(name, r"[\w.-]+/[\w.-]+") and ".." not in name and not Path(name).exists()
+    return _named(name, r"[\w.-]+/[\w.-]+") and ".." not in name and not os.path.exists(name)
 
 
 def require_inside(folder: Path, name: str, stored: Any) -> Path:
@@ -132,7 +139,7 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
             check_files(place)
         return place
     fix = f"copy config, tokenizer and processor of its VLM into {shlex.quote(str(place))}"
-    if isinstance(stored, str) and stored and Path(stored).is_dir():
+    if isinstance(stored, str) and stored and os.path.isdir(stored):  # Path's own fails where one may not look
         fix = f"cp -rL {shlex.quote(str(Path(stored).absolute()))} {shlex.quote(str(place))}"
     elif is_hub_name(stored):
         fix = f"hf download {stored} --include '*.json' --local-dir {shlex.quote(str(place))}"

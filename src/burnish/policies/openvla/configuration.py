@@ -144,7 +144,7 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
     where = str(folder / CONFIG)
     check_model_numbers(raw, where)
     backbone = raw.get("vision_backbone_id")
-    if backbone not in BACKBONES:
+    if not isinstance(backbone, str) or backbone not in BACKBONES:
         raise BurnishError(f"{where}: vision_backbone_id is {str(backbone)[:60]!r}", f"one of {', '.join(BACKBONES)}")
     if raw.get("image_resize_strategy") != "resize-naive":
         raise BurnishError(f"{where}: image_resize_strategy is {str(raw.get('image_resize_strategy'))[:60]!r}",
@@ -157,6 +157,8 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
     if not isinstance(own, dict):
         raise BurnishError(f"{where}: '{OWN}' is {str(own)[:60]}", "a table of settings")
     settings = read_options(Settings, {**own, **overrides}, where)
+    if not all(isinstance(camera, str) and camera for camera in settings.cameras):
+        raise BurnishError(f"{where}: cameras are {str(settings.cameras)[:60]}", "names of 1 to 16 cameras")
     raw, settings = _statistics(folder, dict(raw), settings, stats, features, source)
     key, entry = choose_stats(raw.get("norm_stats"), settings.unnorm_key, where)
     size = _image_size(raw, settings, BACKBONES[backbone][2], where)
@@ -171,7 +173,7 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
         settings = replace(settings, cameras=settings.cameras if known else list(shapes),
                            state_dim=features[STATE].shape[0])  # fmt: skip
         shapes = {camera: shapes[camera] for camera in settings.cameras}
-    if not shapes or not all(isinstance(camera, str) and camera for camera in shapes) or len(shapes) > 16:
+    if not 1 <= len(shapes) <= 16:
         raise BurnishError(f"{where}: cameras are {list(shapes)}", "names of 1 to 16 cameras")
     text = text_config(raw, where)
     space = ActionSpace(entry, settings.normalization, raw["n_action_bins"],
@@ -179,11 +181,9 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
                         where)  # fmt: skip
     settings = replace(settings, unnorm_key=key, state_dim=settings.state_dim or space.state_dim or space.action_dim)
     if settings.proprio and settings.state_dim != space.state_dim:
-        raise BurnishError(
-            f"{where}: a state of {settings.state_dim} dimensions, and norm_stats of {space.state_dim}",
-            "statistics of proprio for the state of the head",
-            "unnorm_key, of the data of the head",
-        )
+        raise BurnishError(f"{where}: a state of {settings.state_dim} dimensions, and norm_stats of {space.state_dim}",
+                           "statistics of proprio for the state of the head",
+                           "unnorm_key, of the data of the head")  # fmt: skip
     return OpenVLAConfig(raw, settings, text, *_pixels(folder), size, space, shapes)
 
 
@@ -200,9 +200,8 @@ def text_config(raw: dict[str, Any], where: str) -> Any:
     chosen = {**sevenb, **{name: value for name, value in given.items() if name in known}}
     theta = given.get("rope_theta", 10000.0)
     if not number(theta) or not 1 <= theta <= 1e9 or chosen.get("hidden_act", "silu") != "silu":
-        raise BurnishError(
-            f"{where}: rope_theta {theta!r}, hidden_act {chosen.get('hidden_act')!r}", "those of Llama 2"
-        )
+        raise BurnishError(f"{where}: rope_theta {theta!r}, hidden_act {chosen.get('hidden_act')!r}",
+                           "those of Llama 2")  # fmt: skip
     with foreign(f"{where}: text_config cannot be read", "a Llama config of transformers"):
         return LlamaConfig(**chosen, rope_parameters={"rope_type": "default", "rope_theta": float(theta)})
 

@@ -26,7 +26,7 @@ from burnish.policies import tensors
 from burnish.policies.keys import CONFIG, INDEX, WEIGHTS
 from burnish.policies.openvla.configuration import IMAGE_PROCESSOR, STATISTICS, OpenVLAConfig
 from burnish.policies.openvla.network import HEADS, OpenVLANet
-from burnish.policies.pretrained import foreign
+from burnish.policies.pretrained import check_ids, foreign
 from burnish.policies.sizes import check_fits
 
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -35,8 +35,6 @@ EMPTY = "▁"
 TOKENIZER, SPECIAL = "tokenizer.json", "tokenizer_config.json"
 MOST_TOKENS = 1024
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<PAD>"}
-_WIDE = re.compile(rb'"\s*:\s*(\d{8,})\s*[,}]')
-"""A token id for which the tokenizer would make room up to it."""
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -45,8 +43,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     path = regular_file(folder / TOKENIZER, folder, MOST_BYTES)
-    if wide := _WIDE.search(path.read_bytes()):
-        raise BurnishError(f"{path} has the number {wide[1].decode()[:20]}", "token ids of up to 7 digits")
+    check_ids(path)
     named = read_object(folder / SPECIAL, folder) if (folder / SPECIAL).is_file() else {}
     special = {}
     for role, usual in _SPECIAL.items():
@@ -107,7 +104,7 @@ def build(config: OpenVLAConfig, folder: Path | None = None) -> nn.Module:
     if folder is None:
         return OpenVLANet(config).to(dtype)
     check_fits({"text_config": config.text.to_dict()}, tensors.size(folder), 0, str(folder / CONFIG))
-    with torch.device("meta"):
+    with torch.device("meta"), foreign(f"{folder / CONFIG} describes no network", "sizes that go together"):
         network = OpenVLANet(config).to(dtype)
     network.to_empty(device="cpu")
     rotary = network.text_model.rotary_emb
