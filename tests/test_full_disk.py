@@ -6,6 +6,7 @@ The limit is the system's on the size of a file, which an ordinary user may set,
 import errno
 import os
 import resource
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,20 @@ def test_labels_of_pairs(dataset, tmp_path, monkeypatch, capfd):
         patch.setattr(pairs, "write_text", full)
         assert main(words) == 2
     assert "no room left" in capfd.readouterr().err and sorted(root.iterdir()) == before
+    assert main(words) == 0
+
+
+def test_an_index(tmp_path, fails):
+    import dataset_fakes
+
+    root = dataset_fakes.write_v3(tmp_path / "set", pictures=True)
+    words = [str(word) for word in ("data", "index", root, "--encoder", "pixels", "-o", tmp_path / "index")]
+    assert main(words) == 0  # so that its pictures are decoded
+    for count in (0, 20_000):
+        for folder in (tmp_path / "index", root / ".vectors"):
+            shutil.rmtree(folder, ignore_errors=True)
+        fails(words, count)
+        assert not (tmp_path / "index").exists()
     assert main(words) == 0
 
 

@@ -152,6 +152,7 @@ PLACES = {
     "in a policy": ("p/below/x.json", {"p/config.json": "{}", "p/model.safetensors": ""}),
     "another file": ("x.json", {"x.json": '{"mine": 1}'}),
     "text": ("x.json", {"x.json": "mine"}),
+    "a result of another recipe": ("x.json", {"x.json": json.dumps(RESULT | {"recipe": "recipes/other.yaml"})}),
     "rows of numbers": ("x.json", {"x.json": json.dumps(RESULT | {"rows": [3]})}),
     "below a file": ("x.json/y.json", {"x.json": "mine"}),
     "a folder": ("x", {"x/y": ""}),

@@ -47,6 +47,14 @@ class Runner:
         return 0
 
 
+def test_a_folder_with_a_blank_is_one_word_of_a_command(tmp_path):
+    step = {"run": ["make {before} {to} {out}/data --note='a b'"], "otherwise": []}
+    (link,), policy = chain({"warm": step}, [], "my base", 0, tmp_path / "my study")
+    out = tmp_path / "my study"
+    assert shlex.split(link.lines[0]) == ["make", "my base", str(link.to), f"{out}/data", "--note=a b"]
+    assert policy == str(out / "steps/0/warm/policy")
+
+
 def evaluate(settings, policy, env, output, **changes):
     """Stands for an evaluation: the first state alone is solved, and where the sampler is fast none."""
     assert Path(policy).is_dir()

@@ -18,7 +18,7 @@ from burnish.core.errors import BurnishError
 log = logging.getLogger("burnish")
 _BLOCK = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27")
+_FULL_WORDS = ("no space left", "os error 28", "disk quota", "file too large", "os error 27", " requested and ")
 
 
 @contextmanager
@@ -41,7 +41,8 @@ def alone(folder: Path) -> Iterator[None]:
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn "no room" and "not allowed" from any writer inside into one BurnishError that names `target`.
 
-    safetensors and pyarrow raise their own types with the system's words in the message, hence the search for words.
+    safetensors and pyarrow raise their own types with the system's words in the message, hence the search for words;
+    numpy says how much it "requested and" how much was written.
     """
     from safetensors import SafetensorError
 

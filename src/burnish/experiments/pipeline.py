@@ -127,7 +127,7 @@ def run_recipe(recipe: RecipeConfig, *, command: str = "", result: Path | None =
     make_objectives(recipe)  # a mistake in their options shows before anything is made
     for env in filter(None, (recipe.demos.env, recipe.eval.env)):
         expand(env)
-    check_place(result)
+    check_place(result, f"recipes/{recipe.name}.yaml")
     with claim_run(run_folder(recipe)) as folder:
         return _run(recipe, folder, command, result, fresh)
 

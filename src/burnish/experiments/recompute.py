@@ -89,7 +89,8 @@ def recompute_results(folder: Path, write: bool = False) -> Recomputed:
             continue
         with readable(str(path)):
             after = renew(content)
-        if different := differing(content, after):
+            different = differing(content, after)
+        if different:
             found.changed[name] = different
             if write:
                 write_json(path, after)

@@ -96,8 +96,8 @@ def write_result(
     return path
 
 
-def check_place(path: Path | None) -> None:
-    """Raise BurnishError where a result cannot be written to `path`, or would replace something else than a result."""
+def check_place(path: Path | None, recipe: str) -> None:
+    """Raise BurnishError where a result of `recipe` cannot be written to `path`, or would replace something else."""
     if path is None:
         return
     require_outside(path)
@@ -107,10 +107,13 @@ def check_place(path: Path | None) -> None:
                            "a folder that you can write", "another file")  # fmt: skip
     if os.path.lexists(path):
         try:
-            check_result(read_object(path), str(path))
+            check_result(content := read_object(path), str(path))
         except BurnishError as error:
             found = f"--result would replace a file that is no result ({error})"
             raise BurnishError(found, fix="another file") from None
+        if content["recipe"] != recipe:
+            raise BurnishError(f"--result would replace {path}, a result of {str(content['recipe'])[:200]}",
+                               f"an earlier result of {recipe}, or no file", "another file")  # fmt: skip
 
 
 def check_result(content: Any, where: str) -> None:

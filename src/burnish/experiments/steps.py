@@ -93,7 +93,7 @@ def chain(
             to = out / "steps" / str(seed) / ".".join(names)
             places = {"before": shlex.quote(policy), "to": shlex.quote(str(to))}
             after = (*links[-1].after, *links[-1].lines) if links else ()
-            links.append(Link(to, tuple(fill(line, seed, out, **places) for line in lines), after))
+            links.append(Link(to, tuple(fill(line, seed, shlex.quote(str(out)), **places) for line in lines), after))
             policy = str(to / "policy")
     return links, policy
 
@@ -130,8 +130,8 @@ def check_command(line: Any, what: str) -> None:
         raise BurnishError(what, f"burnish's, or python -m {' or '.join(SETUP)}")
 
 
-def fill(value: Any, seed: int, out: Path, **places: str) -> Any:
-    """`value` with {seed}, {out} and `places` filled in, inside lists and mappings too."""
+def fill(value: Any, seed: int, out: Path | str, **places: str) -> Any:
+    """`value` with {seed}, {out} and `places` filled in, inside lists and mappings too; quoted for a command."""
     if isinstance(value, str):
         for name, text in {"seed": str(seed), "out": str(out), **places}.items():
             value = value.replace(f"{{{name}}}", text)

@@ -215,7 +215,7 @@ def run_study(
     import torch
 
     folder, place = study_folder(study), choose_engine(engine, num_gpus, trains=True)
-    check_place(result)
+    check_place(result, f"recipes/{study.name}.yaml")
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     runs = _all_runs(study, base)
     share(folder, "study", is_study_folder)
@@ -226,7 +226,7 @@ def run_study(
         clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
         for line in study.setup:
             with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
-                set_up(fill(line, seed, folder), clock, run_setup)
+                set_up(fill(line, seed, shlex.quote(str(folder))), clock, run_setup)
     new = not any(run.recipe.policy.path for run in runs.values())
     if (base.policy.path or new) and _ask_questions(runs.values()):
         with alone(folder), clocks["data"].stage("questions to the base"):
@@ -355,7 +355,7 @@ def _measure(study: StudyConfig, run: _Run, facts: dict[str, Any], run_setup: Se
         make_folder(file.parent)
         places = {"run": run.folder, "file": file, "policy": _policy(study, run)}
         quoted = {key: shlex.quote(str(place)) for key, place in places.items()}
-        set_up(fill(line, run.seed, study_folder(study), **quoted), clock, run_setup)
+        set_up(fill(line, run.seed, shlex.quote(str(study_folder(study))), **quoted), clock, run_setup)
     return clock.minutes - before
 
 
