@@ -7,7 +7,26 @@ import torch
 from idle import idle_parameters
 
 from burnish.core.errors import BurnishError
+from burnish.policies import load_policy
 from burnish.policies.flow import _committed
+
+
+@pytest.mark.parametrize(("kind", "tower"), [("tiny_smolvla", "vision_model"), ("tiny_pi0", "vision_tower")])
+def test_what_is_trained_follows_from_the_config(kind, tower, request):
+    """As smolvla_base: the VLM stays as it is where the config trains the expert alone, else the vision tower may."""
+    folder = request.getfixturevalue(kind)
+
+    def trained(**overrides):
+        policy = load_policy(folder, overrides=overrides)
+        every = [name for name, _ in policy.named_parameters()]
+        backbone = {name for name, _ in policy.backbone_parameters()}
+        return {name for name, p in policy.named_parameters() if p.requires_grad}, every, backbone
+
+    found, every, backbone = trained()
+    assert found == set(every) and backbone < found
+    assert trained(train_expert_only=True, freeze_vision_encoder=True)[0] == set(every) - backbone
+    eyes = {name for name in every if f".{tower}." in name}
+    assert eyes and trained(freeze_vision_encoder=True)[0] == set(every) - eyes
 
 
 def rows(batch, index):

@@ -55,7 +55,8 @@ def find_recipe(name: str | Path, beside: Path | None = None) -> Path:
     known = sorted(str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml"))
     wanted = str(inside.with_suffix(""))
     near = [one for one in known if one.rpartition("/")[2] == inside.stem] or get_close_matches(wanted, known, 3, 0.5)
-    expected = f"a file, or a recipe that comes with burnish: {', '.join(near or known)}"
+    shown = ", ".join(near or [one for one in known if one.startswith(("tabletop/", "real/"))]) + ", ..." * (not near)
+    expected = f"a file, or a recipe that comes with burnish: {shown}"
     raise BurnishError(f"no recipe at {name}", expected)
 
 

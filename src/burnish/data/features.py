@@ -13,7 +13,10 @@ LARGEST = 1 << 26
 """Values in one picture."""
 WIDEST = 1 << 16
 """Numbers in one frame of another feature."""
-_OTHER_NAMES = {ACTION: ("action", "actions"), STATE: ("observation.state", "observation.states", "state", "states")}
+_OTHER_NAMES = {
+    ACTION: ("action", "actions"),
+    STATE: ("observation.state", "observation.states", "state", "states", "observation.qpos", "qpos", "proprio"),
+}
 
 
 def read_features(declared: Any, where: str) -> dict[str, dict[str, Any]]:

@@ -81,7 +81,8 @@ class OfflineEvaluation:
     def __str__(self) -> str:
         found = self.to_dict()[OFFLINE]
         rows = [(FIGURES[name], shown(one)) for name, one in found["figures"].items()]
-        ends = [shown(found["by_horizon"][place]) for place in (0, -1)]
+        known = [one for one in found["by_horizon"] if one]  # a chunk may reach beyond the end of every episode
+        ends = [shown(known[place]) for place in (0, -1)]
         rows.insert(1, ("  at the first and the last step of a chunk", ", ".join(ends)))
         rows += [(f"error of {name}, in its units", shown(one)) for name, one in found["by_dimension"].items()]
         head = f"{found['episodes']} episodes, {found['calls']} chunks, one every {self.settings['every']} frames"

@@ -155,8 +155,10 @@ def _fit(proposal: Proposal, frames: int, gpu: float) -> None:
 
 
 def hold_out(meta: Dataset, episodes: list[int]) -> list[int]:
-    """A tenth of the episodes, at least one and at most 20, evenly from every instruction; of a single episode none."""
-    count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(episodes))), len(episodes) - 1)
+    """A tenth of the episodes, at most 20, evenly from every instruction; at least two, as an interval takes, of fewer
+    than five one, and of a single one none."""
+    least = 1 + (len(episodes) > 4)
+    count = min(MOST_HELD_OUT, max(least, round(HELD_OUT * len(episodes))), len(episodes) - 1)
     groups: dict[int, list[int]] = {}
     for episode in episodes:
         groups.setdefault(int(meta.rows.keys["task_index"][meta.rows.span(episode)[0]]), []).append(episode)

@@ -33,6 +33,13 @@ class FlowPolicy(VLMPolicy):
     capabilities = VLMPolicy.capabilities | {"velocity", "prefix", "runtime", "steering"}
     jacobian: Literal["vjp", "identity"] = "vjp"
     """Of steering that leaves it open; "identity" where no row of a chunk sees a later one."""
+    tower = "vision_tower"
+
+    @property
+    def frozen_parts(self) -> list[nn.Module]:
+        """As LeRobot reads its config. What LeRobot freezes beside that for DDP alone is trained by other losses."""
+        frozen = self.config.freeze_vision_encoder
+        return [self.vlm] if self.config.train_expert_only else [self.vlm.model.get_submodule(self.tower)] * frozen
 
     # What a family of policies has to say.
 

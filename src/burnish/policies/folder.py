@@ -139,7 +139,10 @@ def _check_features(config: Any, source: str) -> None:
     state, action = config.robot_state_feature, config.action_feature
     if state is None or action is None or not config.image_features:
         found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
-        raise BurnishError(f"features {found} in {source}", "a camera, observation.state and action")
+        lacking = ["a camera"] * (not config.image_features) + ["observation.state"] * (state is None)
+        raise BurnishError(f"{source} lacks {' and '.join([*lacking, *['action'] * (action is None)])} among {found}",
+                           "a camera, observation.state and action", "burnish train with --data.columns='"
+                           "{observation.state: NAME}' where the data set has another NAME for it")  # fmt: skip
     for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
         if len(feature.shape) != 1:
             raise BurnishError(f"{source}: the {name} has the shape {tuple(feature.shape)}", "one dimension: [count]")

@@ -148,7 +148,8 @@ class LeRobotPolicy(PolicyWrapper):
         if str(source) not in ("", "."):
             raise BurnishError(f"a VLM for a new policy of type {name}", "none: it is made of its config alone")
         known = folders.own_fields(name)
-        raw = {"type": name, "push_to_hub": False, **{field: None for field in FETCHED if field in known}, **overrides}
+        raw = {"type": name, "push_to_hub": False, **{field: None for field in FETCHED if field in known},
+               **folders.known_fields(overrides, name)}  # fmt: skip
         config = folders.decode_config(raw, f"a new {name}", features, device)
         policy = cls.build(config, generator_seed)
         return cls(policy.to(device), *new_processors(config, dataset_stats))

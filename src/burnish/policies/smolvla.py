@@ -38,6 +38,7 @@ class SmolVLA(FlowPolicy):
     """
 
     tokenizer_folder = VLM_FOLDER
+    tower = "vision_model"
     state_positions = 1
     jacobian = "identity"  # rows of a chunk attend causally
 

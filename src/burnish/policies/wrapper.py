@@ -60,6 +60,13 @@ class PolicyWrapper(Policy):
         self.num_layers = 0
         self.generator = seeding.generator("policy draws")
         self.requires_grad_(True)
+        for part in self.frozen_parts:
+            part.requires_grad_(False)
+
+    @property
+    def frozen_parts(self) -> list[nn.Module]:
+        """Parts that the policy's config leaves untrained."""
+        return []
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.loader import LanguageData, Prefetch, RobotData, pin, to_device
 from burnish.methods.gradients import local
-from burnish.methods.objective import Objective, Run
+from burnish.methods.objective import Objective, Run, thaw
 from burnish.policies.base import Policy
 from burnish.train.sharded import rows_like
 
@@ -116,10 +116,14 @@ class Streams:
         self.device, self.data = run.device, run.data
         sources: list[RobotData | LanguageData] = [run.data]
         if recipe.language.weight > 0:
+            knows = [p.requires_grad for _, p in run.policy.backbone_parameters()]
+            if knows and not any(knows):
+                raise BurnishError(f"language.weight is {recipe.language.weight} and the language model is not trained",
+                                   "a trained one, or the weight 0", thaw(recipe))  # fmt: skip
+            asked = {"turns": recipe.language.turns}
             sources.append(
-                LanguageData(Path(recipe.language.root), recipe.language.batch_size, recipe.train.seed,
-                             turns=recipe.language.turns)
-            )  # fmt: skip
+                LanguageData(Path(recipe.language.root), recipe.language.batch_size, recipe.train.seed, **asked)
+            )
         self.sources = sources
         # Ranks take turns at the batches of one order, so that it is the same for any number of them.
         self.k, self._number = 0, lambda k: first + k * every
