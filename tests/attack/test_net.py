@@ -38,6 +38,7 @@ def test_a_fault_of_ours(failing, capsys, error):
 @pytest.mark.parametrize("error, word", [
     (OSError(errno.ENOSPC, "No space left on device", "x"), "no room left while writing x"),
     (PermissionError(errno.EACCES, "Permission denied", "x"), "may not write x, or not read it"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long for a path"),
     (MemoryError(), "not enough memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), "not enough memory"),
     (RuntimeError("No space left on device (os error 28)"), None),

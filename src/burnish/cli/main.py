@@ -1,5 +1,6 @@
 """The `burnish` command: finds what is called, calls it, and says mistakes in one line."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -89,6 +90,8 @@ def _mistake(error: Exception) -> str | None:
     """What to say of an error that is the user's or the machine's; None for one of ours."""
     if isinstance(error, PermissionError) and error.filename:
         return f"may not write {error.filename}, or not read it; expected a place that is yours"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:100]!r}... is too long for a path; expected a file or folder"
     try:
         with disk_errors(Path(getattr(error, "filename", None) or "the output")):
             raise error

@@ -238,9 +238,7 @@ class FeatureCache:
             raise BurnishError(f"{folder / other[0]} is not the file that was written there", *again)
         kind = np.float16 if expected.format == "half" else np.int8
         for t, array in self.arrays.items():
-            if kinds[t] != (shapes[t], kind) or array.shape[1:4] != (
-                len(expected.cameras), *expected.grid
-            ):  # fmt: skip
+            if kinds[t] != (shapes[t], kind) or array.shape[1:4] != (len(expected.cameras), *expected.grid):
                 raise BurnishError(f"{folder}/layer-{t}.npy has shape {array.shape} of {array.dtype}",
                                    f"{shapes[t]} of {np.dtype(kind)}", again[1])  # fmt: skip
             if not self.statistics[t].fits(array.shape):

@@ -180,11 +180,11 @@ def load_vectors(folder: Path) -> Vectors:
             raise BurnishError(f"{path} is not the file that was written there", *again)
         try:
             found[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise BurnishError(f"{path} is damaged ({error})", *again) from error
     values, frames = found[VALUES], found[FRAMES]
     fits = values.ndim == 3 and values.dtype in (np.float16, np.float32) and values.shape[1] == len(about["cameras"])
-    if not fits or frames.shape != (len(values),) or frames.dtype != FRAME or not len(values):
+    if not fits or frames.shape != (len(values),) or frames.dtype != FRAME or not values.size:
         raise BurnishError(f"{folder} holds arrays of shape {values.shape} and {frames.shape}", *again)
     return Vectors(values, np.asarray(frames), about)
 

@@ -40,6 +40,20 @@ def both(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.parametrize("change", [
+    {"vision_backbone_id": ["x"]}, {"burnish": {"cameras": [["x"]]}}, {"burnish": {"cameras": []}},
+    {"burnish": {"towers": [3, None]}}, {"text_config": {"pad_token_id": 10**9}},
+], ids=str)  # fmt: skip
+def test_a_config_that_is_none_is_one_line(tiny_openvla, tmp_path, change):
+    folder = Path(shutil.copytree(tiny_openvla, tmp_path / "policy"))
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BurnishError):
+        load_policy(folder)
+
+
 def draw(policy, size=3):
     return policy.draw(size, torch.Generator().manual_seed(0))
 
