@@ -81,6 +81,7 @@ CASES = {
     "a tensor less": state("weights.safetensors", lambda t: t.pop(min(t))),
     "another shape": state("weights.safetensors", lambda t: t.update({min(t): torch.zeros(1, 2, 3)})),
     "an optimiser of others": state("optimizer.safetensors", lambda t: t.update({"x/exp_avg": torch.zeros(1)})),
+    "a state that was deleted": lambda run: shutil.rmtree(run / STEP),
     "weights gone": put(f"{STEP}/weights.safetensors", lambda path: None),
     "weights cut": put(f"{STEP}/weights.safetensors", lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{}")),
     "weights a pickle": put(f"{STEP}/weights.safetensors", lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n.")),

@@ -197,6 +197,8 @@ def load(run: Run, folder: Path) -> dict[str, Any]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checkpoint's meta.json; BurnishError when it is missing or from another format."""
     path = folder / "burnish" / "meta.json"
+    if not path.exists():
+        raise BurnishError(f"{folder} has no training state, {path.name} of it", "a whole one", f"rm -r '{folder}'")
     meta = read_object(path)
     if meta.get("format") != FORMAT:
         raise BurnishError(f"{path} has format {meta.get('format')}", f"{FORMAT}", "the burnish version that wrote it")

@@ -205,7 +205,7 @@ class Run(seat.Run):
         if now != before:
             self.say([f"a step has {now} batches of {self.recipe.train.batch_size} from here on, and had {before}"])
         self._minutes_before = meta["minutes"]
-        if meta["scaler"]:
+        if meta["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
 
     def say(self, lines: list[str]) -> None:

@@ -63,15 +63,13 @@ def normalisation_warnings(
     for a, name in enumerate(names):
         column = actions_NA[:, a]
         if scale[a] < 1e-6:
-            lines.append(
-                f"action '{name}' never changes in the statistics (range {scale[a]:.2g}); it cannot be learned"
-            )
+            lines.append(f"action '{name}' never changes in the statistics (range {scale[a]:.2g}); it cannot be "
+                         "learned")  # fmt: skip
             continue
         share = float(np.mean((column < low[a]) | (column > high[a])))
         if share > 0.01:
-            lines.append(
-                f"action '{name}': {share:.1%} of the values lie outside the normalised range ({mode.lower()})"
-            )
+            lines.append(f"action '{name}': {share:.1%} of the values lie outside the normalised range "
+                         f"({mode.lower()})")  # fmt: skip
     return lines
 
 
