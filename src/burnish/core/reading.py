@@ -173,7 +173,7 @@ def parse_yaml(text: str, where: str) -> Any:
             if self.merged > MOST_PARTS:
                 raise BurnishError(f"{where} repeats too much by '<<'", f"at most {MOST_PARTS} entries")
 
-        def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        def construct_scalar(self, node: Any) -> Any:
             if node.tag.endswith((":int", ":float")) and _OTHER_BASE.fullmatch(node.value):
                 raise BurnishError(f"{where}: {node.value[:40]} is a number in base 8 or 60, as YAML reads it",
                                    "a number without leading zeros and colons, or quotes")  # fmt: skip
