@@ -24,6 +24,7 @@ from burnish.data.frames import open_frames
 from burnish.data.inspect import inspect_dataset
 from burnish.data.loader import RobotData
 from burnish.data.record import encode_video
+from burnish.methods.retrieve.ask import make_index
 from burnish.runtime.observations import observations
 
 MAKE = {
@@ -334,6 +335,16 @@ def test_a_few_observations_decode_no_whole_data_set(copy, caplog):
     found = observations(policy, 3, root)
     assert found[FRONT].shape == (3, 3, fakes.SIZE, fakes.SIZE) and found["action"].shape == (3, 4, 3)
     assert not (root / ".frames").exists() and "cache_gb" not in caplog.text
+
+
+def test_commands_that_take_no_map_read_other_names_by_the_one_that_is_proposed(tmp_path):
+    """Their error named an option, --data.columns, that they do not have."""
+    fakes.openpi(fakes.write_v3(tmp_path / "set", pictures=True))
+    policy = SimpleNamespace(cameras=("image",), chunk_size=4, window=Window(), device=torch.device("cpu"))
+    found = observations(policy, 3, tmp_path / "set")
+    assert found["action"].shape == (3, 4, 3) and found["observation.state"].shape == (3, 4)
+    made = make_index(tmp_path / "set", "pixels", tmp_path / "index", progress=False)
+    assert made.about["cameras"] == ["image"] and len(made.values) == 18
 
 
 def test_frames_are_kept_at_the_size_that_the_policy_sees(tmp_path):

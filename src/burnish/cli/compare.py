@@ -87,4 +87,5 @@ def trial(
             print(f"judge on {page.address}{robot}", flush=True)
             page.run()
         report, found = write_trial_report(run)
-    print(dumps(found.to_dict(), indent=2) if json else f"{found}\nreport: {report}")
+    names = f"A is {run.names['a']}, B is {run.names['b']}\n"
+    print(dumps(found.to_dict(), indent=2) if json else f"{names}{found}\nreport: {report}")

@@ -200,6 +200,12 @@ def open_dataset(root: Path | str, columns: dict[str, Any] | None = None, *, eve
     return found
 
 
+def open_named(root: Path | str) -> Dataset:
+    """`open_dataset` for those who give no map: features under other names are read by the one that it proposes."""
+    features = _read_info(Path(root))["features"]
+    return open_dataset(root, propose_columns(read_features(features, f"{root}/meta/info.json")))
+
+
 def convert_command(root: Path) -> str:
     """LeRobot's converter to v3.0 as a command that runs as it stands, in place, and uploads nothing."""
     name = re.sub(r"[^\w.-]", "-", root.resolve().name) or "data"

@@ -28,7 +28,7 @@ from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object, regular_file
 from burnish.data.augment import to_float
 from burnish.data.checks import colour_cameras
-from burnish.data.dataset import look, open_dataset
+from burnish.data.dataset import look, open_named
 from burnish.data.features import IMAGES
 from burnish.data.frames import open_frames
 from burnish.policies.base import Policy, require
@@ -200,7 +200,7 @@ def encode_dataset(
         every: of each episode the frames 0, every, 2 every, ...
     """
     root = Path(root)
-    data = open_dataset(root)
+    data = open_named(root)
     keys = [key if key in data.camera_keys else IMAGES + key for key in cameras] or colour_cameras(data)
     if not keys:
         raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))

@@ -27,7 +27,7 @@ from burnish.core.outputs import claim
 from burnish.core.provenance import commit
 from burnish.core.reading import inside, read_object, regular_file
 from burnish.core.seeding import derive_seed
-from burnish.data.dataset import open_dataset
+from burnish.data.dataset import open_named
 from burnish.data.pictures import open_picture
 from burnish.data.streamed import Shape, StreamedFrames
 from burnish.envs.base import FAILURES
@@ -93,7 +93,7 @@ def states_of_dataset(root: Path, most: int) -> Made:
     """The first frames of at most `most` episodes of a LeRobotDataset, evenly from all, by its first camera."""
     from PIL import Image
 
-    data = open_dataset(root)
+    data = open_named(root)
     if not data.camera_keys:
         raise BurnishError(f"{root} has no camera", "a data set with pictures")
     known, camera = list(data.episodes), data.camera_keys[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from burnish.core.errors import plain
-from burnish.data.dataset import Dataset, open_dataset
+from burnish.data.dataset import Dataset, open_named
 from burnish.data.inspect import Dimension, Inspection
 from burnish.report.html import document, facts, header, png_uri, section, table
 from burnish.report.plots import Series, line_plot
@@ -135,7 +135,7 @@ def curate_dataset(root: Path, spec: str) -> tuple[list[str], str]:
     from burnish.methods.retrieve.options import make_config
     from burnish.methods.retrieve.train import train_head
 
-    data = open_dataset(root)
+    data = open_named(root)
     index = Path(spec)
     if (index / META).is_file():
         made = load_vectors(index)

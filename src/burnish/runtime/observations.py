@@ -7,6 +7,7 @@ from torch import Tensor
 
 from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
+from burnish.data.dataset import open_named
 from burnish.data.loader import RobotData, to_device
 from burnish.policies.base import Policy
 from burnish.policies.keys import IMAGES, STATE, TASK
@@ -25,7 +26,7 @@ def observations(policy: Policy, count: int, root: Path | str = "", seed: int = 
         raise BurnishError(f"{count} observations", "at least 1")
     if root:
         data = RobotData(Path(root), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,
-                         cache_gb=0, window=policy.window)  # fmt: skip
+                         cache_gb=0, window=policy.window, meta=open_named(root))  # fmt: skip
         return data.finish(to_device(data.raw(0), policy.device), 0)
     draws = torch.Generator().manual_seed(seed)
     moments = len(policy.window.observations)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from burnish.core.progress import progress_bar
 from burnish.core.types import Batch, Window
+from burnish.data.dataset import open_named
 from burnish.data.loader import RobotData, to_device
 from burnish.policies.base import Policy, require
 from burnish.policies.keys import IMAGES, STATE, TASK
@@ -67,7 +68,7 @@ def old_pictures(policy: Policy, data: Path | str, spread: float, count: int, se
     """
     window = Window((*(-age for age in reversed(AGES)), 0))
     frames = RobotData(Path(data), policy.cameras, policy.chunk_size, count, seed, augmented=False, progress=False,
-                       cache_gb=0, window=window)  # fmt: skip
+                       cache_gb=0, window=window, meta=open_named(data))  # fmt: skip
     batch = frames.finish(to_device(frames.raw(0), policy.device), 0)
     runtime, draws = Runtime(policy), policy.draw(count, torch.Generator().manual_seed(seed))
 

@@ -13,6 +13,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.core.seeding import generator
 from burnish.core.types import Batch, Draws
+from burnish.data.dataset import open_named
 from burnish.data.loader import RobotData, to_device
 from burnish.methods.prefer.draws import ScoreConfig, weigh
 from burnish.methods.prefer.scoring import one_set
@@ -74,7 +75,7 @@ def _candidates(
     if candidates < 2 or count < 1:
         raise BurnishError(f"{count} observations of {candidates} candidates", "at least 1 of 2")
     data = RobotData(root, policy.cameras, policy.chunk_size, min(count, _BATCH), seed, augmented=False,
-                     cache_gb=0, window=policy.window)  # fmt: skip
+                     cache_gb=0, window=policy.window, meta=open_named(root))  # fmt: skip
     random = generator("verify score", seed)
     scale = torch.from_numpy(data.actions.std(0))
     found = []
