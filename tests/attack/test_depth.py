@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "methods" / "align"))
 
 from align_student import load_student  # noqa: E402
 
+from burnish.data.frames import npy_header  # noqa: E402
+
 POSE = {"position": [0.0, 0.0, 1.0], "rotation": [1.0, 0, 0, 0, 1, 0, 0, 0, 1], "fovy": 45.0}
 LENGTHS = (9, 10, 11)
 
@@ -121,6 +123,7 @@ CASES = {
     "depth of one row": lambda t: depths(t, lambda path: np.save(path, np.ones((1, 32, 32), np.float16))),
     "depth flat": lambda t: depths(t, lambda path: np.save(path, np.ones(11, np.float16))),
     "depth of words": lambda t: depths(t, lambda path: np.save(path, np.full((11, 32, 32), "near"))),
+    "depth of 10^22 rows": lambda t: depths(t, lambda path: path.write_bytes(npy_header((10**22, 32, 32), np.float16))),
     "depth not finite": lambda t: depths(t, lambda path: np.save(path, np.full((11, 32, 32), np.nan, np.float16))),
 }
 

@@ -158,7 +158,7 @@ def _load_depth(path: Path, folder: Path, length: int) -> np.ndarray:
     """[T, H, W] of an episode, memory-mapped."""
     try:
         depth = np.load(regular_file(path, folder), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise BurnishError(f"{path} is no array of depth ({error})", "the file that demos wrote") from error
     if depth.ndim != 3 or len(depth) != length or not np.issubdtype(depth.dtype, np.floating):
         raise BurnishError(f"{path} has shape {depth.shape} of {depth.dtype}", f"[{length}, H, W] metres")
