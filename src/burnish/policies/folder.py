@@ -51,7 +51,7 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
     if features is not None:
         config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
         config.input_features = {k: f for k, f in features.items() if f.type is not FeatureType.ACTION}
-    _check_features(config, source)
+    _check_features(config, source, features is not None)
     with foreign(source, "values that go together"):
         config.validate_features()
     return config
@@ -135,14 +135,16 @@ def known_fields(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
     return overrides
 
 
-def _check_features(config: Any, source: str) -> None:
+def _check_features(config: Any, source: str, given: bool) -> None:
     state, action = config.robot_state_feature, config.action_feature
     if state is None or action is None or not config.image_features:
         found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
         lacking = ["a camera"] * (not config.image_features) + ["observation.state"] * (state is None)
-        raise BurnishError(f"{source} lacks {' and '.join([*lacking, *['action'] * (action is None)])} among {found}",
-                           "a camera, observation.state and action", "burnish train with --data.columns='"
-                           "{observation.state: NAME}' where the data set has another NAME for it")  # fmt: skip
+        lacks = " and ".join([*lacking, *["action"] * (action is None)])
+        raise BurnishError(f"{source} lacks {lacks} among the features {found}",
+                           "a camera, observation.state and action",
+                           "burnish train with --data.columns='{observation.state: NAME}', as the data set calls it"
+                           if given else "")  # fmt: skip
     for name, feature, limit in (("state", state, "max_state_dim"), ("action", action, "max_action_dim")):
         if len(feature.shape) != 1:
             raise BurnishError(f"{source}: the {name} has the shape {tuple(feature.shape)}", "one dimension: [count]")
