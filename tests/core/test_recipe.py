@@ -149,7 +149,11 @@ def test_an_existing_file_goes_before_a_shipped_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("tabletop/quikstart", "tabletop/quickstart"), ("quickstart", "tabletop/quickstart"), ("qqq", "align/base")],
+    [
+        ("tabletop/quikstart", "tabletop/quickstart"),
+        ("quickstart", "tabletop/quickstart"),
+        ("qqq", "tabletop/smolvla_small"),
+    ],
 )
 def test_a_missing_recipe_names_near_ones(tmp_path, monkeypatch, name, near):
     monkeypatch.chdir(tmp_path)
