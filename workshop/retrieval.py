@@ -88,7 +88,7 @@ def measure(
     Raises:
         BurnishError: no two episodes of a task in a part, other cameras in a shifted data set, a place that is taken.
     """
-    check_place(result)
+    check_place(result, str(root))
     begin, found, times = time.perf_counter(), {}, {}
     shown: dict[str, tuple[int, np.ndarray]] = {}
     for name in encoders:

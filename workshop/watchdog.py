@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    check_place(args.result)
+    check_place(args.result, str(args.runs[0].parent))
     begin, found, ms = time.perf_counter(), {}, {}
     for run in args.runs:
         recipe = load_recipe(run / "recipe.yaml")
