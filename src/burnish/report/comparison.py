@@ -84,7 +84,7 @@ def success(names: Sequence[str], found: Mapping[str, Comparison]) -> str:
 def _held_out(label: str, one: OfflineComparison) -> str:
     rows = [[escape(FIGURES.get(name, f"error of {name}")), *(f"{value:.3g}" for value in one.means[name]),
              f"{d.mean:+.3g}", f"{d.low:+.3g} to {d.high:+.3g}"] for name, d in one.differences.items()]  # fmt: skip
-    lead = f"{one.episodes} episodes that both were measured on; action error of B: {one.verdict}." + f" {one.note}"
+    lead = f"{one.episodes} episodes that both were measured on; action error of B: {one.verdict}. {one.note}".rstrip()
     return section(label, table(["", *SIDES, "B - A", "95 %"], rows, range(1, 5)), lead=lead)
 
 

@@ -120,10 +120,8 @@ class Streams:
             if knows and not any(knows):
                 raise BurnishError(f"language.weight is {recipe.language.weight} and the language model is not trained",
                                    "a trained one, or the weight 0", thaw(recipe))  # fmt: skip
-            asked = {"turns": recipe.language.turns}
-            sources.append(
-                LanguageData(Path(recipe.language.root), recipe.language.batch_size, recipe.train.seed, **asked)
-            )
+            sources.append(LanguageData(Path(recipe.language.root), recipe.language.batch_size, recipe.train.seed,
+                                        turns=recipe.language.turns))  # fmt: skip
         self.sources = sources
         # Ranks take turns at the batches of one order, so that it is the same for any number of them.
         self.k, self._number = 0, lambda k: first + k * every
