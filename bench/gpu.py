@@ -80,17 +80,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; default: results/gpu")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART",
                         help=f"some of {', '.join(PARTS)}; default: all")  # fmt: skip
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: a check that everything runs")
+    parser.add_argument("--rehearse", nargs="?", const="cpu", default="", choices=("cpu", "cuda"), metavar="DEVICE",
+                        help="tiny sizes, on the CPU or with 'cuda' on a GPU: a check that all runs")  # fmt: skip
     parser.add_argument("--commit", default="", help="of this code, where the machine has no git")
     return parser
 
 
-def run_parts(names: list[str], out: Path, rehearse: bool, commit: str = "") -> int:
-    """Run `names` one after the other; files appear as <out>/<part>.json."""
+def run_parts(names: list[str], out: Path, rehearse: str, commit: str = "") -> int:
+    """Run `names` one after the other; files appear as <out>/<part>.json. `rehearse`: on which device, "" means not."""
     from burnish.core.files import write_json
 
     code = code_hash()
-    todo = [name for name in names if not is_finished(out / f"{name}.json", code, rehearse)]
+    todo = [name for name in names if not is_finished(out / f"{name}.json", code, bool(rehearse))]
     for name in names:
         if name not in todo:
             print(f"{name}: finished before with this code, left out", file=sys.stderr)
@@ -106,7 +107,7 @@ def run_parts(names: list[str], out: Path, rehearse: bool, commit: str = "") -> 
         part = replace(PARTS[name], seconds=PARTS[name].seconds * (5 if rehearse else 1))  # CI's machine has others too
         print(f"{name} (up to {part.seconds:.0f} s)", file=sys.stderr, flush=True)
         outcome = run_part(name, part, rehearse)
-        outcome |= {**machine, "code": code, "rehearsal": rehearse}
+        outcome |= {**machine, "code": code, "rehearsal": bool(rehearse)}
         write_json(out / f"{name}.json", outcome)
         wrong += not outcome["complete"]
         print(f"  {len(outcome['detail'])} measurements in {outcome['seconds']:.1f} s"
@@ -114,7 +115,7 @@ def run_parts(names: list[str], out: Path, rehearse: bool, commit: str = "") -> 
     return int(wrong > 0)
 
 
-def run_part(name: str, part: Part, rehearse: bool) -> dict[str, Any]:
+def run_part(name: str, part: Part, rehearse: str) -> dict[str, Any]:
     """The outcome of a part: what it measured, and why it ended early where it did."""
     begin, found, stopped = time.perf_counter(), {}, ""
     for measurement, row in _in_process(part.where, rehearse, part.seconds):
@@ -130,7 +131,7 @@ def run_part(name: str, part: Part, rehearse: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def facts(rehearse: bool) -> dict[str, Any]:
+def facts(rehearse: str) -> dict[str, Any]:
     """Device, driver, versions and commit, asked for in a process of its own so that this one stays off the GPU."""
     from burnish.core.errors import BurnishError
 
@@ -185,7 +186,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_process(where: str, rehearse: bool, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+def _in_process(where: str, rehearse: str, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the generator `where` yields in a process of its own; ("", {"stopped": why}) where it did not end well."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -223,15 +224,15 @@ def _end(process: Any, patience: float) -> None:
     process.join()
 
 
-def _child(sender: Connection, where: str, rehearse: bool) -> None:
+def _child(sender: Connection, where: str, rehearse: str) -> None:
     import torch
 
     from bench.gpu_meter import Setting
 
     os.setsid()
-    if rehearse:
+    if rehearse == "cpu":
         torch.set_num_threads(1)  # tiny sizes are fastest so
-    for measurement in _named(where)(Setting("cpu" if rehearse else "cuda", rehearse)):
+    for measurement in _named(where)(Setting(rehearse or "cuda", bool(rehearse))):
         sender.send_bytes(json.dumps(measurement).encode())
     sender.send_bytes(b"null")
 

@@ -2,11 +2,14 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from burnish.core.errors import BurnishError
 
 H100_BF16_TFLOPS = 989.0
 """Dense bf16 of H100 and H200 (SXM) by NVIDIA's data sheet."""
@@ -76,6 +79,15 @@ def timed(setting: Setting, call: Callable[[], Any], n: int, warmup: int = 3) ->
             ms.append(1000 * (time.perf_counter() - begin))
     median, p95, p99 = (float(q) for q in np.quantile(ms, [0.5, 0.95, 0.99]))
     return {"n": n, "warmup": warmup, "median": median, "p95": p95, "p99": p99, **found, "ms": ms}
+
+
+def attempted(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A measurement, or why there is none: one that fails takes no other with it. Its traceback goes to stderr."""
+    try:
+        return call()
+    except (BurnishError, RuntimeError, TypeError, ValueError) as error:  # out of memory is a RuntimeError
+        traceback.print_exc()
+        return {"failed": (str(error).splitlines() or [repr(error)])[0][:300]}
 
 
 def flops(call: Callable[[], Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_meter import Setting, flops, kept, launches, median_of, ratio, roofline, timed
+from bench.gpu_meter import Setting, attempted, flops, kept, launches, median_of, ratio, roofline, timed
 from burnish.core.errors import BurnishError
 
 TIERS: dict[str, Callable[[Any], Callable[[dict[str, Any]], Any]]] = {
@@ -72,20 +72,26 @@ def _calls(setting: Setting, name: str, policy: Any) -> Iterator[tuple[str, dict
         for tier, make in TIERS.items():
             if (tier, precision) == ("bf16_graph", "bf16"):
                 continue  # it is in bf16 without autocast
-            made = make(policy)
-            call = partial(made, batch)
-            with torch.no_grad(), _autocast(setting, precision):
-                found = timed(setting, call, setting.pick(15, 2), setting.pick(3, 1))
-                found["launches"] = launches(setting, call)
-                if isinstance(made, _Executed) and precision == "float32":
-                    found["parity"] = made.runtime.verify(batch)
-            del made, call
+
+            def measured(make: Callable[..., Any] = make, precision: str = precision) -> dict[str, Any]:
+                made = make(policy)
+                call = partial(made, batch)
+                with torch.no_grad(), _autocast(setting, precision):
+                    found = timed(setting, call, setting.pick(15, 2), setting.pick(3, 1))
+                    found["launches"] = launches(setting, call)
+                    if isinstance(made, _Executed) and precision == "float32":
+                        found["parity"] = made.runtime.verify(batch)
+                return found
+
+            yield f"{name}_{tier}_{precision}", attempted(measured)
             setting.clear()
-            yield f"{name}_{tier}_{precision}", found
-    with torch.no_grad(), _autocast(setting, "bf16"):
-        anatomy = profile(policy, [batch], repeats=setting.pick(5, 1), warmup=1, progress=False).figures()
-        operations = flops(partial(policy.act, batch))
-    yield f"{name}_anatomy", {"stages": anatomy["stages"], "tflop": operations / 1e12}
+
+    def anatomy() -> dict[str, Any]:
+        with torch.no_grad(), _autocast(setting, "bf16"):
+            found = profile(policy, [batch], repeats=setting.pick(5, 1), warmup=1, progress=False).figures()
+            return {"stages": found["stages"], "tflop": flops(partial(policy.act, batch)) / 1e12}
+
+    yield f"{name}_anatomy", attempted(anatomy)
 
 
 def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,7 +104,7 @@ def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any
 
     def found(call: Callable[[], Any]) -> dict[str, Any]:
         with torch.no_grad():
-            return timed(setting, call, setting.pick(10, 1), setting.pick(2, 1))
+            return attempted(lambda: timed(setting, call, setting.pick(10, 1), setting.pick(2, 1)))
 
     batch = observations(policy, 1)
     for sampler in ("euler:10", "ab2:4"):
@@ -113,7 +119,7 @@ def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any
     for width in setting.pick((1, 2, 4, 8), (2,)):
         several = observations(policy, width)
         row = found(partial(_Executed(policy, "fused", graph=True), several))
-        yield f"smolvla_rows_{width}", row | {"per_second": 1000 * width / row["median"]}
+        yield f"smolvla_rows_{width}", row | ({"per_second": 1000 * width / row["median"]} if "median" in row else {})
 
 
 def _autocast(setting: Setting, precision: str) -> AbstractContextManager[Any]:
@@ -178,9 +184,13 @@ def _decoders(setting: Setting, policy: Any, steps: int) -> Iterator[tuple[str, 
         made[f"{kind}_equal"] = make_decoder(kind, whole, steps=passes)
     while made:  # each one's buffers and graphs go before the next one's come
         kind, decoder = next(iter(made.items()))
-        found = timed(setting, partial(decoder, prompt), setting.pick(5, 1), setting.pick(2, 1))
-        yield kind, found | {"prefill_ms": prefill, "passes": decoder(prompt).passes}
-        del made[kind], decoder
+
+        def measured(decoder: Any = decoder) -> dict[str, Any]:
+            found = timed(setting, partial(decoder, prompt), setting.pick(5, 1), setting.pick(2, 1))
+            return found | {"prefill_ms": prefill, "passes": decoder(prompt).passes}
+
+        yield kind, attempted(measured)
+        del made[kind], decoder, measured
 
 
 def models(policy: Any, steps: int) -> tuple[Any, Any]:

@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from bench.gpu_meter import H100_BF16_TFLOPS, Setting, flops, kept, median_of, ratio, roofline, timed
-from burnish.core.errors import BurnishError
+from bench.gpu_meter import H100_BF16_TFLOPS, Setting, attempted, flops, kept, median_of, ratio, roofline, timed
 
 METHODS = {
     "align": "{{name: align, teacher: {{name: scene3d, path: {teacher}}}, cache: 'off'}}",
@@ -27,7 +26,7 @@ BATCHES = (8, 32)
 
 def smolvla(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """SmolVLA-450M, all of it trained: LeRobot's loop and ours at batch 8 and 32, every method at 8."""
-    n, precision = setting.pick(10, 1), setting.pick("bf16", "no")  # a CPU is slow in bf16
+    n, precision = setting.pick(10, 1), "bf16" if setting.gpu else "no"  # a CPU is slow in bf16
     with _ground(setting) as ground:
         yield "roofline", roofline(setting)
         policy = _real("smolvla", setting)
@@ -169,7 +168,7 @@ def _ours(setting: Setting, ground: Path, policy: Any, n: int, words: list[str])
     from burnish.train.selfcheck import DivergenceGuard
     from burnish.train.step import Streams
 
-    try:
+    def steps() -> dict[str, Any]:
         with _run(setting, ground, policy, words) as run:
             streams, watch = Streams(run), DivergenceGuard(run.output, 0, late=setting.gpu)
             try:
@@ -177,30 +176,33 @@ def _ours(setting: Setting, ground: Path, policy: Any, n: int, words: list[str])
             finally:
                 streams.close()
             return found | {"trained": sum(p.numel() for p in run.trained.values()), "words": words}
-    except (BurnishError, RuntimeError) as error:  # out of memory is one, too
-        return {"failed": str(error).splitlines()[0][:300]}
+
+    return attempted(steps)
 
 
 def _lerobot(setting: Setting, ground: Path, policy: Any, words: list[str], n: int) -> dict[str, Any]:
     """lerobot-train's step on finished batches: preprocessor, forward under autocast, backward, clip, AdamW."""
     import torch
 
-    with _run(setting, ground, policy, words) as run:
-        data, config = run.data, policy.config
-        batches = [_finished(run, data.raw(k), k) for k in range(4)]
-        optimizer = config.get_optimizer_preset().build(policy.policy.parameters())
-        trained, at = [p for p in policy.policy.parameters() if p.requires_grad], iter(range(10**9))
+    def steps() -> dict[str, Any]:
+        with _run(setting, ground, policy, words) as run:
+            data, config = run.data, policy.config
+            batches = [_finished(run, data.raw(k), k) for k in range(4)]
+            optimizer = config.get_optimizer_preset().build(policy.policy.parameters())
+            trained, at = [p for p in policy.policy.parameters() if p.requires_grad], iter(range(10**9))
 
-        def step() -> None:
-            batch = policy.preprocessor(dict(batches[next(at) % len(batches)]))
-            with run.accelerator.autocast():
-                loss, _ = policy.policy.forward(batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, config.optimizer_grad_clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            def step() -> None:
+                batch = policy.preprocessor(dict(batches[next(at) % len(batches)]))
+                with run.accelerator.autocast():
+                    loss, _ = policy.policy.forward(batch)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, config.optimizer_grad_clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-        return _measured(setting, run, step, n)
+            return _measured(setting, run, step, n)
+
+    return attempted(steps)
 
 
 def _finished(run: Any, batch: dict[str, Any], k: int) -> dict[str, Any]:

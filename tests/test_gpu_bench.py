@@ -76,14 +76,14 @@ def names(found):
 
 def test_a_part_that_overruns_leaves_what_it_has():
     begin = time.perf_counter()
-    found = gpu.run_part("x", gpu.Part(1.0, f"{__name__}:sleepy", f"{__name__}:names"), True)
+    found = gpu.run_part("x", gpu.Part(1.0, f"{__name__}:sleepy", f"{__name__}:names"), "cpu")
     assert time.perf_counter() - begin < 20
     assert found["stopped"] == "stopped after 1 s" and not found["complete"]
     assert found["figures"] == {"seen": ["first"]} and found["n"] == 3
 
 
 def test_a_part_that_breaks_leaves_what_it_has():
-    found = gpu.run_part("x", gpu.Part(30.0, f"{__name__}:broken", f"{__name__}:names"), True)
+    found = gpu.run_part("x", gpu.Part(30.0, f"{__name__}:broken", f"{__name__}:names"), "cpu")
     assert found["stopped"] == "its process ended with status 1" and found["figures"] == {"seen": ["first"]}
 
 

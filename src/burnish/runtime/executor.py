@@ -25,6 +25,7 @@ from burnish.runtime.family import Encoded, Family
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
 from burnish.sampling.kept import Kept, signature
+from burnish.sampling.passes import record
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
@@ -384,16 +385,14 @@ class Graphs:
         if key in self.held:
             return
         device, buffers = inputs[0].device, [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.work(buffers)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        before, graph = torch.cuda.memory_reserved(device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the device
-            output = self.work(buffers)
+        before = 0
+
+        def warm() -> None:
+            nonlocal before
+            self.work(buffers)
+            before = torch.cuda.memory_reserved(device)
+
+        graph, output = record(device, lambda: self.work(buffers), warm)
         self.held[key] = Held(graph, buffers, output, torch.cuda.memory_reserved(device) - before)
         while len(self.held) > 1 and sum(held.bytes for held in self.held.values()) > self.limit:
             self.held.popitem(last=False)
@@ -405,4 +404,4 @@ class Graphs:
 
 def shapes(inputs: Sequence[Tensor]) -> Key:
     """What tells two sets of inputs apart for a graph."""
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+    return (*((tuple(tensor.shape), tensor.dtype) for tensor in inputs), torch.is_autocast_enabled("cuda"))

@@ -135,14 +135,29 @@ def _capture(state: BlockState, work: Callable[[], Tensor], pool: Any) -> tuple[
     Graphs of one shape share a memory pool: they hand nothing to one another but what lies in `Buffers`.
     """
     before = state.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-            state.copy_(before)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        outcome = work()
-    return graph, outcome
+
+    def warm() -> None:
+        work()
+        state.copy_(before)
+
+    return record(state.ids.device, work, warm, pool)
+
+
+def record(
+    device: torch.device, work: Callable[[], Tensor], warm: Callable[[], Any], pool: Any = None
+) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    """A CUDA graph of `work`, and the tensor that it writes; `warm` runs twice before, and copies what is constant."""
+    cached, stream = torch.is_autocast_cache_enabled(), torch.cuda.Stream(device)
+    torch.set_autocast_cache_enabled(False)  # weights cast there are freed where autocast ends; a graph would read on
+    try:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                warm()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads use the device
+            return graph, work()
+    finally:
+        torch.set_autocast_cache_enabled(cached)
