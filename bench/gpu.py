@@ -25,8 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # As a script it would see bench/train.py and the like as `train`, and not the packages beside them.
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "bench"))]
-# torch.cuda.is_available then asks the driver's library and starts nothing, so that processes may be forked after it.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ PARTS: dict[str, Part] = {
 }
 PRELOADED = ("torch", "lerobot.policies.factory", "peft", "accelerate", "transformers", "burnish.policies.load",
              "burnish.train.loop", "burnish.evaluate.rollout", "workshop.real")  # fmt: skip
-"""Imported once, before the parts are forked: half a minute of the eight otherwise."""
+"""Imported once where parts are forked, in rehearsals on the CPU. Not on a GPU: torchao, which transformers imports
+where it is installed, starts CUDA, and a fork could not use it any more.
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +97,7 @@ def run_parts(names: list[str], out: Path, rehearse: str, commit: str = "") -> i
             print(f"{name}: finished before with this code, left out", file=sys.stderr)
     if not todo:
         return 0
-    for module in PRELOADED:
+    for module in PRELOADED if rehearse == "cpu" else ():
         import_module(module)
     machine = facts(rehearse)
     machine["commit"] = commit or machine["commit"]
@@ -188,7 +188,7 @@ def code_hash() -> str:
 
 def _in_process(where: str, rehearse: str, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """What the generator `where` yields in a process of its own; ("", {"stopped": why}) where it did not end well."""
-    context = get_context("fork")
+    context = get_context("fork" if rehearse == "cpu" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, where, rehearse))
     end = time.monotonic() + seconds
