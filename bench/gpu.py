@@ -45,13 +45,13 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "parity": Part(50, "bench.gpu_parity:run", "bench.gpu_parity:figures"),
-    "smolvla": Part(120, "bench.gpu_train:smolvla", "bench.gpu_train:smolvla_figures"),
-    "pi05": Part(75, "bench.gpu_train:pi05", "bench.gpu_train:pi05_figures"),
-    "act": Part(60, "bench.gpu_run:act", "bench.gpu_run:act_figures"),
-    "decode": Part(75, "bench.gpu_run:decode", "bench.gpu_run:decode_figures"),
-    "loop": Part(45, "bench.gpu_run:loop", "bench.gpu_run:loop_figures"),
-    "serve": Part(30, "bench.gpu_run:serve", "bench.gpu_run:serve_figures"),
+    "parity": Part(40, "bench.gpu_parity:run", "bench.gpu_parity:figures"),
+    "smolvla": Part(110, "bench.gpu_train:smolvla", "bench.gpu_train:smolvla_figures"),
+    "pi05": Part(65, "bench.gpu_train:pi05", "bench.gpu_train:pi05_figures"),
+    "act": Part(100, "bench.gpu_run:act", "bench.gpu_run:act_figures"),
+    "decode": Part(70, "bench.gpu_run:decode", "bench.gpu_run:decode_figures"),
+    "loop": Part(35, "bench.gpu_run:loop", "bench.gpu_run:loop_figures"),
+    "serve": Part(35, "bench.gpu_run:serve", "bench.gpu_run:serve_figures"),
 }
 PRELOADED = ("torch", "lerobot.policies.factory", "peft", "accelerate", "transformers", "burnish.policies.load",
              "burnish.train.loop", "burnish.evaluate.rollout", "workshop.real")  # fmt: skip

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 from burnish.core import provenance
@@ -21,6 +22,7 @@ from burnish.data.augment import augment
 from burnish.policies import language as language_verbs
 from burnish.policies import load_policy
 from burnish.runtime import profile as profiling
+from burnish.runtime.executor import Sampler
 from burnish.runtime.observations import observations
 from burnish.runtime.profile import dissect, profile
 from burnish.sampling import passes
@@ -112,17 +114,18 @@ def test_the_pretended_device_refuses_what_a_gpu_waits_for(monkeypatch):
 
 def test_places_of_patches_are_those_that_the_mask_gives(tiny_smolvla):
     """The second image of a size skips the mask: the same numbers and gradients, in training and under bf16."""
-    embeddings = load_policy(tiny_smolvla).vlm.model.vision_model.embeddings
+    tower = load_policy(tiny_smolvla).vlm.model.vision_model
     pictures = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(3, 4, 4, dtype=torch.bool)
     found = []
-    for _ in range(2):
-        embeddings.zero_grad()
-        out = embeddings(pictures, mask)
+    for given in (mask, None, None):
+        tower.zero_grad()
+        out = tower(pixel_values=pictures, patch_attention_mask=given).last_hidden_state
         out.square().sum().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in embeddings.parameters())])
-    assert len(embeddings.places) == 1 and all(map(torch.equal, *found))
-    assert "places" not in "".join(embeddings.state_dict())
+        found.append([out.detach(), *(p.grad.clone() for p in tower.parameters())])
+    assert len(tower.embeddings.places) == 1
+    assert all(torch.equal(one, other) for later in found[1:] for one, other in zip(found[0], later, strict=True))
+    assert "places" not in "".join(tower.state_dict())
 
 
 def test_augmentation_sends_its_constants_once(monkeypatch):
@@ -326,3 +329,36 @@ def test_an_unknown_size_is_named():
 def test_draws_made_on_the_cpu_reach_any_device():
     drawn = Draws(torch.zeros(1, 2, 3), torch.zeros(1)).to("meta")
     assert drawn.noise.device.type == drawn.time.device.type == "meta"
+
+
+# CUDA graphs.
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses what a capture refuses: copies between host and device that wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sent = [t for t in args if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.ndim]
+        if sent and isinstance(found, torch.Tensor) and found.device.type == "cuda":
+            raise RuntimeError(f"{func} copies {tuple(sent[0].shape)} from the host")
+        return found
+
+
+@pytest.mark.parametrize("tier", ["exact", "fused"])
+@pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
+def test_what_a_graph_captures_copies_and_reads_nothing(kind, tier, tmp_path, monkeypatch):
+    policy = load_policy(make_tiny(kind, tmp_path / "p"))
+    batch = observations(policy, 2)
+    with torch.no_grad():
+        inputs, noise = policy.begin(batch)[0], policy.draw(2, torch.Generator().manual_seed(0)).noise
+        plain = Sampler(policy.flow_parts(), tier)
+        plain(inputs, noise)  # what a first image of a size reads on the host
+        tensors = {str(i): tensor for i, tensor in enumerate(plain._flat(inputs, noise))}
+        with pretended(monkeypatch) as mode:
+            moved = list(on_gpu(mode, policy, tensors).values())
+            sampler = Sampler(policy.flow_parts(), tier, graph=True)
+            sampler._views = plain._views
+            want = sampler._work(moved)
+            with NoCopies():
+                assert sampler._work(moved).shape == want.shape

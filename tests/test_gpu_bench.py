@@ -38,7 +38,7 @@ def test_a_rehearsal_passes_through_every_part(rehearsed):
     decoded = found["decode"]["detail"]
     equal = {decoded[f"discrete-7b_28_{kind}"]["passes"] for kind in ("together", "prompt_cached_equal",
                                                                      "bidirectional_equal")}  # fmt: skip
-    assert len(equal) == 1 and found["loop"]["figures"]["episodes_per_minute"] > 0
+    assert len(equal) == 1 and found["loop"]["figures"]["tabletop_exact_episodes_per_minute"] > 0
 
 
 def test_finished_parts_are_left_out(rehearsed):

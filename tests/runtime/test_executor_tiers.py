@@ -1,7 +1,6 @@
 """Tiers that round otherwise: what they promise, compiled steps, and the bookkeeping of CUDA graphs."""
 
 import copy
-from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,9 @@ from test_executor import KINDS, loaded, noise, observed
 
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
-from burnish.runtime import executor as graphs_module
 from burnish.runtime import executor as module
 from burnish.runtime.executor import Graphs, Runtime
+from burnish.sampling.passes import without_graphs
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -85,94 +84,90 @@ def test_a_compiled_step_is_one_graph_for_all_steps(policies, monkeypatch):
     dynamo.reset()
 
 
-class Recorded:
-    """A CUDA graph for a machine without one: replay does again what was done between begin and end."""
-
-    def replay(self):
-        self.output.copy_(self.work(self.buffers))
-
-
 @pytest.fixture
-def recorder(monkeypatch):
-    """Graphs whose captures are recorded on the CPU."""
-    stream = SimpleNamespace(wait_stream=lambda _other: None)
-    fake = {
-        "Stream": lambda _device: stream, "current_stream": lambda _device: stream, "CUDAGraph": Recorded,
-        "stream": lambda _stream: nullcontext(), "synchronize": lambda _device: None,
-        "memory_reserved": lambda _device: 0,
-    }  # fmt: skip
-    open_graphs = []
+def recorded(monkeypatch):
+    """Graphs for a machine without a GPU: a replay does again what was recorded. Returns what was recorded."""
+    found = []
 
-    @contextmanager
-    def graph(recorded, **_options):
-        open_graphs.append(recorded)
-        yield
+    def record(_device, work, warm):
+        warm()
+        output = work().clone()
+        found.append(output)
+        return SimpleNamespace(replay=lambda: output.copy_(work())), output
 
-    for name, value in {**fake, "graph": graph}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-
-    def capture(graphs, inputs):
-        graphs.capture(inputs)
-        held = graphs.held[graphs_module.shapes(inputs)]
-        held.graph.work, held.graph.buffers, held.graph.output = graphs.work, held.inputs, held.output
-
-    return capture
+    monkeypatch.setattr(module, "record", record)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+    return found
 
 
-def test_graphs_replay_what_they_are_given(recorder):
-    calls = []
-    graphs = Graphs(lambda tensors: calls.append(1) or tensors[0] * 2 + tensors[1])
+def test_graphs_replay_what_they_are_given(recorded, monkeypatch):
+    graphs = Graphs(lambda tensors: tensors[0] * 2 + tensors[1])
     one, other = [torch.ones(3), torch.zeros(3)], [torch.ones(3) * 5, torch.ones(3)]
     first = graphs(one)
-    assert not graphs.held and len(calls) == 1, "a request captures nothing"
-    recorder(graphs, one)
     again = graphs(one)
     assert graphs(other).tolist() == [11.0] * 3 and again.tolist() == first.tolist() == [2.0] * 3
     assert one[0].tolist() == [1.0] * 3, "the caller's tensors are read, not kept"
     held = next(iter(graphs.held.values()))
     held.inputs[0].copy_(torch.zeros(3))
-    assert graphs(one).tolist() == [2.0] * 3
+    assert graphs(one).tolist() == [2.0] * 3 and len(recorded) == 1
+    with monkeypatch.context() as autocast:  # which PyTorch refuses without a GPU
+        autocast.setattr(torch, "is_autocast_enabled", lambda _kind: True)
+        graphs(one)
+    assert len(graphs.held) == 2, "what autocast computes is another graph"
+    with without_graphs():
+        graphs([torch.ones(5), torch.ones(5)])
+    assert len(recorded) == 2
     graphs.clear()
-    assert not graphs.held
+    assert not graphs.held and graphs(one).tolist() == [2.0] * 3 and len(recorded) == 3
 
 
-def test_graphs_forget_the_one_unused_for_longest(recorder, monkeypatch):
-    reserved = iter(range(0, 1000, 100))
+def test_graphs_forget_the_one_unused_for_longest(recorded, monkeypatch):
+    reserved = iter(range(0, 2000, 100))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: next(reserved))
     graphs = Graphs(lambda tensors: tensors[0] + 1, limit=250)
-    for width in (1, 2):
-        recorder(graphs, [torch.zeros(width)])
-    graphs([torch.zeros(1)])
-    recorder(graphs, [torch.zeros(3)])
+    for width in (1, 2, 1, 3, 2, 2):
+        graphs([torch.zeros(width)])
     assert [key[0][0] for key in graphs.held] == [(1,), (3,)]
+    assert len(recorded) == 3, "one that had to go is not captured again and again"
+
+
+@pytest.mark.parametrize("fault", ["refuses", "differs"])
+def test_a_graph_that_cannot_be_is_done_without(monkeypatch, caplog, fault):
+    def record(_device, work, warm):
+        warm()
+        if fault == "refuses":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return SimpleNamespace(replay=lambda: None), work() + 1e-3
+
+    monkeypatch.setattr(module, "record", record)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+    graphs, calls = Graphs(lambda tensors: calls.append(1) or tensors[0] + 1), []
+    for _ in range(3):
+        assert graphs([torch.zeros(2)]).tolist() == [1.0, 1.0]
+    assert not graphs.held and len(calls) <= 5
+    assert [message for message in caplog.messages if "no CUDA graph" in message][1:] == []
+    assert "not permitted" in caplog.text if fault == "refuses" else "other numbers" in caplog.text
 
 
 @pytest.mark.parametrize("tier", ["exact", "fused"])
-def test_a_graphed_runtime(policy, recorder, tier):
+def test_a_graphed_runtime(policy, recorded, tier):
     """Prompts in buckets, context of other observations, weights that change: everything but the capture itself."""
     policy = copy.deepcopy(policy)
     runtime = Runtime(policy, tier=tier)
     sampler = runtime.sampler
+    assert sampler.graphs is None, "this is no GPU"
     sampler.graphs = Graphs(sampler._work)
     sampler._build()
     inputs, _ = policy.begin(observed(policy, 3))
-    sampler.refresh()
-    flat = sampler._flat(inputs, noise(policy).noise)
-    recorder(sampler.graphs, flat)
-    for seed in (0, 1, 0):
+    for seed in (0, 0, 1, 0):
         found = runtime.verify(observed(policy, 3, seed))
         assert found["holds"], found
-    prompt = next(tensor for tensor in flat if tensor.dtype == torch.long)
+    prompt = next(tensor for tensor in sampler._flat(inputs, noise(policy).noise) if tensor.dtype == torch.long)
     assert tier == "exact" or prompt.shape[1] == inputs[2].shape[1] or prompt.shape[1] % 16 == 0
-    assert len(sampler.graphs.held) == 1
+    assert len(sampler.graphs.held) == len(recorded) == 1
     with torch.no_grad():
         policy.policy.model.action_out_proj.bias.add_(1)
-    assert runtime.verify(observed(policy, 3))["holds"] and not sampler.graphs.held
-
-
-def test_a_graph_wants_a_gpu(policies):
-    with pytest.raises(BurnishError, match="a CUDA graph on cpu; expected a policy on a GPU"):
-        Runtime(policies["pi0"], graph=True)
+    assert runtime.verify(observed(policy, 3))["holds"] and len(recorded) == 2
 
 
 @GPU
@@ -180,7 +175,7 @@ def test_a_graph_wants_a_gpu(policies):
 @pytest.mark.parametrize("tier", ["exact", "fused"])
 def test_graph_on_a_gpu(kind, tier, request):
     policy = load_policy(request.getfixturevalue(f"tiny_{kind}"), device="cuda").eval()
-    runtime = Runtime(policy, tier=tier, graph=True)
+    runtime = Runtime(policy, tier=tier)
     runtime.warm(observed(policy, 3))
     assert len(runtime.sampler.graphs.held) == 1
     for seed in (0, 1, 0):

@@ -118,12 +118,6 @@ def test_a_weight_that_changed_is_caught(policies, monkeypatch):
     assert not equal(runtime, policy, batch, draws)
 
 
-def test_caches_and_graphs_are_refused_together(policies):
-    policy = policies["pi0"]
-    with pytest.raises(BurnishError, match="CUDA graph"):
-        Runtime(policy, kept=Kept(), graph=True)
-
-
 @pytest.mark.parametrize("decoder", ["pipelined", "sequential"])
 def test_tokens_find_their_prompt_again(tmp_path, decoder):
     overrides = {"block_size": 7, "decoder": decoder}

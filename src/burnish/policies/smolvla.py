@@ -44,7 +44,7 @@ class SmolVLA(FlowPolicy):
 
     def __init__(self, policy: nn.Module, preprocessor: Any, postprocessor: Any):
         super().__init__(policy, preprocessor, postprocessor)
-        see_whole(self.vlm.model.vision_model.embeddings)
+        see_whole(self.vlm.model.vision_model)
 
     @classmethod
     def read_config(cls, raw: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -226,13 +226,14 @@ def _smolvlm(folder: Path) -> Any:
     return config
 
 
-def see_whole(embeddings: nn.Module) -> None:
-    """Let transformers' SmolVLMVisionEmbeddings know the place of every patch from the size of the image alone.
+def see_whole(tower: nn.Module) -> None:
+    """Let transformers' SmolVLMVisionTransformer know the place of every patch from the size of the image alone.
 
-    It finds places by a mask, and the host waits to learn how many there are, at every image of every step; LeRobot
-    hands over no mask. The first image of a size goes the old way, and its places are kept: the numbers are the same.
+    It finds places by a mask, sends a mask of ones to the device where it is given none, as by LeRobot, and waits to
+    learn that nothing is hidden, at every image of every step; a CUDA graph may hold none of that. The first image of a
+    size goes the old way, and its places are kept: the numbers are the same.
     """
-    kind: Any = type(embeddings)
+    kind: Any = type(tower.embeddings)
 
     class WholeImages(kind):
         def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
@@ -250,5 +251,19 @@ def see_whole(embeddings: nn.Module) -> None:
             patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
             return patches + self.position_embedding(places.expand(len(patches), -1))
 
-    embeddings.__class__ = WholeImages
-    embeddings.places = {}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    tower.embeddings.__class__ = WholeImages
+    tower.embeddings.places = {}
+    whole: Any = type(tower)
+
+    class Tower(whole):
+        def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **options: Any) -> Any:
+            if patch_attention_mask is not None:
+                return super().forward(pixel_values, patch_attention_mask, **options)
+            shape = len(pixel_values), *(edge // self.patch_size for edge in pixel_values.shape[-2:])
+            mask = torch.ones(shape, dtype=torch.bool, device=pixel_values.device)
+            seen = self.encoder(inputs_embeds=self.embeddings(pixel_values, mask), attention_mask=None)
+            return BaseModelOutput(last_hidden_state=self.post_layernorm(seen.last_hidden_state))
+
+    tower.__class__ = Tower

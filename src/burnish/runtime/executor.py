@@ -7,6 +7,7 @@ A tier promises something about its difference to LeRobot's sampler on equal noi
 TIERS; `verify` measures it and `require` refuses a tier that does not keep it.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 from burnish.core.types import Batch, Chunk, Draws
 from burnish.policies.base import Policy, Stage, require
 from burnish.policies.keys import TASK
@@ -25,7 +26,7 @@ from burnish.runtime.family import Encoded, Family
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
 from burnish.sampling.kept import Kept, signature
-from burnish.sampling.passes import record
+from burnish.sampling.passes import looked_into, record
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
@@ -67,6 +68,7 @@ projections, PyTorch's attention, padding dropped. compiled: `fused`, a step thr
 copy of the policy in bf16.
 """
 FAMILIES: dict[str, type[Family]] = {"smolvla": SmolVLA, "pi": Pi}
+log = logging.getLogger("burnish")
 BUCKET = 16
 """Prompts are filled up to a multiple of so many tokens where shapes must come from a short list."""
 
@@ -76,19 +78,15 @@ class Sampler:
 
     Args:
         solver: see Solver; None means the Euler steps of the policy's config, as LeRobot takes them.
-        graph: on a GPU, replay the shapes that `capture` was shown as one CUDA graph.
-        kept: what was computed from the same pictures and text is found again there; not inside a graph.
+        graph: on a GPU, replay every shape after its first call as one CUDA graph; `solver` then computes alone.
+        kept: what was computed from the same pictures and text is found again there, without a graph.
     """
 
-    def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = False,
+    def __init__(self, parts: FlowParts, tier: str = "exact", solver: Solver | None = None, graph: bool = True,
                  kept: Kept | None = None):  # fmt: skip
         if tier not in TIERS:
             raise BurnishError(f"tier '{tier}'", f"one of {', '.join(TIERS)}")
-        device = next(parts.model.parameters()).device
-        if graph and device.type != "cuda":
-            raise BurnishError(f"a CUDA graph on {device}", "a policy on a GPU")
-        if graph and kept:
-            raise BurnishError("a CUDA graph and caches: the host would have to look into it", "one of the two")
+        graph = graph and kept is None and next(parts.model.parameters()).device.type == "cuda"
         self.tier, self.lerobot, self.solver, self.kept = tier, parts, solver, kept
         self.graphs = Graphs(self._work) if graph else None
         self._views, self._signature = 0, signature(parts.model)
@@ -103,9 +101,8 @@ class Sampler:
         if self.kept is not None:
             self.family.keeps, self.family.embed_image = True, self.kept.views(self.parts.embed_image)
         if tier.compiled:
-            self.velocity = torch.compile(
-                self.family.velocity, dynamic=False, fullgraph=True, options={"cpp_wrapper": True}
-            )  # a small step is mostly launches
+            more = {"cpp_wrapper": True} if self.graphs is None else {}  # a small step is mostly launches
+            self.velocity = torch.compile(self.family.velocity, dynamic=False, fullgraph=True, options=more)
 
     def refresh(self) -> None:
         """Follow weights that have changed; graphs read the addresses of the old ones and go."""
@@ -155,17 +152,11 @@ class Sampler:
     def __call__(
         self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
     ) -> Tensor:
-        """Encode and sample; by a CUDA graph where one of these shapes was captured and nothing is to go on from."""
+        """Encode and sample; by a CUDA graph where there is one of these shapes and nothing is to go on from."""
         if self.graphs is None or committed is not None or guide is not None:
             return self.sample(self.encode(inputs), noise, committed, guide)
         self.refresh()
         return self.graphs(self._flat(inputs, noise))
-
-    def capture(self, inputs: Sequence[Any], noise: Tensor) -> None:
-        """Capture the shapes of these inputs (bucketed: prompts to multiples of 16 tokens); nothing without a graph."""
-        if self.graphs is not None:
-            self.refresh()
-            self.graphs.capture(self._flat(inputs, noise))
 
     def _flat(self, inputs: Sequence[Any], noise: Tensor) -> list[Tensor]:
         images, masks, *rest = self._trimmed(inputs)
@@ -200,7 +191,7 @@ class Sampler:
         that is left; the spread is that of eight chunks of each observation.
         """
         if self.solver is not None:  # LeRobot's has no other than Euler
-            return Sampler(self.lerobot, self.tier, kept=self.kept).compare(inputs, noise)
+            return Sampler(self.lerobot, self.tier, graph=False, kept=self.kept).compare(inputs, noise)
         tier, want, got = TIERS[self.tier], self.lerobot.sample(inputs, noise), self(inputs, noise)
         apart = (got - want).double()
         found: dict[str, Any] = {
@@ -237,15 +228,16 @@ class Runtime:
         policy: one that supports "runtime"; its weights are used where they are, and may change.
         tier: one of TIERS.
         solver: as for Sampler; None means what `policy.sampler` names, where that is set.
-        graph, kept: see Sampler.
+        graph, kept: see Sampler; there is no graph with a `solver`.
 
     Raises:
         BurnishError: a policy without that, or an unknown tier.
     """
 
-    def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = False,
+    def __init__(self, policy: Policy, *, tier: str = "exact", solver: Solver | None = None, graph: bool = True,
                  kept: Kept | None = None):  # fmt: skip
         require(policy, "runtime", "Runtime")
+        graph = graph and solver is None
         self.policy, self.tier = policy, tier
         if solver is None and policy.sampler:
             solver = make_solver(policy.sampler)
@@ -294,9 +286,7 @@ class Runtime:
     @torch.no_grad()
     def warm(self, batch: Batch) -> None:
         """Compile, make tables and capture graphs for batches of this shape before anybody waits for them."""
-        inputs, noise = self.policy.begin(batch)[0], self._draw(batch)
-        self.sampler(inputs, noise)
-        self.sampler.capture(inputs, noise)
+        self.sampler(self.policy.begin(batch)[0], self._draw(batch))
 
     @torch.no_grad()
     def verify(self, batch: Batch) -> dict[str, Any]:
@@ -356,34 +346,42 @@ class Held:
 
 
 class Graphs:
-    """Runs `work` by replay where its shapes were captured, else as it is.
+    """Runs `work` as it is for inputs of new shapes, then by replay of a CUDA graph that gives the same bits.
 
     Args:
         work: a function of tensors to one tensor that neither waits for the device nor copies to it.
-        limit: bytes that all graphs together may hold; the one unused for longest goes first.
+        limit: bytes that all graphs together may hold; the one unused for longest goes first, for good.
     """
 
     def __init__(self, work: Callable[[list[Tensor]], Tensor], limit: int = 2 << 30):
         self.work, self.limit = work, limit
         self.held: OrderedDict[Key, Held] = OrderedDict()
+        self.tried: set[Key] = set()
 
+    @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output, in a tensor that later calls leave alone."""
-        held = self.held.get(shapes(inputs))
-        if held is None:
-            return self.work(list(inputs))
-        self.held.move_to_end(shapes(inputs))
+        key = shapes(inputs)
+        if key in self.held and not looked_into():
+            self.held.move_to_end(key)
+            return self._replay(self.held[key], inputs)
+        output = self.work(list(inputs))
+        if key not in self.tried and not looked_into():
+            self.tried.add(key)
+            try:
+                self._capture(key, inputs, output)
+            except RuntimeError as error:
+                log.warning("no CUDA graph, so kernels are launched one by one: %s", first_line(error, 200))
+        return output
+
+    def _replay(self, held: Held, inputs: Sequence[Tensor]) -> Tensor:
         for buffer, tensor in zip(held.inputs, inputs, strict=True):
             buffer.copy_(tensor)
         held.graph.replay()
         return held.output.clone()
 
-    @torch.no_grad()
-    def capture(self, inputs: Sequence[Tensor]) -> None:
-        """Capture the shapes of `inputs`, on copies of them. Warming up runs everything that copies constants."""
-        key = shapes(inputs)
-        if key in self.held:
-            return
+    def _capture(self, key: Key, inputs: Sequence[Tensor], want: Tensor) -> None:
+        """Keep a graph on copies of the inputs. Warming up runs everything that copies constants."""
         device, buffers = inputs[0].device, [tensor.clone() for tensor in inputs]
         before = 0
 
@@ -393,13 +391,17 @@ class Graphs:
             before = torch.cuda.memory_reserved(device)
 
         graph, output = record(device, lambda: self.work(buffers), warm)
-        self.held[key] = Held(graph, buffers, output, torch.cuda.memory_reserved(device) - before)
+        held = Held(graph, buffers, output, torch.cuda.memory_reserved(device) - before)
+        if not torch.equal(self._replay(held, inputs), want):
+            raise RuntimeError("its replay gives other numbers")
+        self.held[key] = held
         while len(self.held) > 1 and sum(held.bytes for held in self.held.values()) > self.limit:
             self.held.popitem(last=False)
 
     def clear(self) -> None:
         """Drop all graphs, whose kernels read the addresses of weights that have gone."""
         self.held.clear()
+        self.tried.clear()
 
 
 def shapes(inputs: Sequence[Tensor]) -> Key:

@@ -180,7 +180,7 @@ class Family(ABC):
         """
         B, H, S, D = queries.shape
         rows = queries.reshape(B, H // self.groups, self.groups * S, D)
-        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(B, H, S, D)
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(B, H, S, D)
 
     def fused_mask(self, mask: Tensor) -> Tensor | None:
         """bool [B, S, L] as `attend_fused` takes it."""

@@ -30,6 +30,10 @@ def without_graphs() -> Iterator[None]:
         _LOOKED_INTO.reset(token)
 
 
+def looked_into() -> bool:
+    return _LOOKED_INTO.get()
+
+
 @dataclass
 class Buffers:
     """Everything that stays in place from call to call, so that graphs may refer to it."""
@@ -58,7 +62,7 @@ class Passes:
         return self.plan.compile or self._can_graph(device)
 
     def graphed(self, device: torch.device) -> bool:
-        return self._can_graph(device) and not _LOOKED_INTO.get()
+        return self._can_graph(device) and not looked_into()
 
     def _can_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.plan.graph is not False
