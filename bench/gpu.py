@@ -1,4 +1,4 @@
-"""What burnish does on a GPU, in parts: `python bench/gpu.py [--out results/gpu] [--parts act decode] [--rehearse]`.
+"""What burnish does on a GPU, in parts: `python bench/gpu.py [--out results/gpu] [--parts serve loop] [--rehearse]`.
 
 Every part runs in a process of its own, has a budget (together under eight minutes on an H100), and leaves one JSON
 file, whole or absent. A part that overruns is stopped, and what it has measured by then is written. Called again, the
@@ -45,13 +45,15 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "parity": Part(40, "bench.gpu_parity:run", "bench.gpu_parity:figures"),
-    "smolvla": Part(110, "bench.gpu_train:smolvla", "bench.gpu_train:smolvla_figures"),
+    "parity": Part(30, "bench.gpu_parity:run", "bench.gpu_parity:figures"),
+    "smolvla": Part(100, "bench.gpu_train:smolvla", "bench.gpu_train:smolvla_figures"),
     "pi05": Part(65, "bench.gpu_train:pi05", "bench.gpu_train:pi05_figures"),
-    "act": Part(100, "bench.gpu_run:act", "bench.gpu_run:act_figures"),
-    "decode": Part(70, "bench.gpu_run:decode", "bench.gpu_run:decode_figures"),
-    "loop": Part(35, "bench.gpu_run:loop", "bench.gpu_run:loop_figures"),
-    "serve": Part(35, "bench.gpu_run:serve", "bench.gpu_run:serve_figures"),
+    "act_smolvla": Part(75, "bench.gpu_run:act_smolvla", "bench.gpu_run:act_figures"),
+    "act_pi05": Part(60, "bench.gpu_run:act_pi05", "bench.gpu_run:act_figures"),
+    "decode_3b": Part(30, "bench.gpu_run:decode_3b", "bench.gpu_run:decode_figures"),
+    "decode_7b": Part(35, "bench.gpu_run:decode_7b", "bench.gpu_run:decode_figures"),
+    "loop": Part(30, "bench.gpu_run:loop", "bench.gpu_run:loop_figures"),
+    "serve": Part(30, "bench.gpu_run:serve", "bench.gpu_run:serve_figures"),
 }
 PRELOADED = ("torch", "lerobot.policies.factory", "peft", "accelerate", "transformers", "burnish.policies.load",
              "burnish.train.loop", "burnish.evaluate.rollout", "workshop.real")  # fmt: skip

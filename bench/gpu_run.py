@@ -18,7 +18,6 @@ TIERS: dict[str, Callable[[Any], Callable[[dict[str, Any]], Any]]] = {
     "lerobot": lambda policy: (
         lambda batch: policy.postprocessor(policy.policy.predict_action_chunk(policy.preprocessor(dict(batch))))
     ),
-    "eager": lambda policy: policy.act,
     "exact": lambda policy: _Executed(policy, "exact"),
     "exact_graph": lambda policy: _Executed(policy, "exact", graph=True),
     "fused_graph": lambda policy: _Executed(policy, "fused", graph=True),
@@ -44,14 +43,18 @@ class _Executed:
         return self.runtime.act(batch)
 
 
-def act(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One call of SmolVLA and of pi05 with two views, every tier, in float32 and bf16; and where its time goes."""
-    for name in ("smolvla", "pi05"):
-        setting.clear()
-        policy = _two_views(setting, name, setting.pick(256, 32))
-        yield from _calls(setting, name, policy)
-        if name == "smolvla":
-            yield from _runtime(setting, policy)
+def act_smolvla(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One call of SmolVLA with two views, every tier, in float32 and bf16, where its time goes, and what else there is
+    to the runtime.
+    """
+    policy = _two_views(setting, "smolvla", setting.pick(256, 32))
+    yield from _calls(setting, "smolvla", policy)
+    yield from _runtime(setting, policy)
+
+
+def act_pi05(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same calls of pi05."""
+    yield from _calls(setting, "pi05", _two_views(setting, "pi05", setting.pick(256, 32)))
 
 
 def _two_views(setting: Setting, name: str, image_size: int) -> Any:
@@ -146,25 +149,32 @@ def act_figures(found: dict[str, Any]) -> dict[str, Any]:
     return kept(shown)
 
 
-def decode(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Decoders on random backbones of 3 and 7 billion in bf16; those with a schedule in as many passes as ours.
+def decode_3b(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Decoders on a random backbone of 3 billion in bf16, see `_decode`."""
+    yield from _decode(setting, "discrete-3b")
+
+
+def decode_7b(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same of 7 billion."""
+    yield from _decode(setting, "discrete-7b")
+
+
+def _decode(setting: Setting, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Decoders with a schedule in as many passes as ours.
 
     Every pass must read all weights of the language model once. What is compared with that is the time of a decode
     less that of the prompt's pass, for each further pass.
     """
     best = roofline(setting)
     yield "roofline", best
-    for name in ("discrete-3b", "discrete-7b"):
-        setting.clear()
-        policy = _two_views(setting, name, setting.pick(224, 32)).requires_grad_(False)
-        text = policy.policy.model.text_model
-        size = sum(p.numel() * p.element_size() for n, p in text.named_parameters() if "embed_tokens" not in n)
-        floor = size / best["copy_gb_s"] / 1e6
-        yield name, {"language_model_gb": size / 1e9, "floor_ms": floor}
-        for steps in setting.pick(CHUNKS, (4,)):
-            for kind, found in _decoders(setting, policy, steps):
-                yield f"{name}_{7 * steps}_{kind}", found | {"floor_ms": floor}
-        del policy, text
+    policy = _two_views(setting, name, setting.pick(224, 32)).requires_grad_(False)
+    text = policy.policy.model.text_model
+    size = sum(p.numel() * p.element_size() for n, p in text.named_parameters() if "embed_tokens" not in n)
+    floor = size / best["copy_gb_s"] / 1e6
+    yield name, {"language_model_gb": size / 1e9, "floor_ms": floor}
+    for steps in setting.pick(CHUNKS, (4,)):
+        for kind, found in _decoders(setting, policy, steps):
+            yield f"{name}_{7 * steps}_{kind}", found | {"floor_ms": floor}
 
 
 def _decoders(setting: Setting, policy: Any, steps: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,29 +26,29 @@ BATCHES = (8, 32)
 
 def smolvla(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """SmolVLA-450M, all of it trained: LeRobot's loop and ours at batch 8 and 32, every method at 8."""
-    n, precision = setting.pick(10, 1), "bf16" if setting.gpu else "no"  # a CPU is slow in bf16
+    n, precision = setting.pick(6, 1), "bf16" if setting.gpu else "no"  # a CPU is slow in bf16
     with _ground(setting) as ground:
         yield "roofline", roofline(setting)
         policy = _real("smolvla", setting)
         yield "policy", {"parameters": sum(p.numel() for p in policy.parameters())}
-        for size in setting.pick(BATCHES, (2,)):
+        sizes = setting.pick(BATCHES, (2,))
+        for size in sizes:
             yield f"lerobot_{size}", _lerobot(setting, ground, policy, _words(size, precision), n)
             yield f"ours_{size}", _ours(setting, ground, policy, n, _words(size, precision))
-        size = setting.pick(8, 2)
         for name, entry in METHODS.items():
             if name == "capability":
                 _delta(ground, policy)
             objective = entry.format(**{place.name: place for place in ground.iterdir()})
-            yield name, _ours(setting, ground, policy, n, _words(size, precision, objective))
+            yield name, _ours(setting, ground, policy, n, _words(sizes[0], precision, objective))
         del policy
         policy = _real("discrete-smol", setting)
-        yield "ours_discrete", _ours(setting, ground, policy, n, _words(size, precision))
-        yield "distill", _ours(setting, ground, policy, n, _words(size, precision, DISTILL))
+        yield "ours_discrete", _ours(setting, ground, policy, n, _words(sizes[0], precision))
+        yield "distill", _ours(setting, ground, policy, n, _words(sizes[0], precision, DISTILL))
 
 
 def pi05(setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """pi05: LoRA at batch 4 and all weights at batch 4 and 8, with what there is that makes training smaller."""
-    n = setting.pick(6, 1)
+    n = setting.pick(4, 1)
     memory = _memory_options()
     lora = ["--train.peft.method=lora", *memory["checkpointing"], *memory["frozen"]]
     full = [*memory["checkpointing"], *memory["optimizer"]]
@@ -222,7 +222,7 @@ def _measured(setting: Setting, run: Any, step: Callable[[], Any], n: int) -> di
     operations = flops(step)
     for hook in hooks:
         hook.remove()
-    return {"tokens": sum(lengths), "tflop": operations / 1e12} | timed(setting, step, n, warmup=setting.pick(3, 0))
+    return {"tokens": sum(lengths), "tflop": operations / 1e12} | timed(setting, step, n, warmup=setting.pick(2, 0))
 
 
 def smolvla_figures(found: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def test_a_rehearsal_passes_through_every_part(rehearsed):
     assert {"lora_4_step_ms", "full_4_step_ms"} <= set(found["pi05"]["figures"])
     raw = found["smolvla"]["detail"]["ours_2"]
     assert raw["tflop"] > 0 and raw["tokens"] > 0 and len(raw["ms"]) == raw["n"] and raw["median"] > 0
-    assert all(f"smolvla_{tier}_float32_ms" in found["act"]["figures"] for tier in gpu_run.TIERS)
-    decoded = found["decode"]["detail"]
+    assert all(f"smolvla_{tier}_float32_ms" in found["act_smolvla"]["figures"] for tier in gpu_run.TIERS)
+    decoded = found["decode_7b"]["detail"]
     equal = {decoded[f"discrete-7b_28_{kind}"]["passes"] for kind in ("together", "prompt_cached_equal",
                                                                      "bidirectional_equal")}  # fmt: skip
     assert len(equal) == 1 and found["loop"]["figures"]["tabletop_exact_episodes_per_minute"] > 0

@@ -1,5 +1,6 @@
 """How a forward pass is run: as it is, through torch.compile, or as a CUDA graph. What it computes is the same."""
 
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -160,8 +161,11 @@ def record(
                 warm()
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
+        gc.collect()
+        gc.disable()  # an old graph that was collected now would end the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads use the device
             return graph, work()
     finally:
+        gc.enable()
         torch.set_autocast_cache_enabled(cached)
