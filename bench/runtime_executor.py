@@ -8,6 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -28,7 +30,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    rounds = 3 if args.quick else 30
+    rounds = 3 if args.quick else 60
     figures: dict[str, Any] = {}
     detail: dict[str, Any] = {"rounds": rounds}
     for kind, policy in _policies():
@@ -39,7 +41,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     figures["exact_bitwise_discrete"] = tokens_equal()
     if args.size == "smolvla":
-        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 15)
+        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 20)
         figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise_exact" in key else f"real_{key}": value
                     for key, value in found.items()}  # fmt: skip
     return figures, detail
@@ -72,15 +74,15 @@ def compare(policy: Any, tiers: tuple[str, ...], rounds: int) -> tuple[dict[str,
         loops[tier] = lambda sampler=sampler, encoded=encoded: sampler.sample(encoded, noise)
     with torch.no_grad():
         ends, steps = in_turns(whole, rounds), in_turns(loops, rounds)
-    ratios = {}
+    ratios, intervals = {}, {}
     for tier in kept:
-        ratios[f"{tier}_over_lerobot"] = ends["lerobot"] / ends[tier]
         name = "compiled_denoise" if tier == "compiled" else f"denoise_{tier}"
-        ratios[f"{name}_over_lerobot"] = steps["lerobot"] / steps[tier]
-    ratios["denoise_share_lerobot"] = steps["lerobot"] / ends["lerobot"]
+        for figure, spent in ((f"{tier}_over_lerobot", ends), (f"{name}_over_lerobot", steps)):
+            ratios[figure], intervals[figure] = ratio(spent["lerobot"], spent[tier])
+    ratios["denoise_share_lerobot"] = statistics.median(steps["lerobot"]) / statistics.median(ends["lerobot"])
     equal = all(found["bitwise"] for found in parity["exact"])
     return ratios, {"bitwise": equal, "parity": parity, "end_to_end_ms": ends, "denoise_ms": steps,
-                    "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
+                    "intervals": intervals, "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
 
 
 def tokens_equal() -> bool:
@@ -105,8 +107,8 @@ def tokens_equal() -> bool:
     return equal
 
 
-def in_turns(calls: Calls, rounds: int) -> dict[str, float]:
-    """Median milliseconds of process time of each call, one after the other in every round; three rounds warm up."""
+def in_turns(calls: Calls, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of process time of each call, one after the other in every round; three rounds warm up."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
         for name, call in calls.items():
@@ -114,7 +116,16 @@ def in_turns(calls: Calls, rounds: int) -> dict[str, float]:
             call()
             if i >= 3:
                 spent[name].append(1000 * (time.process_time() - begin))
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return spent
+
+
+def ratio(above: list[float], below: list[float]) -> tuple[float, list[float]]:
+    """The median over rounds of the quotient of two calls that stood beside one another, and its 95 % interval
+    (bootstrap over rounds). What slows a shared machine down for a while slows both.
+    """
+    quotients = np.array(above) / np.array(below)
+    draws = np.random.default_rng(0).choice(quotients, (2000, len(quotients)))
+    return float(np.median(quotients)), np.quantile(np.median(draws, 1), [0.025, 0.975]).tolist()
 
 
 def _lerobots_loop(policy: Any, inputs: list[Any], noise: Any) -> Callable[[], Any]:

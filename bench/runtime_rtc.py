@@ -2,13 +2,13 @@
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
+
+from bench.runtime_executor import Calls, in_turns, ratio
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole calls of `act`, in turns, medians of process time.
+    """Whole calls of `act`, in turns, process time.
 
     Figures:
         guided_identity_over_plain, guided_vjp_over_plain: eight observations, a call with steering (delay 2) over one
@@ -22,18 +22,19 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
     torch.set_num_threads(1)
     policy = load_policy("small").eval()
-    rounds = 5 if args.quick else 40
-    detail: dict[str, Any] = {"policy": "small", "calls": rounds}
-    for width in (1, 8):
-        detail[f"process_ms_{width}"] = medians(policy, width, rounds)
-    one, eight = detail["process_ms_1"], detail["process_ms_8"]
-    detail |= {f"{how}_over_plain_1": one[how] / one["plain"] for how in ("guided_identity", "guided_vjp")}
-    figures = {f"{how}_over_plain": eight[how] / eight["plain"] for how in ("guided_identity", "guided_vjp")}
-    return {**figures, "rtc_gaussian_error": gaussian_error(), "bid8_over_one": one["bid8"] / one["plain"]}, detail
+    rounds = 5 if args.quick else 60
+    one, eight = (spent(policy, width, rounds) for width in (1, 8))
+    detail: dict[str, Any] = {"policy": "small", "calls": rounds, "process_ms_1": one, "process_ms_8": eight}
+    figures, detail["intervals"] = {}, {}
+    for how in ("guided_identity", "guided_vjp"):
+        detail[f"{how}_over_plain_1"] = ratio(one[how], one["plain"])[0]
+        figures[f"{how}_over_plain"], detail["intervals"][how] = ratio(eight[how], eight["plain"])
+    bid8 = statistics.median(one["bid8"]) / statistics.median(one["plain"])
+    return {**figures, "rtc_gaussian_error": gaussian_error(), "bid8_over_one": bid8}, detail
 
 
-def medians(policy: Any, width: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of process time of each kind of call for `width` observations; three rounds before warm up."""
+def spent(policy: Any, width: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of process time of each kind of call for `width` observations."""
     import torch
 
     from burnish.runtime.observations import observations
@@ -43,20 +44,13 @@ def medians(policy: Any, width: int, rounds: int) -> dict[str, float]:
     draws = [policy.draw(width, torch.Generator().manual_seed(seed)) for seed in range(8)]
     raw = policy.act(batch, draws[0]).raw[:, policy.n_action_steps // 2 :]
     noise = torch.stack([one.noise for one in draws], 1)
-    calls: dict[str, Callable[[], Any]] = {
+    calls: Calls = {
         "plain": lambda: policy.act(batch, draws[0]),
         "guided_identity": lambda: policy.act(batch, draws[0], steering=Steering(raw, 2, jacobian="identity")),
         "guided_vjp": lambda: policy.act(batch, draws[0], steering=Steering(raw, 2, jacobian="vjp")),
         "bid8": lambda: policy.candidates(batch, noise),
     }
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for k in range(rounds + 3):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if k >= 3:
-                spent[name].append(1000 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return in_turns(calls, rounds)
 
 
 def gaussian_error() -> float:
