@@ -123,7 +123,7 @@ def test_places_of_patches_are_those_that_the_mask_gives(tiny_smolvla):
         out = tower(pixel_values=pictures, patch_attention_mask=given).last_hidden_state
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad.clone() for p in tower.parameters())])
-    assert len(tower.embeddings.places) == 1
+    assert len(tower.places) == 1
     assert all(torch.equal(one, other) for later in found[1:] for one, other in zip(found[0], later, strict=True))
     assert "places" not in "".join(tower.state_dict())
 

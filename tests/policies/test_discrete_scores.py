@@ -83,7 +83,7 @@ def test_weights_of_the_likelihood_bound(folders, batch):
 
 def test_doubled_blocks_are_learned_given_clean_ones(folders, batch):
     """One pass over both copies: every block as if all blocks before it were known."""
-    policy = load_policy(folders["blocks"], overrides={"doubled": True, "noise": "independent"})
+    policy = load_policy(folders["blocks"], overrides={"doubled": True, "noise": "sorted"})
     plain, draws = load_policy(folders["blocks"]), policy.draw(3, rng())
     with policy.watch_tokens() as seen:
         policy.loss(batch, draws)

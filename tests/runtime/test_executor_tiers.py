@@ -60,12 +60,12 @@ def test_bf16_stays_within_the_spread_and_follows_the_weights(policy):
 
 
 def test_a_tier_that_breaks_its_promise_is_refused(policy, monkeypatch):
-    runtime = Runtime(policy, tier="fused")
-    runtime.require(observed(policy))
+    sampler, inputs = Runtime(policy, tier="fused").sampler, policy.begin(observed(policy))[0]
+    sampler.require(inputs, noise(policy).noise)
     real = module.Sampler.sample
     monkeypatch.setattr(module.Sampler, "sample", lambda *args: real(*args) * 1.01)
     with pytest.raises(BurnishError, match="tier 'fused' differs from LeRobot's sampler by 0.01 on this"):
-        runtime.require(observed(policy))
+        sampler.require(inputs, noise(policy).noise)
 
 
 def test_a_compiled_step_is_one_graph_for_all_steps(policies, monkeypatch):

@@ -202,7 +202,7 @@ def test_control_vectors(family, tmp_path, kind):
             np.testing.assert_allclose(np.sort(new.ravel()), np.sort(factor * old.ravel()), rtol=1e-5, atol=1e-9)
         elif kind != "noise":
             np.testing.assert_allclose(new, (-factor if kind == "flip" else factor) * old, rtol=1e-5, atol=1e-9)
-    again = control(delta.path, kind, output=tmp_path / "again", norm_of=reference.path, seed=3, threads=1)
+    again = control(delta.path, kind, output=tmp_path / "again", norm_of=reference.path, seed=3)
     assert again.digest == made.digest
     merge(base, [(made.path, 1.0)], output=tmp_path / "out")
 

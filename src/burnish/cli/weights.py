@@ -112,7 +112,7 @@ def merge(
 
 def control(
     delta: str, kind: Literal["permute", "flip", "noise", "rescale"], *, output: Output, norm_of: str | None = None,
-    seed: int = 0, threads: int = 0, force: bool = False,
+    seed: int = 0, force: bool = False,
 ) -> None:  # fmt: skip
     """Make a vector to compare with: permuted, flipped, random, or just rescaled.
 
@@ -122,7 +122,6 @@ def control(
         output: folder to write; it appears when it is whole
         norm_of: scale to this delta's norm
         seed: of permute and noise
-        threads: 0 means one for each core
         force: replace an earlier output
 
     Example:
@@ -133,7 +132,7 @@ def control(
 
     output = Path(_path(str(output), "-o"))
     delta, norm_of = _path(delta, "delta"), norm_of and _path(norm_of, "--norm-of")
-    made = control(delta, kind, output=output, norm_of=norm_of or None, seed=seed, threads=threads, force=force)
+    made = control(delta, kind, output=output, norm_of=norm_of or None, seed=seed, force=force)
     print(f"{output}: {kind} of {delta}, norm {made.norm():.4g}")
 
 

@@ -230,40 +230,32 @@ def see_whole(tower: nn.Module) -> None:
     """Let transformers' SmolVLMVisionTransformer know the place of every patch from the size of the image alone.
 
     It finds places by a mask, sends a mask of ones to the device where it is given none, as by LeRobot, and waits to
-    learn that nothing is hidden, at every image of every step; a CUDA graph may hold none of that. The first image of a
-    size goes the old way, and its places are kept: the numbers are the same.
+    learn that nothing is hidden, at every image of every step; a CUDA graph may hold none of that. The places of the
+    first image of a size are kept: the numbers are the same.
     """
-    kind: Any = type(tower.embeddings)
-
-    class WholeImages(kind):
-        def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
-            key = (*pixel_values.shape[-2:], pixel_values.dtype)
-            if key not in self.places:
-                seen: list[Tensor] = []
-                note = self.position_embedding.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-                with note:
-                    embedded = super().forward(pixel_values, patch_attention_mask)
-                self.places[key] = seen[0][0].cpu()
-                return embedded
-            places = self.places[key]
-            if places.device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
-                places = self.places[key] = places.to(pixel_values.device)
-            patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-            return patches + self.position_embedding(places.expand(len(patches), -1))
-
     from transformers.modeling_outputs import BaseModelOutput
 
-    tower.embeddings.__class__ = WholeImages
-    tower.embeddings.places = {}
-    whole: Any = type(tower)
+    kind: Any = type(tower)
 
-    class Tower(whole):
+    class WholeImages(kind):
         def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **options: Any) -> Any:
             if patch_attention_mask is not None:
                 return super().forward(pixel_values, patch_attention_mask, **options)
-            shape = len(pixel_values), *(edge // self.patch_size for edge in pixel_values.shape[-2:])
-            mask = torch.ones(shape, dtype=torch.bool, device=pixel_values.device)
-            seen = self.encoder(inputs_embeds=self.embeddings(pixel_values, mask), attention_mask=None)
-            return BaseModelOutput(last_hidden_state=self.post_layernorm(seen.last_hidden_state))
+            key, embeddings = tuple(pixel_values.shape[-2:]), self.embeddings
+            if key not in self.places:
+                seen: list[Tensor] = []
+                mask = torch.ones(1, *(edge // self.patch_size for edge in key), dtype=torch.bool)
+                note = embeddings.position_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+                with note, torch.no_grad():
+                    embeddings(pixel_values[:1].detach(), mask.to(pixel_values.device))
+                self.places[key] = seen[0].cpu()
+            places = self.places[key]
+            if places.device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
+                places = self.places[key] = places.to(pixel_values.device)
+            patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+            placed = patches + embeddings.position_embedding(places.expand(len(patches), -1))
+            seen_whole = self.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state
+            return BaseModelOutput(last_hidden_state=self.post_layernorm(seen_whole))
 
-    tower.__class__ = Tower
+    tower.__class__ = WholeImages
+    tower.places = {}

@@ -26,7 +26,7 @@ from burnish.runtime.family import Encoded, Family
 from burnish.runtime.pi import Pi
 from burnish.runtime.smolvla import SmolVLA
 from burnish.sampling.kept import Kept, signature
-from burnish.sampling.passes import looked_into, record
+from burnish.sampling.passes import LOOKED_INTO, record
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
@@ -293,11 +293,6 @@ class Runtime:
         """See Sampler.compare."""
         return self.sampler.compare(self.policy.begin(batch)[0], self._draw(batch))
 
-    def require(self, batch: Batch) -> dict[str, Any]:
-        """See Sampler.require."""
-        with torch.no_grad():
-            return self.sampler.require(self.policy.begin(batch)[0], self._draw(batch))
-
     def _noise(self, batch: Batch, draws: Draws | None) -> Tensor:
         drawn = draws or self.policy.draw(len(batch[TASK]), self.policy.generator)
         return drawn.to(self.device).noise
@@ -362,11 +357,11 @@ class Graphs:
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output, in a tensor that later calls leave alone."""
         key = shapes(inputs)
-        if key in self.held and not looked_into():
+        if key in self.held and not LOOKED_INTO.get():
             self.held.move_to_end(key)
             return self._replay(self.held[key], inputs)
         output = self.work(list(inputs))
-        if key not in self.tried and not looked_into():
+        if key not in self.tried and not LOOKED_INTO.get():
             self.tried.add(key)
             try:
                 self._capture(key, inputs, output)

@@ -16,7 +16,7 @@ from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle,
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel, visible
 from burnish.sampling.unmask import likeliest
 
-_LOOKED_INTO: ContextVar[bool] = ContextVar("passes are looked into", default=False)
+LOOKED_INTO: ContextVar[bool] = ContextVar("passes are looked into", default=False)
 
 
 @contextmanager
@@ -24,15 +24,11 @@ def without_graphs() -> Iterator[None]:
     """Inside, passes run as they are, in the shapes of graphs: nobody can look into a graph, and to wait for the
     device while one is recorded is an error.
     """
-    token = _LOOKED_INTO.set(True)
+    token = LOOKED_INTO.set(True)
     try:
         yield
     finally:
-        _LOOKED_INTO.reset(token)
-
-
-def looked_into() -> bool:
-    return _LOOKED_INTO.get()
+        LOOKED_INTO.reset(token)
 
 
 @dataclass
@@ -63,7 +59,7 @@ class Passes:
         return self.plan.compile or self._can_graph(device)
 
     def graphed(self, device: torch.device) -> bool:
-        return self._can_graph(device) and not looked_into()
+        return self._can_graph(device) and not LOOKED_INTO.get()
 
     def _can_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.plan.graph is not False

@@ -18,7 +18,7 @@ Kind = Literal["permute", "flip", "noise", "rescale"]
 
 def control(
     delta: Path | str, kind: Kind, *, output: Path | str, norm_of: Path | str | None = None, seed: int = 0,
-    threads: int = 0, force: bool = False,
+    force: bool = False,
 ) -> Delta:  # fmt: skip
     """Write a control vector made from `delta`.
 
@@ -27,7 +27,6 @@ def control(
             noise (Gaussian with the norm of each tensor), rescale (as it is; for `norm_of`).
         norm_of: a delta whose total norm the result gets; None keeps that of `delta`.
         seed: of permute and noise.
-        threads: 0 means one for each core.
         force: replace an existing `output`.
     """
     check_value(kind, {"choices": get_args(Kind)}, "--kind")
@@ -40,7 +39,7 @@ def control(
     if not force and plan.is_done():
         return Delta(output)
     with output_folder(plan, force) as folder:
-        digests = write_tensors(plan, folder, job.compute, cores(threads), kind, step=PIECE)
+        digests = write_tensors(plan, folder, job.compute, cores(0), kind, step=PIECE)
         job.check_inputs()
         write_summary(folder, META, job.meta(digests) | {"identity": plan.seal})
     return Delta(output)

@@ -68,12 +68,6 @@ def cosine(batch: int, blocks: int, generator: torch.Generator) -> Shares:
     return _all(torch.cos(_uniform((batch, 1), generator) * math.pi / 2).clamp_min(1e-3).expand(-1, blocks))
 
 
-@NOISE.register("independent")
-def independent(batch: int, blocks: int, generator: torch.Generator) -> Shares:
-    """A uniform share for every block by itself."""
-    return _all(_uniform((batch, blocks), generator))
-
-
 @NOISE.register("sorted")
 def sorted_uniform(batch: int, blocks: int, generator: torch.Generator) -> Shares:
     """Uniform shares in rising order."""
@@ -90,12 +84,6 @@ def d2f(batch: int, blocks: int, generator: torch.Generator, low: float = 0.2, h
     steps = torch.rand((batch, blocks - 1), generator=generator, device=generator.device)
     rise = torch.cumsum(steps * (high - first) / max(1, blocks - 1), dim=1)
     return _all(torch.cat([first, first + rise], dim=1).clamp(max=1))
-
-
-@NOISE.register("clean_prefix")
-def clean_prefix(batch: int, blocks: int, generator: torch.Generator) -> Shares:
-    """Blocks before a random one are known, that one has a uniform share, later ones are absent: block diffusion."""
-    return pipeline(batch, blocks, generator, window=1, whole=0.0)
 
 
 @NOISE.register("pipeline")
