@@ -330,9 +330,7 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Held:
-    """A graph with the buffers that it reads and writes. Nothing else may write them: a replay must not see context
-    of another observation.
-    """
+    """A graph with the buffers that it reads and writes. Were they written elsewhere, a replay would see other context."""
 
     graph: Any
     inputs: list[Tensor]
