@@ -330,7 +330,7 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Held:
-    """A graph with the buffers that it reads and writes. Were they written elsewhere, a replay would see other context."""
+    """A graph with the buffers that it reads and writes. Nothing else may write those."""
 
     graph: Any
     inputs: list[Tensor]
