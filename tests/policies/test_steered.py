@@ -111,7 +111,9 @@ def test_training_with_delays(policy, batch):
     draws = draw(policy)
     plain = policy.loss(batch, draws)
     none = policy.loss(batch, Draws(draws.noise, draws.time, delay=torch.zeros(3, dtype=torch.long)))
-    assert none.total.equal(plain.total) and none.per_sample.equal(plain.per_sample)
+    # pi05 modulates every row by itself then, and not every CPU multiplies one row and several to the same bits.
+    torch.testing.assert_close(none.per_sample, plain.per_sample, rtol=1e-6, atol=0)
+    torch.testing.assert_close(none.total, plain.total, rtol=1e-6, atol=0)
     assert draw(policy).delay is None
     policy.rtc_training_max_delay = 4
     assert draw(policy).delay is None

@@ -97,14 +97,13 @@ def _mistake(error: Exception) -> str | None:
             raise error
     except BurnishError as known:
         return str(known)
-    except MemoryError:
-        return "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
     except Exception as other:  # noqa: BLE001 - the same error again
         if type(other).__name__ == "OutOfMemoryError":
             return "the device has not enough memory; try: a smaller batch"
-        if "DefaultCPUAllocator" in str(other):  # torch's way to say MemoryError
-            return "not enough memory; expected a machine with more; try: a smaller batch"
-        return None
+        ours = isinstance(other, MemoryError) or "DefaultCPUAllocator" in str(other)  # which is torch's way to say it
+        return (
+            "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers" if ours else None
+        )
 
 
 def _step(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,19 +189,19 @@ class DivergenceGuard:
     def look(self, step: int, health: Tensor, terms: dict[str, Tensor], batches: dict[str, Batch],
              trained: dict[str, nn.Parameter]) -> None:  # fmt: skip
         """Raise BurnishError when `health` (loss and gradient norm in one) of this or the last step is not finite."""
-        now = (step, health, terms, batches)
+        now = (step, _sent(health), terms, batches)
         seen = self._before if self.late else now
         self._before = now
-        if seen is not None and not math.isfinite(seen[1].item()):
-            self._stop(*seen, trained)
+        if seen is not None and not math.isfinite(seen[1]()):
+            self._stop(seen[0], *seen[2:], trained)
 
     def flush(self, trained: dict[str, nn.Parameter]) -> None:
         """Look at the last step too; call before its weights are written anywhere."""
-        if self._before is not None and not math.isfinite(self._before[1].item()):
-            self._stop(*self._before, trained)
+        if self._before is not None and not math.isfinite(self._before[1]()):
+            self._stop(self._before[0], *self._before[2:], trained)
         self._before = None
 
-    def _stop(self, step: int, health: Tensor, terms: dict[str, Tensor], batches: dict[str, Batch],
+    def _stop(self, step: int, terms: dict[str, Tensor], batches: dict[str, Batch],
               trained: dict[str, nn.Parameter]) -> None:  # fmt: skip
         path = self.output / ("nan_batch.safetensors" if self.rank == 0 else f"nan_batch_{self.rank}.safetensors")
         bad_terms = [name for name, value in terms.items() if not torch.isfinite(value).all()]
@@ -216,6 +217,16 @@ class DivergenceGuard:
             culprit = "the gradient norm is not finite"
         raise BurnishError(f"step {step}: {culprit}; the batch is saved in {path}", "finite numbers",
                            "--fresh with a smaller --train.lr, or look at its episodes")  # fmt: skip
+
+
+def _sent(number: Tensor) -> Callable[[], float]:
+    """What reads a number later, and does not wait for work that was queued since, as `item` would."""
+    if number.device.type != "cuda":
+        return number.item
+    host, there = torch.empty_like(number, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(number, non_blocking=True)
+    there.record()
+    return lambda: there.synchronize() or host.item()
 
 
 def save_batch(batches: dict[str, Batch], path: Path, about: dict) -> None:
