@@ -100,10 +100,9 @@ def _mistake(error: Exception) -> str | None:
     except Exception as other:  # noqa: BLE001 - the same error again
         if type(other).__name__ == "OutOfMemoryError":
             return "the device has not enough memory; try: a smaller batch"
-        ours = isinstance(other, MemoryError) or "DefaultCPUAllocator" in str(other)  # which is torch's way to say it
-        return (
-            "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers" if ours else None
-        )
+        if isinstance(other, MemoryError) or "DefaultCPUAllocator" in str(other):  # torch's way to say it
+            return "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
+        return None
 
 
 def _step(error: Exception) -> str:
