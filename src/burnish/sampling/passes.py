@@ -148,20 +148,22 @@ def record(
     device: torch.device, work: Callable[[], Tensor], warm: Callable[[], Any], pool: Any = None
 ) -> tuple["torch.cuda.CUDAGraph", Tensor]:
     """A CUDA graph of `work`, and the tensor that it writes; `warm` runs twice before, and copies what is constant."""
-    cached, stream = torch.is_autocast_cache_enabled(), torch.cuda.Stream(device)
+    cached, collecting = torch.is_autocast_cache_enabled(), gc.isenabled()
     torch.set_autocast_cache_enabled(False)  # weights cast there are freed where autocast ends; a graph would read on
+    gc.collect()
+    gc.disable()  # an old graph that was collected during a capture would end it
     try:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                warm()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        gc.collect()
-        gc.disable()  # an old graph that was collected now would end the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads use the device
-            return graph, work()
+        with torch.cuda.device(device):
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    warm()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads use the device
+                return graph, work()
     finally:
-        gc.enable()
         torch.set_autocast_cache_enabled(cached)
+        if collecting:
+            gc.enable()
