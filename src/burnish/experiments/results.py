@@ -316,8 +316,9 @@ def _bench_table(name: str, bench: dict[str, Any]) -> str:
     for figure, value in bench["figures"].items():
         lines.append(line([f"`{figure}`", cell(figure, value), str(targets.get(figure, ""))]))
     made = f"`{bench.get('command') or 'python -m bench ' + name.removeprefix('bench_') + ' --json'}`"
-    facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if "n" in bench else ""]
-    facts += [f"commit {str(bench['commit'])[:10]}" if bench.get("commit") else "", _words(bench.get("date"))]
+    facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if bench.get("n") else ""]
+    facts += [f"commit {str(bench['commit'])[:10]}" if bench.get("commit") else ""]
+    facts += [_words(bench.get(fact)) for fact in ("date", "stopped")]
     return "\n".join(lines) + "\n\n" + " · ".join(fact for fact in facts if fact)
 
 

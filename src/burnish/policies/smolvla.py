@@ -249,13 +249,12 @@ def see_whole(tower: nn.Module) -> None:
                 with note, torch.no_grad():
                     embeddings(pixel_values[:1].detach(), mask.to(pixel_values.device))
                 self.places[key] = seen[0].cpu()
-            places = self.places[key]
-            if places.device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
-                places = self.places[key] = places.to(pixel_values.device)
+            if self.places[key].device != pixel_values.device:  # once: a CUDA graph may hold no copy from the host
+                self.places[key] = self.places[key].to(pixel_values.device)
             patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-            placed = patches + embeddings.position_embedding(places.expand(len(patches), -1))
-            seen_whole = self.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state
-            return BaseModelOutput(last_hidden_state=self.post_layernorm(seen_whole))
+            placed = patches + embeddings.position_embedding(self.places[key].expand(len(patches), -1))
+            states = self.encoder(inputs_embeds=placed, attention_mask=None).last_hidden_state
+            return BaseModelOutput(last_hidden_state=self.post_layernorm(states))
 
     tower.__class__ = WholeImages
     tower.places = {}
