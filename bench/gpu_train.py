@@ -175,7 +175,8 @@ def _ours(setting: Setting, ground: Path, policy: Any, n: int, words: list[str])
                 found = _measured(setting, run, lambda: train_step(run, streams, watch), n)
             finally:
                 streams.close()
-            return found | {"trained": sum(p.numel() for p in run.trained.values()), "words": words}
+            return found | {"trained": sum(p.numel() for p in run.trained.values()),
+                             "words": [word.replace(f"{ground}/", "FOLDER/") for word in words]}  # fmt: skip
 
     return attempted(steps)
 
