@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, first_line
 
 H100_BF16_TFLOPS = 989.0
 """Dense bf16 of H100 and H200 (SXM) by NVIDIA's data sheet."""
@@ -87,7 +87,7 @@ def attempted(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return call()
     except (BurnishError, RuntimeError, TypeError, ValueError) as error:  # out of memory is a RuntimeError
         traceback.print_exc()
-        return {"failed": (str(error).splitlines() or [repr(error)])[0][:300]}
+        return {"failed": first_line(error, 300)}
 
 
 def flops(call: Callable[[], Any]) -> int:

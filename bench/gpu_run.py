@@ -29,17 +29,14 @@ CHUNKS = (8, 50)
 
 
 class _Executed:
-    """The executor's call; its graph is captured at the first batch. On a CPU there is none."""
+    """The executor's call. With a graph its first one captures that; on a CPU there is none."""
 
     def __init__(self, policy: Any, tier: str, graph: bool = False):
         from burnish.runtime.executor import Runtime
 
-        self.runtime, self.warm = Runtime(policy, tier=tier, graph=graph), False
+        self.runtime = Runtime(policy, tier=tier, graph=graph)
 
     def __call__(self, batch: dict[str, Any]) -> Any:
-        if not self.warm:
-            self.runtime.warm(batch)
-            self.warm = True
         return self.runtime.act(batch)
 
 

@@ -112,8 +112,9 @@ def test_training_with_delays(policy, batch):
     plain = policy.loss(batch, draws)
     none = policy.loss(batch, Draws(draws.noise, draws.time, delay=torch.zeros(3, dtype=torch.long)))
     # pi05 modulates every row by itself then, and not every CPU multiplies one row and several to the same bits.
-    torch.testing.assert_close(none.per_sample, plain.per_sample, rtol=1e-6, atol=0)
-    torch.testing.assert_close(none.total, plain.total, rtol=1e-6, atol=0)
+    close = 1e-6 if policy.name == "pi05" else 0.0
+    torch.testing.assert_close(none.per_sample, plain.per_sample, rtol=close, atol=0)
+    torch.testing.assert_close(none.total, plain.total, rtol=close, atol=0)
     assert draw(policy).delay is None
     policy.rtc_training_max_delay = 4
     assert draw(policy).delay is None
