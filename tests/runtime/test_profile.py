@@ -11,6 +11,7 @@ from torch import nn
 from burnish.cli.main import main
 from burnish.policies import load_policy
 from burnish.policies.base import Stage
+from burnish.policies.keys import TASK
 from burnish.runtime import profile as module
 from burnish.runtime.observations import observations
 from burnish.runtime.profile import Clock, dissect, profile, quantiles
@@ -78,7 +79,7 @@ def sleepy(monkeypatch):
 
 
 def test_time_is_charged_to_the_innermost_stage(sleepy):
-    found = dissect(sleepy, {})
+    found = dissect(sleepy, {TASK: [""]})
     expected = {"vision": 10, "prompt": 100, "passes": 3 * 1100 + 100, "head": 30_000, "host": 1}
     assert found.stages == pytest.approx({"preprocess": 0, "postprocess": 0, **expected})
     assert found.passes == pytest.approx([1100, 1100, 1100, 100])
@@ -86,12 +87,12 @@ def test_time_is_charged_to_the_innermost_stage(sleepy):
 
 
 def test_nothing_stays_wrapped(sleepy):
-    dissect(sleepy, {})
+    dissect(sleepy, {TASK: [""]})
     assert not {"look", "read", "step", "speak"} & set(vars(sleepy)) and not sleepy.counter._forward_pre_hooks
 
 
 def test_figures(sleepy):
-    found = profile(sleepy, [{}], repeats=4, warmup=1, progress=False).figures()
+    found = profile(sleepy, [{TASK: [""]}], repeats=4, warmup=1, progress=False).figures()
     whole = 1 + 10 + 100 + 3 * 11_100 + 100
     assert found["total"]["median"] == pytest.approx(whole) and found["stages_over_total"] == pytest.approx(1)
     assert found["replans_per_second"] == pytest.approx(1000 / whole)
@@ -179,11 +180,11 @@ def test_without_waiting_the_prompt_is_charged_to_what_comes_after(monkeypatch):
         def step(self):
             self.launch(1, 9)
 
-    waited = dissect(Launching(None), {})
+    waited = dissect(Launching(None), {TASK: [""]})
     assert waited.stages["prompt"] == pytest.approx(100) and waited.stages["passes"] == pytest.approx(10)
-    launched = dissect(Launching(None), {}, wait=False)
+    launched = dissect(Launching(None), {TASK: [""]}, wait=False)
     assert launched.stages["prompt"] == pytest.approx(1) and launched.stages["host"] == pytest.approx(107)
-    found = profile(Launching(None), [{}], repeats=2, warmup=1, progress=False).figures()
+    found = profile(Launching(None), [{TASK: ['']}], repeats=2, warmup=1, progress=False).figures()
     assert found["shares"]["prompt"] > 0.9 > 0.02 > found["launched"]["prompt"]
 
 

@@ -58,9 +58,9 @@ def test_the_pull_has_its_minimum_where_the_derivative_says(deviation):
 
 
 def test_a_clip_of_five_binds_at_both_ends_and_at_noise():
-    assert strength(0.1, 1e9).item() == pytest.approx(82 / 9) == strength(0.9, 1e9).item()
-    assert strength(0.5, 5.0).item() == pytest.approx(2) and strength(0.9, 5.0).item() == 5.0
-    assert strength(1.0, 7.0).item() == 7.0
+    assert strength(0.1, 1e9) == pytest.approx(82 / 9) == strength(0.9, 1e9)
+    assert strength(0.5, 5.0) == pytest.approx(2) and strength(0.9, 5.0) == 5.0
+    assert strength(1.0, 7.0) == 7.0 == strength(0.0, 7.0) == strength(torch.tensor(1.0), 7.0)
     assert strength(0.5, 9.0, torch.tensor([1.0, 0.5])).tolist() == pytest.approx([2, 5])
 
 

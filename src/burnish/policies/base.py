@@ -353,7 +353,7 @@ class Policy(nn.Module, ABC):
         return [block for block in found or listed(self) if any(True for _ in block.parameters())]
 
     def token_counters(self) -> list[nn.Module]:
-        """Modules whose inputs [B, S, D] together are all token positions of a forward pass, each once."""
+        """Modules whose inputs [..., D] together are all token positions of a forward pass, each once."""
         return []
 
     def stored(self) -> nn.Module:

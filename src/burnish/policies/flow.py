@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -176,7 +176,8 @@ class FlowPolicy(VLMPolicy):
         model = self.policy.model
         if guide is not None:
             trained = conditioned(model, guide.target, guide.committed[..., 0])
-            with trained if guide.mode == "trained" else without_gradients(model):
+            guided = without_gradients(model) if guide.differentiates else nullcontext()
+            with trained if guide.mode == "trained" else guided:
                 solver = solver or make_solver(f"euler:{self.flow_steps}")
                 return self.finish(guide.finish(sample_with(model, solver, inputs, noise, guide)))
         with _committed(model, noise, committed):

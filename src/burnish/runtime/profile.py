@@ -27,6 +27,7 @@ from burnish.core.types import Batch
 from burnish.data.dataset import open_dataset
 from burnish.policies import load_policy
 from burnish.policies.base import Policy
+from burnish.policies.keys import TASK
 from burnish.runtime.executor import Runtime
 from burnish.runtime.observations import observations
 from burnish.sampling.passes import without_graphs
@@ -99,14 +100,14 @@ class Clock:
 
 
 @contextmanager
-def instrumented(policy: Policy | Runtime, clock: Clock, lengths: list[int]) -> Iterator[None]:
-    """Inside, the policy's stages report to `clock` and the lengths of all passes are appended to `lengths`."""
+def instrumented(policy: Policy | Runtime, clock: Clock, positions: list[int]) -> Iterator[None]:
+    """Inside, the policy's stages report to `clock`; the positions of every pass, all rows, go to `positions`."""
     with ExitStack() as stack:
         for stage in policy.stages():
             timed = _timed(clock, stage.name, getattr(stage.owner, stage.call))
             stack.enter_context(patch.object(stage.owner, stage.call, timed))
         for module in policy.token_counters():
-            handle = module.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+            handle = module.register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[:-1].numel()))
             stack.callback(handle.remove)
         yield
 
@@ -121,15 +122,15 @@ def _timed(clock: Clock, name: str, function: Callable) -> Callable:
 
 def dissect(policy: Policy | Runtime, batch: Batch, wait: bool = True) -> Anatomy:
     """One call of `act`, stage by stage; see Clock for `wait`."""
-    clock, lengths = Clock(policy.device, wait), []
-    with without_graphs(), instrumented(policy, clock, lengths):
+    clock, positions = Clock(policy.device, wait), []
+    with without_graphs(), instrumented(policy, clock, positions):
         begin = clock.now()
         with clock.stage("host"):
             policy.act(batch)
         total = clock.now() - begin
     passes = [clock.spent[f"pass {i + 1}"] for i in range(clock.passes)]
     stages = {name: clock.spent.get(name, 0.0) for name in STAGES}
-    return Anatomy(total, {**stages, "passes": sum(passes)}, passes, sum(lengths))
+    return Anatomy(total, {**stages, "passes": sum(passes)}, passes, sum(positions) // len(batch[TASK]))
 
 
 @dataclass

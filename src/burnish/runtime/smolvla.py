@@ -38,8 +38,9 @@ class Prompt:
 
 
 class SmolVLA(Family):
-    """Layers by hand, as in LeRobot's SmolVLMWithExpertModel. Buffers are [B, P + T, heads, D] in the exact tier, the
-    very layout (and strides) that LeRobot's attention reads, and [B, KV, P + T, D] in fused ones.
+    """Layers by hand, as in LeRobot's SmolVLMWithExpertModel, on a stream [B * S, W], as linear layers want it. Buffers
+    are [B, P + T, heads, D] in the exact tier, the very layout (and strides) that LeRobot's attention reads, and
+    [B, KV, P + T, D] in fused ones.
     """
 
     exact_axis = 1
@@ -97,23 +98,22 @@ class SmolVLA(Family):
 
     def velocity(self, encoded: Encoded, points: Tensor, condition: Tensor) -> Tensor:
         parts, (own_mask, cross_mask), (own, cross) = self.parts, encoded.masks, encoded.rope
-        x = parts.time_out(F.silu(self._actions(points, condition)))
+        x, B = parts.time_out(F.silu(self._actions(points, condition))).flatten(0, 1), len(points)
         for i, layer in enumerate(parts.expert_layers):
             if layer is None:
                 continue
             keys, values = encoded.keys[i], encoded.values[i]
             if parts.crosses[i]:
                 y = layer.input_layernorm(x).to(layer.self_attn.q_proj.weight.dtype)
-                q = layer.self_attn.q_proj(y).view(*y.shape[:2], -1, parts.head_dim)
+                q = layer.self_attn.q_proj(y).view(B, -1, parts.heads, parts.head_dim)
                 seen = self._attend(rotate(q, cross), keys, values, cross_mask)
             else:
-                q, k, v = self._project(layer, x)
+                q, k, v = self._project(layer, x, B)
                 keys = extend(keys, encoded.length, self._keys(rotate(k, own)), self.axis)
                 values = extend(values, encoded.length, self._heads(v), self.axis)
                 seen = self._attend(rotate(q, own), keys, values, own_mask)
             x = self._rest(layer, x, seen)
-        x = parts.expert_norm(x)[:, -parts.chunk_size :]
-        return parts.action_out(x.to(torch.float32))
+        return parts.action_out(parts.expert_norm(x).unflatten(0, points.shape[:2]).to(torch.float32))
 
     # The prefix.
 
@@ -173,8 +173,9 @@ class SmolVLA(Family):
             old.narrow(where, encoded.prompt.start, new.shape[where]).copy_(new)
             return old
 
+        x, B = x.flatten(0, 1), len(x)
         for i, (layer, expert) in enumerate(zip(parts.text_layers, parts.expert_layers, strict=True)):
-            q, k, v = self._project(layer, x)
+            q, k, v = self._project(layer, x, B)
             k = rotate(k, rope)
             keys, values = self._keys(k), self._heads(v)
             kept: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -219,17 +220,19 @@ class SmolVLA(Family):
         actions = a_in(points)
         return t_in(torch.cat([actions, condition.expand_as(actions)], dim=2))
 
-    def _project(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, H, D], keys and values [B, S, KV, D]."""
+    def _project(self, layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, H, D], keys and values [B, S, KV, D] of x [B * S, W]."""
         attention, y = layer.self_attn, layer.input_layernorm(x)
         y = y.to(attention.q_proj.weight.dtype)
         found = self.linears(id(layer), y, attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (one.reshape(*y.shape[:2], -1, self.parts.head_dim) for one in found)
+        q, k, v = (one.reshape(width, -1, one.shape[-1] // self.parts.head_dim, self.parts.head_dim) for one in found)
         return q, k, v
 
     def _heads(self, tensor: Tensor) -> Tensor:
         """Keys or values [B, S, KV, D] in the layout of the buffers."""
-        return tensor.transpose(1, 2) if self.fused else tensor.repeat_interleave(self.groups, 2)
+        if self.fused:
+            return tensor.transpose(1, 2)
+        return tensor[:, :, :, None].expand(-1, -1, -1, self.groups, -1).flatten(2, 3)
 
     def _keys(self, tensor: Tensor) -> Tensor:
         """As `_heads`; the exact tier multiplies keys in float32, as LeRobot does."""
@@ -244,15 +247,15 @@ class SmolVLA(Family):
         return torch.where(mask[:, None], torch.inf, torch.finfo(torch.float32).min)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, H * D]. The exact tier multiplies in float32 and averages in the values' type, as LeRobot does."""
+        """[B * S, H * D]. The exact tier multiplies in float32 and averages in the values' type, as LeRobot does."""
         B, S, H, D = queries.shape
         if self.fused:
-            return self.attend_fused(queries.transpose(1, 2), keys, values, mask).transpose(1, 2).reshape(B, S, H * D)
-        weights = torch.matmul(queries.to(torch.float32).transpose(1, 2), keys.transpose(1, 2).transpose(2, 3))
-        weights *= D**-0.5
+            return self.attend_fused(queries.transpose(1, 2), keys, values, mask).transpose(1, 2).reshape(B * S, H * D)
+        weights = torch.matmul(queries.to(torch.float32).transpose(1, 2), keys.permute(0, 2, 3, 1))
+        weights *= self.constant((D**-0.5,), torch.float32, weights.device)
         weights.clamp_(max=mask)
         shares = F.softmax(weights, dim=-1).to(values.dtype)
-        return torch.matmul(shares, values.permute(0, 2, 1, 3)).permute(0, 2, 1, 3).reshape(B, S, H * D)
+        return torch.matmul(shares, values.permute(0, 2, 1, 3)).permute(0, 2, 1, 3).reshape(B * S, H * D)
 
     def _rest(self, layer: Any, x: Tensor, seen: Tensor) -> Tensor:
         """A layer behind its attention. Sums are in place: the stream takes o_proj's type, as in LeRobot, where a + b
@@ -266,15 +269,18 @@ class SmolVLA(Family):
 
 
 def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines [B, S, 1, size / 2] of rotary positions [B, S], operation for operation as LeRobot's."""
+    """Sines and cosines [B, S, 1, size] of rotary positions [B, S], operation for operation as LeRobot's; for all of a
+    head, the first half of the sines with the sign that `rotate` wants.
+    """
     exponents = (2.0 / size) * torch.arange(size // 2, dtype=torch.float32, device=positions.device)
     scale = WAVELENGTH**exponents
     angles = (positions[..., None].to(torch.float32) / scale[None, None, :])[..., None, :]
-    return torch.sin(angles), torch.cos(angles)
+    sin, cos = torch.sin(angles), torch.cos(angles)
+    return torch.cat([-sin, sin], -1), torch.cat([cos, cos], -1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x [B, S, H, D] at the positions of `table`, in float32 and back."""
     (sin, cos), kind = table, x.dtype
-    first, second = x.to(torch.float32).split(x.shape[-1] // 2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(kind)
+    x = x.to(torch.float32)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(kind)

@@ -100,13 +100,15 @@ def weights(delay: Tensor, end: Tensor, length: int, schedule: str = "exp") -> T
     return torch.where(row < first, 1.0, torch.where(row < last, between, 0.0))
 
 
-def strength(time: Tensor | float, clip: float, sigma: Tensor | float = 1.0) -> Tensor:
+def strength(time: Tensor | float, clip: float, sigma: Tensor | float = 1.0) -> Tensor | float:
     """lambda(t) = min(clip, ((1 - t)^2 sigma^2 + t^2) / (sigma^2 t (1 - t))), of the shape that its arguments give.
 
     Without the clip it has no limit at either end, and its least value 2 / sigma at t = 1 / (1 + 1/sigma).
     """
-    t, variance = torch.as_tensor(time), torch.as_tensor(sigma) ** 2
-    return (((1 - t) ** 2 * variance + t**2) / (variance * t * (1 - t))).clamp(max=clip)
+    above, below = (1 - time) ** 2 * sigma**2 + time**2, sigma**2 * time * (1 - time)
+    if isinstance(below, Tensor):
+        return (above / below).clamp(max=clip)
+    return min(clip, above / below) if below > 0 else clip  # numbers: a step's ten small kernels would be felt
 
 
 class Guide:
@@ -130,9 +132,10 @@ class Guide:
             raise BurnishError(found, f"at most {tuple(noise.shape)}, the chunk's")
         if steering.jacobian == "auto":
             raise BurnishError("a guide with jacobian 'auto'", "vjp or identity")
-        if steering.mode == "guided" and steering.jacobian == "vjp" and torch.is_inference_mode_enabled():
+        self.differentiates = steering.mode == "guided" and steering.jacobian == "vjp"
+        if self.differentiates and torch.is_inference_mode_enabled():
             raise BurnishError("a pass backwards inside torch.inference_mode", "torch.no_grad, or jacobian 'identity'")
-        self.mode, self.jacobian, self.noise = steering.mode, steering.jacobian, noise
+        self.mode, self.noise = steering.mode, noise
         self.clip = float(steps if steering.clip is None else steering.clip)
         sigma = steering.sigma
         self.sigma = sigma.to(noise) if isinstance(sigma, Tensor) else sigma
@@ -158,7 +161,7 @@ class Guide:
             return torch.where(self.committed, self.noise - self.target, field(points)), None
         if self.mode == "trained":  # the field itself was told, see policies.steered.conditioned
             return field(points), None
-        if self.jacobian == "identity":
+        if not self.differentiates:
             velocity = field(points)
             push = self._error(points - time * velocity)
         else:
@@ -168,7 +171,7 @@ class Guide:
                 clean = at - time * velocity
                 (push,) = torch.autograd.grad(clean, at, self._error(clean.detach()))
             velocity = velocity.detach()
-        return velocity, strength(time, self.clip, self.sigma).to(push) * push
+        return velocity, strength(time, self.clip, self.sigma) * push
 
     def integrate(
         self, solver: Callable[..., Tensor], velocity: Callable[[Tensor, float], Tensor], noise: Tensor
