@@ -184,7 +184,7 @@ def test_without_waiting_the_prompt_is_charged_to_what_comes_after(monkeypatch):
     assert waited.stages["prompt"] == pytest.approx(100) and waited.stages["passes"] == pytest.approx(10)
     launched = dissect(Launching(None), {TASK: [""]}, wait=False)
     assert launched.stages["prompt"] == pytest.approx(1) and launched.stages["host"] == pytest.approx(107)
-    found = profile(Launching(None), [{TASK: ['']}], repeats=2, warmup=1, progress=False).figures()
+    found = profile(Launching(None), [{TASK: [""]}], repeats=2, warmup=1, progress=False).figures()
     assert found["shares"]["prompt"] > 0.9 > 0.02 > found["launched"]["prompt"]
 
 

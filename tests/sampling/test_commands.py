@@ -61,7 +61,7 @@ def test_bench_measures_and_names_its_figures():
     assert found["tokens_equal"] and found["decoders"]["bidirectional"]["rows"] >= 8 * (bench.PROMPT + 8)
     times = {"bidirectional": 60, "prompt_cached": 20, "prompt_cached_equal": 8, "auto": 10, "pipelined": 12,
              "sequential": 11, "paper": 9, "one_pass": 5}  # fmt: skip
-    rows = {name: {"ms": ms, "first_step_ms": ms / 2} for name, ms in times.items()}
+    rows = {name: {"ms": ms, "first_step_ms": ms / 2, "auto_over": 10 / ms} for name, ms in times.items()}
     lengths = {length: {"decoders": rows, "tokens_equal": True} for length in (7, 56, 640)}
     figures = bench._figures(lengths)
     assert figures == {

@@ -209,13 +209,13 @@ def to_views(images: Sequence[np.ndarray], size: Sequence[int], device: torch.de
     """uint8 pictures [H, W, 3] as float [n, 3, *size] in [0, 1], resized where they have another size."""
     views = torch.empty(len(images), 3, *size, device=device)  # filled in place: large blocks are dear to allocate
     for view, image in zip(views, images, strict=True):
-        picture = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
-        if image.shape[:2] == tuple(size):
-            view.copy_(picture)
-        else:
-            whole = picture[None].to(device).float()
-            view.copy_(torch.nn.functional.interpolate(whole, tuple(size), mode="bilinear", antialias=True)[0])
-    return views.div_(255).clamp_(0, 1)
+        picture = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)  # a byte a value
+        if image.shape[:2] != tuple(size):
+            whole = picture[None].float()
+            picture = torch.nn.functional.interpolate(whole, tuple(size), mode="bilinear", antialias=True)[0]
+            picture.clamp_(0, 255)
+        view.copy_(picture)
+    return views.div_(255)
 
 
 def stack(policy: Policy, rows: Sequence[Row]) -> Batch:
