@@ -22,15 +22,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     Figures:
         caches_bitwise: what is found again has the bits of what is computed.
         hit_same_over_plain, hit_state_over_plain: time of a call on the same observation, and on one with another state
-            alone, over one without caches; fused tier.
-        real_hit_same_over_plain, real_hit_state_over_plain: the same at SmolVLA's own size, with `--size smolvla`.
+            alone, over one without caches; fused tier. For SmolVLA's own size see bench/real.py.
         old_images_error_8, old_prefix_error_1: errors of pictures eight steps old with the state of now, and of the
             whole prefix one step old.
         prefix_harmful_98: share of errors above s / 4 where the cosine of 8x8 pictures is at least .98.
     """
     import torch
 
-    from bench.runtime_executor import real_policy
     from burnish.policies import load_policy
     from burnish.runtime.observations import observations
     from burnish.runtime.verify import cached_bits
@@ -46,10 +44,6 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "hit_state_over_plain": saved["state"] / saved["plain"], "old_images_error_8": rows[-1]["old_pictures"],
         "old_prefix_error_1": rows[0]["old_prefix"], "prefix_harmful_98": harm["cuts"]["0.98"]["harmful"],
     }  # fmt: skip
-    if args.size == "smolvla":
-        real = saving(real_policy(), 1 if args.quick else 3, 1)
-        figures |= {f"real_hit_{kind}_over_plain": real[kind] / real["plain"] for kind in ("same", "state")}
-        saved |= {f"real_{kind}": ms for kind, ms in real.items()}
     return figures, {"bits": bits, "process_ms": saved, "by_age": rows, "old_prefix": harm, "noises": NOISES}
 
 

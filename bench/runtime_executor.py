@@ -14,7 +14,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The shipped base, tiny pi0 and pi05 with chunks of 50, and with `--size smolvla` SmolVLA's own size.
+    """The shipped base, and tiny pi0 and pi05 with chunks of 50; for SmolVLA's own size see bench/real.py.
 
     Figures:
         exact_bitwise_<type>: the exact tier gave LeRobot's bits for one and for three observations; of discrete: keys
@@ -24,8 +24,6 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
             denoising steps alone; not compiled in `--quick`.
         small_denoise_share_lerobot, ...: denoising steps' part of LeRobot's whole call.
         pi0_denoise_exact_over_lerobot, pi05_denoise_exact_over_lerobot: the same, tiny.
-        real_exact_over_lerobot, real_denoise_bf16_over_lerobot: SmolVLA with random weights of 450 million, language
-            model and expert in bf16 as LeRobot loads it, two images of 512 pixels; exact tier.
     """
     import torch
 
@@ -40,10 +38,6 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         name = "small" if kind == "smolvla" else kind
         figures |= {f"{name}_{key}": value for key, value in found.items()}
     figures["exact_bitwise_discrete"] = tokens_equal()
-    if args.size == "smolvla":
-        found, detail["real"] = compare(real_policy(), ("exact",), 2 if args.quick else 20)
-        figures |= {f"real_{key}".replace("exact_over", "bf16_over") if "denoise_exact" in key else f"real_{key}": value
-                    for key, value in found.items()}  # fmt: skip
     return figures, detail
 
 
@@ -163,14 +157,3 @@ def _policies() -> Any:
                 if "norm.dense.weight" in name:
                     weight.normal_(std=0.2, generator=draws)
         yield kind, policy
-
-
-def real_policy() -> Any:
-    """SmolVLA's own size, language model and expert in bf16, two cameras."""
-    import torch
-
-    from workshop.real import make_real
-
-    policy = make_real("smolvla", device="cpu", cameras=("front", "wrist"), image_size=256).eval()
-    policy.inner.to(torch.bfloat16)
-    return policy
