@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -181,8 +182,6 @@ def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: s
 
 def _prepare(partial: Path, job: FeatureJob, device: str) -> dict[int, list[int]]:
     """The partial folder with its files at full size, whose shapes are returned; one of the same key is continued."""
-    from safetensors.torch import save_file
-
     key, begun = job.key, partial / "begun.json"
     require_own(partial, KIND, lambda folder: (folder / "begun.json").is_file())
     kind = np.float16 if key.format == "half" else np.int8

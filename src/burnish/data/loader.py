@@ -60,8 +60,6 @@ class Decoders:
 
 
 def _decode(tasks: Iterable[np.ndarray], arrays: dict[str, Any]) -> Generator[dict[str, np.ndarray], None, None]:
-    import torch
-
     torch.set_num_threads(1)
     for rows in tasks:
         yield {camera: array[rows] for camera, array in arrays.items()}

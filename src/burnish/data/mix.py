@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from burnish.core.config import DataConfig, RecipeConfig
 from burnish.core.errors import BurnishError
@@ -151,8 +152,6 @@ def check_cameras(recipe: RecipeConfig, sources: Sequence[Source], cameras: Sequ
 
 def mix_option(entries: Sequence[dict[str, Any]]) -> str:
     """`data.mix` as an option of `burnish train`, to be pasted into a shell."""
-    import yaml
-
     text = yaml.safe_dump(list(entries), default_flow_style=True, sort_keys=False, width=1 << 16)
     return f"--data.mix={shlex.quote(text.strip())}"
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 from burnish.core.errors import BurnishError, first_line
 from burnish.core.reading import inside, regular_file
@@ -21,9 +24,6 @@ _ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 
 def read_cells(dataset: Dataset, camera: str, file: str, groups: Sequence[int] = ()) -> Iterator[tuple[int, int, Any]]:
     """(episode, frame, what stands in the table) for every row of a data file, or of some of its row groups."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path, (column,) = regular_file(inside(dataset.root, file), dataset.root), dataset.features[camera]["columns"]
     try:
         table = pq.ParquetFile(path)
@@ -52,8 +52,6 @@ def content(root: Path, cell: Any) -> bytes:
 
 def open_picture(data: bytes) -> Any:
     """The PIL image, whose header alone is read; raises BurnishError where it is none, or of absurd size."""
-    from PIL import Image
-
     try:
         image = Image.open(BytesIO(data), formats=_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

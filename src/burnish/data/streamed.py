@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from burnish.core.errors import BurnishError
 from burnish.core.reading import inside
@@ -214,8 +217,6 @@ class _Video:
 
     def frame(self, stamp: int) -> np.ndarray:
         """uint8 [H, W, 3]; raises BurnishError where it cannot be decoded."""
-        import av
-
         try:
             if not self._last < stamp <= self._last + self._near or self._last < 0:
                 self._container.seek(stamp, stream=self._stream, backward=True)
@@ -235,8 +236,6 @@ class _Video:
 
 
 def _group(root: Path, name: str, group: int, column: str) -> list[Any]:
-    import pyarrow.parquet as pq
-
     return pq.ParquetFile(inside(root, name)).read_row_group(group, columns=[column])[column].to_pylist()
 
 
@@ -244,9 +243,6 @@ def _rows_in_groups(
     dataset: Dataset, name: str, episodes: Sequence[int], faults: dict[int, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the data set that a data file holds, and the group and place of each in the file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     at, what = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     try:
         file = pq.ParquetFile(inside(dataset.root, name))

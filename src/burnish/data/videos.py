@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 
 from burnish.core.errors import BurnishError
@@ -43,15 +44,11 @@ def find_video(root: Path, name: str) -> Path:
 
 def open_video(path: Path) -> Any:
     """av's container of a film; a playlist, which would name other files, is none, and a path is never an address."""
-    import av
-
     return av.open(str(path.absolute()), options={"format_whitelist": "mov,matroska,webm,avi"})
 
 
 def read_timeline(path: Path) -> Timeline:
     """Read a video to its end without decoding it. Frames that an edit list cuts away are not counted."""
-    import av
-
     try:
         with open_video(path) as container:
             if not container.streams.video:
@@ -103,8 +100,6 @@ def decode(path: Path, wanted: Mapping[int, int]) -> Iterator[tuple[int, np.ndar
 
     Frames that are damaged are left out: who asked for them finds that they did not come.
     """
-    import av
-
     with open_video(path) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):

@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from burnish import __version__
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
 from burnish.core.options import number
+from burnish.core.provenance import commit
 from burnish.core.reading import read_object, regular_file
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.methods.gradients import local, own_rows, whole
@@ -274,9 +278,6 @@ def _buffers(policy: Policy) -> dict[str, Tensor]:
 
 
 def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
-    from burnish import __version__
-    from burnish.core.provenance import commit
-
     extra = {
         name: value
         for name, objective in run.objectives.items()
@@ -303,8 +304,6 @@ def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     whole: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
@@ -318,9 +317,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if path.exists():
         regular_file(path)
     try:

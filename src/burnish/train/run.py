@@ -22,6 +22,7 @@ from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, load_recipe, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
+from burnish.data.mix import recipe_hash
 from burnish.methods import objective as seat
 from burnish.methods.gradients import dot, dots, stream_gradients
 from burnish.methods.objective import Objective
@@ -270,8 +271,6 @@ def result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
 
 def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
-    from burnish.data.mix import recipe_hash
-
     path = output / "train.json"
     if not path.is_file() or not (output / "policy").is_dir():
         return None

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
@@ -108,8 +110,6 @@ def check_ranks(run: Run, tensors: dict[str, Tensor], what: str) -> None:
     """Raise BurnishError on every rank when `tensors` (same names, in any order) differ between ranks."""
     if run.accelerator.num_processes == 1 or run.sharded:  # ranks that hold different rows have nothing to compare
         return
-    from accelerate.utils import gather_object
-
     own = dict(zip(tensors, fingerprint(tensors).cpu().tolist(), strict=True))
     everyone = gather_object([own])
     names = sorted(set().union(*everyone))
@@ -231,8 +231,6 @@ def _sent(number: Tensor) -> Callable[[], float]:
 
 def save_batch(batches: dict[str, Batch], path: Path, about: dict) -> None:
     """Tensors as <stream>/<key> in safetensors; strings, episodes and frames in a JSON file beside it."""
-    from safetensors.torch import save_file
-
     tensors, words = {}, {}
     for stream, batch in batches.items():
         for key, value in batch.items():

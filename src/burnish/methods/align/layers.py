@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -131,8 +132,6 @@ def similar_layers(similarity: Sequence[float], count: int, *, top: bool) -> lis
 
 def match_by_cka(matrix: np.ndarray, count: int) -> Pairs:
     """The `count` pairs of largest CKA among the best one-to-one matching of all layers (Hungarian assignment)."""
-    from scipy.optimize import linear_sum_assignment
-
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     best = sorted(zip(rows, columns, strict=True), key=lambda rc: -matrix[rc])[:count]
     return sorted((int(r), int(c)) for r, c in best)
