@@ -15,8 +15,17 @@ import pyarrow.parquet as pq
 from burnish.core.errors import BurnishError
 from burnish.core.reading import inside
 from burnish.data.dataset import Dataset
-from burnish.data.pictures import content, decode_picture, read_cells
-from burnish.data.videos import Timeline, decode, find_video, locate, open_video, read_timeline
+from burnish.data.pictures import (
+    Timeline,
+    content,
+    decode,
+    decode_picture,
+    find_video,
+    locate,
+    open_video,
+    read_cells,
+    read_timeline,
+)
 
 OPEN_FILES = 16
 """Videos, or row groups of tables, that each thread keeps open."""

@@ -20,9 +20,8 @@ from burnish.core.types import Batch, PolicyLoss
 from burnish.data.augment import to_float
 from burnish.data.feature_cache import CacheKey
 from burnish.data.loader import RobotData, to_device
-from burnish.methods.align.aligner import Aligner, token_grid
+from burnish.methods.align.aligner import Aligner, coherence, cosine, pairwise_cosine, scale_gradient, token_grid
 from burnish.methods.align.layers import Pairs, check_pairs, choose_pairs
-from burnish.methods.align.loss import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.options import AlignConfig, make_config
 from burnish.methods.align.targets import IMAGES, choose_teacher, make_targets
 from burnish.methods.objective import OBJECTIVES, Objective, Run, thaw

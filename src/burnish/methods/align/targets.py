@@ -14,7 +14,7 @@ from burnish.data.feature_cache import CacheKey, FeatureCache
 from burnish.data.feature_fill import FeatureJob, fit_statistics, open_cache
 from burnish.data.loader import RobotData
 from burnish.data.views import FrameViews, frame_source, has_geometry
-from burnish.methods.align.loss import shift_grid
+from burnish.methods.align.aligner import shift_grid
 from burnish.teachers.base import Teacher, Views
 from burnish.teachers.folder import COMMAND
 from burnish.teachers.placing import place

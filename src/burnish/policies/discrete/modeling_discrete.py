@@ -17,8 +17,8 @@ from burnish.core.types import Draws
 from burnish.policies import language
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
+from burnish.policies.discrete.losses import NOISE, hide
 from burnish.policies.discrete.network import NetTokenModel, TokenNet, bucketed
-from burnish.policies.discrete.noise import NOISE, hide
 from burnish.policies.keys import ACTION, PAD, VLM_FOLDER
 from burnish.policies.pretrained import load_tokenizer, load_vlm
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
