@@ -112,7 +112,6 @@ def assemble(
     Args:
         name: name of the data set, the second half of its repository id.
         spec: frame rate, names and cameras (`spec.json` of the spool).
-        robot: robot type noted in the metadata.
 
     Returns:
         The number of frames.

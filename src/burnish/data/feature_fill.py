@@ -55,7 +55,6 @@ class Pooled:
 
     Args:
         teacher: as many moments as it takes at a time go through it, and only the chosen layers are kept, pooled.
-        key: see `CacheKey`.
         check: refuse values that are not finite; that waits for a GPU.
     """
 
@@ -103,7 +102,6 @@ class FeatureJob:
     Args:
         spec: the teacher's specification, see `make_teacher`.
         states: [N, D] observed states of all frames, or None.
-        num_frames: N.
         widths: D of each of the teacher's layers.
     """
 

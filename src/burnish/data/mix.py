@@ -6,14 +6,11 @@ stand, is as in the first; an entry's `columns` say what differs.
 
 import hashlib
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from burnish.core.config import DataConfig, RecipeConfig
 from burnish.core.errors import BurnishError
@@ -22,7 +19,7 @@ from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, mixed_data
 from burnish.data.checks import require
 from burnish.data.dataset import QUANTILES, Dataset, Problem, look, open_dataset, quantile_name
-from burnish.data.features import ACTION, IMAGES, STATE
+from burnish.data.features import ACTION, IMAGES, STATE, train_option
 from burnish.data.frames import dataset_hash
 
 BLOCK = 1 << 16
@@ -147,13 +144,8 @@ def check_cameras(recipe: RecipeConfig, sources: Sequence[Source], cameras: Sequ
             entries = [entry if i == place else one for i, one in enumerate(recipe.data.mix)]
             has = ", ".join(source.meta.camera_keys) or "none"
             raise BurnishError(f"{source.root} has no camera '{camera}' (it has {has})",
-                               f"the cameras of {sources[0].root}, or a map", mix_option(entries))  # fmt: skip
-
-
-def mix_option(entries: Sequence[dict[str, Any]]) -> str:
-    """`data.mix` as an option of `burnish train`, to be pasted into a shell."""
-    text = yaml.safe_dump(list(entries), default_flow_style=True, sort_keys=False, width=1 << 16)
-    return f"--data.mix={shlex.quote(text.strip())}"
+                               f"the cameras of {sources[0].root}, or a map",
+                               train_option("data.mix", entries))  # fmt: skip
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
@@ -262,7 +254,6 @@ def stored_statistics(folder: Path | str, root: str) -> dict[str, dict[str, np.n
     """The statistics of one of the data sets that a policy was trained on, for `load_policy(dataset_stats=...)`.
 
     Args:
-        folder: the policy's.
         root: the data set's folder, or its last part.
 
     Raises:

@@ -138,8 +138,6 @@ class StreamedFrames:
         names: files relative to the root.
         files: int32 [N] the file of each row; -1 where it has none.
         places: int64 [N] a frame's stamp in its video, or its row group and row: group << 32 | row.
-        shape: see `Shape`.
-        videos: whether the files are videos.
     """
 
     dtype = np.dtype(np.uint8)

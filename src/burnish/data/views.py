@@ -29,7 +29,6 @@ class FrameSource:
 
     Args:
         frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3], or to `StreamedFrames`.
-        geometry: whether depth is wanted.
         placements: how the policy pads each camera's view; none where it does not.
     """
 

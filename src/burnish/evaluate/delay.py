@@ -58,7 +58,6 @@ class DelayedPolicy(BatchedPolicy):
 
     Args:
         policy, cameras, seed, width, n_action_steps: see BatchedPolicy; n_action_steps is s, the steps to a replan.
-        delay: see DelayConfig.
 
     Raises:
         BurnishError: rows that the delay needs do not exist, a mode that the policy has not got, or an environment that
@@ -252,7 +251,6 @@ def measured_steps(measured: str, fps: float) -> int:
     Args:
         measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile`, a server's /stats, or the
             summary.json of an evaluation.
-        fps: control steps a second.
     """
     name, colon, path = measured.partition(":")
     if not colon or name not in ("p50", "p95", "p99"):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 PART_CPU = 1 << 18
 """Numbers in one partial sum on a CPU: two such parts stay in its cache."""
@@ -69,6 +68,8 @@ def sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which each rank holds some rows."""
     if type(tensor) in (Tensor, nn.Parameter):  # most are, and DTensor takes its time to import
         return False
+    from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 

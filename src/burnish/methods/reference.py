@@ -123,7 +123,6 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
     """The tensor stored at `path`, or computed now and stored.
 
     Args:
-        path: a safetensors file.
         about: what the scores depend on (weights, data, draws, chunk); stored beside them.
 
     Raises:

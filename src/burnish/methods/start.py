@@ -20,7 +20,6 @@ class Start:
     """Parameters as they are now.
 
     Args:
-        parameters: by name.
         folder: keep them there, in a file without a name that goes with the process, and read them when they are asked
             for. None keeps them in memory, in bfloat16 where that loses nothing, as it does for most published weights.
     """

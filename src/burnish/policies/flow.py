@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
@@ -305,6 +304,8 @@ def _beta_quantile(uniform: Tensor, alpha: float, beta: float) -> Tensor:
     """Beta(alpha, beta) samples from uniform ones, float64."""
     if beta == 1:  # LeRobot's default; the closed form spares a GPU the wait for the host
         return uniform ** (1 / alpha)
+    from scipy.special import betaincinv
+
     return torch.from_numpy(betaincinv(alpha, beta, uniform.cpu().numpy())).to(uniform.device)
 
 

@@ -70,7 +70,6 @@ def judge(drawn: dict[str, Tensor], rule: Rule = Rule()) -> dict[str, Any]:
 
     Args:
         drawn: actions [n, K, T, A] by sampler, n observations with K noises each, REFERENCE among them.
-        rule: see there.
 
     Returns:
         "sampler" (REFERENCE's name where none keeps to it), "spread" (s), "decided", "binary" (indices of dimensions
@@ -155,11 +154,9 @@ def compare_samplers(policy: Policy, data: Path | str, *, count: int = 48, noise
     Args:
         policy: one that supports "runtime".
         data: LeRobot data set.
-        count: observations.
         noises: chunks of each.
         seed: of observations and noise.
         samplers: to compare; empty means CANDIDATES and what the policy's config says.
-        progress: show a bar on stderr.
 
     Raises:
         BurnishError: fewer than LEAST observations or 2 noises; a policy or data set that does not fit.

@@ -42,11 +42,7 @@ class Buffers:
 
 
 class Passes:
-    """Runs the forward passes of a plan over one model.
-
-    Args:
-        plan: a fitted plan.
-    """
+    """Runs the forward passes of a plan over one model."""
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
         self.model, self.plan = model, plan

@@ -15,10 +15,8 @@ from unittest.mock import patch
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.core import renames
 from burnish.core.config import RecipeConfig
@@ -74,6 +72,8 @@ class Ledger(TorchDispatchMode):
 @contextmanager
 def ledger() -> Iterator[Ledger]:
     """Inside, tensors are made without memory, on a pretended CPU, and counted."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         # Statistics beside a policy are real: they are looked at. peft copies them with its config, which cannot be.
@@ -193,6 +193,8 @@ class Prediction:
 
     def work(self, batch_size: int) -> float:
         """Floating-point operations of a forward and backward pass over so many samples."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         self._peaks.pop(batch_size, None)
         with FlopCounterMode(display=False) as counter:
             self._step(batch_size)

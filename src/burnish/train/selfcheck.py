@@ -57,7 +57,6 @@ def normalisation_warnings(
     Args:
         actions_NA: actions in environment units.
         stats: LeRobot's statistics of "action" (mean, std, min, max, q01, q99).
-        names: one for each dimension.
         mode: LeRobot's NormalizationMode: MEAN_STD, MIN_MAX, QUANTILES, QUANTILE10 or IDENTITY.
     """
     values = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in stats.items()}

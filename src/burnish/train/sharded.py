@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from burnish.core.errors import BurnishError
 from burnish.methods.gradients import local, sharded
@@ -48,6 +45,9 @@ class Shards:
     """
 
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], accelerator: Any):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         scalars = {p for p in root.parameters() if p.ndim == 0}
         single = [name for name, p in root.named_parameters() if p in scalars and p.requires_grad]
         if single:
@@ -131,6 +131,8 @@ def rows_like(parameter: Tensor, mine: Tensor) -> Tensor:
     """This rank's rows as a tensor that is sharded as `parameter` is; themselves where that is whole."""
     if not sharded(parameter):
         return mine
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(mine, parameter.device_mesh, parameter.placements, run_check=False,
                               shape=parameter.shape, stride=parameter.stride())  # fmt: skip
 

@@ -7,9 +7,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import disk_errors
@@ -23,6 +21,8 @@ State = dict[str, dict[str, Tensor]]
 
 def write(folder: Path, state: State) -> None:
     """Write a file of this rank's rows; what is whole on every rank is written by one. All ranks call this."""
+    from torch.distributed import checkpoint
+
     # In safetensors: the other form of the library is pickled.
     storage = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with disk_errors(folder):
@@ -31,6 +31,9 @@ def write(folder: Path, state: State) -> None:
 
 def read(folder: Path, state: State, no_dist: bool) -> None:
     """Fill the tensors of `state`, sharded over any number of ranks or whole, with what `write` wrote."""
+    from safetensors import SafetensorError
+    from torch.distributed import checkpoint
+
     flat, remedy = _flat(state), f"rm -r '{folder.parents[1]}'"
     try:
         storage = checkpoint.HuggingFaceStorageReader(str(folder))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -123,8 +122,6 @@ def similar_layers(similarity: Sequence[float], count: int, *, top: bool) -> lis
 
     Args:
         similarity: mean cosine of layer i and layer i + w, for each i.
-        count: layers wanted.
-        top: the most similar ones.
     """
     order = np.argsort(np.asarray(similarity), kind="stable")
     return sorted(int(i) for i in (order[::-1] if top else order)[:count])
@@ -132,6 +129,8 @@ def similar_layers(similarity: Sequence[float], count: int, *, top: bool) -> lis
 
 def match_by_cka(matrix: np.ndarray, count: int) -> Pairs:
     """The `count` pairs of largest CKA among the best one-to-one matching of all layers (Hungarian assignment)."""
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     best = sorted(zip(rows, columns, strict=True), key=lambda rc: -matrix[rc])[:count]
     return sorted((int(r), int(c)) for r, c in best)

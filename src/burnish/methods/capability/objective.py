@@ -67,7 +67,6 @@ class Capability(Objective):
 
     def __init__(self, **options: Any):
         super().__init__()
-        # YAML reads 1e-4 (no dot) as a word, which is no reason to refuse it.
         numbers = {name: _number(name, options[name]) for name in ("weight", "alpha") if name in options}
         self.options = read_options(Options, options | numbers, "objective capability")
         if not self.options.delta:

@@ -80,7 +80,6 @@ class Provenance:
         base_hash: of the weights of the frozen policy.
         layers, width: of its backbone.
         source: name of the question folder.
-        samples: questions.
         template: how a question becomes text.
         answers: whether the rows of answers count too.
         tokens: "apart" (image and text each have a Gaussian) or "pooled".
@@ -240,7 +239,6 @@ def build_from_questions(
 
     Args:
         samples: questions, at most; all but those kept aside where there are fewer.
-        batch_size: questions in a forward pass.
         wrong: the control: an anchor of noise in place of the pictures, which nothing is held against.
 
     Raises:

@@ -297,7 +297,6 @@ def load_head(folder: Path, encoder: dict[str, Any] | None = None) -> tuple[Head
     """A head in evaluation mode and what head.json says; where the folder lies does not matter.
 
     Args:
-        folder: see the head of this file.
         encoder: of the features that it is meant for; None asks for no particular one.
     """
     folder = Path(folder)

@@ -70,13 +70,11 @@ class LeRobotCalls:
         images, _ = self.model.prepare_images(batch)
         vlm = self.model.vlm
         backbone = language.Backbone(text_model=self.model.text_model, head=vlm.get_output_embeddings(),
-                                     embed_text=vlm.get_input_embeddings(), tokenizer=self._tokenizer())  # fmt: skip
+                                     embed_text=vlm.get_input_embeddings(),
+                                     tokenizer=load_tokenizer(Path(self.config.vlm_model_name)))  # fmt: skip
         question = batch["query_text"]
         question = question if isinstance(question, str) else question[0]
         return language.greedy_answers(backbone, self.model.embed_image(images[0][:1]), [question], 16)[0]
-
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(Path(self.config.vlm_model_name))
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """LoRA on queries and values of the language model, on the state's way in and the head over actions."""

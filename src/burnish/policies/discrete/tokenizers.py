@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.fft import dct, idct
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
@@ -134,6 +133,8 @@ class Fast(nn.Module):
 
     def spell(self, actions: Tensor) -> list[list[int]]:
         """The ids of each chunk of normalised actions [B, T, A], as many as it takes."""
+        from scipy.fft import dct
+
         frequencies = np.rint(dct(actions.double().cpu().numpy(), axis=1, norm="ortho") * self.scale).astype(int)
         texts = ["".join(map(chr, np.clip(chunk.flatten() - self.least, 0, _LAST))) for chunk in frequencies]
         return [self.pairs.encode(text, add_special_tokens=False).ids for text in texts]
@@ -146,6 +147,8 @@ class Fast(nn.Module):
         """Normalised actions [B, T, A] of B lists of ids; those that spell too many numbers are cut, too few filled up
         with zeros, as FAST's authors do.
         """
+        from scipy.fft import idct
+
         size = self.chunk_size * self.action_dim
         numbers = np.zeros((len(rows), size))
         for row, tokens in enumerate(rows):
