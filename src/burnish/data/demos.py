@@ -82,6 +82,7 @@ def make_demos(
 
     Args:
         env: environment id; the tasks of one with several share the episodes evenly.
+        episodes: demonstrations in all.
         root: folder of the data set, made here; `<root>.partial` beside it holds finished episodes until then.
         image_size: height and width of the views in pixels.
         cameras: views to record; none named: the environment's first one.
@@ -92,6 +93,7 @@ def make_demos(
             ones follows from their initial states (tabletop:lift only); `<root>/ground_truth/episodes.jsonl` says so.
         engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; the data set is the same.
         num_gpus: GPUs for each simulator on Ray.
+        progress: show a bar on stderr.
 
     Returns:
         What was made, with the expert's success rate. A folder that is complete already is left as it is.

@@ -102,6 +102,7 @@ def inspect_dataset(root: Path | str, quick: bool = False) -> Inspection:
     """Read any LeRobotDataset (v3.0, and v2.x in place) and say what is in it and what is wrong with it.
 
     Args:
+        root: folder of the data set.
         quick: do not decode every video and open every picture, only those of one episode.
 
     Raises:

@@ -21,15 +21,12 @@ from burnish.data.checks import require
 from burnish.data.dataset import QUANTILES, Dataset, Problem, look, open_dataset, quantile_name
 from burnish.data.features import ACTION, IMAGES, STATE, train_option
 from burnish.data.frames import dataset_hash
+from burnish.policies.keys import MODES
 
 BLOCK = 1 << 16
 """Samples after which every data set has had its exact share."""
 FILE = "data_sets.json"
 """Beside a policy that was trained on several: what they were, with the statistics of each."""
-_SCALES = {
-    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
-}  # fmt: skip
 log = logging.getLogger("burnish")
 
 
@@ -216,9 +213,9 @@ def as_first(values: np.ndarray, own: dict[str, np.ndarray], first: dict[str, np
         own, first: statistics of the data set and of the first one.
         mode: LeRobot's NormalizationMode; one that normalises nothing changes nothing.
     """
-    if mode not in _SCALES:
+    if mode not in MODES:
         return values
-    low, high = _SCALES[mode]
+    low, high = MODES[mode]
     scales = [one[high] if mode == "MEAN_STD" else one[high] - one[low] for one in (own, first)]
     factor = scales[1] / np.maximum(scales[0], 1e-8)
     return ((values.astype(np.float64) - own[low]) * factor + first[low]).astype(values.dtype)
@@ -254,6 +251,7 @@ def stored_statistics(folder: Path | str, root: str) -> dict[str, dict[str, np.n
     """The statistics of one of the data sets that a policy was trained on, for `load_policy(dataset_stats=...)`.
 
     Args:
+        folder: the policy's.
         root: the data set's folder, or its last part.
 
     Raises:

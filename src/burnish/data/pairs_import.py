@@ -42,6 +42,7 @@ def import_pairs(
         state_tolerance: how far the states at the start of two chunks may differ, one number or one a dimension.
         image_tolerance: how far their pictures may: mean absolute difference of a view, of 255.
         columns: features under other names than LeRobot's, see `burnish.data.features.join_columns`.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: unreadable labels, no such column, a pair of unequal starts or tasks; `root` is left as it was.

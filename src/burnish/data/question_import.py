@@ -39,8 +39,10 @@ def import_questions(
 
     Args:
         lines: the JSONL file, UTF-8.
+        root: folder to make.
         images: folder that the names of pictures begin from; None is that of `lines`.
         image_size: height and width of the stored images in pixels.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: a line that is none of the above, a picture that cannot be read or lies outside its folder,

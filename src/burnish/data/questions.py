@@ -169,6 +169,7 @@ def make_questions(
 
     Args:
         env: environment id; several tasks take turns.
+        scenes: how many images.
         root: folder to make; one that holds just what is asked for is left as it is. `<root>.partial` beside it is
             filled until then.
         image_size: height and width of the images in pixels.
@@ -177,6 +178,7 @@ def make_questions(
         kinds: ask only these, see `KINDS`; none named: all.
         seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
         workers: simulator processes; 0 means one for each core.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: bad arguments, `root` holds something else than what is asked for, another process is making it,

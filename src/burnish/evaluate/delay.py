@@ -26,12 +26,11 @@ from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.scheduler import Measurement, Planned
 from burnish.evaluate.simulators import Finished
 from burnish.policies.base import Policy, require
-from burnish.sampling.steering import Steering, weights
+from burnish.sampling.steering import MODES, Steering, weights
 
 CANDIDATES = 8
 """Chunks of which bidirectional decoding keeps the one nearest to the old one."""
-STEERED = ("guided", "inpaint", "trained")
-COMMITTING = (*STEERED, "tokens")
+COMMITTING = (*MODES, "tokens")
 """Modes that tell the policy what will have been executed."""
 
 
@@ -76,7 +75,7 @@ class DelayedPolicy(BatchedPolicy):
             raise BurnishError(found, f"at most {min(n_action_steps, left)}: the old chunk bridges the delay", fix)
         if d and not spec.relative:
             raise BurnishError(f"{spec.task_id} does not say how its robot stands still", "EnvSpec.relative")
-        if delay.mode in STEERED:
+        if delay.mode in MODES:
             require(policy, "steering", f"mode {delay.mode}")
         if delay.mode == "tokens":
             require(policy, "prefix", "mode tokens")

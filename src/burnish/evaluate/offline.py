@@ -100,6 +100,8 @@ def evaluate_offline(
     Args:
         policy: a policy, its LeRobot folder, or the name of a shipped base.
         data: the data set, as a recipe's `data`: root, held_out (empty: all episodes, which is told), columns, caches.
+        output: folder of this evaluation.
+        episodes: at most so many.
         every: control steps between two predictions; 0 means a quarter of a second, at most a chunk.
         seed: of the policy's noise.
         batch_size: observations in a call; 0 means 8.
@@ -108,6 +110,7 @@ def evaluate_offline(
         instruction: another sentence to predict under; "" means another one of the data set, where it has several.
         video: draw predicted and recorded actions of the first episodes.
         sampler, tier: see `burnish.evaluate.rollout.evaluate`.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: bad arguments, a data set or policy that does not fit, a folder that holds another evaluation.

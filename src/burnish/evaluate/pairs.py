@@ -76,6 +76,8 @@ def collect(
     """Let a policy act several times from each initial state and write its pairs as a LeRobot data set with an index.
 
     Args:
+        policy: a policy or its folder.
+        env: environment id.
         root: folder to make; `<root>.partial` beside it holds finished rollouts until then.
         states: initial states for each task.
         rollouts: for each of them, the first one included.
@@ -87,6 +89,7 @@ def collect(
         ties, offsets, limit: see `make_pairs`.
         workers: simulator processes; 0 means one for each core.
         device: torch device of a policy folder; "" means a GPU where there is one.
+        progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
 
     Raises:

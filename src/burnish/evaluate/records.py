@@ -38,6 +38,7 @@ class Record:
         success: whether the task was solved, always judged on the original instruction.
         steps: control steps taken; -1 where it is not known.
         latency_ms: one policy call in milliseconds for each replan (the call serves a whole batch).
+        instruction: the sentence that the policy was given.
         weights: hash of the policy's weights, or the name of the expert.
         commit: git commit of burnish ("" outside a checkout).
         variant: "plain" or "instruction_swap".

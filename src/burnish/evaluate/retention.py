@@ -73,6 +73,8 @@ def retention(
         policy: left in the mode that it was in.
         questions_root: folder with images.npy uint8 [N, H, W, 3], questions.jsonl and meta.json.
         limit: at most so many questions, drawn without a seed: always the same ones; 0 means all.
+        batch_size: questions in a batch.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: a folder that is not a question folder.

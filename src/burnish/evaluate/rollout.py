@@ -68,6 +68,7 @@ def evaluate(
         policy: a policy, its LeRobot folder, or the name of a shipped base.
         env: environment id, see `burnish.envs.base`.
         episodes: for each task; at most the number of its fixed initial states.
+        output: folder of this evaluation.
         first_state: first initial state where the environment has unlimited ones, otherwise 0 is the first.
         seed: of the policy's noise.
         workers: simulator processes; 0 means one for each core.
@@ -81,6 +82,7 @@ def evaluate(
         video: film the first two initial states of every task.
         engine: where simulators run, "processes" or "ray", see `core.cluster.choose_engine`; outcomes are equal.
         num_gpus: GPUs for each simulator on Ray.
+        progress: show a bar on stderr.
         make: builds a simulator from a single-task id and an image size; importable by name.
         delay: let the policy answer late; None means that simulators wait for it.
         sampler: of a flow-matching policy, see `runtime.choose.find_sampler`; "" means the policy's own.

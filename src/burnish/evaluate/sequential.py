@@ -26,6 +26,7 @@ class Sequential:
     """What `n` paired trials say, in the order in which they were made.
 
     Args:
+        n: trials so far.
         difference: mean of B minus A.
         low, high: interval of the true difference, valid at every look.
         p: p-value against no difference, valid at every look.

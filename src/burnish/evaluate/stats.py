@@ -73,6 +73,7 @@ def paired_bootstrap(
     Args:
         differences: [n] one number for each pair (or each cluster, e.g. an initial state with several seeds).
         rng: source of the resampling; the same generator state gives the same interval.
+        resamples: how many.
 
     Raises:
         BurnishError: no pair at all.
@@ -107,6 +108,7 @@ class Estimate:
 
     Args:
         mean, low, high, p: of the mean.
+        error: standard error.
         freedom: degrees of freedom of the t distribution.
         detectable: smallest true mean that a study of this size and spread finds with 80 % power.
     """
@@ -232,6 +234,7 @@ def minimum_detectable_difference(n: int, discordance: float, *, power: float = 
     the share of pairs in which the two differ.
 
     Args:
+        n: number of pairs.
         discordance: psi, in [0, 1].
 
     Returns:

@@ -23,6 +23,7 @@ class Run(Protocol):
     """What a method may see of a run. The loop's own class fulfils it; methods never import that one.
 
     Attributes:
+        recipe: the whole recipe.
         policy: the policy in training; its verbs may be called inside `Objective.loss`.
         data: the robot's frames; `data.meta` is LeRobot's metadata (fps, features, stats, tasks).
         objectives: all methods of the run by name.
@@ -39,7 +40,9 @@ class Run(Protocol):
         generator: for draws about this rank's batch, on `device`; reseeded at every step from seed, rank and step.
         shared_generator: the same on every rank: for draws in `edit_gradients`, or ranks would drift apart.
         accelerator: accelerate's (`num_processes`, `process_index`, `reduce`, `gather`, `scaler`).
+        output: the run folder.
         parent_hash: of the weights that the run starts from, see core.provenance.weights_hash.
+        progress: whether to show progress bars.
     """
 
     recipe: RecipeConfig

@@ -124,6 +124,7 @@ class Stage:
         name: preprocess, vision, prompt, pass, head or postprocess. The prompt's call counts as such once, later ones
             are passes; inside a pass it is part of that.
         owner: object whose attribute is called; a module's `forward` will do.
+        call: the attribute.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Policy(nn.Module, ABC):
     Attributes:
         name: LeRobot's name of its type, e.g. smolvla.
         capabilities: names from CAPABILITIES (or a package's own), see `supports`.
+        cameras: names of its cameras.
         chunk_size: T, actions in a chunk of the training data.
         n_action_steps: actions of a chunk to execute before asking again.
         window: which observations it sees, and where its chunks begin.
@@ -150,6 +152,7 @@ class Policy(nn.Module, ABC):
         sampler: of a flow-matching policy, a name of sampling.solvers that `act` uses; "" for its config's own.
         action_dim: A.
         state_dim: dimensions of the state.
+        num_layers: layers of the backbone.
         rtc_training_max_delay: of a policy that supports "steering", the greatest delay that `loss` trains it to go on
             from; 0 for plain training.
     """

@@ -154,9 +154,11 @@ def compare_samplers(policy: Policy, data: Path | str, *, count: int = 48, noise
     Args:
         policy: one that supports "runtime".
         data: LeRobot data set.
+        count: observations.
         noises: chunks of each.
         seed: of observations and noise.
         samplers: to compare; empty means CANDIDATES and what the policy's config says.
+        progress: show a bar on stderr.
 
     Raises:
         BurnishError: fewer than LEAST observations or 2 noises; a policy or data set that does not fit.

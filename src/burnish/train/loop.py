@@ -39,6 +39,7 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
         recipe: see core.config; `load_recipe` reads one.
         resume: False deletes the earlier checkpoints and figures of the run folder and starts over. A folder that
             holds files of another kind is refused either way.
+        progress: show a progress bar.
 
     Returns:
         Paths and final figures. A finished run is not repeated.

@@ -27,6 +27,7 @@ def control(
             noise (Gaussian with the norm of each tensor), rescale (as it is; for `norm_of`).
         norm_of: a delta whose total norm the result gets; None keeps that of `delta`.
         seed: of permute and noise.
+        force: replace an existing `output`.
     """
     check_value(kind, {"choices": get_args(Kind)}, "--kind")
     source = Delta(delta)

@@ -46,6 +46,7 @@ def convert(folder: Path | str, output: Path | str, *, cameras: Sequence[str], c
         cameras: names of its cameras, in the order of training (the main one first).
         chunk_size: actions in a chunk; 8 for LIBERO, 25 for ALOHA.
         center_crop: it was trained on random crops of images, as the published ones.
+        force: replace an earlier output.
 
     Returns:
         heads: name to the number of its tensors; copied: how many files.

@@ -59,6 +59,7 @@ def extract(
         strict: refuse two fine-tunes whose recorded runs differ in more than their methods (seed, steps, data, recipe),
             or of which nothing is recorded; without it that is logged as a warning and kept in delta.json.
         threads: 0 means one for each core.
+        force: replace an existing `output`.
 
     Raises:
         BurnishError: names, shapes or files that do not fit, weights that are not finite, too little disk, nothing

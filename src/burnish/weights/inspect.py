@@ -21,6 +21,7 @@ def inspect(delta: Path | str, others: Sequence[Path | str] = ()) -> dict[str, A
     """Figures of a delta.
 
     Args:
+        delta: its folder.
         others: deltas to compare with, for instance the difference of two seeds.
 
     Returns:

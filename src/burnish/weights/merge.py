@@ -41,6 +41,8 @@ def merge(
         deltas: (delta folder, weight) each.
         output: folder to write; it appears when it is whole.
         tuned: (checkpoint or adapter, weight) each: its difference to the base, computed on the fly and not kept.
+        operator: name of a merge operator.
+        options: the operator's own.
         modules: (pattern, factor): the first that is found in a tensor's name multiplies the weights there.
         include: patterns over tensor names; what none of them matches stays as in the base.
         exclude: patterns over tensor names; what one of them matches stays as in the base.
@@ -48,6 +50,7 @@ def merge(
         dtype: auto (as wide as base and tuned model), base, or fp64, fp32, bf16, fp16. Untouched tensors keep theirs.
         other_base: allow a base that is not the one the deltas were extracted from.
         threads: 0 means one for each core.
+        force: replace an existing `output`.
 
     Raises:
         BurnishError: another base, tensors or shapes that do not fit, heads without a rule, a damaged file, no room.

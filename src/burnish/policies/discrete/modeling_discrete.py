@@ -19,7 +19,7 @@ from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
 from burnish.policies.discrete.losses import NOISE, hide
 from burnish.policies.discrete.network import NetTokenModel, TokenNet, bucketed
-from burnish.policies.keys import ACTION, PAD, VLM_FOLDER
+from burnish.policies.keys import ACTION, MODES, PAD, VLM_FOLDER
 from burnish.policies.pretrained import load_tokenizer, load_vlm
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
 
@@ -121,9 +121,8 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         """Set quantile bins to a data set; others need nothing."""
         if self.config.tokenizer != "quantile":
             return
-        bounds = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
         mode = self.config.normalization_mapping["ACTION"].value
-        self.model.tokens.fit_quantiles(dataset_stats[ACTION], bounds[mode])
+        self.model.tokens.fit_quantiles(dataset_stats[ACTION], MODES[mode])
 
     def get_optim_params(self) -> Any:
         return self.parameters()

@@ -39,6 +39,7 @@ class ActionQueue:
         relative: bool [A], dimensions whose zero means no motion (`idle`); the others repeat the last command.
 
     Attributes:
+        executed: rows handed out.
         starved: times that there was none.
         commit_error: largest difference between a row that was executed and the one at its place in the chunk that
             goes on behind it; 0 where every chunk was conditioned on what was done.
