@@ -32,8 +32,7 @@ def train(blocks: bool, steps: int, device: str, dtype: Any):
     import torch
 
     from bench.decode import random_models
-    from burnish.policies.discrete.losses import cross_entropy
-    from burnish.policies.discrete.noise import NOISE, hide
+    from burnish.policies.discrete.losses import NOISE, cross_entropy, hide
     from burnish.sampling.token_model import Prompt, sees, visible
 
     causal, whole = random_models(DIMS, STEPS, SIZE, device, torch.float32, bins=BINS)

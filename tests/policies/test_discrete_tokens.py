@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.core.errors import BurnishError
-from burnish.policies.discrete.losses import any_order_masks, cross_entropy, ordinal
-from burnish.policies.discrete.noise import NOISE, Shares, hide
+from burnish.policies.discrete.losses import NOISE, Shares, any_order_masks, cross_entropy, hide, ordinal
 from burnish.policies.discrete.tokenizers import Bins, Fast
 
 

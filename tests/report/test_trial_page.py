@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from burnish.evaluate.trial import Trial, TrialOptions
-from burnish.report.trial import write_trial_report
-from burnish.report.trial_server import MOST_BODY, Page
+from burnish.report.trial import MOST_BODY, Page, write_trial_report
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from toy import ToyModel
 from burnish.core.errors import BurnishError
 from burnish.runtime.verify import Watched, check_model, shift
 from burnish.sampling import passes, state
-from burnish.sampling import unmask as commit
+from burnish.sampling import state as commit
 from burnish.sampling.token_model import Prompt, make_decoder
 
 

@@ -73,8 +73,7 @@ def trial(
     from json import dumps
 
     from burnish.evaluate.trial import Trial, TrialOptions
-    from burnish.report.trial import write_trial_report
-    from burnish.report.trial_server import Page
+    from burnish.report.trial import Page, write_trial_report
 
     options = TrialOptions(trials, margin, task, str(states or ""), str(data or ""), relay_port)
     with Trial(output, a, b, options) as run:

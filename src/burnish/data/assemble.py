@@ -11,7 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+import pyarrow.parquet as pq
 
 from burnish.data.record import CODEC, ENCODER, PIXEL_FORMAT
 from burnish.data.spool import StoredRecording, task_folder_name
@@ -79,8 +81,6 @@ class _VideoFile:
     """Joins encoded episodes into one mp4 without encoding again."""
 
     def __init__(self, path: Path, fps: int):
-        import av
-
         path.parent.mkdir(parents=True, exist_ok=True)
         self._av, self._fps = av, fps
         self._container = av.open(str(path.absolute()), "w", format="mp4")
@@ -112,7 +112,6 @@ def assemble(
     Args:
         name: name of the data set, the second half of its repository id.
         spec: frame rate, names and cameras (`spec.json` of the spool).
-        robot: robot type noted in the metadata.
 
     Returns:
         The number of frames.
@@ -155,7 +154,6 @@ def _write_videos(meta, camera: str, recordings: Sequence[StoredRecording], plac
 
 def _write_tables(meta, recordings: Sequence[StoredRecording], places: list[dict[str, Any]]) -> None:
     """The frame tables, and each episode's metadata and statistics."""
-    import pyarrow.parquet as pq
     from datasets import Dataset
     from lerobot.datasets.feature_utils import get_hf_features_from_features
 

@@ -9,13 +9,12 @@ SHIFT = 0.04
 """Largest shift as a share of the image edge; the border is repeated."""
 JITTER = 0.2
 """Brightness moves by up to half of this (of full scale); contrast and saturation scale by 1 +- this."""
-_GREY = (0.299, 0.587, 0.114)
 
 
 @cache
 def _grey(device: torch.device) -> Tensor:
     """Weights of red, green and blue [3]; kept, because the host waits for the device wherever it sends it numbers."""
-    return torch.tensor(_GREY, device=device)
+    return torch.tensor((0.299, 0.587, 0.114), device=device)
 
 
 def to_float(images_BHW3: Tensor) -> Tensor:

@@ -23,12 +23,12 @@ from burnish.data.features import (
     IMAGES,
     INDEX_COLUMNS,
     STATE,
-    columns_option,
     is_numeric,
     is_picture,
     join_columns,
     propose_columns,
     read_features,
+    train_option,
 )
 from burnish.data.rows import Rows, read_rows
 from burnish.data.tables import Episode, read_episodes, read_statistics, read_tasks
@@ -73,13 +73,11 @@ class Dataset:
 
     Args:
         version: "v2.0", "v2.1" or "v3.0".
-        fps: frames a second.
         features: see `burnish.data.features.read_features`, under the names that training expects.
         episodes: by number, ascending.
         tasks: task index to what is stored as its instruction.
         figures: statistics as stored: feature to {"mean", "std", "min", "max", "q01", ...}, arrays [D] of numbers and
             [3, 1, 1] of pictures; without what is no number or does not fit.
-        problems: what was found on opening.
         wanted: numeric features that `rows` holds.
         orders: feature to the order in which its stored dimensions are read, see `reorder`.
         told: warnings that were logged, and requests that were checked, see `burnish.data.checks.require`.
@@ -122,12 +120,8 @@ class Dataset:
     @property
     def camera_keys(self) -> list[str]:
         """Cameras that a policy can be trained on: colours, under a name that LeRobot takes for an observation."""
-        return [name for name in self.views if self.sees_colours(name)]
-
-    def sees_colours(self, camera: str) -> bool:
-        """Whether a camera has three colours and a name that LeRobot takes for an observation."""
-        one = self.features[camera]
-        return camera.startswith("observation.") and not one["depth"] and one["shape"][2] == 3
+        named = {name: self.features[name] for name in self.views if name.startswith("observation.")}
+        return [name for name, one in named.items() if not one["depth"] and one["shape"][2] == 3]
 
     @property
     def total_episodes(self) -> int:
@@ -168,7 +162,6 @@ def open_dataset(root: Path | str, columns: dict[str, Any] | None = None, *, eve
     """Read the metadata of a data set.
 
     Args:
-        root: its folder.
         columns: features under other names than LeRobot's, see `burnish.data.features.join_columns`.
         everything: `rows` holds all numeric features, not actions and states alone.
 
@@ -257,7 +250,8 @@ def _refuse_other_folders(root: Path) -> None:
 def _missing_features(features: dict[str, dict], proposed: dict[str, list[str]], root: Path) -> list[Problem]:
     """An error for actions that are missing or cameras under names that no policy looks for, with a map as remedy."""
     others = [name for name in features if name not in INDEX_COLUMNS]
-    fix = columns_option(proposed) if proposed else ""
+    short = {key: names[0] if len(names) == 1 else names for key, names in proposed.items()}
+    fix = train_option("data.columns", short) if proposed else ""
     meant = "; ".join(f"{' + '.join(names)} would be {key}" for key, names in proposed.items())
     if ACTION not in features or STATE in proposed:
         lacking = ACTION if ACTION not in features else STATE

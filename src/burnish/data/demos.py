@@ -22,8 +22,10 @@ from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object
 from burnish.core.workers import Engine, WorkerPool
 from burnish.data import spool as spools
+from burnish.data.assemble import assemble
 from burnish.data.record import record_attempts
 from burnish.data.spool import Spool, StoredRecording, check_same_request
+from burnish.envs.base import expand
 
 FORMAT = 1
 KIND, FACTS = "demonstrations", "burnish_demos.json"
@@ -119,8 +121,6 @@ def make_demos(
 def _request(
     env: str, episodes: int, image_size: int, cameras: Sequence[str], seed: int, geometry: bool, misses: float
 ) -> dict[str, Any]:
-    from burnish.envs.base import expand
-
     if not 1 <= episodes <= 10**7:
         raise BurnishError(f"{episodes} episodes", "at least 1 and at most 10000000")
     if not 16 <= image_size <= 4096 or image_size % 2:
@@ -265,8 +265,6 @@ def _hand_out(pool: WorkerPool, held: dict[int, _Share], shares: list[_Share], s
 
 def _assemble(spool: Spool, root: Path, request: dict[str, Any], shares: list[_Share]) -> DemosSummary:
     from scipy.stats import binomtest
-
-    from burnish.data.assemble import assemble
 
     able = [share for share in shares if not share.skipped]
     chosen = []

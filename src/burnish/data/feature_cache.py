@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -205,8 +206,6 @@ class Fit:
 
 def load_statistics(folder: Path, layers: Sequence[int]) -> dict[int, Statistics]:
     """The statistics of a cache, whole or being filled; KeyError where the file lacks some."""
-    from safetensors.torch import load_file
-
     tensors = load_file(regular_file(folder / "statistics.safetensors", folder))
     needed = {t: (tensors[f"mean.{t}"], tensors[f"scale.{t}"]) for t in layers}
     return {t: Statistics(*needed[t], *(tensors.get(f"{name}.{t}") for name in NAMES[2:])) for t in layers}

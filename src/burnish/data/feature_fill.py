@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
@@ -54,7 +55,6 @@ class Pooled:
 
     Args:
         teacher: as many moments as it takes at a time go through it, and only the chosen layers are kept, pooled.
-        key: see `CacheKey`.
         check: refuse values that are not finite; that waits for a GPU.
     """
 
@@ -102,7 +102,6 @@ class FeatureJob:
     Args:
         spec: the teacher's specification, see `make_teacher`.
         states: [N, D] observed states of all frames, or None.
-        num_frames: N.
         widths: D of each of the teacher's layers.
     """
 
@@ -181,8 +180,6 @@ def _fill(folder: Path, job: FeatureJob, workers: int, progress: bool, device: s
 
 def _prepare(partial: Path, job: FeatureJob, device: str) -> dict[int, list[int]]:
     """The partial folder with its files at full size, whose shapes are returned; one of the same key is continued."""
-    from safetensors.torch import save_file
-
     key, begun = job.key, partial / "begun.json"
     require_own(partial, KIND, lambda folder: (folder / "begun.json").is_file())
     kind = np.float16 if key.format == "half" else np.int8

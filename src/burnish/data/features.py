@@ -4,6 +4,8 @@ import shlex
 from math import prod
 from typing import Any
 
+import yaml
+
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 
@@ -146,10 +148,7 @@ def propose_columns(features: dict[str, dict]) -> dict[str, list[str]]:
     return found
 
 
-def columns_option(columns: dict[str, list[str]]) -> str:
-    """A map as an option of `burnish train`, to be pasted into a shell."""
-    import yaml
-
-    short = {key: names[0] if len(names) == 1 else names for key, names in columns.items()}
-    text = yaml.safe_dump(short, default_flow_style=True, sort_keys=False, width=1 << 16)
-    return f"--data.columns={shlex.quote(text.strip())}"
+def train_option(name: str, value: Any) -> str:
+    """A field and its value as an option of `burnish train`, to be pasted into a shell."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1 << 16)
+    return f"--{name}={shlex.quote(text.strip())}"

@@ -9,8 +9,18 @@ from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.data.checks import each
 from burnish.data.dataset import Dataset, Problem
-from burnish.data.pictures import content, decode_depth, decode_picture, header_fault, read_cells
-from burnish.data.videos import Timeline, decode, find_video, locate, read_timeline
+from burnish.data.pictures import (
+    Timeline,
+    content,
+    decode,
+    decode_depth,
+    decode_picture,
+    find_video,
+    header_fault,
+    locate,
+    read_cells,
+    read_timeline,
+)
 
 FROZEN = 0.3  # mean change below this (of 255) between neighbouring frames counts as no change
 _LOOKED_AT = 300

@@ -60,8 +60,6 @@ class Decoders:
 
 
 def _decode(tasks: Iterable[np.ndarray], arrays: dict[str, Any]) -> Generator[dict[str, np.ndarray], None, None]:
-    import torch
-
     torch.set_num_threads(1)
     for rows in tasks:
         yield {camera: array[rows] for camera, array in arrays.items()}
@@ -104,7 +102,6 @@ class RobotData:
         batch_size, seed, rank, world: see `BatchSampler`.
         episodes: episode numbers to use; empty means all.
         image_size, cache_dir, cache_gb, seen: see `open_frames`.
-        augmented: shift and jitter the images.
         meta: what `open_dataset(root)` gave, where it has been read already.
         pictures: decode the frames; False leaves actions, states and instructions alone.
         window: what a sample has around its frame, see `Window`.

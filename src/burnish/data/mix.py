@@ -6,11 +6,9 @@ stand, is as in the first; an entry's `columns` say what differs.
 
 import hashlib
 import logging
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,17 +19,14 @@ from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, mixed_data
 from burnish.data.checks import require
 from burnish.data.dataset import QUANTILES, Dataset, Problem, look, open_dataset, quantile_name
-from burnish.data.features import ACTION, IMAGES, STATE
+from burnish.data.features import ACTION, IMAGES, STATE, train_option
 from burnish.data.frames import dataset_hash
+from burnish.policies.keys import MODES
 
 BLOCK = 1 << 16
 """Samples after which every data set has had its exact share."""
 FILE = "data_sets.json"
 """Beside a policy that was trained on several: what they were, with the statistics of each."""
-_SCALES = {
-    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
-}  # fmt: skip
 log = logging.getLogger("burnish")
 
 
@@ -146,15 +141,8 @@ def check_cameras(recipe: RecipeConfig, sources: Sequence[Source], cameras: Sequ
             entries = [entry if i == place else one for i, one in enumerate(recipe.data.mix)]
             has = ", ".join(source.meta.camera_keys) or "none"
             raise BurnishError(f"{source.root} has no camera '{camera}' (it has {has})",
-                               f"the cameras of {sources[0].root}, or a map", mix_option(entries))  # fmt: skip
-
-
-def mix_option(entries: Sequence[dict[str, Any]]) -> str:
-    """`data.mix` as an option of `burnish train`, to be pasted into a shell."""
-    import yaml
-
-    text = yaml.safe_dump(list(entries), default_flow_style=True, sort_keys=False, width=1 << 16)
-    return f"--data.mix={shlex.quote(text.strip())}"
+                               f"the cameras of {sources[0].root}, or a map",
+                               train_option("data.mix", entries))  # fmt: skip
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:
@@ -225,9 +213,9 @@ def as_first(values: np.ndarray, own: dict[str, np.ndarray], first: dict[str, np
         own, first: statistics of the data set and of the first one.
         mode: LeRobot's NormalizationMode; one that normalises nothing changes nothing.
     """
-    if mode not in _SCALES:
+    if mode not in MODES:
         return values
-    low, high = _SCALES[mode]
+    low, high = MODES[mode]
     scales = [one[high] if mode == "MEAN_STD" else one[high] - one[low] for one in (own, first)]
     factor = scales[1] / np.maximum(scales[0], 1e-8)
     return ((values.astype(np.float64) - own[low]) * factor + first[low]).astype(values.dtype)

@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from burnish.core.files import write_json, write_text
 from burnish.core.options import number
 from burnish.core.reading import read_lines, read_object
 from burnish.core.types import Batch
-
-if TYPE_CHECKING:
-    from burnish.data.loader import RobotData
+from burnish.data.dataset import open_dataset
+from burnish.data.loader import RobotData
 
 INDEX, FACTS = "pairs.jsonl", "burnish_pairs.json"
 FORMAT = 1
@@ -205,7 +204,7 @@ def _place(value: Any) -> tuple[int, int]:
     return place
 
 
-def frame_of(data: "RobotData", place: tuple[int, int], where: str) -> int:
+def frame_of(data: RobotData, place: tuple[int, int], where: str) -> int:
     """Index of the frame at (episode, frame); raises BurnishError where the data set has none."""
     episode, frame = place
     total = data.meta.total_episodes
@@ -217,7 +216,7 @@ def frame_of(data: "RobotData", place: tuple[int, int], where: str) -> int:
     return int(first + frame)
 
 
-def chunks_of(data: "RobotData", pairs: Sequence[Pair], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def chunks_of(data: RobotData, pairs: Sequence[Pair], frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both chunks of pairs that start at `frames` [B, 2]: [B, 2, T, A], and steps that one of them lacks [B, 2, T]."""
     actions, padded = data.chunks(frames)
     for i, pair in enumerate(pairs):
@@ -228,7 +227,7 @@ def chunks_of(data: "RobotData", pairs: Sequence[Pair], frames: np.ndarray) -> t
     return actions, np.broadcast_to(padded.any(1, keepdims=True), padded.shape).copy()
 
 
-def check_pairs(data: "RobotData", pairs: Sequence[Pair], tolerance: float | Sequence[float], where: str) -> np.ndarray:
+def check_pairs(data: RobotData, pairs: Sequence[Pair], tolerance: float | Sequence[float], where: str) -> np.ndarray:
     """The frames [N, 2] at which pairs start, when all is as it must be.
 
     Args:
@@ -295,9 +294,6 @@ class PairFolder:
         self, root: Path, cameras: Sequence[str], chunk_size: int, *, image_size: int = 0, cache_dir: str = "",
         steps: int = 0, progress: bool = True,
     ):  # fmt: skip
-        from burnish.data.dataset import open_dataset
-        from burnish.data.loader import RobotData
-
         if not (root / INDEX).is_file() or not (root / FACTS).is_file():
             raise BurnishError(f"no pairs in {root} (it has no {INDEX})", "a pair folder", "burnish data pairs --help")
         self.facts = read_object(root / FACTS)

@@ -16,6 +16,7 @@ from burnish.core.options import number
 from burnish.core.progress import progress_bar
 from burnish.data.dataset import open_dataset
 from burnish.data.features import is_numeric
+from burnish.data.loader import RobotData
 from burnish.data.pairs import Outcome, Pair, check_pairs, read_labels, require_no_pairs, write_index
 from burnish.data.rows import read_rows
 from burnish.data.streamed import Shape, StreamedFrames
@@ -46,8 +47,6 @@ def import_pairs(
     Raises:
         BurnishError: unreadable labels, no such column, a pair of unequal starts or tasks; `root` is left as it was.
     """
-    from burnish.data.loader import RobotData
-
     root = Path(root)
     tolerances = list(state_tolerance) if isinstance(state_tolerance, Sequence) else [state_tolerance]
     if not tolerances or not all(number(one) and one >= 0 for one in (*tolerances, image_tolerance)):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import require_space, write_json
@@ -131,8 +132,6 @@ def picture(path: Path, size: int, where: str) -> np.ndarray:
     Raises:
         BurnishError: no picture of a known format, damaged, too large, or of more than 8 bits; begins with `where`.
     """
-    from PIL import Image, ImageOps
-
     broken = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error,
               zlib.error, Image.DecompressionBombError)  # fmt: skip
     try:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
 
 from burnish.core.errors import BurnishError
@@ -26,8 +27,6 @@ ENCODER = {"preset": "ultrafast", "crf": "18", "g": "2", "bf": "0"}
 
 def encode_video(frames: np.ndarray, fps: int) -> bytes:
     """An mp4 of `frames` [T, H, W, 3] uint8; the same bytes for the same frames."""
-    import av
-
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(CODEC, rate=fps, options=ENCODER)

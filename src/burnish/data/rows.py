@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from burnish.core.errors import BurnishError
 from burnish.data.features import INDEX_COLUMNS
@@ -141,9 +143,6 @@ def _from_table(table: Any, file: str, features: dict[str, dict], wanted: Sequen
 
 def _matrix(column: Any, shape: tuple[int, ...], where: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """[N, size] numbers of scalars or (nested) lists, and (row, values found, -1 for null) where there are others."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     array, size = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type), prod(shape)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
@@ -162,15 +161,10 @@ def _matrix(column: Any, shape: tuple[int, ...], where: str) -> tuple[np.ndarray
 
 
 def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _scalars(array: Any, size: int, where: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     kind = array.type
     known = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
     if not any(is_one(kind) for is_one in known):

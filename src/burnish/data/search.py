@@ -183,13 +183,10 @@ class Curation:
     """What the vectors of a data set show. Distances are one minus the mean cosine of two episodes' aligned moments.
 
     Args:
-        encoder: in words.
-        episodes: how many.
         typical: median distance of an episode to its nearest one.
         duplicates: (episode, episode, distance) of near-duplicates, nearest first.
         outliers: (episode, distance to the nearest one), farthest first.
         idle: (episode, first frame, frame after the last, seconds) in which no view changes, longest first.
-        idle_share: of all frames.
         cover: episodes in the order in which they cover the data set best.
         radii: after each of them, the farthest that an episode is from the nearest of those so far.
         rows: episode to the row of a frame in its middle, for a thumbnail.

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import make_folder, new_file, write_json
@@ -50,8 +52,6 @@ class StoredRecording:
     """A recording on disk; arrays are read one by one, when they are needed."""
 
     def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
         self.path = path
         try:
             with safe_open(path, framework="numpy") as file:
@@ -61,16 +61,12 @@ class StoredRecording:
             raise BurnishError(f"{path} is damaged", "a recording of burnish data demos", f"rm '{path}'") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
-        from safetensors import safe_open
-
         with safe_open(self.path, framework="numpy") as file:
             return file.get_tensor(name)
 
 
 def write_recording(path: Path, recording: Recording) -> None:
     """Write the file atomically: a kill leaves no file of that name, a full disk raises one clear BurnishError."""
-    from safetensors.numpy import save
-
     arrays = {name: np.ascontiguousarray(array) for name, array in recording.arrays.items()}
     with new_file(path) as file:
         file.write_bytes(save(arrays, metadata={"facts": json.dumps(recording.facts)}))

@@ -7,13 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from burnish.core.errors import BurnishError
 from burnish.core.reading import inside
 from burnish.data.dataset import Dataset
-from burnish.data.pictures import content, decode_picture, read_cells
-from burnish.data.videos import Timeline, decode, find_video, locate, open_video, read_timeline
+from burnish.data.pictures import (
+    Timeline,
+    content,
+    decode,
+    decode_picture,
+    find_video,
+    locate,
+    open_video,
+    read_cells,
+    read_timeline,
+)
 
 OPEN_FILES = 16
 """Videos, or row groups of tables, that each thread keeps open."""
@@ -126,8 +138,6 @@ class StreamedFrames:
         names: files relative to the root.
         files: int32 [N] the file of each row; -1 where it has none.
         places: int64 [N] a frame's stamp in its video, or its row group and row: group << 32 | row.
-        shape: see `Shape`.
-        videos: whether the files are videos.
     """
 
     dtype = np.dtype(np.uint8)
@@ -214,8 +224,6 @@ class _Video:
 
     def frame(self, stamp: int) -> np.ndarray:
         """uint8 [H, W, 3]; raises BurnishError where it cannot be decoded."""
-        import av
-
         try:
             if not self._last < stamp <= self._last + self._near or self._last < 0:
                 self._container.seek(stamp, stream=self._stream, backward=True)
@@ -235,8 +243,6 @@ class _Video:
 
 
 def _group(root: Path, name: str, group: int, column: str) -> list[Any]:
-    import pyarrow.parquet as pq
-
     return pq.ParquetFile(inside(root, name)).read_row_group(group, columns=[column])[column].to_pylist()
 
 
@@ -244,9 +250,6 @@ def _rows_in_groups(
     dataset: Dataset, name: str, episodes: Sequence[int], faults: dict[int, str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the data set that a data file holds, and the group and place of each in the file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     at, what = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     try:
         file = pq.ParquetFile(inside(dataset.root, name))

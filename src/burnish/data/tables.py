@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from burnish.core.errors import BurnishError, first_line
 from burnish.core.reading import inside, read_lines, read_object, regular_file
@@ -63,9 +65,6 @@ def read_parquet(
         Unreadable: the file is missing, damaged, or outside the data set.
         BurnishError: it lacks a column, or holds over `most` values in them.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = inside(root, name)
     try:
         regular_file(path, root)
@@ -250,8 +249,6 @@ def read_tasks(root: Path, version: str) -> dict[int, Any]:
 
 def _text_column(table: Any) -> str | None:
     """The column of instructions. pandas may write it as an index, named "task" or __index_level_0__."""
-    import pyarrow as pa
-
     names = [name for name in table.column_names if name != "task_index"]
     is_text = (pa.types.is_string, pa.types.is_large_string)
     texts = [name for name in names if any(one(table[name].type) for one in is_text)]

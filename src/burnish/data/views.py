@@ -15,6 +15,8 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.core.options import number
 from burnish.core.reading import inside, read_lines, regular_file
+from burnish.envs.base import make_env
+from burnish.envs.rendering import point_map
 from burnish.teachers.base import Views
 from burnish.teachers.placing import Placement, place
 
@@ -27,7 +29,6 @@ class FrameSource:
 
     Args:
         frames: camera to the .npy file of decoded frames, uint8 [N, H, W, 3], or to `StreamedFrames`.
-        geometry: whether depth is wanted.
         placements: how the policy pads each camera's view; none where it does not.
     """
 
@@ -137,8 +138,6 @@ class _Depth:
         return [row for _, row in read_lines(inside(self._folder, name), self._folder)]
 
     def _environment(self, task_id: str, size: int):
-        from burnish.envs.base import make_env
-
         if self._env_id != (task_id, size):
             self.close()
             self._env, self._env_id = make_env(task_id, size), (task_id, size)
@@ -167,8 +166,6 @@ def _load_depth(path: Path, folder: Path, length: int) -> np.ndarray:
 
 def _from_stored(depth: np.ndarray, facts: dict, camera: str, path: Path) -> dict[str, np.ndarray]:
     """World points of a stored depth image, by the camera's pose in the frame's facts."""
-    from burnish.envs.rendering import point_map
-
     poses = facts.get("cameras")
     pose = poses.get(camera) if isinstance(poses, dict) else None
     sizes = {"position": 3, "rotation": 9, "fovy": 1}

@@ -41,7 +41,6 @@ class BatchedPolicy:
     Args:
         policy: the policy; put into evaluation mode.
         cameras: the policy's camera name to the environment's.
-        seed: seed of the policy's noise.
         width: requests in a call; it has one more row.
         n_action_steps: how many actions of each chunk are executed.
 

@@ -26,12 +26,11 @@ from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.scheduler import Measurement, Planned
 from burnish.evaluate.simulators import Finished
 from burnish.policies.base import Policy, require
-from burnish.sampling.steering import Steering, weights
+from burnish.sampling.steering import MODES, Steering, weights
 
 CANDIDATES = 8
 """Chunks of which bidirectional decoding keeps the one nearest to the old one."""
-STEERED = ("guided", "inpaint", "trained")
-COMMITTING = (*STEERED, "tokens")
+COMMITTING = (*MODES, "tokens")
 """Modes that tell the policy what will have been executed."""
 
 
@@ -58,7 +57,6 @@ class DelayedPolicy(BatchedPolicy):
 
     Args:
         policy, cameras, seed, width, n_action_steps: see BatchedPolicy; n_action_steps is s, the steps to a replan.
-        delay: see DelayConfig.
 
     Raises:
         BurnishError: rows that the delay needs do not exist, a mode that the policy has not got, or an environment that
@@ -77,7 +75,7 @@ class DelayedPolicy(BatchedPolicy):
             raise BurnishError(found, f"at most {min(n_action_steps, left)}: the old chunk bridges the delay", fix)
         if d and not spec.relative:
             raise BurnishError(f"{spec.task_id} does not say how its robot stands still", "EnvSpec.relative")
-        if delay.mode in STEERED:
+        if delay.mode in MODES:
             require(policy, "steering", f"mode {delay.mode}")
         if delay.mode == "tokens":
             require(policy, "prefix", "mode tokens")
@@ -252,7 +250,6 @@ def measured_steps(measured: str, fps: float) -> int:
     Args:
         measured: p50, p95 or p99, a colon, and a file: of `burnish policy profile`, a server's /stats, or the
             summary.json of an evaluation.
-        fps: control steps a second.
     """
     name, colon, path = measured.partition(":")
     if not colon or name not in ("p50", "p95", "p99"):

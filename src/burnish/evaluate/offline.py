@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from burnish.core.config import DataConfig, EvalConfig
 from burnish.core.errors import BurnishError, plain
+from burnish.core.figures import new_figure, save_figure
 from burnish.core.files import write_json
 from burnish.core.options import check
 from burnish.core.outputs import require_own
@@ -22,6 +23,7 @@ from burnish.core.progress import progress_bar
 from burnish.core.provenance import commit
 from burnish.core.recipe import load_recipe
 from burnish.core.seeding import derive_seed
+from burnish.core.types import Batch
 from burnish.data.checks import require
 from burnish.data.dataset import Dataset, open_dataset
 from burnish.data.features import ACTION
@@ -34,13 +36,10 @@ from burnish.evaluate.offline_scores import parse_offline as parse
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
 from burnish.evaluate.rollout import using_sampler
 from burnish.evaluate.stats import percentiles
+from burnish.policies.base import Policy
 from burnish.policies.load import policy_and_hash
 from burnish.runtime.choose import find_sampler
 from burnish.runtime.executor import Runtime
-
-if TYPE_CHECKING:
-    from burnish.core.types import Batch
-    from burnish.policies.base import Policy
 
 TOGETHER = 8
 """Observations in a call, unless said."""
@@ -90,7 +89,7 @@ class OfflineEvaluation:
 
 
 def evaluate_offline(
-    policy: "Policy | Path | str", data: DataConfig, *, output: Path | str, episodes: int = 100, every: int = 0,
+    policy: Policy | Path | str, data: DataConfig, *, output: Path | str, episodes: int = 100, every: int = 0,
     seed: int = 0, batch_size: int = 0, cameras: Sequence[str] | None = None, device: str = "", instruction: str = "",
     video: bool = True, sampler: str = "", tier: str = "", progress: bool = True,
 ) -> OfflineEvaluation:  # fmt: skip
@@ -168,7 +167,7 @@ def trained_on(policy: Path | str, root: Path) -> DataConfig | None:
 
 
 def _open_frames(
-    data: DataConfig, meta: Dataset, policy: "Policy", chosen: list[int], cameras: Sequence[str] | None, progress: bool
+    data: DataConfig, meta: Dataset, policy: Policy, chosen: list[int], cameras: Sequence[str] | None, progress: bool
 ) -> RobotData:
     """The chosen episodes as the policy is trained on them; BurnishError where the two do not go together."""
     frames = RobotData(
@@ -188,7 +187,7 @@ def _open_frames(
 class _Replay(BatchedPolicy):
     """The policy on recorded observations: those of its requests are (row of the data set, instruction)."""
 
-    def __init__(self, policy: "Policy", data: RobotData, trials: EvalConfig, weights: str, instruction: str):
+    def __init__(self, policy: Policy, data: RobotData, trials: EvalConfig, weights: str, instruction: str):
         steps, names = policy.act_steps, data.meta.features[ACTION]["names"]
         cameras = dict(zip(policy.cameras, data.cameras, strict=True))
         super().__init__(policy, cameras, trials.seed, trials.batch_size or TOGETHER, steps)
@@ -201,7 +200,7 @@ class _Replay(BatchedPolicy):
         if trials.tier:
             self.runner = Runtime(policy, tier=trials.tier)
 
-    def _batch(self, observations: Sequence[Any]) -> "Batch":
+    def _batch(self, observations: Sequence[Any]) -> Batch:
         seen = self.data.observations(np.array([row for row, _ in observations]))
         batch: Batch = {f"observation.images.{name}": to_float(seen[key]) for name, key in self.cameras.items()}
         batch |= {key: value for key, value in seen.items() if key not in self.data.cameras and key != "task"}
@@ -238,8 +237,6 @@ class _Replay(BatchedPolicy):
 
 def draw_episode(path: Path, data: RobotData, episode: int, chunks: np.ndarray, starts: np.ndarray) -> None:
     """Six moments of the first camera above every dimension: recorded in black, each predicted chunk in colour."""
-    from burnish.core.figures import new_figure, save_figure
-
     first, stop = data.meta.rows.span(episode)
     names = data.meta.features[ACTION]["names"][:MOST_DRAWN]
     figure = new_figure(9, 1.6 + 0.9 * len(names))

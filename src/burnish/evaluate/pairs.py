@@ -8,7 +8,7 @@ chunk in which they diverge, and a pair compares exactly these two chunks on exa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import count_workers
+from burnish.data.assemble import assemble
 from burnish.data.pairs import FACTS, Pair, make_pairs, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, Observation, check_size, expand, make_env
@@ -27,10 +28,8 @@ from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras, vie
 from burnish.evaluate.rollout import initial_states
 from burnish.evaluate.scheduler import Scheduler
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool, Waiting
+from burnish.policies.base import Policy
 from burnish.policies.load import policy_and_hash
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
 
 KIND = "preference pairs"
 
@@ -69,7 +68,7 @@ class Collection:
 
 
 def collect(
-    policy: "Policy | Path | str", env: str, root: Path | str, *, states: int = 100, rollouts: int = 4,
+    policy: Policy | Path | str, env: str, root: Path | str, *, states: int = 100, rollouts: int = 4,
     first_state: int = 500_000, seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
     ties: str = "skip", offsets: Sequence[int] = (0,), limit: int = 0, workers: int = 0, device: str = "",
     progress: bool = True, make: MakeEnv = make_env,
@@ -143,7 +142,7 @@ def _check_numbers(states: int, rollouts: int, **others: float) -> None:
 
 
 def _collect_task(
-    pool: SimulatorPool, policy: "Policy", spec: EnvSpec, spool: Spool, request: dict[str, Any], slots: int, bar: bool
+    pool: SimulatorPool, policy: Policy, spec: EnvSpec, spool: Spool, request: dict[str, Any], slots: int, bar: bool
 ) -> None:
     """All rollouts of one task: the first of each initial state, then the branches."""
     folder, rollouts, seed = spool.task_folder(spec.task_id), request["rollouts"], request["seed"]
@@ -178,7 +177,7 @@ def _shared_prefix(seed: int, state: int, place: int, actions: np.ndarray, steps
     return actions[: derive_seed("part", seed, state, place) % replans * steps]
 
 
-def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, policy: "Policy") -> list[_Rollout]:
+def _completions(spool: Spool, spec: EnvSpec, states, rollouts: int, request, policy: Policy) -> list[_Rollout]:
     done, found = spool.attempts(spec.task_id), []
     for i, state in enumerate(states):
         number = i * (rollouts + 1)
@@ -259,8 +258,6 @@ def _finish(
     root: Path, spool: Spool, specs: Sequence[EnvSpec], request: dict[str, Any], options: dict[str, Any]
 ) -> Collection:
     """Pair what was recorded and write data set and index atomically."""
-    from burnish.data.assemble import assemble
-
     step = request["rollouts"] + 1
     chosen: list[StoredRecording] = []
     pairs: list[Pair] = []

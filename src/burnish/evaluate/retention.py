@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from burnish.core.errors import BurnishError
 from burnish.core.progress import progress_bar
 from burnish.data.questions import open_questions
 from burnish.evaluate.stats import Rate, mcnemar, paired_interval, wilson
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Retention:
 
 
 def retention(
-    policy: "Policy", questions_root: Path | str, *, limit: int = 1000, batch_size: int = 64, progress: bool = False
+    policy: Policy, questions_root: Path | str, *, limit: int = 1000, batch_size: int = 64, progress: bool = False
 ) -> Retention:
     """Loss and exact-match accuracy of the policy's backbone on a question folder (see `burnish data questions`).
 
@@ -80,8 +79,6 @@ def retention(
     Raises:
         BurnishError: a folder that is not a question folder.
     """
-    import torch
-
     questions = open_questions(questions_root)
     chosen = _subset(questions.entries, limit)
     was_training = policy.training
@@ -131,9 +128,7 @@ def _subset(questions: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]
     return [questions[i] for i in sorted(chosen.tolist())]
 
 
-def _batch(entries: Sequence[dict[str, Any]], images: np.ndarray, camera: str, policy: "Policy") -> dict[str, Any]:
-    import torch
-
+def _batch(entries: Sequence[dict[str, Any]], images: np.ndarray, camera: str, policy: Policy) -> dict[str, Any]:
     pixels = torch.from_numpy(np.stack([images[entry["image"]] for entry in entries]))
     parameter = next(policy.parameters(), None)
     device = "cpu" if parameter is None else parameter.device

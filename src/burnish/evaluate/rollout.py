@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from burnish.core.cluster import choose_engine
 from burnish.core.config import CacheConfig, DelayConfig, EvalConfig
@@ -23,31 +23,32 @@ from burnish.core.progress import progress_bar
 from burnish.core.provenance import commit
 from burnish.core.seeding import derive_seed
 from burnish.core.workers import Engine
+from burnish.data.watchdog import Watchdog
 from burnish.envs.base import EnvSpec, Size, check_size, expand, make_env
+from burnish.evaluate.batching import BatchedPolicy, match_cameras, view_sizes
+from burnish.evaluate.delay import Ahead, DelayedMeasurement, DelayedPolicy, measured_steps
 from burnish.evaluate.evaluation import Evaluation, video_path
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
+from burnish.evaluate.scheduler import Measurement, Planned
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
-from burnish.policies.base import require
+from burnish.methods.retrieve.ask import watch
+from burnish.policies.base import Policy, require
 from burnish.policies.load import policy_and_hash
 from burnish.runtime.caches import Reuse, keeping
 from burnish.runtime.choose import find_sampler
+from burnish.runtime.executor import Runtime
 from burnish.sampling.kept import Kept
-
-if TYPE_CHECKING:
-    from burnish.data.watchdog import Watchdog
-    from burnish.evaluate.batching import BatchedPolicy
-    from burnish.policies.base import Policy
 
 VIDEOS_PER_TASK = 2
 EPISODES_PER_WORKER = 4
 log = logging.getLogger("burnish")
 
 Trial = tuple[EnvSpec, int]
-Prepare = Callable[[EnvSpec], "BatchedPolicy | None"]
+Prepare = Callable[[EnvSpec], BatchedPolicy | None]
 
 
 def evaluate(
-    policy: "Policy | Path | str", env: str, *, episodes: int = 100, output: Path | str, first_state: int = 1_000_000,
+    policy: Policy | Path | str, env: str, *, episodes: int = 100, output: Path | str, first_state: int = 1_000_000,
     seed: int = 0, workers: int = 0, batch_size: int = 0, max_steps: int = 0, image_size: int | None = None,
     cameras: Sequence[str] | None = None, n_action_steps: int | None = None, device: str = "",
     instruction_swap: bool = False, video: bool = True, engine: str = "processes", num_gpus: float | None = None,
@@ -92,8 +93,6 @@ def evaluate(
     Raises:
         BurnishError: bad arguments, a folder that holds another evaluation, a simulator process that died.
     """
-    from burnish.evaluate.batching import view_sizes
-
     trials = EvalConfig(env=env, episodes=episodes, first_state=first_state, seed=seed, workers=workers,
                         batch_size=batch_size, max_steps=max_steps, cameras=list(cameras or ()),
                         delay=delay or DelayConfig(), sampler=find_sampler(sampler, policy), tier=tier,
@@ -103,18 +102,12 @@ def evaluate(
     policy, weights = policy_and_hash(policy, device)
     check_size(env, size := image_size or view_sizes(policy, cameras))
     job = _Job(trials, size, video, progress, make, swap=instruction_swap, engine=place)
-    job.watchdog = _watchdog(trials, policy, weights)
+    job.watchdog = watch(Path(trials.watchdog), policy, weights) if trials.watchdog else None
     with using_sampler(policy, trials.sampler), _keeping(policy, job):
         return job.run(Path(output), weights, lambda spec: _batched(job, policy, spec, cameras, n_action_steps))
 
 
-def _watchdog(trials: EvalConfig, policy: "Policy", weights: str) -> "Watchdog | None":
-    from burnish.methods.retrieve.ask import watch
-
-    return watch(Path(trials.watchdog), policy, weights) if trials.watchdog else None
-
-
-def _keeping(policy: "Policy", job: "_Job") -> AbstractContextManager[None]:
+def _keeping(policy: Policy, job: "_Job") -> AbstractContextManager[None]:
     """Inside, what was computed from the same pictures is found again, where that is asked for."""
     kept = Kept() if job.trials.cache.mode == "exact" else None
     job.kept = kept if policy.supports("runtime") else None
@@ -122,7 +115,7 @@ def _keeping(policy: "Policy", job: "_Job") -> AbstractContextManager[None]:
 
 
 @contextmanager
-def using_sampler(policy: "Policy", sampler: str) -> Iterator[None]:
+def using_sampler(policy: Policy, sampler: str) -> Iterator[None]:
     """Inside, a policy of the caller's uses this sampler; "" leaves it its own."""
     if sampler:
         require(policy, "runtime", f"sampler {sampler}")
@@ -135,12 +128,8 @@ def using_sampler(policy: "Policy", sampler: str) -> Iterator[None]:
 
 
 def _batched(
-    job: "_Job", policy: "Policy", spec: EnvSpec, cameras: Sequence[str] | None, n_action_steps: int | None
-) -> "BatchedPolicy":
-    from burnish.evaluate.batching import BatchedPolicy, match_cameras
-    from burnish.evaluate.delay import DelayedPolicy, measured_steps
-    from burnish.runtime.executor import Runtime
-
+    job: "_Job", policy: Policy, spec: EnvSpec, cameras: Sequence[str] | None, n_action_steps: int | None
+) -> BatchedPolicy:
     if policy.action_dim != len(spec.action_names):
         expected = f"{len(spec.action_names)} for {spec.task_id}"
         raise BurnishError(f"a policy with {policy.action_dim} action dimensions", expected)
@@ -213,7 +202,7 @@ class _Job:
     actor: str = "policy"
     engine: Engine = field(default_factory=Engine)
     kept: Kept | None = None
-    watchdog: "Watchdog | None" = None
+    watchdog: Watchdog | None = None
 
     @property
     def batch_size(self) -> int:
@@ -291,11 +280,8 @@ class _Job:
         return episodes
 
     def fill(
-        self, pool: SimulatorPool, policy: "BatchedPolicy | None", journal: Journal, todo: list[Episode], total: int
+        self, pool: SimulatorPool, policy: BatchedPolicy | None, journal: Journal, todo: list[Episode], total: int
     ) -> None:
-        from burnish.evaluate.delay import Ahead, DelayedMeasurement
-        from burnish.evaluate.scheduler import Measurement, Planned
-
         stamp = {name: journal.settings[name] for name in ("seed", "weights", "variant")} | {"commit": commit()}
         shown = {"desc": self.trials.env, "unit": "ep", "shown": self.progress}
         with progress_bar(total=total, initial=total - len(todo), **shown) as bar:

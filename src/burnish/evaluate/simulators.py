@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import av
 import numpy as np
+from PIL import Image
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
@@ -312,8 +314,6 @@ class SimulatorPool(WorkerPool):
 
 def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
     """Write frames [H, W, 3] uint8 as H.264 mp4; an odd side loses its last row or column."""
-    import av
-
     height, width = (side - side % 2 for side in frames[0].shape[:2])
     with new_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="mp4") as container:
         stream = container.add_stream("h264", rate=fps)
@@ -327,8 +327,6 @@ def write_video(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
 
 def write_film_strip(path: Path, frames: Sequence[np.ndarray], count: int = 6) -> None:
     """Write `count` moments from first to last side by side as PNG."""
-    from PIL import Image
-
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     strip = np.concatenate([frames[i] for i in chosen], axis=1)
     with new_file(path) as temporary:

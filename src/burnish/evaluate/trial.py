@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import new_file, write_json, write_text
@@ -81,8 +82,6 @@ def _read(
         raise BurnishError(f"{words} says more", f'"instruction" and "setup" of at most {MOST_TEXT} characters')
     if photo is None:
         return state, b""
-    from PIL import ImageOps
-
     try:
         return state, _jpeg(ImageOps.exif_transpose(open_picture(regular_file(photo, folder, MOST_BYTES).read_bytes())))
     except (OSError, ValueError, SyntaxError, BurnishError) as error:
@@ -91,8 +90,6 @@ def _read(
 
 def states_of_dataset(root: Path, most: int) -> Made:
     """The first frames of at most `most` episodes of a LeRobotDataset, evenly from all, by its first camera."""
-    from PIL import Image
-
     data = open_named(root)
     if not data.camera_keys:
         raise BurnishError(f"{root} has no camera", "a data set with pictures")

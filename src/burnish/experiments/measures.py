@@ -73,7 +73,6 @@ def study_rows(runs: Folders, names: Iterable[str], evals: Iterable[str], measur
     """Rows of everything that a study measured.
 
     Args:
-        runs: the finished ones.
         names: measures that the study's endpoint and gates name; a logged number is shown only if it is among them.
         evals, measures: names of further evaluations, and of measuring commands.
         start: folder of what the base answered; None where it was not asked.

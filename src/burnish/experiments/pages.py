@@ -20,7 +20,6 @@ def update_pages(root: Path | str = Path(), check: bool = False) -> list[Path]:
 
     Args:
         root: a checkout; the present folder when not given.
-        check: change nothing.
 
     Returns:
         The pages that changed (or, with `check`, would change).

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from burnish.core.errors import BurnishError
 from burnish.core.files import write_text
@@ -76,8 +77,6 @@ class Proposal:
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML with its facts above; BurnishError where another file is in the way."""
-        import yaml
-
         head = ["Proposed by `burnish start`; edit at will.", f"  burnish run {shlex.quote(str(path))}", *self.facts]
         text = "".join(f"# {line}\n" for line in head)
         text += yaml.safe_dump(self.values, sort_keys=False, default_flow_style=None, width=110)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch
 from burnish.data.loader import LanguageData, to_device
 from burnish.methods.objective import Run
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Captured, Policy
+from burnish.policies.base import Captured, Policy
 
 
 class Questions:
@@ -66,7 +63,7 @@ def noise(batches: Iterable[Batch]) -> Iterator[Batch]:
         }
 
 
-def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = None) -> dict[str, Tensor]:
+def token_groups(captured: Captured, tokens: str, leave_out: Tensor | None = None) -> dict[str, Tensor]:
     """Which rows of a captured forward belong to which group, bool [B, S] each; never padding, state or actions.
 
     Args:
@@ -79,7 +76,7 @@ def token_groups(captured: "Captured", tokens: str, leave_out: Tensor | None = N
     return {"image": image, "text": text} if tokens == "apart" else {"tokens": image | text}
 
 
-def forward(policy: "Policy", batch: Batch, layers: Sequence[int]) -> tuple["Captured", Tensor | None]:
+def forward(policy: Policy, batch: Batch, layers: Sequence[int]) -> tuple[Captured, Tensor | None]:
     """Hidden states of one forward through the policy's own prefix, and which rows are answers (bool [B, S] or None).
 
     Args:

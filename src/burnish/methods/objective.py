@@ -3,20 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from burnish.core.config import RecipeConfig
 from burnish.core.registry import Registry
 from burnish.core.types import Batch, PolicyLoss
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from burnish.core.config import RecipeConfig
-    from burnish.data.loader import RobotData
-    from burnish.policies.base import Policy
+from burnish.data.loader import RobotData
+from burnish.policies.base import Policy
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 """Contiguous tensors by name or in order."""
@@ -48,9 +45,9 @@ class Run(Protocol):
         progress: whether to show progress bars.
     """
 
-    recipe: "RecipeConfig"
-    policy: "Policy"
-    data: "RobotData"
+    recipe: RecipeConfig
+    policy: Policy
+    data: RobotData
     objectives: "dict[str, Objective]"
     trained: dict[str, nn.Parameter]
     average: Any
@@ -61,7 +58,7 @@ class Run(Protocol):
     device: torch.device
     generator: torch.Generator
     shared_generator: torch.Generator
-    accelerator: "Accelerator"
+    accelerator: Accelerator
     output: Path
     parent_hash: str
     progress: bool
@@ -130,7 +127,7 @@ def num_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def thaw(recipe: "RecipeConfig") -> str:
+def thaw(recipe: RecipeConfig) -> str:
     """The flag under which a backbone is trained that the recipe freezes, or else the policy's config."""
     field = next((name for name in ("freeze", "train_only") if getattr(recipe.train, name)), "")
     return f"--train.{field}='[]'" if field else "--policy.overrides.train_expert_only=false"
@@ -152,7 +149,7 @@ class Objective(nn.Module):
     reads_moments = False
     """Whether it reads AdamW's moments, which then are in float32."""
 
-    def choose_trained(self, recipe: "RecipeConfig", policy: "Policy") -> None:
+    def choose_trained(self, recipe: RecipeConfig, policy: Policy) -> None:
         """Called once, before the optimiser is made: the place to switch `requires_grad` of the policy's parameters.
 
         Adapters are in place and the recipe's patterns have been applied.
@@ -165,7 +162,7 @@ class Objective(nn.Module):
         are made here are trained from the first step.
         """
 
-    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         """For `burnish method cost`, where nothing is loaded: `policy` has shapes alone, `choose_trained` is done."""
         return Extra()
 

@@ -6,19 +6,19 @@ Either way policy and reference never sit in memory twice.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_file
 from burnish.core.options import number
 from burnish.core.reading import search
 from burnish.policies.base import Policy
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
 
 _NO_MATTER = (
     "device", "decoder", "n_action_steps", "optimizer", "scheduler", "pretrained_path", "push", "repo", "tags",
@@ -93,7 +93,7 @@ def check_adapters(policy: nn.Module) -> None:
         )  # fmt: skip
 
 
-def train_around_adapters(recipe: "RecipeConfig", policy: Policy) -> None:
+def train_around_adapters(recipe: RecipeConfig, policy: Policy) -> None:
     """Let the action expert, new to the task, learn in full where adapters of the backbone have frozen everything else.
 
     A recipe that adapts what lies outside of the backbone, or says what is trained, stays as it is.
@@ -123,15 +123,11 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
     """The tensor stored at `path`, or computed now and stored.
 
     Args:
-        path: a safetensors file.
         about: what the scores depend on (weights, data, draws, chunk); stored beside them.
 
     Raises:
         BurnishError: the file belongs to something else, or is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,13 @@ from torch.func import functional_call
 from burnish.core.files import disk_errors, make_folder
 from burnish.methods.gradients import parts
 from burnish.methods.reference import without_adapters
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy
 
 
 class Start:
     """Parameters as they are now.
 
     Args:
-        parameters: by name.
         folder: keep them there, in a file without a name that goes with the process, and read them when they are asked
             for. None keeps them in memory, in bfloat16 where that loses nothing, as it does for most published weights.
     """
@@ -72,7 +69,7 @@ class Frozen(nn.Module):
     """
 
     def __init__(
-        self, policy: "Policy", trained: Mapping[str, Tensor], folder: Path | None,
+        self, policy: Policy, trained: Mapping[str, Tensor], folder: Path | None,
         holding: Callable[[Mapping[str, Tensor]], AbstractContextManager[Any]] | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -97,7 +94,7 @@ class Frozen(nn.Module):
 
 
 @contextmanager
-def evaluating(policy: "Policy") -> Iterator[None]:
+def evaluating(policy: Policy) -> Iterator[None]:
     """Inside, the policy is in eval mode; afterwards in the mode that it was in."""
     was_training = policy.training
     policy.eval()

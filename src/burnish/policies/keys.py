@@ -13,3 +13,8 @@ FAST_FOLDER = "fast"
 """Inside a policy folder: the files of its FAST tokenizer."""
 RULER = "go " * 400
 """A sentence that every tokenizer cuts at its limit: its row makes all texts of a batch as long as they can get."""
+MODES = {
+    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
+}  # fmt: skip
+"""LeRobot's normalisations, and the two statistics that each goes by."""

@@ -19,17 +19,13 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.reading import inside, read_object
-from burnish.policies.keys import ACTION, IMAGES, POSTPROCESSOR, PREPROCESSOR, STATE
+from burnish.policies.keys import ACTION, IMAGES, MODES, POSTPROCESSOR, PREPROCESSOR, STATE
 from burnish.policies.pretrained import foreign, load_tokenizer, no_remote_code, require_inside
 from burnish.policies.tensors import first, read_file
 
 log = logging.getLogger("burnish")
 MOST_STEPS = 32
 _KEYS = {"registry_name", "config", "state_file", "artifacts"}
-_MODES = {
-    "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
-}  # fmt: skip
 
 
 @dataclass
@@ -205,7 +201,7 @@ def picture_statistics(config: Any, stats: dict[str, Any], stored: dict[str, dic
     from lerobot.utils.constants import IMAGENET_STATS
 
     mode = config.normalization_mapping.get("VISUAL")
-    if mode is None or mode.name not in _MODES:
+    if mode is None or mode.name not in MODES:
         return stats
     usual = {name: torch.tensor(value) for name, value in IMAGENET_STATS.items()} if mode.name == "MEAN_STD" else {}
     return stats | {key: stored.get(key) or {**stats.get(key, {}), **usual} for key in config.image_features}
@@ -269,9 +265,9 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         *((key, feature, before) for key, feature in pictures.items()),
     ):
         mode = config.normalization_mapping.get(feature.type.value)
-        if mode is None or mode.name not in _MODES:
+        if mode is None or mode.name not in MODES:
             continue
-        for statistic in _MODES[mode.name]:
+        for statistic in MODES[mode.name]:
             value = found.get(f"{key}.{statistic}")
             if value is None:
                 raise BurnishError(f"no statistic '{statistic}' of {key} in {source} (it has {first(found) or 'none'})",
@@ -284,8 +280,8 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
 
 
 def _check_spread(key: str, mode: str, found: dict[str, Tensor], source: str) -> None:
-    low, high = (found[f"{key}.{statistic}"] for statistic in _MODES[mode])
-    spread, names = high if mode == "MEAN_STD" else high - low, " and ".join(_MODES[mode])
+    low, high = (found[f"{key}.{statistic}"] for statistic in MODES[mode])
+    spread, names = high if mode == "MEAN_STD" else high - low, " and ".join(MODES[mode])
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise BurnishError(f"{names} of {key} in {source} are not all finite", "finite statistics")
     if bool((spread < 0).any()):

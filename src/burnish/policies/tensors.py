@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError, one_line
@@ -68,9 +70,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_file(file: Path, folder: Path) -> dict[str, Tensor]:
     """The tensors of one file of `folder`; raises BurnishError where it is missing, damaged, or no file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     regular_file(file, folder)
     try:
         return load_file(file)
@@ -178,8 +177,6 @@ def write_weights(
         dtype: floating tensors are stored so; None keeps them.
         exact: tensors that keep their type: in half precision the edges of bins would move.
     """
-    from safetensors.torch import save_file
-
     if isinstance(state, Streamed):
         _stream(folder / WEIGHTS, state)
         return

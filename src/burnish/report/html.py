@@ -6,6 +6,8 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from PIL import Image
+
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4": "video/mp4"}
 
 
@@ -72,8 +74,6 @@ def file_uri(path: Path) -> str:
 def png_uri(image) -> str:
     """An image [H, W, 3] uint8 (or [H, W]) as a PNG data URI."""
     import io
-
-    from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)

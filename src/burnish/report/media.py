@@ -1,21 +1,18 @@
 """Videos and film strips of a run, small enough to sit inside the page. And the figure of a run for a README."""
 
 import io
+from collections import Counter
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from burnish.report.html import data_uri, file_uri, png_uri
-from burnish.report.run_folder import Evaluation, Film
-
-if TYPE_CHECKING:
-    from PIL import Image
-from collections import Counter
+import av
+from PIL import Image
 
 from burnish.core.errors import BurnishError
 from burnish.core.figures import new_figure, save_figure
+from burnish.report.html import data_uri, file_uri, png_uri
 from burnish.report.plots import percent
-from burnish.report.run_folder import load_run
+from burnish.report.run_folder import Evaluation, Film, load_run
 
 MAX_VIDEO_BYTES = 1_500_000
 MAX_PAGE_BYTES = 16_000_000
@@ -54,10 +51,8 @@ def _caption(film: Film) -> str:
     return f"{mark} · {escape(film.instruction)} · state {escape(film.initial_state)}"
 
 
-def read_picture(path: Path) -> "Image.Image | None":
+def read_picture(path: Path) -> Image.Image | None:
     """An RGB image; None where the file is broken, or a monster."""
-    from PIL import Image
-
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return image.convert("RGB")
@@ -80,7 +75,6 @@ def picture(strip: Path) -> str:
 
 def _strip_of(video: Path) -> str:
     """Evenly spaced frames of a video side by side; empty when it cannot be read."""
-    import av
     import numpy as np
 
     frames, step = [], 1

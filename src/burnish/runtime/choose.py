@@ -70,7 +70,6 @@ def judge(drawn: dict[str, Tensor], rule: Rule = Rule()) -> dict[str, Any]:
 
     Args:
         drawn: actions [n, K, T, A] by sampler, n observations with K noises each, REFERENCE among them.
-        rule: see there.
 
     Returns:
         "sampler" (REFERENCE's name where none keeps to it), "spread" (s), "decided", "binary" (indices of dimensions

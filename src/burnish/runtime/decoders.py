@@ -26,7 +26,6 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         decoders: names; none means all that fit the policy.
         options: of the decode plan, on top of each decoder's own.
         data: LeRobot data set, for action errors; "" takes random images.
-        count: observations.
         repeats: timed decodes of each.
         figure: draw the passes of the first decoder that was named, or of `pipelined`, into this file.
 

@@ -30,7 +30,6 @@ from burnish.sampling.passes import LOOKED_INTO, record
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
 
-Velocity = Callable[[Tensor, float], Tensor]
 Solver = Callable[..., Tensor]
 """From a velocity (of points [B, T, A_model] and a flow time) and noise to actions; steered, it also takes what
 corrects its directions, see sampling.solvers.

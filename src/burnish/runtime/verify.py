@@ -96,7 +96,6 @@ class Check:
     """One answer.
 
     Args:
-        name: what was checked.
         ok: None where it does not apply to this policy.
         worst: the largest deviation found, in units of the logits' (keys') standard deviation, or a count.
         limit: the largest that passes.
@@ -117,7 +116,6 @@ def verify_decode(policy: Policy, *, data: Path | str = "", count: int = 4, opti
     Args:
         policy: a token policy; converted to float64 in place with `double`.
         data: LeRobot data set with true actions; "" takes random images and leaves the shift unchecked.
-        count: observations.
         options: of the decode plan.
         double: compute in float64, where rounding decides nothing.
     """

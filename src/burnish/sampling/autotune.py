@@ -20,13 +20,8 @@ WIDEST = 16
 CLOSE = 1.3
 """After the first round only those within this factor of the best go on."""
 CAREFUL: dict[str, Any] = {
-    "add": 0.1,
-    "act": 1.0,
-    "append": 1,
-    "min_unmasked": "one",
-    "ties": "first",
-    "threshold": 0.9,
-}
+    "add": 0.1, "act": 1.0, "append": 1, "min_unmasked": "one", "ties": "first", "threshold": 0.9,
+}  # fmt: skip
 """The plan that is always allowed: of the tokens that a pass unmasks together at most one is unsure."""
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
-from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_tokens
+from burnish.sampling.state import BlockState, Layout, advance, lay_out, likeliest, settle, summary, wanted_tokens
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel, visible
-from burnish.sampling.unmask import likeliest
 
 LOOKED_INTO: ContextVar[bool] = ContextVar("passes are looked into", default=False)
 
@@ -43,11 +42,7 @@ class Buffers:
 
 
 class Passes:
-    """Runs the forward passes of a plan over one model.
-
-    Args:
-        plan: a fitted plan.
-    """
+    """Runs the forward passes of a plan over one model."""
 
     def __init__(self, model: TokenModel, plan: DecodePlan):
         self.model, self.plan = model, plan

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError, first_line
@@ -152,7 +153,6 @@ def _preprocessing(folder: Path) -> tuple[list[float], list[float], int]:
 def _load(folder: Path, kind: str, num_bytes: int) -> nn.Module:
     """The model of a checked folder, whose weight files have `num_bytes`; every weight that is used comes from them."""
     from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation
 
     local = {"local_files_only": True, "trust_remote_code": False}

@@ -153,7 +153,6 @@ def positional_term(grid: tuple[int, int], width: int, aspect: float = 0.0) -> T
 
     Args:
         grid: tokens (H, W).
-        width: channels.
         aspect: width of the image over its height; 0 takes that of the grid.
 
     Source:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError, first_line
@@ -79,9 +81,6 @@ class SceneNet(nn.Module):
 
 def load_scene_net(folder: Path) -> tuple[SceneNet, dict[str, Any]]:
     """The network of a folder that `python -m workshop teacher` wrote, and its facts (accuracy among them)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (folder / "config.json").exists():
         raise BurnishError(f"no scene3d teacher in {folder} (no config.json)", "a trained one", MAKE)
     facts = read_object(folder / "config.json", folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from burnish.core.errors import BurnishError, first_line
@@ -60,8 +61,6 @@ class VggtTeacher(Teacher):
 
 
 def _load(kind: type, folder: Path) -> torch.nn.Module:
-    from safetensors import SafetensorError
-
     try:
         return kind.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
@@ -71,8 +70,6 @@ def _load(kind: type, folder: Path) -> torch.nn.Module:
 
 def _check_names(aggregator: torch.nn.Module, weights: Path) -> None:
     """The package takes weights of anything and leaves what is missing as it was drawn."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(weights, "pt") as file:
             stored = set(file.keys())

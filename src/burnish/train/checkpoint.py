@@ -23,12 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from burnish import __version__
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import new_folder, point_to, remove_folder, require_space, write_json
 from burnish.core.options import number
+from burnish.core.provenance import commit
 from burnish.core.reading import read_object, regular_file
 from burnish.core.recipe import flatten, recipe_from_dict, recipe_to_dict
 from burnish.methods.gradients import local, own_rows, whole
@@ -274,9 +278,6 @@ def _buffers(policy: Policy) -> dict[str, Tensor]:
 
 
 def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
-    from burnish import __version__
-    from burnish.core.provenance import commit
-
     extra = {
         name: value
         for name, objective in run.objectives.items()
@@ -303,8 +304,6 @@ def _meta(run: Run, log_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     whole: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, tensor in tensors.items():
@@ -318,9 +317,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if path.exists():
         regular_file(path)
     try:
@@ -336,11 +332,6 @@ def _same_names(expected: set[str], found: set[str], path: Path) -> None:
         words = [f"lacks '{missing[0]}' ({len(missing)} in all)"] if missing else []
         words += [f"has the extra tensor '{extra[0]}' ({len(extra)} in all)"] if extra else []
         raise BurnishError(f"{path} {' and '.join(words)}", "exactly the tensors of this run")
-
-
-def _same_shape(found: Tensor, expected: tuple[int, ...], name: str, path: Path) -> None:
-    if tuple(found.shape) != tuple(expected):
-        raise BurnishError(f"{path}: '{name}' has shape {tuple(found.shape)}", f"{tuple(expected)}")
 
 
 def _without_repeats(saved: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -359,7 +350,8 @@ def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) ->
     _same_names(set(live), set(saved), path)
     with torch.no_grad():
         for name, tensor in live.items():
-            _same_shape(saved[name], tensor.shape, name, path)
+            if saved[name].shape != tensor.shape:
+                raise BurnishError(f"{path}: '{name}' has shape {tuple(saved[name].shape)}", f"{tuple(tensor.shape)}")
             local(tensor).copy_(own_rows(saved[name], tensor))
 
 

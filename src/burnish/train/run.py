@@ -22,6 +22,7 @@ from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, load_recipe, run_folder, save_recipe
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch
+from burnish.data.mix import recipe_hash
 from burnish.methods import objective as seat
 from burnish.methods.gradients import dot, dots, stream_gradients
 from burnish.methods.objective import Objective
@@ -123,20 +124,16 @@ class Run(seat.Run):
             return self.wrapped(self._module.loss, self, batch, language)
 
     def dot(self, one: seat.Tensors, other: seat.Tensors) -> Tensor:
-        return self._over_ranks(dot(one, other))
+        return self.total(dot(one, other))
 
     def norm(self, tensors: seat.Tensors) -> Tensor:
         return self.dot(tensors, tensors).sqrt()
 
     def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
-        return self._over_ranks(dots(one, others, group, count))
-
-    def _over_ranks(self, partial: Tensor) -> Tensor:
-        """Where every rank holds whole tensors, its sums are those of the whole; sums over rows are added up."""
-        return partial if self._shards is None else self._shards.total(partial)
+        return self.total(dots(one, others, group, count))
 
     def total(self, partial: Tensor) -> Tensor:
-        return self._over_ranks(partial)
+        return partial if self._shards is None else self._shards.total(partial)
 
     def inner_backward(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._shards is None else self._shards.inner_backward()
@@ -270,8 +267,6 @@ def result(output: Path, steps: int, final: dict[str, float]) -> TrainResult:
 
 def finished(recipe: RecipeConfig, output: Path) -> TrainResult | None:
     """The result of an earlier run of this very recipe that came to its end, or to that of its time."""
-    from burnish.data.mix import recipe_hash
-
     path = output / "train.json"
     if not path.is_file() or not (output / "policy").is_dir():
         return None

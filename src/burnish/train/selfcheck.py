@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
@@ -55,7 +57,6 @@ def normalisation_warnings(
     Args:
         actions_NA: actions in environment units.
         stats: LeRobot's statistics of "action" (mean, std, min, max, q01, q99).
-        names: one for each dimension.
         mode: LeRobot's NormalizationMode: MEAN_STD, MIN_MAX, QUANTILES, QUANTILE10 or IDENTITY.
     """
     values = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in stats.items()}
@@ -108,8 +109,6 @@ def check_ranks(run: Run, tensors: dict[str, Tensor], what: str) -> None:
     """Raise BurnishError on every rank when `tensors` (same names, in any order) differ between ranks."""
     if run.accelerator.num_processes == 1 or run.sharded:  # ranks that hold different rows have nothing to compare
         return
-    from accelerate.utils import gather_object
-
     own = dict(zip(tensors, fingerprint(tensors).cpu().tolist(), strict=True))
     everyone = gather_object([own])
     names = sorted(set().union(*everyone))
@@ -231,8 +230,6 @@ def _sent(number: Tensor) -> Callable[[], float]:
 
 def save_batch(batches: dict[str, Batch], path: Path, about: dict) -> None:
     """Tensors as <stream>/<key> in safetensors; strings, episodes and frames in a JSON file beside it."""
-    from safetensors.torch import save_file
-
     tensors, words = {}, {}
     for stream, batch in batches.items():
         for key, value in batch.items():

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+from burnish import policies
 from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import home
+from burnish.core.provenance import weights_hash
 from burnish.core.recipe import demos_root
 from burnish.data.checks import colour_cameras
 from burnish.data.dataset import Dataset
@@ -21,6 +26,7 @@ from burnish.data.mix import check_cameras, open_sources, use_statistics
 from burnish.data.mixed import training_data
 from burnish.methods.objective import OBJECTIVES, Objective
 from burnish.policies.base import Policy
+from burnish.policies.load import kind_of
 from burnish.train.selfcheck import check_statistics
 from burnish.train.sharded import check_launch
 
@@ -28,8 +34,6 @@ from burnish.train.sharded import check_launch
 @contextmanager
 def own_accelerate_state() -> Iterator[None]:
     """accelerate keeps its settings in process-wide variables; without this a second run could not choose others."""
-    from accelerate.state import AcceleratorState, GradientState
-
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=gpus):  # a step seeds torch's global generators
         try:
@@ -62,9 +66,6 @@ def process_count() -> int:
 
 def make_accelerator(recipe: RecipeConfig, output: Path):
     """accelerate's Accelerator for this recipe; several processes where a launcher started them."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-
     config = recipe.train
     no_device = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     if config.precision == "fp16" and no_device:
@@ -108,8 +109,6 @@ def _start_trackers(accelerator, recipe: RecipeConfig) -> None:
 
 def policy_and_data(recipe: RecipeConfig, progress: bool, device: str = "cpu") -> tuple[Policy, RobotData, str]:
     """Load the data sets and, onto its device, the policy that fits them; also returns the hash of its weights."""
-    from burnish.core.provenance import weights_hash
-
     sources = open_sources(recipe)
     root, meta = sources[0].root, sources[0].meta
     cameras = _cameras(recipe, meta)
@@ -128,19 +127,16 @@ def policy_and_data(recipe: RecipeConfig, progress: bool, device: str = "cpu") -
 
 
 def _load_policy(recipe: RecipeConfig, meta: Dataset, stats_source: str, device: str) -> Policy:
-    from burnish.policies import create_policy, load_policy
-    from burnish.policies.load import kind_of
-
     features, overrides = _features(recipe, meta), dict(recipe.policy.overrides)
     if recipe.policy.path:
         stats = None if recipe.data.statistics == "policy" else meta.stats
-        return load_policy(recipe.policy.path, overrides=overrides, dataset_stats=stats, features=features,
-                           stats_source=stats_source, device=device)  # fmt: skip
+        return policies.load_policy(recipe.policy.path, overrides=overrides, dataset_stats=stats, features=features,
+                                    stats_source=stats_source, device=device)  # fmt: skip
     if kind_of(recipe.policy.type).starts_from_vlm and "vlm_model_name" not in overrides:
         fix = f"--policy.path=small, or --policy.overrides.vlm_model_name=FOLDER for a new {recipe.policy.type}"
         raise BurnishError("policy.path is empty", "a LeRobot policy folder or the name of a shipped base", fix)
-    return create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides, type=recipe.policy.type,
-                         device=device)  # fmt: skip
+    return policies.create_policy(overrides.pop("vlm_model_name", ""), features, meta.stats, overrides,
+                                  type=recipe.policy.type, device=device)  # fmt: skip
 
 
 def dataset_features(recipe: RecipeConfig) -> tuple[dict[str, Any] | None, tuple[str, ...]]:

@@ -10,6 +10,9 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
@@ -89,8 +92,6 @@ def _find(folder: Path) -> dict[str, Path]:
 
 def _read(path: Path, folder: Path, head: str) -> dict[str, Any]:
     """The tensors of a pickled head by name."""
-    import torch
-
     regular_file(path, folder, MOST_HEAD)
     expected = f"torch.save of OFT's {head}"
     if not zipfile.is_zipfile(path):
@@ -124,8 +125,6 @@ def _read(path: Path, folder: Path, head: str) -> dict[str, Any]:
 
 
 def _write(heads: dict[str, dict[str, Any]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
     for name, state in heads.items():
         whole = {key: value.clone().contiguous() for key, value in state.items()}
         save_file(whole, folder / f"{name}.safetensors", metadata={"format": "pt"})

@@ -28,7 +28,6 @@ class Change:
 
     Attributes:
         number: of the vector in the merge.
-        vector: itself.
         name: the tensor in the vector.
         weight: the vector's, times its module's factor; never 0.
         first: whether no earlier tensor of the base (they may be tied) reads the same one.

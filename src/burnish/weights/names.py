@@ -44,8 +44,6 @@ def match_names(
     """Names of one checkpoint to those of the reference.
 
     Args:
-        names: names to translate.
-        reference: names to meet.
         rules: (regular expression, replacement) applied first, in order.
 
     Returns:

@@ -149,7 +149,6 @@ def write_tensors(
     Args:
         compute: gives the bits of one block. Blocks of one piece come in order from one thread, pieces in any order.
         threads: how many pieces at the same time.
-        label: of the progress bar.
         step: elements of a block.
     """
     for name, source in plan.copies.items():

@@ -8,8 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.core.seeding import generator
-from burnish.methods.align.loss import alignment_loss, coherence, cosine, pairwise_cosine, scale_gradient
-from burnish.methods.align.projector import Projectors, prefix_widths
+from burnish.methods.align.aligner import (
+    Projectors,
+    alignment_loss,
+    coherence,
+    cosine,
+    pairwise_cosine,
+    prefix_widths,
+    scale_gradient,
+)
 
 PAIRS, TOKENS, STUDENT, TEACHER, HIDDEN = 10, 64, 128, 96, 96
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from burnish.core.seeding import generator
 from burnish.data.augment import shift_by
-from burnish.methods.align.loss import alignment_loss, shift_grid
+from burnish.methods.align.aligner import alignment_loss, shift_grid
 
 ALL = torch.ones(2, 5, dtype=torch.bool)
 

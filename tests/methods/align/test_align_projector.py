@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.core.seeding import generator
-from burnish.methods.align.projector import Projectors, prefix_widths
+from burnish.methods.align.aligner import Projectors, prefix_widths
 
 
 def make(sharing="shared", widths=(4, 7, 12), teacher=(6, 6, 6), norm=True):

@@ -146,7 +146,7 @@ def test_a_tensor_that_is_no_copy_is_still_refused(dataset, tmp_path):
 
 @pytest.mark.parametrize("sharing", ["shared", "trunk", "independent", "same_start"])
 def test_no_way_of_sharing_stores_a_tensor_twice(sharing):
-    from burnish.methods.align.projector import Projectors
+    from burnish.methods.align.aligner import Projectors
 
     projectors = Projectors(8, (6, 6, 6), 12, (12,) * 3, sharing, True, torch.Generator().manual_seed(0))
     stored = projectors.state_dict()

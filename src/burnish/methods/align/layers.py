@@ -122,8 +122,6 @@ def similar_layers(similarity: Sequence[float], count: int, *, top: bool) -> lis
 
     Args:
         similarity: mean cosine of layer i and layer i + w, for each i.
-        count: layers wanted.
-        top: the most similar ones.
     """
     order = np.argsort(np.asarray(similarity), kind="stable")
     return sorted(int(i) for i in (order[::-1] if top else order)[:count])

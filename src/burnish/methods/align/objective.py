@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,15 @@ from burnish.core.seeding import generator
 from burnish.core.types import Batch, PolicyLoss
 from burnish.data.augment import to_float
 from burnish.data.feature_cache import CacheKey
-from burnish.data.loader import to_device
-from burnish.methods.align.aligner import Aligner, token_grid
+from burnish.data.loader import RobotData, to_device
+from burnish.methods.align.aligner import Aligner, coherence, cosine, pairwise_cosine, scale_gradient, token_grid
 from burnish.methods.align.layers import Pairs, check_pairs, choose_pairs
-from burnish.methods.align.loss import coherence, cosine, pairwise_cosine, scale_gradient
 from burnish.methods.align.options import AlignConfig, make_config
 from burnish.methods.align.targets import IMAGES, choose_teacher, make_targets
 from burnish.methods.objective import OBJECTIVES, Objective, Run, thaw
 from burnish.policies.base import Captured, require
 from burnish.teachers.base import Teacher, file_hash, fingerprint, make_teacher
 from burnish.teachers.placing import Placement
-
-if TYPE_CHECKING:
-    from burnish.data.loader import RobotData
 
 STRONGEST = 1e6
 """lambda is never set above this: where the alignment gradient vanishes, no lambda gives it a norm."""
@@ -234,7 +230,7 @@ def place_views(run: Run) -> list[Placement]:
     return [Placement.of(run.policy.view_mask(size)) for size in sizes]
 
 
-def view_sizes(data: "RobotData", cameras: Sequence[str]) -> list[tuple[int, int]]:
+def view_sizes(data: RobotData, cameras: Sequence[str]) -> list[tuple[int, int]]:
     """[H, W] of each camera's frames as they are trained on."""
     arrays = data.frames.arrays
     sizes = [arrays[camera if camera in arrays else f"{IMAGES}{camera}"].shape[1:3] for camera in cameras]
@@ -242,7 +238,7 @@ def view_sizes(data: "RobotData", cameras: Sequence[str]) -> list[tuple[int, int
 
 
 def cache_key(
-    config: AlignConfig, teacher: Teacher, pairs: Pairs, data: "RobotData", cameras: Sequence[str],
+    config: AlignConfig, teacher: Teacher, pairs: Pairs, data: RobotData, cameras: Sequence[str],
     grid: tuple[int, int], placements: Sequence[Placement] = (),
 ) -> CacheKey:  # fmt: skip
     """What the features of this run depend on; without `placements` no view is padded."""

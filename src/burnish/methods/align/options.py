@@ -7,8 +7,9 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import number, option, read_options
 from burnish.data.feature_cache import FORMATS
 from burnish.methods.align.layers import STRATEGIES
-from burnish.methods.align.projector import SHARING
 from burnish.teachers.placing import POOLINGS
+
+SHARING = ("shared", "trunk", "independent", "same_start")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class AlignConfig:
     stop_after: float = option(1.0, "alignment ends at this share of the training steps", above=0, most=1)
     decay: bool = option(False, "lambda falls to zero along a half cosine until stop_after")
     pair_weights: list[float] = option([], "alpha of each pair, scaled to sum 1; empty weighs all alike")
-    sharing: str = option("shared", "what the pairs' projectors share, see projector.Projectors", choices=SHARING)
+    sharing: str = option("shared", "what the pairs' projectors share, see aligner.Projectors", choices=SHARING)
     hidden: int = option(0, "hidden units of the projector; 0 takes the larger of both widths", least=0, most=65536)
     nested: bool = option(True, "Matryoshka: pair i uses a prefix of the hidden units, where the first layer is shared")
     nested_low: float = option(0.2, "share of the hidden units for the first pair (paper, Eq. 13)", above=0, most=1)

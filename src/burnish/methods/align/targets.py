@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,12 @@ from burnish.core.errors import BurnishError
 from burnish.core.types import Batch
 from burnish.data.feature_cache import CacheKey, FeatureCache
 from burnish.data.feature_fill import FeatureJob, fit_statistics, open_cache
+from burnish.data.loader import RobotData
 from burnish.data.views import FrameViews, frame_source, has_geometry
-from burnish.methods.align.loss import shift_grid
+from burnish.methods.align.aligner import shift_grid
 from burnish.teachers.base import Teacher, Views
 from burnish.teachers.folder import COMMAND
 from burnish.teachers.placing import place
-
-if TYPE_CHECKING:
-    from burnish.data.loader import RobotData
 
 IMAGES = "observation.images."
 RESIDENT_BYTES = 4 << 30
@@ -94,7 +92,7 @@ def shifted(features_BVHWD: Tensor, batch: Batch, key: CacheKey) -> Tensor:
 
 
 def make_targets(
-    spec: dict[str, Any], teacher: Teacher, key: CacheKey, data: "RobotData", *, cache: str, device: torch.device,
+    spec: dict[str, Any], teacher: Teacher, key: CacheKey, data: RobotData, *, cache: str, device: torch.device,
     progress: bool = True,
 ) -> CachedTargets | LiveTargets:  # fmt: skip
     """Open (and fill) the cache of a data set, or run the teacher at every step.

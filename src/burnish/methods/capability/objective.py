@@ -6,11 +6,12 @@ CapVector calls it a capability vector (Song et al. 2026, arXiv 2605.10903).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.types import Batch
@@ -29,12 +30,9 @@ from burnish.methods.capability.parts import (
 from burnish.methods.gradients import local
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
 from burnish.methods.start import Start
+from burnish.policies.base import Policy
 from burnish.weights.delta import Delta
 from burnish.weights.names import check_patterns, match_names, selected
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
-    from burnish.policies.base import Policy
 
 KINDS = (*PENALTIES, "gradient")
 _A = ".lora_A.default.weight"
@@ -69,7 +67,6 @@ class Capability(Objective):
 
     def __init__(self, **options: Any):
         super().__init__()
-        # YAML reads 1e-4 (no dot) as a word, which is no reason to refuse it.
         numbers = {name: _number(name, options[name]) for name in ("weight", "alpha") if name in options}
         self.options = read_options(Options, options | numbers, "objective capability")
         if not self.options.delta:
@@ -78,7 +75,7 @@ class Capability(Objective):
             raise BurnishError("objective capability: alpha is 0", "the weight the vector was merged with")
         self._figures: dict[str, Tensor] = {}
 
-    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         """The start of what is trained and in the vector."""
         if recipe.train.peft.method != "none":
             return Extra()

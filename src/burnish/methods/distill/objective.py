@@ -9,11 +9,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.reading import read_object
@@ -25,9 +26,6 @@ from burnish.policies.base import Policy, TokenForward, require
 from burnish.policies.discrete.losses import inverse_share
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
 
 
 def divergence(teacher: Tensor, student: Tensor, direction: str = "forward") -> Tensor:
@@ -74,7 +72,7 @@ class Distill(Objective):
         self._seen: list[TokenForward] = []
         self._agreement: Tensor | None = None
 
-    def cost(self, recipe: "RecipeConfig", policy: Policy) -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         kept = num_bytes(p for p in policy.parameters() if p.requires_grad) if self.options.teacher == "copy" else 0
         return Extra(kept, 0 if recipe.train.imitation_weight > 0 else recipe.train.batch_size)
 

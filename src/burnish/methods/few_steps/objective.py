@@ -8,20 +8,18 @@ the observation. No action labels enter.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.types import Batch, PolicyLoss
 from burnish.methods.objective import OBJECTIVES, Objective, Run
 from burnish.policies.base import Policy, require
 from burnish.runtime.executor import Runtime
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
 from burnish.sampling.solvers import Velocity, grid
 
 
@@ -54,7 +52,7 @@ class FewSteps(Objective):
             raise BurnishError(found, "a multiple of the steps, and more than those", f"teacher_steps: {8 * steps}")
         self._gap: Tensor | None = None
 
-    def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
+    def choose_trained(self, recipe: RecipeConfig, policy: Policy) -> None:
         require(policy, "runtime", "few_steps")
         for _, parameter in policy.backbone_parameters():
             parameter.requires_grad_(False)

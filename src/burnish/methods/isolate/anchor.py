@@ -10,20 +10,21 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import new_file
 from burnish.core.options import read_options
 from burnish.core.reading import parse_json, regular_file
 from burnish.core.types import Batch
+from burnish.data.questions import open_questions
 from burnish.methods.inputs import forward, noise, question_batches, token_groups
 from burnish.methods.start import evaluating
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy
 
 FORMAT = 2
 """1 had states of the VLM's own reading, which SmolVLA never sees on robot inputs."""
@@ -79,7 +80,6 @@ class Provenance:
         base_hash: of the weights of the frozen policy.
         layers, width: of its backbone.
         source: name of the question folder.
-        samples: questions.
         template: how a question becomes text.
         answers: whether the rows of answers count too.
         tokens: "apart" (image and text each have a Gaussian) or "pooled".
@@ -108,10 +108,6 @@ class Anchor:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; a kill leaves the old one or none."""
-        from safetensors.torch import save_file
-
-        from burnish.core.files import new_file
-
         tensors = {
             f"{layer}.{group}.{name}": getattr(one, name).cpu().contiguous()
             for (layer, group), one in self.moments.items() for name in _PARTS
@@ -121,8 +117,6 @@ class Anchor:
 
     @classmethod
     def load(cls, path: Path) -> "Anchor":
-        from safetensors import SafetensorError, safe_open
-
         if not path.is_file():
             raise BurnishError(f"no anchor at {path}", "a file that `burnish method isolate anchor` wrote", MAKE)
         regular_file(path, most=_MOST_BYTES)
@@ -215,7 +209,7 @@ def _moments(about: Provenance, tensors: dict[str, Tensor]) -> dict[tuple[int, s
 
 
 @torch.no_grad()
-def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anchor:
+def build(policy: Policy, batches: Iterable[Batch], about: Provenance) -> Anchor:
     """An anchor of `policy` as it is now.
 
     Args:
@@ -238,21 +232,18 @@ def build(policy: "Policy", batches: Iterable[Batch], about: Provenance) -> Anch
 
 
 def build_from_questions(
-    policy: "Policy", root: Path, samples: int, batch_size: int, about: Provenance, device: torch.device | str, *,
+    policy: Policy, root: Path, samples: int, batch_size: int, about: Provenance, device: torch.device | str, *,
     wrong: bool = False, progress: bool = False,
 ) -> Anchor:  # fmt: skip
     """`build` on a question folder, held against questions of it that are kept aside.
 
     Args:
         samples: questions, at most; all but those kept aside where there are fewer.
-        batch_size: questions in a forward pass.
         wrong: the control: an anchor of noise in place of the pictures, which nothing is held against.
 
     Raises:
         BurnishError: not a question folder, an empty one, or the base disagrees with its own anchor.
     """
-    from burnish.data.questions import open_questions
-
     total = len(open_questions(root).entries)
     aside = min(HELD_OUT, total // 5)
     used = max(1, min(samples, total - aside))

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import check, read_options
 from burnish.core.types import Batch, PolicyLoss
@@ -22,9 +23,6 @@ from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_byt
 from burnish.methods.reference import train_around_adapters
 from burnish.methods.start import Start
 from burnish.policies.base import Captured, Policy, recomputing, require
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
 
 
 @OBJECTIVES.register("isolate")
@@ -49,7 +47,7 @@ class Isolate(Objective):
         if self.options.control == "wrong_anchor" and anchor:
             raise BurnishError("isolate: an anchor file for a control that builds its own", "questions: FOLDER alone")
 
-    def choose_trained(self, recipe: "RecipeConfig", policy: Policy) -> None:
+    def choose_trained(self, recipe: RecipeConfig, policy: Policy) -> None:
         if self.options.asks and not (self.inputs.questions or recipe.language.root):
             raise BurnishError(f"isolate: method '{self.method}' needs a question folder",
                                "questions: FOLDER or language.root",
@@ -72,7 +70,7 @@ class Isolate(Objective):
                                    "--train.peft.method=lora")  # fmt: skip
             train_around_adapters(recipe, policy)
 
-    def cost(self, recipe: "RecipeConfig", policy: Policy) -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         """The protected gradient, or the start, as large as what is trained of the backbone; and the questions."""
         options = self.options
         backbone = num_bytes(p for _, p in policy.backbone_parameters() if p.requires_grad)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from burnish.methods.inputs import question_batches, read_passages, robot_batche
 from burnish.methods.isolate.anchor import forward, token_distance, token_groups, w2_diagonal
 from burnish.methods.objective import Run
 from burnish.methods.start import evaluating
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy
 
 IMAGE = "observation.images.text"
 
@@ -99,7 +96,7 @@ class Probe:
 
 
 @torch.no_grad()
-def text_loss(policy: "Policy", texts: list[str], batch_size: int = 16) -> float:
+def text_loss(policy: Policy, texts: list[str], batch_size: int = 16) -> float:
     """Mean next-token loss, in nats per token, of plain text by the backbone that acts.
 
     The language verb needs an image and a question, so every passage is the answer to an empty question about a grey

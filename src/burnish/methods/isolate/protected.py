@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ from burnish.methods.isolate.anchor import (
 from burnish.methods.isolate.options import Inputs, Options
 from burnish.methods.objective import Run
 from burnish.methods.start import Frozen
-
-if TYPE_CHECKING:
-    from burnish.policies.base import Captured, Policy
+from burnish.policies.base import Captured, Policy
+from burnish.policies.vqa import PROMPT
 
 GAP_SAMPLES = 64
 """Robot frames, or questions, on which a run's base is held against its anchor."""
@@ -61,7 +60,7 @@ class Source:
             holding = run.holding if run.sharded else None
             self.frozen = Frozen(run.policy, trained, run.output if self.options.edits else None, holding)
 
-    def loss(self, policy: "Policy", batch: Batch, captured: "Captured | None", k: int) -> Tensor:
+    def loss(self, policy: Policy, batch: Batch, captured: Captured | None, k: int) -> Tensor:
         """The protected loss (scalar with graph) of micro-batch k.
 
         Args:
@@ -76,7 +75,7 @@ class Source:
         batch = self.questions.batch(k) if self.options.protect == "questions" else _head(batch, self.size)
         return self._distance(batch, *forward(policy, batch, self.layers))
 
-    def _distance(self, batch: Batch, captured: "Captured", answers: Tensor | None) -> Tensor:
+    def _distance(self, batch: Batch, captured: Captured, answers: Tensor | None) -> Tensor:
         """Sum over layers and token groups of the distance of the states from the anchor."""
         options = self.options
         reference = None if self.frozen is None else self.frozen.call(forward, batch, self.layers)[0]
@@ -100,8 +99,6 @@ class Source:
         return distance(states, moments.mean, moments.variance)
 
     def _anchor(self, run: Run, questions: str, path: str, samples: int) -> Anchor:
-        from burnish.policies.vqa import PROMPT
-
         options = self.options
         wrong = options.control == "wrong_anchor"
         if path and not wrong:

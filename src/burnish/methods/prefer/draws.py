@@ -99,7 +99,6 @@ def make_draws(own: Draws, config: ScoreConfig, generator: torch.Generator) -> W
 
     Args:
         own: the policy's own K draws (`policy.draw(K, generator)`): noise [K, ...], time [K].
-        generator: draws the times.
 
     Returns:
         noise [K, ...], time [K], weight [K].

@@ -51,7 +51,6 @@ def kto(change: Tensor, desirable: Tensor, beta: float, drift: Tensor) -> Tensor
     Args:
         change: [B] how much likelier a chunk has become than it was for the reference.
         desirable: bool [B]; as many of either kind, so that both weigh alike.
-        beta: inverse temperature.
         drift: scalar without gradient, how much likelier chunks from elsewhere have become: the reference point.
     """
     z = beta * (change - drift.clamp_min(0))

@@ -3,12 +3,13 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.files import alone
 from burnish.core.reading import read_object
@@ -29,11 +30,7 @@ from burnish.methods.prefer.scoring import (
     score_config,
     weighted,
 )
-from burnish.policies.base import require
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy, require
 
 log = logging.getLogger("burnish")
 
@@ -60,7 +57,7 @@ class Prefer(Objective):
         self._held: scoring.HeldOut | None = None
         self._held_figures: dict[str, float] = {}
 
-    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         """The pairs of a step; of a pair the observation is encoded once."""
         return Extra(samples=self.config.batch_size)
 

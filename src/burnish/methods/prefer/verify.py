@@ -32,11 +32,9 @@ def verify_score(
     """Compare scores with exact log-probabilities.
 
     Args:
-        policy: a flow policy.
         data: LeRobot data set with its cameras.
         reference: the policy before preference optimisation; None compares plain differences of scores.
         observations, candidates: how many, and chunks for each.
-        draws: numbers of draws to try.
         steps, probes: see burnish.runtime.flow_likelihood.ode_scores.
         disturbance: standard deviation of the noise on the disturbed chunk, in standard deviations of the actions.
 

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import new_folder, write_json
@@ -48,8 +51,6 @@ def one_rank(rows: Tensor) -> Tensor:
 
 def all_ranks(rows: Tensor) -> Tensor:
     """The `Gather` of several: the gradient of a row is the sum over all ranks' losses."""
-    from torch.distributed.nn.functional import all_gather
-
     return torch.cat(all_gather(rows.contiguous()))
 
 
@@ -279,8 +280,6 @@ def save_head(folder: Path, head: Head, encoder: dict[str, Any], **about: Any) -
         encoder: identity of what makes its features, see `data.vectors.Encoder`.
         about: whatever else should be known of it (data, cameras, seed, minutes).
     """
-    from safetensors.torch import save_file
-
     require_own(folder, KIND)
     with new_folder(folder) as made:
         mark(made, KIND)
@@ -298,12 +297,8 @@ def load_head(folder: Path, encoder: dict[str, Any] | None = None) -> tuple[Head
     """A head in evaluation mode and what head.json says; where the folder lies does not matter.
 
     Args:
-        folder: see the head of this file.
         encoder: of the features that it is meant for; None asks for no particular one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
         raise BurnishError(f"no retrieval head in {folder}", f"{ABOUT} and {WEIGHTS}", REMEDY)

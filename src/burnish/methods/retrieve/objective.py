@@ -1,12 +1,13 @@
 """The objective `retrieve`: the head's losses (CrossVLA, arXiv:2605.21854) on a policy's own vision tower."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch, PolicyLoss
@@ -14,11 +15,7 @@ from burnish.data.loader import to_device
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
 from burnish.methods.retrieve.head import Head, Moments, all_ranks, one_rank, partner_frames
 from burnish.methods.retrieve.options import make_config
-from burnish.policies.base import require
-
-if TYPE_CHECKING:
-    from burnish.core.config import RecipeConfig
-    from burnish.policies.base import Policy
+from burnish.policies.base import Policy, require
 
 
 @OBJECTIVES.register("retrieve")
@@ -37,7 +34,7 @@ class Retrieve(Objective):
         self.config = make_config(preset, options)
         self._figures: dict[str, Tensor] = {}
 
-    def cost(self, recipe: "RecipeConfig", policy: "Policy") -> Extra:
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
         """The partners in time, which go through the tower beside the batch."""
         return Extra(samples=recipe.train.batch_size if self.config.time_weight else 0)
 

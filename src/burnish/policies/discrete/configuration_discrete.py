@@ -9,7 +9,7 @@ from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
 from burnish.core.options import number
 from burnish.core.renames import note
-from burnish.policies.discrete.noise import NOISE
+from burnish.policies.discrete.losses import NOISE
 
 TRAININGS = ("autoregressive", "parallel", "diffusion")
 TOKENIZERS = ("uniform", "quantile", "fast")
@@ -82,7 +82,7 @@ class DiscreteConfig(PreTrainedConfig):
     open_prompt: bool | None = None
     """Former name of `prompt_sees_actions`, in policies stored before."""
     noise: str = "uniform"
-    """Schedule of the hidden tokens, see discrete/noise.py."""
+    """Schedule of the hidden tokens, see losses.NOISE."""
     noise_options: dict[str, float] = field(default_factory=dict)
     ordinal_weight: float = 0.0
     """Weight of the distance between the expected and the true action beside the cross-entropy."""

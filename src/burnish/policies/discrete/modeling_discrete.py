@@ -17,9 +17,9 @@ from burnish.core.types import Draws
 from burnish.policies import language
 from burnish.policies.discrete import losses
 from burnish.policies.discrete.configuration_discrete import DiscreteConfig
+from burnish.policies.discrete.losses import NOISE, hide
 from burnish.policies.discrete.network import NetTokenModel, TokenNet, bucketed
-from burnish.policies.discrete.noise import NOISE, hide
-from burnish.policies.keys import ACTION, PAD, VLM_FOLDER
+from burnish.policies.keys import ACTION, MODES, PAD, VLM_FOLDER
 from burnish.policies.pretrained import load_tokenizer, load_vlm
 from burnish.sampling.token_model import Decoder, Prompt, make_decoder, sees, visible
 
@@ -70,13 +70,11 @@ class LeRobotCalls:
         images, _ = self.model.prepare_images(batch)
         vlm = self.model.vlm
         backbone = language.Backbone(text_model=self.model.text_model, head=vlm.get_output_embeddings(),
-                                     embed_text=vlm.get_input_embeddings(), tokenizer=self._tokenizer())  # fmt: skip
+                                     embed_text=vlm.get_input_embeddings(),
+                                     tokenizer=load_tokenizer(Path(self.config.vlm_model_name)))  # fmt: skip
         question = batch["query_text"]
         question = question if isinstance(question, str) else question[0]
         return language.greedy_answers(backbone, self.model.embed_image(images[0][:1]), [question], 16)[0]
-
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(Path(self.config.vlm_model_name))
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         """LoRA on queries and values of the language model, on the state's way in and the head over actions."""
@@ -123,9 +121,8 @@ class DiscretePolicy(LeRobotCalls, PreTrainedPolicy):
         """Set quantile bins to a data set; others need nothing."""
         if self.config.tokenizer != "quantile":
             return
-        bounds = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max")}
         mode = self.config.normalization_mapping["ACTION"].value
-        self.model.tokens.fit_quantiles(dataset_stats[ACTION], bounds[mode])
+        self.model.tokens.fit_quantiles(dataset_stats[ACTION], MODES[mode])
 
     def get_optim_params(self) -> Any:
         return self.parameters()

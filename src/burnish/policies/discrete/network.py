@@ -79,7 +79,6 @@ class TokenNet(Joint):
         vlm: transformers model with `get_image_features`, `get_decoder`, `get_input_embeddings`.
 
     Attributes:
-        tokens: the action tokenizer.
         state_positions: token positions of the state at the end of the prompt.
         kept: where decoders look for keys of pictures and text, see `TokenModel.keep`.
     """

@@ -32,7 +32,6 @@ class ActionSpace:
         where: names the statistics in errors.
 
     Attributes:
-        action_dim: A.
         state_dim: dimensions of the state; 0 without its statistics.
     """
 

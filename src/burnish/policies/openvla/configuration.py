@@ -137,7 +137,6 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
     """The config of a folder.
 
     Args:
-        overrides: fields of `Settings`.
         features: LeRobot features that replace cameras, state and action.
         stats: LeRobot statistics that become the entry of norm_stats in use.
     """

@@ -125,7 +125,6 @@ class OpenVLANet(Joint):
     """The whole network; also what `policies.discrete.token_model.NetTokenModel` makes a decoder's model of.
 
     Attributes:
-        tokens: the action space.
         state_positions, kept: as of `policies.discrete.network.TokenNet`.
     """
 

@@ -68,7 +68,6 @@ class OpenVLA(TokenPolicy):
 
         Args:
             folder, raw: the folder and its config.json.
-            overrides: fields of `configuration.Settings`.
         """
         stored = raw.get(OWN) if isinstance(raw.get(OWN), dict) else {}
         config = read_config(folder, raw, overrides, features, dataset_stats, stats_source)
