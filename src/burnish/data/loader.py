@@ -108,7 +108,7 @@ class RobotData:
         meta: what `open_dataset(root)` gave, where it has been read already.
         pictures: decode the frames; False leaves actions, states and instructions alone.
         window: what a sample has around its frame, see `Window`.
-        named: the option that `episodes` come from, for messages.
+        named: see `burnish.data.checks.require`.
 
     A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
 
@@ -127,7 +127,7 @@ class RobotData:
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
         seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
         meta: Dataset | None = None, pictures: bool = True, window: Window = Window(),
-        named: str = "data.episodes",
+        named: str = "",
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
@@ -140,7 +140,7 @@ class RobotData:
         self.frames = None
         if pictures:
             self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta, seen=seen,
-                                      cache_gb=cache_gb, episodes=episodes)  # fmt: skip
+                                      cache_gb=cache_gb, episodes=episodes, named=named)  # fmt: skip
         values = {name: np.ascontiguousarray(one, np.float32) for name, one in rows.values.items()}
         self.actions, self.states = values[ACTION], values.get(STATE)
         self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]
