@@ -23,7 +23,7 @@ log = logging.getLogger("burnish")
 
 
 def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[str] = (), named: str = "") -> list[int]:
-    """Refuse what training on these episodes and cameras would fail at or misread; instructions are only warned about.
+    """Refuse what training on these episodes and cameras would fail at or misread.
 
     Args:
         episodes: numbers; none means all.
@@ -53,14 +53,18 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
         without = wanted.difference(*(one.episodes for one in stopping))
         fix = first.fix or leaving(dataset, without if first.episodes else (), named)
         raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix)
-    if dataset.version != "v3.0":
-        log.info("%s is of version %s and read as it is", root, dataset.version)
-    for one in found:
-        if one.kind == "warning" and one.where == "instructions" and one.what not in dataset.told:
-            dataset.told.add(one.what)
-            log.warning("%s: %s", root, one.what)
     dataset.told.add(request)
     return chosen
+
+
+def tell(dataset: Dataset, episodes: list[int]) -> None:
+    """Log once what does not stop training on these episodes: an earlier version, odd instructions."""
+    odd = _check_instructions(dataset, dataset.rows.of(episodes), episodes)
+    said = [f"of version {dataset.version}, and read as it is"] * (dataset.version != "v3.0")
+    for what in said + [one.what for one in odd if one.kind == "warning"]:
+        if what not in dataset.told:
+            dataset.told.add(what)
+            log.warning("%s: %s", dataset.root, what)
 
 
 def leaving(dataset: Dataset, episodes: Iterable[int], named: str) -> str:

@@ -17,7 +17,7 @@ from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch, Window
 from burnish.core.workers import WorkerPool
 from burnish.data.augment import augment, to_float
-from burnish.data.checks import colour_cameras, require
+from burnish.data.checks import colour_cameras, require, tell
 from burnish.data.dataset import Dataset, look, open_dataset
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.frames import CACHE_GB, open_frames
@@ -134,6 +134,7 @@ class RobotData:
         self.window = window
         self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
         chosen = require(self.meta, episodes, self.cameras, named)
+        tell(self.meta, chosen)
         if pictures and not self.cameras:
             raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
         rows = self.meta.rows
