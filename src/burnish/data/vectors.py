@@ -171,7 +171,7 @@ def load_vectors(folder: Path) -> Vectors:
              "instructions": dict, "digests": dict}  # fmt: skip
     again = ("whole vectors", f"rm -r {shlex.quote(str(folder))}, and make them again")
     lacking = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
-    if about.get("format") != FORMAT or lacking:
+    if about.get("format") != FORMAT or lacking or about["every"] < 1 or {*map(type, about["cameras"])} != {str}:
         raise BurnishError(f"{folder / META} describes no vectors of format {FORMAT}", *again)
     found = {}
     for name in (VALUES, FRAMES):
@@ -186,6 +186,8 @@ def load_vectors(folder: Path) -> Vectors:
     fits = values.ndim == 3 and values.dtype in (np.float16, np.float32) and values.shape[1] == len(about["cameras"])
     if not fits or frames.shape != (len(values),) or frames.dtype != FRAME or not values.size:
         raise BurnishError(f"{folder} holds arrays of shape {values.shape} and {frames.shape}", *again)
+    if not all(np.isfinite(values[i : i + 4096]).all() for i in range(0, len(values), 4096)):
+        raise BurnishError(f"{folder} holds vectors that are not finite", *again)
     return Vectors(values, np.asarray(frames), about)
 
 
