@@ -242,6 +242,22 @@ def test_nan_stops_with_the_batch_saved(dataset, tmp_path, monkeypatch, where, w
     assert [p.name for p in sorted((tmp_path / "r/checkpoints").iterdir())] == ["000004", "last"]
 
 
+@pytest.mark.parametrize(("size", "remedy"), [
+    (5, "--train.batch_size=3 --train.grad_accumulation=2"), (1, "--train.memory.checkpointing=true"),
+])  # fmt: skip
+@pytest.mark.parametrize("lacking", [
+    lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 62),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")),
+], ids=["torch", "python", "cuda"])  # fmt: skip
+def test_a_step_without_memory_says_what_takes_less(dataset, tmp_path, monkeypatch, lacking, size, remedy):
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: lacking() and next(lacking()))
+    with pytest.raises(BurnishError, match=f"{size} samples at once.*try: {remedy}"):
+        run(dataset, tmp_path / "r", f"--train.batch_size={size}")
+    monkeypatch.undo()
+    fake.register(monkeypatch.setattr)
+    run(dataset, tmp_path / "r", f"--train.batch_size={size}", *remedy.split())  # the remedy goes on in that folder
+
+
 def test_freezing_keeps_weights(dataset, tmp_path):
     from safetensors.torch import load_file
 
