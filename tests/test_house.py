@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "burnish"
 TREES = {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 MOST_LINES = {"file": 450, "function": 60, "method folder": 1300, "loop": 300, "package": 48_210}
-LONG_FUNCTIONS = 3
+LONG_FUNCTIONS = 2
 
 
 def length(path: Path) -> int:

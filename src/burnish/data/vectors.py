@@ -87,7 +87,8 @@ def make_encoder(spec: str, device: str = "", own: tuple[Policy, str] | None = N
         raise BurnishError(f"encoder {spec[:100]!r}", "pixels, folder:PATH, tower:POLICY or backbone:POLICY", REMEDY)
     place = choose_device(device)
     if kind == "pixels":
-        return Encoder(spec, {"kind": kind, "grid": GRID}, 64, _pixels, place)
+        about = {"kind": kind, "grid": GRID}
+        return Encoder(spec, about, 64, lambda x: F.adaptive_avg_pool2d(x, GRID).flatten(1), place)
     if kind == "folder":
         teacher = make_teacher({"name": "folder", "path": path}, (1, 1)).to(place)
         at = _layer(layer, len(teacher.widths), len(teacher.widths) - 1, spec)
@@ -111,10 +112,6 @@ def _layer(text: str, count: int, default: int, spec: str) -> int:
     if not 0 <= found < count:
         raise BurnishError(f"encoder {spec}: layer {found}", f"one from 0 to {count - 1}")
     return found
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(images, GRID).flatten(1)
 
 
 def _states(policy: Policy, images: Tensor, layer: int) -> Tensor:

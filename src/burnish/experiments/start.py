@@ -17,7 +17,7 @@ from burnish.core.reading import read_object, read_text
 from burnish.core.recipe import merge, recipe_from_dict
 from burnish.core.seeding import derive_seed
 from burnish.data.checks import require
-from burnish.data.dataset import Dataset, open_dataset
+from burnish.data.dataset import Dataset, open_named
 from burnish.data.inspect import Inspection, inspect_dataset
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
@@ -103,10 +103,9 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
     policy = policy or FROM_SCRATCH[0]
     folder = None if policy in FROM_SCRATCH else resolve(policy)
     found = inspect_dataset(data, quick=quick)
-    features = open_dataset(data, everything=True).features
+    meta = open_named(data)
     columns = {key: one["columns"][0] if len(one["columns"]) == 1 else list(one["columns"])
-               for key, one in features.items() if one["columns"] != (key,)}  # fmt: skip
-    meta = open_dataset(data, columns)
+               for key, one in meta.features.items() if one["columns"] != (key,)}  # fmt: skip
     bad = {episode for one in found.problems if one.kind == "error" and one.stops for episode in one.episodes}
     good = require(meta, sorted(set(meta.episodes) - bad), meta.camera_keys)
     bad = set(meta.episodes) - set(good)

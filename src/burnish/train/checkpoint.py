@@ -338,11 +338,6 @@ def _same_names(expected: set[str], found: set[str], path: Path) -> None:
         raise BurnishError(f"{path} {' and '.join(words)}", "exactly the tensors of this run")
 
 
-def _same_shape(found: Tensor, expected: tuple[int, ...], name: str, path: Path) -> None:
-    if tuple(found.shape) != tuple(expected):
-        raise BurnishError(f"{path}: '{name}' has shape {tuple(found.shape)}", f"{tuple(expected)}")
-
-
 def _without_repeats(saved: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what earlier versions stored again under a second name: a part that several parts of a method share."""
     kept = {name: tensor for name, tensor in saved.items() if name in live}
@@ -359,7 +354,8 @@ def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path) ->
     _same_names(set(live), set(saved), path)
     with torch.no_grad():
         for name, tensor in live.items():
-            _same_shape(saved[name], tensor.shape, name, path)
+            if saved[name].shape != tensor.shape:
+                raise BurnishError(f"{path}: '{name}' has shape {tuple(saved[name].shape)}", f"{tuple(tensor.shape)}")
             local(tensor).copy_(own_rows(saved[name], tensor))
 
 
