@@ -150,6 +150,32 @@ def test_an_index(tmp_path, fails):
     assert main(words) == 0
 
 
+def test_a_retrieval_head_and_what_is_selected_by_it(tmp_path, fails):
+    import dataset_fakes
+
+    root, out = dataset_fakes.write_v3(tmp_path / "set", pictures=True), tmp_path / "out"
+    small = ["--encoder", "pixels", "--epochs=1", "--hidden=8", "--width=4", "--batch=8"]
+    words = [str(word) for word in ("method", "retrieve", "train", root, "-o", out, *small)]
+    assert main(words) == 0  # so that its pictures are decoded
+    for count in (0, 300, 5000, 20_000):
+        for folder in (out, root / ".vectors"):
+            shutil.rmtree(folder, ignore_errors=True)
+        fails(words, count)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    assert main(words) == 0
+    select = ["data", "select", tmp_path / "index", "2", "-o", tmp_path / "picked.json"]
+    assert main(["data", "index", str(root), "--encoder", "pixels", "-o", str(tmp_path / "index")]) == 0
+    fails(select, 3)
+    assert not (tmp_path / "picked.json").exists() and not list(tmp_path.glob(".picked*"))
+
+
+@pytest.mark.parametrize("count", [0, 1000])
+def test_a_profile(tmp_path, fails, count):
+    words = ["policy", "profile", "small", "--repeats", "1", "--warmup", "0", "--output", tmp_path / "profile.json"]
+    fails(words, count)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_study(recipe_file, tmp_path, monkeypatch, fails):
     """The second of two runs meets the full disk; the first one stays, and is not trained again."""
     from burnish.experiments import study

@@ -41,6 +41,8 @@ def test_a_fault_of_ours(failing, capsys, error):
     (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "too long for a path"),
     (MemoryError(), "not enough memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), "not enough memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "not enough memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory"),
     (RuntimeError("No space left on device (os error 28)"), None),
 ])  # fmt: skip
 def test_a_fault_of_the_machine(failing, capsys, error, word):

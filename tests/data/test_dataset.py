@@ -304,7 +304,7 @@ def test_episodes_of_a_partial_download(copy):
     (root / "data/chunk-000/episode_000000.parquet").unlink()
     (root / f"videos/chunk-000/{FRONT}/episode_000001.mp4").write_bytes(b"none")
     with pytest.raises(BurnishError, match=r"episode_000000.parquet is missing.*--data.episodes=\[1,2\]"):
-        read(root)
+        read(root, named="data.episodes")
     with pytest.raises(BurnishError, match=r"episode_000001.mp4 is unreadable"):
         read(root, episodes=[1, 2])
     fakes.assert_reads_right(read(root, episodes=[2]))
@@ -347,6 +347,18 @@ def test_commands_that_take_no_map_read_other_names_by_the_one_that_is_proposed(
     assert made.about["cameras"] == ["image"] and len(made.values) == 18
 
 
+@pytest.mark.parametrize("broken", ["table", "pictures"])
+def test_commands_that_take_no_episodes_advise_none_to_leave_out(copy, broken):
+    root = copy("pictures")
+    column, value = ("action", [0.0, float("nan"), 0.0]) if broken == "table" else (FRONT, {"bytes": b"", "path": None})
+    edit_table(root / DATA, lambda columns: columns[column].__setitem__(7, value))
+    policy = SimpleNamespace(cameras=("front",), chunk_size=4, window=Window(), device=torch.device("cpu"))
+    for call in (lambda: observations(policy, 18, root), lambda: make_index(root, "pixels", root.parent / "i")):
+        with pytest.raises(BurnishError) as refusal:
+            call()
+        assert "data.episodes" not in str(refusal.value) and "burnish data inspect" in str(refusal.value)
+
+
 def test_frames_are_kept_at_the_size_that_the_policy_sees(tmp_path):
     from lerobot.policies.common.vla_utils import resize_with_pad
 
@@ -383,7 +395,7 @@ def test_a_data_set_that_may_not_be_written(copy, monkeypatch, caplog, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     with caplog.at_level("WARNING", "burnish"):
         fakes.assert_reads_right(read(root))
-    assert "--data.cache_dir" in caplog.text and list((tmp_path / "home/burnish/frames").glob("*.npy"))
+    assert "data.cache_dir" in caplog.text and list((tmp_path / "home/burnish/frames").glob("*.npy"))
     assert not (root / ".frames").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(BurnishError, match="file"):

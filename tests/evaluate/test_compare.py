@@ -36,6 +36,12 @@ def test_known_table(tmp_path):
     assert (back.difference, back.p) == (-r.difference, r.p)
 
 
+def test_few_pairs_are_said_to_be_few_however_many_differ(tmp_path):
+    files = [write(tmp_path / str(k), [k] * 3) for k in (0, 1)]
+    assert "3 of 3 pairs differ: too few to find any difference with 80 % power" in str(compare(*files))
+    assert "0 of 3 pairs differ: too few" in str(compare(files[0], files[0]))
+
+
 def test_tasks_and_pattern(tmp_path):
     def both(name, first, second):
         one, two = write(tmp_path / "1", first, "x"), write(tmp_path / "2", second, "y")

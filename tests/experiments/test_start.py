@@ -84,6 +84,19 @@ def test_a_policy_folder_is_tuned_as_lerobot_would(roots, tiny_smolvla, tmp_path
     assert "no policy at" in capsys.readouterr().err
 
 
+def test_a_type_is_trained_from_scratch_or_fetched(roots, tmp_path, capsys):
+    _, recipe = started(roots["v3"], tmp_path, capsys, "--policy", "diffusion")
+    assert (recipe.policy.type, recipe.policy.path, recipe.policy.overrides) == ("diffusion", "", {})
+    assert main(["start", str(roots["v3"]), "--policy", "pi05"]) == 2
+    assert "try: hf download lerobot/pi05_base --local-dir pi05_base" in capsys.readouterr().err
+
+
+def test_an_earlier_version_is_said_once(roots, tmp_path, capsys):
+    assert main(["start", str(roots["v2"]), "-o", str(tmp_path / "r.yaml")]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("v2.1: burnish reads it as it is") == 1 and "v2.1" not in said.err
+
+
 def test_what_does_not_fit_is_made_smaller_or_refused(roots, tiny_smolvla, monkeypatch, predicted):
     def with_room(size):
         monkeypatch.setattr(starting, "memory", lambda gpu: (size, False))

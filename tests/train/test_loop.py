@@ -242,6 +242,58 @@ def test_nan_stops_with_the_batch_saved(dataset, tmp_path, monkeypatch, where, w
     assert [p.name for p in sorted((tmp_path / "r/checkpoints").iterdir())] == ["000004", "last"]
 
 
+def test_a_scaler_skips_the_step_whose_gradient_overflows_and_no_other(dataset, tmp_path, monkeypatch):
+    """As with train.precision=fp16, which needs a GPU; the scaler itself works anywhere."""
+    from burnish.methods.objective import OBJECTIVES
+
+    class Scaled(run_module.Run):
+        def _place(self):
+            scaler = self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+            self.accelerator.unscale_gradients = lambda stepper: scaler.unscale_(stepper.optimizer)
+            super()._place()
+
+    def noting(run, *args, **options):
+        before = [p.detach().clone() for p in run.trained.values()]
+        edits = original(run, *args, **options)
+        moved.append(not all(map(torch.equal, before, run.trained.values())))
+        scales.append(run.accelerator.scaler.get_scale())
+        return edits
+
+    moved, scales, original = [], [], loop.train_step
+    monkeypatch.setitem(OBJECTIVES._entries, "poison", Poison)
+    monkeypatch.setattr(loop, "Run", Scaled)
+    monkeypatch.setattr(loop, "train_step", noting)
+    done = run(dataset, tmp_path / "r", "--objectives=[{name: poison, step: 5, where: loss}]")
+    assert moved == [step != 5 for step in range(12)] and scales == [256.0] * 5 + [128.0] * 7
+    assert done.steps == 12 and math.isfinite(done.final["loss"]) and not (tmp_path / "r/nan_batch.json").exists()
+    assert all(tensor.isfinite().all() for tensor in fake.weights(tmp_path / "r/policy")["model.safetensors"].values())
+
+
+def test_no_questions_are_asked_of_a_language_model_that_is_not_trained(dataset, questions, tmp_path):
+    asked = [f"--language.root={questions}", "--language.weight=0.5"]
+    for frozen in ("--train.freeze=[backbone]", "--train.train_only=[head]"):
+        field = frozen.partition("=")[0]
+        with pytest.raises(BurnishError, match=rf"language model is not trained.*try: {field}='\[\]'"):
+            run(dataset, tmp_path / "r", *asked, frozen)
+    run(dataset, tmp_path / "r", *asked[:1], "--language.weight=0", "--train.freeze=[backbone]")
+
+
+@pytest.mark.parametrize(("size", "remedy"), [
+    (5, "--train.batch_size=3 --train.grad_accumulation=2"), (1, "--train.memory.checkpointing=true"),
+])  # fmt: skip
+@pytest.mark.parametrize("lacking", [
+    lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 62),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")),
+], ids=["torch", "python", "cuda"])  # fmt: skip
+def test_a_step_without_memory_says_what_takes_less(dataset, tmp_path, monkeypatch, lacking, size, remedy):
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: lacking() and next(lacking()))
+    with pytest.raises(BurnishError, match=f"{size} samples at once.*try: {remedy}"):
+        run(dataset, tmp_path / "r", f"--train.batch_size={size}")
+    monkeypatch.undo()
+    fake.register(monkeypatch.setattr)
+    run(dataset, tmp_path / "r", f"--train.batch_size={size}", *remedy.split())  # the remedy goes on in that folder
+
+
 def test_freezing_keeps_weights(dataset, tmp_path):
     from safetensors.torch import load_file
 

@@ -83,11 +83,10 @@ def questions(
 
 def pairs(
     policy: str = "", env: str = "", *, root: Path, states: int = 100, rollouts: int = 4, first_state: int = 500_000,
-    seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False,
-    ties: Literal["skip", "faster"] = "skip",
-    offsets: Annotated[list[int], Arg(several=True, old=("--leads",))] = (0,), limit: int = 0, workers: int = 0,
-    device: str = "", labels: Path | None = None, success: str = "", takeover: str = "", proposal: str = "",
-    state_tolerance: Annotated[list[float], Arg(several=True, least=0)] = (0.0,),
+    seed: int = 0, image_size: int = 0, action_noise: float = 0.0, expert: bool = False, limit: int = 0,
+    ties: Literal["skip", "faster"] = "skip", offsets: Annotated[list[int], Arg(several=True, old=("--leads",))] = (0,),
+    workers: int = 0, device: str = "", labels: Path | None = None, success: str = "", takeover: str = "",
+    proposal: str = "", state_tolerance: Annotated[list[float], Arg(several=True, least=0)] = (0.0,),
     image_tolerance: Annotated[float, Arg(least=0)] = 2.0,
     columns: Annotated[str, Arg(old=("--data.columns",), metavar="MAP")] = "",
 ) -> None:  # fmt: skip
@@ -134,16 +133,16 @@ def pairs(
         if policy or env:
             raise BurnishError("a policy to roll out, and labels to import", "one of them")
         found = import_pairs(root, labels, success=success, takeover=takeover, proposal=proposal,
-                             state_tolerance=state_tolerance, image_tolerance=image_tolerance,
-                             columns=_columns(columns))  # fmt: skip
+                             columns=_columns(columns), state_tolerance=state_tolerance,
+                             image_tolerance=image_tolerance)  # fmt: skip
         print(f"{found[0]} pairs and outcomes of {found[1]} episodes in {root}")
-        return
-    if not policy or not env:
+    elif not policy or not env:
         raise BurnishError("pairs without a policy or without an environment",
                            "both, or --labels, --success or --takeover")  # fmt: skip
-    print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
-                  image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, offsets=offsets,
-                  limit=limit, workers=workers, device=device))  # fmt: skip
+    else:
+        print(collect(policy, env, root, states=states, rollouts=rollouts, first_state=first_state, seed=seed,
+                      image_size=image_size, action_noise=action_noise, expert=expert, ties=ties, offsets=offsets,
+                      limit=limit, workers=workers, device=device))  # fmt: skip
 
 
 def _columns(text: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The `burnish` command: finds what is called, calls it, and says mistakes in one line."""
 
-import errno
 import logging
 import os
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 from burnish import __version__
 from burnish.cli import compare, completion, data, eval, method, policy, report, run, start, weights
 from burnish.cli.parser import Command, CommandParser, Group, group_parser
-from burnish.core.errors import BurnishError, one_line, plain
+from burnish.core.errors import BurnishError, one_line, out_of_memory, plain
 from burnish.core.files import disk_errors
 
 COMMANDS = Group("Post-training for vision-language-action policies.", {
@@ -88,21 +87,14 @@ def _call(words: list[str], shown: list[str]) -> int:
 
 def _mistake(error: Exception) -> str | None:
     """What to say of an error that is the user's or the machine's; None for one of ours."""
-    if isinstance(error, PermissionError) and error.filename:
-        return f"may not write {error.filename}, or not read it; expected a place that is yours"
-    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-        return f"{str(error.filename)[:100]!r}... is too long for a path; expected a file or folder"
     try:
         with disk_errors(Path(getattr(error, "filename", None) or "the output")):
             raise error
     except BurnishError as known:
         return str(known)
-    except Exception as other:  # noqa: BLE001 - the same error again
-        if type(other).__name__ == "OutOfMemoryError":
-            return "the device has not enough memory; try: a smaller batch"
-        if isinstance(other, MemoryError) or "DefaultCPUAllocator" in str(other):  # torch's way to say it
-            return "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
-        return None
+    except Exception:  # noqa: BLE001 - the same error again
+        more = "not enough memory; expected a machine with more; try: a smaller batch, or fewer workers"
+        return more if out_of_memory(error) else None
 
 
 def _step(error: Exception) -> str:

@@ -227,10 +227,8 @@ def verify_score(
 
     if output:
         require_file(output, "table of scores")
-    numbers = {
-        "observations": observations, "candidates": candidates, "steps": steps, "probes": probes,
-        "disturbance": disturbance, "seed": seed,
-    }  # fmt: skip
+    numbers = {"observations": observations, "candidates": candidates, "steps": steps, "probes": probes,
+               "disturbance": disturbance, "seed": seed}  # fmt: skip
     model = load_policy(policy, device=device)
     other = load_policy(reference, device=device) if reference else None
     rows = verify_score(model, data, reference=other, draws=draws, **numbers)

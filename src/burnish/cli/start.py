@@ -18,7 +18,7 @@ def start(
 
     Args:
         data: LeRobotDataset folder, v2.0 to v3.0
-        policy: LeRobot policy folder to fine-tune, or a shipped base; default: a small one from scratch
+        policy: LeRobot policy folder to fine-tune, a shipped base, or act or diffusion from scratch; default: act
         output: recipe to write; default: the data set's name, in this folder
         gpu: plan for a card of so many GB; default: what is here
         quick: do not read every video to its end

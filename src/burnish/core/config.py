@@ -19,9 +19,7 @@ class DemosConfig:
     episodes: int = option(100, "demonstrations in all, shared by the tasks", least=1, most=10**7)
     image_size: int = option(96, "height and width of the views in pixels", least=8, most=4096)
     cameras: list[str] = option([], "cameras to record; empty means the environment's default one")
-    seed: int = option(
-        0, "first initial state; training and evaluation must not overlap, see eval.first_state", least=0, most=2**31
-    )
+    seed: int = option(0, "first initial state; evaluation must use others, see eval.first_state", least=0, most=2**31)
     workers: int = option(0, "simulator processes; 0 means one for each core", least=0, most=1024)
 
 
@@ -61,8 +59,7 @@ class DataConfig:
     episodes: list[int] = option([], "episodes to use; empty means all")
     held_out: list[int] = option([], "episodes of data.root kept from training, to measure the policy on offline")
     cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
-    workers: int = option(1, "threads that prepare batches ahead (and as many processes to decode)", least=1,
-                          most=256)  # fmt: skip
+    workers: int = option(1, "threads that prepare batches ahead (and as many processes to decode)", least=1, most=256)
     columns: dict[str, Any] = option({}, "features under other names, e.g. {action: [action.arm, action.gripper]}")
     cache_dir: str = option("", "where decoded frames are kept; empty means .frames in the data set", path=True)
     cache_gb: float = option(32.0, "room they may take; beyond it frames are decoded when needed", least=0)

@@ -21,6 +21,12 @@ class BurnishError(Exception):
         super().__init__("; ".join(parts))
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is lacking, as Python, torch (of CPU or GPU) and the system say it."""
+    words = ("out of memory", "allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """The text of another library's error in one line of at most `most` characters; its type where it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -55,7 +55,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         if isinstance(error, IsADirectoryError):
             raise BurnishError(f"{target} is a folder", "a file, or nothing") from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-            raise BurnishError(f"may not write {target}", "a folder you own") from error
+            raise BurnishError(f"may not write {target}, or not read it", "a place that is yours") from error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise BurnishError(f"{str(target)[:100]!r}... is too long for a path", "a file or folder") from error
         raise
 
 

@@ -22,15 +22,13 @@ _SHOWN = 5
 log = logging.getLogger("burnish")
 
 
-def require(
-    dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[str] = (), named: str = "data.episodes"
-) -> list[int]:
-    """Refuse what training on these episodes and cameras would fail at or misread; instructions are only warned about.
+def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[str] = (), named: str = "") -> list[int]:
+    """Refuse what training on these episodes and cameras would fail at or misread.
 
     Args:
         episodes: numbers; none means all.
         cameras: full keys.
-        named: the option that the episodes come from, for messages.
+        named: the field of a recipe that the episodes come from, for messages; "" where there is none.
 
     Returns:
         The episodes, ascending.
@@ -38,8 +36,8 @@ def require(
     chosen, root = sorted(set(episodes)) or list(dataset.episodes), dataset.root
     unknown = [episode for episode in chosen if episode not in dataset.episodes]
     if unknown:
-        raise BurnishError(f"{named} names episode {unknown[0]}", f"one of the {len(dataset.episodes)} in {root} "
-                           f"({min(dataset.episodes)} to {max(dataset.episodes)})")  # fmt: skip
+        raise BurnishError(f"{named or 'a list'} names episode {unknown[0]}", f"one of the {len(dataset.episodes)} in "
+                           f"{root} ({min(dataset.episodes)} to {max(dataset.episodes)})")  # fmt: skip
     request = (tuple(chosen), tuple(cameras))
     if request in dataset.told:
         return chosen
@@ -53,17 +51,26 @@ def require(
     if stopping:
         first = min(stopping, key=lambda one: bool(one.episodes))  # what no choice of episodes helps against first
         without = wanted.difference(*(one.episodes for one in stopping))
-        choice = f"--{named}={sorted(without)}".replace(" ", "") if named == "data.episodes" else ""
-        fix = first.fix or (choice if first.episodes and without else "")
-        raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix if 0 < len(fix) < 300 else look(root))
-    if dataset.version != "v3.0":
-        log.info("%s is of version %s and read as it is", root, dataset.version)
-    for one in found:
-        if one.kind == "warning" and one.where == "instructions" and one.what not in dataset.told:
-            dataset.told.add(one.what)
-            log.warning("%s: %s", root, one.what)
+        fix = first.fix or leaving(dataset, without if first.episodes else (), named)
+        raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix)
     dataset.told.add(request)
     return chosen
+
+
+def tell(dataset: Dataset, episodes: list[int]) -> None:
+    """Log once what does not stop training on these episodes: an earlier version, odd instructions."""
+    odd = _check_instructions(dataset, dataset.rows.of(episodes), episodes)
+    said = [f"of version {dataset.version}, and read as it is"] * (dataset.version != "v3.0")
+    for what in said + [one.what for one in odd if one.kind == "warning"]:
+        if what not in dataset.told:
+            dataset.told.add(what)
+            log.warning("%s: %s", dataset.root, what)
+
+
+def leaving(dataset: Dataset, episodes: Iterable[int], named: str) -> str:
+    """What to try: these episodes alone, where a recipe chooses them and they are few, or a look at the data set."""
+    option = f"--{named}={sorted(episodes)}".replace(" ", "") if episodes and named == "data.episodes" else ""
+    return option if 0 < len(option) < 300 else look(dataset.root)
 
 
 def colour_cameras(dataset: Dataset) -> list[str]:

@@ -24,8 +24,8 @@ from burnish.core.errors import BurnishError
 from burnish.core.files import alone, disk_errors, make_folder, require_space, sampled_digest, sync, write_json
 from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object, regular_file
-from burnish.data.checks import require
-from burnish.data.dataset import Dataset, look, open_dataset
+from burnish.data.checks import leaving, require
+from burnish.data.dataset import Dataset, open_dataset
 from burnish.data.streamed import Picture, Shape, StreamedFrames, placed_pictures, placed_video
 
 CACHE_GB = 32.0
@@ -63,6 +63,7 @@ class FrameCache:
 def open_frames(
     root: Path, cameras: Sequence[str], image_size: int = 0, cache_dir: str | Path = "", progress: bool = True,
     meta: Dataset | None = None, *, seen: int = 0, cache_gb: float = CACHE_GB, episodes: Sequence[int] = (),
+    named: str = "",
 ) -> FrameCache:  # fmt: skip
     """Open the decoded frames, decoding what is not there yet.
 
@@ -74,6 +75,7 @@ def open_frames(
         seen: longest edge that the policy resizes its images to; 0 keeps the recorded size.
         cache_gb: room that the arrays of all cameras may take together; beyond it frames are decoded when asked for.
         episodes: those whose frames must be there; none named means all.
+        named: see `burnish.data.checks.require`.
 
     Raises:
         BurnishError: a camera that is not there, a picture of these episodes that is missing, unreadable or of another
@@ -83,7 +85,7 @@ def open_frames(
     for camera in cameras:
         if camera not in dataset.camera_keys:
             raise BurnishError(f"{root} has no camera '{camera}'", f"one of {', '.join(dataset.camera_keys)}")
-    chosen = require(dataset, episodes, cameras)
+    chosen = require(dataset, episodes, cameras, named)
     key, shapes = dataset_hash(root), {camera: Shape.of(dataset, camera, image_size, seen) for camera in cameras}
     if sum(len(dataset.rows) * prod(shape.size) for shape in shapes.values()) > cache_gb * 1e9:
         if cache_gb:  # else nothing was to be kept
@@ -99,7 +101,7 @@ def open_frames(
             make_folder(folder)
             with disk_errors(folder), alone(folder):
                 if not _is_current(path, about, chosen):  # another run may have decoded it while this one waited
-                    _build(dataset, camera, shape, path, about, chosen, progress)
+                    _build(dataset, camera, shape, path, about, chosen, progress, named)
                     _drop_stale(folder, root, camera, key, everything=not cache_dir)
         arrays[camera] = np.load(path, mmap_mode="r", allow_pickle=False)
     return FrameCache(arrays, key)
@@ -109,17 +111,17 @@ def _folder(root: Path, cache_dir: str | Path) -> Path:
     """Where the arrays live; a data set that may not be written has them in the user's cache."""
     beside = root / ".frames"
     if beside.is_symlink() and not cache_dir:
-        raise BurnishError(f"{beside} is a link", "a folder of the data set itself, or the other place by its option",
-                           f"--data.cache_dir={shlex.quote(str(beside.resolve()))}")  # fmt: skip
+        raise BurnishError(f"{beside} is a link", "a folder of the data set itself, or data.cache_dir in a recipe",
+                           f"rm {shlex.quote(str(beside))}")  # fmt: skip
     if cache_dir or os.access(beside if beside.exists() else root, os.W_OK):
         return Path(cache_dir) if cache_dir else beside
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "frames"
-    log.warning("%s may not be written: decoded frames go to %s (elsewhere with --data.cache_dir=DIR)", root, folder)
+    log.warning("%s may not be written: decoded frames go to %s (elsewhere by a recipe's data.cache_dir)", root, folder)
     try:
         make_folder(folder)
     except BurnishError as error:
         raise BurnishError(f"neither {root} nor {folder} may be written", "a place for the decoded frames",
-                           "--data.cache_dir=frames") from error  # fmt: skip
+                           "export XDG_CACHE_HOME=DIR") from error  # fmt: skip
     return folder
 
 
@@ -152,8 +154,9 @@ def _drop_stale(folder: Path, root: Path, camera: str, key: str, everything: boo
 
 
 def _build(
-    dataset: Dataset, camera: str, shape: Shape, path: Path, about: dict, chosen: Sequence[int], progress: bool
-) -> None:
+    dataset: Dataset, camera: str, shape: Shape, path: Path, about: dict, chosen: Sequence[int], progress: bool,
+    named: str,
+) -> None:  # fmt: skip
     """Decode one camera into `path`: a temporary file filled by position, forced to disk, renamed."""
     count, *size = about["shape"]
     if path.is_dir():
@@ -187,7 +190,7 @@ def _build(
                 for future in [pool.submit(fill, job) for job in _jobs(dataset, camera, shape, faults)]:
                     future.result()
             os.fsync(handle)
-        lacking = _lacking(dataset, camera, done, faults, chosen)
+        lacking = _lacking(dataset, camera, done, faults, chosen, named)
         os.replace(temporary, path)
     finally:
         os.close(handle)
@@ -210,7 +213,7 @@ def _jobs(dataset: Dataset, camera: str, shape: Shape, faults: dict[int, str]) -
 
 
 def _lacking(
-    dataset: Dataset, camera: str, done: np.ndarray, faults: dict[int, str], chosen: Sequence[int]
+    dataset: Dataset, camera: str, done: np.ndarray, faults: dict[int, str], chosen: Sequence[int], named: str
 ) -> list[int]:
     """Episodes without all their pictures; BurnishError where a chosen one is among them."""
     for episode, start, count in zip(dataset.rows.episodes, dataset.rows.starts, dataset.rows.counts, strict=True):
@@ -221,8 +224,7 @@ def _lacking(
                               f"{episode} (damaged?), and {int((~here).sum()) - 1} more there")  # fmt: skip
     bad = sorted(set(faults).intersection(chosen))
     if bad:
-        rest = sorted(set(chosen) - faults.keys())
-        fix = f"--data.episodes={rest}".replace(" ", "") if rest and len(rest) < 60 else look(dataset.root)
+        fix = leaving(dataset, set(chosen) - faults.keys(), named)
         raise BurnishError(faults[bad[0]], fix="" if "; try: " in faults[bad[0]] else fix)
     return sorted(faults)
 

@@ -17,7 +17,7 @@ from burnish.core.seeding import derive_seed, generator
 from burnish.core.types import Batch, Window
 from burnish.core.workers import WorkerPool
 from burnish.data.augment import augment, to_float
-from burnish.data.checks import colour_cameras, require
+from burnish.data.checks import colour_cameras, require, tell
 from burnish.data.dataset import Dataset, look, open_dataset
 from burnish.data.features import ACTION, IMAGES, STATE
 from burnish.data.frames import CACHE_GB, open_frames
@@ -105,7 +105,7 @@ class RobotData:
         meta: what `open_dataset(root)` gave, where it has been read already.
         pictures: decode the frames; False leaves actions, states and instructions alone.
         window: what a sample has around its frame, see `Window`.
-        named: the option that `episodes` come from, for messages.
+        named: see `burnish.data.checks.require`.
 
     A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
 
@@ -124,20 +124,21 @@ class RobotData:
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
         seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
         meta: Dataset | None = None, pictures: bool = True, window: Window = Window(),
-        named: str = "data.episodes",
+        named: str = "",
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.window = window
         self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
         chosen = require(self.meta, episodes, self.cameras, named)
+        tell(self.meta, chosen)
         if pictures and not self.cameras:
             raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
         rows = self.meta.rows
         self.frames = None
         if pictures:
             self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta, seen=seen,
-                                      cache_gb=cache_gb, episodes=episodes)  # fmt: skip
+                                      cache_gb=cache_gb, episodes=episodes, named=named)  # fmt: skip
         values = {name: np.ascontiguousarray(one, np.float32) for name, one in rows.values.items()}
         self.actions, self.states = values[ACTION], values.get(STATE)
         self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]

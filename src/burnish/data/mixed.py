@@ -124,11 +124,12 @@ def training_data(
 ) -> RobotData:
     """The batches of a recipe for a policy; of several data sets where it names several."""
     data, size, seed = recipe.data, recipe.train.batch_size, recipe.train.seed
+    frames = sum(len(source.meta.rows) for source in sources)
 
     def part(source: Source, cameras: Sequence[str]) -> RobotData:
         return RobotData(
             source.root, cameras, policy.chunk_size, size, seed, episodes=source.episodes, image_size=data.image_size,
-            cache_dir=data.cache_dir, cache_gb=data.cache_gb * _share(source, sources), seen=policy.input_size,
+            cache_dir=data.cache_dir, cache_gb=data.cache_gb * len(source.meta.rows) / frames, seen=policy.input_size,
             augmented=data.augment, rank=rank, world=world, progress=progress, meta=source.meta,
             window=policy.window, named=source.named,
         )  # fmt: skip
@@ -143,11 +144,6 @@ def training_data(
                 _to_first(one, name, source, sources[0], policy.normalization(kind))
         parts.append(one)
     return MixedData(sources, parts, data.statistics, size, seed, rank=rank, world=world)
-
-
-def _share(source: Source, sources: Sequence[Source]) -> float:
-    """The part of the room for decoded frames that a data set gets: by its number of frames."""
-    return len(source.meta.rows) / sum(len(one.meta.rows) for one in sources)
 
 
 def _to_first(data: RobotData, name: str, source: Source, first: Source, mode: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from burnish.core.errors import BurnishError
 from burnish.core.reading import inside
-from burnish.data.dataset import Dataset
+from burnish.data.dataset import Dataset, look
 from burnish.data.pictures import (
     Timeline,
     content,
@@ -190,7 +190,7 @@ class StreamedFrames:
     def _picture(self, row: int) -> np.ndarray:
         number, place = int(self.files[row]), int(self.places[row])
         if number < 0:
-            raise BurnishError(f"row {row} of {self.root} has no picture of {self.column}")
+            raise BurnishError(f"row {row} of {self.root} has no picture of {self.column}", fix=look(self.root))
         if self.videos:
             video = self._kept(number, lambda: _Video(inside(self.root, self.names[number])))
             return video.frame(place)
@@ -199,7 +199,7 @@ class StreamedFrames:
         try:
             return decode_picture(content(self.root, cells[place & 0xFFFFFFFF]), self.form.recorded)
         except BurnishError as error:
-            raise BurnishError(f"row {row} of {self.root} has {error}") from None
+            raise BurnishError(f"row {row} of {self.root} has {error}", fix=look(self.root)) from None
 
     def _kept(self, key: Any, make: Any) -> Any:
         kept = self._own.__dict__.setdefault("kept", OrderedDict())

@@ -87,7 +87,8 @@ def make_encoder(spec: str, device: str = "", own: tuple[Policy, str] | None = N
         raise BurnishError(f"encoder {spec[:100]!r}", "pixels, folder:PATH, tower:POLICY or backbone:POLICY", REMEDY)
     place = choose_device(device)
     if kind == "pixels":
-        return Encoder(spec, {"kind": kind, "grid": GRID}, 64, _pixels, place)
+        about = {"kind": kind, "grid": GRID}
+        return Encoder(spec, about, 64, lambda x: F.adaptive_avg_pool2d(x, GRID).flatten(1), place)
     if kind == "folder":
         teacher = make_teacher({"name": "folder", "path": path}, (1, 1)).to(place)
         at = _layer(layer, len(teacher.widths), len(teacher.widths) - 1, spec)
@@ -111,10 +112,6 @@ def _layer(text: str, count: int, default: int, spec: str) -> int:
     if not 0 <= found < count:
         raise BurnishError(f"encoder {spec}: layer {found}", f"one from 0 to {count - 1}")
     return found
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(images, GRID).flatten(1)
 
 
 def _states(policy: Policy, images: Tensor, layer: int) -> Tensor:
@@ -171,7 +168,7 @@ def load_vectors(folder: Path) -> Vectors:
              "instructions": dict, "digests": dict}  # fmt: skip
     again = ("whole vectors", f"rm -r {shlex.quote(str(folder))}, and make them again")
     lacking = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
-    if about.get("format") != FORMAT or lacking:
+    if about.get("format") != FORMAT or lacking or about["every"] < 1 or {*map(type, about["cameras"])} != {str}:
         raise BurnishError(f"{folder / META} describes no vectors of format {FORMAT}", *again)
     found = {}
     for name in (VALUES, FRAMES):
@@ -186,6 +183,8 @@ def load_vectors(folder: Path) -> Vectors:
     fits = values.ndim == 3 and values.dtype in (np.float16, np.float32) and values.shape[1] == len(about["cameras"])
     if not fits or frames.shape != (len(values),) or frames.dtype != FRAME or not values.size:
         raise BurnishError(f"{folder} holds arrays of shape {values.shape} and {frames.shape}", *again)
+    if not all(np.isfinite(values[i : i + 4096]).all() for i in range(0, len(values), 4096)):
+        raise BurnishError(f"{folder} holds vectors that are not finite", *again)
     return Vectors(values, np.asarray(frames), about)
 
 

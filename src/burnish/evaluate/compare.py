@@ -117,11 +117,12 @@ def compare_offline(
         raise BurnishError(f"{len(kept)} episodes that all of them hold", "at least 2 for an interval")
     means, differences = {}, {}
     steps = sorted({len(record.by_horizon) for run in runs for record in run.values()})
+    found = [[{e: _values(run[e], shared, steps) for e in kept} for run in side] for side in sides]
     for name in (*(name for name in FIGURES if name not in _OF_THE_DATA), *map(str, shared["dimensions"])):
-        some = [e for e in kept if all(name in _values(run[e], shared, steps) for run in runs)]
+        some = [e for e in kept if all(name in run[e] for side in found for run in side)]
         if len(some) < 2:
             continue
-        one, two = (np.array([[_values(run[e], shared, steps)[name] for e in some] for run in side]) for side in sides)
+        one, two = (np.array([[run[e][name] for e in some] for run in side]) for side in found)
         means[name] = float(one.mean()), float(two.mean())
         differences[name] = two_way(two - one if len(one) == len(two) else (two.mean(0) - one.mean(0))[None])
     names = tuple(", ".join(map(str, side)) for side in (a, b))
@@ -426,7 +427,7 @@ def _runs(count: int) -> str:
 
 def _detectable(r: PairedResult) -> str:
     if r.detectable is None:
-        return f"{r.n} pairs that differ this rarely cannot show any difference"
+        return f"{r.only_a + r.only_b} of {r.n} pairs differ: too few to find any difference with 80 % power"
     return f"smallest difference that {r.n} such pairs find with 80 % power: {100 * r.detectable:.1f} points"
 
 

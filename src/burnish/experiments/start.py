@@ -18,7 +18,7 @@ from burnish.core.reading import read_object, read_text
 from burnish.core.recipe import merge, recipe_from_dict
 from burnish.core.seeding import derive_seed
 from burnish.data.checks import require
-from burnish.data.dataset import Dataset, open_dataset
+from burnish.data.dataset import Dataset, open_named
 from burnish.data.inspect import Inspection, inspect_dataset
 from burnish.policies.keys import CONFIG
 from burnish.policies.load import resolve
@@ -29,8 +29,8 @@ PASSES = 40
 FEWEST, MOST = 1_000, 30_000
 """Steps, whatever the number of frames."""
 HELD_OUT, MOST_HELD_OUT = 0.1, 20
-FROM_SCRATCH = "act"
-"""The type that is proposed without a policy: it needs no weights, and reads no sentence."""
+FROM_SCRATCH = ("act", "diffusion")
+"""Types that need no weights and read no sentence; the first is proposed without a policy."""
 PRESETS: dict[str, dict[str, Any]] = {
     "as its config trains it": {},
     "as its config trains it, activations computed again": {"memory": {"checkpointing": True}},
@@ -92,19 +92,19 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
 
     Args:
         data: LeRobotDataset folder.
-        policy: LeRobot policy folder to fine-tune, or a shipped base; "" trains a small one from scratch.
+        policy: LeRobot policy folder to fine-tune, a shipped base, or one of `FROM_SCRATCH`, "" being the first.
         gpu: memory in GB of the card that will train; 0 means what is here: a GPU, else this machine's memory.
         quick: do not decode every video.
 
     Raises:
         BurnishError: no data set, none of its episodes can be trained on, no such policy, or nothing that fits.
     """
-    folder = resolve(policy) if policy else None
+    policy = policy or FROM_SCRATCH[0]
+    folder = None if policy in FROM_SCRATCH else resolve(policy)
     found = inspect_dataset(data, quick=quick)
-    features = open_dataset(data, everything=True).features
+    meta = open_named(data)
     columns = {key: one["columns"][0] if len(one["columns"]) == 1 else list(one["columns"])
-               for key, one in features.items() if one["columns"] != (key,)}  # fmt: skip
-    meta = open_dataset(data, columns)
+               for key, one in meta.features.items() if one["columns"] != (key,)}  # fmt: skip
     bad = {episode for one in found.problems if one.kind == "error" and one.stops for episode in one.episodes}
     good = require(meta, sorted(set(meta.episodes) - bad), meta.camera_keys)
     bad = set(meta.episodes) - set(good)
@@ -112,7 +112,8 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
     trained = [episode for episode in good if episode not in held_out]
     root = {"root": str(data), **({"columns": columns} if columns else {}), **({"episodes": trained} if bad else {})}
     chunk = int(min(100, max(8, round(2 * meta.fps))))  # two seconds, half of which is executed
-    scratch = {"type": FROM_SCRATCH, "overrides": {"chunk_size": chunk, "n_action_steps": chunk // 2}}
+    long = {"overrides": {"chunk_size": chunk, "n_action_steps": chunk // 2}}
+    scratch = {"type": policy, **(long if policy == "act" else {})}
     values = {
         "name": re.sub(r"[^\w.-]+", "-", Path(data).resolve().name).strip(".-~")[:80] or "mine",
         "policy": {"path": policy} if folder else scratch,
@@ -120,7 +121,7 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
         "train": _optimiser(read_object(folder / CONFIG, folder) if folder else scratch),
     }  # fmt: skip
     remarks = [f"mapped     {', '.join(columns)} by data.columns"] * bool(columns)
-    proposal = Proposal(values, found, sorted(bad), [*remarks, *_remarks(found, folder, held_out, data)])
+    proposal = Proposal(values, found, sorted(bad), [*remarks, *_remarks(found, values["policy"], held_out, data)])
     _fit(proposal, sum(meta.episodes[episode].length for episode in trained), gpu)
     return proposal
 
@@ -180,11 +181,11 @@ def _optimiser(raw: dict[str, Any]) -> dict[str, Any]:
             "max_grad_norm": preset.grad_clip_norm}  # fmt: skip
 
 
-def _remarks(found: Inspection, folder: Path | None, held_out: list[int], data: Path | str) -> list[str]:
+def _remarks(found: Inspection, policy: dict[str, Any], held_out: list[int], data: Path | str) -> list[str]:
     said = [] if held_out else ["a single episode: nothing is left to measure on"]
-    if folder is None:
+    if "type" in policy:
         count = len(found.instructions)
-        said += [f"{FROM_SCRATCH} reads no instruction, and there are {count}"] * (count > 1)
+        said += [f"{policy['type']} reads no instruction, and there are {count}"] * (count > 1)
         said.append("a pretrained policy that reads them: hf download lerobot/smolvla_base --local-dir smolvla_base && "
                     f"burnish start {shlex.quote(str(data))} --policy smolvla_base -o smolvla.yaml")  # fmt: skip
     return said

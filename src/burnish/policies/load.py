@@ -119,9 +119,9 @@ def _adapter(folder: Path) -> BurnishError:
 
 
 def _named(folder: Path) -> str:
-    """How to get a base that is called by the last word of its name on the hub."""
-    known = len(folder.parts) == 1 and folder.name in ("smolvla_base", "pi0_base", "pi05_base")
-    return _download(f"lerobot/{folder}") if known else ""
+    """How to get a base that is called by its type or by the last word of its name on the hub."""
+    kind = str(folder).removesuffix("_base")
+    return _download(f"lerobot/{kind}_base") if kind in ("smolvla", "pi0", "pi05") else ""
 
 
 def _download(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from burnish.core.errors import BurnishError, one_line
+from burnish.core.errors import BurnishError, one_line, out_of_memory
 from burnish.core.reading import MOST_BYTES, read_json, read_object, regular_file
 from burnish.policies.keys import CONFIG, FAST_FOLDER, VLM_FOLDER
 from burnish.policies.sizes import check_fits, check_model_numbers
@@ -48,9 +48,9 @@ def foreign(what: str, expected: str, fix: str = "") -> Iterator[None]:
     """Inside, whatever a library raises about the files of others becomes one BurnishError that begins with `what`."""
     try:
         yield
-    except (BurnishError, MemoryError):
-        raise
     except Exception as error:  # tokenizers raises Exception itself, transformers and LeRobot anything
+        if isinstance(error, BurnishError) or out_of_memory(error):
+            raise
         raise BurnishError(f"{what}: {one_line(error)}", expected, fix) from error
 
 

@@ -185,7 +185,7 @@ class Prediction:
             "gradients": gradients,
             "activations": graph,
             "not at once": max(most, gradients + step) - gradients - graph,
-            "batches": AHEAD * _size(empty_batch(policy, batch_size)),
+            "batches": AHEAD * sum(t.nbytes for t in empty_batch(policy, batch_size).values() if torch.is_tensor(t)),
         }
         parts |= self._around(sum(parts.values()), sum(4 * p.numel() for p in policy.parameters()))
         return Cost({name: size for name, size in parts.items() if size}, sum(p.numel() for p in trained),
@@ -336,10 +336,6 @@ def advise(recipe: RecipeConfig, limit: float, gpu: bool) -> Iterator[tuple[list
     if found.peak > limit and train.peft.method == "none":
         recipe.train.peft.method = "lora"
         yield [*said, "--train.peft.method=lora"], predict(recipe, gpu)
-
-
-def _size(batch: dict[str, Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in batch.values() if isinstance(t, torch.Tensor))
 
 
 WORDS = 48

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from burnish.core.config import RecipeConfig
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, out_of_memory
 from burnish.core.files import write_json
 from burnish.core.progress import progress_bar
 from burnish.core.recipe import recipe_to_dict, run_folder
@@ -61,7 +61,15 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
             if first:
                 _drop_checkpoints(recipe, done)
             return done
-        return _train(recipe, output, resume, progress)
+        try:
+            return _train(recipe, output, resume, progress)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not out_of_memory(error):
+                raise
+            size, passes = recipe.train.batch_size, recipe.train.grad_accumulation
+            smaller = f"--train.batch_size={-(-size // 2)} --train.grad_accumulation={2 * passes}"
+            raise BurnishError(f"not enough memory to train on {size} samples at once", "fewer in a forward pass",
+                               smaller if size > 1 else "--train.memory.checkpointing=true") from error  # fmt: skip
 
 
 def _train(recipe: RecipeConfig, output: Path, resume: bool, progress: bool) -> TrainResult:

@@ -32,7 +32,8 @@ def check_delta(meta: Mapping[str, Any], path: Path) -> None:
     _require(robot is None or (isinstance(robot, dict) and all(map(_shape, robot.values()))), path, "embodiment")
     _require(_texts(meta.get("skipped")), path, "skipped")
     rename, geometry = meta.get("rename", []), meta.get("geometry")
-    _require(isinstance(rename, list) and all(_pair(rule) for rule in rename), path, "rename")
+    pairs = isinstance(rename, list) and all(isinstance(rule, list) and len(rule) == 2 for rule in rename)
+    _require(pairs and all(_text(name) for rule in rename for name in rule), path, "rename")
     _require(isinstance(geometry, dict) and all(map(number, geometry.values())), path, "geometry")
     unlike = meta.get("runs_differ", [])
     _require(isinstance(unlike, list) and all(map(_text, unlike)), path, "runs_differ")
@@ -80,10 +81,6 @@ def _text(value: Any) -> bool:
 
 def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, (*value, *value.values())))
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_text, value))
 
 
 def _shape(value: Any) -> bool:
