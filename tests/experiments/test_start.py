@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from burnish.cli.main import main
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
+from burnish.core.types import Window
 from burnish.experiments import doctor
 from burnish.experiments import start as starting
 from burnish.experiments.start import hold_out, propose
-from burnish.train.cost import GB, predicting
+from burnish.train.cost import GB, empty_batch, predicting
 from burnish.train.setup import dataset_features
 
 TINY = ["--policy.overrides={chunk_size: 8, n_action_steps: 4, dim_model: 32, n_heads: 2, dim_feedforward: 64,"
@@ -126,6 +127,16 @@ def test_the_work_of_a_step_grows_with_its_batch(tiny_smolvla, dataset):
     with predicting(recipe) as prediction:
         one, two = (prediction.work(size) for size in (1, 2))
     assert 0 < one < two <= 2 * one
+
+
+def test_a_policy_that_sees_several_moments_is_predicted_with_all_of_them():
+    """A diffusion policy sees two; it was refused."""
+    views = {"observation.images.front": SimpleNamespace(shape=(3, 48, 64))}
+    policy = SimpleNamespace(window=Window((-1, 0)), config=SimpleNamespace(image_features=views), camera_keys=[*views],
+                             state_dim=6, action_dim=6, chunk_size=16)  # fmt: skip
+    batch = empty_batch(policy, 3)
+    assert batch["observation.images.front"].shape == (3, 2, 3, 48, 64) and batch["action"].shape == (3, 16, 6)
+    assert batch["observation.state"].shape == (3, 2, 6)
 
 
 def test_from_start_to_the_page_without_an_edit(roots, tmp_path, capsys, monkeypatch):

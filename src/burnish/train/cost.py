@@ -396,11 +396,12 @@ class _Tokenizer:
 
 def empty_batch(policy: PolicyWrapper, size: int) -> Batch:
     """A training batch of `size` samples as the policy's loss takes it."""
-    views: dict[str, Tensor] = {
-        key: torch.zeros(size, *policy.config.image_features[key].shape) for key in policy.camera_keys
-    }
+    moments = len(policy.window.observations)
+    lead = (size, moments) if moments > 1 else (size,)
+    shapes = policy.config.image_features
     return {
-        **views, STATE: torch.zeros(size, policy.state_dim), TASK: ["pick it up"] * size,
+        **{key: torch.zeros(*lead, *shapes[key].shape) for key in policy.camera_keys},
+        STATE: torch.zeros(*lead, policy.state_dim), TASK: ["pick it up"] * size,
         ACTION: torch.zeros(size, policy.chunk_size, policy.action_dim),
         "action_is_pad": torch.zeros(size, policy.chunk_size, dtype=torch.bool),
     }  # fmt: skip
