@@ -30,7 +30,7 @@ STEPS, CUT = 4, 2
 LORA = ["--train.peft.method=lora", "--train.peft.rank=3"]
 DORA = ["--train.peft.method=dora", "--train.peft.rank=3"]
 LANGUAGE = ["--language.root={questions}", "--language.weight=0.5", "--language.batch_size=2",
-            "--eval.questions.root={questions}", "--eval.questions.limit=4"]  # fmt: skip
+            "--eval.questions.root={questions}", "--eval.questions.limit=2"]  # fmt: skip
 ALIGN = "name: align, teacher: {{name: 'bench.scale_shard:Brightness'}}, pairs: [[0, 0], [1, 0]], cache: 'off'"
 ISOLATE = "name: isolate, questions: {questions}, anchor_samples: 6, method: "
 PREFER = "name: prefer, pairs: {pairs}, batch_size: 2, pool: 2, score: {{draws: 2}}"

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models run fastest so; torch is not imported by xdist's own process
 os.environ.setdefault("MUJOCO_GL", "egl")
+os.fsync = lambda handle: None  # no test cuts the power; processes of their own wait for the disk
 
 import pytest  # noqa: E402
 
@@ -63,6 +64,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 20, 10)  # the libraries come later, and walking them is a tenth of a short training
         gc.enable()
 
 

@@ -13,8 +13,8 @@ _PUBLIC = {
     "make_questions": "burnish.data.questions",
     "inspect_dataset": "burnish.data.inspect",
     "load_recipe": "burnish.core.recipe",
-    "train": "burnish.train.loop",
-    "evaluate": "burnish.evaluate.rollout",
+    "train": "burnish.train",
+    "evaluate": "burnish.evaluate",
     "compare": "burnish.evaluate.compare",
     "retention": "burnish.evaluate.retention",
     "run_recipe": "burnish.experiments.pipeline",
@@ -28,7 +28,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'burnish' has no attribute '{name}'")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(module := import_module(_PUBLIC[name]), name, module)  # a package may be a verb: core/verbs.py
 
 
 def __dir__() -> list[str]:

@@ -284,10 +284,15 @@ def test_import_and_help_are_quick():
 
 
 def test_names_of_packages_are_the_functions_too():
-    """`from burnish import train` gives a package, whatever was imported before; it has to be callable."""
+    """`from burnish import train` gives a package, whatever was imported before; it has to be callable.
+
+    Nothing heavy comes with it: a script's simulators, processes of their own, import that script again.
+    """
     code = """
+import sys
 import burnish.evaluate.stats
 from burnish import BurnishError, evaluate, load_recipe, train
+assert "torch" not in sys.modules
 import burnish.train.loop as loop
 assert callable(train) and callable(evaluate) and train.loop is loop
 recipe = load_recipe(None, ["--output=absent"])

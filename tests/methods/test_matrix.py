@@ -28,6 +28,7 @@ from burnish.train.step import Streams
 from burnish.weights.extract import extract
 from workshop.tiny import make_tiny
 
+pytestmark = pytest.mark.usefixtures("few_held")
 POLICIES = ("smolvla", "pi0", "pi05", "burnish_discrete", "pi0_fast", "act", "vqbet", "openvla", "openvla_oft")
 POLICIES += ("diffusion",) if find_spec("diffusers") else ()
 CAMERAS = ("top", "wrist")

@@ -1,5 +1,6 @@
 """Two gloo ranks on the CPU, started the way torchrun starts them: by environment variables."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -17,6 +18,7 @@ def _rank(rank, world, port, body, arguments):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported stays
     body(rank, *arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from burnish.policies import load_policy
 from burnish.train import loop
 from burnish.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("few_held")
 LAYER_OF = r"^(.*?\blayers\.\d+)\."
 
 
