@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     chunks = CHUNKS[:2] if args.quick else CHUNKS
-    repeats = 2 if args.quick else 9
+    repeats = 2 if args.quick else 5
     detail: dict[str, Any] = {"prompt_rows": PROMPT, "precision": str(dtype), **(GPU_SIZE if gpu else CPU_SIZE)}
     lengths = {}
     for step, steps in chunks:

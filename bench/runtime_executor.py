@@ -1,7 +1,6 @@
 """The executor's tiers against LeRobot's own sampler on equal noise: equal bits, and CPU time in turns, one thread."""
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -59,24 +58,25 @@ def compare(policy: Any, tiers: tuple[str, ...], rounds: int) -> tuple[dict[str,
         first[tier] = time.perf_counter() - begin  # compilation is in here
     kept = [tier for tier in tiers if all(found["holds"] for found in parity[tier])]
     lerobot = policy.policy.model.sample_actions
-    whole: Calls = {"lerobot": lambda: lerobot(*inputs, noise=noise)}
-    loops: Calls = {"lerobot": _lerobots_loop(policy, inputs, noise)}
+    calls: Calls = {"lerobot": lambda: lerobot(*inputs, noise=noise),
+                    "lerobot's steps": _lerobots_loop(policy, inputs, noise)}  # fmt: skip
     for tier in kept:
         sampler = runtimes[tier].sampler
         encoded = sampler.encode(inputs)
-        whole[tier] = lambda sampler=sampler: sampler(inputs, noise)
-        loops[tier] = lambda sampler=sampler, encoded=encoded: sampler.sample(encoded, noise)
+        calls[tier] = lambda sampler=sampler: sampler(inputs, noise)
+        calls[f"{tier}'s steps"] = lambda sampler=sampler, encoded=encoded: sampler.sample(encoded, noise)
     with torch.no_grad():
-        ends, steps = in_turns(whole, rounds), in_turns(loops, rounds)
-    ratios, intervals = {}, {}
+        spent = in_turns(calls, rounds)
+    pairs = {"denoise_share_lerobot": ("lerobot's steps", "lerobot")}
     for tier in kept:
         name = "compiled_denoise" if tier == "compiled" else f"denoise_{tier}"
-        for figure, spent in ((f"{tier}_over_lerobot", ends), (f"{name}_over_lerobot", steps)):
-            ratios[figure], intervals[figure] = ratio(spent["lerobot"], spent[tier])
-    ratios["denoise_share_lerobot"] = statistics.median(steps["lerobot"]) / statistics.median(ends["lerobot"])
+        pairs[f"{tier}_over_lerobot"] = ("lerobot", tier)
+        pairs[f"{name}_over_lerobot"] = ("lerobot's steps", f"{tier}'s steps")
+    found = {figure: ratio(spent[one], spent[other]) for figure, (one, other) in pairs.items()}
+    ratios, intervals = ({figure: value[i] for figure, value in found.items()} for i in (0, 1))
     equal = all(found["bitwise"] for found in parity["exact"])
-    return ratios, {"bitwise": equal, "parity": parity, "end_to_end_ms": ends, "denoise_ms": steps,
-                    "intervals": intervals, "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
+    return ratios, {"bitwise": equal, "parity": parity, "process_ms": spent, "intervals": intervals,
+                    "steps": policy.flow_steps, "first_calls_s": first}  # fmt: skip
 
 
 def tokens_equal() -> bool:

@@ -74,6 +74,14 @@ def test_bench_table(checkout):
     assert "| `exact` | yes |  |" in out and "`python -m bench train --json`" in out
 
 
+def test_a_missed_target_is_not_rounded_into_a_met_one(checkout):
+    bench = {"name": "train", "device": "x", "figures": {"ratio": 1.0537, "other": 1.0437}}
+    bench["targets"] = {"ratio": "<= 1.05", "other": "<= 1.05"}
+    (checkout / "results/bench_train.json").write_text(json.dumps(bench))
+    out = fill("<!-- results:bench_train -->\n<!-- /results -->", checkout / "results", "x")
+    assert "| `ratio` | 1.054 | <= 1.05 |" in out and "| `other` | 1.04 | <= 1.05 |" in out
+
+
 def test_rates_among_the_metrics_become_rows(checkout):
     metrics = {"question_accuracy_base": {"loss": 0.4, "accuracy": {"n": 10, "successes": 9}}, "minutes": 3.0}
     example(checkout / "results/m.json", metrics=metrics)

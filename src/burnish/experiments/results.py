@@ -314,7 +314,9 @@ def _bench_table(name: str, bench: dict[str, Any]) -> str:
     targets = bench.get("targets") or (bench.get("detail") or {}).get("targets") or {}
     lines = [line(["figure", "value", "target"]), line(["---", "---:", "---"])]
     for figure, value in bench["figures"].items():
-        lines.append(line([f"`{figure}`", cell(figure, value), str(targets.get(figure, ""))]))
+        shown, target = cell(figure, value), str(targets.get(figure, ""))
+        close = shown == target.split(" ")[-1] and isinstance(value, float)  # 1.054 is not within 1.05
+        lines.append(line([f"`{figure}`", f"{value:.4g}" if close else shown, target]))
     made = f"`{bench.get('command') or 'python -m bench ' + name.removeprefix('bench_') + ' --json'}`"
     facts = [made, _words(bench.get("device")), f"n = {_words(bench['n'])}" if bench.get("n") else ""]
     facts += [f"commit {str(bench['commit'])[:10]}" if bench.get("commit") else ""]

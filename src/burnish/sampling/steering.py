@@ -144,7 +144,7 @@ class Guide:
         self.target = F.pad(steering.previous.to(noise), (0, 0, 0, T - count)).clone()
         if width is not None:
             self.weight[..., width:] = self.target[..., width:] = 0
-        self.pulls = self.weight > 0
+        self.target.masked_fill_(self.weight == 0, 0)  # what stood there, NaN even, is to count nothing
         self.committed = (torch.arange(T, device=noise.device) < delay[:, None])[..., None]
 
     def velocity(self, field: Field, points: Tensor, time: Tensor | float) -> Tensor:
@@ -187,7 +187,7 @@ class Guide:
         return solver(plain, noise, lambda _points, direction, _time: direction if push is None else direction - push)
 
     def _error(self, clean: Tensor) -> Tensor:
-        return torch.where(self.pulls, self.weight * (self.target - clean), 0.0)
+        return self.weight * (self.target - clean)
 
     def finish(self, points: Tensor) -> Tensor:
         """The chunk: its committed rows are those that were executed, bit for bit."""
