@@ -3,6 +3,7 @@
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -139,6 +140,9 @@ def test_folders_of_transformers(tmp_path, kind):
     teacher = make_teacher({"name": "folder", "path": str(tmp_path)}, (2, 2))
     seen = views(side=28)
     found = run_teacher(teacher, seen, [0, 2])
+    lacking = patch.object(teacher.model, "forward", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError), lacking:  # not told as a picture size that the model does not take
+        run_teacher(teacher, seen, [0])
     assert found[0].shape == (2, 2, 4, 4, 16) and len(teacher.widths) == 3
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(processor[name])[:, None, None] for name in ("image_mean", "image_std"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from burnish.core.errors import BurnishError, first_line
+from burnish.core.errors import BurnishError, first_line, out_of_memory
 from burnish.core.options import home, number
 from burnish.core.reading import inside, read_object, regular_file
 from burnish.teachers.base import TEACHERS, Teacher, Views, file_hash, fingerprint, precision_dtype
@@ -83,7 +83,9 @@ class FolderTeacher(Teacher):
     def _run(self, pixels: Tensor) -> Any:
         try:
             return self.model(pixels, output_hidden_states=True)
-        except (ValueError, RuntimeError) as error:  # of a size that it does not take, or out of memory
+        except (ValueError, RuntimeError) as error:  # of a size that it does not take
+            if out_of_memory(error):
+                raise
             line = first_line(error)
             raise BurnishError(f"the teacher `folder` fails on images of {self.side} pixels ({line})",
                                "a size in preprocessor_config.json that the model takes") from error  # fmt: skip

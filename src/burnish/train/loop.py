@@ -68,8 +68,9 @@ def train(recipe: RecipeConfig, *, resume: bool = True, progress: bool = True) -
                 raise
             size, passes = recipe.train.batch_size, recipe.train.grad_accumulation
             smaller = f"--train.batch_size={-(-size // 2)} --train.grad_accumulation={2 * passes}"
-            raise BurnishError(f"not enough memory to train on {size} samples at once", "fewer in a forward pass",
-                               smaller if size > 1 else "--train.memory.checkpointing=true") from error  # fmt: skip
+            if size == 1:
+                smaller = "" if recipe.train.memory.checkpointing else "--train.memory.checkpointing=true"
+            raise BurnishError(f"not enough memory to train on {size} samples at once", fix=smaller) from error
 
 
 def _train(recipe: RecipeConfig, output: Path, resume: bool, progress: bool) -> TrainResult:
