@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     policy = make_real("smolvla", device="cpu", cameras=("front", "wrist"), image_size=256).eval()
     policy.inner.to(torch.bfloat16)
     found, executor = compare(policy, ("exact",), rounds)
-    found["denoise_bf16_over_lerobot"] = found.pop("denoise_exact_over_lerobot")
+    found = {key.replace("denoise_exact", "denoise_bf16"): value for key, value in found.items()}
     saved = saving(policy, 1 if args.quick else 3, 1)
     found |= {f"hit_{kind}_over_plain": saved[kind] / saved["plain"] for kind in ("same", "state")}
     info = machine("cpu")

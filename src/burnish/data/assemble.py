@@ -82,13 +82,13 @@ class _VideoFile:
 
     def __init__(self, path: Path, fps: int):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._av, self._fps = av, fps
+        self._fps = fps
         self._container = av.open(str(path.absolute()), "w", format="mp4")
         self._stream = None
         self.num_frames = 0
 
     def append(self, episode: bytes) -> None:
-        with self._av.open(io.BytesIO(episode)) as source:
+        with av.open(io.BytesIO(episode)) as source:
             if self._stream is None:
                 self._stream = self._container.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
