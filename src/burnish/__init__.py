@@ -28,7 +28,8 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'burnish' has no attribute '{name}'")
-    return getattr(module := import_module(_PUBLIC[name]), name, module)  # a package may be a verb: core/verbs.py
+    module = import_module(_PUBLIC[name])
+    return module if module.__name__ == f"burnish.{name}" else getattr(module, name)  # a package may be a verb
 
 
 def __dir__() -> list[str]:

@@ -303,8 +303,10 @@ def test_episodes_of_a_partial_download(copy):
     root = copy("v2.1")
     (root / "data/chunk-000/episode_000000.parquet").unlink()
     (root / f"videos/chunk-000/{FRONT}/episode_000001.mp4").write_bytes(b"none")
+    recipes = open_dataset(root)
+    recipes.named = "data.episodes"
     with pytest.raises(BurnishError, match=r"episode_000000.parquet is missing.*--data.episodes=\[1,2\]"):
-        read(root, named="data.episodes")
+        read(root, meta=recipes)
     with pytest.raises(BurnishError, match=r"episode_000001.mp4 is unreadable"):
         read(root, episodes=[1, 2])
     fakes.assert_reads_right(read(root, episodes=[2]))

@@ -10,8 +10,7 @@ from toy import ToyModel
 
 from burnish.core.errors import BurnishError
 from burnish.runtime.verify import Watched, check_model, shift
-from burnish.sampling import passes, state
-from burnish.sampling import state as commit
+from burnish.sampling import passes, state, unmask
 from burnish.sampling.token_model import Prompt, make_decoder
 
 
@@ -294,9 +293,9 @@ def test_ordinal_confidence_counts_neighbouring_bins():
     from burnish.sampling.plan import DecodePlan
 
     logits = torch.tensor([[0.1, 0.4, 0.35, 0.05, 0.1]]).log()
-    ids, sure = commit.likeliest(logits, DecodePlan(confidence="ordinal", width=1))
+    ids, sure = unmask.likeliest(logits, DecodePlan(confidence="ordinal", width=1))
     assert ids.tolist() == [1] and sure.item() == pytest.approx(0.85)
-    ids, sure = commit.likeliest(logits, DecodePlan(legal=(3, 4)))
+    ids, sure = unmask.likeliest(logits, DecodePlan(legal=(3, 4)))
     assert ids.tolist() == [4] and sure.item() == pytest.approx(2 / 3)
 
 
@@ -307,7 +306,7 @@ def test_schedules_leave_what_they_say():
         plan = DecodePlan(block=56, min_unmasked=rule, steps=12)
         still, seen = 56, []
         for turn in range(1, 13):
-            still -= int(commit.least_unmasked(torch.tensor([still]), torch.tensor([turn]), plan))
+            still -= int(unmask.least_unmasked(torch.tensor([still]), torch.tensor([turn]), plan))
             seen.append(still)
         assert seen[-1] == 0
         assert left is None or seen == left

@@ -28,7 +28,7 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
     Args:
         episodes: numbers; none means all.
         cameras: full keys.
-        named: the field of a recipe that the episodes come from, for messages; "" where there is none.
+        named: as the data set's, where another field chooses these.
 
     Returns:
         The episodes, ascending.
@@ -36,8 +36,8 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
     chosen, root = sorted(set(episodes)) or list(dataset.episodes), dataset.root
     unknown = [episode for episode in chosen if episode not in dataset.episodes]
     if unknown:
-        raise BurnishError(f"{named or 'a list'} names episode {unknown[0]}", f"one of the {len(dataset.episodes)} in "
-                           f"{root} ({min(dataset.episodes)} to {max(dataset.episodes)})")  # fmt: skip
+        there = f"one of the {len(dataset.episodes)} in {root} ({min(dataset.episodes)} to {max(dataset.episodes)})"
+        raise BurnishError(f"{named or dataset.named or 'a list'} names episode {unknown[0]}", there)
     request = (tuple(chosen), tuple(cameras))
     if request in dataset.told:
         return chosen
@@ -51,7 +51,7 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
     if stopping:
         first = min(stopping, key=lambda one: bool(one.episodes))  # what no choice of episodes helps against first
         without = wanted.difference(*(one.episodes for one in stopping))
-        fix = first.fix or leaving(dataset, without if first.episodes else (), named)
+        fix = first.fix or leaving(dataset, without if first.episodes else ())
         raise BurnishError(f"{first.where}: {first.what} ({root})", fix=fix)
     dataset.told.add(request)
     return chosen
@@ -60,16 +60,17 @@ def require(dataset: Dataset, episodes: Sequence[int] = (), cameras: Sequence[st
 def tell(dataset: Dataset, episodes: list[int]) -> None:
     """Log once what does not stop training on these episodes: an earlier version, odd instructions."""
     odd = _check_instructions(dataset, dataset.rows.of(episodes), episodes)
-    said = [f"of version {dataset.version}, and read as it is"] * (dataset.version != "v3.0")
-    for what in said + [one.what for one in odd if one.kind == "warning"]:
+    said = [(logging.INFO, f"of version {dataset.version}, and read as it is")] * (dataset.version != "v3.0")
+    for level, what in said + [(logging.WARNING, one.what) for one in odd if one.kind == "warning"]:
         if what not in dataset.told:
             dataset.told.add(what)
-            log.warning("%s: %s", dataset.root, what)
+            log.log(level, "%s: %s", dataset.root, what)
 
 
-def leaving(dataset: Dataset, episodes: Iterable[int], named: str) -> str:
+def leaving(dataset: Dataset, episodes: Iterable[int]) -> str:
     """What to try: these episodes alone, where a recipe chooses them and they are few, or a look at the data set."""
-    option = f"--{named}={sorted(episodes)}".replace(" ", "") if episodes and named == "data.episodes" else ""
+    chosen = f"--data.episodes={sorted(episodes)}".replace(" ", "")
+    option = chosen if episodes and dataset.named == "data.episodes" else ""
     return option if 0 < len(option) < 300 else look(dataset.root)
 
 

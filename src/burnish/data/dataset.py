@@ -81,6 +81,7 @@ class Dataset:
         wanted: numeric features that `rows` holds.
         orders: feature to the order in which its stored dimensions are read, see `reorder`.
         told: warnings that were logged, and requests that were checked, see `burnish.data.checks.require`.
+        named: the field of a recipe that its episodes are chosen by, for messages; "" where there is none.
     """
 
     root: Path
@@ -95,6 +96,7 @@ class Dataset:
     wanted: tuple[str, ...] = ()
     orders: dict[str, list[int]] = field(default_factory=dict)
     told: set[Any] = field(default_factory=set)
+    named: str = ""
 
     @cached_property
     def rows(self) -> Rows:

@@ -63,7 +63,6 @@ class FrameCache:
 def open_frames(
     root: Path, cameras: Sequence[str], image_size: int = 0, cache_dir: str | Path = "", progress: bool = True,
     meta: Dataset | None = None, *, seen: int = 0, cache_gb: float = CACHE_GB, episodes: Sequence[int] = (),
-    named: str = "",
 ) -> FrameCache:  # fmt: skip
     """Open the decoded frames, decoding what is not there yet.
 
@@ -75,7 +74,6 @@ def open_frames(
         seen: longest edge that the policy resizes its images to; 0 keeps the recorded size.
         cache_gb: room that the arrays of all cameras may take together; beyond it frames are decoded when asked for.
         episodes: those whose frames must be there; none named means all.
-        named: see `burnish.data.checks.require`.
 
     Raises:
         BurnishError: a camera that is not there, a picture of these episodes that is missing, unreadable or of another
@@ -85,7 +83,7 @@ def open_frames(
     for camera in cameras:
         if camera not in dataset.camera_keys:
             raise BurnishError(f"{root} has no camera '{camera}'", f"one of {', '.join(dataset.camera_keys)}")
-    chosen = require(dataset, episodes, cameras, named)
+    chosen = require(dataset, episodes, cameras)
     key, shapes = dataset_hash(root), {camera: Shape.of(dataset, camera, image_size, seen) for camera in cameras}
     if sum(len(dataset.rows) * prod(shape.size) for shape in shapes.values()) > cache_gb * 1e9:
         if cache_gb:  # else nothing was to be kept
@@ -101,7 +99,7 @@ def open_frames(
             make_folder(folder)
             with disk_errors(folder), alone(folder):
                 if not _is_current(path, about, chosen):  # another run may have decoded it while this one waited
-                    _build(dataset, camera, shape, path, about, chosen, progress, named)
+                    _build(dataset, camera, shape, path, about, chosen, progress)
                     _drop_stale(folder, root, camera, key, everything=not cache_dir)
         arrays[camera] = np.load(path, mmap_mode="r", allow_pickle=False)
     return FrameCache(arrays, key)
@@ -154,9 +152,8 @@ def _drop_stale(folder: Path, root: Path, camera: str, key: str, everything: boo
 
 
 def _build(
-    dataset: Dataset, camera: str, shape: Shape, path: Path, about: dict, chosen: Sequence[int], progress: bool,
-    named: str,
-) -> None:  # fmt: skip
+    dataset: Dataset, camera: str, shape: Shape, path: Path, about: dict, chosen: Sequence[int], progress: bool
+) -> None:
     """Decode one camera into `path`: a temporary file filled by position, forced to disk, renamed."""
     count, *size = about["shape"]
     if path.is_dir():
@@ -190,7 +187,7 @@ def _build(
                 for future in [pool.submit(fill, job) for job in _jobs(dataset, camera, shape, faults)]:
                     future.result()
             os.fsync(handle)
-        lacking = _lacking(dataset, camera, done, faults, chosen, named)
+        lacking = _lacking(dataset, camera, done, faults, chosen)
         os.replace(temporary, path)
     finally:
         os.close(handle)
@@ -213,7 +210,7 @@ def _jobs(dataset: Dataset, camera: str, shape: Shape, faults: dict[int, str]) -
 
 
 def _lacking(
-    dataset: Dataset, camera: str, done: np.ndarray, faults: dict[int, str], chosen: Sequence[int], named: str
+    dataset: Dataset, camera: str, done: np.ndarray, faults: dict[int, str], chosen: Sequence[int]
 ) -> list[int]:
     """Episodes without all their pictures; BurnishError where a chosen one is among them."""
     for episode, start, count in zip(dataset.rows.episodes, dataset.rows.starts, dataset.rows.counts, strict=True):
@@ -224,7 +221,7 @@ def _lacking(
                               f"{episode} (damaged?), and {int((~here).sum()) - 1} more there")  # fmt: skip
     bad = sorted(set(faults).intersection(chosen))
     if bad:
-        fix = leaving(dataset, set(chosen) - faults.keys(), named)
+        fix = leaving(dataset, set(chosen) - faults.keys())
         raise BurnishError(faults[bad[0]], fix="" if "; try: " in faults[bad[0]] else fix)
     return sorted(faults)
 

@@ -105,7 +105,6 @@ class RobotData:
         meta: what `open_dataset(root)` gave, where it has been read already.
         pictures: decode the frames; False leaves actions, states and instructions alone.
         window: what a sample has around its frame, see `Window`.
-        named: see `burnish.data.checks.require`.
 
     A frame's index is its place among all rows by episode and frame, whatever the stored column "index" says.
 
@@ -124,13 +123,12 @@ class RobotData:
         episodes: Sequence[int] = (), image_size: int = 0, cache_dir: str = "", cache_gb: float = CACHE_GB,
         seen: int = 0, augmented: bool = True, rank: int = 0, world: int = 1, progress: bool = True,
         meta: Dataset | None = None, pictures: bool = True, window: Window = Window(),
-        named: str = "",
     ):  # fmt: skip
         self.meta = open_dataset(root) if meta is None else meta
         self.root, self.chunk_size, self.augmented, self.seed = root, chunk_size, augmented, seed
         self.window = window
         self.cameras = [self._camera_key(c) for c in cameras] or colour_cameras(self.meta)
-        chosen = require(self.meta, episodes, self.cameras, named)
+        chosen = require(self.meta, episodes, self.cameras)
         tell(self.meta, chosen)
         if pictures and not self.cameras:
             raise BurnishError(f"{root} has no camera that shows colours", f"a feature {IMAGES}<camera>", look(root))
@@ -138,7 +136,7 @@ class RobotData:
         self.frames = None
         if pictures:
             self.frames = open_frames(root, self.cameras, image_size, cache_dir, progress, self.meta, seen=seen,
-                                      cache_gb=cache_gb, episodes=episodes, named=named)  # fmt: skip
+                                      cache_gb=cache_gb, episodes=episodes)  # fmt: skip
         values = {name: np.ascontiguousarray(one, np.float32) for name, one in rows.values.items()}
         self.actions, self.states = values[ACTION], values.get(STATE)
         self.task_index, self.episode_index = rows.keys["task_index"], rows.keys["episode_index"]

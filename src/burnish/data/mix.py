@@ -39,7 +39,6 @@ class Source:
         weight: samples that are drawn from it for each one of the first.
         episodes: those that are used; none named means all.
         absent: cameras of the first that it does not have.
-        named: where its episodes are chosen, for messages.
         stats: its own statistics, see `use_statistics`.
     """
 
@@ -48,17 +47,17 @@ class Source:
     weight: float = 1.0
     episodes: list[int] = field(default_factory=list)
     absent: tuple[str, ...] = ()
-    named: str = "data.episodes"
     stats: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def require(self, cameras: Sequence[str]) -> list[int]:
-        return require(self.meta, self.episodes, [c for c in cameras if c not in self.absent], self.named)
+        return require(self.meta, self.episodes, [c for c in cameras if c not in self.absent])
 
 
 def open_sources(recipe: RecipeConfig) -> list[Source]:
     """The data sets of a recipe, the first one first, whose actions and states have been matched."""
     root = demos_root(recipe)
     meta = open_dataset(root, recipe.data.columns)
+    meta.named = "data.episodes"
     sources = [Source(root, meta, episodes=trained_episodes(recipe.data, meta))]
     for place, entry in enumerate(mixed_data(recipe)):
         absent = tuple(key for key, given in entry.columns.items() if given is None)
@@ -66,9 +65,9 @@ def open_sources(recipe: RecipeConfig) -> list[Source]:
         if wrong:
             raise BurnishError(f"data.mix[{place}]: columns says that there is no {wrong[0]}", "null for cameras alone")
         columns = {key: given for key, given in entry.columns.items() if key not in absent}
-        named = f"the entry of {entry.root} in data.mix"
-        source = Source(Path(entry.root), open_dataset(entry.root, columns), float(entry.weight), entry.episodes,
-                        absent, named)  # fmt: skip
+        meta = open_dataset(entry.root, columns)
+        meta.named = f"the entry of {entry.root} in data.mix"
+        source = Source(Path(entry.root), meta, float(entry.weight), entry.episodes, absent)
         fault = match(sources[0].meta, source.meta, columns)
         if fault is not None:
             raise BurnishError(*fault)
@@ -131,7 +130,7 @@ def check_cameras(recipe: RecipeConfig, sources: Sequence[Source], cameras: Sequ
     """Raise BurnishError where a further data set lacks one of these cameras and does not say so."""
     for place, source in enumerate(sources[1:]):
         if cameras and not set(cameras) - set(source.absent):
-            raise BurnishError(f"{source.named} says that it has none of the cameras", ", ".join(cameras))
+            raise BurnishError(f"{source.meta.named} says that it has none of the cameras", ", ".join(cameras))
         for camera in cameras:
             if camera in source.meta.camera_keys or camera in source.absent:
                 continue

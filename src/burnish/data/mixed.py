@@ -131,7 +131,7 @@ def training_data(
             source.root, cameras, policy.chunk_size, size, seed, episodes=source.episodes, image_size=data.image_size,
             cache_dir=data.cache_dir, cache_gb=data.cache_gb * len(source.meta.rows) / frames, seen=policy.input_size,
             augmented=data.augment, rank=rank, world=world, progress=progress, meta=source.meta,
-            window=policy.window, named=source.named,
+            window=policy.window,
         )  # fmt: skip
 
     parts = [part(sources[0], policy.cameras)]

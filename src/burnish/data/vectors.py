@@ -28,9 +28,9 @@ from burnish.core.progress import progress_bar
 from burnish.core.reading import read_object, regular_file
 from burnish.data.augment import to_float
 from burnish.data.checks import colour_cameras
-from burnish.data.dataset import look, open_named
+from burnish.data.dataset import Dataset, look, open_named
 from burnish.data.features import IMAGES
-from burnish.data.frames import open_frames
+from burnish.data.frames import dataset_hash, open_frames
 from burnish.policies.base import Policy, require
 from burnish.policies.load import choose_device, policy_and_hash
 from burnish.teachers.base import Views, fingerprint, make_teacher, run_teacher
@@ -141,6 +141,12 @@ class Vectors:
 
     def instruction(self, task: int) -> str:
         return str(self.about["instructions"].get(str(int(task)), ""))
+
+    def require_of(self, data: Dataset, folder: Path) -> None:
+        """BurnishError unless the vectors of that folder are of the data set as it is now."""
+        seen = {key.removeprefix(IMAGES) for key in data.camera_keys} >= {*self.about["cameras"]}
+        if self.about["data"] != dataset_hash(data.root) or self.frames["row"].max() >= len(data.rows) or not seen:
+            raise BurnishError(f"{folder} is no index of {data.root} as it is now", "one of this data set", REMEDY)
 
     def of(self, keep: np.ndarray) -> "Vectors":
         """Some of the frames."""

@@ -120,9 +120,10 @@ def evaluate_offline(
     check(trials, "offline evaluation")
     require_own(Path(output), EVALUATION, is_evaluation)
     meta = open_dataset(data.root, data.columns)
+    meta.named = "data.held_out"
     if not data.held_out:
         log.warning("no episode of %s is held out: measured on all, and those that training saw look better", data.root)
-    chosen = require(meta, data.held_out, (), "data.held_out")[:episodes]
+    chosen = require(meta, data.held_out)[:episodes]
     policy, weights = policy_and_hash(policy, device)
     frames = _open_frames(data, meta, policy, chosen, cameras, progress)
     replay = _Replay(policy, frames, trials, weights, instruction)
@@ -173,7 +174,7 @@ def _open_frames(
     frames = RobotData(
         Path(data.root), cameras or policy.cameras, policy.chunk_size, 1, 0, episodes=chosen, meta=meta,
         image_size=data.image_size, cache_dir=data.cache_dir, cache_gb=data.cache_gb, seen=policy.input_size,
-        augmented=False, progress=progress, window=policy.window, named="data.held_out",
+        augmented=False, progress=progress, window=policy.window,
     )  # fmt: skip
     if frames.actions.shape[1] != policy.action_dim:
         raise BurnishError(f"{data.root} has actions of dimension {frames.actions.shape[1]}",

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from burnish.core.errors import BurnishError, plain
+from burnish.core.errors import plain
 from burnish.data.dataset import Dataset, open_named
 from burnish.data.features import IMAGES
-from burnish.data.frames import dataset_hash
 from burnish.data.inspect import Dimension, Inspection
 from burnish.report.html import document, facts, header, png_uri, section, table
 from burnish.report.plots import Series, line_plot
@@ -133,7 +132,7 @@ SHOWN, EDGE = 8, 128
 def curate_dataset(root: Path, spec: str) -> tuple[list[str], str]:
     """Lines for a terminal and sections of a page; `spec` is an encoder, or the folder of an index of this data set."""
     from burnish.data.search import build, curate
-    from burnish.data.vectors import META, REMEDY, encode_dataset, load_vectors, make_encoder
+    from burnish.data.vectors import META, encode_dataset, load_vectors, make_encoder
     from burnish.methods.retrieve.options import make_config
     from burnish.methods.retrieve.train import train_head
 
@@ -141,9 +140,7 @@ def curate_dataset(root: Path, spec: str) -> tuple[list[str], str]:
     index = Path(spec)
     if (index / META).is_file():
         made = load_vectors(index)
-        seen = {key.removeprefix(IMAGES) for key in data.camera_keys} >= {*made.about["cameras"]}
-        if made.about["data"] != dataset_hash(root) or made.frames["row"].max() >= len(data.rows) or not seen:
-            raise BurnishError(f"{spec} is no index of {root} as it is now", "one of this data set", REMEDY)
+        made.require_of(data, index)
     else:
         features = encode_dataset(root, make_encoder(spec))
         made = build(features, train_head(features, make_config("raw", {}))[0])

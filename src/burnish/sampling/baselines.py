@@ -9,8 +9,8 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.sampling.blocks import not_finite
 from burnish.sampling.plan import DecodePlan, check_legal, make_plan
-from burnish.sampling.state import choose, likeliest
 from burnish.sampling.token_model import DECODERS, Decoded, Decoder, Prompt, Stream, TokenModel, sees, visible
+from burnish.sampling.unmask import choose, likeliest
 
 
 class AutoregressiveDecoder(Decoder):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from burnish.sampling.plan import DecodePlan
-from burnish.sampling.state import BlockState, Layout, advance, lay_out, likeliest, settle, summary, wanted_tokens
+from burnish.sampling.state import BlockState, Layout, advance, lay_out, settle, summary, wanted_tokens
 from burnish.sampling.token_model import Prompt, TokenCache, TokenModel, visible
+from burnish.sampling.unmask import likeliest
 
 LOOKED_INTO: ContextVar[bool] = ContextVar("passes are looked into", default=False)
 
