@@ -104,7 +104,7 @@ class SmolVLA(Family):
                 continue
             keys, values = encoded.keys[i], encoded.values[i]
             if parts.crosses[i]:
-                y = layer.input_layernorm(x).to(layer.self_attn.q_proj.weight.dtype)
+                y = norm(layer.input_layernorm, x).to(layer.self_attn.q_proj.weight.dtype)
                 q = layer.self_attn.q_proj(y).view(B, -1, parts.heads, parts.head_dim)
                 seen = self._attend(rotate(q, cross), keys, values, cross_mask)
             else:
@@ -113,7 +113,7 @@ class SmolVLA(Family):
                 values = extend(values, encoded.length, self._heads(v), self.axis)
                 seen = self._attend(rotate(q, own), keys, values, own_mask)
             x = self._rest(layer, x, seen)
-        return parts.action_out(parts.expert_norm(x).unflatten(0, points.shape[:2]).to(torch.float32))
+        return parts.action_out(norm(parts.expert_norm, x).unflatten(0, points.shape[:2]).to(torch.float32))
 
     # The prefix.
 
@@ -222,7 +222,7 @@ class SmolVLA(Family):
 
     def _project(self, layer: Any, x: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], keys and values [B, S, KV, D] of x [B * S, W]."""
-        attention, y = layer.self_attn, layer.input_layernorm(x)
+        attention, y = layer.self_attn, norm(layer.input_layernorm, x)
         y = y.to(attention.q_proj.weight.dtype)
         found = self.linears(id(layer), y, attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (one.reshape(width, -1, one.shape[-1] // self.parts.head_dim, self.parts.head_dim) for one in found)
@@ -263,9 +263,16 @@ class SmolVLA(Family):
         """
         out = layer.self_attn.o_proj(seen.to(layer.self_attn.o_proj.weight.dtype))
         out += x
-        y = self.mlp(layer, layer.post_attention_layernorm(out))
+        y = self.mlp(layer, norm(layer.post_attention_layernorm, out))
         y += out
         return y
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """A Llama norm. On a CPU PyTorch's own gives the bits of the module's six operations in half the time."""
+    if x.is_cpu and x.dtype == module.weight.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    return module(x)
 
 
 def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:

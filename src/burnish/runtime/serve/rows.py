@@ -209,13 +209,16 @@ def to_views(images: Sequence[np.ndarray], size: Sequence[int], device: torch.de
     """uint8 pictures [H, W, 3] as float [n, 3, *size] in [0, 1], resized where they have another size."""
     views = torch.empty(len(images), 3, *size, device=device)  # filled in place: large blocks are dear to allocate
     for view, image in zip(views, images, strict=True):
-        picture = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)  # a byte a value
+        picture = torch.from_numpy(image.transpose(2, 0, 1).copy())
         if image.shape[:2] != tuple(size):
-            whole = picture[None].float()
+            whole = picture.to(device)[None].float()  # a byte a value goes to the device
             picture = torch.nn.functional.interpolate(whole, tuple(size), mode="bilinear", antialias=True)[0]
-            picture.clamp_(0, 255)
-        view.copy_(picture)
-    return views.div_(255)
+            torch.div(picture.clamp_(0, 255), 255, out=view)
+        elif device.type == "cpu":  # by numpy: threads of torch would wait for a core that a client may have
+            np.divide(picture.numpy(), np.float32(255), out=view.numpy())
+        else:
+            torch.div(picture.to(device), 255, out=view)
+    return views
 
 
 def stack(policy: Policy, rows: Sequence[Row]) -> Batch:
