@@ -85,7 +85,8 @@ def check_command(words: list[str]) -> None:
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)
     else:
-        assert words[0] in (".", "lerobot-eval", "lerobot-train", "accelerate", "torchrun", "ray", "hf", "pip", "curl")
+        others = (".", "accelerate", "torchrun", "ray", "hf", "pip", "curl", "sed")
+        assert words[0] in (*others, "lerobot-eval", "lerobot-train", "lerobot-rollout")
 
 
 def check_burnish(argv: list[str]) -> None:

@@ -167,6 +167,16 @@ def test_a_stopped_evaluation_goes_on(root, tmp_path):
         measure(Knowing(shift=1.0), root, tmp_path / "cut")
 
 
+def test_cameras_of_other_names_are_asked_for(root, tmp_path):
+    class Elsewhere(Knowing):
+        cameras = ("eye",)
+
+    with pytest.raises(BurnishError, match="front for a policy that sees eye.*try: --cameras front$"):
+        measure(Elsewhere(), root, tmp_path / "out")
+    with pytest.raises(BurnishError, match="cameras front, front for a policy that sees front.*--cameras front$"):
+        measure(Knowing(), root, tmp_path / "out", cameras=["front", "front"])
+
+
 def test_two_are_compared_on_their_episodes(root, tmp_path, capsys):
     for name, policy in (("a", Knowing(shift=0.3)), ("b", Knowing(shift=0.1))):
         measure(policy, root, tmp_path / name, held_out=(0, 1, 2) if name == "a" else (1, 2))

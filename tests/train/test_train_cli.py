@@ -3,7 +3,10 @@ import pytest
 import yaml
 
 from burnish.cli.main import main
-from burnish.core.recipe import recipe_to_dict
+from burnish.core.recipe import load_recipe, recipe_to_dict
+from burnish.data.dataset import open_dataset
+from burnish.policies import load_policy
+from burnish.train.setup import dataset_features
 
 
 @pytest.fixture
@@ -20,6 +23,15 @@ def test_train_prints_where_things_are(recipe_file, tmp_path, capsys):
     assert str(tmp_path / "run/policy") in out and "steps: 3" in out
     assert main(["train", "--config", str(recipe_file), "--train.steps", "4", "--quiet", "--fresh"]) == 0
     assert "steps: 4" in capsys.readouterr().out
+
+
+def test_a_policy_gets_cameras_in_the_order_that_the_recipe_names(tiny_smolvla, tmp_path):
+    root = fake.make_dataset(tmp_path / "data", cameras=("top", "side", "wrist"), action_dim=7)
+    for named, expected in ((["wrist", "top"], ["wrist", "top"]), ([], ["top", "side", "wrist"])):
+        recipe = load_recipe(None, [f"--data.root={root}", f"--data.cameras=[{', '.join(named)}]"])
+        features, _ = dataset_features(recipe)
+        policy = load_policy(tiny_smolvla, features=features, dataset_stats=open_dataset(root).stats)
+        assert list(policy.cameras) == expected
 
 
 @pytest.mark.parametrize(

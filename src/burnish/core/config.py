@@ -58,7 +58,7 @@ class DataConfig:
     root: str = option("", "LeRobotDataset folder; `burnish run` makes an absent one; empty: data/<name>", path=True)
     episodes: list[int] = option([], "episodes to use; empty means all")
     held_out: list[int] = option([], "episodes of data.root kept from training, to measure the policy on offline")
-    cameras: list[str] = option([], "cameras to train on; empty means all of the data set")
+    cameras: list[str] = option([], "cameras to train on, in the policy's order; empty means all of the data set")
     workers: int = option(1, "threads that prepare batches ahead (and as many processes to decode)", least=1, most=256)
     columns: dict[str, Any] = option({}, "features under other names, e.g. {action: [action.arm, action.gripper]}")
     cache_dir: str = option("", "where decoded frames are kept; empty means .frames in the data set", path=True)

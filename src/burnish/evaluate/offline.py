@@ -26,7 +26,7 @@ from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch
 from burnish.data.checks import require
 from burnish.data.dataset import Dataset, open_dataset
-from burnish.data.features import ACTION
+from burnish.data.features import ACTION, IMAGES
 from burnish.data.inspect import gripper_dimensions
 from burnish.data.loader import RobotData, to_float
 from burnish.evaluate.batching import BatchedPolicy, Request
@@ -171,17 +171,20 @@ def _open_frames(
     data: DataConfig, meta: Dataset, policy: Policy, chosen: list[int], cameras: Sequence[str] | None, progress: bool
 ) -> RobotData:
     """The chosen episodes as the policy is trained on them; BurnishError where the two do not go together."""
+    own, wanted = [key.removeprefix(IMAGES) for key in meta.camera_keys], list(cameras or policy.cameras)
+    count, known = len(policy.cameras), {*own, *meta.camera_keys}
+    if len(wanted) != count or not count or (not cameras and not known.issuperset(wanted)):
+        found = f"cameras {', '.join(cameras or own)} for a policy that sees {', '.join(policy.cameras) or 'none'}"
+        fix = f"--cameras {' '.join([*own, *['NAME'] * count][:count])}" if count else ""
+        raise BurnishError(found, f"{count} of the data set's, in the policy's order", fix)
     frames = RobotData(
-        Path(data.root), cameras or policy.cameras, policy.chunk_size, 1, 0, episodes=chosen, meta=meta,
+        Path(data.root), wanted, policy.chunk_size, 1, 0, episodes=chosen, meta=meta,
         image_size=data.image_size, cache_dir=data.cache_dir, cache_gb=data.cache_gb, seen=policy.input_size,
         augmented=False, progress=progress, window=policy.window,
     )  # fmt: skip
     if frames.actions.shape[1] != policy.action_dim:
         raise BurnishError(f"{data.root} has actions of dimension {frames.actions.shape[1]}",
                            f"{policy.action_dim} as the policy has")  # fmt: skip
-    if len(frames.cameras) != len(policy.cameras):
-        raise BurnishError(f"cameras {', '.join(frames.cameras)} for a policy that sees {', '.join(policy.cameras)}",
-                           "one for each of them", "--cameras with the data set's in the policy's order")  # fmt: skip
     return frames
 
 

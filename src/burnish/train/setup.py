@@ -176,8 +176,8 @@ def _features(recipe: RecipeConfig, meta: Dataset) -> dict[str, Any]:
     from lerobot.configs.types import FeatureType
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    names = {*_cameras(recipe, meta), STATE, ACTION}
-    wanted = {key: feature for key, feature in meta.features.items() if key in names}
+    names = [*_cameras(recipe, meta), STATE, ACTION]  # policies that know views by their place take them in this order
+    wanted = {key: meta.features[key] for key in names if key in meta.features}
     features = {}
     for key, feature in dataset_to_policy_features(wanted).items():
         if feature.type is FeatureType.VISUAL:

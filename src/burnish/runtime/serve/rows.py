@@ -207,15 +207,17 @@ def channels_last(image: Any, what: str) -> np.ndarray:
 
 def to_views(images: Sequence[np.ndarray], size: Sequence[int], device: torch.device) -> Tensor:
     """uint8 pictures [H, W, 3] as float [n, 3, *size] in [0, 1], resized where they have another size."""
-    views = torch.empty(len(images), 3, *size, device=device)  # filled in place: large blocks are dear to allocate
+    # Filled in place, as large blocks are dear to allocate; on a CPU by numpy: torch's threads would wait for a core
+    # that a client may have.
+    views = torch.empty(len(images), 3, *size, dtype=torch.float32, device=device)
     for view, image in zip(views, images, strict=True):
         picture = torch.from_numpy(image.transpose(2, 0, 1).copy())
         if image.shape[:2] != tuple(size):
             whole = picture.to(device)[None].float()  # a byte a value goes to the device
             picture = torch.nn.functional.interpolate(whole, tuple(size), mode="bilinear", antialias=True)[0]
             torch.div(picture.clamp_(0, 255), 255, out=view)
-        elif device.type == "cpu":  # by numpy: threads of torch would wait for a core that a client may have
-            np.divide(picture.numpy(), np.float32(255), out=view.numpy())
+        elif device.type == "cpu":
+            np.divide(picture.numpy(), 255, out=view.numpy(), dtype=np.float32)
         else:
             torch.div(picture.to(device), 255, out=view)
     return views
