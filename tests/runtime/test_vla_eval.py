@@ -203,13 +203,20 @@ def test_a_task_of_other_keys_and_a_policy_that_fails_end_no_session(session, mo
     with monkeypatch.context() as patched:
         patched.setattr(Mean, "act", lambda *args: torch.zeros(2) + torch.zeros(3))
         reply = unpack(session.answer(observation()))
+def lacking(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
     assert reply["type"] == "error" and "cannot act on this" in reply["payload"]["error"]
     assert unpack(session.answer(observation()))["type"] == "action"
 
 
 def test_a_picture_of_absurd_size_is_never_unpacked(session):
     import io
+        patched.setattr(Mean, "act", lacking)
+        full = unpack(session.answer(observation()))
 
+    assert full["payload"]["error"] == "not enough memory for this call"
     from PIL import Image
 
     file = io.BytesIO()

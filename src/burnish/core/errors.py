@@ -27,6 +27,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def for_client(error: Exception, what: str = "this call") -> BurnishError:
+    """What a server tells of an error: a BurnishError as it is, lack of memory for `what`; raises any other."""
+    if not isinstance(error, BurnishError) and not out_of_memory(error):
+        raise error
+    return error if isinstance(error, BurnishError) else BurnishError(f"not enough memory for {what}")
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """The text of another library's error in one line of at most `most` characters; its type where it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__

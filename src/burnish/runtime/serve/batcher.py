@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.core.errors import BurnishError, one_line
+from burnish.core.errors import BurnishError, for_client
 from burnish.core.types import Draws
 from burnish.data.watchdog import Watchdog
 from burnish.policies.base import Policy
@@ -171,8 +171,8 @@ class Batcher:
         try:
             with foreign("old pictures could not be compared", "a policy that acts on the present ones"):
                 after()
-        except (BurnishError, MemoryError) as error:
-            log.warning("%s", one_line(error))
+        except Exception as error:  # noqa: BLE001 - `for_client` raises what is no lack of memory
+            log.warning("%s", for_client(error, "a comparison of old pictures"))
 
     async def _gather(self) -> None:
         """Wait for others who may ask: as long as they keep coming, but no request longer than four times `wait`."""
@@ -210,10 +210,12 @@ class Batcher:
         prefix = None if batch[0].prefix is None else np.stack([p for one in batch if (p := one.prefix) is not None])
         try:
             found = self.act(rows, seeds, prefix, [one.old for one in batch if one.old], [one.key for one in batch])
-        except (BurnishError, MemoryError) as error:
-            if len(batch) > 1:
-                return [answer for one in batch for answer in self._answers([one])]
-            return [error if isinstance(error, BurnishError) else BurnishError("not enough memory for this call")]
+        except Exception as error:  # noqa: BLE001 - as above
+            told, found = for_client(error), []
+            if len(batch) == 1:
+                return [told]
+        if not found:  # behind `except`, where the tensors of the failed call have gone
+            return [answer for one in batch for answer in self._answers([one])]
         broken = BurnishError("the policy returned actions that are not finite", "numbers", "another checkpoint")
         return [one if np.isfinite(one.actions).all() else broken for one in found]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import BurnishError
+from burnish.core.errors import BurnishError, for_client
 from burnish.core.seeding import generator
 from burnish.core.types import Batch
 from burnish.policies.base import Policy
@@ -117,8 +117,8 @@ class VlaEvalSession:
             message = read_message(frame)
             number = message["seq"]
             reply = self._answer(message["type"], message["payload"])
-        except BurnishError as error:
-            reply = "error", {"error": str(error)}
+        except Exception as error:  # noqa: BLE001 - `for_client` raises what is no lack of memory
+            reply = "error", {"error": str(for_client(error))}
         return None if reply is None else pack_message(*reply, number)
 
     def _answer(self, kind: str, payload: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
