@@ -62,6 +62,17 @@ def test_a_token_policy_is_profiled_with_graphs(tmp_path):
     assert found["passes"] > 1 and found["stages"]["passes"]["median"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_graphs_of_a_second_gpu_replay_what_they_are_given():
+    from burnish.runtime.executor import Graphs
+
+    for device in ("cuda:0", "cuda:1"):
+        graphs = Graphs(lambda tensors: tensors[0] * 2)
+        for value in (1.0, 1.0, 5.0):
+            assert graphs([torch.full((3,), value, device=device)]).tolist() == [2 * value] * 3
+        assert len(graphs.held) == 1
+
+
 def test_a_new_policy_is_drawn_on_the_gpu():
     from workshop.real import make_real
 

@@ -10,7 +10,7 @@ from test_executor import KINDS, loaded, noise, observed
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.runtime import executor as module
-from burnish.runtime.executor import Graphs, Runtime
+from burnish.runtime.executor import Graphs, Runtime, shapes
 from burnish.sampling.passes import without_graphs
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -117,6 +117,7 @@ def test_graphs_replay_what_they_are_given(recorded, monkeypatch):
     with without_graphs():
         graphs([torch.ones(5), torch.ones(5)])
     assert len(recorded) == 2
+    assert shapes([torch.ones(5)]) != shapes([torch.ones(5, device="meta")]), "a graph belongs to its device"
     graphs.clear()
     assert not graphs.held and graphs(one).tolist() == [2.0] * 3 and len(recorded) == 3
 
@@ -131,13 +132,13 @@ def test_graphs_forget_the_one_unused_for_longest(recorded, monkeypatch):
     assert len(recorded) == 3, "one that had to go is not captured again and again"
 
 
-@pytest.mark.parametrize("fault", ["refuses", "differs"])
+@pytest.mark.parametrize("fault", ["refuses", "differs", "writes nothing"])
 def test_a_graph_that_cannot_be_is_done_without(monkeypatch, caplog, fault):
     def record(_device, work, warm):
         warm()
         if fault == "refuses":
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        return SimpleNamespace(replay=lambda: None), work() + 1e-3
+        return SimpleNamespace(replay=lambda: None), work() + (1e-3 if fault == "differs" else 0)
 
     monkeypatch.setattr(module, "record", record)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)

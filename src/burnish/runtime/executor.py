@@ -384,6 +384,7 @@ class Graphs:
 
         graph, output = record(device, lambda: self.work(buffers), warm)
         held = Held(graph, buffers, output, torch.cuda.memory_reserved(device) - before)
+        output.zero_()  # a graph that writes nothing must not find the right numbers there
         if not torch.equal(self._replay(held, inputs), want):
             raise RuntimeError("its replay gives other numbers")
         self.held[key] = held
@@ -398,4 +399,4 @@ class Graphs:
 
 def shapes(inputs: Sequence[Tensor]) -> Key:
     """What tells two sets of inputs apart for a graph."""
-    return (*((tuple(tensor.shape), tensor.dtype) for tensor in inputs), torch.is_autocast_enabled("cuda"))
+    return (*((tuple(one.shape), one.dtype, one.device) for one in inputs), torch.is_autocast_enabled("cuda"))

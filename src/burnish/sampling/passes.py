@@ -42,6 +42,11 @@ class Buffers:
     pool: Any = None
 
 
+_CAPTURES: dict[int, "torch.cuda.Stream"] = {}
+"""By device: graphs of one pool want one stream. PyTorch's own is of the device that came first, and elsewhere records
+nothing."""
+
+
 class Passes:
     """Runs the forward passes of a plan over one model."""
 
@@ -157,7 +162,9 @@ def record(
                     warm()
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads use the device
+            capture = _CAPTURES.setdefault(torch.cuda.current_device(), torch.cuda.Stream())
+            mode = "thread_local"  # other threads use the device
+            with torch.cuda.graph(graph, pool=pool, stream=capture, capture_error_mode=mode):
                 return graph, work()
     finally:
         torch.set_autocast_cache_enabled(cached)
