@@ -111,11 +111,14 @@ class OpenPi:
         """Act on black views, so that no client waits for what a first call builds; in the policy's thread.
 
         Raises:
-            BurnishError: the policy cannot act at all.
+            BurnishError: the policy cannot act at all, or not go on from a chunk in the way of `mode`.
         """
         row = self.reader.row(blank(self.policy, self.keys))
         for count in sorted({1, self.batcher.width}):
-            self.batcher.act([row] * count, [0] * count)
+            found = self.batcher.act([row] * count, [0] * count)
+            if self.mode != "none":
+                old = [Old(one.raw, 1) for one in found if one.raw is not None]
+                self.batcher.act([row] * count, [0] * count, old=old)
 
     def session(self) -> "OpenPiSession":
         return OpenPiSession(self)
@@ -157,7 +160,8 @@ class OpenPi:
 
     def _old(self, extras: Extras, last: Tensor | None) -> Old | None:
         rest = None if last is None or self.mode == "none" or extras.prefix is not None else last[extras.executed :]
-        delay = min(extras.delay, 0 if rest is None else len(rest))
+        most = self.policy.rtc_training_max_delay if self.mode == "trained" else extras.delay
+        delay = min(extras.delay, most, 0 if rest is None else len(rest))
         return None if rest is None or not len(rest) or (self.mode != "guided" and not delay) else Old(rest, delay)
 
     def _prefix(self, given: Any) -> np.ndarray:
