@@ -1,5 +1,7 @@
 """A chunk does not depend, to the last bit, on who shares the policy's batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from burnish.core.errors import BurnishError
 from burnish.envs.base import Observation, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request
 from burnish.evaluate.rollout import _Job
+from burnish.evaluate.scheduler import Measurement, Planned
 from burnish.runtime.caches import Reuse
 from burnish.runtime.executor import Runtime
 
@@ -55,6 +58,20 @@ def test_an_episode_that_begins_again_sees_nothing_of_the_one_whose_simulator_di
     for replan in (0, 1, 0):
         batched.act([request(0, replan=replan)])
     assert batched.reuse.counts == {"fresh": 2, "reused": 1}
+
+
+def test_pictures_of_an_episode_that_has_ended_are_not_kept(policy):
+    batched = BatchedPolicy(policy, {"top": "cam"}, seed=1, width=1, n_action_steps=8)
+    batched.reuse = Reuse(CacheConfig("images", 9, guard=False), policy, most=2)
+    journal = SimpleNamespace(append=lambda record: None, records=[])
+    measured = Measurement(None, batched, 2, journal, {"seed": 0, "weights": "", "commit": "", "variant": ""})
+    batched.act([request(0)])
+    batched.act([request(1)])
+    run = Planned(SimpleNamespace(task="t", initial_state=1))
+    ended = SimpleNamespace(success=True, steps=3, instruction="", other_success=None, failure="")
+    measured.finished(run, ended, SimpleNamespace(set_postfix_str=lambda *_, **__: None))
+    batched.act([request(2)])
+    assert [state for _, state in batched.reuse._anchors] == [0, 2]
 
 
 @pytest.mark.parametrize(("tier", "named"), [("", False), ("exact", False), ("fused", True)])

@@ -165,7 +165,7 @@ def calls(reuse, seen, keys=("r",)):
     for batch in seen:
         shown = reuse.look(keys, batch)
         chunk = policy.act(shown)
-        reuse.compare(chunk, lambda batch=batch: policy.act(batch))
+        reuse.compare(reuse.due, chunk, lambda batch=batch: policy.act(batch))
         used.append(shown["observation.images.a"][:, 0, 0, 0].tolist())
     return used
 
@@ -189,6 +189,13 @@ def test_rows_are_robots_each_for_itself_and_copies_follow_the_last():
     calls(reuse, [scene(0.1, 0.2)], keys=("a", "b"))
     shown = reuse.look(("b", "c"), scene(0.5, 0.6, 0.6) | {"task": ["go", "go", "long"]})
     assert shown["observation.images.a"][:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.6, 0.6])
+
+
+def test_pictures_of_so_many_robots_are_kept():
+    reuse = Reuse(CacheConfig("images", 9, guard=False), Looking(), most=2)
+    for key in "abc":
+        calls(reuse, [scene(0.1)], keys=(key,))
+    assert list(reuse._anchors) == ["b", "c"]
 
 
 def test_a_moving_object_trips_the_guard(tmp_path):
@@ -220,14 +227,14 @@ def test_a_comparison_that_fails_ends_the_use_of_old_pictures_and_no_server(tmp_
     calls(reuse, [scene(0.1)])
     chunk = policy.act(reuse.look(["r"], scene(0.2)))
     batcher = Batcher.__new__(Batcher)
-    batcher._after = lambda: reuse.compare(chunk, lambda: torch.zeros(2) + torch.zeros(3))
+    batcher._after = lambda: reuse.compare(reuse.due, chunk, lambda: torch.zeros(2) + torch.zeros(3))
     batcher._compare()
     assert "could not be compared" in caplog.text and batcher._after is None
     assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)
 
 
 def test_a_guard_that_is_left_out_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(Reuse, "compare", lambda self, chunk, act: None)
+    monkeypatch.setattr(Reuse, "compare", lambda self, due, chunk, act: None)
     with pytest.raises(AssertionError):
         test_a_moving_object_trips_the_guard(tmp_path)
 
@@ -259,15 +266,15 @@ def test_a_spread_is_that_of_the_weights_that_act(policies, tmp_path):
     spec = SimpleNamespace(action_names=range(policy.action_dim), cameras=policy.cameras, fps=10)
 
     def served(cache):
-        return runner(policy, ServeOptions(cache=cache), ExitStack(), server)[1]
+        return runner(policy, ServeOptions(cache=cache, clients=3), ExitStack(), server)[1]
 
     def evaluated(cache):
-        job = _Job(EvalConfig(env="tabletop:lift", cache=cache), 16, False, False, make_env)
+        job = _Job(EvalConfig(env="tabletop:lift", cache=cache, batch_size=5), 16, False, False, make_env)
         return _batched(job, policy, spec, None, 1).reuse
 
-    for way in (served, evaluated):
+    for way, most in ((served, 6), (evaluated, 5)):
         config = CacheConfig("images", measured=spread_file(tmp_path, module=weights_hash(policy)))
-        assert way(config).spread == 1.0
+        assert (way(config).spread, way(config).most) == (1.0, most)
         spread_file(tmp_path, module=weights_hash(policies["pi0"]))
         with pytest.raises(BurnishError, match="other weights.*verify runtime"):
             way(config)
@@ -278,6 +285,6 @@ def test_an_episode_may_end_while_the_last_one_is_compared(tmp_path):
     reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()
     calls(reuse, [scene(0.1)])
     chunk = policy.act(reuse.look(["r"], scene(0.2)))
-    reuse.compare(chunk, lambda: (reuse.forget("r"), policy.act(scene(0.2)))[1])
+    reuse.compare(reuse.due, chunk, lambda: (reuse.forget("r"), policy.act(scene(0.2)))[1])
     assert reuse.counts["compared"] == 1
     assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)

@@ -95,7 +95,7 @@ class BatchedPolicy:
         self._synchronise()
         elapsed = 1000 * (time.perf_counter() - start)
         if self.reuse is not None:  # while a robot would execute the chunk
-            self.reuse.compare(chunk, lambda: self.sample(rows, there, draws))
+            self.reuse.compare(self.reuse.due, chunk, lambda: self.sample(rows, there, draws))
         if not torch.isfinite(chunk.actions[: len(requests)]).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
         if self.watchdog is not None:

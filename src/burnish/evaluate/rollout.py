@@ -139,7 +139,7 @@ def _batched(
     given = policy, match_cameras(policy, spec, cameras), job.trials.seed, (job.batch_size + 1) // 2, steps
     asked = BatchedPolicy(*given) if delay.plain else DelayedPolicy(*given, delay=delay, spec=spec)
     if job.trials.cache.mode in ("images", "prefix"):
-        asked.reuse = Reuse(job.trials.cache, policy)
+        asked.reuse = Reuse(job.trials.cache, policy, job.batch_size)
     if job.trials.tier or job.kept:
         asked.runner = Runtime(policy, tier=job.trials.tier or "exact", kept=job.kept)
     asked.watchdog = job.watchdog

@@ -130,5 +130,7 @@ class Measurement(Scheduler[Planned]):
             latency_ms=tuple(run.latency_ms), instruction=reply.instruction, other_success=reply.other_success,
             failure=reply.failure, distances=self.distances(run), **self.stamp, **self.extras(run, reply),
         ))  # fmt: skip
+        if self.policy and self.policy.reuse:
+            self.policy.reuse.forget((run.episode.task, run.episode.initial_state))
         records = self.journal.records
         progress.set_postfix_str(f"success {sum(r.success for r in records)}/{len(records)}", refresh=False)

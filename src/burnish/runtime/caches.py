@@ -33,7 +33,6 @@ from burnish.sampling.kept import Kept
 ONE, MEAN, CHECKS, EVERY = 1.0, 0.25, 8, 4
 """The guard's limits in units of the policy's spread, of one comparison and of the mean of the last CHECKS; and how
 many calls on old pictures there are to one comparison, once as many in a row have been compared."""
-MOST_KEYS = 1024
 
 
 def encode(kept: Kept, family: Family, inputs: Sequence[Any], exact: bool) -> Encoded:
@@ -95,12 +94,14 @@ class Reuse:
     Args:
         config: mode "images" or "prefix".
         policy: flow-matching; with the guard, the very weights that `config.measured` was made for.
+        most: robots whose pictures are kept, on the policy's device.
 
     Attributes:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
+        due: what `compare` is to be given with the chunk of the last `look`: rows, and what they acted on.
     """
 
-    def __init__(self, config: CacheConfig, policy: Policy):
+    def __init__(self, config: CacheConfig, policy: Policy, most: int = 64):
         require(policy, "runtime", f"cache {config.mode}")
         self.config, self.width, self.counts = config, policy.action_dim, Counter[str]()
         self.spread, self.binary = measured_spread(config.measured, policy) if config.guard else (1.0, [])
@@ -109,8 +110,8 @@ class Reuse:
                                f"some of the policy's {self.width}", "the file of this very policy")  # fmt: skip
         self._anchors: OrderedDict[Hashable, _Anchor] = OrderedDict()
         self._ended: deque[Hashable] = deque()
-        self._due: list[int] = []
-        self._keys: Sequence[Hashable] = ()
+        self.due: list[tuple[int, _Anchor]] = []
+        self.most = most
 
     def look(self, keys: Sequence[Hashable], batch: Batch) -> Batch:
         """The batch as the policy is to see it.
@@ -121,7 +122,7 @@ class Reuse:
         """
         held = [name for name in batch if name.startswith(IMAGES) or (name == STATE and self.config.mode == "prefix")]
         seen = {name: value.clone() if name in held else value for name, value in batch.items()}
-        self._keys, self._due = keys, []
+        self.due = []
         while self._ended:
             self._anchors.pop(self._ended.popleft(), None)
         for i, key in enumerate(keys):
@@ -135,29 +136,28 @@ class Reuse:
                 old.age, old.uses = old.age + 1, old.uses + 1
                 self.counts["reused"] += 1
                 if self.config.guard and (old.uses <= EVERY or old.uses % EVERY == 0):
-                    self._due.append(i)
+                    self.due.append((i, old))
             self._anchors.move_to_end(key)
             for name in held:
                 seen[name][i if i < len(keys) - 1 else slice(i, None)] = old.row[name]
-        while len(self._anchors) > max(MOST_KEYS, len(keys)):
+        while len(self._anchors) > max(self.most, len(keys)):
             self._anchors.popitem(last=False)
         return seen
 
-    def compare(self, chunk: Chunk, act: Callable[[], Chunk]) -> None:
-        """After `look` and the policy's `chunk` for it, while that is executed: where a comparison is due, with the
-        chunk that `act` makes of what is there now, from equal noise.
+    def compare(self, due: list[tuple[int, _Anchor]], chunk: Chunk, act: Callable[[], Chunk]) -> None:
+        """After `look`, which left `due`, and the policy's `chunk` for it, while that is executed: where a comparison
+        is due, with the chunk that `act` makes of what is there now, from equal noise.
         """
-        if not self._due or chunk.raw is None:
+        if not due or chunk.raw is None:
             return
-        anchors = [self._anchors[self._keys[i]] for i in self._due]
-        for anchor in anchors:
+        for _, anchor in due:
             anchor.off = True  # and stays so where the comparison fails
         true = act().raw
         assert true is not None  # noqa: S101 - the same policy
         apart = (chunk.raw - true)[..., : self.width].float()
         errors = apart.square().mean((1, 2)).sqrt().cpu() / self.spread
         turned = ((chunk.raw > 0) != (true > 0))[..., self.binary].flatten(1).any(1).cpu()
-        for i, anchor in zip(self._due, anchors, strict=True):
+        for i, anchor in due:
             self.counts["compared"] += 1
             anchor.errors.append(float(errors[i]))
             mean = sum(anchor.errors) / len(anchor.errors)

@@ -238,9 +238,9 @@ class Batcher:
             if self.reuse is not None and keys:
                 batch = self.reuse.look(keys, batch)
             chunk = self.runner.act(batch, draws, **more)
-            if self.reuse is not None and keys:
-                reuse = self.reuse
-                self._after = lambda: reuse.compare(chunk, lambda: self.runner.act(there, draws, **more))
+            if self.reuse is not None and keys and self.reuse.due:
+                compare, due = self.reuse.compare, self.reuse.due
+                self._after = lambda: compare(due, chunk, lambda: self.runner.act(there, draws, **more))
             far: list[float | None] = [None] * count
             if self.watchdog is not None:
                 far = self.watchdog({c: [rows[i].images[c][-1] for i in order] for c in policy.cameras}).tolist()

@@ -76,7 +76,7 @@ def runner(
 ) -> tuple[Policy | Runtime, Reuse | None]:
     """Who is called, the policy or the executor of it; and what lets it act on old pictures."""
     cache, kept = options.cache, None if options.cache.mode == "none" else Kept()
-    reuse = Reuse(cache, model) if cache.mode in ("images", "prefix") else None
+    reuse = Reuse(cache, model, 2 * options.clients) if cache.mode in ("images", "prefix") else None
     server.metrics.caches = [one.counts for one in (kept, reuse) if one is not None]
     if options.tier or (kept and model.supports("runtime")):
         return Runtime(model, tier=options.tier or "exact", kept=kept), reuse
