@@ -34,11 +34,10 @@ from burnish.evaluate.compare import OFFLINE
 from burnish.evaluate.offline_scores import FIGURES, OfflineRecord, Scale, language, over_episodes, score, shown
 from burnish.evaluate.offline_scores import parse_offline as parse
 from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
-from burnish.evaluate.rollout import using_sampler
 from burnish.evaluate.stats import percentiles
 from burnish.policies.base import Policy
 from burnish.policies.load import policy_and_hash
-from burnish.runtime.choose import find_sampler
+from burnish.runtime.choose import find_sampler, using_sampler
 from burnish.runtime.executor import Runtime
 
 TOGETHER = 8

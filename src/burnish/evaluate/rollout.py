@@ -7,8 +7,8 @@ episodes end do not enter. Between different batch sizes last bits may differ; `
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from burnish.evaluate.records import EVALUATION, SUMMARY, Journal, is_evaluation
 from burnish.evaluate.scheduler import Measurement, Planned
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool
 from burnish.methods.retrieve.ask import watch
-from burnish.policies.base import Policy, require
+from burnish.policies.base import Policy
 from burnish.policies.load import policy_and_hash
 from burnish.runtime.caches import Reuse, keeping
-from burnish.runtime.choose import find_sampler
+from burnish.runtime.choose import find_sampler, using_sampler
 from burnish.runtime.executor import Runtime
 from burnish.sampling.kept import Kept
 
@@ -112,19 +112,6 @@ def _keeping(policy: Policy, job: "_Job") -> AbstractContextManager[None]:
     kept = Kept() if job.trials.cache.mode == "exact" else None
     job.kept = kept if policy.supports("runtime") else None
     return nullcontext() if kept is None or job.kept else keeping(policy, kept)
-
-
-@contextmanager
-def using_sampler(policy: Policy, sampler: str) -> Iterator[None]:
-    """Inside, a policy of the caller's uses this sampler; "" leaves it its own."""
-    if sampler:
-        require(policy, "runtime", f"sampler {sampler}")
-    own = policy.sampler
-    policy.sampler = sampler or own
-    try:
-        yield
-    finally:
-        policy.sampler = own
 
 
 def _batched(

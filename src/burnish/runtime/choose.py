@@ -7,7 +7,8 @@ no better than the mean action.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,19 @@ def compare_samplers(policy: Policy, data: Path | str, *, count: int = 48, noise
 
 def own_sampler(policy: Policy) -> str:
     return f"euler:{policy.flow_parts().steps}"
+
+
+@contextmanager
+def using_sampler(policy: Policy, sampler: str) -> Iterator[None]:
+    """Inside, a policy of the caller's uses this sampler; "" leaves it its own."""
+    if sampler:
+        require(policy, "runtime", f"sampler {sampler}")
+    own = policy.sampler
+    policy.sampler = sampler or own
+    try:
+        yield
+    finally:
+        policy.sampler = own
 
 
 def _hash(batch: Batch) -> str:

@@ -13,7 +13,7 @@ from burnish.policies.base import Policy
 from burnish.policies.keys import ACTION
 from burnish.policies.load import policy_and_hash
 from burnish.runtime.caches import Reuse, keeping
-from burnish.runtime.choose import find_sampler, own_sampler
+from burnish.runtime.choose import find_sampler, own_sampler, using_sampler
 from burnish.runtime.executor import Runtime
 from burnish.runtime.serve.batcher import Batcher
 from burnish.runtime.serve.openpi import OpenPi
@@ -50,7 +50,7 @@ def serve_policy(
             profile_keys(model, options.profile, options.cameras))  # fmt: skip
         robot_keys = profile_keys(model, "lerobot", options.cameras if options.profile == "lerobot" else ())
         mode = options.async_mode
-        model.sampler = find_sampler(options.sampler, policy) or model.sampler
+        stack.enter_context(using_sampler(model, find_sampler(options.sampler, policy)))
         who, reuse = runner(model, options, stack, server)
         dog = watchdog(model, digest) if watchdog else None
         batcher = Batcher(model, server.thread, server.metrics, options.width, options.wait_ms / 1000, options.exact,
