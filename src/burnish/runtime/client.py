@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,12 @@ class PolicyClient:
         """A connection whose server has said what it serves."""
         from websockets.exceptions import InvalidStatus, WebSocketException
         from websockets.sync.client import connect
+        from websockets.uri import parse_uri
 
+        try:
+            parse_uri(self.address)
+        except (WebSocketException, ValueError):  # whose own words hold the token
+            raise BurnishError(f"the address {self._shown}", "ws://HOST:PORT") from None
         headers = {"Authorization": f"Api-Key {self.token}"} if self.token else {}
         pause = FIRST_PAUSE
         while True:
@@ -107,7 +113,10 @@ class PolicyClient:
                 left = max(0.1, end - time.monotonic())
                 connection = connect(self.address, compression=None, max_size=None, additional_headers=headers,
                                      open_timeout=left, proxy=None)  # fmt: skip
-                self.metadata = unpack_openpi(connection.recv(timeout=left))
+                with ExitStack() as failed:
+                    failed.callback(connection.close)
+                    self.metadata = unpack_openpi(connection.recv(timeout=left))
+                    failed.pop_all()
                 return connection
             except (OSError, WebSocketException) as error:  # a timeout is an OSError
                 if isinstance(error, InvalidStatus) and error.response.status_code == 401:
@@ -237,4 +246,4 @@ class Actor:
 def without_token(address: str) -> str:
     """ws://any:TOKEN@host:port without what must stay with its owner."""
     scheme, mark, rest = address.partition("://")
-    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else address
+    return f"{scheme if mark else ''}{mark}{(rest if mark else scheme).rpartition('@')[2]}"
