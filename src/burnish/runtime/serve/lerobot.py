@@ -63,7 +63,8 @@ async def listening(server: Any) -> AsyncIterator[None]:
     pieces = max(4, options.max_mb) << 20  # a client sends pieces of 2 MiB
     limits = [("grpc.max_receive_message_length", pieces), ("grpc.so_reuseport", 0)]
     port = grpc.aio.server(options=limits, maximum_concurrent_rpcs=4 * options.clients)
-    add_AsyncInferenceServicer_to_server(AsyncInference(server), port)
+    service = AsyncInference(server)
+    add_AsyncInferenceServicer_to_server(service, port)
     try:
         host = f"[{options.host}]" if ":" in options.host else options.host
         number = port.add_insecure_port(f"{host}:{options.lerobot_port}")
@@ -72,9 +73,11 @@ async def listening(server: Any) -> AsyncIterator[None]:
         raise BurnishError(found, "a free port", "--lerobot-port 0") from None
     await port.start()
     server.lerobot_port = number
+    forgetting = asyncio.ensure_future(service.forget())
     try:
         yield
     finally:
+        forgetting.cancel()
         await port.stop(2.0)
 
 
@@ -241,9 +244,15 @@ class AsyncInference:
         self._forget()
         return robot
 
+    async def forget(self) -> None:
+        """For ever: clients that have left are counted no more, though nobody else calls."""
+        while True:
+            await asyncio.sleep(FORGOTTEN / 4)
+            self._forget()
+
     def _forget(self) -> None:
         limit = time.monotonic() - FORGOTTEN
-        self.robots = {peer: robot for peer, robot in self.robots.items() if robot.at > limit}
+        self.robots = {peer: robot for peer, robot in self.robots.items() if robot.at > limit or robot.waiting}
         self.server.guests = len(self.robots)
         self.server.counted()
 
