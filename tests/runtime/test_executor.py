@@ -81,6 +81,14 @@ def test_committed_actions(policy):
         assert torch.equal(runtime.act(batch, draws, given).actions, policy.act(batch, draws, given).actions)
 
 
+def test_what_time_makes_of_a_step_belongs_to_the_type_and_place_of_the_weights(policies):
+    family, made = Runtime(policies["smolvla"]).sampler.family, []
+    for kind in (torch.float32, torch.float64, torch.float32):
+        family.parts.action_in.to(kind)
+        family.timed(0.5, 1, lambda: made.append(1))
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("jacobian", ["identity", "vjp"])
 def test_steered_chunks(policy, jacobian):
     """Real-time chunking's pull on every step, and inpainting, as the policy itself does them."""

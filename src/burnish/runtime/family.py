@@ -134,7 +134,8 @@ class Family(ABC):
 
     def timed(self, time: float, width: int, make: Callable[[], Tensor]) -> Tensor:
         """What `condition` returns, made where it is missing."""
-        key = (time, width, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
+        weight, casts = next(self.parts.action_in.parameters()), map(torch.is_autocast_enabled, ("cuda", "cpu"))
+        key = (time, width, weight.device, weight.dtype, *casts)
         if key not in self._times:
             with torch.no_grad():
                 self._times[key] = make()
