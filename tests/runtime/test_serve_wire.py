@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pickle  # noqa: TID251 - attacks are pickles
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,8 @@ ATTACKS = {
     "a shape that doubles": lambda: doubled(FROM_BUFFER + b"C\0" + TYPE, b"X\x01\0\0\0CtR."),
     "one picture many times": lambda: same_bytes(400),
     "half a character": lambda: b"\x80\x04X\x03\0\0\0\xed\xa0\x80.",
+    "half a character as a key": lambda: b"\x80\x04}X\x03\0\0\0\xed\xa0\x80K\x01s.",
+    "a mark that was taken": lambda: b"\x80\x04](a](Na.",
     "os.system": lambda: pickle.dumps(Evil(os.system, ("touch owned",))),
     "in an observation": lambda: FRAMES["observation4"].replace(b"lift the red cube", b"x")[:-1],
     "eval by GLOBAL": lambda: b"cbuiltins\neval\n(S'1'\ntR.",
@@ -176,6 +179,12 @@ def test_hostile_pickles_are_refused(name, tmp_path, monkeypatch):
     with pytest.raises(BurnishError):
         pickled.observation(data)
     assert not Path("owned").exists()
+
+
+def test_marks_cost_no_walk_over_all_that_lies_before_them():
+    start = time.process_time()
+    assert pickled.read_pickle(b"\x80\x04(" + b"N" * 6000 + b"(t" * 3000 + b"t.")[-1] == []
+    assert time.process_time() - start < 1
 
 
 def test_a_picture_may_have_several_names():

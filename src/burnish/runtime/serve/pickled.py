@@ -61,9 +61,12 @@ def _walk(data: bytes) -> Any:
     """The value at the end of a pickle, with inert names and calls."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    marks: list[int] = []
 
     def since_mark() -> list[Any]:
-        start = max(i for i, value in enumerate(stack) if value is _MARK)
+        start = marks.pop()
+        if stack[start] is not _MARK:
+            raise ValueError("a mark that has gone")
         part = stack[start + 1 :]
         del stack[start:]
         return part
@@ -81,6 +84,7 @@ def _walk(data: bytes) -> Any:
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
         elif name == "MARK":
+            marks.append(len(stack))
             stack.append(_MARK)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             size = int(name[-1])
@@ -141,6 +145,7 @@ def plain(value: Any, budget: list[int], depth: int = 0) -> Any:
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a key that is no text")
+        "".join(value).encode()
         return {key: plain(one, budget, depth + 1) for key, one in value.items()}
     if isinstance(value, Call) and isinstance(value.what, Name):
         return _called(value, value.what, budget, depth)
