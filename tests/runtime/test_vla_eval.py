@@ -117,6 +117,12 @@ def test_an_episode_of_the_real_client(address):
         np.testing.assert_allclose(action, expected, atol=2e-3)  # the view is resized
 
 
+def test_nobody_waits_for_what_a_first_call_builds():
+    model, seen = Mean(), []
+    serve_benchmark(model, ServeOptions(port=0), ready=lambda *found: (seen.append(len(model.batches)), found[2]()))
+    assert seen == [1] and model.batches[0]["observation.images.image"].max() == 0
+
+
 def test_noise_follows_the_episode_and_not_its_neighbours(session):
     def first(episode):
         session.answer(message("episode_start", {"task": {"name": "a", "episode_idx": episode}}))
@@ -197,26 +203,26 @@ def test_bad_frames_are_answered_in_one_line_and_the_session_goes_on(session, fr
     assert unpack(session.answer(observation()))["type"] == "action"
 
 
+def lacking(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_task_of_other_keys_and_a_policy_that_fails_end_no_session(session, monkeypatch):
     assert session.answer(message("episode_start", {"task": {b"x": 1, "y": 2, "episode_idx": 3}})) is None
     assert session.episode == '{"episode_idx": 3, "y": 2}'
     with monkeypatch.context() as patched:
         patched.setattr(Mean, "act", lambda *args: torch.zeros(2) + torch.zeros(3))
         reply = unpack(session.answer(observation()))
-def lacking(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
+        patched.setattr(Mean, "act", lacking)
+        full = unpack(session.answer(observation()))
     assert reply["type"] == "error" and "cannot act on this" in reply["payload"]["error"]
+    assert full["payload"]["error"] == "not enough memory for this call"
     assert unpack(session.answer(observation()))["type"] == "action"
 
 
 def test_a_picture_of_absurd_size_is_never_unpacked(session):
     import io
-        patched.setattr(Mean, "act", lacking)
-        full = unpack(session.answer(observation()))
 
-    assert full["payload"]["error"] == "not enough memory for this call"
     from PIL import Image
 
     file = io.BytesIO()

@@ -103,6 +103,7 @@ def serve_benchmark(
     def make(server: Server) -> InThread:
         running.append(server)
         model = VlaEval(policy_and_hash(policy, device)[0], options.cameras, n_action_steps, options.seed)
+        model.warm()
         return InThread(server, model.session, refusal)
 
     serve(make, options, ready and (lambda port, stop: ready(running[0], port, stop)))

@@ -22,7 +22,7 @@ from burnish.core.seeding import generator
 from burnish.core.types import Batch
 from burnish.policies.base import Policy
 from burnish.policies.pretrained import foreign
-from burnish.runtime.serve.rows import MOST_SIDE, Keys, Reader, stack
+from burnish.runtime.serve.rows import MOST_SIDE, Keys, Reader, Row, stack
 from burnish.runtime.serve.wire import msgpack, plain_array, unpack
 
 PROTOCOL = 1
@@ -68,7 +68,14 @@ class VlaEval:
 
     def act(self, payload: dict[str, Any], episode: str, replan: int) -> np.ndarray:
         """Actions [n_action_steps, A] for an observation."""
-        batch = self.batch(payload)
+        return self._act(self.batch(payload), episode, replan)
+
+    def warm(self) -> None:
+        """Act on black views, so that no benchmark waits for what a first call builds."""
+        views = {name: np.zeros((1, *size, 3), np.uint8) for name, size in self.policy.view_sizes.items()}
+        self._act(stack(self.policy, [Row(views, np.zeros((1, self.policy.state_dim), np.float32), "go")]), "", 0)
+
+    def _act(self, batch: Batch, episode: str, replan: int) -> np.ndarray:
         draws = self.policy.draw(1, generator(self.seed, episode, replan)).to(self.policy.device)
         with foreign("the policy cannot act on this", "an observation like those it was trained on"):
             actions = self.policy.act(batch, draws).actions[0, : self.steps].float().cpu().numpy()
