@@ -183,7 +183,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, self._stop.set)
+                loop.add_signal_handler(number, self._signalled, number)
         async with await self._listen() as server, self._robots():
             self.service = await loop.run_in_executor(self.thread, make, self)
             tasks = [asyncio.ensure_future(one) for one in self.service.tasks()]
@@ -198,6 +198,13 @@ class Server:
             await asyncio.gather(*(task for task in tasks if task not in done), return_exceptions=True)
             for task in done:
                 task.result()  # a task that ends by itself ends with an error
+
+    def _signalled(self, number: int) -> None:
+        """A second signal ends the process: nothing else ends the loading of a policy."""
+        if self._stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._stop.set()
 
     async def _listen(self) -> Any:
         from websockets.asyncio.server import serve as listen
