@@ -9,6 +9,7 @@ from idle import idle_parameters
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.policies.flow import _committed
+from burnish.policies.steered import replaced
 
 
 @pytest.mark.parametrize(("kind", "tower"), [("tiny_smolvla", "vision_model"), ("tiny_pi0", "vision_tower")])
@@ -151,6 +152,15 @@ def test_committed_rows_arrive_by_the_sampler_itself(policy, batch):
     with _committed(policy.policy.model, noise, clean):
         out = policy.policy.model.sample_actions(*policy.model_inputs(prepared), noise=noise)
     torch.testing.assert_close(out[:, :4], clean, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stood_in_the_place_of_the_step_stands_there_again(policy):
+    model, noise = policy.policy.model, draw(policy).noise
+    with replaced(model, "denoise_step", model.denoise_step):
+        before = vars(model)["denoise_step"]
+        with _committed(model, noise, noise[:, :2]):
+            pass
+        assert vars(model).get("denoise_step") is before
 
 
 def test_unused_parameters_are_those_without_gradient(policy, batch):

@@ -18,7 +18,7 @@ from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies.base import Stage
 from burnish.policies.keys import ACTION, PAD, TASK
 from burnish.policies.parts import FlowParts, flow_parts
-from burnish.policies.steered import conditioned, sample_with, shared, without_gradients
+from burnish.policies.steered import conditioned, replaced, sample_with, shared, without_gradients
 from burnish.policies.vlm import VLMPolicy
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Guide, Steering
@@ -322,8 +322,5 @@ def _committed(model: nn.Module, noise: Tensor, clean: Tensor | None) -> Iterato
     def denoise_rest(*args: Any, **kwargs: Any) -> Tensor:
         return torch.cat([velocity, denoise(*args, **kwargs)[:, steps:]], dim=1)
 
-    model.denoise_step = denoise_rest
-    try:
+    with replaced(model, "denoise_step", denoise_rest):
         yield
-    finally:
-        del model.denoise_step

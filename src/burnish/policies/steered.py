@@ -40,7 +40,7 @@ def conditioned(model: nn.Module, clean: Tensor, rows: Tensor) -> Iterator[None]
     for norm in model.modules():
         if type(norm).__name__ == "PiGemmaRMSNorm" and norm.dense is not None:
             norm.forward = MethodType(_by_row, norm)  # stays: a checkpointed layer is run again after the loss
-    with _replaced(model, "embed_suffix", suffix):
+    with replaced(model, "embed_suffix", suffix):
         yield
 
 
@@ -86,12 +86,12 @@ def shared(model: nn.Module, copies: int) -> Iterator[None]:
             kept.update({name: repeated(value) for name, value in seen.items()})
         return denoise(x_t=x_t, timestep=timestep, **kept)
 
-    with _replaced(model, "denoise_step", step):
+    with replaced(model, "denoise_step", step):
         yield
 
 
 @contextmanager
-def _replaced(owner: nn.Module, name: str, call: Any) -> Iterator[None]:
+def replaced(owner: nn.Module, name: str, call: Any) -> Iterator[None]:
     """Inside, the method of this object is another one; one that was replaced before comes back afterwards."""
     before = vars(owner).get(name)
     setattr(owner, name, call)
