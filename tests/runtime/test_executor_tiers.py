@@ -1,6 +1,7 @@
 """Tiers that round otherwise: what they promise, compiled steps, and the bookkeeping of CUDA graphs."""
 
 import copy
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.runtime import executor as module
 from burnish.runtime.executor import Graphs, Runtime, shapes
+from burnish.sampling import passes
 from burnish.sampling.passes import without_graphs
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -148,6 +150,34 @@ def test_a_graph_that_cannot_be_is_done_without(monkeypatch, caplog, fault):
     assert not graphs.held and len(calls) <= 5
     assert [message for message in caplog.messages if "no CUDA graph" in message][1:] == []
     assert "not permitted" in caplog.text if fault == "refuses" else "other numbers" in caplog.text
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_own_device(monkeypatch):
+    """One for each device: graphs that share a pool want the same one."""
+    present, streams = [], []
+
+    @contextmanager
+    def device(index):
+        present.append(index)
+        yield
+        present.pop()
+
+    def graph(_graph, pool, stream=None, capture_error_mode=""):
+        streams.append(stream)
+        return nullcontext()
+
+    fakes = {
+        "device": device, "current_device": lambda: present[-1], "graph": graph, "CUDAGraph": object,
+        "Stream": lambda: SimpleNamespace(device=present[-1], wait_stream=lambda _: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+        "stream": lambda _: nullcontext(), "synchronize": lambda: None,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(passes, "_CAPTURES", {})
+    for index in (0, 1, 0):
+        passes.record(index, lambda: None, lambda: None)
+    assert [stream.device for stream in streams] == [0, 1, 0] and streams[0] is streams[2]
 
 
 @pytest.mark.parametrize("tier", ["exact", "fused"])
