@@ -115,11 +115,14 @@ class Extra(NamedTuple):
 
     Attributes:
         kept: bytes from step to step, or beside the gradients: a reference, an anchor, a protected gradient.
-        samples: whose activations are there together with those of the imitation batch.
+        samples: whose activations are there together with those of the imitation batch, as many as make it smaller or
+            larger with it.
+        fixed: the same, of samples whose number stays where a batch is taken in pieces.
     """
 
     kept: int = 0
     samples: int = 0
+    fixed: int = 0
 
 
 def num_bytes(parameters: Iterable[Tensor]) -> int:

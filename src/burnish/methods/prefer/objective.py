@@ -58,8 +58,8 @@ class Prefer(Objective):
         self._held_figures: dict[str, float] = {}
 
     def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
-        """The pairs of a step; of a pair the observation is encoded once."""
-        return Extra(samples=self.config.batch_size)
+        """The pairs of a forward pass; of a pair the observation is encoded once."""
+        return Extra(fixed=self.config.batch_size)
 
     def setup(self, run: Run) -> None:
         config = self.config
