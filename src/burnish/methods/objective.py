@@ -29,7 +29,7 @@ class Run(Protocol):
         objectives: all methods of the run by name.
         trained: trained parameters by name, those of methods as "objectives.<objective>.<parameter>" (from
             `Objective.begin` on: while methods are set up, the policy's alone). Sharded, they are DTensors:
-            `methods.products.local` has this rank's rows.
+            `methods.gradients.local` has this rank's rows.
         average: moving average of the trained parameters (`shadow`, by the same names), or None; from `begin` on.
         optimizer: torch's AdamW over `trained`.
         step: optimiser steps done.
@@ -102,7 +102,7 @@ class Run(Protocol):
         ...
 
     def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
-        """float64 [groups, others]: many scalar products with one reduction over ranks, see methods.products.dots."""
+        """float64 [groups, others]: many scalar products with one reduction over ranks, see methods.gradients.dots."""
         ...
 
     def say(self, lines: list[str]) -> None:
