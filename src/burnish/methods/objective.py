@@ -191,6 +191,9 @@ class Objective(nn.Module):
         """
         return {}
 
+    def end(self, run: Run) -> None:
+        """Called once after the last step, whether all are done or the time is over, before its `metrics`."""
+
     def metrics(self) -> dict[str, float]:
         """Figures to log at this step."""
         return {}

@@ -112,7 +112,7 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
                 run.say([f"train.max_minutes={config.max_minutes:g} are over: {run.step} of {config.steps} steps"])
             if run.step % config.log_every == 0 or stop:
                 elapsed = max(time.perf_counter() - since, 1e-9)
-                row = _row(run, edits, elapsed / (run.step - last_logged), (streams.waited - waited) / elapsed)
+                row = _row(run, edits, elapsed / (run.step - last_logged), (streams.waited - waited) / elapsed, stop)
                 bar.set_postfix(loss=f"{row['loss']:.4g}", wait=f"{row['data_wait_share']:.1%}", refresh=False)
                 _log(run, metrics, row)
                 since, waited, last_logged = time.perf_counter(), streams.waited, run.step
@@ -178,7 +178,7 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
     return edits
 
 
-def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -> dict[str, Any]:
+def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float, last: bool) -> dict[str, Any]:
     means = run.window.means()
     if run.accelerator.num_processes > 1:  # of the whole batch
         own = torch.tensor(list(means.values()), device=run.device)
@@ -188,6 +188,8 @@ def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -
     row |= peak_memory(run.device) | {name: float(value) for name, value in edits.items()}
     with mixed(run.recipe.train, run.accelerator):
         for objective in run.objectives.values():
+            if last:
+                run.ask(objective.end, run)
             row |= {name: float(value) for name, value in run.ask(objective.metrics).items()}
     return row
 

@@ -179,6 +179,13 @@ def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset
     assert all(p.requires_grad for n, p in run.policy.named_parameters() if n not in inside)
 
 
+def test_the_probe_also_measures_where_the_time_is_over(dataset, questions, tiny_smolvla, tmp_path):
+    objective = f"method: naive, probe: {{questions: {questions}, samples: 6}}"
+    more = "--train.max_minutes=0.000001"
+    result = train(recipe(dataset, tiny_smolvla, tmp_path / "r", objective, more), progress=False)
+    assert result.steps == 1 and result.final["drift_robot"] > 0
+
+
 @pytest.mark.parametrize(("words", "objective"), [
     ("unknown option 'ruel'", "method: aegis, ruel: 1"), ("method 'aegs'", "method: aegs"),
     ("needs a question folder", "method: replay"), ("granularity is 'row'", "method: random, granularity: row"),

@@ -121,10 +121,14 @@ class Prefer(Objective):
         return self._preference(run, ids, slots)
 
     def _measure_held_out(self, run: Run) -> None:
-        """Every so often, and before the last step: what is held out is scored without gradient."""
-        last = run.step == run.recipe.train.steps - 1
-        if self._held is not None and self._micro == 0 and (last or run.step % scoring.EVERY == 0):
+        """Every so often, and at the end: what is held out is scored without gradient."""
+        if self._held is not None and self._micro == 0 and run.step % scoring.EVERY == 0:
             with reference.without_dropout(self.dropouts):
+                self._held_figures = self._held.figures(run.policy)
+
+    def end(self, run: Run) -> None:
+        if self._held is not None:
+            with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
                 self._held_figures = self._held.figures(run.policy)
 
     def _preference(self, run: Run, ids: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
