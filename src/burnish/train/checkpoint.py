@@ -360,6 +360,10 @@ def _save_adapter(run: Run, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     config = run.policy.peft_config["default"]
+    beside = [name for name in run.trained if "lora_" not in name and not name.startswith("objectives.")]
+    if beside:
+        run.say([f"{len(beside)} tensors were trained beside the adapters, such as '{beside[0]}': they are in "
+                 f"{run.output / 'policy'}, not in {run.output / 'adapter'}"])  # fmt: skip
     with ExitStack() as stack:
         if run.average is not None:
             stack.enter_context(run.average.swapped())
