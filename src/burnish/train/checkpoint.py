@@ -213,7 +213,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     passes = train.get("grad_accumulation", 1) if isinstance(train, dict) else None
     wrong += [] if type(passes) is int and passes > 0 else ["recipe"]
     parts = [] if wrong else list(meta["window"].values())
-    figures = all(isinstance(part, dict) and all(map(number, part.values())) for part in parts)
+    # The sum of a step that overflowed in fp16 is not finite.
+    values = [one for part in parts for one in (part.values() if isinstance(part, dict) else [None])]
+    figures = all(type(one) is float or number(one) for one in values)
     if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
         raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
                            f"rm -r '{folder}'")  # fmt: skip
