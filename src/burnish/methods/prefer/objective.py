@@ -87,7 +87,8 @@ class Prefer(Objective):
 
     def _open(self, run: Run) -> PairFolder:
         options: dict[str, Any] = {
-            "image_size": run.recipe.data.image_size, "cache_dir": "", "steps": self.config.steps,
+            "image_size": run.recipe.data.image_size, "cache_gb": run.recipe.data.cache_gb,
+            "seen": run.policy.input_size, "window": run.policy.window, "steps": self.config.steps,
             "progress": run.progress,
         }  # fmt: skip
         facts = Path(self.config.pairs) / FACTS
@@ -215,8 +216,8 @@ class Prefer(Objective):
         about = reference.describe(
             format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
             chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
-            image_size=run.recipe.data.image_size, precision=run.accelerator.mixed_precision,
-            settings=reference.settings(run.policy),
+            image_size=run.recipe.data.image_size, seen=run.policy.input_size,
+            precision=run.accelerator.mixed_precision, settings=reference.settings(run.policy),
         )  # fmt: skip
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
         path = Path(config.reference_cache) if config.reference_cache else self.data.root / ".scores" / name
