@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -138,3 +139,20 @@ def test_no_data_set_and_no_camera(own, tmp_path):
     (own / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(BurnishError, match="data_path is"):  # v2.1 has other file names
         open_frames(own, [CAMERA])
+
+
+def test_data_sets_that_may_not_be_written_share_a_cache_and_use_what_they_have(own, tmp_path, monkeypatch, caplog):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    for copy in (whole, other):
+        shutil.copytree(own, copy)
+    with open(other / "meta" / "info.json", "a") as file:
+        file.write(" ")
+    open_frames(whole, [CAMERA], progress=False)
+    access, cache = os.access, tmp_path / "home/burnish/frames"
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and mode != os.W_OK)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    open_frames(whole, [CAMERA], progress=False)
+    assert caplog.text == "" and not cache.exists()
+    for root in (own, other):
+        open_frames(root, [CAMERA], progress=False)
+    assert len(list(cache.glob("*.npy"))) == len(list(cache.glob("*.json"))) == 2 and "may not be" in caplog.text

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
 from burnish.methods.objective import Objective
 from burnish.train import checkpoint, loop
 from burnish.train import run as run_module
@@ -70,7 +71,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(dataset, questions, whole, tmp
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_adapters_resume_and_export(dataset, tmp_path, monkeypatch, method):
+def test_adapters_resume_and_export(dataset, tmp_path, monkeypatch, caplog, method):
     from safetensors.torch import load_file
 
     more = [f"--train.peft.method={method}", "--train.peft.target_modules=head|backbone.0", "--train.peft.rank=2",
@@ -81,6 +82,7 @@ def test_adapters_resume_and_export(dataset, tmp_path, monkeypatch, method):
         with pytest.raises(Stop):
             run(dataset, tmp_path / "cut", *more)
     run(dataset, tmp_path / "cut", *more)
+    assert "beside the adapters" not in caplog.text
     fake.assert_same_weights(tmp_path / "whole" / "policy", tmp_path / "cut" / "policy")
     exported = load_file(tmp_path / "whole/policy/model.safetensors")
     base = fake.FakePolicy().state_dict()
@@ -242,15 +244,20 @@ def test_nan_stops_with_the_batch_saved(dataset, tmp_path, monkeypatch, where, w
     assert [p.name for p in sorted((tmp_path / "r/checkpoints").iterdir())] == ["000004", "last"]
 
 
-def test_a_scaler_skips_the_step_whose_gradient_overflows_and_no_other(dataset, tmp_path, monkeypatch):
-    """As with train.precision=fp16, which needs a GPU; the scaler itself works anywhere."""
-    from burnish.methods.objective import OBJECTIVES
+def scaled(scale):
+    """A run as with train.precision=fp16, which needs a GPU; the scaler itself works anywhere."""
 
     class Scaled(run_module.Run):
         def _place(self):
-            scaler = self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+            scaler = self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             self.accelerator.unscale_gradients = lambda stepper: scaler.unscale_(stepper.optimizer)
             super()._place()
+
+    return Scaled
+
+
+def test_a_scaler_skips_the_step_whose_gradient_overflows_and_no_other(dataset, tmp_path, monkeypatch):
+    from burnish.methods.objective import OBJECTIVES
 
     def noting(run, *args, **options):
         before = [p.detach().clone() for p in run.trained.values()]
@@ -261,7 +268,7 @@ def test_a_scaler_skips_the_step_whose_gradient_overflows_and_no_other(dataset, 
 
     moved, scales, original = [], [], loop.train_step
     monkeypatch.setitem(OBJECTIVES._entries, "poison", Poison)
-    monkeypatch.setattr(loop, "Run", Scaled)
+    monkeypatch.setattr(loop, "Run", scaled(256.0))
     monkeypatch.setattr(loop, "train_step", noting)
     done = run(dataset, tmp_path / "r", "--objectives=[{name: poison, step: 5, where: loss}]")
     assert moved == [step != 5 for step in range(12)] and scales == [256.0] * 5 + [128.0] * 7
@@ -359,3 +366,72 @@ def test_the_loss_falls_and_two_precisions_fit_in_one_process(dataset, tmp_path)
     assert math.isfinite(second.final["loss"])
     kept = fake.weights(second.policy)["model.safetensors"]
     assert all(t.dtype == torch.float32 for t in kept.values())
+
+
+def test_a_run_of_which_every_step_overflows_is_no_success(dataset, tmp_path, monkeypatch):
+    from burnish.methods.objective import OBJECTIVES
+
+    monkeypatch.setitem(OBJECTIVES._entries, "poison", Poison)
+    monkeypatch.setattr(loop, "Run", scaled(2.0**-13))  # what some thirty overflows before have left
+    with pytest.raises(BurnishError, match=r"every step overflows in fp16; expected finite losses; try: --train.prec"):
+        run(dataset, tmp_path / "r", "--objectives=[{name: poison, step: 1, where: loss}]")
+
+
+def test_a_step_that_overflowed_before_a_checkpoint_does_not_damage_it(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Stop):
+            run(dataset, tmp_path / "r")
+    meta = tmp_path / "r/checkpoints/000004/burnish/meta.json"
+    for figure, sound in ((math.inf, True), (math.nan, True), ("x", False), (True, False), (None, False)):
+        found = json.loads(meta.read_text())
+        found["window"]["sums"]["loss"] = figure
+        write_json(meta, found)
+        if sound:
+            assert checkpoint.read_meta(meta.parents[1])["step"] == 4
+        else:
+            with pytest.raises(BurnishError, match="'window' of it"):
+                checkpoint.read_meta(meta.parents[1])
+    found["window"]["sums"]["loss"] = math.inf
+    write_json(meta, found)
+    assert run(dataset, tmp_path / "r").steps == 12
+
+
+def test_a_pause_for_a_checkpoint_is_no_part_of_a_steps_time(dataset, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def taking(call, seconds):
+        def timed(*args, **options):
+            now[0] += seconds
+            return call(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "train_step", taking(loop.train_step, 1.0))
+    monkeypatch.setattr(loop, "_save", taking(loop._save, 100.0))
+    run(dataset, tmp_path / "r", "--train.save_every=2")
+    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [row["step_seconds"] for row in rows] == pytest.approx([1.0] * 4)
+
+
+class Closing(Objective):
+    def __init__(self):
+        super().__init__()
+        self.figures = {}
+
+    def end(self, run):
+        self.figures = {"ended_after": run.step}
+
+    def metrics(self):
+        return self.figures
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(0, 12), (0.000001, 1)])
+def test_a_method_hears_of_the_end_before_the_last_row(dataset, tmp_path, monkeypatch, limit, steps):
+    from burnish.methods.objective import OBJECTIVES
+
+    monkeypatch.setitem(OBJECTIVES._entries, "closing", Closing)
+    run(dataset, tmp_path / "r", "--objectives=[{name: closing}]", f"--train.max_minutes={limit}")
+    rows = fake.figures(tmp_path / "r/metrics.jsonl")
+    assert [row.get("ended_after") for row in rows] == [None] * (len(rows) - 1) + [steps]

@@ -273,3 +273,22 @@ def test_a_method_that_reads_the_moments_wants_them_whole(tiny_smolvla):
         cost.predict(recipe)
     recipe.train.memory.optimizer = "adamw"
     assert cost.predict(recipe).parts["method"] > 0
+
+
+def test_pairs_keep_their_number_where_a_batch_is_taken_in_pieces(tiny_smolvla, monkeypatch):
+    recipe = RecipeConfig(objectives=[{"name": "prefer", "pairs": "absent", "batch_size": 6}])
+    recipe.policy.path, recipe.data.root, recipe.train.batch_size = str(tiny_smolvla), "absent", 8
+    asked = []
+    with cost.predicting(recipe) as prediction:
+        monkeypatch.setattr(prediction, "_step", lambda samples: (asked.append(samples), (0, 0))[1])
+        prediction.cost(8)
+        prediction.cost(2)
+    assert asked == [8 + 6, 2 + 6]
+
+
+def test_a_teacher_of_few_steps_is_counted(tiny_smolvla):
+    recipe = RecipeConfig(objectives=[{"name": "few_steps"}])
+    recipe.policy.path, recipe.data.root = str(tiny_smolvla), "absent"
+    taught, recipe.objectives = cost.predict(recipe), []
+    parts = taught.parts
+    assert parts["method"] == parts["gradients"] and parts["activations"] > cost.predict(recipe).parts["activations"]

@@ -106,6 +106,21 @@ def test_a_camera_that_reaches_nothing_is_told_and_then_refused(two_cameras, mon
         selfcheck.check_cameras(run, batch)
 
 
+def test_a_camera_is_looked_at_where_the_samples_have_it(two_cameras, monkeypatch):
+    """With several data sets of which one lacks it: there its pictures are black, and a mask says so."""
+    policy, batch = two_cameras
+    batch["observation.images.wrist"][2:] = torch.rand(2, 3, 32, 32)
+    batch["observation.images.wrist_padding_mask"] = torch.tensor([False, False, True, True])
+    with monkeypatch.context() as patch:
+        rows, loss = [], policy.loss
+        patch.setattr(policy, "loss", lambda seen, draws: (rows.append(seen["task"]), loss(seen, draws))[1])
+        assert selfcheck.unseen_cameras(policy, batch) == []
+    assert rows == [["a", "b"]] * 2 + [["c", "d"]] * 2
+    none = {**batch, "observation.images.wrist_padding_mask": torch.zeros(4, dtype=torch.bool)}
+    blind(policy, monkeypatch)
+    assert selfcheck.unseen_cameras(policy, batch) == ["wrist"] and selfcheck.unseen_cameras(policy, none) == []
+
+
 def test_fingerprints_tell_order_and_last_bits():
     a = torch.randn(1000, generator=generator(0))
     swapped = a.clone()

@@ -121,6 +121,14 @@ def test_without_a_stored_delta(family, tmp_path):
     assert verify(tmp_path / "on_the_fly")["unequal"] == 0
 
 
+def test_heads_alone(family, tmp_path):
+    base, tuned, _ = family
+    merge(base, tuned=[(tuned, 0.5)], output=tmp_path / "out", include=["action_in_proj"], heads="keep")
+    got, before = weights(tmp_path / "out"), weights(base)
+    assert {name for name in got if not np.array_equal(got[name], before[name])} == {"model.action_in_proj.weight"}
+    assert verify(tmp_path / "out")["unequal"] == 0
+
+
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_shards_and_threads_change_nothing(make, tmp_path, dtype):
     base, tuned = make("base", 0, dtype=dtype), make("tuned", 1, of="base", dtype=dtype)

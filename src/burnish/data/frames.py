@@ -69,7 +69,8 @@ def open_frames(
     Args:
         cameras: full feature keys, e.g. "observation.images.front".
         image_size: longest edge in pixels, the shape of the image kept; 0 means what the policy sees.
-        cache_dir: where the arrays live; empty means <root>/.frames, or the user's cache where that may not be written.
+        cache_dir: where the arrays live; empty means <root>/.frames, or the user's cache where that lacks some and may
+            not be written.
         meta: what `open_dataset(root)` gave, where it has been read already.
         seen: longest edge that the policy resizes its images to; 0 keeps the recorded size.
         cache_gb: room that the arrays of all cameras may take together; beyond it frames are decoded when asked for.
@@ -89,29 +90,32 @@ def open_frames(
         if cache_gb:  # else nothing was to be kept
             log.info("the frames of %s take more than data.cache_gb (%g GB): decoded when needed", root, cache_gb)
         return FrameCache({c: StreamedFrames.open(dataset, c, shapes[c], chosen) for c in cameras}, key)
-    folder, arrays = _folder(root, cache_dir), {}
+    wanted, arrays = {}, {}
     for camera, shape in shapes.items():
         height, width, _ = shape.size
-        path = folder / f"{camera}-{height}x{width}{'-seen' if shape.smooth else ''}-{key}.npy"
         about = {"version": _VERSION, "data": key, "camera": camera, "shape": [len(dataset.rows), *shape.size],
                  "columns": list(dataset.features[camera]["columns"])}  # fmt: skip
+        wanted[camera] = f"{camera}-{height}x{width}{'-seen' if shape.smooth else ''}-{key}.npy", about
+    folder = _folder(root, cache_dir, lambda one: all(_is_current(one / n, a, chosen) for n, a in wanted.values()))
+    for camera, (name, about) in wanted.items():
+        path = folder / name
         if not _is_current(path, about, chosen):
             make_folder(folder)
             with disk_errors(folder), alone(folder):
                 if not _is_current(path, about, chosen):  # another run may have decoded it while this one waited
-                    _build(dataset, camera, shape, path, about, chosen, progress)
-                    _drop_stale(folder, root, camera, key, everything=not cache_dir)
+                    _build(dataset, camera, shapes[camera], path, about, chosen, progress)
+                    _drop_stale(folder, root, camera, key, everything=folder == root / ".frames")
         arrays[camera] = np.load(path, mmap_mode="r", allow_pickle=False)
     return FrameCache(arrays, key)
 
 
-def _folder(root: Path, cache_dir: str | Path) -> Path:
-    """Where the arrays live; a data set that may not be written has them in the user's cache."""
+def _folder(root: Path, cache_dir: str | Path, whole: Callable[[Path], bool]) -> Path:
+    """Where the arrays live; a data set that may not be written has them in the user's cache, unless it is `whole`."""
     beside = root / ".frames"
     if beside.is_symlink() and not cache_dir:
         raise BurnishError(f"{beside} is a link", "a folder of the data set itself, or data.cache_dir in a recipe",
                            f"rm {shlex.quote(str(beside))}")  # fmt: skip
-    if cache_dir or os.access(beside if beside.exists() else root, os.W_OK):
+    if cache_dir or os.access(beside if beside.exists() else root, os.W_OK) or whole(beside):
         return Path(cache_dir) if cache_dir else beside
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "frames"
     log.warning("%s may not be written: decoded frames go to %s (elsewhere by a recipe's data.cache_dir)", root, folder)

@@ -281,8 +281,8 @@ class PairFolder:
 
     Args:
         chunk_size: T.
-        image_size, cache_dir: see burnish.data.frames.open_frames.
         steps: of a chunk that count; 0 means all.
+        **options: image_size, cache_dir, cache_gb, seen and window, see burnish.data.loader.RobotData.
 
     Attributes:
         hash: changes with the data set, the index or the outcomes.
@@ -291,8 +291,8 @@ class PairFolder:
     """
 
     def __init__(
-        self, root: Path, cameras: Sequence[str], chunk_size: int, *, image_size: int = 0, cache_dir: str = "",
-        steps: int = 0, progress: bool = True,
+        self, root: Path, cameras: Sequence[str], chunk_size: int, *, steps: int = 0, progress: bool = True,
+        **options: Any,
     ):  # fmt: skip
         if not (root / INDEX).is_file() or not (root / FACTS).is_file():
             raise BurnishError(f"no pairs in {root} (it has no {INDEX})", "a pair folder", "burnish data pairs --help")
@@ -305,8 +305,8 @@ class PairFolder:
         columns = self.facts.get("columns") or {}
         if not isinstance(columns, dict):
             raise BurnishError(f"{root / FACTS} has columns {str(columns)[:60]!r}", "a map of features, or none")
-        self.robot = RobotData(root, cameras, chunk_size, 1, 0, image_size=image_size, cache_dir=cache_dir,
-                               augmented=False, progress=progress, meta=open_dataset(root, columns))  # fmt: skip
+        self.robot = RobotData(root, cameras, chunk_size, 1, 0, augmented=False, progress=progress,
+                               meta=open_dataset(root, columns), **options)  # fmt: skip
         self.root, self.chunk_size, self.steps = root, chunk_size, steps or chunk_size
         self.pairs = [label for label in read_labels(root / INDEX) if isinstance(label, Pair)]
         if len(self.pairs) != self.facts.get("pairs"):

@@ -29,7 +29,7 @@ class Run(Protocol):
         objectives: all methods of the run by name.
         trained: trained parameters by name, those of methods as "objectives.<objective>.<parameter>" (from
             `Objective.begin` on: while methods are set up, the policy's alone). Sharded, they are DTensors:
-            `methods.products.local` has this rank's rows.
+            `methods.gradients.local` has this rank's rows.
         average: moving average of the trained parameters (`shadow`, by the same names), or None; from `begin` on.
         optimizer: torch's AdamW over `trained`.
         step: optimiser steps done.
@@ -102,7 +102,7 @@ class Run(Protocol):
         ...
 
     def dots(self, one: Iterable[Tensor], others: Sequence[Iterable[Tensor]], group: Tensor, count: int) -> Tensor:
-        """float64 [groups, others]: many scalar products with one reduction over ranks, see methods.products.dots."""
+        """float64 [groups, others]: many scalar products with one reduction over ranks, see methods.gradients.dots."""
         ...
 
     def say(self, lines: list[str]) -> None:
@@ -115,11 +115,14 @@ class Extra(NamedTuple):
 
     Attributes:
         kept: bytes from step to step, or beside the gradients: a reference, an anchor, a protected gradient.
-        samples: whose activations are there together with those of the imitation batch.
+        samples: whose activations are there together with those of the imitation batch, as many as make it smaller or
+            larger with it.
+        fixed: the same, of samples whose number stays where a batch is taken in pieces.
     """
 
     kept: int = 0
     samples: int = 0
+    fixed: int = 0
 
 
 def num_bytes(parameters: Iterable[Tensor]) -> int:
@@ -187,6 +190,9 @@ class Objective(nn.Module):
         here comes from `run.shared_generator`, so that ranks stay equal. `batch` is the last micro-batch.
         """
         return {}
+
+    def end(self, run: Run) -> None:
+        """Called once after the last step, whether all are done or the time is over, before its `metrics`."""
 
     def metrics(self) -> dict[str, float]:
         """Figures to log at this step."""

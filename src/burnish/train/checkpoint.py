@@ -213,7 +213,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     passes = train.get("grad_accumulation", 1) if isinstance(train, dict) else None
     wrong += [] if type(passes) is int and passes > 0 else ["recipe"]
     parts = [] if wrong else list(meta["window"].values())
-    figures = all(isinstance(part, dict) and all(map(number, part.values())) for part in parts)
+    # The sum of a step that overflowed in fp16 is not finite.
+    values = [one for part in parts for one in (part.values() if isinstance(part, dict) else [None])]
+    figures = all(type(one) is float or number(one) for one in values)
     if wrong or not figures or meta["window"].keys() != {"sums", "counts"}:
         raise BurnishError(f"{path} is damaged ('{(wrong or ['window'])[0]}' of it)", "what `burnish train` wrote",
                            f"rm -r '{folder}'")  # fmt: skip
@@ -360,6 +362,10 @@ def _save_adapter(run: Run, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     config = run.policy.peft_config["default"]
+    beside = [name for name in run.trained if "lora_" not in name and not name.startswith("objectives.")]
+    if beside:
+        run.say([f"{len(beside)} tensors were trained beside the adapters, such as '{beside[0]}': they are in "
+                 f"{run.output / 'policy'}, not in {run.output / 'adapter'}"])  # fmt: skip
     with ExitStack() as stack:
         if run.average is not None:
             stack.enter_context(run.average.swapped())

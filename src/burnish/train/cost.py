@@ -174,6 +174,7 @@ class Prediction:
         extra = [objective.cost(recipe, policy) for objective in self.objectives.values()]
         samples = batch_size if recipe.train.imitation_weight > 0 else 0
         samples += round(sum(one.samples for one in extra) * batch_size / recipe.train.batch_size)
+        samples += sum(one.fixed for one in extra)
         samples += recipe.language.batch_size if recipe.language.weight > 0 else 0
         graph, most = self._step(max(1, samples))
         step = 0 if self.gpu or recipe.train.memory.optimizer == "adamw" else 6 * 4 * max(p.numel() for p in trained)

@@ -28,6 +28,8 @@ from burnish.train.step import Streams, clip, gradients, write_back
 
 RETENTION_LIMIT = 256
 """Questions asked when retention is measured during training."""
+LEAST_SCALE = 1e-4
+"""Of fp16's gradients: some 30 halvings below where it starts."""
 CURVES_EVERY = 60.0
 """Seconds that pass at least before curves.png is drawn again (with the next checkpoint)."""
 
@@ -111,18 +113,19 @@ def loop(run: Run, metrics: Metrics | None, step: Callable[..., dict[str, float]
                 stop = True
                 run.say([f"train.max_minutes={config.max_minutes:g} are over: {run.step} of {config.steps} steps"])
             if run.step % config.log_every == 0 or stop:
+                _check_scale(accelerator.scaler)
                 elapsed = max(time.perf_counter() - since, 1e-9)
-                row = _row(run, edits, elapsed / (run.step - last_logged), (streams.waited - waited) / elapsed)
+                row = _row(run, edits, elapsed / (run.step - last_logged), (streams.waited - waited) / elapsed, stop)
                 bar.set_postfix(loss=f"{row['loss']:.4g}", wait=f"{row['data_wait_share']:.1%}", refresh=False)
                 _log(run, metrics, row)
                 since, waited, last_logged = time.perf_counter(), streams.waited, run.step
+            pause = time.perf_counter()
             if config.retention_every and run.step % config.retention_every == 0 and not stop:
                 _measure_retention(run, metrics)
-                since = time.perf_counter()
             if run.step % config.save_every == 0 and not stop:
                 watch.flush(run.trained)
                 _save(run)
-                since = time.perf_counter()
+            since += time.perf_counter() - pause
             if stop:
                 break
         watch.flush(run.trained)
@@ -178,7 +181,13 @@ def train_step(run: Run, streams: Streams, watch: DivergenceGuard, check: bool =
     return edits
 
 
-def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -> dict[str, Any]:
+def _check_scale(scaler: torch.amp.GradScaler | None) -> None:
+    """The scaler skips a step that overflows and halves its scale; one that does nothing else trains nothing."""
+    if scaler is not None and scaler.get_scale() < LEAST_SCALE:
+        raise BurnishError("every step overflows in fp16", "finite losses", "--train.precision=bf16, or no")
+
+
+def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float, last: bool) -> dict[str, Any]:
     means = run.window.means()
     if run.accelerator.num_processes > 1:  # of the whole batch
         own = torch.tensor(list(means.values()), device=run.device)
@@ -188,6 +197,8 @@ def _row(run: Run, edits: dict[str, float], seconds: float, wait_share: float) -
     row |= peak_memory(run.device) | {name: float(value) for name, value in edits.items()}
     with mixed(run.recipe.train, run.accelerator):
         for objective in run.objectives.values():
+            if last:
+                run.ask(objective.end, run)
             row |= {name: float(value) for name, value in run.ask(objective.metrics).items()}
     return row
 

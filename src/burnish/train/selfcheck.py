@@ -147,22 +147,34 @@ def check_cameras(run: Run, batch: Batch) -> None:
 
 @torch.no_grad()
 def unseen_cameras(policy: Policy, batch: Batch) -> list[str]:
-    """The cameras that neither loss nor actions depend on, by two samples of `batch` on equal draws.
+    """The cameras that neither loss nor actions depend on, by two samples of `batch` that have them, on equal draws.
 
     The loss alone would not do: where statistics blow its targets up, a picture's part is lost in rounding.
     """
-    few: Batch = {key: value[:2] for key, value in batch.items()}
-    draws = policy.draw(len(few["task"]), generator(0, "cameras", device=str(policy.device)))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in policy.cameras:  # with several data sets a mask says which samples have the camera
+        there = batch.get(f"{IMAGES}{name}_padding_mask", torch.ones(len(batch["task"]), dtype=torch.bool))
+        groups.setdefault(tuple(there.nonzero()[:2, 0].tolist()), []).append(name)
+    groups.pop((), None)
     training = policy.training
     policy.eval()
     try:
-        whole = policy.loss(few, draws).per_sample
-        blank = {name: _blanked(few, f"{IMAGES}{name}") for name in policy.cameras}
-        unseen = [name for name in blank if torch.equal(whole, policy.loss(blank[name], draws).per_sample)]
-        acted = policy.act(few, draws).actions if unseen else None
-        return [name for name in unseen if torch.equal(acted, policy.act(blank[name], draws).actions)]
+        return [name for rows, names in groups.items() for name in _unseen(policy, _rows(batch, rows), names)]
     finally:
         policy.train(training)
+
+
+def _unseen(policy: Policy, few: Batch, names: list[str]) -> list[str]:
+    draws = policy.draw(len(few["task"]), generator(0, "cameras", device=str(policy.device)))
+    whole = policy.loss(few, draws).per_sample
+    blank = {name: _blanked(few, f"{IMAGES}{name}") for name in names}
+    unseen = [name for name in blank if torch.equal(whole, policy.loss(blank[name], draws).per_sample)]
+    acted = policy.act(few, draws).actions if unseen else None
+    return [name for name in unseen if torch.equal(acted, policy.act(blank[name], draws).actions)]
+
+
+def _rows(batch: Batch, rows: tuple[int, ...]) -> Batch:
+    return {k: v[list(rows)] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in batch.items()}
 
 
 def _blanked(batch: Batch, key: str) -> Batch:

@@ -149,15 +149,17 @@ class Difference:
     Args:
         base: the base of the merge.
         tuned: checkpoint or adapter.
-        heads, include, exclude: as for `merge`.
+        heads, include, exclude: as for `merge`; without `heads` no tensor is chosen, and any may be asked for.
     """
 
     def __init__(
-        self, base: Checkpoint, tuned: Path | str, heads: Heads, include: Sequence[str], exclude: Sequence[str]
-    ):
+        self, base: Checkpoint, tuned: Path | str, heads: Heads | None, include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ):  # fmt: skip
         self.base, self.tuned = base, open_source(tuned, base)
         self.path = self.tuned.path
-        chosen = choose({"base": base.tensors, "tuned": self.tuned.tensors}, include, exclude, heads).chosen
+        parents = {"base": base.tensors, "tuned": self.tuned.tensors}
+        chosen = choose(parents, include, exclude, heads).chosen if heads else {}
         self.tensors: dict[str, dict[str, Any]] = {
             name: {"dtype": self.tuned.tensors[name].dtype, "shape": list(self.tuned.tensors[name].shape),
                    "group": group} for name, group in chosen.items()

@@ -81,7 +81,7 @@ class Choice:
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether the patterns (see `core.patterns.search`) let `name` take part; an empty `include` lets all."""
+    """Whether the patterns (see `core.reading.search`) let `name` take part; an empty `include` lets all."""
     wanted = not include or any(search(p, name, "--include") for p in include)
     return wanted and not any(search(p, name, "--exclude") for p in exclude)
 

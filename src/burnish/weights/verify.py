@@ -120,7 +120,7 @@ class _Merged:
         for name, entry in self.record["tensors"].items():
             for number, own, _ in entry["weights"]:
                 source = self.vectors[number].source
-                if isinstance(source, Difference):  # heads that were kept are not among its own
+                if isinstance(source, Difference):
                     found = source.tuned.tensors[own].shape if own in source.tuned.tensors else None
                 else:
                     found = tuple(source.tensors[own]["shape"]) if own in source.tensors else None
@@ -130,7 +130,7 @@ class _Merged:
 
     def _open(self, entry: dict[str, Any]) -> Delta | Difference:
         if not entry["stored"]:
-            return Difference(self.base, entry["path"], "skip", self.record["include"], self.record["exclude"])
+            return Difference(self.base, entry["path"], None)
         delta = Delta(entry["path"])
         if delta.digest != entry["digest"]:
             raise BurnishError(f"{delta.path} is another delta now", f"digest {entry['digest']}")

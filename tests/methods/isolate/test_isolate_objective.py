@@ -169,14 +169,21 @@ def test_probe_reads_text_and_starts_at_zero_drift(dataset, questions, tiny_smol
         loop.Run(recipe(dataset, tiny_smolvla, tmp_path / "r2", "probe: {text: none.txt}"), progress=False)
 
 
-def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset, tiny_smolvla, tmp_path):
+def test_lora_arm_trains_adapters_in_the_backbone_and_the_expert_in_full(dataset, tiny_smolvla, tmp_path, caplog):
     more = ["--train.peft.method=lora", "--train.peft.rank=2", "--train.peft.target_modules=.*vlm\\..*q_proj"]
     result = train(recipe(dataset, tiny_smolvla, tmp_path / "whole", "method: lora", *more), progress=False)
-    assert load_policy(result.policy).action_dim == 3
+    assert load_policy(result.policy).action_dim == 3 and "were trained beside the adapters, such as" in caplog.text
     run = Dissected(recipe(dataset, tiny_smolvla, tmp_path / "l", "method: lora", *more)).run
     inside = {name for name, _ in run.policy.backbone_parameters()}
     assert all("lora_" in n for n in run.trained if n in inside) and any("lora_" in n for n in run.trained)
     assert all(p.requires_grad for n, p in run.policy.named_parameters() if n not in inside)
+
+
+def test_the_probe_also_measures_where_the_time_is_over(dataset, questions, tiny_smolvla, tmp_path):
+    objective = f"method: naive, probe: {{questions: {questions}, samples: 6}}"
+    more = "--train.max_minutes=0.000001"
+    result = train(recipe(dataset, tiny_smolvla, tmp_path / "r", objective, more), progress=False)
+    assert result.steps == 1 and result.final["drift_robot"] > 0
 
 
 @pytest.mark.parametrize(("words", "objective"), [

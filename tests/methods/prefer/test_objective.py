@@ -15,6 +15,7 @@ from burnish.core.errors import BurnishError
 from burnish.data.pairs import Pair, PairData, write_index
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.scoring import pair_draws, policy_seeds, reference_scores
+from workshop.tiny import make_tiny
 
 FLOW = ScoreConfig(draws=2, times="policy", weight="uniform", stratified=False)
 
@@ -131,6 +132,23 @@ def test_pairs_in_other_units_stop_the_run(dataset, pairs, tmp_path):
     (other / "meta/stats.json").write_text(json.dumps(stats))
     with pytest.raises(BurnishError, match="do not fit the policy's statistics"):
         train(recipe(other, tmp_path / "run", pairs), progress=False)
+
+
+def test_what_is_held_out_is_also_measured_where_the_time_is_over(dataset, pairs, tmp_path):
+    write_index(pairs, [Pair((i, 1), (i, 1), ((0.0,) * 3,)) for i in (0, 2)], {"source": "test"}, 1e9)
+    result = train(recipe(dataset, tmp_path / "run", pairs, "--train.max_minutes=0.000001", held_out=0.5),
+                   progress=False)  # fmt: skip
+    assert result.steps == 1 and rows(result.output)[-1]["prefer_held_out_margin"] != 0
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "vqbet"])
+def test_cloning_gives_a_policy_the_moments_that_it_sees(dataset, pairs, tmp_path, monkeypatch, kind):
+    monkeypatch.undo()  # a policy of LeRobot
+    shutil.rmtree(pairs / ".frames", ignore_errors=True)
+    make_tiny(kind, tmp_path / "policy", cameras=("front",), state_dim=4, action_dim=3)
+    more = [f"--policy.path={tmp_path / 'policy'}", "--train.steps=1", "--data.image_size=16", "--data.cache_gb=0"]
+    done = train(recipe(dataset, tmp_path / "run", pairs, *more, loss="clone", batch_size=2), progress=False)
+    assert np.isfinite(done.final["loss"]) and not (pairs / ".frames").exists()
 
 
 def rank_main(rank, dataset, pairs, output):

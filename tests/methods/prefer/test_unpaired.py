@@ -92,7 +92,7 @@ def test_held_out_margins_are_on_common_draws(dataset, root, tmp_path, fake_poli
     write_index(root, [Pair((0, i), (2, i)) for i in range(8)], {"source": "test"}, 1e9)
     same = {"loss": "dpo", "sft_weight": 0.0}
     one = run(dataset, tmp_path / "one", root, "--train.steps=52", "--train.log_every=1", **same)
-    two = run(dataset, tmp_path / "two", root, "--train.steps=1", "--train.log_every=1", **same, preset="released_code")
+    two = run(dataset, tmp_path / "two", root, "--train.steps=2", "--train.log_every=1", **same, preset="released_code")
     assert one[0]["prefer_held_out_margin"] == two[0]["prefer_held_out_margin"] == 0
     assert one[0]["prefer_held_out_accuracy"] == 0.5
     assert one[-1]["prefer_held_out_margin"] != 0 and one[20]["prefer_held_out_margin"] == 0, "measured every 50 steps"

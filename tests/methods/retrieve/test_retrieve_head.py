@@ -134,3 +134,17 @@ def test_it_trains_the_tower_alone_and_says_where_no_loss_is_left(dataset, tmp_p
     off = "--objectives=[{name: retrieve, time_weight: 0, sentence_weight: 0, progress_weight: 0}]"
     with pytest.raises(BurnishError, match="no loss is left"):
         train(fake.recipe(dataset, tmp_path / "b", off), progress=False)
+
+
+def test_partners_are_augmented_by_draws_of_their_own(dataset, tmp_path, monkeypatch):
+    """With those of the batch a frame and its partner would have the same shift, which gives it away."""
+    import burnish.policies
+    from burnish.data.loader import RobotData
+    from burnish.train.loop import train
+
+    drawn, finish = [], RobotData.finish
+    monkeypatch.setattr(burnish.policies, "load_policy", lambda *args, **more: Seeing())
+    monkeypatch.setattr(RobotData, "finish", lambda data, batch, k: (drawn.append(k), finish(data, batch, k))[1])
+    entry = "--objectives=[{name: retrieve, hidden: 8, width: 4, weight: 1.0, window: 2, far: 4}]"
+    train(fake.recipe(dataset, tmp_path / "a", entry, "--train.steps=2", "--train.self_check=false"), progress=False)
+    assert len(drawn) > 3 and len(drawn) == len(set(drawn))

@@ -17,7 +17,7 @@ from burnish.core.config import RecipeConfig
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.types import Batch, PolicyLoss
-from burnish.methods.objective import OBJECTIVES, Objective, Run
+from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run, num_bytes
 from burnish.policies.base import Policy, require
 from burnish.runtime.executor import Runtime
 from burnish.sampling.solvers import Velocity, grid
@@ -56,6 +56,10 @@ class FewSteps(Objective):
         require(policy, "runtime", "few_steps")
         for _, parameter in policy.backbone_parameters():
             parameter.requires_grad_(False)
+
+    def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
+        """The teacher's copy of what is trained, and the student's forward over the steps."""
+        return Extra(num_bytes(p for p in policy.parameters() if p.requires_grad), recipe.train.batch_size)
 
     def setup(self, run: Run) -> None:
         policy = run.policy

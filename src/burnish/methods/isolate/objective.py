@@ -90,7 +90,7 @@ class Isolate(Objective):
         needs_source = options.uses_source or options.rule == "replay"
         self.source = Source(run, options, self.inputs, questions) if needs_source else None
         self._asked = self._answers(run, questions)
-        self._micro, self._last_step = -1, -1
+        self._micro, self._last_step, self._ended = -1, -1, False
         self._sum: list[Tensor | None] = []
         self._measured: dict[str, float | Tensor] = {}
         self._captured: Captured | None = None
@@ -273,8 +273,11 @@ class Isolate(Objective):
         square = sum(dot([part], [part]) for part in away(self._backbone))
         return {"isolate_distance": run.total(square).sqrt()}
 
+    def end(self, run: Run) -> None:
+        self._ended = True
+
     def metrics(self) -> dict[str, float]:
-        figures = {} if self.probe is None else self.probe.measure(self._last_step + 1)
+        figures = {} if self.probe is None else self.probe.measure(self._last_step + 1, self._ended)
         if self.source is not None:
             figures |= {f"isolate_gap_{inputs}": gap for inputs, gap in self.source.gaps.items()}
         if self._adam is not None and self._adam.leak is not None:

@@ -47,7 +47,7 @@ class Probe:
     """
 
     def __init__(self, run: Run, training_questions: str, options: ProbeOptions):
-        self.policy, self.every, self.steps = run.policy, options.every, run.recipe.train.steps
+        self.policy, self.every = run.policy, options.every
         self.layers = list(range(run.policy.num_layers))
         self.texts = read_passages(Path(options.text)) if options.text else []
         self.base_text = text_loss(run.policy, self.texts) if options.text else 0.0
@@ -63,10 +63,9 @@ class Probe:
         with evaluating(run.policy):
             self.base = {name: self._states(batches) for name, batches in self.inputs.items()}
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int, last: bool = True) -> dict[str, float]:
         """The figures after `step` steps, or nothing when it is not their turn."""
-        due = self.every and step % self.every == 0
-        if not (due or step >= self.steps):
+        if not last and not (self.every and step % self.every == 0):
             return {}
         figures: dict[str, float] = {}
         with evaluating(self.policy):

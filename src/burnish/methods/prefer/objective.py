@@ -58,8 +58,8 @@ class Prefer(Objective):
         self._held_figures: dict[str, float] = {}
 
     def cost(self, recipe: RecipeConfig, policy: Policy) -> Extra:
-        """The pairs of a step; of a pair the observation is encoded once."""
-        return Extra(samples=self.config.batch_size)
+        """The pairs of a forward pass; of a pair the observation is encoded once."""
+        return Extra(fixed=self.config.batch_size)
 
     def setup(self, run: Run) -> None:
         config = self.config
@@ -87,7 +87,8 @@ class Prefer(Objective):
 
     def _open(self, run: Run) -> PairFolder:
         options: dict[str, Any] = {
-            "image_size": run.recipe.data.image_size, "cache_dir": "", "steps": self.config.steps,
+            "image_size": run.recipe.data.image_size, "cache_gb": run.recipe.data.cache_gb,
+            "seen": run.policy.input_size, "window": run.policy.window, "steps": self.config.steps,
             "progress": run.progress,
         }  # fmt: skip
         facts = Path(self.config.pairs) / FACTS
@@ -121,10 +122,14 @@ class Prefer(Objective):
         return self._preference(run, ids, slots)
 
     def _measure_held_out(self, run: Run) -> None:
-        """Every so often, and before the last step: what is held out is scored without gradient."""
-        last = run.step == run.recipe.train.steps - 1
-        if self._held is not None and self._micro == 0 and (last or run.step % scoring.EVERY == 0):
+        """Every so often, and at the end: what is held out is scored without gradient."""
+        if self._held is not None and self._micro == 0 and run.step % scoring.EVERY == 0:
             with reference.without_dropout(self.dropouts):
+                self._held_figures = self._held.figures(run.policy)
+
+    def end(self, run: Run) -> None:
+        if self._held is not None:
+            with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
                 self._held_figures = self._held.figures(run.policy)
 
     def _preference(self, run: Run, ids: np.ndarray, slots: np.ndarray) -> dict[str, Tensor]:
@@ -211,8 +216,8 @@ class Prefer(Objective):
         about = reference.describe(
             format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
             chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
-            image_size=run.recipe.data.image_size, precision=run.accelerator.mixed_precision,
-            settings=reference.settings(run.policy),
+            image_size=run.recipe.data.image_size, seen=run.policy.input_size,
+            precision=run.accelerator.mixed_precision, settings=reference.settings(run.policy),
         )  # fmt: skip
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
         path = Path(config.reference_cache) if config.reference_cache else self.data.root / ".scores" / name

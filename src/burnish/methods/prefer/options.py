@@ -29,7 +29,7 @@ class PreferConfig:
     )  # fmt: skip
     reference_cache: str = option("", "file of the cached scores; empty means a name of its own in the pair folder")
     pool: int = option(8, "sets of draws for each pair with a cached reference; a step uses one of them", least=1)
-    batch_size: int = option(16, "pairs of a step on each process", least=1)
+    batch_size: int = option(16, "pairs of a forward pass on each process", least=1)
     steps: int = option(0, "steps of a chunk that are compared; 0 means all", least=0)
     weight: float = option(1.0, "of the preference loss", least=0)
     sft_weight: float = option(

@@ -236,7 +236,7 @@ class Head(nn.Module):
 
         Args:
             vectors, partners: [B, V, width] of anchors and of frames near them in time.
-            moments, when: of both, see `losses.Moments`.
+            moments, when: of both, see `Moments`.
             remaining: [B] frames to the end of an anchor's episode.
             which: [B] place of its instruction in `texts`.
             texts: all instructions of the data.

@@ -64,7 +64,8 @@ class Retrieve(Objective):
             rng = np.random.default_rng(derive_seed(run.recipe.train.seed, "retrieve", run.number))
             others = partner_frames(rng, frames, run.data.starts[frames], run.data.ends[frames], self.config)
             seen = to_device(run.data.observations(others), run.device)
-            partners = self._vectors(run, run.data.finish(seen, run.number))
+            # With draws of its own: the same shift and colours on both sides would give the partner away.
+            partners = self._vectors(run, run.data.finish(seen, derive_seed("partners", run.number)))
         several = run.accelerator.num_processes > 1
         remaining = torch.from_numpy(run.data.ends[frames] - frames).to(run.device)
         terms = self.head.losses(
