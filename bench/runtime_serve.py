@@ -28,9 +28,13 @@ OPENPI = os.environ.get("BURNISH_OPENPI_PYTHON") or str(Path(sys.prefix, "openpi
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(figures, detail); clients that are not installed are "n/a"."""
+    """(figures, detail); clients that are not installed are "n/a".
+
+    `serve_echo_...` is the same exchange with a bare websockets server that does not look at what it gets: what the
+    wire, the client and the machine take of `serve_overhead_...`.
+    """
     calls = 300 if args.quick else 3000
-    alone = load(1, calls, 0, 0)
+    alone, echo = load(1, calls, 0, 0), load(1, calls, 0, 0, "--echo")
     batched = load(8, calls // 60, 40, 4)
     one = load(8, calls // 120, 40, 4, "--width", "1")
     blocking = load(8, calls // 120, 40, 4, "--blocking")
@@ -38,12 +42,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     refused, hostile = hostile_frames()
     figures = {
         "serve_overhead_p50_ms": alone["p50_ms"], "serve_overhead_p99_ms": alone["p99_ms"],
+        "serve_echo_p50_ms": echo["p50_ms"], "serve_echo_p99_ms": echo["p99_ms"],
         "serve_batched_over_blocking": batched["per_second"] / blocking["per_second"],
         "serve_batched_over_one": batched["per_second"] / one["per_second"],
         "serve_errors": many["errors"], "serve_memory_growth": many["memory_growth"],
         "hostile_refused": refused, "openpi_client": openpi_client(), "lerobot_client": lerobot_client(),
     }  # fmt: skip
-    detail = {"alone": alone, "batched": batched, "width_1": one, "blocking": blocking, "many": many,
+    detail = {"alone": alone, "echo": echo, "batched": batched, "width_1": one, "blocking": blocking, "many": many,
               "hostile": hostile, "request_bytes": len(request())}  # fmt: skip
     return figures, detail
 
@@ -233,8 +238,8 @@ def serve(args: argparse.Namespace) -> None:
     from burnish.runtime.serve.server import ServeOptions
 
     policy = stand_in(args.ms, args.per_row)
-    if args.blocking:
-        asyncio.run(blocking(policy))
+    if args.blocking or args.echo:
+        asyncio.run(blocking(policy, args.echo))
         return
     robots = 0 if args.lerobot else -1
     options = ServeOptions(port=0, profile="libero", width=args.width, rate=100_000, lerobot_port=robots)
@@ -245,8 +250,8 @@ def serve(args: argparse.Namespace) -> None:
     serve_policy(policy, options, ready=ready)
 
 
-async def blocking(policy: Any) -> None:
-    """A server that infers inside its event loop, one request at a time."""
+async def blocking(policy: Any, echo: bool) -> None:
+    """A server that infers inside its event loop, one request at a time; as an `echo` it does not look at requests."""
     from websockets.asyncio.server import serve as listen
     from websockets.exceptions import ConnectionClosed
 
@@ -255,12 +260,16 @@ async def blocking(policy: Any) -> None:
     from burnish.runtime.serve.wire import pack_openpi, unpack_openpi
 
     reader = Reader(policy, profile_keys(policy, "libero"))
+    fixed = pack_openpi({"actions": np.zeros((16, 7), np.float32), "server_timing": {}})
     about = {"action_horizon": 16, "n_action_steps": 8, "prefix": False, "observation_steps": [0]}
 
     async def client(connection: Any) -> None:
         with contextlib.suppress(ConnectionClosed):
             await connection.send(pack_openpi(about))
             async for frame in connection:
+                if echo:
+                    await connection.send(fixed)
+                    continue
                 seen = unpack_openpi(frame)
                 seen.pop("burnish", None)
                 draws = policy.draw(1, generator(0))
@@ -276,7 +285,7 @@ async def blocking(policy: Any) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for flag in ("quick", "serve", "blocking", "lerobot"):
+    for flag in ("quick", "serve", "blocking", "echo", "lerobot"):
         parser.add_argument(f"--{flag}", action="store_true")
     for flag, value in (("ms", 0.0), ("per-row", 0.0)):
         parser.add_argument(f"--{flag}", type=float, default=value)
