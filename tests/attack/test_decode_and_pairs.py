@@ -179,6 +179,13 @@ def test_a_pipe_in_place_of_a_tokenizer(fast, tmp_path, refused):
     refused(["policy", "decode", copy, "--count", "1", "--repeats", "1"])
 
 
+def test_what_lies_beside_a_tokenizer_is_copied_and_so_no_link(fast, tmp_path, refused):
+    copy = shutil.copytree(fast, tmp_path / "p")
+    (tmp_path / "secret").write_text("key")
+    (copy / "fast/notes.txt").symlink_to(tmp_path / "secret")
+    assert "outside" in refused(["policy", "decode", copy, "--count", "1", "--repeats", "1"])
+
+
 LABELS = {
     "nothing": "",
     "no JSON": "{",

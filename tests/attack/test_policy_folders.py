@@ -9,6 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from burnish.core.errors import BurnishError
+from burnish.policies import pipelines
+
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE_FILE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
 CODE = "from pathlib import Path\nPath(__file__).parent.joinpath('MARKER').write_text('ran')\nclass Own: pass\n"
@@ -288,6 +291,7 @@ VLM = {
     "no tokens": (gone("vlm/tokenizer.json"), "tokenizer"), "a pipe": (pipe("vlm/config.json"), "pipe"),
     "tokens in a pipe": (pipe("vlm/tokenizer.json"), "pipe"), "any pipe": (pipe("vlm/notes.json"), "pipe"),
     "a link out": (link("vlm/tokenizer.json"), "outside"), "absent": (gone("vlm"), "cp -rL|no vlm/"),
+    "all of it a link": (link("vlm"), "outside"),
     "only a hub name": (both(gone("vlm"), setting("config.json", vlm_model_name="owner/vlm")), "hf download owner/vlm"),
     "only a path above": (both(gone("vlm"), setting("config.json", vlm_model_name="..")), "no vlm/"),
     "a book for a name": (both(gone("vlm"), setting("config.json", vlm_model_name="/x" * 3000)), "no vlm/"),
@@ -409,3 +413,26 @@ def test_names_that_are_no_folder(tmp_path, refused):
     refused(look(tmp_path), "no config.json")
     (tmp_path / "file").write_text("x")
     refused(look(tmp_path / "file"), "no policy at")
+
+
+def test_empty_cameras_alone_are_no_cameras(folder, refused):
+    edit(folder / "config.json", lambda content: content.update(input_features={
+        "observation.images.empty_camera_0": {"type": "VISUAL", "shape": [3, 32, 32]},
+        "observation.state": content["input_features"]["observation.state"],
+    }))  # fmt: skip
+    assert "lacks a camera" in refused(look(folder))
+
+
+def test_a_step_of_one_type_names_files_inside_the_folder_alone(folder):
+    """Such a step takes its options as they are, and may ask the hub for what they name."""
+    for name in ("owner/repo", "~/model", "/etc", ".."):
+        with pytest.raises(BurnishError, match="outside the folder"):
+            pipelines._local({"processor_name": name}, folder, "a step")
+    shutil.copytree(folder / "vlm", folder / "processor_name")
+    kept = {"mode": "plain", "count": 3}
+    found = pipelines._local({"processor_name": "owner/repo", **kept}, folder, "a step")
+    assert found == {"processor_name": str(folder / "processor_name"), **kept}
+    shutil.move(folder / "processor_name", folder.parent / "elsewhere")
+    (folder / "processor_name").symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(BurnishError, match="outside"):
+        pipelines._local({"processor_name": "owner/repo"}, folder, "a step")

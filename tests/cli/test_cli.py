@@ -325,3 +325,11 @@ def test_a_reader_who_leaves_ends_the_command_without_a_word(tmp_path):
     command = f"{sys.executable} -m burnish.cli.main compare {tmp_path}/r {tmp_path}/r; echo $? >{tmp_path}/status"
     done = subprocess.run(["sh", "-c", f"( {command} ) | true"], capture_output=True, text=True)
     assert done.stderr == "" and int((tmp_path / "status").read_text()) in (0, 141)
+
+
+@pytest.mark.parametrize("flag", ["--async=guided", "--carry=2", "--clip=3", "--schedule=linear", "--jacobian=vjp"])
+@pytest.mark.parametrize("what", [["small", "--data", "nowhere"], ["expert", "tabletop:lift"]], ids=["data", "expert"])
+def test_flags_of_a_late_policy_are_refused_where_nobody_reads_them(what, flag, tmp_path, capsys):
+    assert main(["eval", *what, "--output", str(tmp_path / "out"), flag]) == 2
+    assert f"{flag.partition('=')[0]} with {'--data' if '--data' in what else 'expert'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

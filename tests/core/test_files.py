@@ -19,6 +19,14 @@ def test_write_text_replaces_and_leaves_nothing_beside(tmp_path):
     assert (tmp_path / "a").read_text() == "two" and names(tmp_path) == ["a"]
 
 
+def test_nothing_is_written_through_a_link_that_lay_there(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / f".a.{os.getpid()}").symlink_to(tmp_path / "mine")
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "a").read_text() == "new" and not (tmp_path / "a").is_symlink()
+
+
 def test_the_earlier_folder_outlives_a_writer_killed_between_its_renames(tmp_path):
     (tmp_path / ".x.old").mkdir()
     (tmp_path / ".x.old/a").write_text("earlier")

@@ -1,4 +1,4 @@
-"""The commit that a result names is that of burnish's own checkout."""
+"""The commit that a result names is that of burnish's own checkout; a hash covers all that decides an action."""
 
 import shutil
 import subprocess
@@ -47,3 +47,12 @@ def test_a_checkout_has_one_and_says_when_files_differ(repository, monkeypatch):
     assert commit_of(monkeypatch, repository / "provenance.py") == head
     (repository / "provenance.py").write_text("changed")
     assert commit_of(monkeypatch, repository / "provenance.py") == head + "+"
+
+
+@pytest.mark.parametrize("name", ["dataset_statistics.json", "fast/tokenizer.json", "model.safetensors", "config.json"])
+def test_a_folder_with_other_statistics_or_tokens_is_another_policy(tmp_path, name):
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    before = provenance.weights_hash(tmp_path)
+    (tmp_path / name).write_text('{"a": 1}')
+    assert provenance.weights_hash(tmp_path) != before

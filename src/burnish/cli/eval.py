@@ -71,8 +71,8 @@ def evaluate(
         raise BurnishError(f"{policy} with {'both' if env else 'neither of'} an environment and --data", "one of them",
                            f"burnish eval {policy} tabletop:lift --output {output}")  # fmt: skip
     if data is not None:
-        _refuse({**simulated, **moving, "image_size": image_size, "delay": delay, "cache": cache, "watchdog": watchdog},
-                "--data, which has no use for it")  # fmt: skip
+        unused = {**simulated, **moving, **_given(late), "image_size": image_size, "cache": cache, "watchdog": watchdog}
+        _refuse(unused, "--data, which has no use for it")
         found = _offline(policy, data, held_out, every=every, instruction=instruction, **trials, **acting)
     else:
         _refuse({"held_out": held_out, "every": every, "instruction": instruction}, "an environment")
@@ -82,6 +82,13 @@ def evaluate(
     from burnish.evaluate.records import SUMMARY
 
     print((output / SUMMARY).read_text().strip() if json else f"{found}\nwritten to {output}")
+
+
+def _given(late: tuple[Any, ...]) -> dict[str, Any]:
+    """What was asked of a late policy, by its flag."""
+    delay, mode, jacobian, schedule, clip, carry = late
+    return {"delay": delay, "async": mode != "sync", "jacobian": jacobian != "auto", "schedule": schedule != "exp",
+            "clip": clip, "carry": carry}  # fmt: skip
 
 
 def _refuse(given: dict[str, Any], beside: str) -> None:
@@ -106,7 +113,7 @@ def _closed_loop(
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     if policy in ("expert", "random_object"):
-        _refuse({**own, "delay": late[0], "cache": cache}, f"{policy}, which is no policy")
+        _refuse({**own, **_given(late), "cache": cache}, f"{policy}, which is no policy")
         return evaluate_expert(env, which=policy, image_size=128 if size is None else size, **trials)
     return evaluate(policy, env, image_size=size, delay=DelayConfig.of(*late), cache=CacheConfig.of(cache), **own,
                     **trials)  # fmt: skip

@@ -107,6 +107,8 @@ def new_file(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with disk_errors(target):
+            temporary.unlink(missing_ok=True)  # a stranger's folder may have a link of that name
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
             sync(temporary)
             os.replace(temporary, target)

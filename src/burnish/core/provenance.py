@@ -13,6 +13,8 @@ from typing import Any
 from burnish import __version__
 from burnish.core.reading import read_object, regular_file
 
+_HASHED = ("dataset_statistics.json", "fast/tokenizer.json", "fast/processor_config.json")
+"""Files beside weights and config that decide what a policy's numbers mean, where it has them."""
 # Places and machines, which do not change what a policy does.
 _NOT_HASHED = ("vlm_model_name", "text_tokenizer_name", "action_tokenizer_name", "pretrained_path", "device")
 
@@ -26,7 +28,8 @@ def weights_hash(policy: Any) -> str:
     """
     if isinstance(policy, str | Path):
         digest = hashlib.sha256()
-        for path in sorted(Path(policy).glob("*.safetensors")):
+        others = [one for name in _HASHED if (one := Path(policy) / name).is_file()]
+        for path in [*sorted(Path(policy).glob("*.safetensors")), *others]:
             found = regular_file(path, Path(policy)).stat()
             digest.update(path.name.encode() + _file_digest(path, found.st_ino, found.st_size, found.st_mtime_ns))
         config = read_object(Path(policy) / "config.json", Path(policy))

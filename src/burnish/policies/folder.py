@@ -23,7 +23,7 @@ from torch import nn
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
 from burnish.core.seeding import seeded
-from burnish.policies.keys import CONFIG, PREPROCESSOR
+from burnish.policies.keys import CONFIG, IMAGES, PREPROCESSOR
 from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code
 from burnish.policies.sizes import check_policy_numbers
 
@@ -41,7 +41,7 @@ def decode_config(raw: dict[str, Any], source: str, features: dict[str, Any] | N
     raw = {**raw, "device": device}
     config_class = config_class_of(raw.pop("type"))
     expected = f"fields of {config_class.__name__}"
-    with foreign(f"{source} cannot be read", expected):
+    with no_remote_code(), foreign(f"{source} cannot be read", expected):  # a config may ask the hub for another's
         try:
             config = draccus.decode(config_class, raw)
         except draccus.ParsingError as error:
@@ -137,9 +137,10 @@ def known_fields(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
 
 def _check_features(config: Any, source: str, given: bool) -> None:
     state, action = config.robot_state_feature, config.action_feature
-    if state is None or action is None or not config.image_features:
+    cameras = [key for key in config.image_features if not key.startswith(f"{IMAGES}empty_camera_")]
+    if state is None or action is None or not cameras:
         found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
-        lacking = ["a camera"] * (not config.image_features) + ["observation.state"] * (state is None)
+        lacking = ["a camera"] * (not cameras) + ["observation.state"] * (state is None)
         lacks = " and ".join([*lacking, *["action"] * (action is None)])
         raise BurnishError(f"{source} lacks {lacks} among the features {found}",
                            "a camera, observation.state and action",

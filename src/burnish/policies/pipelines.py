@@ -5,6 +5,7 @@ values on unnormalised where statistics are missing. This one does none of it.
 """
 
 import logging
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.reading import inside, read_object
 from burnish.policies.keys import ACTION, IMAGES, MODES, POSTPROCESSOR, PREPROCESSOR, STATE
-from burnish.policies.pretrained import foreign, load_tokenizer, no_remote_code, require_inside
+from burnish.policies.pretrained import check_files, foreign, load_tokenizer, no_remote_code, require_inside
 from burnish.policies.tensors import first, read_file
 
 log = logging.getLogger("burnish")
@@ -98,7 +99,8 @@ def load_processors(config: Any, folder: Path, stats: dict[str, Any] | None, tok
             changes["tokenizer_processor"] = _tokenizer(folder, tokenizer, entry)
         elif entry["registry_name"] == "rename_observations_processor" and not renamed:
             _check_rename(config, entry["config"], folder)
-    pre, post = _pipeline(before, changes, folder, PREPROCESSOR), _pipeline(after, back, folder, POSTPROCESSOR)
+    with no_remote_code():
+        pre, post = _pipeline(before, changes, folder, PREPROCESSOR), _pipeline(after, back, folder, POSTPROCESSOR)
     _reconnect_relative_absolute_steps(pre, post)
     _check_statistics(config, pre, post, source if source and stats is not None else str(folder))
     return pre, post
@@ -225,7 +227,10 @@ def _pipeline(entries: list[dict[str, Any]], changes: dict[str, dict[str, Any]],
     steps = []
     for entry in entries:
         kind = entry["registry_name"]
-        options = {**entry["config"], **changes.get(kind, {})}
+        stored, given = entry["config"], changes.get(kind, {})
+        if kind not in STEPS[name]:
+            stored = _local({k: v for k, v in stored.items() if k not in given}, folder, f"{folder / name}: '{kind}'")
+        options = {**stored, **given}
         place = options.pop("tokenizer_name", None)
         with foreign(f"{folder / name}: step '{kind}' cannot be made", "options as LeRobot writes them"):
             step = ProcessorStepRegistry.get(kind)(**options)
@@ -237,6 +242,19 @@ def _pipeline(entries: list[dict[str, Any]], changes: dict[str, dict[str, Any]],
     back = {"to_transition": policy_action_to_transition, "to_output": transition_to_policy_action}
     ways = back if name == POSTPROCESSOR else {}
     return PolicyProcessorPipeline(steps=steps, name=name.removesuffix(".json"), **ways)
+
+
+def _local(options: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Options of a step that only its type has: what names other files is a folder inside, called as the option."""
+    changed = {}
+    for name, value in options.items():
+        if isinstance(value, str) and ("/" in value or value.startswith("~") or os.path.exists(value)):
+            if not inside(folder, name).is_dir():
+                found = f"{where} has {name} {value[:80]!r}, outside the folder"
+                raise BurnishError(found, f"the files inside it, in {folder / name}")
+            check_files(folder / name)
+            changed[name] = str(folder / name)
+    return {**options, **changed}
 
 
 def _state(file: Any, folder: Path, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from burnish.core.errors import BurnishError, one_line, out_of_memory
-from burnish.core.reading import MOST_BYTES, read_json, read_object, regular_file
+from burnish.core.reading import MOST_BYTES, inside, read_json, read_object, regular_file
 from burnish.policies.keys import CONFIG, FAST_FOLDER, VLM_FOLDER
 from burnish.policies.sizes import check_fits, check_model_numbers
 
@@ -131,12 +131,15 @@ def require_inside(folder: Path, name: str, stored: Any) -> Path:
     Raises:
         BurnishError: there is none (it says what to copy: nothing outside the folder is read), or `check_files`.
     """
-    place = folder / name
+    place = inside(folder, name)
     if place.is_dir():
         if name == VLM_FOLDER:
             vlm_config(place)
-        elif name != FAST_FOLDER:  # of which no library reads anything
+        elif name != FAST_FOLDER:
             check_files(place)
+        else:  # no library reads anything of it, but all of it is copied
+            for file in sorted(place.iterdir()):
+                regular_file(file, folder, MOST_BYTES)
         return place
     fix = f"copy config, tokenizer and processor of its VLM into {shlex.quote(str(place))}"
     if isinstance(stored, str) and stored and os.path.isdir(stored):  # Path's own fails where one may not look

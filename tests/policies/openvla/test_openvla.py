@@ -369,6 +369,12 @@ def test_new_data_brings_statistics_cameras_and_an_oft_head(folder, tmp_path, ba
                          features=features, dataset_stats=default_statistics(5, 4))  # fmt: skip
     assert (policy.cameras, policy.action_dim, policy.state_dim, policy.n_action_steps) == (("side",), 4, 5, 2)
     assert policy.view_sizes == {"side": (40, 52)} and policy.normalization("ACTION") == "QUANTILES"
+    stateless = {key: one for key, one in features.items() if key != "observation.state"}
+    plain = load_policy(folder, features=stateless, dataset_stats=default_statistics(5, 4))
+    assert plain.cameras == ("side",) and plain.act({key: batch[key] for key in ("task",)} | {
+        "observation.images.side": torch.rand(len(batch["task"]), 3, 40, 52)}).actions.shape[-1] == 4  # fmt: skip
+    with pytest.raises(BurnishError, match="reads the robot's state, and the data set has none"):
+        load_policy(folder, overrides={"proprio": True}, features=stateless, dataset_stats=default_statistics(5, 4))
     policy.save(tmp_path / "new")
     seen = {
         "observation.images.side": torch.rand(2, 3, 40, 52),

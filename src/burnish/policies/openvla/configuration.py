@@ -169,8 +169,10 @@ def read_config(folder: Path, raw: dict[str, Any], overrides: dict[str, Any], fe
         views = {name.removeprefix(IMAGES): one for name, one in features.items() if name.startswith(IMAGES)}
         shapes = {camera: tuple(one.shape[-2:]) for camera, one in views.items()}
         known = set(settings.cameras) == set(shapes)
-        settings = replace(settings, cameras=settings.cameras if known else list(shapes),
-                           state_dim=features[STATE].shape[0])  # fmt: skip
+        if settings.proprio and STATE not in features:
+            raise BurnishError(f"{where} reads the robot's state, and the data set has none", STATE)
+        states = features[STATE].shape[0] if STATE in features else settings.state_dim
+        settings = replace(settings, cameras=settings.cameras if known else list(shapes), state_dim=states)
         shapes = {camera: shapes[camera] for camera in settings.cameras}
     if not 1 <= len(shapes) <= 16:
         raise BurnishError(f"{where}: cameras are {list(shapes)}", "names of 1 to 16 cameras")
@@ -233,14 +235,14 @@ def _statistics(folder: Path, raw: dict[str, Any], settings: Settings, stats: di
     if stats is None:
         return {**raw, "norm_stats": known}, settings
     wanted = BOUNDS[settings.normalization]
-    width = {ACTION: None, STATE: None} if features is None else {k: features[k].shape[0] for k in (ACTION, STATE)}
+    width = {key: one.shape[0] for key, one in (features or {}).items() if key in (ACTION, STATE)}
     entry = stats_entry(stats, ACTION, STATE)
     for key, name in ((ACTION, "action"), (STATE, "proprio")) if settings.proprio else ((ACTION, "action"),):
         lacking = [one for one in wanted if one not in entry.get(name, {})]
         if lacking:
             raise BurnishError(f"no statistic '{lacking[0]}' of {key} in {source}",
                                f"what normalization {settings.normalization} needs")  # fmt: skip
-        if width[key] is not None and len(entry[name][wanted[0]]) != width[key]:
+        if len(entry[name][wanted[0]]) != width.get(key, len(entry[name][wanted[0]])):
             raise BurnishError(f"statistics of {key} in {source} have {len(entry[name][wanted[0]])} dimensions",
                                f"{width[key]}, as the features declare")  # fmt: skip
     known = {**(known if isinstance(known, dict) else {}), OWN_KEY: entry}
