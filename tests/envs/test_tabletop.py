@@ -27,7 +27,7 @@ def play(env, actor, limit=None):
 
 def test_ids():
     assert expand("tabletop") == [f"tabletop:{f}" for f in FAMILIES]
-    assert expand("tabletop:reach,push") == ["tabletop:reach", "tabletop:push"]
+    assert expand("tabletop:reach,push") == expand("tabletop:reach,push,reach") == ["tabletop:reach", "tabletop:push"]
     with pytest.raises(BurnishError, match="unknown tabletop family 'juggle'.*reach"):
         expand("tabletop:juggle")
 

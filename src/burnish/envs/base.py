@@ -208,9 +208,9 @@ def _family(env_id: str) -> tuple[EnvFamily, str, str]:
 
 
 def expand(env_id: str) -> list[str]:
-    """All single-task ids that `env_id` stands for, in a fixed order."""
+    """All single-task ids that `env_id` stands for, each once, in a fixed order."""
     family, name, selector = _family(env_id)
-    return [f"{name}:{task}" for task in family.tasks(selector)]
+    return list(dict.fromkeys(f"{name}:{task}" for task in family.tasks(selector)))
 
 
 def make_env(task_id: str, image_size: Size = 128) -> Env:
