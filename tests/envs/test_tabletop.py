@@ -155,6 +155,19 @@ def test_instruction_swap(envs):
     assert env.instruction == told
 
 
+@pytest.mark.parametrize("family", ["stack", "push"])
+def test_every_initial_state_has_another_object_to_name(envs, family, monkeypatch):
+    """With but two objects that are no balls, none was left to stack."""
+    env, few = envs[family], 0
+    monkeypatch.setattr(env, "_place", lambda: None)  # no physics
+    for state in range(300):
+        env.reset(state)
+        assert env.alternative_instruction(state) != env.instruction and env._other not in (env.source, env.target)
+        few += len(env.candidates) == 2
+        assert len(env.candidates) == 2 or env._other in env.candidates
+    assert few > 10
+
+
 def test_push_moves_the_object_the_way_it_says(envs):
     env = envs["push"]
     for state in range(4):
