@@ -223,6 +223,16 @@ def make_env(task_id: str, image_size: Size = 128) -> Env:
     return family.make(selector, image_size)
 
 
+def offers_swap(env_id: str) -> bool:
+    """Whether every task of `env_id` is an `InstructionSwap`; simulators are built to find out."""
+    for task_id in expand(env_id):
+        env = make_env(task_id)
+        env.close()
+        if not isinstance(env, InstructionSwap):
+            return False
+    return True
+
+
 def view_size(size: Size, camera: str) -> tuple[int, int]:
     """(height, width) of a camera's images; of one that a mapping leaves out, those of its first."""
     if isinstance(size, Mapping):
