@@ -1,12 +1,14 @@
 """Scene questions: true answers, balance, the folder, and what a damaged one says."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from burnish.core.errors import BurnishError
-from burnish.data.questions import KINDS, SceneFacts, ask, make_questions, open_questions
+from burnish.data.questions import KINDS, SceneFacts, ask, draw_scenes, make_questions, open_questions
+from burnish.envs.base import make_env
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,17 @@ def test_same_arguments_give_the_same_questions(folder, tmp_path):
     again = make_questions("tabletop:lift,put_on", 24, tmp_path / "q", image_size=48, seed=9, workers=2, progress=False)
     assert (again / "questions.jsonl").read_text() == (folder / "questions.jsonl").read_text()
     np.testing.assert_array_equal(np.load(again / "images.npy"), np.load(folder / "images.npy"))
+
+
+def test_fixed_initial_states_are_left_for_evaluation(tmp_path, monkeypatch):
+    env, begun = make_env("tabletop:lift", 48), []
+    monkeypatch.setattr(env, "spec", replace(env.spec, num_initial_states=4))
+    monkeypatch.setattr(env, "reset", lambda state, reset=env.reset: (begun.append(state), reset(state)))
+    monkeypatch.setattr("burnish.data.questions.make_env", lambda task, size: env)
+    images = tmp_path / "images"
+    images.touch()
+    list(draw_scenes([(0, 3)], "tabletop:lift", 48, "front", 9, 0, (), images, 0))
+    assert begun == [13, 14, 15]
 
 
 def test_only_the_kinds_that_are_asked_for(folder, tmp_path):

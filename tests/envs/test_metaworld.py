@@ -76,6 +76,12 @@ def test_point_map_agrees_with_object_positions(env):
     assert len(table) > 300  # the table top lies at height 0
 
 
+def test_an_episode_may_be_longer_than_meta_worlds_own(env):
+    env.reset(0)
+    for _ in range(env.spec.max_steps + 2):
+        env.step(np.zeros(4))
+
+
 def test_wrong_action_is_refused(env):
     env.reset(0)
     with pytest.raises(BurnishError, match=r"\(7,\).*\(4,\)"):

@@ -27,7 +27,7 @@ def play(env, actor, limit=None):
 
 def test_ids():
     assert expand("tabletop") == [f"tabletop:{f}" for f in FAMILIES]
-    assert expand("tabletop:reach,push") == ["tabletop:reach", "tabletop:push"]
+    assert expand("tabletop:reach,push") == expand("tabletop:reach,push,reach") == ["tabletop:reach", "tabletop:push"]
     with pytest.raises(BurnishError, match="unknown tabletop family 'juggle'.*reach"):
         expand("tabletop:juggle")
 
@@ -153,6 +153,19 @@ def test_instruction_swap(envs):
     assert env.other_success()
     env.reset(5)
     assert env.instruction == told
+
+
+@pytest.mark.parametrize("family", ["stack", "push"])
+def test_every_initial_state_has_another_object_to_name(envs, family, monkeypatch):
+    """With but two objects that are no balls, none was left to stack."""
+    env, few = envs[family], 0
+    monkeypatch.setattr(env, "_place", lambda: None)  # no physics
+    for state in range(300):
+        env.reset(state)
+        assert env.alternative_instruction(state) != env.instruction and env._other not in (env.source, env.target)
+        few += len(env.candidates) == 2
+        assert len(env.candidates) == 2 or env._other in env.candidates
+    assert few > 10
 
 
 def test_push_moves_the_object_the_way_it_says(envs):

@@ -1,6 +1,7 @@
 """A simulator and a policy for `burnish data pairs`; importable by the simulator processes of the tests."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,6 +42,12 @@ class WalkEnv:
 
 def make_env(task_id, image_size):
     return WalkEnv(task_id, image_size)
+
+
+def make_fixed(task_id, image_size):
+    env = WalkEnv(task_id, image_size)
+    env.spec = replace(env.spec, num_initial_states=4)
+    return env
 
 
 def register():

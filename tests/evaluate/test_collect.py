@@ -70,6 +70,26 @@ def test_a_killed_collection_goes_on_to_the_same_pairs(tmp_path, monkeypatch):
         collect(tmp_path / "again", states=4, offsets=(0, 1))
 
 
+def test_fixed_initial_states_are_left_for_evaluation(tmp_path, monkeypatch):
+    begun, last, start = [], 100, SimulatorPool.start
+
+    def watched(self, slot, episode):
+        begun.append(episode.initial_state)
+        if len(begun) == last:
+            raise KeyboardInterrupt
+        start(self, slot, episode)
+
+    monkeypatch.setattr(SimulatorPool, "start", watched)
+    collect(tmp_path / "pairs", states=4, first_state=1, make=pair_fakes.make_fixed)
+    assert set(begun) == {5, 6, 7, 8}
+    last = len(begun) + 7
+    with pytest.raises(KeyboardInterrupt):  # as an earlier version: the first ones
+        collect(tmp_path / "again", states=4, first_state=1)
+    with pytest.raises(BurnishError, match=r"of other initial states.*those from 5 on.*rm -r '.*again.partial'"):
+        collect(tmp_path / "again", states=4, first_state=1, make=pair_fakes.make_fixed)
+    assert (tmp_path / "again.partial").exists()
+
+
 def test_the_expert_completes_what_nobody_solved_and_noise_disturbs(tmp_path):
     lost = pair_fakes.make_policy(push=-0.5)
     with pytest.raises(BurnishError, match="no pairs; expected at least one success and one failure"):

@@ -7,7 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
-from burnish.experiments.pipeline import Stages, _base, run_recipe
+from burnish.experiments import pipeline
+from burnish.experiments.pipeline import Outcome, Stages, _base, _measure, run_recipe
+from burnish.experiments.plan import _evaluations
 from burnish.policies import load_policy
 from workshop.tiny import make_tiny
 
@@ -101,6 +103,17 @@ def test_the_base_is_measured_as_the_run_is_or_not_at_all(ran, tmp_path, caplog)
         save_file({f"so100.buffer.{key}": value for key, value in load_file(file).items()}, file)
     assert _base(recipe, root / "run/policy") is None and "not measured: " in caplog.records[-1].getMessage()
     assert "statistic" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize(("env", "swaps"), [("tabletop:lift", True), ("weave:plate", False)])
+def test_no_instruction_swap_where_the_environment_offers_none(env, swaps, tmp_path, monkeypatch, caplog):
+    """It ended the run after its training."""
+    monkeypatch.setattr(pipeline, "evaluate_as", lambda *given, **changes: "measured")
+    recipe, outcome = load_recipe(None, ["--name=x", f"--eval.env={env}"]), Outcome(tmp_path)
+    _measure(recipe, Stages(tmp_path / "run.json", {}), outcome)
+    assert [*outcome.evaluations] == ["tuned", "swap"][: 1 + swaps]
+    assert (f"no instruction swap is measured: {env} offers none" in caplog.messages) != swaps
+    assert ("told another object" in next(_evaluations(recipe))) == swaps
 
 
 def test_minutes_of_a_continued_run_add_up(tmp_path):

@@ -103,7 +103,7 @@ def pairs(
         root: pair folder to make, or the data set that the labels are about
         states: initial states for each task
         rollouts: rollouts for each of them
-        first_state: first initial state, where they are unlimited
+        first_state: first initial state, counted from behind fixed ones, which are for evaluation
         seed: seed of the policy's noise
         image_size: side of the recorded images; 0 means the policy's
         action_noise: noise on a branch's first chunk, share of half the range

@@ -136,8 +136,7 @@ def draw_scenes(
         for scene in range(first, last):
             rng = np.random.default_rng(derive_seed("questions", env_id, seed, scene))
             env = envs[scene % len(envs)]
-            states = env.spec.num_initial_states
-            env.reset(seed + scene if states is None else int(rng.integers(states)))
+            env.reset((env.spec.num_initial_states or 0) + seed + scene)  # fixed ones are for evaluation
             expert = env.expert(scene)
             for _ in range(int(rng.integers(0, 15)) if rng.random() < 0.6 else 0):
                 env.step(expert.act())
@@ -176,7 +175,7 @@ def make_questions(
         camera: the view; empty means the environment's first one.
         per_scene: how many questions to keep for each image; 0 keeps all.
         kinds: ask only these, see `KINDS`; none named: all.
-        seed: first initial state where those are unlimited. Keep training and held-out ranges apart.
+        seed: first initial state, counted from behind fixed ones. Keep training and held-out ranges apart.
         workers: simulator processes; 0 means one for each core.
         progress: show a bar on stderr.
 

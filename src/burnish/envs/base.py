@@ -208,9 +208,9 @@ def _family(env_id: str) -> tuple[EnvFamily, str, str]:
 
 
 def expand(env_id: str) -> list[str]:
-    """All single-task ids that `env_id` stands for, in a fixed order."""
+    """All single-task ids that `env_id` stands for, each once, in a fixed order."""
     family, name, selector = _family(env_id)
-    return [f"{name}:{task}" for task in family.tasks(selector)]
+    return list(dict.fromkeys(f"{name}:{task}" for task in family.tasks(selector)))
 
 
 def make_env(task_id: str, image_size: Size = 128) -> Env:
@@ -221,6 +221,16 @@ def make_env(task_id: str, image_size: Size = 128) -> Env:
     """
     family, _, selector = _family(task_id)
     return family.make(selector, image_size)
+
+
+def offers_swap(env_id: str) -> bool:
+    """Whether every task of `env_id` is an `InstructionSwap`; simulators are built to find out."""
+    for task_id in expand(env_id):
+        env = make_env(task_id)
+        env.close()
+        if not isinstance(env, InstructionSwap):
+            return False
+    return True
 
 
 def view_size(size: Size, camera: str) -> tuple[int, int]:

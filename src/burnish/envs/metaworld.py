@@ -1,7 +1,7 @@
 """Meta-World (MT10 and its other single tasks) behind the environment protocol.
 
 Selectors are `mt10` or a task name such as `reach-v3`. A control step repeats the action for five simulator steps,
-which gives 16 Hz and leaves Meta-World's own limit of 500 simulator steps at 100 control steps. Initial state k is
+which gives 16 Hz and makes Meta-World's own limit of 500 simulator steps 100 control steps. Initial state k is
 Meta-World's reset with seed k.
 """
 
@@ -72,6 +72,7 @@ class MetaWorld:
         env._set_task_called = True
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
+        env.max_path_length = 10**9  # the limit is ours: an episode may be given more steps
         self.model, self.data = env.model, env.data
         self.model.cam_pos[self.model.camera("corner2").id] = CORNER2_POSITION
         self._renderer: SceneRenderer | None = None

@@ -151,7 +151,10 @@ class Tabletop:
         self._instruction = text
 
     def alternative_instruction(self, seed: int) -> str:
-        others = [i for i in self.candidates if i not in (self.source, self.target)]
+        taken = (self.source, self.target)
+        others = [i for i in self.candidates if i not in taken]
+        if not others:  # a stack of the only two that are no balls
+            others = [i for i, o in enumerate(self.layout.objects) if o.shape != "plate" and i not in taken]
         self._other = int(np.random.default_rng(derive_seed("swap", seed)).choice(others))
         return self._sentence(self._other)
 

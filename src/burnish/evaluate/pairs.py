@@ -25,7 +25,6 @@ from burnish.data.pairs import FACTS, Pair, make_pairs, write_index
 from burnish.data.spool import Spool, StoredRecording, check_same_request
 from burnish.envs.base import EnvSpec, Observation, check_size, expand, make_env
 from burnish.evaluate.batching import BatchedPolicy, Request, match_cameras, view_sizes
-from burnish.evaluate.rollout import initial_states
 from burnish.evaluate.scheduler import Scheduler
 from burnish.evaluate.simulators import Episode, MakeEnv, SimulatorPool, Waiting
 from burnish.policies.base import Policy
@@ -81,7 +80,7 @@ def collect(
         root: folder to make; `<root>.partial` beside it holds finished rollouts until then.
         states: initial states for each task.
         rollouts: for each of them, the first one included.
-        first_state: the first initial state where the environment has unlimited ones; evaluation begins at 1000000.
+        first_state: the first initial state, counted from behind fixed ones; otherwise evaluation begins at 1000000.
         seed: of the policy's noise and of the branch points.
         image_size: side of the recorded views in pixels; 0 means the policy's own.
         action_noise: standard deviation of the noise added to a branch's first chunk, as a share of half the range.
@@ -151,12 +150,16 @@ def _collect_task(
         "fps": spec.fps, "state_names": list(spec.state_names), "action_names": list(spec.action_names),
         "cameras": [cameras[name] for name in policy.cameras], "max_steps": spec.max_steps,
     })  # fmt: skip
-    states = initial_states(spec, request["first_state"], request["states"])
+    first = request["first_state"] + (spec.num_initial_states or 0)  # fixed ones are for evaluation
+    states = range(first, first + request["states"])
     steps = policy.n_action_steps
     actor = BatchedPolicy(policy, cameras, seed, (slots + 1) // 2, steps)
     driver = _Driver(pool, actor, slots, folder, request, states, bar)
     empty = np.zeros((0, len(spec.action_names)), np.float32)
     done = spool.attempts(spec.task_id)
+    if done and StoredRecording(done[n := min(done)]).facts["initial_state"] != first + n // (rollouts + 1):
+        raise BurnishError(f"{spool.folder} holds rollouts of other initial states, made by an earlier version",
+                           f"those from {first} on", f"rm -r '{spool.folder}'")  # fmt: skip
     driver.drive([_Rollout(spec, s, 0, empty) for i, s in enumerate(states) if i * (rollouts + 1) not in done])
     done = spool.attempts(spec.task_id)
     branches = []

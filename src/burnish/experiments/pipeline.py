@@ -19,7 +19,7 @@ from burnish.core.options import number
 from burnish.core.provenance import commit, machine, weights_hash
 from burnish.core.reading import read_object
 from burnish.core.recipe import demos_root, run_folder
-from burnish.envs.base import expand
+from burnish.envs.base import expand, offers_swap
 from burnish.experiments.measures import asked_before
 from burnish.experiments.results import FROM_RUN, check_place, flags, outcome_row, write_result
 
@@ -225,7 +225,9 @@ def _measure(recipe: RecipeConfig, stages: Stages, outcome: Outcome) -> None:
         variants: dict[str, Callable[[Path], Evaluation]] = {"tuned": lambda to: evaluate_as(settings, tuned, env, to)}
         if base is not None:
             variants["base"] = lambda to: evaluate_as(settings, base, env, to)
-        if settings.instruction_swap:
+        if settings.instruction_swap and not offers_swap(env):
+            log.warning("no instruction swap is measured: %s offers none", env)
+        elif settings.instruction_swap:
             variants["swap"] = lambda to: evaluate_as(settings, tuned, env, to, instruction_swap=True)
         if settings.random_object_expert:
             options = {"which": "random_object", **_trials(settings)}

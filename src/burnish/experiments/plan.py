@@ -6,7 +6,7 @@ from pathlib import Path
 
 from burnish.core.config import RecipeConfig
 from burnish.core.recipe import demos_root, run_folder
-from burnish.envs.base import expand
+from burnish.envs.base import expand, offers_swap
 from burnish.experiments.study import StudyConfig, study_chain, study_folder, variant_recipe
 from burnish.train.cost import GB, fitted, memory, predicting, seconds
 from burnish.train.run import check_resumable
@@ -66,7 +66,7 @@ def _evaluations(recipe: RecipeConfig) -> Iterator[str]:
     settings, env = recipe.eval, recipe.eval.env or recipe.demos.env
     variants = ["fine-tuned", *["base"] * bool(settings.base and recipe.policy.path)]
     if env:
-        closed = [*variants, *["told another object"] * settings.instruction_swap]
+        closed = [*variants, *["told another object"] * (settings.instruction_swap and offers_swap(env))]
         closed += ["random-object expert"] * settings.random_object_expert
         yield f"{len(expand(env)) * settings.episodes} episodes of {env} each: {', '.join(closed)}; {UNKNOWN}"
     if recipe.data.held_out:
