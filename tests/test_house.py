@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "burnish"
 TREES = {path: ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
-MOST_LINES = {"file": 450, "function": 60, "method folder": 1300, "loop": 300, "package": 48_160}
+MOST_LINES = {"file": 450, "function": 60, "method folder": 1300, "loop": 300, "package": 48_190}
 LONG_FUNCTIONS = 2
 
 

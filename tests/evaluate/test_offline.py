@@ -155,10 +155,12 @@ def test_the_recorded_actions_are_met_whatever_the_batch(root, tmp_path):
 
 def test_a_stopped_evaluation_goes_on(root, tmp_path):
     whole = measure(Knowing(noise=0.1), root, tmp_path / "whole")
+    measure(Knowing(noise=0.1), root, tmp_path / "cut", episodes=1)
     policy = Knowing(noise=0.1)
-    policy.stop_after = 4
+    policy.stop_after = 0
     with pytest.raises(KeyboardInterrupt):
         measure(policy, root, tmp_path / "cut")
+    assert not (tmp_path / "cut/summary.json").exists()  # it has not ended
     assert len((tmp_path / "cut/episodes.jsonl").read_text().splitlines()) == 1
     again = measure(Knowing(noise=0.1), root, tmp_path / "cut")
     assert again.new_episodes == 1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -71,6 +72,19 @@ def test_continues_and_refuses_other_settings(tmp_path):
         evaluate(policy, "line:a", episodes=6, seed=1, **arguments)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["overall"]["n"] == 6 and summary["latency_ms"]["n"] > 6
+
+
+def test_one_that_is_extended_and_killed_has_not_ended(tmp_path, monkeypatch):
+    arguments = {"output": tmp_path, "workers": 1, **QUIET}
+    policy, summary = fakes.make_policy(), tmp_path / "summary.json"
+    evaluate(policy, "line:a", episodes=3, **arguments)
+    monkeypatch.setattr("burnish.evaluate.scheduler.Measurement.run", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(policy, "line:a", episodes=5, **arguments)
+    assert not summary.exists()
+    monkeypatch.undo()
+    evaluate(policy, "line:a", episodes=3, **arguments)
+    assert json.loads(summary.read_text())["overall"]["n"] == 3
 
 
 def test_limited_initial_states_are_not_repeated(tmp_path):

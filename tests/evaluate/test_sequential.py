@@ -36,6 +36,11 @@ def test_the_true_difference_is_inside_at_every_look():
     assert missed <= 8
 
 
+def test_an_interval_out_of_which_every_value_has_been_ruled_stays_where_it_is():
+    low, high, _ = confidence_sequence(np.repeat([1.0, -1.0, 1.0], 400))
+    assert (np.diff(low) >= 0).all() and (np.diff(high) <= 0).all()
+
+
 def test_equivalent_needs_a_margin():
     same = np.tile([1, -1, 0, 0, 0, 0, 0, 0], 100)
     assert sequential(same).verdict == "undecided"

@@ -73,6 +73,7 @@ def test_what_is_entered_is_what_compare_and_the_report_say(tmp_path):
     records = {arm: read_results(tmp_path / "t/eval" / arm) for arm in "ab"}
     assert {arm: [one.success for one in some] for arm, some in records.items()} == done
     assert {one.failure for one in records["a"] if not one.success} == {"dropped"}
+    assert json.loads((tmp_path / "t/eval/a/summary.json").read_text())["mean_steps"] is None  # nobody counted
     again = compare(tmp_path / "t/eval/a", tmp_path / "t/eval/b", margin=0.1, sequential=True)
     assert again == found and again.sequential.verdict == "better" and again.sequential.decided == made
     assert "solved" in page.read_text() and ">a</text>" in write_report(tmp_path / "t").read_text()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from burnish.core.errors import BurnishError
 from burnish.core.recipe import load_recipe
 from burnish.experiments import pipeline
-from burnish.experiments.pipeline import Outcome, Stages, _base, _measure, run_recipe
+from burnish.experiments.pipeline import Outcome, Stages, _base, _measure, _write_result, run_facts, run_recipe
 from burnish.experiments.plan import _evaluations
 from burnish.policies import load_policy
 from workshop.tiny import make_tiny
@@ -65,6 +65,14 @@ def test_result_file_is_one_that_tables_are_made_of(ran):
     check_result(result, "result.json")
     assert result["recipe"] == "recipes/tiny/lift.yaml"
     assert {row["label"] for row in result["rows"]} >= {"fine-tuned", "base, not tuned"}
+
+
+def test_a_result_is_written_without_a_command(ran):
+    root, first, _, _ = ran
+    recipe = load_recipe(str(root / "run/recipe.yaml"))
+    stages = Stages(root / "other.json", run_facts(recipe.name, "", {}))
+    _write_result(recipe, stages, first, root / "other_result.json")
+    assert json.loads((root / "other_result.json").read_text())["command"] == ""
 
 
 def test_a_finished_run_is_not_repeated(ran):

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
 
@@ -14,6 +15,7 @@ import yaml
 import burnish.experiments.study
 from burnish.cli.run import run_setup
 from burnish.core.errors import BurnishError
+from burnish.core.files import write_json
 from burnish.experiments.recompute import differing, renew
 from burnish.experiments.results import check_result, render_table
 from burnish.experiments.study import choose, load_study, run_study
@@ -154,6 +156,28 @@ def test_setup_commands_run_once_and_stop_the_study_when_they_fail(ran, monkeypa
         run_study(study, base, run_setup=run_setup)
     with pytest.raises(BurnishError, match="nothing runs the setup command"):
         run_study(study, base)
+
+
+def test_minutes_that_another_process_has_noted_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tiny("smolvla", tmp_path / "base", cameras=("front",), state_dim=4, action_dim=4, image_size=32)
+    study, base = load_study(write(tmp_path, setup=["data demos {out}"]))
+    base.eval.questions.root = ""
+    noted = {"stages": [{"name": "elsewhere", "minutes": 5.0}]}
+
+    def alone(folder):  # waits for a process that notes its minutes
+        for name in ("data", "setup-0", "setup-1"):
+            if not (folder / f"{name}.json").exists():
+                write_json(folder / f"{name}.json", noted)
+        return nullcontext()
+
+    monkeypatch.setattr(burnish.experiments.study, "alone", alone)
+    monkeypatch.setattr(burnish.experiments.study, "finish_runs", lambda *_: iter(()))
+    monkeypatch.setattr("burnish.data.demos.make_demos", lambda *_, **__: "demonstrations")
+    folder = run_study(study, base, run_setup=lambda line: 0)
+    for name in ("data", "setup-0", "setup-1"):
+        stages = json.loads((folder / f"{name}.json").read_text())["stages"]
+        assert len(stages) == 2 and stages[0] == noted["stages"][0]
 
 
 def test_a_setup_command_ends_with_the_study_that_is_told_to_end():

@@ -182,6 +182,24 @@ def test_it_is_saved_as_lerobot_reads_it(policy, folder, tmp_path):
         assert name == other and a.equal(b)
 
 
+def test_a_tokenizer_is_saved_with_it(folders, nano_vlm, tmp_path):
+    """As types have one that read their instruction."""
+    folder = shutil.copytree(folders("act"), tmp_path / "from")
+    shutil.copytree(nano_vlm, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    steps = json.loads((folder / "policy_preprocessor.json").read_text())
+    steps["steps"].insert(2, {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "owner/name"}})
+    (folder / "policy_preprocessor.json").write_text(json.dumps(steps))
+    policy = load_policy(folder)
+    policy.save(tmp_path / "saved")
+    shutil.rmtree(folder)
+    stored = json.loads((tmp_path / "saved/policy_preprocessor.json").read_text())["steps"][2]["config"]
+    assert stored["tokenizer_name"] == str(tmp_path / "saved/tokenizer")
+    again = load_policy((tmp_path / "saved").rename(tmp_path / "moved"))
+    batch, tokens = batch_for(policy), "observation.language.tokens"
+    assert again._prepare(batch, None)[tokens].equal(policy._prepare(batch, None)[tokens])
+    assert again.act(batch, noise(policy)).actions.equal(policy.act(batch, noise(policy)).actions)
+
+
 def test_acting_leaves_training_on(policy):
     policy.train()
     policy.act(batch_for(policy), noise(policy))

@@ -91,10 +91,11 @@ class Evaluation:
             for r in self.records
             if (self.output / (name := str(video_path(r.task, r.initial_state)))).exists()
         ]
+        steps = [r.steps for r in self.records if r.steps >= 0]  # -1: not known
         return {
             "overall": self.overall.to_dict(), "per_task": {t: rate.to_dict() for t, rate in self.per_task.items()},
             "other": self.other.to_dict() if self.other else None,
-            "mean_steps": sum(r.steps for r in self.records) / len(self.records), "latency_ms": self.latency_ms,
+            "mean_steps": sum(steps) / len(steps) if steps else None, "latency_ms": self.latency_ms,
             "settings": self.settings, "commits": sorted({r.commit for r in self.records}), "videos": videos,
             "seconds": self.seconds, "new_episodes": self.new_episodes,
             "left_out": self.left_out, **({"failures": self.failures} if self.failures else {}),

@@ -148,6 +148,8 @@ def _fill(journal: Journal, replay: "_Replay", chosen: list[int], drawn: Path | 
     """Measure the episodes that the journal does not hold yet; returns their number."""
     done = {record.episode for record in journal.records}
     todo = [episode for episode in chosen if episode not in done]
+    if todo:
+        (journal.path.parent / SUMMARY).unlink(missing_ok=True)  # of fewer episodes: this one has not ended
     bar = {"total": len(chosen), "initial": len(chosen) - len(todo), "desc": OFFLINE, "unit": "ep", "shown": progress}
     with progress_bar(**bar) as shown_bar:
         for episode in todo:

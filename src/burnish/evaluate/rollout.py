@@ -217,7 +217,10 @@ class _Job:
         with Journal(output, settings) as journal:
             before = len(journal.records)
             history = policy.policy.window.reach if policy else 0
-            self.fill(pool, policy, journal, self.missing(plan, journal, cameras, output, history), len(plan))
+            todo = self.missing(plan, journal, cameras, output, history)
+            if todo:
+                (output / SUMMARY).unlink(missing_ok=True)  # of fewer episodes: this one has not ended
+            self.fill(pool, policy, journal, todo, len(plan))
             records = {r.key: r for r in journal.records}
             found = [records[spec.task_id, state] for spec, state in plan]
             seconds = time.perf_counter() - start

@@ -77,14 +77,14 @@ def confidence_sequence(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray
         up, down = _STAKE / true, _STAKE / (1 - true)
     money = np.zeros((2, _GRID.size))  # logarithms: of bets that the mean is higher, and lower
     low, high, p = np.empty(y.size), np.empty(y.size), np.empty(y.size)
-    open_, smallest, middle = np.ones(_GRID.size, bool), 1.0, _GRID.size // 2
+    open_, left, smallest, middle = np.ones(_GRID.size, bool), _GRID, 1.0, _GRID.size // 2
     for i, (value, stake) in enumerate(zip(y, stakes, strict=True)):
         money[0] += np.log1p(np.minimum(stake, up) * (value - true))
         money[1] += np.log1p(-np.minimum(stake, down) * (value - true))
         wealth = np.logaddexp(money[0], money[1]) - math.log(2)
         open_ &= wealth < -math.log(1 - LEVEL)
         smallest = min(smallest, math.exp(-wealth[middle]))
-        left = _GRID[open_] if open_.any() else np.array([values[: i + 1].mean()])
+        left = _GRID[open_] if open_.any() else left  # all are ruled out where the trials have changed midway
         low[i], high[i], p[i] = left[0], left[-1], smallest
     # The true value lies between two points of the grid.
     step = _GRID[1] - _GRID[0]

@@ -328,6 +328,6 @@ def _write_result(recipe: RecipeConfig, stages: Stages, outcome: Outcome, path: 
     metrics |= {variant: found.to_dict()["offline"] for variant, found in outcome.offline.items()}
     facts = stages.content
     write_result(
-        path, recipe=f"recipes/{recipe.name}.yaml", command=facts["commands"][0], rows=rows, minutes=stages.minutes,
-        metrics=metrics, **{name: facts[name] for name in FROM_RUN},
+        path, recipe=f"recipes/{recipe.name}.yaml", command=" ".join(facts["commands"]), rows=rows,
+        minutes=stages.minutes, metrics=metrics, **{name: facts[name] for name in FROM_RUN},
     )  # fmt: skip

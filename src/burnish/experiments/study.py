@@ -219,22 +219,26 @@ def run_study(
     facts = run_facts(study.name, command, {"train": ", ".join(map(str, study.seeds)), "demos": base.demos.seed})
     runs = _all_runs(study, base)
     share(folder, "study", is_study_folder)
-    clocks = {"data": Stages(folder / "data.json", facts)}
+
+    def clock(name: str) -> Stages:
+        """As its file says now: another process may have been at it."""
+        return Stages(folder / f"{name}.json", facts)
+
     with alone(folder):
-        make_data(base, clocks["data"])
+        make_data(base, clock("data"))
     for seed in study.seeds:
-        clock = clocks[f"setup {seed}"] = Stages(folder / f"setup-{seed}.json", facts)
         for line in study.setup:
-            with nullcontext() if "{seed}" in line else alone(folder):  # another process may be at it
-                set_up(fill(line, seed, shlex.quote(str(folder))), clock, run_setup)
+            with nullcontext() if "{seed}" in line else alone(folder):
+                set_up(fill(line, seed, shlex.quote(str(folder))), clock(f"setup-{seed}"), run_setup)
     new = not any(run.recipe.policy.path for run in runs.values())
     if (base.policy.path or new) and _ask_questions(runs.values()):
-        with alone(folder), clocks["data"].stage("questions to the base"):
+        with alone(folder), clock("data").stage("questions to the base"):
             _ask(base.policy.path or _start(base, folder / "start"), base.eval, folder / "base")
     links = list(dict.fromkeys(link for seed, variant in runs for link in study_chain(study, base, variant, seed)[0]))
     take(links, facts, run_setup)
     finished: list[_Run] = []
-    minutes = sum(clock.minutes for clock in clocks.values()) + step_minutes(links)
+    names = ["data", *(f"setup-{seed}" for seed in study.seeds)]
+    minutes = sum(clock(name).minutes for name in names) + step_minutes(links)
     arguments = asdict(study), recipe_to_dict(base), facts, torch.get_num_threads()
     parallel = engine != "processes"
     for key, taken in _on_workers(arguments, runs, place, workers) if parallel else finish_runs(runs, *arguments):

@@ -154,6 +154,15 @@ class LeRobotPolicy(PolicyWrapper):
         policy = cls.build(config, generator_seed)
         return cls(policy.to(device), *new_processors(config, dataset_stats))
 
+    def write_extras(self, folder: Path, home: Path) -> None:
+        """The tokenizer's files, of a type whose preprocessor has one."""
+        from lerobot.processor import TokenizerProcessorStep
+
+        for step in self.preprocessor.steps:
+            if isinstance(step, TokenizerProcessorStep):
+                step.input_tokenizer.save_pretrained(folder / self.tokenizer_folder)
+                folders.point_at(folder, str(home / self.tokenizer_folder))
+
     # The verbs.
 
     @property
