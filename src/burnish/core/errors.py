@@ -29,9 +29,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 def for_client(error: Exception, what: str = "this call") -> BurnishError:
     """What a server tells of an error: a BurnishError as it is, lack of memory for `what`; raises any other."""
-    if not isinstance(error, BurnishError) and not out_of_memory(error):
-        raise error
-    return error if isinstance(error, BurnishError) else BurnishError(f"not enough memory for {what}")
+    if isinstance(error, BurnishError):
+        return error
+    if out_of_memory(error):
+        return BurnishError(f"not enough memory for {what}")
+    raise error
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -2,8 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -310,17 +309,14 @@ def _beta_quantile(uniform: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.from_numpy(betaincinv(alpha, beta, uniform.cpu().numpy())).to(uniform.device)
 
 
-@contextmanager
-def _committed(model: nn.Module, noise: Tensor, clean: Tensor | None) -> Iterator[None]:
+def _committed(model: nn.Module, noise: Tensor, clean: Tensor | None) -> AbstractContextManager[None]:
     """Inside, `model.sample_actions` keeps its first rows on the straight line from `noise` to `clean` [B, P, A]."""
     if clean is None:
-        yield
-        return
+        return nullcontext()
     steps, denoise = clean.shape[1], model.denoise_step
     velocity = noise[:, :steps] - clean
 
     def denoise_rest(*args: Any, **kwargs: Any) -> Tensor:
         return torch.cat([velocity, denoise(*args, **kwargs)[:, steps:]], dim=1)
 
-    with replaced(model, "denoise_step", denoise_rest):
-        yield
+    return replaced(model, "denoise_step", denoise_rest)

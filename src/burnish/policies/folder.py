@@ -23,7 +23,7 @@ from torch import nn
 from burnish.core.errors import BurnishError, one_line
 from burnish.core.reading import read_object
 from burnish.core.seeding import seeded
-from burnish.policies.keys import CONFIG, IMAGES, PREPROCESSOR
+from burnish.policies.keys import CONFIG, PREPROCESSOR, camera_keys
 from burnish.policies.pretrained import foreign, is_hub_name, no_remote_code
 from burnish.policies.sizes import check_policy_numbers
 
@@ -137,7 +137,7 @@ def known_fields(overrides: dict[str, Any], policy_type: str) -> dict[str, Any]:
 
 def _check_features(config: Any, source: str, given: bool) -> None:
     state, action = config.robot_state_feature, config.action_feature
-    cameras = [key for key in config.image_features if not key.startswith(f"{IMAGES}empty_camera_")]
+    cameras = camera_keys(config)
     if state is None or action is None or not cameras:
         found = ", ".join([*(config.input_features or {}), *(config.output_features or {})]) or "none"
         lacking = ["a camera"] * (not cameras) + ["observation.state"] * (state is None)

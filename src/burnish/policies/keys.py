@@ -1,5 +1,7 @@
 """Keys of batches and names of files, as LeRobot has them."""
 
+from typing import Any
+
 IMAGES, STATE, ACTION, PAD, TASK = "observation.images.", "observation.state", "action", "action_is_pad", "task"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 ACTION_TOKENS, ACTION_TOKEN_MASK = "action.tokens", "action.token_mask"
@@ -18,3 +20,8 @@ MODES = {
     "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"),
 }  # fmt: skip
 """LeRobot's normalisations, and the two statistics that each goes by."""
+
+
+def camera_keys(config: Any) -> tuple[str, ...]:
+    """Keys of a policy's cameras, without the empty ones that fill up their number."""
+    return tuple(key for key in config.image_features if not key.startswith(f"{IMAGES}empty_camera_"))

@@ -20,7 +20,7 @@ from torch import Tensor
 from burnish.core.errors import BurnishError
 from burnish.core.options import option, read_options
 from burnish.core.reading import inside, read_object
-from burnish.policies.keys import ACTION, IMAGES, MODES, POSTPROCESSOR, PREPROCESSOR, STATE
+from burnish.policies.keys import ACTION, MODES, POSTPROCESSOR, PREPROCESSOR, STATE, camera_keys
 from burnish.policies.pretrained import check_files, foreign, load_tokenizer, no_remote_code, require_inside
 from burnish.policies.tensors import first, read_file
 
@@ -275,7 +275,7 @@ def _check_statistics(config: Any, pre: Any, post: Any, source: str) -> None:
         if chosen is not None and STATE not in chosen:
             raise BurnishError(f"{source} leaves {STATE} out of the normalisation", "normalize_observation_keys: null")
     before, after = stored(pre.steps, NormalizerProcessorStep), stored(post.steps, UnnormalizerProcessorStep)
-    pictures = {k: f for k, f in config.image_features.items() if not k.startswith(f"{IMAGES}empty_camera_")}
+    pictures = {key: config.image_features[key] for key in camera_keys(config)}
     for key, feature, found in (
         (STATE, config.robot_state_feature, before),
         (ACTION, config.action_feature, before),

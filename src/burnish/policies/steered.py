@@ -112,8 +112,7 @@ def sample_with(
     LeRobot's sampler runs once with velocities of 0, for what it computes before its loop and hands to `denoise_step`;
     whatever stands in the place of that method, a wrapper for instance, is asked for the velocities.
     """
-    denoise, own = model.denoise_step, vars(model).get("denoise_step")
-    seen: dict[str, Any] = {}
+    denoise, seen = model.denoise_step, dict[str, Any]()
 
     def note(*, x_t: Tensor, timestep: Tensor, **encoded: Any) -> Tensor:
         seen.update(encoded)
@@ -123,12 +122,6 @@ def sample_with(
         at = torch.full((len(points),), time, dtype=torch.float32, device=points.device)
         return denoise(x_t=points, timestep=at, **seen)
 
-    model.denoise_step = note
-    try:
+    with replaced(model, "denoise_step", note):
         model.sample_actions(*inputs, noise=noise)
-    finally:
-        if own is None:
-            del model.denoise_step
-        else:
-            model.denoise_step = own
     return solver(velocity, noise) if guide is None else guide.integrate(solver, velocity, noise)

@@ -17,7 +17,7 @@ from burnish.core.types import Batch, Window
 from burnish.policies import folder as folders
 from burnish.policies import pipelines, tensors
 from burnish.policies.base import Policy, Stage
-from burnish.policies.keys import ACTION, IMAGES, STATE, TASK
+from burnish.policies.keys import ACTION, IMAGES, STATE, TASK, camera_keys
 
 
 class PolicyWrapper(Policy):
@@ -48,7 +48,7 @@ class PolicyWrapper(Policy):
         self.postprocessor = postprocessor
         self.config = policy.config
         self.name = policy.config.type
-        self.camera_keys = tuple(k for k in self.config.image_features if not k.startswith(f"{IMAGES}empty_camera_"))
+        self.camera_keys = camera_keys(self.config)
         self.cameras = tuple(key.removeprefix(IMAGES) for key in self.camera_keys)
         steps = self.config.action_delta_indices
         self.chunk_size, seen = len(steps), self.config.observation_delta_indices or (0,)

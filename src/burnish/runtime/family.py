@@ -134,7 +134,7 @@ class Family(ABC):
 
     def timed(self, time: float, width: int, make: Callable[[], Tensor]) -> Tensor:
         """What `condition` returns, made where it is missing."""
-        weight, casts = next(self.parts.action_in.parameters()), map(torch.is_autocast_enabled, ("cuda", "cpu"))
+        weight, casts = self.parts.action_in.weight, map(torch.is_autocast_enabled, ("cuda", "cpu"))
         key = (time, width, weight.device, weight.dtype, *casts)
         if key not in self._times:
             with torch.no_grad():
