@@ -163,9 +163,9 @@ def spread_file(tmp_path, **found):
 def calls(reuse, seen, keys=("r",)):
     policy, used = Looking(), []
     for batch in seen:
-        shown = reuse.look(keys, batch)
+        shown, due = reuse.look(keys, batch)
         chunk = policy.act(shown)
-        reuse.compare(reuse.due, chunk, lambda batch=batch: policy.act(batch))
+        reuse.compare(due, chunk, lambda batch=batch: policy.act(batch))
         used.append(shown["observation.images.a"][:, 0, 0, 0].tolist())
     return used
 
@@ -175,19 +175,19 @@ def test_pictures_are_used_until_they_are_old_and_states_never(tmp_path):
     pictures = [scene(i / 10, state=i) for i in range(6)]
     assert [row[0] for row in calls(reuse, pictures)] == pytest.approx([0, 0, 0, 0.3, 0.3, 0.3])
     assert reuse.counts == {"fresh": 2, "reused": 4}
-    assert reuse.look(["r"], scene(0.9, state=9))[STATE].item() == 9
+    assert reuse.look(["r"], scene(0.9, state=9))[0][STATE].item() == 9
     old = Reuse(CacheConfig("prefix", 2, guard=False), Looking())
     calls(old, [scene(0.1, state=1)])
-    assert old.look(["r"], scene(0.9, state=9))[STATE].item() == 1
-    assert old.look(["r"], scene(0.9, text="stop"))["observation.images.a"].max() == pytest.approx(0.9)
+    assert old.look(["r"], scene(0.9, state=9))[0][STATE].item() == 1
+    assert old.look(["r"], scene(0.9, text="stop"))[0]["observation.images.a"].max() == pytest.approx(0.9)
     old.forget("r")
-    assert old.look(["r"], scene(0.5, text="stop"))["observation.images.a"].max() == 0.5
+    assert old.look(["r"], scene(0.5, text="stop"))[0]["observation.images.a"].max() == 0.5
 
 
 def test_rows_are_robots_each_for_itself_and_copies_follow_the_last():
     reuse = Reuse(CacheConfig("images", 9, guard=False), Looking())
     calls(reuse, [scene(0.1, 0.2)], keys=("a", "b"))
-    shown = reuse.look(("b", "c"), scene(0.5, 0.6, 0.6) | {"task": ["go", "go", "long"]})
+    shown, _ = reuse.look(("b", "c"), scene(0.5, 0.6, 0.6) | {"task": ["go", "go", "long"]})
     assert shown["observation.images.a"][:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.6, 0.6])
 
 
@@ -225,12 +225,13 @@ def test_a_comparison_that_fails_ends_the_use_of_old_pictures_and_no_server(tmp_
 
     reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()
     calls(reuse, [scene(0.1)])
-    chunk = policy.act(reuse.look(["r"], scene(0.2)))
+    shown, due = reuse.look(["r"], scene(0.2))
+    chunk = policy.act(shown)
     batcher = Batcher.__new__(Batcher)
-    batcher._after = lambda: reuse.compare(reuse.due, chunk, lambda: torch.zeros(2) + torch.zeros(3))
+    batcher._after = lambda: reuse.compare(due, chunk, lambda: torch.zeros(2) + torch.zeros(3))
     batcher._compare()
     assert "could not be compared" in caplog.text and batcher._after is None
-    assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)
+    assert reuse.look(["r"], scene(0.3))[0]["observation.images.a"].max() == pytest.approx(0.3)
 
 
 def test_a_guard_that_is_left_out_is_caught(tmp_path, monkeypatch):
@@ -246,7 +247,7 @@ def test_similarity_is_a_cosine_of_small_pictures():
     reuse = Reuse(CacheConfig("images", 9, similarity=0.98, guard=False), Looking())
     first = scene(0.2) | {"observation.images.a": a[None]}
     calls(reuse, [first])
-    assert reuse.look(["r"], first | {"observation.images.a": b[None]})["observation.images.a"].equal(b[None])
+    assert reuse.look(["r"], first | {"observation.images.a": b[None]})[0]["observation.images.a"].equal(b[None])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,8 @@ def test_an_episode_may_end_while_the_last_one_is_compared(tmp_path):
     """A server's loop forgets; its other thread compares."""
     reuse, policy = Reuse(CacheConfig("images", 9, measured=spread_file(tmp_path)), Looking()), Looking()
     calls(reuse, [scene(0.1)])
-    chunk = policy.act(reuse.look(["r"], scene(0.2)))
-    reuse.compare(reuse.due, chunk, lambda: (reuse.forget("r"), policy.act(scene(0.2)))[1])
+    shown, due = reuse.look(["r"], scene(0.2))
+    chunk = policy.act(shown)
+    reuse.compare(due, chunk, lambda: (reuse.forget("r"), policy.act(scene(0.2)))[1])
     assert reuse.counts["compared"] == 1
-    assert reuse.look(["r"], scene(0.3))["observation.images.a"].max() == pytest.approx(0.3)
+    assert reuse.look(["r"], scene(0.3))[0]["observation.images.a"].max() == pytest.approx(0.3)

@@ -85,7 +85,7 @@ class BatchedPolicy:
             for request in requests:
                 if not request.replan:  # of an episode whose simulator died too
                     self.reuse.forget((request.task, request.initial_state))
-            batch = self.reuse.look([(request.task, request.initial_state) for request in requests], batch)
+            batch, due = self.reuse.look([(request.task, request.initial_state) for request in requests], batch)
         if not self._warm:  # the first call allocates and compiles; it would distort the latency
             self.sample(rows, batch, draws)
             self._warm = True
@@ -95,7 +95,7 @@ class BatchedPolicy:
         self._synchronise()
         elapsed = 1000 * (time.perf_counter() - start)
         if self.reuse is not None:  # while a robot would execute the chunk
-            self.reuse.compare(self.reuse.due, chunk, lambda: self.sample(rows, there, draws))
+            self.reuse.compare(due, chunk, lambda: self.sample(rows, there, draws))
         if not torch.isfinite(chunk.actions[: len(requests)]).all():
             raise BurnishError("the policy returned actions that are not finite", "numbers", "check the checkpoint")
         if self.watchdog is not None:

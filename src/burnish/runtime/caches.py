@@ -98,7 +98,6 @@ class Reuse:
 
     Attributes:
         counts: calls by what became of them: "fresh", "reused", "compared", "stopped".
-        due: what `compare` is to be given with the chunk of the last `look`: rows, and what they acted on.
     """
 
     def __init__(self, config: CacheConfig, policy: Policy, most: int = 64):
@@ -110,11 +109,10 @@ class Reuse:
                                f"some of the policy's {self.width}", "the file of this very policy")  # fmt: skip
         self._anchors: OrderedDict[Hashable, _Anchor] = OrderedDict()
         self._ended: deque[Hashable] = deque()
-        self.due: list[tuple[int, _Anchor]] = []
         self.most = most
 
-    def look(self, keys: Sequence[Hashable], batch: Batch) -> Batch:
-        """The batch as the policy is to see it.
+    def look(self, keys: Sequence[Hashable], batch: Batch) -> tuple[Batch, list[tuple[int, _Anchor]]]:
+        """The batch as the policy is to see it, and for `compare` the rows that are due, with what they acted on.
 
         Args:
             keys: of the first rows, a robot's episode each; rows behind them are copies of the last one, but for texts.
@@ -122,7 +120,7 @@ class Reuse:
         """
         held = [name for name in batch if name.startswith(IMAGES) or (name == STATE and self.config.mode == "prefix")]
         seen = {name: value.clone() if name in held else value for name, value in batch.items()}
-        self.due = []
+        due = []
         while self._ended:
             self._anchors.pop(self._ended.popleft(), None)
         for i, key in enumerate(keys):
@@ -136,17 +134,17 @@ class Reuse:
                 old.age, old.uses = old.age + 1, old.uses + 1
                 self.counts["reused"] += 1
                 if self.config.guard and (old.uses <= EVERY or old.uses % EVERY == 0):
-                    self.due.append((i, old))
+                    due.append((i, old))
             self._anchors.move_to_end(key)
             for name in held:
                 seen[name][i if i < len(keys) - 1 else slice(i, None)] = old.row[name]
         while len(self._anchors) > max(self.most, len(keys)):
             self._anchors.popitem(last=False)
-        return seen
+        return seen, due
 
     def compare(self, due: list[tuple[int, _Anchor]], chunk: Chunk, act: Callable[[], Chunk]) -> None:
-        """After `look`, which left `due`, and the policy's `chunk` for it, while that is executed: where a comparison
-        is due, with the chunk that `act` makes of what is there now, from equal noise.
+        """After `look`, which gave `due`, and the policy's `chunk`, while that is executed: where a comparison is due,
+        with the chunk that `act` makes of what is there now, from equal noise.
         """
         if not due or chunk.raw is None:
             return

@@ -234,13 +234,12 @@ class Batcher:
                 more["prefix"] = torch.from_numpy(prefix[order]).to(policy.device)
             if old:
                 more["steering"] = self._steering([old[i] for i in order])
-            there = batch
-            if self.reuse is not None and keys:
-                batch = self.reuse.look(keys, batch)
+            there, reuse = batch, self.reuse if keys else None
+            if reuse is not None:
+                batch, due = reuse.look(keys, batch)
             chunk = self.runner.act(batch, draws, **more)
-            if self.reuse is not None and keys and self.reuse.due:
-                compare, due = self.reuse.compare, self.reuse.due
-                self._after = lambda: compare(due, chunk, lambda: self.runner.act(there, draws, **more))
+            if reuse is not None and due:
+                self._after = lambda: reuse.compare(due, chunk, lambda: self.runner.act(there, draws, **more))
             far: list[float | None] = [None] * count
             if self.watchdog is not None:
                 far = self.watchdog({c: [rows[i].images[c][-1] for i in order] for c in policy.cameras}).tolist()
