@@ -17,6 +17,7 @@ from burnish.core.types import Draws
 from burnish.data.loader import RobotData
 from burnish.policies import create_policy, load_policy
 from burnish.policies.draws import drawn
+from burnish.policies.lerobot import LeRobotPolicy
 from workshop import policy_table
 from workshop.tiny import KINDS as TINY
 from workshop.tiny import default_statistics, make_tiny
@@ -343,6 +344,22 @@ def test_bad_folders(folders, tmp_path, kind, changes, said):
     with pytest.raises(BurnishError, match=said) as error:
         load_policy(folder)
     assert "\n" not in str(error.value)
+
+
+def test_files_that_a_config_names_are_no_links_and_no_pickles(tmp_path):
+    (tmp_path / "p").mkdir()
+    raw, place = {"type": "vqbet", "vision_backbone": "x"}, tmp_path / "p" / "vision_backbone"
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BurnishError, match="is a link to .*elsewhere"):
+        LeRobotPolicy.read_config(raw, tmp_path / "p")
+    place.unlink()
+    place.mkdir()
+    (place / "config.json").write_text('{"auto_map": {"AutoModel": "code.Model"}}')
+    with pytest.raises(BurnishError, match="code"):
+        LeRobotPolicy.read_config(raw, tmp_path / "p")
+    (place / "config.json").write_text("{}")
+    assert LeRobotPolicy.read_config(raw, tmp_path / "p")["vision_backbone"] == str(place)
 
 
 def test_robots_that_a_type_does_not_take(folders):

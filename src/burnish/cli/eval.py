@@ -86,9 +86,10 @@ def evaluate(
 
 def _given(late: tuple[Any, ...]) -> dict[str, Any]:
     """What was asked of a late policy, by its flag."""
-    delay, mode, jacobian, schedule, clip, carry = late
-    return {"delay": delay, "async": mode != "sync", "jacobian": jacobian != "auto", "schedule": schedule != "exp",
-            "clip": clip, "carry": carry}  # fmt: skip
+    from burnish.core.config import DelayConfig
+
+    flags, plain = {"steps": "delay", "measured": "delay", "mode": "async"}, vars(DelayConfig())
+    return {flags.get(name, name): True for name, value in vars(DelayConfig.of(*late)).items() if value != plain[name]}
 
 
 def _refuse(given: dict[str, Any], beside: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.core.errors import BurnishError
+from burnish.core.reading import inside
 from burnish.core.types import Batch, Chunk, Draws, PolicyLoss
 from burnish.policies import folder as folders
 from burnish.policies import tensors
@@ -22,6 +23,7 @@ from burnish.policies.base import Captured, Stage, lacks
 from burnish.policies.draws import drawn, seeds
 from burnish.policies.keys import ACTION, CONFIG, PAD, STATE, TASK
 from burnish.policies.pipelines import new_processors, register_steps
+from burnish.policies.pretrained import check_files
 from burnish.policies.sizes import check_other_numbers
 from burnish.policies.wrapper import PolicyWrapper
 
@@ -105,6 +107,7 @@ class LeRobotPolicy(PolicyWrapper):
         for name in known:
             value = raw.get(name)
             if isinstance(value, str) and (folder / name).is_dir():
+                check_files(inside(folder, name))
                 changed[name] = str(folder / name)
             elif isinstance(value, str) and "/" in value and os.path.exists(value):
                 raise BurnishError(f"{folder / CONFIG}: {name} is '{value[:80]}', outside the folder",
