@@ -96,7 +96,7 @@ def _calls(setting: Setting, name: str, policy: Any) -> Iterator[tuple[str, dict
 
 
 def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """AB2 in four passes against Euler in ten, what guidance costs without a graph, and several observations a call."""
+    """AB2 in four passes against Euler in ten, guidance without a graph and by one, and several observations a call."""
     import torch
 
     from burnish.runtime.executor import Runtime
@@ -114,9 +114,11 @@ def _runtime(setting: Setting, policy: Any) -> Iterator[tuple[str, dict[str, Any
     policy.sampler, plain = "", Runtime(policy, tier="fused", graph=False)
     rest = plain.act(batch).raw[:, 2:]
     yield "smolvla_unguided", found(partial(plain.act, batch))
+    graphed = Runtime(policy, tier="fused")
     for jacobian in ("identity", "vjp"):
         steering = Steering(rest, delay=2, jacobian=jacobian)
-        yield f"smolvla_guided_{jacobian}", found(partial(plain.act, batch, steering=steering))
+        for name, runtime in (("", plain), ("graph_", graphed)):
+            yield f"smolvla_{name}guided_{jacobian}", found(partial(runtime.act, batch, steering=steering))
     for width in setting.pick((1, 2, 4, 8), (2,)):
         several = observations(policy, width)
         row = found(partial(_Executed(policy, "fused", graph=True), several))

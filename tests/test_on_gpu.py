@@ -73,6 +73,20 @@ def test_graphs_of_a_second_gpu_replay_what_they_are_given():
         assert len(graphs.held) == 1
 
 
+@pytest.mark.parametrize("jacobian", ["identity", "vjp"])
+def test_a_guided_chunk_is_replayed(jacobian, tmp_path):
+    from burnish.runtime.executor import Runtime
+    from burnish.sampling.steering import Steering
+
+    policy = load_policy(make_tiny("smolvla", tmp_path / "base"), device="cuda").eval()
+    plain, graphed = Runtime(policy, graph=False), Runtime(policy)
+    draws, batch = policy.draw(2, torch.Generator().manual_seed(0)), observations(policy, 2)
+    for delay in (1, 1, 2):
+        steering = Steering(plain.act(batch, draws).raw[:, delay:], delay, jacobian=jacobian)
+        assert graphed.act(batch, draws, steering=steering).raw.equal(plain.act(batch, draws, steering=steering).raw)
+    assert len(graphed.sampler.graphs.held) == 1
+
+
 def test_a_new_policy_is_drawn_on_the_gpu():
     from workshop.real import make_real
 

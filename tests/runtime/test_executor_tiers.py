@@ -14,6 +14,7 @@ from burnish.runtime import executor as module
 from burnish.runtime.executor import Graphs, Runtime, shapes
 from burnish.sampling import passes
 from burnish.sampling.passes import without_graphs
+from burnish.sampling.steering import Steering
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -193,12 +194,34 @@ def test_a_graphed_runtime(policy, recorded, tier):
     for seed in (0, 0, 1, 0):
         found = runtime.verify(observed(policy, 3, seed))
         assert found["holds"], found
-    prompt = next(tensor for tensor in sampler._flat(inputs, noise(policy).noise) if tensor.dtype == torch.long)
+    prompt = sampler._trimmed(inputs)[2]
     assert tier == "exact" or prompt.shape[1] == inputs[2].shape[1] or prompt.shape[1] % 16 == 0
     assert len(sampler.graphs.held) == len(recorded) == 1
     with torch.no_grad():
         policy.policy.model.action_out_proj.bias.add_(1)
     assert runtime.verify(observed(policy, 3))["holds"] and len(recorded) == 2
+
+
+@pytest.mark.parametrize("mode", ["identity", "vjp", "inpaint"])
+def test_a_graph_goes_on_from_old_chunks(policy, recorded, mode):
+    """One graph for all delays and rests; what they hold is read from buffers."""
+    how = {"mode": "inpaint"} if mode == "inpaint" else {"jacobian": mode}
+    plain, graphed = Runtime(policy), Runtime(policy)
+    graphed.sampler.graphs = Graphs(graphed.sampler._work)
+    batch, draws = observed(policy, 3), noise(policy)
+    old = plain.act(batch, draws).raw
+    assert graphed.act(batch, draws).raw.equal(old)
+    for seed, (rest, delay, end) in enumerate([(old[:, 2:], 1, None), (old[:, 2:], 1, None), (old[:, 3:], 2, 4),
+                                               (old[:, 1:], torch.tensor([0, 2, 1]), None)]):  # fmt: skip
+        steering = Steering(rest, delay, end, **how)
+        batch = observed(policy, 3, seed)
+        want = plain.act(batch, draws, steering=steering).raw
+        assert graphed.act(batch, draws, steering=steering).raw.equal(want) and not want.equal(old)
+    assert len(recorded) == len(graphed.sampler.graphs.held) == 2, "with and without a guide"
+    graphed.act(batch, draws, steering=Steering(old[:, 2:], 1, clip=0.5, **how))
+    assert len(recorded) == 3, "another clip is another graph"
+    graphed.act(batch, draws, steering=Steering(old[:, 2:], 1, sigma=torch.ones(old.shape[2]), **how))
+    assert len(recorded) == 3, "a sigma of each dimension is computed without one"
 
 
 @GPU

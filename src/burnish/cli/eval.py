@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from burnish.cli.parser import Arg
+from burnish.core.config import CacheConfig, DataConfig, DelayConfig
 from burnish.core.errors import BurnishError
 
 
@@ -86,8 +87,6 @@ def evaluate(
 
 def _given(late: tuple[Any, ...]) -> dict[str, Any]:
     """What was asked of a late policy, by its flag."""
-    from burnish.core.config import DelayConfig
-
     flags, plain = {"steps": "delay", "measured": "delay", "mode": "async"}, vars(DelayConfig())
     return {flags.get(name, name): True for name, value in vars(DelayConfig.of(*late)).items() if value != plain[name]}
 
@@ -98,7 +97,6 @@ def _refuse(given: dict[str, Any], beside: str) -> None:
 
 
 def _offline(policy: str, data: Path, held_out: list[int], **more: Any) -> Any:
-    from burnish.core.config import DataConfig
     from burnish.evaluate.offline import evaluate_offline, trained_on
 
     source = trained_on(policy, data) or DataConfig(root=str(data))
@@ -110,7 +108,6 @@ def _closed_loop(
     policy: str, env: str, size: int | None, late: tuple[Any, ...], cache: str, trials: dict[str, Any],
     own: dict[str, Any],
 ) -> Any:  # fmt: skip
-    from burnish.core.config import CacheConfig, DelayConfig
     from burnish.evaluate.rollout import evaluate, evaluate_expert
 
     if policy in ("expert", "random_object"):

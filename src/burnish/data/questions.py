@@ -281,13 +281,6 @@ class Questions:
     entries: list[dict]
     camera: str
 
-    def by_image(self) -> list[list[dict]]:
-        """Entries grouped by image, in the order of images."""
-        grouped: list[list[dict]] = [[] for _ in range(len(self.images))]
-        for entry in self.entries:
-            grouped[entry["image"]].append(entry)
-        return grouped
-
 
 def open_questions(root: Path | str) -> Questions:
     """Open the question folder `root`.

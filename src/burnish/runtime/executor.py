@@ -9,7 +9,7 @@ TIERS; `verify` measures it and `require` refuses a tier that does not keep it.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class Sampler:
         graph = graph and kept is None and next(parts.model.parameters()).device.type == "cuda"
         self.tier, self.lerobot, self.solver, self.kept = tier, parts, solver, kept
         self.graphs = Graphs(self._work) if graph else None
-        self._views, self._signature = 0, signature(parts.model)
+        self._signature = signature(parts.model)
         self._build()
 
     def _build(self) -> None:
@@ -130,7 +130,6 @@ class Sampler:
             committed: [B, P, A_model] that the first rows are to arrive at, on straight lines from their noise.
             guide: real-time chunking, of a mode that changes velocities alone (not "trained").
         """
-
         solver = self.solver or make_solver(f"euler:{self.parts.steps}")
         if TIERS[self.tier].compiled:  # what the trace would otherwise put together inside, and guard
             with torch.no_grad():
@@ -151,21 +150,19 @@ class Sampler:
     def __call__(
         self, inputs: Sequence[Any], noise: Tensor, committed: Tensor | None = None, guide: Guide | None = None
     ) -> Tensor:
-        """Encode and sample; by a CUDA graph where there is one of these shapes and nothing is to go on from."""
-        if self.graphs is None or committed is not None or guide is not None:
+        """Encode and sample; by a CUDA graph where there is one of these shapes and no row is committed."""
+        if self.graphs is None or committed is not None or (guide is not None and isinstance(guide.sigma, Tensor)):
             return self.sample(self.encode(inputs), noise, committed, guide)
         self.refresh()
-        return self.graphs(self._flat(inputs, noise))
-
-    def _flat(self, inputs: Sequence[Any], noise: Tensor) -> list[Tensor]:
         images, masks, *rest = self._trimmed(inputs)
-        self._views = len(images)
-        return [*images, *masks, *rest, noise]
+        given, how = ([noise], None) if guide is None else guide.split_up()
+        return self.graphs([*images, *masks, *rest, *given], len(images), len(rest), how)
 
-    def _work(self, tensors: list[Tensor]) -> Tensor:
-        n = self._views
-        encoded = self.family.encode([tensors[:n], tensors[n : 2 * n], *tensors[2 * n : -1]])
-        return self.sample(encoded, tensors[-1])
+    def _work(self, tensors: list[Tensor], views: int, others: int, how: tuple[Any, ...] | None) -> Tensor:
+        images, masks, rest = tensors[:views], tensors[views : 2 * views], tensors[2 * views :]
+        given = rest[others:]
+        guide = None if how is None else Guide.restored(given, how)
+        return self.sample(self.family.encode([images, masks, *rest[:others]]), given[0], guide=guide)
 
     def _trimmed(self, inputs: Sequence[Any]) -> list[Any]:
         """Fused tiers: without cameras that no row has and without tokens that are padding in all rows, in buckets.
@@ -341,27 +338,27 @@ class Graphs:
     """Runs `work` as it is for inputs of new shapes, then by replay of a CUDA graph that gives the same bits.
 
     Args:
-        work: a function of tensors to one tensor that neither waits for the device nor copies to it.
+        work: of tensors, and what else a call names, to one tensor; it neither waits for the device nor copies to it.
         limit: bytes that all graphs together may hold; the one unused for longest goes first, for good.
     """
 
-    def __init__(self, work: Callable[[list[Tensor]], Tensor], limit: int = 2 << 30):
+    def __init__(self, work: Callable[..., Tensor], limit: int = 2 << 30):
         self.work, self.limit = work, limit
         self.held: OrderedDict[Key, Held] = OrderedDict()
         self.tried: set[Key] = set()
 
     @torch.no_grad()
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor], *how: Hashable) -> Tensor:
         """The output, in a tensor that later calls leave alone."""
-        key = shapes(inputs)
+        key = (*shapes(inputs), *how)
         if key in self.held and not LOOKED_INTO.get():
             self.held.move_to_end(key)
             return self._replay(self.held[key], inputs)
-        output = self.work(list(inputs))
+        output = self.work(list(inputs), *how)
         if key not in self.tried and not LOOKED_INTO.get():
             self.tried.add(key)
             try:
-                self._capture(key, inputs, output)
+                self._capture(key, inputs, how, output)
             except RuntimeError as error:
                 log.warning("no CUDA graph, so kernels are launched one by one: %s", first_line(error, 200))
         return output
@@ -372,17 +369,17 @@ class Graphs:
         held.graph.replay()
         return held.output.clone()
 
-    def _capture(self, key: Key, inputs: Sequence[Tensor], want: Tensor) -> None:
+    def _capture(self, key: Key, inputs: Sequence[Tensor], how: tuple[Hashable, ...], want: Tensor) -> None:
         """Keep a graph on copies of the inputs. Warming up runs everything that copies constants."""
         device, buffers = inputs[0].device, [tensor.clone() for tensor in inputs]
         before = 0
 
         def warm() -> None:
             nonlocal before
-            self.work(buffers)
+            self.work(buffers, *how)
             before = torch.cuda.memory_reserved(device)
 
-        graph, output = record(device, lambda: self.work(buffers), warm)
+        graph, output = record(device, lambda: self.work(buffers, *how), warm)
         held = Held(graph, buffers, output, torch.cuda.memory_reserved(device) - before)
         output.zero_()  # a graph that writes nothing must not find the right numbers there
         if not torch.equal(self._replay(held, inputs), want):

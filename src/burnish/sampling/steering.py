@@ -10,9 +10,9 @@ Sources: Black, Galliker, Levine, "Real-Time Execution of Action Chunking Flow P
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,19 @@ class Guide:
             self.weight[..., width:] = self.target[..., width:] = 0
         self.target.masked_fill_(self.weight == 0, 0)  # what stood there, NaN even, is to count nothing
         self.committed = (torch.arange(T, device=noise.device) < delay[:, None])[..., None]
+
+    def split_up(self) -> tuple[list[Tensor], tuple[Any, ...]]:
+        """Its tensors, and the rest of it (which has a hash where sigma is a number), for `restored`."""
+        given = [self.noise, self.weight, self.target, self.committed]
+        return given, (self.mode, self.differentiates, self.clip, self.sigma)
+
+    @classmethod
+    def restored(cls, tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> "Guide":
+        """A guide that reads other tensors of the same shapes."""
+        guide = cls.__new__(cls)
+        guide.noise, guide.weight, guide.target, guide.committed = tensors
+        guide.mode, guide.differentiates, guide.clip, guide.sigma = rest
+        return guide
 
     def velocity(self, field: Field, points: Tensor, time: Tensor | float) -> Tensor:
         """The steered velocity at `points`, as Euler's method takes it."""
