@@ -57,6 +57,14 @@ def test_exact_is_bitwise_lerobots_sampler(policy, rows):
     assert torch.equal(*pair(policy, runtime, batch, draws)) and runtime.verify(batch)["bitwise"]
 
 
+def test_exact_under_autocast_as_training_has_it(policy):
+    """Texts of several lengths: rows of padding see nothing, and in bf16 the most that a weight may be is -inf."""
+    batch, draws = observed(policy), noise(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = pair(policy, Runtime(policy), batch, draws)
+    assert bool(theirs.isfinite().all()) and torch.equal(ours, theirs)
+
+
 def test_calls_leave_nothing_behind(policy):
     """Interleaved observations, of several widths, each time with LeRobot's result; and each again."""
     runtime = Runtime(policy)

@@ -41,7 +41,8 @@ class Pi(Family):
         among = (order[None, :] <= order[:, None]).expand(B, S, S)
         mask = torch.cat([pad[:, None, :].expand(B, S, P), among], 2)
         count = torch.arange(1, S + 1, device=pad.device)[None].expand(B, S)
-        kind = parts.expert_layers[0].self_attn.q_proj.weight.dtype
+        kind, device = parts.expert_layers[0].self_attn.q_proj.weight.dtype, pad.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
         empty = torch.empty(0, dtype=kind, device=pad.device)
         rope = rotation(parts.rotary[1](empty, pad.sum(-1)[:, None] + count - 1))
         encoded = Encoded(B, P, masks=(self._mask(mask), None), rope=(rope,), state=first[0] if first else None)

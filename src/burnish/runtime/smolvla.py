@@ -253,8 +253,7 @@ class SmolVLA(Family):
             return self.attend_fused(queries.transpose(1, 2), keys, values, mask).transpose(1, 2).reshape(B * S, H * D)
         weights = torch.matmul(queries.to(torch.float32).transpose(1, 2), keys.permute(0, 2, 3, 1))
         weights *= self.constant((D**-0.5,), torch.float32, weights.device)
-        weights.clamp_(max=mask)
-        shares = F.softmax(weights, dim=-1).to(values.dtype)
+        shares = F.softmax(weights.to(torch.float32).clamp_(max=mask), dim=-1).to(values.dtype)
         return torch.matmul(shares, values.permute(0, 2, 1, 3)).permute(0, 2, 1, 3).reshape(B * S, H * D)
 
     def _rest(self, layer: Any, x: Tensor, seen: Tensor) -> Tensor:
