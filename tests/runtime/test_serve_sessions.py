@@ -14,6 +14,7 @@ client = pytest.importorskip("websockets.sync.client")
 
 from serve_fakes import Seen, served  # noqa: E402
 
+from burnish.policies import load_policy  # noqa: E402
 from burnish.runtime.client import PolicyClient  # noqa: E402
 from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.record import Recorder  # noqa: E402
@@ -48,6 +49,21 @@ def test_a_client_that_begins_again_counts_from_there(server):
     with PolicyClient(server.address, session="again") as mine:
         found = [mine.infer(observation(), **more)["call"] for more in ({}, {}, {"reset": True}, {})]
     assert found == [0, 1, 0, 1]
+
+
+def test_robots_that_share_a_connection_go_on_from_chunks_of_their_own(tiny_smolvla):
+    """Both have a chunk 0: that of the other robot is none to go on from."""
+    policy = load_policy(tiny_smolvla)
+    seen = {f"observation.images.{name}": np.zeros((*policy.view_sizes[name], 3), np.uint8) for name in policy.cameras}
+    seen |= {"observation.state": np.zeros(policy.state_dim), "task": "go"}
+    later = {"session": "one", "call": 1, "chunk": 0, "executed": 2, "delay": 2}
+    with served(policy, async_mode="inpaint", width=1) as one, PolicyClient(one.address) as mine:
+        plain = mine.infer(seen, session="one", call=1)["actions"]
+        chunk = mine.infer(seen, session="one", call=0)["actions"]
+        assert np.array_equal(mine.infer(seen, **later)["actions"][:2], chunk[2:4])
+        mine.infer(seen, session="one", call=0)
+        mine.infer(seen, session="two", call=0)
+        assert np.array_equal(mine.infer(seen, **later)["actions"], plain)
 
 
 def test_errors_show_no_token_of_an_address():

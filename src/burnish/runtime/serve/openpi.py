@@ -184,7 +184,7 @@ class OpenPiSession:
     def __init__(self, service: OpenPi):
         self.service, self.calls, self.name = service, 0, ""
         self.previous: float | None = None
-        self.last: tuple[int, Tensor | None] = -1, None
+        self.last: tuple[tuple[str, int], Tensor | None] = ("", -1), None
 
     async def answer(self, frame: bytes | str) -> bytes:
         observation = unpack_openpi(frame)
@@ -195,9 +195,9 @@ class OpenPiSession:
         name = extras.session
         call = sessions.number(name, name == self.name) if name else self.calls
         call = 0 if extras.reset else call if extras.call is None else extras.call
-        row, (number, raw) = self.service.reader.row(observation, extras.earlier), self.last
-        reply, new = await self.service.ask(row, extras, call, raw if extras.chunk == number else None, id(self))
-        self.calls, self.last, self.name = call + 1, (call, new), name
+        row, (last, raw) = self.service.reader.row(observation, extras.earlier), self.last
+        reply, new = await self.service.ask(row, extras, call, raw if (name, extras.chunk) == last else None, id(self))
+        self.calls, self.last, self.name = call + 1, ((name, call), new), name
         if name:
             sessions.store(name, call + 1)
         if self.previous is not None:
