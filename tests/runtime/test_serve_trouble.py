@@ -31,6 +31,7 @@ from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.openpi import Extras, OpenPi  # noqa: E402
 from burnish.runtime.serve.record import Recorder  # noqa: E402
 from burnish.runtime.serve.rows import Row, profile_keys  # noqa: E402
+from burnish.runtime.serve.wire import pack_openpi  # noqa: E402
 
 HERE, TOKEN = Path(__file__).parent, "a-token-of-some-length"
 LACKING = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -127,6 +128,26 @@ def test_an_address_that_is_none_is_told_at_once_and_without_its_token(address):
     with pytest.raises(BurnishError, match="the address .*127.0.0.1.*ws://HOST:PORT") as caught:
         PolicyClient(address, patience=60)
     assert TOKEN not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_a_call_that_ends_each_connection_is_given_up_when_patience_is(monkeypatch):
+    """It was sent again for ever, as fast as the server could hang up."""
+    from websockets.exceptions import ConnectionClosedError
+    from websockets.sync import client
+
+    sent = []
+
+    def send(frame):
+        sent.append(frame)
+        if len(sent) > 50:
+            raise AssertionError("for ever")
+        raise ConnectionClosedError(None, None)
+
+    monkeypatch.setattr(client, "connect", lambda *_, **__: SimpleNamespace(
+        recv=lambda timeout: pack_openpi({}), send=send, close=lambda: None))  # fmt: skip
+    with pytest.raises(BurnishError, match="has not answered for 0.5 s"):
+        PolicyClient(patience=0.5).infer({"task": "go"})
+    assert 2 <= len(sent) <= 5
 
 
 def test_a_server_without_a_greeting_is_hung_up_on(monkeypatch):

@@ -79,22 +79,24 @@ class PolicyClient:
     def _exchange(self, frame: bytes) -> bytes | str:
         from websockets.exceptions import ConnectionClosed
 
-        end = time.monotonic() + self.patience
-        while True:
+        end, lost = time.monotonic() + max(0.1, self.patience), 0
+        while time.monotonic() < end:
             try:
                 self._connection.send(frame)
                 return self._connection.recv(timeout=max(0.1, end - time.monotonic()))
             except TimeoutError:
-                self._connection.close()
-                raise BurnishError(f"{self._shown} has not answered for {self.patience:g} s", "an answer") from None
+                break
             except (ConnectionClosed, OSError) as error:
                 if isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code in (1008, 1009, OVER):
                     if error.rcvd.code != OVER:
                         self._connection = self._connect(end)
                     raise BurnishError(f"{self._shown}: {error.rcvd.reason or 'too large'}") from None
                 log.warning("connection to %s lost (%s)", self._shown, one_line(error, 80))
-                self.reconnects += 1
+                self.reconnects, lost = self.reconnects + 1, lost + 1
+                time.sleep(min(LONGEST_PAUSE, (lost - 1) * FIRST_PAUSE))  # this very call may be what ends it
                 self._connection = self._connect(end)
+        self._connection.close()
+        raise BurnishError(f"{self._shown} has not answered for {self.patience:g} s", "an answer")
 
     def _connect(self, end: float) -> Any:
         """A connection whose server has said what it serves."""
