@@ -31,6 +31,7 @@ from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.openpi import Extras, OpenPi  # noqa: E402
 from burnish.runtime.serve.record import Recorder  # noqa: E402
 from burnish.runtime.serve.rows import Row, profile_keys  # noqa: E402
+from burnish.runtime.serve.server import InThread, ServeOptions, Server  # noqa: E402
 from burnish.runtime.serve.wire import pack_openpi  # noqa: E402
 
 HERE, TOKEN = Path(__file__).parent, "a-token-of-some-length"
@@ -119,6 +120,27 @@ def test_a_sampler_is_for_a_policy_that_has_one_and_for_as_long_as_the_server_ru
     with served(policy, sampler="ab2:3", width=1):
         assert policy.sampler == "ab2:3"
     assert policy.sampler == ""
+
+
+def test_a_client_that_leaves_as_its_answer_comes_is_counted():
+    from websockets.exceptions import ConnectionClosedOK
+
+    class Leaving:
+        async def send(self, frame):
+            raise ConnectionClosedOK(None, None)
+
+        async def __aiter__(self):
+            yield b"a frame"
+
+    async def talk():
+        server = Server(ServeOptions(), None)
+        server.service = InThread(server, lambda: SimpleNamespace(answer=lambda frame: frame), None)
+        server.warm.set()
+        with pytest.raises(ConnectionClosedOK):
+            await server._talk(Leaving(), asyncio.get_running_loop().create_future())
+        return json.loads(server.metrics.stats(0))["requests"], server.answering
+
+    assert asyncio.run(talk()) == ({"ok": 0, "refused": 0, "busy": 0, "left": 1}, 0)
 
 
 @pytest.mark.parametrize("address", [

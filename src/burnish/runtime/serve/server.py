@@ -293,15 +293,16 @@ class Server:
                 await connection.close(1008, f"more than {self.options.rate} requests a second")
                 return
             stamps.append(start)
-            self.answering += 1
+            self.answering, outcome = self.answering + 1, "left"
             try:
-                reply, outcome = await self._reply(session, frame, gone)
+                reply, told = await self._reply(session, frame, gone)
                 if reply is not None:
                     await connection.send(reply)
+                outcome = told
             finally:
                 self.answering -= 1
+                self.metrics.request(outcome, time.monotonic() - start)
             session.sent(time.monotonic() - start)
-            self.metrics.request(outcome, time.monotonic() - start)
 
     async def _reply(
         self, session: Session, frame: bytes | str, gone: "asyncio.Future[None]"
