@@ -6,6 +6,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.runtime.executor import Runtime
+from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Steering
 
 KINDS = ("smolvla", "pi0", "pi05")
@@ -122,6 +123,9 @@ def test_named_samplers(policy):
         for options in ({}, {"steering": Steering(old, delay=2, jacobian="identity")}):
             ours, theirs = (runner.act(batch, draws, **options).raw for runner in (runtime, policy))
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        policy.sampler = ""  # a solver of the caller's own, whose steps the pull's clip follows too
+        ours = Runtime(policy, solver=make_solver("ab2:4")).act(batch, draws, **options).raw
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert runtime.verify(batch)["bitwise"], "what the tier does is measured on LeRobot's own steps"
     finally:
         policy.sampler = ""

@@ -237,7 +237,7 @@ class Runtime:
         self.policy, self.tier = policy, tier
         if solver is None and policy.sampler:
             solver = make_solver(policy.sampler)
-        self.steps = len(make_solver(policy.sampler).steps) if policy.sampler else 0
+        self.steps = len(getattr(solver, "steps", ()))
         self.sampler = Sampler(policy.flow_parts(), tier, solver, graph, kept)
         self.name, self.chunk_size, self.n_action_steps = policy.name, policy.chunk_size, policy.n_action_steps
 
