@@ -48,7 +48,24 @@ def test_a_session_goes_on_however_long_its_open_connection_rests(server, monkey
 def test_a_client_that_begins_again_counts_from_there(server):
     with PolicyClient(server.address, session="again") as mine:
         found = [mine.infer(observation(), **more)["call"] for more in ({}, {}, {"reset": True}, {})]
-    assert found == [0, 1, 0, 1]
+        with pytest.raises(BurnishError, match="without observation.images.top"):
+            mine.infer({}, reset=True)
+        found.append(mine.infer(observation())["call"])
+    assert found == [0, 1, 0, 1, 0]
+
+
+def test_a_robot_is_not_led_by_another_policy_than_it_planned_with():
+    """Chunks of another length or width are refused where a server comes back with them; other weights are not."""
+    with served(Seen(("top",), 0)) as one:
+        mine = PolicyClient(one.address, session="planned", patience=20)
+        before = mine.infer(observation())["actions"]
+    with served(Seen(("top",), 0), port=one.port):
+        assert np.array_equal(mine.infer(observation(), call=0)["actions"], before) and mine.reconnects == 1
+    shorter = Seen(("top",), 0)
+    shorter.chunk_size = 3
+    with served(shorter, port=one.port), pytest.raises(BurnishError, match="another policy .action_horizon changed"):
+        mine.infer(observation())
+    mine.close()
 
 
 def test_robots_that_share_a_connection_go_on_from_chunks_of_their_own(tiny_smolvla):

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from burnish.runtime.serve.wire import LATE, OVER, pack_openpi, unpack_openpi
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two attempts to connect."""
+PLANNED = ("action_horizon", "action_dim", "observation_steps", "prefix", "async")
+"""Of a server's greeting: what a client goes by, and no other server may change under it."""
 log = logging.getLogger("burnish")
 
 
@@ -30,7 +32,7 @@ class Late(BurnishError):
     """The server has taken a call up too late: its deadline had passed."""
 
 
-class PolicyClient:
+class PolicyClient(AbstractContextManager["PolicyClient"]):
     """Calls of a served policy, one at a time; thread-safe.
 
     Args:
@@ -44,7 +46,7 @@ class PolicyClient:
         reconnects: how often the connection was lost.
 
     Raises:
-        BurnishError: no server in time, or a wrong token.
+        BurnishError: no server in time, a wrong token, or after a lost connection a policy of another shape.
     """
 
     def __init__(self, address: str = "ws://127.0.0.1:8000", token: str = "", session: str = "",
@@ -52,7 +54,7 @@ class PolicyClient:
         self.address, self.token, self.patience = address, token, patience
         self._shown = without_token(address)
         self.session, self.calls, self.reconnects = session or secrets.token_hex(8), 0, 0
-        self._lock = threading.Lock()
+        self._lock, self.metadata = threading.Lock(), dict[str, Any]()
         self._connection = self._connect(time.monotonic() + patience)
 
     def infer(self, observation: dict[str, Any], **extras: Any) -> dict[str, Any]:
@@ -68,7 +70,8 @@ class PolicyClient:
             BurnishError: the server's own words, or it cannot be reached in time.
         """
         with self._lock:
-            number = extras.setdefault("call", 0 if extras.get("reset") else self.calls)
+            self.calls = 0 if extras.get("reset") else self.calls  # also where this very call fails
+            number = extras.setdefault("call", self.calls)
             frame = pack_openpi({**observation, "burnish": {"session": self.session, **extras}})
             reply = self._exchange(frame)
             if isinstance(reply, str):
@@ -117,7 +120,11 @@ class PolicyClient:
                                      open_timeout=left, proxy=None)  # fmt: skip
                 with ExitStack() as failed:
                     failed.callback(connection.close)
-                    self.metadata = unpack_openpi(connection.recv(timeout=left))
+                    about = unpack_openpi(connection.recv(timeout=left))
+                    if other := [key for key in PLANNED if about.get(key) != (self.metadata or about).get(key)]:
+                        found = f"{self._shown} now serves another policy ({', '.join(other)} changed)"
+                        raise BurnishError(found, "the one that it served before", "a new client")
+                    self.metadata = about
                     failed.pop_all()
                 return connection
             except (OSError, WebSocketException) as error:  # a timeout is an OSError
@@ -132,9 +139,6 @@ class PolicyClient:
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
-
-    def __enter__(self) -> "PolicyClient":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -148,7 +148,7 @@ class Reader:
         views = []
         for one in maps:
             if key not in one:
-                found = f"an observation without {key} (it has {_listed(one)})"
+                found = f"an observation without {key} (it has {', '.join(list(one)[:8])[:200] or 'nothing'})"
                 raise BurnishError(found, f"a view for each camera of the policy ({', '.join(self.policy.cameras)})")
             views.append(channels_last(one[key], key))
         if any(view.shape != views[0].shape for view in views):
@@ -248,7 +248,3 @@ def blank(policy: Policy, keys: Keys) -> dict[str, Any]:
 
 def _numbers(value: Any) -> bool:
     return all(type(one) in (int, float) for one in (value if isinstance(value, list) else [value]))
-
-
-def _listed(one: dict[str, Any]) -> str:
-    return ", ".join(list(one)[:8])[:200] or "nothing"
