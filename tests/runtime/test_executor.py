@@ -64,6 +64,10 @@ def test_exact_under_autocast_as_training_has_it(policy):
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = pair(policy, Runtime(policy), batch, draws)
     assert bool(theirs.isfinite().all()) and torch.equal(ours, theirs)
+    fused = Runtime(policy, tier="fused")  # whose tables, made in there, serve outside too
+    with torch.autocast("cpu", torch.bfloat16):
+        fused.act(batch, draws)
+    assert fused.verify(batch)["holds"]
 
 
 def test_calls_leave_nothing_behind(policy):

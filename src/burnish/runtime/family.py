@@ -126,9 +126,9 @@ class Family(ABC):
         return changed
 
     def folded(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Weights put together, made where they are missing."""
+        """Weights put together, made where they are missing; of their own type, whatever autocast is on just then."""
         if key not in self._weights:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.parts.action_in.weight.device.type, enabled=False):
                 self._weights[key] = make()
         return self._weights[key]
 
