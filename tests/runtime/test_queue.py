@@ -154,3 +154,11 @@ def test_answers_of_an_earlier_episode_are_not_taken():
     first, second = queue.ask(), queue.ask()
     assert queue.splice(chunk(0, 0), first) is None and queue.splice(chunk(1, 0), second) == 0
     assert queue.pop().tolist() == [1, 0]
+
+
+def test_flags_of_another_width_are_refused_with_the_first_chunk():
+    """One was taken for all, and others ended the robot's loop where it first ran out of rows."""
+    for flags in ([True], [True, False, True]):
+        queue = ActionQueue(relative=flags)
+        with pytest.raises(BurnishError, match=f"relative with {len(flags)} flags; expected 2"):
+            queue.splice(chunk(0, 0), queue.ask())

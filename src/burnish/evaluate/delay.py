@@ -117,8 +117,7 @@ class DelayedPolicy(BatchedPolicy):
             return self._tokens(batch, draws, has, filled)
         raw = torch.stack([rest.raw for rest in filled]).to(self.device)
         options = {"jacobian": self.delay.jacobian, "schedule": self.delay.schedule, "clip": self.delay.clip or None}
-        steering = Steering(raw, has * d, has * raw.shape[1], mode=mode, **options)
-        more: dict[str, Any] = {"steering": steering}
+        more: dict[str, Any] = {"steering": Steering(raw, has * d, has * raw.shape[1], mode=mode, **options)}
         return self.runner.act(batch, draws, **more)
 
     def _tokens(self, batch: Batch, draws: Draws, has: Tensor, rests: list[Plan]) -> Chunk:
@@ -164,9 +163,7 @@ class DelayedPolicy(BatchedPolicy):
         return Chunk(found[torch.arange(len(found)), best])
 
     def idle(self, last: np.ndarray | None) -> np.ndarray:
-        """[A] of a robot that stands still: no motion, and its last command where one is held, at first the lower
-        limit.
-        """
+        """[A] of a robot that stands still: no motion, and of what is held the last command, first the lower limit."""
         held = self.spec.action_low if last is None else last
         return np.where(self.spec.relative, 0, held).astype(np.float32)
 

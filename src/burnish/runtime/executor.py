@@ -267,7 +267,7 @@ class Runtime:
         if steering is not None and steering.mode == "trained":
             return self.policy.act(batch, draws, steering=steering)
         inputs, committed = self.policy.begin(batch, prefix)
-        noise = self._noise(batch, draws)
+        noise = self._noise(batch, draws, self.policy.generator)
         guide = None if steering is None else self.policy.guide(steering, noise, self.steps)
         return self.policy.finish(self.sampler(inputs, noise, committed, guide), prefix)
 
@@ -282,19 +282,16 @@ class Runtime:
     @torch.no_grad()
     def warm(self, batch: Batch) -> None:
         """Compile, make tables and capture graphs for batches of this shape before anybody waits for them."""
-        self.sampler(self.policy.begin(batch)[0], self._draw(batch))
+        self.sampler(self.policy.begin(batch)[0], self._noise(batch))
 
     @torch.no_grad()
     def verify(self, batch: Batch) -> dict[str, Any]:
         """See Sampler.compare."""
-        return self.sampler.compare(self.policy.begin(batch)[0], self._draw(batch))
+        return self.sampler.compare(self.policy.begin(batch)[0], self._noise(batch))
 
-    def _noise(self, batch: Batch, draws: Draws | None) -> Tensor:
-        drawn = draws or self.policy.draw(len(batch[TASK]), self.policy.generator)
+    def _noise(self, batch: Batch, draws: Draws | None = None, generator: torch.Generator | None = None) -> Tensor:
+        drawn = draws or self.policy.draw(len(batch[TASK]), generator or torch.Generator().manual_seed(0))
         return drawn.to(self.device).noise
-
-    def _draw(self, batch: Batch) -> Tensor:
-        return self.policy.draw(len(batch[TASK]), torch.Generator().manual_seed(0)).to(self.device).noise
 
     # What the profiler asks of a policy.
 

@@ -106,9 +106,14 @@ class ActionQueue:
         Returns:
             The largest difference between the rows executed since and those of the chunk in their places; None where
             the answer is to a request that `clear` or a later `ask` has replaced, and is not taken.
+
+        Raises:
+            BurnishError: `relative` is of another width than the chunk.
         """
         if asked is not self._asked:
             return None
+        if len(self.relative) not in (0, chunk.shape[1]):  # now, and not when the robot has run out of rows
+            raise BurnishError(f"relative with {len(self.relative)} flags", f"{chunk.shape[1]}, one for each action")
         done = self._done[: len(chunk)]
         error = float(np.abs(np.stack(done) - chunk[: len(done)]).max()) if done else 0.0
         if len(asked.rows):

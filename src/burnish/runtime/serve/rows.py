@@ -166,7 +166,8 @@ class Reader:
         for key in self.keys.state:
             value = one.get(key)
             if isinstance(value, list | int | float):  # lists of numbers, as JSON would have them
-                value = np.array(value, dtype=np.float64) if _numbers(value) else None
+                listed = value if isinstance(value, list) else [value]
+                value = np.array(listed, float) if all(type(one) in (int, float) for one in listed) else None
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
                 raise BurnishError(f"{key} is {'missing' if value is None else 'no array of numbers'}",
                                    f"the state, {self.policy.state_dim} numbers")  # fmt: skip
@@ -244,7 +245,3 @@ def blank(policy: Policy, keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {key: np.zeros((*sizes[name], 3), np.uint8) for name, key in keys.images.items()}
     parts = [max(0, policy.state_dim - len(keys.state) + 1)] + [1] * (len(keys.state) - 1)
     return found | {key: np.zeros(n, np.float32) for key, n in zip(keys.state, parts, strict=True)} | {keys.task: "go"}
-
-
-def _numbers(value: Any) -> bool:
-    return all(type(one) in (int, float) for one in (value if isinstance(value, list) else [value]))
