@@ -6,6 +6,7 @@ import torch
 from burnish.core.errors import BurnishError
 from burnish.policies import load_policy
 from burnish.runtime.executor import Runtime
+from burnish.sampling.kept import Kept
 from burnish.sampling.solvers import make_solver
 from burnish.sampling.steering import Steering
 
@@ -68,6 +69,19 @@ def test_exact_under_autocast_as_training_has_it(policy):
     with torch.autocast("cpu", torch.bfloat16):
         fused.act(batch, draws)
     assert fused.verify(batch)["holds"]
+
+
+@pytest.mark.parametrize("tier", ["exact", "fused"])
+def test_calls_inside_inference_mode_leave_tables_that_serve_outside(policy, tier):
+    """Also those that stay: what is kept of an observation is written into, a pass backwards reads the rest."""
+    batch, draws = observed(policy), noise(policy)
+    old = policy.act(batch, draws).raw[:, 2:]
+    for kept in (None, Kept()):
+        runtime = Runtime(policy, tier=tier, kept=kept)
+        with torch.inference_mode():
+            expected = runtime.act(batch, draws).actions.clone()
+        assert torch.equal(runtime.act(batch, draws).actions, expected)
+        runtime.act(batch, draws, steering=Steering(old, delay=2, jacobian="vjp"))
 
 
 def test_calls_leave_nothing_behind(policy):

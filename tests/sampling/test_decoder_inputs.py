@@ -44,6 +44,18 @@ def test_numbers_that_are_none_end_a_decode(name):
     assert torch.equal(decode(prompt).ids, expected)
 
 
+@pytest.mark.parametrize("name", MODELS | MORE)
+def test_a_decoder_serves_with_and_without_inference_mode(name):
+    """LeRobot's evaluation calls inside it; nothing outside may write into tensors that were made there."""
+    model = ToyModel(**(MODELS | MORE)[name])
+    decode, prompt = make_decoder(name, model), model.prompts(2)
+    with torch.inference_mode():
+        expected = decode(prompt).ids
+    assert torch.equal(decode(prompt).ids, expected)
+    with torch.inference_mode():
+        assert torch.equal(decode(prompt).ids, expected)
+
+
 def test_fast_dllm_follows_its_schedule():
     """Three passes for each of the eight blocks, however sure the model is."""
     model = ToyModel()

@@ -41,16 +41,9 @@ def compare_decoders(policy: Policy, *, decoders: Sequence[str] = (), options: d
         prompts = split(model.embed(batch))
     truth = true_tokens(policy, batch) if data else None
     made, refused = _fitting(model, list(decoders), options or {})
+    more: dict[str, Any] = {"truth": truth, "actions": policy.token_actions, "padded": batch.get(PAD)}
     found = {
-        name: measure_decoder(
-            made[name],
-            prompts,
-            model,
-            repeats=repeats,
-            truth=truth,
-            actions=policy.token_actions,
-            padded=batch.get(PAD),
-        )  # fmt: skip
+        name: measure_decoder(made[name], prompts, model, repeats=repeats, **more)
         for name in progress_bar(made, desc="decoders", unit="", leave=False, shown=progress)
     }
     if figure:

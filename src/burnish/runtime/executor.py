@@ -393,4 +393,5 @@ class Graphs:
 
 def shapes(inputs: Sequence[Tensor]) -> Key:
     """What tells two sets of inputs apart for a graph."""
-    return (*((tuple(one.shape), one.dtype, one.device) for one in inputs), torch.is_autocast_enabled("cuda"))
+    about = ((tuple(one.shape), one.dtype, one.device) for one in inputs)
+    return *about, torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled()

@@ -128,7 +128,8 @@ class Family(ABC):
     def folded(self, key: Any, make: Callable[[], Any]) -> Any:
         """Weights put together, made where they are missing; of their own type, whatever autocast is on just then."""
         if key not in self._weights:
-            with torch.no_grad(), torch.autocast(self.parts.action_in.weight.device.type, enabled=False):
+            device = self.parts.action_in.weight.device.type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 self._weights[key] = make()
         return self._weights[key]
 
@@ -137,7 +138,7 @@ class Family(ABC):
         weight, casts = self.parts.action_in.weight, map(torch.is_autocast_enabled, ("cuda", "cpu"))
         key = (time, width, weight.device, weight.dtype, *casts)
         if key not in self._times:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # of use to a pass backwards too
                 self._times[key] = make()
         return self._times[key]
 
@@ -145,7 +146,8 @@ class Family(ABC):
         """A small tensor that is copied to the device once: such a copy blocks, and a CUDA graph may hold none."""
         key = (tuple(values), dtype, device)
         if key not in self._constants:
-            self._constants[key] = torch.tensor(values, dtype=dtype, device=device)
+            with torch.inference_mode(False):
+                self._constants[key] = torch.tensor(values, dtype=dtype, device=device)
         return self._constants[key]
 
     def time_embedding(self, time: float, width: int, size: int, device: torch.device) -> Tensor:

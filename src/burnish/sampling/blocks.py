@@ -76,14 +76,13 @@ class BlockDecoder(Decoder):
 
     def _prepare(self, prompt: Prompt, state: BlockState) -> Buffers:
         """Buffers for prompts of this shape; where graphs refer to them, prompt and state are copied into place."""
-        key = (prompt.states.shape, prompt.states.dtype, self.passes.graphed(prompt.states.device))
+        graphed = self.passes.graphed(prompt.states.device)
+        key = (prompt.states.shape, prompt.states.dtype, graphed, torch.is_inference_mode_enabled())
         buffers = self._buffers.pop(key, None)
         if buffers is None:
-            kept = prompt
-            if self.passes.graphed(prompt.states.device):
-                kept = Prompt(prompt.states.clone(), prompt.valid.clone())
+            kept = Prompt(prompt.states.clone(), prompt.valid.clone()) if graphed else prompt
             buffers = Buffers(kept, self.model.empty(kept), state)
-        elif self.passes.graphed(prompt.states.device):
+        elif graphed:
             buffers.prompt.states.copy_(prompt.states)
             buffers.prompt.valid.copy_(prompt.valid)
             buffers.state.copy_(state)

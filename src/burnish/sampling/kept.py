@@ -38,9 +38,10 @@ class Kept:
             self._values.clear()
 
     def key(self, *parts: Tensor) -> bytes:
-        """A hash of shapes, types and bytes, and of autocast; a tensor is hashed once a call."""
+        """A hash of shapes, types and bytes, and of autocast and inference mode; a tensor is hashed once a call."""
         whole = blake2b(digest_size=32)
-        whole.update(repr([torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]).encode())
+        casts = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+        whole.update(f"{casts}{torch.is_inference_mode_enabled()}".encode())
         for part in parts:
             whole.update(self._digest(part))
         return whole.digest()
