@@ -143,6 +143,26 @@ def test_a_client_that_leaves_as_its_answer_comes_is_counted():
     assert asyncio.run(talk()) == ({"ok": 0, "refused": 0, "busy": 0, "left": 1}, 0)
 
 
+def test_a_robot_that_leaves_as_it_is_answered_is_counted_and_one_that_only_waits_is_not():
+    pytest.importorskip("grpc")
+    server = Server(ServeOptions(), None)
+    service, robot = lerobot.AsyncInference(server), lerobot.Robot()
+    service.robots["peer"] = robot
+    service._answer = lambda *_: asyncio.sleep(60)
+
+    async def leaves():
+        call = asyncio.ensure_future(service.GetActions(None, SimpleNamespace(peer=lambda: "peer")))
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        return json.loads(server.metrics.stats(0))["requests"]["left"], server.answering
+
+    assert asyncio.run(leaves()) == (0, 0)
+    robot.fresh = asyncio.Event()
+    robot.fresh.set()
+    assert asyncio.run(leaves()) == (1, 0)
+
+
 @pytest.mark.parametrize("address", [
     f"ws://{TOKEN}@127.0.0.1", "ws://127.0.0.1:80a0", "ws://127.0.0.1:99999", f"{TOKEN}@127.0.0.1", "http://127.0.0.1",
 ])  # fmt: skip

@@ -147,7 +147,7 @@ class AsyncInference:
         """The chunk for the latest observation; nothing where none comes in time."""
         from lerobot.transport import services_pb2
 
-        metrics, start = self.server.metrics, time.monotonic()
+        outcome, start = "", time.monotonic()
         try:
             robot = self._robot(context)
             with _counted(robot, "waiting"):
@@ -156,14 +156,17 @@ class AsyncInference:
                 if not robot.fresh.is_set() or self.server.stopping:
                     return services_pb2.Actions(data=b"")
                 robot.fresh.clear()
-                start = time.monotonic()
+                outcome, start = "left", time.monotonic()  # unless something else comes of it
                 with _counted(self.server, "answering"):
                     data = await self._answer(robot, robot.latest)
-            metrics.request("ok", time.monotonic() - start)
+            outcome = "ok"
             return services_pb2.Actions(data=data)
         except BurnishError as error:
-            metrics.request("busy" if isinstance(error, Busy) else "refused")
+            outcome = "busy" if isinstance(error, Busy) else "refused"
             await self._abort(context, error)
+        finally:
+            if outcome:
+                self.server.metrics.request(outcome, time.monotonic() - start)
 
     async def _answer(self, robot: Robot, timed: dict[str, Any]) -> bytes:
         service: OpenPi = self.server.service
