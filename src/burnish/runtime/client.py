@@ -170,14 +170,13 @@ class Actor:
             raise BurnishError(f"{self.replan} rows before the next chunk", f"1 to {self.horizon}, the policy's chunk")
         self.client, self.deadline = client, deadline
         self.commit, self._goes_on = commit and bool(about["prefix"]), commit and about.get("async", "none") != "none"
-        self._chunk = (-1, 0)
-        self.queue, self.late = ActionQueue(relative), 0
+        self._chunk, self.late = (-1, 0), 0
+        self.queue = ActionQueue(relative, first=min(self.replan, self.horizon // 2))
         self._steps = [int(step) for step in about["observation_steps"]]
         self._seen: deque[dict[str, Any]] = deque(maxlen=1 - min(self._steps))
         self._thread = ThreadPoolExecutor(1, "policy client")
         self._waiting: tuple[Asked, float, Future[dict[str, Any]]] | None = None
-        self._moved = False
-        self._fresh, self._asked_at, self._episode = True, 0, 0
+        self._moved, self._fresh, self._asked_at, self._episode = False, True, 0, 0
 
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         """The action [A] of this control step; waits only where the robot has never had one.

@@ -37,19 +37,20 @@ class ActionQueue:
 
     Args:
         relative: bool [A], dimensions whose zero means no motion (`idle`); the others repeat the last command.
+        first: steps of delay that are predicted while none is known.
 
     Attributes:
         executed: rows handed out.
         starved: times that there was none.
         commit_error: largest difference between a row that was executed and the one at its place in the chunk that
             goes on behind it; 0 where every chunk was conditioned on what was done.
-        delays: counted delays of the last chunks; those that bridged nothing (an episode's first) are left out.
+        delays: counted delays of the last chunks, with steps for which there was no row; those that bridged nothing (an
+            episode's first) are left out.
     """
 
-    def __init__(self, relative: Sequence[bool] = ()) -> None:
-        self.relative = np.asarray(relative, bool)
-        self.executed = self.starved = 0
-        self.commit_error = 0.0
+    def __init__(self, relative: Sequence[bool] = (), first: int = 0) -> None:
+        self.relative, self.first, self.commit_error = np.asarray(relative, bool), first, 0.0
+        self.executed = self.starved = self._starved = 0
         self.delays: deque[int] = deque(maxlen=RECENT)
         self.clear()
 
@@ -89,13 +90,13 @@ class ActionQueue:
 
     def predict(self) -> int:
         """Steps that the next answer will take: the 95th percentile of the last ones."""
-        return int(np.quantile(self.delays, 0.95, method="higher")) if self.delays else 0
+        return int(np.quantile(self.delays, 0.95, method="higher")) if self.delays else self.first
 
     def ask(self, predict: Callable[[], int] | None = None) -> Asked:
         """Note that a chunk is asked for on the observation of now; it replaces an earlier request."""
         rows = self._rows[self.executed - self._base :] if self.left else self._rows[:0]
         self._asked = Asked(self.executed, rows, max(0, min((predict or self.predict)(), len(rows))))
-        self._done = []
+        self._done, self._starved = [], self.starved
         return self._asked
 
     def splice(self, chunk: np.ndarray, asked: Asked) -> float | None:
@@ -116,8 +117,9 @@ class ActionQueue:
             raise BurnishError(f"relative with {len(self.relative)} flags", f"{chunk.shape[1]}, one for each action")
         done = self._done[: len(chunk)]
         error = float(np.abs(np.stack(done) - chunk[: len(done)]).max()) if done else 0.0
-        if len(asked.rows):
-            self.delays.append(self.executed - asked.step)
+        delay = self.executed - asked.step + self.starved - self._starved
+        if len(asked.rows) or delay:
+            self.delays.append(delay)
         self.commit_error = max(self.commit_error, error)
         self._rows, self._base, self._asked, self._done = chunk, asked.step, None, []
         return error
