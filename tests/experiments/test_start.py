@@ -51,16 +51,21 @@ def started(root, folder, capsys, *more):
 @pytest.mark.parametrize("kind", ["v3", "v2", "openpi"])
 def test_a_data_set_becomes_a_recipe(kind, roots, tmp_path, capsys):
     told, recipe = started(roots[kind], tmp_path, capsys, "--quick")
-    assert recipe.name == kind and recipe.policy.type == "act" and len(recipe.data.held_out) == 1
+    assert recipe.name == "r" and recipe.policy.type == "act" and len(recipe.data.held_out) == 1
     assert recipe.train.steps == 1000 and recipe.train.batch_size * recipe.train.grad_accumulation == 8
     assert bool(recipe.data.columns) == (kind == "openpi") and "action" in dataset_features(recipe)[0]
     assert told["bytes"] < told["room"] and told["minutes"] > 0
-    assert told["commands"][0].startswith(f"burnish run {tmp_path / 'r.yaml'} --train.steps=20")
+    assert told["commands"][0] == f"burnish run {tmp_path / 'r.yaml'} --train.steps=20 --output=runs/r-try"
+    assert starting.propose(roots[kind], quick=True).values["name"] == kind
 
 
 def test_nobodys_file_is_written_over(roots, tmp_path, capsys):
     started(roots["v3"], tmp_path, capsys)
     file = tmp_path / "r.yaml"
+    changed = file.read_text().replace("# memory", "# mine: memory")  # as when more memory is free by then
+    file.write_text(changed)
+    started(roots["v3"], tmp_path, capsys)
+    assert file.read_text() == changed
     again = file.read_text().replace("steps: 1000", "steps: 1001")
     file.write_text(again)
     assert main(["start", str(roots["v3"]), "-o", str(file)]) == 2
@@ -88,6 +93,10 @@ def test_a_policy_folder_is_tuned_as_lerobot_would(roots, tiny_smolvla, tmp_path
 def test_a_type_is_trained_from_scratch_or_fetched(roots, tmp_path, capsys):
     _, recipe = started(roots["v3"], tmp_path, capsys, "--policy", "diffusion")
     assert (recipe.policy.type, recipe.policy.path, recipe.policy.overrides) == ("diffusion", "", {})
+    (tmp_path / "act").mkdir()
+    (tmp_path / "act" / "config.json").write_text('{"type": "act"}')
+    remarks = starting.propose(roots["v3"], str(tmp_path / "act"), quick=True).remarks
+    assert any(one.startswith("act reads no instruction, and there are") for one in remarks)
     assert main(["start", str(roots["v3"]), "--policy", "pi05"]) == 2
     assert "try: hf download lerobot/pi05_base --local-dir pi05_base" in capsys.readouterr().err
 

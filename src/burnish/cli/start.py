@@ -19,7 +19,7 @@ def start(
     Args:
         data: LeRobotDataset folder, v2.0 to v3.0
         policy: LeRobot policy folder to fine-tune, a shipped base, or act or diffusion from scratch; default: act
-        output: recipe to write; default: the data set's name, in this folder
+        output: recipe to write, which names the run; default: the data set's name, in this folder
         gpu: plan for a card of so many GB; default: what is here
         quick: do not read every video to its end
         json: print one JSON object instead
@@ -31,7 +31,7 @@ def start(
     from burnish.experiments.start import propose
     from burnish.report.inspection import as_summary
 
-    found = propose(data, policy, gpu=gpu, quick=quick)
+    found = propose(data, policy, gpu=gpu, quick=quick, name=output.stem if output else "")
     path = output or Path(f"{found.values['name']}.yaml")
     found.write(path)
     words = ["burnish", "run", str(path)]

@@ -76,18 +76,19 @@ class Proposal:
         return [*lines, *self.remarks]
 
     def write(self, path: Path) -> None:
-        """Write the recipe as YAML with its facts above; BurnishError where another file is in the way."""
+        """Write the recipe as YAML with its facts above; BurnishError where one with other values is in the way."""
         head = ["Proposed by `burnish start`; edit at will.", f"  burnish run {shlex.quote(str(path))}", *self.facts]
-        text = "".join(f"# {line}\n" for line in head)
-        text += yaml.safe_dump(self.values, sort_keys=False, default_flow_style=None, width=110)
+        values = yaml.safe_dump(self.values, sort_keys=False, default_flow_style=None, width=110)
         require_outside(path)
-        if os.path.lexists(path) and (path.is_dir() or read_text(path) != text):
+        if os.path.lexists(path):
+            if not path.is_dir() and re.sub("(?m)^#.*\n", "", read_text(path)) == values:
+                return  # the facts above may differ: free memory is never the same twice
             free = next(one for k in range(2, 10_000) if not (one := path.with_stem(f"{path.stem}-{k}")).exists())
             raise BurnishError(f"{path} exists and says something else", "a new file", f"--output {free}")
-        write_text(path, text)
+        write_text(path, "".join(f"# {line}\n" for line in head) + values)
 
 
-def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool = False) -> Proposal:
+def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool = False, name: str = "") -> Proposal:
     """Look at a data set and say how to train on it, and on what to measure.
 
     Args:
@@ -95,6 +96,7 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
         policy: LeRobot policy folder to fine-tune, a shipped base, or one of `FROM_SCRATCH`, "" being the first.
         gpu: memory in GB of the card that will train; 0 means what is here: a GPU, else this machine's memory.
         quick: do not decode every video.
+        name: of the run; "" means the data set's.
 
     Raises:
         BurnishError: no data set, none of its episodes can be trained on, no such policy, or nothing that fits.
@@ -114,14 +116,15 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
     chunk = int(min(100, max(8, round(2 * meta.fps))))  # two seconds, half of which is executed
     long = {"overrides": {"chunk_size": chunk, "n_action_steps": chunk // 2}}
     scratch = {"type": policy, **(long if policy == "act" else {})}
+    raw = read_object(folder / CONFIG, folder) if folder else scratch
     values = {
-        "name": re.sub(r"[^\w.-]+", "-", Path(data).resolve().name).strip(".-~")[:80] or "mine",
+        "name": re.sub(r"[^\w.-]+", "-", name or Path(data).resolve().name).strip(".-~")[:80] or "mine",
         "policy": {"path": policy} if folder else scratch,
         "data": root | {"held_out": held_out},
-        "train": _optimiser(read_object(folder / CONFIG, folder) if folder else scratch),
+        "train": _optimiser(raw),
     }  # fmt: skip
     remarks = [f"mapped     {', '.join(columns)} by data.columns"] * bool(columns)
-    proposal = Proposal(values, found, sorted(bad), [*remarks, *_remarks(found, values["policy"], held_out, data)])
+    proposal = Proposal(values, found, sorted(bad), [*remarks, *_remarks(found, raw.get("type"), held_out, data)])
     _fit(proposal, sum(meta.episodes[episode].length for episode in trained), gpu)
     return proposal
 
@@ -181,11 +184,11 @@ def _optimiser(raw: dict[str, Any]) -> dict[str, Any]:
             "max_grad_norm": preset.grad_clip_norm}  # fmt: skip
 
 
-def _remarks(found: Inspection, policy: dict[str, Any], held_out: list[int], data: Path | str) -> list[str]:
+def _remarks(found: Inspection, kind: Any, held_out: list[int], data: Path | str) -> list[str]:
     said = [] if held_out else ["a single episode: nothing is left to measure on"]
-    if "type" in policy:
+    if kind in FROM_SCRATCH:
         count = len(found.instructions)
-        said += [f"{policy['type']} reads no instruction, and there are {count}"] * (count > 1)
+        said += [f"{kind} reads no instruction, and there are {count}"] * (count > 1)
         said.append("a pretrained policy that reads them: hf download lerobot/smolvla_base --local-dir smolvla_base && "
                     f"burnish start {shlex.quote(str(data))} --policy smolvla_base -o smolvla.yaml")  # fmt: skip
     return said
