@@ -332,11 +332,11 @@ def test_a_policy_that_looks_back_sees_what_the_client_says_or_the_first_again()
         mine.infer(at(3.0))
         assert policy.calls[-1]["observation.state"].flatten().tolist() == [3, 3]
         assert policy.calls[-1]["observation.images.top"].shape == (1, 2, 3, 8, 8)
-        actor = Actor(mine, replan=4, commit=False)
-        for step in range(6):
+        actor = Actor(mine, replan=2, commit=False)
+        for step in range(3):
             actor.act(at(float(step)))
         actor.reset()
-        assert [call["observation.state"].flatten().tolist() for call in policy.calls[-2:]] == [[0, 0], [3, 4]]
+        assert [call["observation.state"].flatten().tolist() for call in policy.calls[-2:]] == [[0, 0], [1, 2]]
 
 
 def test_slow_and_dead_clients_cost_others_nothing(libero):
@@ -368,7 +368,9 @@ def test_recorded_calls_come_back(tmp_path):
     options = {"profile": "libero", "record": str(tmp_path / "calls"), "record_mb": 1}
     with served(Seen(), **options) as one, PolicyClient(one.address, session="s") as mine:
         replies = [mine.infer(observation("lift", float(i)))["actions"] for i in range(3)]
-    found = list(recorded(tmp_path / "calls"))
+    found = list(recorded(str(tmp_path / "calls")))
+    with pytest.raises(BurnishError, match="no recorded calls in none; expected some; try: .* --record none"):
+        list(recorded("none"))
     assert [about["call"] for _, _, about in found] == [0, 1, 2] and {row.task for row, _, _ in found} == {"lift"}
     for (row, actions, _), reply in zip(found, replies, strict=True):
         assert np.array_equal(actions, reply) and row.images["image"].shape == (1, 8, 8, 3)

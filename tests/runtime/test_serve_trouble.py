@@ -30,7 +30,7 @@ from burnish.runtime.serve.batcher import Batcher, _Request  # noqa: E402
 from burnish.runtime.serve.metrics import Metrics  # noqa: E402
 from burnish.runtime.serve.openpi import Extras, OpenPi  # noqa: E402
 from burnish.runtime.serve.record import Recorder  # noqa: E402
-from burnish.runtime.serve.rows import Row, profile_keys  # noqa: E402
+from burnish.runtime.serve.rows import Reader, Row, profile_keys  # noqa: E402
 from burnish.runtime.serve.server import InThread, ServeOptions, Server  # noqa: E402
 from burnish.runtime.serve.wire import pack_openpi  # noqa: E402
 
@@ -190,6 +190,26 @@ def test_a_call_that_ends_each_connection_is_given_up_when_patience_is(monkeypat
     with pytest.raises(BurnishError, match="has not answered for 0.5 s"):
         PolicyClient(patience=0.5).infer({"task": "go"})
     assert 2 <= len(sent) <= 5
+
+
+def test_a_client_that_waits_for_a_server_says_so(caplog):
+    with pytest.raises(BurnishError, match="no policy server at ws://127.0.0.1:9"):
+        PolicyClient("ws://127.0.0.1:9", patience=2.5)
+    assert caplog.text.count("no policy server at ws://127.0.0.1:9 yet") == 1 and "waiting" in caplog.text
+
+
+def test_a_policy_that_is_told_nothing_is_warned_about_once(caplog):
+    """As where a client sends another key for the instruction: nothing else would say so."""
+    policy = Seen(("top",), state_dim=0)
+    reader = Reader(policy, profile_keys(policy, "lerobot"))
+    for _ in range(2):
+        reader.row({"observation.images.top": np.zeros((8, 8, 3), np.uint8), "prompt": "lift"})
+    assert caplog.text.count("no instruction in task: the policy is told none (it has observation.images.top") == 1
+
+
+def test_a_server_says_that_it_loads(caplog):
+    with caplog.at_level("INFO", "burnish"), served(Seen()):
+        assert "loading the policy" in caplog.text
 
 
 def test_a_server_without_a_greeting_is_hung_up_on(monkeypatch):

@@ -130,6 +130,8 @@ class PolicyClient(AbstractContextManager["PolicyClient"]):
             except (OSError, WebSocketException) as error:  # a timeout is an OSError
                 if isinstance(error, InvalidStatus) and error.response.status_code == 401:
                     raise BurnishError(f"{self._shown}: wrong or missing token", "the server's token") from None
+                if pause == FIRST_PAUSE and left > LONGEST_PAUSE:
+                    log.warning("no policy server at %s yet (%s); waiting", self._shown, one_line(error, 80))
                 if time.monotonic() + pause > end:
                     found = f"no policy server at {self._shown} ({one_line(error, 80)})"
                     raise BurnishError(found, "a running one", "burnish policy serve POLICY") from None

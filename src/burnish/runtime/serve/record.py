@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.core.errors import one_line
+from burnish.core.errors import BurnishError, one_line
 from burnish.core.files import new_file
 from burnish.core.outputs import claim
 from burnish.core.reading import regular_file
@@ -79,15 +79,18 @@ class Recorder:
         self._held.close()
 
 
-def recorded(folder: Path) -> Iterator[tuple[Row, np.ndarray, dict[str, Any]]]:
+def recorded(folder: Path | str) -> Iterator[tuple[Row, np.ndarray, dict[str, Any]]]:
     """(row, actions [T, A], {session, call, seed, task}) of every call in a folder, in order.
 
     Raises:
-        BurnishError: a file that no recorder wrote.
+        BurnishError: no call in the folder, or a file that no recorder wrote.
     """
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("call-*.safetensors")):
+    files = sorted(Path(folder).glob("call-*.safetensors"))
+    if not files:
+        raise BurnishError(f"no recorded calls in {folder}", "some", f"burnish policy serve POLICY --record {folder}")
+    for path in files:
         with foreign(str(path), "a call that burnish recorded"), safe_open(regular_file(path), "np") as file:
             about = json.loads((file.metadata() or {})["call"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

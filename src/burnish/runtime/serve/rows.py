@@ -126,7 +126,7 @@ class Reader:
 
     def __init__(self, policy: Policy, keys: Keys):
         self.policy, self.keys, self.steps = policy, keys, len(policy.window.observations)
-        self._resized: set[str] = set()
+        self._said: set[str] = set()
 
     def row(self, observation: Any, earlier: Any = ()) -> Row:
         """The row of an observation and those before it, oldest first; of too few the first is repeated.
@@ -139,6 +139,9 @@ class Reader:
         maps = [flat(one) for one in (*earlier, observation)]
         maps = [maps[0]] * (self.steps - len(maps)) + maps
         text = maps[-1].get(self.keys.task, "")
+        if not text and self.keys.task not in self._said:
+            log.warning("no instruction in %s: the policy is told none (it has %s)", self.keys.task, _listed(maps[-1]))
+            self._said.add(self.keys.task)
         if not isinstance(text, str) or len(text) > MOST_TEXT:
             raise BurnishError(f"{self.keys.task} is no text", f"at most {MOST_TEXT} characters")
         images = {name: self._views(maps, name, key) for name, key in self.keys.images.items()}
@@ -154,9 +157,9 @@ class Reader:
         if any(view.shape != views[0].shape for view in views):
             raise BurnishError(f"views of {key} in several sizes", "one size")
         size = tuple(self.policy.view_sizes[name])
-        if views[0].shape[:2] != size and name not in self._resized:
+        if views[0].shape[:2] != size and key not in self._said:
             log.warning("views of %s: %s pixels, resized to %s", key, list(views[0].shape[:2]), list(size))
-            self._resized.add(name)
+            self._said.add(key)
         return np.stack(views) if len(views) > 1 else views[0][None]
 
     def _state(self, one: dict[str, Any]) -> np.ndarray:

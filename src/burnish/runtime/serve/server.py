@@ -185,6 +185,7 @@ class Server:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._signalled, number)
         async with await self._listen() as server, self._robots():
+            log.info("loading the policy; clients wait until it is warm")
             self.service = await loop.run_in_executor(self.thread, make, self)
             tasks = [asyncio.ensure_future(one) for one in self.service.tasks()]
             self.warm.set()
