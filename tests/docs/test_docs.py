@@ -207,7 +207,7 @@ def test_python_calls_fit_the_library(page, mark, body):
             inspect.signature(imported[node.func.id]).bind(*node.args, **keywords)
 
 
-ELSEWHERE = ("served", "openpi")
+ELSEWHERE = ("served", "openpi", "recorded")
 """Marks of blocks that need a server: tests/runtime/test_serve_docs.py runs them."""
 
 

@@ -8,7 +8,9 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from burnish.cli.main import main
 
@@ -16,6 +18,7 @@ pytest.importorskip("msgpack")
 pytest.importorskip("websockets")
 
 from bench.runtime_serve import OPENPI  # noqa: E402
+from burnish.runtime.client import PolicyClient  # noqa: E402
 from burnish.runtime.serve import run  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs/serve.md").read_text()
@@ -88,6 +91,17 @@ def test_the_block_for_openpi_client(server):
         code = block("openpi").replace("8000", str(one.port)) + "print(actions.shape)"
         ran = subprocess.run([OPENPI, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert ran.stdout.strip() == "(4, 7)", ran.stderr[-1000:]
+
+
+def test_the_block_that_shows_what_arrived(tmp_path, monkeypatch, capsys):
+    from serve_fakes import Seen, served
+
+    monkeypatch.chdir(tmp_path)
+    with served(Seen(("top",), 2), record="calls") as one, PolicyClient(one.address) as client:
+        picture = np.full((8, 8, 3), 200, np.uint8)
+        client.infer({"observation.images.top": picture, "observation.state": np.array([1.0, 2.0]), "task": "lift"})
+    exec(compile(block("recorded"), "serve.md", "exec"), {})
+    assert "0 'lift' [1. 2.]" in capsys.readouterr().out and (np.asarray(Image.open("top.png")) == 200).all()
 
 
 @pytest.mark.parametrize(("words", "said"), [
