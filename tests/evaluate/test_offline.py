@@ -192,7 +192,8 @@ def test_two_are_compared_on_their_episodes(root, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["verdict"] == "better"
     measure(Knowing(), root, tmp_path / "c", every=1)
     (tmp_path / "d.jsonl").write_text('{"task": "t", "seed": 0, "success": true}\n')
-    for other, why in ((tmp_path / "c", "1 and not 2.*--every 2"), (tmp_path / "d.jsonl", "both of one kind")):
+    for other, why in ((tmp_path / "c", "1 and not 2.*--every 2"), (tmp_path / "d.jsonl", "both of one kind"),
+                       (tmp_path / "no", "no is not there")):  # fmt: skip
         with pytest.raises(BurnishError, match=why):
             compare(tmp_path / "a", other)
     with pytest.raises(BurnishError, match="--sequential"):

@@ -140,10 +140,11 @@ def test_first_action_comes_before_the_last(tiny_discrete):
     assert figures["first_action"]["median"] < figures["total"]["median"]
 
 
-def test_command_writes_table_and_json(tiny_discrete, tmp_path, capsys):
+def test_command_writes_table_and_json(tiny_discrete, tmp_path, capsys, recwarn):
     command = ["policy", "profile", str(tiny_discrete), "--repeats", "2", "--warmup", "1"]
     assert main([*command, "--output", str(tmp_path / "out.json"), "--fps", "1e6"]) == 0
     shown = capsys.readouterr().out
+    assert not [one for one in recwarn if "Profiler clears events" in str(one.message)]
     assert "pass 2" in shown and "actions a second" in shown and "operators launched; late by" in shown
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["launches"] > 100 and kept["control_steps"] == np.ceil(1000 * kept["total"]["p95"])

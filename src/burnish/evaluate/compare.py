@@ -133,16 +133,15 @@ def compare_offline(
 def _values(record: OfflineRecord, shared: dict[str, Any], steps: list[int]) -> dict[str, float]:
     if len(steps) == 1:
         return dict(zip(map(str, shared["dimensions"]), record.by_dimension, strict=True)) | record.figures
-    first = [one for one in record.by_horizon[: steps[0]] if one is not None]
-    return {name: value for name, value in record.figures.items() if name not in _OF_A_LENGTH} | {
-        "error": float(np.mean(first))
-    }
+    first = float(np.mean([one for one in record.by_horizon[: steps[0]] if one is not None]))
+    return {name: value for name, value in record.figures.items() if name not in _OF_A_LENGTH} | {"error": first}
 
 
 def _read(path: Path | str, shared: dict[str, Any]) -> dict[int, OfflineRecord]:
     """The episodes of an evaluation by number; what all of them must share goes into `shared`."""
     if not is_offline(path):
-        raise BurnishError(f"{path} is no offline evaluation, and another one is", "both of one kind")
+        what = "no offline evaluation, and another one is" if Path(path).exists() else "not there"
+        raise BurnishError(f"{path} is {what}", "both of one kind")
     folder = Path(path)
     settings, file = read_object(folder / SETTINGS, folder), folder / EPISODES
     for key in _SAME:

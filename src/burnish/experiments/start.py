@@ -65,8 +65,7 @@ class Proposal:
         train, held_out = self.values["train"], self.values["data"]["held_out"]
         batch = train["batch_size"] * train["grad_accumulation"]
         policy = self.values["policy"].get("path") or f"{self.values['policy']['type']} from scratch"
-        said = f", about {math.ceil(self.minutes or 0)} min by this machine's matrix products"
-        time = "" if self.minutes is None else said
+        time = f", about {math.ceil(self.minutes)} min by this machine's matrix products" if self.minutes else ""
         lines = [f"policy     {policy}: {self.preset}",
                  f"steps      {train['steps']} of {batch} samples, {train['batch_size']} in a forward pass{time}",
                  f"memory     {self.peak / GB:.1f} GB predicted of {self.room / GB:.1f}",

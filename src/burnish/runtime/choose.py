@@ -230,8 +230,7 @@ def find_sampler(sampler: str, policy: Policy | Path | str) -> str:
         raise BurnishError(f"sampler {sampler} with a policy in memory", "a policy folder, or a name like ab2:4")
     folder = resolve(policy)
     path = folder.parent / RUNTIME if sampler == AUTO else Path(sampler)
-    free = folder.parent / RUNTIME if path.is_file() else path  # another policy's choice stays
-    fix = f"burnish policy verify runtime {policy} DATA --output {free}"
+    fix = f"burnish policy verify runtime {policy} DATA --output {folder.parent / RUNTIME if path.is_file() else path}"
     if not path.is_file():
         raise BurnishError(f"sampler {sampler}: there is no {path}", "a choice made on observations of yours", fix)
     kept = read_object(path)

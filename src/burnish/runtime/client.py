@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -192,11 +192,10 @@ class Actor:
         enough = min(self.replan, self.horizon - self.queue.predict())  # the old chunk lasts until the new one is there
         if self._waiting is None and (self._fresh or since >= max(1, enough) or not self.queue.left):
             self._ask()
-        if not self._moved and not self.queue.left:
-            while not self.queue.left:
-                self._collect(wait=True)
-                if not self.queue.left:
-                    self._ask()
+        while not self._moved and not self.queue.left:
+            self._collect(wait=True)
+            if not self.queue.left:
+                self._ask()
         row = self.queue.pop()
         self._moved = True
         return (self.queue.idle() if row is None else row).copy()
@@ -233,16 +232,13 @@ class Actor:
             return
         asked, since, future = self._waiting
         self._waiting = None
-        try:
+        with suppress(Late):
             reply = future.result()
-        except Late:
-            self.late += 1
-            return
-        if time.monotonic() - since > self.deadline and self._moved:
-            self.late += 1
-            return
-        if self.queue.splice(reply["actions"], asked) is not None:
-            self._chunk = reply.get("call", -1), asked.step
+            if not (self._moved and time.monotonic() - since > self.deadline):
+                if self.queue.splice(reply["actions"], asked) is not None:
+                    self._chunk = reply.get("call", -1), asked.step
+                return
+        self.late += 1
 
     def close(self) -> None:
         """End the request under way and hang up."""

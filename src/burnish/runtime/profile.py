@@ -229,7 +229,7 @@ def launches(policy: Policy | Runtime, batch: Batch) -> dict[str, Any]:
     takes much longer waits for its launches. On a CPU operators, nested ones too.
     """
     kinds, on_gpu = torch.profiler.ProfilerActivity, policy.device.type == "cuda"
-    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]) as found:
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])], acc_events=True) as found:
         policy.act(batch)
         if on_gpu:
             torch.cuda.synchronize(policy.device)

@@ -1,6 +1,7 @@
 """What a training will take of memory, by part, before anything is loaded."""
 
 import gc
+import logging
 import os
 import time
 import weakref
@@ -234,6 +235,7 @@ def predicting(recipe: RecipeConfig, gpu: bool = False) -> Iterator[Prediction]:
         gpu: on a GPU, not in the memory of this machine.
     """
     recipe = deepcopy(recipe)
+    logging.getLogger("burnish").info("predicting what a step takes, on shapes alone")
     features, assumed = dataset_features(recipe)
     objectives = make_objectives(recipe)
     with ledger() as counted:

@@ -44,8 +44,7 @@ class ActionQueue:
         starved: times that there was none.
         commit_error: largest difference between a row that was executed and the one at its place in the chunk that
             goes on behind it; 0 where every chunk was conditioned on what was done.
-        delays: counted delays of the last chunks, with steps for which there was no row; those that bridged nothing (an
-            episode's first) are left out.
+        delays: counted of the last chunks, steps without a row among them; not of those that bridged nothing.
     """
 
     def __init__(self, relative: Sequence[bool] = (), first: int = 0) -> None:

@@ -60,12 +60,12 @@ class Recorder:
     def _write(self, path: Path, row: Row, actions: np.ndarray, about: dict[str, Any]) -> None:
         from safetensors.numpy import save_file
 
-        tensors = {f"images.{name}": view for name, view in row.images.items()}
-        tensors |= {"state": row.state, "actions": actions}
+        tensors = {f"images.{key}": view for key, view in row.images.items()} | {"state": row.state, "actions": actions}
         try:
             with new_file(path) as file:
-                whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-                save_file(whole, file, {"call": json.dumps(about)})
+                save_file(
+                    {key: np.ascontiguousarray(one) for key, one in tensors.items()}, file, {"call": json.dumps(about)}
+                )
             self.metrics.recorded.labels("written").inc()
         except Exception as error:  # noqa: BLE001 - safetensors has a kind of its own for a disk that fails
             log.warning("a call was not recorded: %s", one_line(error))
@@ -95,5 +95,4 @@ def recorded(folder: Path | str) -> Iterator[tuple[Row, np.ndarray, dict[str, An
             about = json.loads((file.metadata() or {})["call"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             images = {name[7:]: value for name, value in tensors.items() if name.startswith("images.")}
-            row = Row(images, tensors["state"], about["task"])
-            yield row, tensors["actions"], about
+            yield Row(images, tensors["state"], about["task"]), tensors["actions"], about

@@ -87,10 +87,8 @@ def runner(
 
 def robot(data: str) -> dict[str, Any]:
     """What clients want to know of the robot, as its data set has it: "fps" and "action_names"; None where unknown."""
-    if not data:
-        return {"fps": None, "action_names": None}
-    found = open_dataset(Path(data))
-    return {"fps": found.fps, "action_names": found.features[ACTION]["names"]}
+    found = open_dataset(Path(data)) if data else None
+    return {"fps": found and found.fps, "action_names": found and found.features[ACTION]["names"]}
 
 
 def serve_benchmark(
