@@ -196,8 +196,7 @@ class Actor:
             self._collect(wait=True)
             if not self.queue.left:
                 self._ask()
-        row = self.queue.pop()
-        self._moved = True
+        row, self._moved = self.queue.pop(), True
         return (self.queue.idle() if row is None else row).copy()
 
     def reset(self) -> None:
@@ -230,8 +229,7 @@ class Actor:
     def _collect(self, wait: bool) -> None:
         if self._waiting is None or not (wait or self._waiting[2].done()):
             return
-        asked, since, future = self._waiting
-        self._waiting = None
+        (asked, since, future), self._waiting = self._waiting, None
         with suppress(Late):
             reply = future.result()
             if not (self._moved and time.monotonic() - since > self.deadline):
