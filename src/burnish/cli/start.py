@@ -31,7 +31,7 @@ def start(
     from burnish.experiments.start import propose
     from burnish.report.inspection import as_summary
 
-    found = propose(data, policy, gpu=gpu, quick=quick, name=output.stem if output else "")
+    found = propose(data, policy, gpu=gpu, quick=quick, output=output)
     path = output or Path(f"{found.values['name']}.yaml")
     found.write(path)
     words = ["burnish", "run", str(path)]

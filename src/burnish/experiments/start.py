@@ -87,7 +87,8 @@ class Proposal:
         write_text(path, "".join(f"# {line}\n" for line in head) + values)
 
 
-def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool = False, name: str = "") -> Proposal:
+def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool = False,
+            output: Path | None = None) -> Proposal:  # fmt: skip
     """Look at a data set and say how to train on it, and on what to measure.
 
     Args:
@@ -95,7 +96,7 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
         policy: LeRobot policy folder to fine-tune, a shipped base, or one of `FROM_SCRATCH`, "" being the first.
         gpu: memory in GB of the card that will train; 0 means what is here: a GPU, else this machine's memory.
         quick: do not decode every video.
-        name: of the run; "" means the data set's.
+        output: where the recipe will be written, which names the run; None means the data set's name.
 
     Raises:
         BurnishError: no data set, none of its episodes can be trained on, no such policy, or nothing that fits.
@@ -111,14 +112,14 @@ def propose(data: Path | str, policy: str = "", *, gpu: float = 0.0, quick: bool
     bad = set(meta.episodes) - set(good)
     held_out = hold_out(meta, good)
     trained = [episode for episode in good if episode not in held_out]
+    named = output.stem if output else Path(data).resolve().name
     root = {"root": str(data), **({"columns": columns} if columns else {}), **({"episodes": trained} if bad else {})}
     chunk = int(min(100, max(8, round(2 * meta.fps))))  # two seconds, half of which is executed
-    long = {"overrides": {"chunk_size": chunk, "n_action_steps": chunk // 2}}
-    scratch = {"type": policy, **(long if policy == "act" else {})}
-    raw = read_object(folder / CONFIG, folder) if folder else scratch
+    long = {"overrides": {"chunk_size": chunk, "n_action_steps": chunk // 2}} if policy == "act" else {}
+    raw = read_object(folder / CONFIG, folder) if folder else {"type": policy, **long}
     values = {
-        "name": re.sub(r"[^\w.-]+", "-", name or Path(data).resolve().name).strip(".-~")[:80] or "mine",
-        "policy": {"path": policy} if folder else scratch,
+        "name": re.sub(r"[^\w.-]+", "-", named).strip(".-~")[:80] or "mine",
+        "policy": {"path": policy} if folder else raw,
         "data": root | {"held_out": held_out},
         "train": _optimiser(raw),
     }  # fmt: skip
