@@ -82,16 +82,16 @@ def claim(folder: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def new_output(root: Path, kind: str, old: Old | None = None) -> Iterator[Path]:
+def new_output(root: Path, kind: str) -> Iterator[Path]:
     """Fill `<root>.partial`, claimed and handed out; on leaving it becomes `root` atomically, on an error it vanishes.
 
     Args:
         root: absent or empty.
-        kind, old: as for `claim`, of both folders.
+        kind: as for `claim`, of both folders.
     """
     require_own(root, kind)
     partial = root.with_name(root.name + ".partial")
-    with claim(partial, kind, old), disk_errors(root):
+    with claim(partial, kind), disk_errors(root):
         try:
             if root.is_dir() and os.listdir(root):
                 raise BurnishError(f"another process has just made {root}", fix="the same command again")

@@ -137,17 +137,13 @@ class Dataset:
 
     @cached_property
     def stats(self) -> dict[str, dict[str, np.ndarray]]:
-        """`figures`, with the quantiles of actions and states that are not stored, computed from the rows."""
+        """`figures`, with the rows' own quantiles: LeRobot (before its #3804) stores means of the episodes'."""
         stats = {name: dict(one) for name, one in self.figures.items()}
-        for name in (ACTION, STATE):
-            lacking = [q for q in QUANTILES if quantile_name(q) not in stats.get(name, {})]
-            if name not in self.wanted or name not in stats or not lacking:
-                continue
-            values = self.rows.values[name]
-            values = values[np.isfinite(values).all(1)]
-            if len(values):
-                found = np.quantile(values.astype(np.float64), lacking, axis=0)
-                stats[name] |= {quantile_name(q): one for q, one in zip(lacking, found, strict=True)}
+        for name in {ACTION, STATE} & stats.keys() & {*self.wanted}:
+            values = self.rows.values[name].astype(np.float64)
+            if len(values := values[np.isfinite(values).all(1)]):
+                found = np.quantile(values, QUANTILES, axis=0)
+                stats[name] |= zip(map(quantile_name, QUANTILES), found, strict=True)
         return stats
 
     def instruction(self, task_index: int) -> str:

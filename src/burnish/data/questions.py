@@ -199,7 +199,7 @@ def make_questions(
     meta = {"env": env, **sizes, **({"kinds": sorted(kinds)} if kinds else {}), "seed": seed, "format": 1}
     if holds_questions(root, meta):
         return root
-    with new_output(root, KIND, _is_unfinished) as partial:
+    with new_output(root, KIND) as partial:
         _fill(partial, meta, seed, workers, progress)
     return root
 
@@ -225,11 +225,6 @@ def holds_questions(root: Path, meta: dict) -> bool:
 
 def _is_made(root: Path) -> bool:
     return (root / "meta.json").exists()
-
-
-def _is_unfinished(folder: Path) -> bool:
-    """Whether a folder without a marker is what a killed `make_questions` of an earlier version left."""
-    return {file.name for file in folder.iterdir()} <= {"images.npy", "questions.jsonl", "meta.json"}
 
 
 def _fill(folder: Path, meta: dict, seed: int, workers: int, progress: bool) -> None:

@@ -61,11 +61,10 @@ class Recorder:
         from safetensors.numpy import save_file
 
         tensors = {f"images.{key}": view for key, view in row.images.items()} | {"state": row.state, "actions": actions}
+        tensors = {key: np.ascontiguousarray(one) for key, one in tensors.items()}
         try:
             with new_file(path) as file:
-                save_file(
-                    {key: np.ascontiguousarray(one) for key, one in tensors.items()}, file, {"call": json.dumps(about)}
-                )
+                save_file(tensors, file, {"call": json.dumps(about)})
             self.metrics.recorded.labels("written").inc()
         except Exception as error:  # noqa: BLE001 - safetensors has a kind of its own for a disk that fails
             log.warning("a call was not recorded: %s", one_line(error))

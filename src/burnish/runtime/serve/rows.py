@@ -139,11 +139,11 @@ class Reader:
         maps = [flat(one) for one in (*earlier, observation)]
         maps = [maps[0]] * (self.steps - len(maps)) + maps
         text = maps[-1].get(self.keys.task, "")
+        if not isinstance(text, str) or len(text) > MOST_TEXT:
+            raise BurnishError(f"{self.keys.task} is no text", f"at most {MOST_TEXT} characters")
         if not text and self.keys.task not in self._said:
             log.warning("no instruction in %s: the policy is told none (it has %s)", self.keys.task, _listed(maps[-1]))
             self._said.add(self.keys.task)
-        if not isinstance(text, str) or len(text) > MOST_TEXT:
-            raise BurnishError(f"{self.keys.task} is no text", f"at most {MOST_TEXT} characters")
         images = {name: self._views(maps, name, key) for name, key in self.keys.images.items()}
         return Row(images, np.stack([self._state(one) for one in maps]), text)
 
@@ -151,7 +151,7 @@ class Reader:
         views = []
         for one in maps:
             if key not in one:
-                found = f"an observation without {key} (it has {', '.join(list(one)[:8])[:200] or 'nothing'})"
+                found = f"an observation without {key} (it has {_listed(one)})"
                 raise BurnishError(found, f"a view for each camera of the policy ({', '.join(self.policy.cameras)})")
             views.append(channels_last(one[key], key))
         if any(view.shape != views[0].shape for view in views):
@@ -248,3 +248,7 @@ def blank(policy: Policy, keys: Keys) -> dict[str, Any]:
     found: dict[str, Any] = {key: np.zeros((*sizes[name], 3), np.uint8) for name, key in keys.images.items()}
     parts = [max(0, policy.state_dim - len(keys.state) + 1)] + [1] * (len(keys.state) - 1)
     return found | {key: np.zeros(n, np.float32) for key, n in zip(keys.state, parts, strict=True)} | {keys.task: "go"}
+
+
+def _listed(one: dict[str, Any]) -> str:
+    return ", ".join(list(one)[:8])[:200] or "nothing"
