@@ -159,6 +159,7 @@ HOSTILE = {
     "empty view": (pack_openpi(observation() | {"observation/image": np.zeros((0, 8, 3), np.uint8)}), "[0, 8, 3]"),
     "two axes": (pack_openpi(observation() | {"observation/image": np.zeros((8, 3), np.uint8)}), "[8, 3]"),
     "state": (pack_openpi(observation() | {"observation/state": np.zeros(3)}), "a state of 3 values"),
+    "nan": (pack_openpi(observation() | {"observation/state": np.full(8, np.nan)}), "not all of them finite"),
     "state nan": (pack_openpi(observation(value=np.nan)), "8 finite numbers"),
     "state text": (pack_openpi(observation() | {"observation/state": "x"}), "no array of numbers"),
     "task": (pack_openpi(observation() | {"prompt": 3}), "prompt is no text"),

@@ -90,7 +90,7 @@ def check_value(value: Any, metadata: Mapping[str, Any], what: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise BurnishError(f"{what} is {value!r}", "a finite number")
     if choices and not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise BurnishError(f"{what} is {_short(value)}", f"one of {', '.join(map(str, choices))}")
+        raise BurnishError(f"{what} is {_short(value)}", f"one of {', '.join(str(one) or "''" for one in choices)}")
     if type(value) is int and abs(value) >= 2**63:
         raise BurnishError(f"{what} is {_short(value)}", "a number of at most 18 digits")
     if not number(value):

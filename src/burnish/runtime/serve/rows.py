@@ -177,7 +177,8 @@ class Reader:
             parts.append(value.astype(np.float32).ravel())
         values = np.concatenate(parts)
         if len(values) != self.policy.state_dim or not np.isfinite(values).all():
-            raise BurnishError(f"a state of {len(values)} values in {', '.join(self.keys.state)}",
+            odd = "" if np.isfinite(values).all() else ", not all of them finite,"
+            raise BurnishError(f"a state of {len(values)} values{odd} in {', '.join(self.keys.state)}",
                                f"{self.policy.state_dim} finite numbers")  # fmt: skip
         return values
 

@@ -141,7 +141,7 @@ def serve(
             others reach, or whatever `make` raises.
     """
     options = options or ServeOptions()
-    check(options, "policy serve")
+    check(options, "options")
     try:
         import websockets.asyncio.server  # noqa: F401
     except ImportError:
