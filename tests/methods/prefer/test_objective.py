@@ -15,6 +15,7 @@ from burnish.core.errors import BurnishError
 from burnish.data.pairs import Pair, PairData, write_index
 from burnish.methods.prefer.draws import ScoreConfig
 from burnish.methods.prefer.scoring import pair_draws, policy_seeds, reference_scores
+from burnish.train import checkpoint
 from workshop.tiny import make_tiny
 
 FLOW = ScoreConfig(draws=2, times="policy", weight="uniform", stratified=False)
@@ -139,6 +140,25 @@ def test_what_is_held_out_is_also_measured_where_the_time_is_over(dataset, pairs
     result = train(recipe(dataset, tmp_path / "run", pairs, "--train.max_minutes=0.000001", held_out=0.5),
                    progress=False)  # fmt: skip
     assert result.steps == 1 and rows(result.output)[-1]["prefer_held_out_margin"] != 0
+
+
+def test_a_resumed_run_logs_what_an_unbroken_one_does(dataset, pairs, tmp_path, monkeypatch):
+    """Also the steps since the last row, and what was held out at last."""
+    write_index(pairs, [Pair((i, 1), (i, 1), ((0.0,) * 3,)) for i in (0, 2)], {"source": "test"}, 1e9)
+
+    def trained(name):
+        return rows(train(recipe(dataset, tmp_path / name, pairs, held_out=0.5), progress=False).output)
+
+    whole, save = trained("whole"), checkpoint.save
+
+    def killed(run, *rest):
+        save(run, *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "save", killed)
+        trained("cut")
+    assert trained("cut") == whole
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "vqbet"])

@@ -15,6 +15,7 @@ from burnish.core.files import alone
 from burnish.core.reading import read_object
 from burnish.core.seeding import derive_seed
 from burnish.core.types import Batch, PolicyLoss
+from burnish.data.loader import to_device
 from burnish.data.pairs import FACTS, OutcomeData, PairData, PairFolder
 from burnish.methods import reference
 from burnish.methods.objective import OBJECTIVES, Extra, Objective, Run
@@ -103,11 +104,12 @@ class Prefer(Objective):
 
     def loss(self, run: Run, batch: Batch, out: PolicyLoss) -> dict[str, Tensor]:
         config, random = self.config, self._random(run)
+        if self._micro == 0 and run.step % scoring.EVERY == 0:
+            self.end(run)
         if config.loss == "clone":
             rows = self.data.successes[random.integers(len(self.data.successes), size=config.batch_size)]
-            imitated = _to(self.data.demonstrations(rows), run.device)
+            imitated = to_device(self.data.demonstrations(rows), run.device)
             draws = run.policy.draw(len(rows), run.generator)
-            self._measure_held_out(run)
             return {"prefer": config.weight * run.policy.loss(imitated, draws).total}
         if config.loss == "kto":  # as many of either kind
             kinds = [np.flatnonzero(self.data.desirable), np.flatnonzero(~self.data.desirable)]
@@ -118,16 +120,10 @@ class Prefer(Objective):
         slots = random.integers(config.pool, size=config.batch_size)
         if config.reference != "cached":  # nothing is stored, so every step may have draws of its own
             slots = slots + config.pool * (1 + run.step)
-        self._measure_held_out(run)
         return self._preference(run, ids, slots)
 
-    def _measure_held_out(self, run: Run) -> None:
-        """Every so often, and at the end: what is held out is scored without gradient."""
-        if self._held is not None and self._micro == 0 and run.step % scoring.EVERY == 0:
-            with reference.without_dropout(self.dropouts):
-                self._held_figures = self._held.figures(run.policy)
-
     def end(self, run: Run) -> None:
+        """What is held out is scored without gradient, at the end and every so often before."""
         if self._held is not None:
             with run.accelerator.autocast(), reference.without_dropout(self.dropouts):
                 self._held_figures = self._held.figures(run.policy)
@@ -136,7 +132,7 @@ class Prefer(Objective):
         config, seed = self.config, run.recipe.train.seed
         pairs, candidates = self.data.batch(ids)
         valid = counts(pairs, candidates).to(run.device)
-        pairs, candidates = _to(pairs, run.device), candidates.to(run.device)
+        pairs, candidates = to_device(pairs, run.device), candidates.to(run.device)
         draws = pair_draws(run.policy, self.score, policy_seeds(seed, ids, slots)).to(run.device)
         with reference.without_dropout(self.dropouts):
             before = self._reference(run, ids, slots, pairs, candidates, valid)
@@ -188,6 +184,15 @@ class Prefer(Objective):
                 log.warning("prefer: %s", line)
         return {**{f"prefer_{name}": value for name, value in figures.items()}, **held}
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What no row has yet, and what was held out at last: a resumed run logs both."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {"sums": sums, "seen": self._seen, "held_out": self._held_figures}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
+        self._sums, self._seen, self._held_figures = sums, state["seen"], state["held_out"]
+
     def _note(self, figures: dict[str, Tensor]) -> None:
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -228,7 +233,3 @@ class Prefer(Objective):
 
         with alone(path.parent):  # not a barrier of ranks, which has a time limit
             return reference.cached(path, about, compute)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
