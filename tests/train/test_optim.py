@@ -1,5 +1,6 @@
 import math
 
+import fake
 import pytest
 import torch
 from fake import FakePolicy
@@ -35,12 +36,27 @@ def test_patterns_choose_parameters():
         (["vision"], [], "train.freeze: 'vision' matches no parameter"),
         ([], ["hed.weight"], "train.train_only: 'hed.weight'.*'head.weight'"),
         (["("], [], "no regular expression"),
-        (["."], [], "nothing is left to train"),
     ],
 )
 def test_patterns_that_cannot_be_meant(freeze, only, words):
     with pytest.raises(BurnishError, match=words):
         optim.choose_trained(FakePolicy(), freeze, only)
+
+
+class Freezes(fake.Objective):
+    """Trains nothing, as a method does that freezes the backbone of a policy which is all backbone."""
+
+    def choose_trained(self, recipe, policy):
+        policy.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("freeze", "more", "remedy"), [
+    ("[.]", [], "train.freeze"), ("[]", [Freezes()], "another method"),
+])  # fmt: skip
+def test_a_run_that_would_train_nothing_is_refused(tmp_path, freeze, more, remedy):
+    made = fake.recipe(tmp_path, tmp_path / "run", f"--train.freeze={freeze}")
+    with pytest.raises(BurnishError, match=f"nothing is left to train.*{remedy}"):
+        optim.prepare(FakePolicy(), made, more)
 
 
 def test_average_in_closed_form():

@@ -34,8 +34,6 @@ def choose_trained(policy: nn.Module, freeze: Sequence[str], train_only: Sequenc
             parameter.requires_grad_(False)
         if any(search(p, name, "train.freeze") for p in freeze):
             parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
-        raise BurnishError("nothing is left to train", "at least one parameter", "--train.freeze='[]'")
 
 
 def _matches(field: str, patterns: Sequence[str], names: Iterable[str]) -> None:
@@ -288,6 +286,9 @@ def prepare(policy: Policy, recipe: RecipeConfig, objectives: Iterable[Objective
         if objective.reads_moments and train.memory.optimizer != "adamw":
             raise BurnishError(f"train.memory.optimizer is adamw8bit with {type(objective).__name__}, which "
                                "reads the moments", "adamw", "--train.memory.optimizer=adamw")  # fmt: skip
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise BurnishError("nothing is left to train", "at least one parameter",
+                           "--train.freeze='[]'" if train.freeze else "another method")  # fmt: skip
     if train.memory.frozen_dtype == "bf16":
         halve_frozen(policy, train)
     if train.memory.checkpointing:
