@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "isolate_adam": ("smolvla", f"{ISOLATE}aegis, optimiser: preconditioned, granularity: tensor", []),
     "isolate_self_anchor": ("smolvla", f"{ISOLATE}self_anchor", []),
     "isolate_self_penalty": ("smolvla", f"{ISOLATE}self_penalty", []),
+    "isolate_self_penalty_bf16": ("smolvla", f"{ISOLATE}self_penalty", ["--train.precision=bf16"]),
     "isolate_agem": ("smolvla", f"{ISOLATE}agem, optimiser: first_moment", []),
     "isolate_insulate": ("smolvla", f"{ISOLATE}insulate", []),
     "isolate_replay": ("smolvla", f"{ISOLATE}replay", []),

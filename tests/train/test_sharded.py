@@ -17,7 +17,7 @@ from burnish.train.run import Run
 from burnish.train.setup import make_accelerator, own_accelerate_state
 from burnish.train.sharded import Shards, check_launch
 
-NAMES = ("plain", "together", "adapters_together", "distill_adapters_off")
+NAMES = ("plain", "together", "adapters_together", "distill_adapters_off", "isolate_self_penalty_bf16")
 """Every method; `python -m bench scale --part shard` has each by itself and in all its forms."""
 
 

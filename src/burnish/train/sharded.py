@@ -115,6 +115,7 @@ class Shards:
     def _exchange(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.root.reshard()
         exchange(pairs)
+        torch.clear_autocast_cache()  # it knows a weight by its place, and would give out the other's cast
         self.root.unshard()
 
 
