@@ -136,6 +136,22 @@ def test_it_trains_the_tower_alone_and_says_where_no_loss_is_left(dataset, tmp_p
         train(fake.recipe(dataset, tmp_path / "b", off), progress=False)
 
 
+def test_views_that_a_data_set_of_a_mix_lacks_are_left_out(dataset, tmp_path, monkeypatch):
+    """There they are black pictures, which would be drawn to what the other cameras see."""
+    import burnish.policies
+    from burnish.train.loop import train
+
+    monkeypatch.setattr(burnish.policies, "load_policy", lambda *args, **more: Seeing())
+    monkeypatch.setattr(Seeing, "cameras", ("front", "wrist"))
+    two = fake.make_dataset(tmp_path / "two", cameras=("front", "wrist"))
+    entry, found = "--objectives=[{name: retrieve, hidden: 8, width: 4, window: 2, far: 4}]", []
+    mix = f"--data.mix=[{{root: {dataset}, columns: {{observation.images.wrist: null}}}}]"
+    for name, more in (("whole", []), ("lacking", [mix])):
+        more += ["--train.steps=1", "--train.self_check=false"]
+        found.append(train(fake.recipe(two, tmp_path / name, entry, *more), progress=False).final)
+    assert "retrieve_view" in found[0] and "retrieve_view" not in found[1] and "retrieve_time" in found[1]
+
+
 def test_partners_are_augmented_by_draws_of_their_own(dataset, tmp_path, monkeypatch):
     """With those of the batch a frame and its partner would have the same shift, which gives it away."""
     import burnish.policies

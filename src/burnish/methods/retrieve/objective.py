@@ -41,10 +41,13 @@ class Retrieve(Objective):
     def setup(self, run: Run) -> None:
         config, data = self.config, run.data
         require(run.policy, "language", "retrieve")
-        self.keys = data.cameras[: config.cameras or None]
+        lacking = {key for source in getattr(data, "sources", ()) for key in source.absent}  # black pictures there
+        self.keys = [key for key in data.cameras[: config.cameras or None] if key not in lacking]
         between = config.view_weight if len(self.keys) > 1 else 0.0
-        if not (between or config.time_weight or config.sentence_weight or config.progress_weight):
-            raise BurnishError("retrieve: no loss is left", "time_weight above 0, or view_weight and two cameras")
+        rest = self.keys and (config.time_weight or config.sentence_weight or config.progress_weight)
+        if not (between or rest):
+            raise BurnishError("retrieve: no loss is left", "cameras that all data sets have: one, or two for the "
+                               "loss between views")  # fmt: skip
         tasks, which = np.unique(data.task_index, return_inverse=True)
         self.texts, self.which = [data.tasks.get(int(task), "") for task in tasks], which
         # Episodes of several data sets have the same numbers; their first frames do not.
