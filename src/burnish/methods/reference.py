@@ -6,7 +6,6 @@ Either way policy and reference never sit in memory twice.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,8 +143,3 @@ def cached(path: Path, about: dict[str, str], compute: Callable[[], Tensor]) -> 
     with new_file(path) as file:
         save_file({"scores": scores.contiguous()}, file, metadata=about)
     return scores
-
-
-def describe(**facts: Any) -> dict[str, str]:
-    """Facts as the strings that a safetensors header holds."""
-    return {key: str(value) for key, value in facts.items()}

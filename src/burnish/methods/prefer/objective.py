@@ -52,7 +52,7 @@ class Prefer(Objective):
         super().__init__()
         self.config: PreferConfig = make_config(preset, options)
         self._step, self._micro = -1, 0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._seen = 0
         self._warned: set[str] = set()
         self._held: scoring.HeldOut | None = None
@@ -187,11 +187,10 @@ class Prefer(Objective):
     def get_extra_state(self) -> dict[str, Any]:
         """What no row has yet, and what was held out at last: a resumed run logs both."""
         sums = {name: float(value) for name, value in self._sums.items()}
-        return {"sums": sums, "seen": self._seen, "held_out": self._held_figures}
+        return {"sums": sums, "seen": self._seen, "held": self._held_figures}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
-        self._sums, self._seen, self._held_figures = sums, state["seen"], state["held_out"]
+        self._sums, self._seen, self._held_figures = state["sums"], state["seen"], state["held"]
 
     def _note(self, figures: dict[str, Tensor]) -> None:
         for name, value in figures.items():
@@ -218,12 +217,13 @@ class Prefer(Objective):
 
     def _cached_reference(self, run: Run) -> Tensor:
         seed, config = run.recipe.train.seed, self.config
-        about = reference.describe(
-            format=3, weights=run.parent_hash, data=self.data.hash, draws=self.score, pool=config.pool, seed=seed,
-            chunk_size=run.policy.chunk_size, steps=self.data.steps, statistics=run.data.hash,
-            image_size=run.recipe.data.image_size, seen=run.policy.input_size,
-            precision=run.accelerator.mixed_precision, settings=reference.settings(run.policy),
-        )  # fmt: skip
+        facts = {
+            "format": 3, "weights": run.parent_hash, "data": self.data.hash, "draws": self.score, "pool": config.pool,
+            "seed": seed, "chunk_size": run.policy.chunk_size, "steps": self.data.steps, "statistics": run.data.hash,
+            "image_size": run.recipe.data.image_size, "seen": run.policy.input_size,
+            "precision": run.accelerator.mixed_precision, "settings": reference.settings(run.policy),
+        }  # fmt: skip
+        about = {key: str(value) for key, value in facts.items()}  # as a safetensors header holds them
         name = f"reference-{derive_seed(*about.values()):016x}.safetensors"
         path = Path(config.reference_cache) if config.reference_cache else self.data.root / ".scores" / name
 
