@@ -26,6 +26,7 @@ from burnish.runtime.executor import Sampler
 from burnish.runtime.observations import observations
 from burnish.runtime.profile import dissect, profile
 from burnish.sampling import passes
+from burnish.sampling.steering import Steering
 from burnish.sampling.token_model import make_decoder
 from burnish.train.logging import peak_memory
 from burnish.train.optim import add_adapters
@@ -345,20 +346,22 @@ class NoCopies(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("guided", ["", "identity"])  # a pass backwards wants a device that is there
 @pytest.mark.parametrize("tier", ["exact", "fused"])
 @pytest.mark.parametrize("kind", ["smolvla", "pi0", "pi05"])
-def test_what_a_graph_captures_copies_and_reads_nothing(kind, tier, tmp_path, monkeypatch):
+def test_what_a_graph_captures_copies_and_reads_nothing(kind, tier, guided, tmp_path, monkeypatch):
     policy = load_policy(make_tiny(kind, tmp_path / "p"))
     batch = observations(policy, 2)
     with torch.no_grad():
         inputs, noise = policy.begin(batch)[0], policy.draw(2, torch.Generator().manual_seed(0)).noise
         plain = Sampler(policy.flow_parts(), tier)
         plain(inputs, noise)  # what a first image of a size reads on the host
-        tensors = {str(i): tensor for i, tensor in enumerate(plain._flat(inputs, noise))}
+        guide = policy.guide(Steering(noise[:, 1:], 1, jacobian=guided), noise) if guided else None
+        plain.graphs = lambda tensors, *how: (tensors, how)
+        tensors, how = plain(inputs, noise, guide=guide)
         with pretended(monkeypatch) as mode:
-            moved = list(on_gpu(mode, policy, tensors).values())
+            moved = list(on_gpu(mode, policy, dict(enumerate(tensors))).values())
             sampler = Sampler(policy.flow_parts(), tier, graph=True)
-            sampler._views = plain._views
-            want = sampler._work(moved)
+            want = sampler._work(moved, *how)
             with NoCopies():
-                assert sampler._work(moved).shape == want.shape
+                assert sampler._work(moved, *how).shape == want.shape

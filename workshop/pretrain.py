@@ -61,7 +61,9 @@ class PackedQuestions:
 
         self.config = config
         self.questions = open_questions(config.questions)
-        self.by_image = self.questions.by_image()
+        self.by_image: list[list[dict]] = [[] for _ in self.questions.images]
+        for entry in self.questions.entries:
+            self.by_image[entry["image"]].append(entry)
         self._visits = np.zeros(len(self.by_image), np.int64)
 
     def __len__(self) -> int:
