@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from feature_fakes import make_vision
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -322,6 +322,7 @@ FIELDS = [
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FIELDS), VALUES)
+@example("image_mean", "\n").via("a line in a value")
 def test_any_value_of_any_field_is_a_teacher_or_one_line(whole_vision, vision, field, value):
     for name in (CONFIG, PREPROCESSOR):
         shutil.copyfile(whole_vision / name, vision / name)

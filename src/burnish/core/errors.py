@@ -18,7 +18,7 @@ class BurnishError(Exception):
             parts.append(f"expected {expected}")
         if fix:
             parts.append(f"try: {fix}")
-        super().__init__("; ".join(parts))
+        super().__init__(" ".join("; ".join(parts).splitlines()))  # so may a value in it have lines
 
 
 def out_of_memory(error: BaseException) -> bool:
