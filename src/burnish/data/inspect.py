@@ -308,8 +308,8 @@ def _check_statistics(dataset: Dataset) -> list[Problem]:
         if not np.isfinite(values).all():
             continue
         unit = np.maximum(values.std(0), 1e-6)
-        low, high = have.get("q01", -np.inf) - 1e-4 * unit, have.get("q99", np.inf) + 1e-4 * unit
-        if (out := float(((values < low) | (values > high)).mean())) > 0.1:
+        outside = [one.outside.get("quantiles", 0.0) for one in _dimensions(dataset, name, values)]
+        if (out := float(np.mean(outside))) > 0.1:
             what = f"{out:.0%} of the values lie outside the stored q01 and q99 (LeRobot averages those of episodes); "
             problems.append(Problem("warning", name, f"{what}training here takes those of the rows"))
         for key, function in (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max)):

@@ -230,13 +230,13 @@ class Actor:
         if self._waiting is None or not (wait or self._waiting[2].done()):
             return
         (asked, since, future), self._waiting = self._waiting, None
+        reply = None
         with suppress(Late):
             reply = future.result()
-            if not (self._moved and time.monotonic() - since > self.deadline):
-                if self.queue.splice(reply["actions"], asked) is not None:
-                    self._chunk = reply.get("call", -1), asked.step
-                return
-        self.late += 1
+        if reply is None or (self._moved and time.monotonic() - since > self.deadline):
+            self.late += 1
+        elif self.queue.splice(reply["actions"], asked) is not None:
+            self._chunk = reply.get("call", -1), asked.step
 
     def close(self) -> None:
         """End the request under way and hang up."""
